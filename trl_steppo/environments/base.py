@@ -1,0 +1,97 @@
+"""The environment protocol: a response in, an observation and a reward out.
+
+Users write plain classes, in one of two forms (see [`Environment`] and [`ToolEnvironment`]); nothing has to be
+inherited. The rollout plays a [`Playable`], which adapts either form: it is async, it never raises for a mistake of
+the model, and it counts what went wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+Message = dict[str, Any]
+
+RESERVED_NAMES = frozenset({"reset", "step", "get_reward", "step_reward", "done", "state_key"})
+"""Public names of an environment that are never tools."""
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """
+    An environment that takes the whole response as its action. Methods may be sync or async.
+
+    `reset(**row)` receives every column of the dataset row (`prompt` included) and may return text that is appended to
+    the prompt's last user message. Optional: `get_reward() -> float`, called once at the end and added to the last
+    step; `state_key() -> Hashable`, which groups steps for `gigpo`.
+
+    Example:
+    ```python
+    >>> class GuessNumber:
+    ...     def reset(self, number, **row):
+    ...         self.number = number
+    ...
+    ...     def step(self, response):
+    ...         right = response.strip() == str(self.number)
+    ...         return ("right" if right else "wrong"), float(right), right
+    ```
+    """
+
+    def reset(self, **row: Any) -> str | None: ...
+
+    def step(self, response: str) -> tuple[str | list[Message], float, bool]: ...
+
+
+@runtime_checkable
+class ToolEnvironment(Protocol):
+    """
+    A TRL-style environment: every public method with a docstring and type hints is a tool the model may call.
+
+    Methods may be sync or async. An episode ends when a response calls no tool, or when `done` becomes true. Optional:
+    `get_reward() -> float`, called once at the end and added to the last step; `step_reward() -> float` and `done`
+    (attribute or method), read after each step; `state_key() -> Hashable`.
+    """
+
+    def reset(self, **row: Any) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response as the environment sees it."""
+
+    text: str  # decoded, without special tokens
+    message: Message  # parsed by the chat format: role, content, tool_calls
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the environment answered to one response."""
+
+    observation: str | list[Message]
+    reward: float
+    done: bool
+    state_key: Hashable = None
+    metrics: Mapping[str, float] = field(default_factory=dict)  # counters to add up over the episode
+
+
+class Playable(Protocol):
+    """What the rollout plays: either form of environment, made async, with the model's mistakes caught."""
+
+    tools: Sequence[Any]  # callables or JSON schemas, as `apply_chat_template(tools=...)` takes them
+
+    async def reset(self, row: Mapping[str, Any]) -> str | None:
+        """Start an episode; the text to append to the prompt's last user message, if any."""
+        ...
+
+    async def step(self, response: Response) -> Outcome:
+        """Answer one response. Raises only if the environment itself broke."""
+        ...
+
+    async def get_reward(self) -> float:
+        """Called once, at the end; added to the last step. 0.0 where the environment has none."""
+        ...
+
+    def metrics(self) -> Mapping[str, float]:
+        """Scores of the finished episode that the environment chooses to expose (e.g. `exact_match`)."""
+        ...

@@ -1,0 +1,38 @@
+"""Every exception this package raises on purpose.
+
+```
+StepPOError
+├── ConfigurationError (ValueError)   a setting, or a pair of settings, that cannot work; raised at construction
+│   └── ChatTemplateError             a chat template that cannot be appended to without rendering history again
+├── DataError (ValueError)            a dataset row, a file or a list of episodes that is not what it should be
+├── RolloutError (RuntimeError)       no valid episode was played for too many updates in a row
+└── CheckpointError (RuntimeError)    a checkpoint that is incomplete, damaged or of another model
+```
+
+The mistakes of an agent, a tool or an environment are not exceptions here: they become observations, or the `error` of
+one [`Episode`].
+"""
+
+
+class StepPOError(Exception):
+    """Root of the tree: `except StepPOError` catches everything this package raises on purpose."""
+
+
+class ConfigurationError(StepPOError, ValueError):
+    """A setting, or a pair of settings, that cannot work. The message names the value and the cure."""
+
+
+class ChatTemplateError(ConfigurationError):
+    """The chat template cannot be appended to: it renders earlier messages differently when later ones follow."""
+
+
+class DataError(StepPOError, ValueError):
+    """A dataset row, a file or a list of episodes that is not what it should be."""
+
+
+class RolloutError(StepPOError, RuntimeError):
+    """The rollout yields nothing to train on."""
+
+
+class CheckpointError(StepPOError, RuntimeError):
+    """A checkpoint that is incomplete, damaged or of another model."""

@@ -1,0 +1,88 @@
+"""The policy as a sampler: token ids in, token ids and log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..types import StopReason, TokenIds
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """
+    How one response is sampled.
+
+    Args:
+        max_new_tokens (`int`):
+            Budget of the response, at least 1.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits; 0 takes the most likely token.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Keeps the smallest set of most likely tokens whose probabilities reach this sum, in `(0, 1]`.
+        top_k (`int`, *optional*, defaults to `0`):
+            Keeps this many most likely tokens; 0 keeps all.
+        stop_token_ids (`tuple[int, ...]`, *optional*):
+            The response ends with the first of these it samples, which it includes. Empty: it never stops early.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of this response alone: what is sampled depends on the prompt, the weights and this number, and not on
+            which other responses share its batch.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    One sampled response.
+
+    Args:
+        token_ids ([`TokenIds`]):
+            The sampled tokens, a stop token included.
+        logprobs (`tuple[float, ...]`):
+            Log-probability of each under softmax(logits / temperature), before `top_p` and `top_k`; for greedy
+            responses under softmax(logits).
+        stop_reason ([`StopReason`]):
+            `STOP` or `LENGTH`.
+        policy_version (`int`):
+            Updates applied to the weights that sampled it.
+    """
+
+    token_ids: TokenIds
+    logprobs: tuple[float, ...]
+    stop_reason: StopReason
+    policy_version: int
+
+
+class Sampler(Protocol):
+    """Anything that continues token ids: the in-process engine, a server, a script in a test."""
+
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
+    ) -> Sample:
+        """
+        Continue `prompt_ids`. Called concurrently by many episodes.
+
+        `episode_id` lets an engine keep an episode's cache from step to step. `order` is `(row_index,
+        generation_index, step_index)`: an engine that forms batches sorts by it, so that a batch does not depend on
+        which coroutine woke first.
+        """
+        ...
+
+    def release(self, episode_id: str) -> None:
+        """The episode is over: forget what was cached for it. Unknown ids are ignored."""
+        ...
+
+    def pace(self, settled: Callable[[], Awaitable[None]] | None) -> None:
+        """
+        Told at the start of a rollout how to wait for the environments' quick answers: an engine that forms batches
+        awaits `settled()` before each, so that tools that answer at once never leave their episode behind.
+        """
+        ...

@@ -1,0 +1,214 @@
+"""The vocabulary: what a step and an episode are. Frozen dataclasses, standard library only.
+
+A *step* is one interaction round: the policy reads a prompt (the state), writes one whole response (the action), and
+the environment answers. An *episode* is the steps played from one dataset row, in order. Both hold the exact token ids
+that the policy read and wrote; text is a view of them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import Any, overload
+
+
+class StopReason(str, Enum):
+    """Why a response ended ([`Step`]) or why an episode ended ([`Episode`])."""
+
+    # A response ended ...
+    STOP = "stop"  # ... with a stop token, which is its last id
+    LENGTH = "length"  # ... at `response_length`, without one
+    # An episode ended ...
+    ENVIRONMENT = "environment"  # ... because the environment ended it (terminated)
+    MAX_INTERACTION_STEPS = "max_interaction_steps"  # ... at a budget (truncated)
+    MAX_PROMPT_LENGTH = "max_prompt_length"
+    MAX_EPISODE_TOKENS = "max_episode_tokens"
+    MAX_EPISODE_S = "max_episode_s"
+    ERROR = "error"  # ... because its environment or its agent broke
+
+
+class TokenIds(Sequence[int]):
+    """
+    Immutable token ids in compact storage. A slice shares the storage, so the growing prompts of an append-only
+    episode of `n` tokens take O(n) memory, not O(n²).
+
+    Args:
+        ids (`Iterable[int]`, *optional*):
+            Token ids, each in `[0, 2**31)`.
+
+    Example:
+    ```python
+    >>> ids = TokenIds([5, 6, 7])
+    >>> ids[:2] == [5, 6]
+    True
+    ```
+    """
+
+    __slots__ = ("_start", "_stop", "_storage")
+
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        if isinstance(ids, TokenIds):
+            self._storage, self._start, self._stop = ids._storage, ids._start, ids._stop
+        else:
+            self._storage = array("i", ids)
+            self._start, self._stop = 0, len(self._storage)
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> TokenIds: ...
+    def __getitem__(self, index: int | slice) -> int | TokenIds:
+        if isinstance(index, slice):
+            start, stop, stride = index.indices(len(self))
+            if stride != 1:
+                return TokenIds(self.memory()[index])
+            view = TokenIds(self)
+            view._start, view._stop = self._start + start, self._start + max(start, stop)
+            return view
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} token ids")
+        return self._storage[(self._stop if index < 0 else self._start) + index]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, TokenIds):
+            return self.memory() == other.memory()
+        if isinstance(other, list | tuple):
+            return self.tolist() == list(other)
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.memory().tobytes())
+
+    def __repr__(self) -> str:
+        return f"TokenIds({self.tolist()})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenIds, (array("i", self.memory()),)  # a pickled prefix does not carry what follows it
+
+    def memory(self) -> memoryview:
+        """The ids as an int32 buffer, without a copy (`numpy.asarray(ids.memory())`)."""
+        return memoryview(self._storage)[self._start : self._stop]
+
+    def tolist(self) -> list[int]:
+        """The ids as a plain list."""
+        return self.memory().tolist()
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    One interaction round, as the exact tokens the policy read and wrote.
+
+    Args:
+        prompt_ids (`Sequence[int]`):
+            The state: every token the policy conditioned on. At least one.
+        response_ids (`Sequence[int]`):
+            The action: exactly the sampled tokens, the end-of-turn token included when it was sampled. At least one.
+        rollout_logprobs (`Sequence[float]`):
+            Natural-log probability of each response token as the sampler reported it, under
+            softmax(logits / `temperature`).
+        reward (`float`):
+            Everything the environment paid for this step.
+        step_index (`int`):
+            0-based position in the episode.
+        policy_version (`int`):
+            Number of updates applied to the weights that sampled the response.
+        temperature (`float`):
+            Sampling temperature; 0 for greedy.
+        stop_reason ([`StopReason`]):
+            `STOP` or `LENGTH`.
+        observation (`str` or `list[dict]`):
+            What the environment answered: text, or messages. A view for people; the ids are in the next prompt.
+        info (`Mapping[str, Any]`, *optional*):
+            Anything else worth keeping; `state_key` groups steps for `gigpo`.
+    """
+
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+    rollout_logprobs: tuple[float, ...]
+    reward: float
+    step_index: int
+    policy_version: int
+    temperature: float
+    stop_reason: StopReason
+    observation: str | list[dict[str, Any]] = ""
+    info: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", TokenIds(self.prompt_ids))
+        object.__setattr__(self, "response_ids", TokenIds(self.response_ids))
+        object.__setattr__(self, "rollout_logprobs", tuple(self.rollout_logprobs))
+        if not self.prompt_ids:
+            raise ValueError(f"step {self.step_index} has an empty prompt; a value has to be read at its last token")
+        if not self.response_ids:
+            raise ValueError(f"step {self.step_index} has an empty response; an action has at least one token")
+        if len(self.rollout_logprobs) != len(self.response_ids):
+            raise ValueError(
+                f"step {self.step_index} has {len(self.response_ids)} response tokens and "
+                f"{len(self.rollout_logprobs)} log-probabilities; there must be one for each token"
+            )
+
+
+@dataclass(frozen=True)
+class Episode:
+    """
+    The steps played from one dataset row, in order.
+
+    Args:
+        episode_id (`str`):
+            Unique within a run.
+        row_index (`int`):
+            Position of the row in the data stream, counted over all epochs.
+        generation_index (`int`):
+            Which of the `num_generations` episodes of the row this is.
+        steps (`Sequence[Step]`):
+            The steps in order; empty only when `error` is set.
+        terminated (`bool`):
+            The environment ended the episode: the value after it is 0.
+        truncated (`bool`):
+            A budget cut the episode: bootstrapping from `final_prompt_ids` is optional.
+        final_prompt_ids (`Sequence[int]`, *optional*):
+            The state after the last step of a truncated episode, which a bootstrap value reads.
+        error (`str`, *optional*):
+            What broke. A failed episode trains nothing and leaves its group's statistics.
+        metrics (`Mapping[str, float]`, *optional*):
+            Counters and scores of the episode (`tool_calls`, `tool_errors`, `exact_match`, ...).
+        stop_reason ([`StopReason`], *optional*):
+            Which end it was: the environment, one of the budgets, or an error.
+    """
+
+    episode_id: str
+    row_index: int
+    generation_index: int
+    steps: tuple[Step, ...]
+    terminated: bool
+    truncated: bool
+    final_prompt_ids: TokenIds | None = None
+    error: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    stop_reason: StopReason | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(self.steps))
+        if self.final_prompt_ids is not None:
+            object.__setattr__(self, "final_prompt_ids", TokenIds(self.final_prompt_ids))
+        if self.terminated and self.truncated:
+            raise ValueError(f"episode {self.episode_id} is both terminated and truncated; it ends in one way")
+        if self.error is None and not self.steps:
+            raise ValueError(f"episode {self.episode_id} has no steps and no error; set `error` to say what broke")
+
+    @property
+    def valid(self) -> bool:
+        """Whether the episode can be trained on."""
+        return self.error is None
+
+    @property
+    def episode_return(self) -> float:
+        """Undiscounted sum of the steps' rewards."""
+        return sum(step.reward for step in self.steps)
