@@ -13,8 +13,19 @@ from typing import Any, Protocol, runtime_checkable
 
 Message = dict[str, Any]
 
-RESERVED_NAMES = frozenset({"reset", "step", "get_reward", "step_reward", "done", "state_key"})
-"""Public names of an environment that are never tools."""
+RESERVED_NAMES = frozenset({"reset", "step", "get_reward", "step_reward", "done", "state_key", "metrics", "close"})
+"""Public names of an environment that are never tools. All but `reset` are optional:
+
+| name | when it is used |
+|---|---|
+| `reset(**row)` | at the start, with every column of the row; may return text for the prompt's last user message |
+| `step(response)` | for each response, in the form that takes the whole response |
+| `step_reward()`, `done` | after each step, in the form with tools; `done` is an attribute, a property or a method |
+| `state_key()` | before each step is played: the state the response was written in |
+| `get_reward()` | once, at the end |
+| `metrics()` | after it: scores to log, by name |
+| `close()` | when the episode is over, however it ended |
+"""
 
 
 @runtime_checkable
@@ -24,7 +35,8 @@ class Environment(Protocol):
 
     `reset(**row)` receives every column of the dataset row (`prompt` included) and may return text that is appended to
     the prompt's last user message. Optional: `get_reward() -> float`, called once at the end and added to the last
-    step; `state_key() -> Hashable`, which groups steps for `gigpo`.
+    step; `state_key() -> Hashable`, which groups steps for `gigpo`; `metrics() -> dict`; `close()`. Other public
+    methods are refused: they would look like tools, which this form does not have.
 
     Example:
     ```python
@@ -50,7 +62,10 @@ class ToolEnvironment(Protocol):
 
     Methods may be sync or async. An episode ends when a response calls no tool, or when `done` becomes true. Optional:
     `get_reward() -> float`, called once at the end and added to the last step; `step_reward() -> float` and `done`
-    (attribute or method), read after each step; `state_key() -> Hashable`.
+    (attribute or method), read after each step; `state_key() -> Hashable`; `metrics() -> dict`; `close()`.
+
+    When one response holds several calls, an environment's sync methods run one after another, in the order they were
+    called, all in one thread: they share the environment's state. Async ones run concurrently.
     """
 
     def reset(self, **row: Any) -> str | None: ...
@@ -62,11 +77,12 @@ class Response:
 
     text: str  # decoded, without special tokens
     message: Message  # parsed by the chat format: role, content, tool_calls
+    malformed: tuple[str, ...] = ()  # for each tool call that could not be read: why
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the environment answered to one response."""
+    """What the environment answered to one response. `state_key` is that of the state the response was written in."""
 
     observation: str | list[Message]
     reward: float
@@ -94,4 +110,8 @@ class Playable(Protocol):
 
     def metrics(self) -> Mapping[str, float]:
         """Scores of the finished episode that the environment chooses to expose (e.g. `exact_match`)."""
+        ...
+
+    async def close(self) -> None:
+        """The episode is over, however it ended: let go of what it held."""
         ...

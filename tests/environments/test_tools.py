@@ -1,0 +1,375 @@
+import asyncio
+import threading
+
+import pytest
+
+from trl_steppo.environments import Response, ToolPlayable, make_playable
+from trl_steppo.environments.tools import MISTAKES, DaemonThread, ResponsePlayable
+from trl_steppo.errors import ConfigurationError
+
+
+def calling(*calls: tuple[str, dict], malformed: tuple[str, ...] = ()) -> Response:
+    tool_calls = [{"type": "function", "function": {"name": name, "arguments": args}} for name, args in calls]
+    return Response("", {"role": "assistant", "content": "", "tool_calls": tool_calls}, malformed)
+
+
+def play(playable, *responses, row=None):
+    """Reset, the outcome of each response, the final reward."""
+
+    async def run():
+        await playable.reset(row or {})
+        outcomes = [await playable.step(response) for response in responses]
+        reward = await playable.get_reward()
+        await playable.close()
+        return outcomes, reward
+
+    return asyncio.run(run())
+
+
+def step(playable, *calls, **kwargs):
+    return play(playable, calling(*calls, **kwargs))[0][0]
+
+
+def double(x: int) -> int:
+    """
+    Double a number.
+
+    Args:
+        x: The number.
+    """
+    return 2 * x
+
+
+class Notebook:
+    """A TRL-style environment with sync and async tools."""
+
+    def __init__(self):
+        self.done = False
+        self.notes = []
+        self.threads = set()
+
+    def reset(self, greeting="", **row):
+        self.threads.add(threading.get_ident())
+        self.notes.clear()
+        return greeting or None
+
+    def write(self, text: str, times: int = 1, tags: list[str] | None = None) -> str:
+        """
+        Write a note.
+
+        Args:
+            text: The note.
+            times: How often.
+            tags: Labels.
+        """
+        self.threads.add(threading.get_ident())
+        self.notes.append(text)
+        return f"{len(self.notes)} notes"
+
+    async def finish(self) -> str:
+        """End it."""
+        self.done = True
+        return "bye"
+
+    def step_reward(self):
+        return 0.5
+
+    def state_key(self):
+        return tuple(self.notes)
+
+    def get_reward(self):
+        return len(self.notes)
+
+    def metrics(self):
+        return {"notes": len(self.notes)}
+
+    def _private(self):
+        raise AssertionError("never a tool")
+
+
+def test_public_methods_are_tools_and_reserved_names_are_not():
+    playable = make_playable(Notebook(), [double])
+    assert isinstance(playable, ToolPlayable)
+    assert [tool["function"]["name"] for tool in playable.tools] == ["finish", "write", "double"]
+
+
+def test_an_episode_of_tool_calls():
+    playable = make_playable(Notebook(), [double])
+    responses = [
+        calling(("write", {"text": "a"}), ("double", {"x": 4}), ("write", {"text": "b"})),
+        calling(("finish", {})),
+    ]
+    (first, second), reward = play(playable, *responses)
+    assert first.observation == [
+        {"role": "tool", "name": "write", "content": "1 notes"},
+        {"role": "tool", "name": "double", "content": "8"},
+        {"role": "tool", "name": "write", "content": "2 notes"},
+    ]
+    assert (first.done, first.reward, first.state_key) == (False, 0.5, ())
+    assert (second.done, second.state_key) == (True, ("a", "b"))
+    assert second.observation[0]["content"] == "bye"
+    assert first.metrics == {"tool_calls": 3, **dict.fromkeys(MISTAKES, 0)}
+    assert reward == 2.0
+    assert playable.metrics() == {"notes": 2.0}
+
+
+def test_an_environments_sync_methods_all_run_in_one_thread():
+    environment = Notebook()
+    play(make_playable(environment), *[calling(("write", {"text": "x"}), ("write", {"text": "y"}))] * 2)
+    assert len(environment.threads) == 1
+    assert threading.get_ident() not in environment.threads
+
+
+def test_reset_gets_every_column_and_may_return_text():
+    assert asyncio.run(make_playable(Notebook()).reset({"greeting": "hi", "prompt": [], "other": 1})) == "hi"
+    assert asyncio.run(make_playable(Notebook()).reset({})) is None
+    assert asyncio.run(make_playable(None, [double]).reset({"x": 1})) is None
+
+
+def test_a_response_without_a_call_ends_the_episode():
+    outcome = step(make_playable(Notebook()))
+    assert outcome.done
+    assert outcome.observation == []
+
+
+def test_without_tools_an_episode_is_one_step():
+    for playable in (make_playable(), make_playable(OnlyReward())):
+        assert step(playable, ("search", {}), malformed=("x",)).done
+
+
+class OnlyReward:
+    def reset(self, **row): ...
+
+
+def test_done_may_be_a_method_or_a_property():
+    class Method(OnlyReward):
+        async def done(self):
+            return True
+
+        def look(self):
+            """Look."""
+
+    class Property(Method):
+        done = property(lambda self: True)
+
+    for environment in (Method(), Property()):
+        outcome = step(make_playable(environment), ("look", {}))
+        assert outcome.done
+        assert outcome.observation[0]["content"] == "None"
+
+
+# -- the model's mistakes ---------------------------------------------------------------------------------------------
+
+
+def broken_tool():
+    """Break."""
+    raise KeyError("no such key")
+
+
+def exits():
+    """Exit."""
+    raise SystemExit(3)
+
+
+def hangs():
+    """Hang."""
+    threading.Event().wait()
+
+
+async def hangs_async():
+    """Hang and swallow every cancellation."""
+    while True:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling() > 1:
+                raise
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "counter", "text"),
+    [
+        ("serch", {}, "unknown_tools", "Error: unknown tool 'serch'; available: finish, write, double"),
+        ("_private", {}, "unknown_tools", "Error: unknown tool '_private'"),
+        ("reset", {}, "unknown_tools", "Error: unknown tool 'reset'"),
+        ("write", {}, "wrong_arguments", "missing a required argument: 'text'; expected write(text: string, times?:"),
+        ("write", {"text": "a", "size": 1}, "wrong_arguments", "unexpected keyword argument 'size'"),
+        ("write", {"text": 3}, "wrong_arguments", "'text' must be string, not integer"),
+        ("write", {"text": "a", "times": True}, "wrong_arguments", "'times' must be integer, not boolean"),
+        ("write", {"text": "a", "tags": [1]}, "wrong_arguments", "'tags' must be array of string"),
+        ("double", {"x": "4"}, "wrong_arguments", "'x' must be integer, not string; expected double(x: integer)"),
+        ("broken_tool", {}, "tool_errors", "Error: broken_tool failed: KeyError: 'no such key'"),
+        ("exits", {}, "tool_errors", "Error: exits failed: RuntimeError: SystemExit: 3"),
+        ("hangs", {}, "tool_timeouts", "Error: hangs took longer than 0.05 s"),
+        ("hangs_async", {}, "tool_timeouts", "Error: hangs_async took longer than 0.05 s"),
+    ],
+)
+def test_a_mistake_is_answered_counted_and_leaves_the_other_calls_alone(name, arguments, counter, text):
+    tools = [double, broken_tool, exits, hangs, hangs_async]
+    playable = make_playable(Notebook(), tools, tool_timeout_s=0.05, environment_timeout_s=20)
+    outcome = step(playable, (name, arguments), ("double", {"x": 1}))
+    assert text in outcome.observation[0]["content"]
+    assert outcome.observation[1] == {"role": "tool", "name": "double", "content": "2"}
+    assert not outcome.done
+    assert outcome.metrics == {"tool_calls": 2, **dict.fromkeys(MISTAKES, 0), counter: 1}
+
+
+def test_right_arguments_of_every_kind_are_accepted():
+    for arguments in ({"text": "a"}, {"text": "a", "times": 2, "tags": ["x"]}, {"text": "a", "tags": None}):
+        assert step(make_playable(Notebook()), ("write", arguments)).metrics["wrong_arguments"] == 0
+
+
+def test_a_malformed_call_is_answered_with_the_reason():
+    outcome = step(make_playable(Notebook()), malformed=("not valid JSON",))
+    assert outcome.observation == [
+        {"role": "tool", "name": "error", "content": "Error: malformed tool call: not valid JSON"}
+    ]
+    assert not outcome.done
+    assert outcome.metrics == {"tool_calls": 0, **dict.fromkeys(MISTAKES, 0), "malformed_tool_calls": 1}
+
+
+def test_a_tools_own_timeout_error_is_an_error_of_the_tool():
+    def ask():
+        """Ask."""
+        raise TimeoutError("server")
+
+    assert step(make_playable(None, [ask]), ("ask", {})).metrics["tool_errors"] == 1
+
+
+def test_several_functions_run_at_once():
+    meet = threading.Barrier(2, timeout=20)
+
+    def wait() -> str:
+        """Wait for the other one."""
+        return str(meet.wait() >= 0)
+
+    outcome = step(make_playable(None, [wait]), ("wait", {}), ("wait", {}))
+    assert [message["content"] for message in outcome.observation] == ["True", "True"]
+
+
+def test_a_hanging_method_leaves_the_environment_playable():
+    class Stuck(Notebook):
+        def hang(self):
+            """Hang."""
+            threading.Event().wait()
+
+    playable = make_playable(Stuck(), tool_timeout_s=0.05, environment_timeout_s=20)
+    outcome = step(playable, ("hang", {}), ("write", {"text": "a"}))
+    assert outcome.metrics["tool_timeouts"] == 1
+    assert outcome.observation[1]["content"] == "1 notes"
+
+
+# -- environments that take the whole response ------------------------------------------------------------------------
+
+
+class GuessNumber:
+    def reset(self, number, **row):
+        self.number = number
+
+    def step(self, response):
+        right = response.strip() == str(self.number)
+        return ("right" if right else "wrong"), float(right), right
+
+
+def test_an_environment_with_step_takes_the_whole_response():
+    playable = make_playable(GuessNumber())
+    assert isinstance(playable, ResponsePlayable)
+    (wrong, right), reward = play(playable, Response("3", {}), Response(" 4\n", {}), row={"number": 4})
+    assert (wrong.observation, wrong.reward, wrong.done) == ("wrong", 0.0, False)
+    assert (right.observation, right.reward, right.done) == ("right", 1.0, True)
+    assert reward == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer", ["text", ("text", 1.0), (None, 1.0, True), ("text", None, True), ("text", float("nan"), True)]
+)
+def test_an_answer_of_another_form_raises(answer):
+    environment = GuessNumber()
+    environment.step = lambda response: answer
+    with pytest.raises((TypeError, ValueError), match=r"step\(\)"):
+        play(make_playable(environment), Response("x", {}), row={"number": 1})
+
+
+# -- the environment's own mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, "1.0", float("inf"), [1.0]])
+@pytest.mark.parametrize("name", ["get_reward", "step_reward"])
+def test_a_reward_that_is_no_finite_number_raises(name, value):
+    environment = Notebook()
+    setattr(environment, name, lambda: value)
+    with pytest.raises((TypeError, ValueError), match=name):
+        play(make_playable(environment), calling(("finish", {})))
+
+
+def test_what_an_environment_raises_comes_through():
+    environment = Notebook()
+    environment.step_reward = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        step(make_playable(environment), ("finish", {}))
+
+
+def test_a_hanging_environment_is_given_up():
+    environment = Notebook()
+    environment.reset = lambda **row: threading.Event().wait()
+    with pytest.raises(TimeoutError, match=r"reset\(\) took longer than 0.05 s"):
+        step(make_playable(environment, environment_timeout_s=0.05))
+
+
+def test_close_is_called_and_ends_the_thread():
+    environment = Notebook()
+    threads = []
+    environment.close = lambda: threads.append(threading.current_thread())
+    step(make_playable(environment), ("finish", {}))
+    threads[0].join(timeout=20)
+    assert not threads[0].is_alive()
+
+
+def test_a_forgotten_thread_ends_by_itself():
+    async def run() -> threading.Thread:
+        return await DaemonThread("x").run(threading.current_thread, None, "x")
+
+    thread = asyncio.run(run())
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert thread.daemon
+
+
+# -- refused at construction ------------------------------------------------------------------------------------------
+
+
+def test_tools_without_a_docstring_or_type_hints_are_refused_by_name():
+    class NoDocstring(OnlyReward):
+        def look(self, where: str) -> str:
+            return where
+
+    class NoHints(OnlyReward):
+        def look(self, where):
+            """
+            Look.
+
+            Args:
+                where: There.
+            """
+
+    for cls in (NoDocstring, NoHints):
+        with pytest.raises(ConfigurationError, match=rf"{cls.__name__}.look"):
+            make_playable(cls())
+
+
+def test_step_and_tools_together_are_refused():
+    class Both(GuessNumber):
+        def look(self):
+            """Look."""
+
+    with pytest.raises(ConfigurationError, match=r"`step\(response\)`.*`look`"):
+        make_playable(Both())
+    with pytest.raises(ConfigurationError, match=r"`step\(response\)`.*`double`"):
+        make_playable(GuessNumber(), [double])
+
+
+def test_an_environment_without_reset_and_two_tools_of_one_name_are_refused():
+    with pytest.raises(ConfigurationError, match="no method `reset"):
+        make_playable(object())
+    with pytest.raises(ConfigurationError, match="two tools are named `double`"):
+        make_playable(None, [double, double])

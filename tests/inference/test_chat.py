@@ -1,0 +1,253 @@
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from trl import chat_template_utils as trl_templates
+
+from trl_steppo.errors import ChatTemplateError
+from trl_steppo.inference.chat import ChatFormat, parse_hermes
+
+SEARCH = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Search.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "What."}},
+            "required": ["query"],
+        },
+    },
+}
+USER = {"role": "user", "content": "Where is the Eiffel tower?"}
+CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": "Eiffel"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+ANSWERS = [
+    {"role": "tool", "name": "search", "content": "In Paris."},
+    {"role": "tool", "name": "search", "content": ""},
+]
+DROPS_EARLIER_REPLIES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role != 'assistant' or loop.last %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DROPS_TOOL_CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["the tower is in Paris, the search is over"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", "<|eot_id|>"]})
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_chat(name: str = "qwen2_5", **kwargs) -> ChatFormat:
+    return ChatFormat(make_tokenizer(getattr(trl_templates, f"{name}_chat_template")), **kwargs)
+
+
+def sampled(chat: ChatFormat, text: str) -> list[int]:
+    return chat.encode_text(text, add_special_tokens=False)
+
+
+TEMPLATES = ["qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_think", "llama3_1"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("tools", [None, [SEARCH]])
+def test_appended_user_message_equals_rendering_the_whole_conversation(name, tools):
+    chat = make_chat(name, tools=tools)
+    reply, follow_up = {"role": "assistant", "content": "In Paris."}, {"role": "user", "content": " Sure? "}
+    whole = chat.render([USER, reply, follow_up])
+    appended = chat.append([follow_up])
+    assert whole[-len(appended) :] == appended
+    assert whole[-len(appended) - 1] == chat.end_of_turn_id
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_appended_tool_messages_equal_rendering_the_whole_conversation(name):
+    chat = make_chat(name, tools=[SEARCH])
+    whole = chat.render([USER, CALLING, *ANSWERS])
+    appended = chat.append(ANSWERS, tool_call_names=["search", "search"])
+    assert whole[-len(appended) :] == appended
+    assert whole[-len(appended) - 1] == chat.end_of_turn_id
+
+
+def test_appended_ids_begin_behind_the_end_of_turn():
+    chat = make_chat()
+    assert chat.decode(chat.append([{"role": "user", "content": "x"}])).startswith("\n")
+
+
+def test_an_append_renders_only_the_new_messages(monkeypatch):
+    chat = make_chat(tools=[SEARCH])
+    chat.append(ANSWERS, tool_call_names=["search"])
+    rendered = []
+    render = chat._tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        chat._tokenizer, "apply_chat_template", lambda m, **kw: rendered.append(len(m)) or render(m, **kw)
+    )
+    chat.append(ANSWERS, tool_call_names=["search"])
+    assert rendered == [2 + len(ANSWERS)]
+
+
+def test_the_end_of_turn_is_the_templates_and_not_the_tokenizers_eos():
+    chat = make_chat()
+    assert chat._tokenizer.convert_ids_to_tokens(chat.end_of_turn_id) == "<|im_end|>"
+    assert chat.end_of_turn_id != chat._tokenizer.eos_token_id
+    assert chat.stop_token_ids == (chat.end_of_turn_id,)
+
+
+def test_close_adds_the_end_of_turn_to_a_cut_response_only():
+    chat = make_chat()
+    assert chat.close(sampled(chat, "cut her")) == [chat.end_of_turn_id]
+    assert chat.close(sampled(chat, "done<|im_end|>")) == []
+
+
+def test_qwen3_is_replaced_by_its_training_template_and_the_tokenizer_stays_as_it_is():
+    tokenizer = make_tokenizer(trl_templates.qwen3_chat_template)
+    chat = ChatFormat(tokenizer)
+    assert chat.template == trl_templates.qwen3_training_chat_template
+    assert tokenizer.chat_template == trl_templates.qwen3_chat_template
+    assert getattr(tokenizer, "response_template", None) is None
+
+
+def test_a_preserving_template_is_kept():
+    assert make_chat("qwen2_5").template == trl_templates.qwen2_5_chat_template
+
+
+def test_a_template_that_rewrites_history_is_refused_with_the_difference():
+    with pytest.raises(ChatTemplateError, match=r"differently when user messages follow.*dummy.*Set `tokenizer"):
+        ChatFormat(make_tokenizer(DROPS_EARLIER_REPLIES))
+
+
+def test_a_template_that_rewrites_history_will_do_for_a_single_turn():
+    chat = ChatFormat(make_tokenizer(DROPS_EARLIER_REPLIES), multi_turn=False)
+    assert chat.decode(chat.render([USER])) == "user\nWhere is the Eiffel tower?\nassistant\n"
+
+
+def test_a_template_that_drops_tool_calls_is_refused_with_tools():
+    ChatFormat(make_tokenizer(DROPS_TOOL_CALLS))
+    with pytest.raises(ChatTemplateError, match="leaves out tool calls"):
+        ChatFormat(make_tokenizer(DROPS_TOOL_CALLS), tools=[SEARCH])
+
+
+def test_a_turn_without_an_end_is_refused():
+    with pytest.raises(ChatTemplateError, match="does not end an assistant turn"):
+        ChatFormat(make_tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}"))
+
+
+def test_no_chat_template_is_refused():
+    with pytest.raises(ChatTemplateError, match="has no chat template"):
+        ChatFormat(make_tokenizer(None))
+
+
+def test_functions_are_shown_as_schemas():
+    def search(query: str):
+        """
+        Search.
+
+        Args:
+            query: What.
+        """
+
+    chat = make_chat(tools=[search])
+    assert chat.render([USER]) == make_chat(tools=[SEARCH]).render([USER])
+
+
+def test_prepare_puts_what_reset_returned_at_the_end_of_the_last_user_message():
+    chat = make_chat()
+    prompt = [{"role": "system", "content": "Be brief."}, dict(USER), {"role": "assistant", "content": "Hm."}]
+    prepared = chat.prepare(prompt, " Board: empty.")
+    assert prepared == chat.render([prompt[0], {**USER, "content": USER["content"] + " Board: empty."}, prompt[2]])
+    assert prompt[1] == USER
+    assert chat.prepare(prompt) == chat.render(prompt)
+    assert chat.decode(chat.prepare("text", " more")) == "text more"
+
+
+def test_decode_hides_special_tokens_and_keeps_what_frames_a_tool_call():
+    chat = make_chat()
+    text = 'x<tool_call>\n{"name": "a"}\n</tool_call>'
+    assert chat.decode(sampled(chat, text + "<|im_end|>")) == text
+
+
+# -- parsing ----------------------------------------------------------------------------------------------------------
+
+WELL_FORMED = [
+    "In Paris.<|im_end|>",
+    "<|im_end|>",
+    ' Let me look.\n<tool_call>\n{"name": "search", "arguments": {"query": "a \\"b\\" {c}"}}\n</tool_call><|im_end|>',
+    "<think>\nHm, <b>.\n</think>\n\nIn Paris.<|im_end|>",
+    "<think>\n\n</think>\n\n"
+    '<tool_call>\n{"name": "search", "arguments": {}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "b", "arguments": {"x": [1]}}\n</tool_call><|im_end|>',
+]
+
+
+@pytest.mark.parametrize("text", WELL_FORMED)
+def test_our_parser_reads_what_trls_reads(text):
+    chat = make_chat("qwen3")
+    reference = trl_templates.add_response_schema(make_tokenizer(trl_templates.qwen3_chat_template))
+    ids, prompt_ids = sampled(chat, text), chat.render([USER])
+    parsed = chat.parse(ids, prompt_ids)
+    assert parsed.message == trl_templates.parse_response(reference, ids, prefix=prompt_ids)
+    assert parsed.malformed == ()
+
+
+@pytest.mark.parametrize(
+    ("inside", "reason"),
+    [
+        ('{"name": "search", "arguments": {"query": "x"}</tool_call>', "not valid JSON"),
+        ("search(x)</tool_call>", "not valid JSON"),
+        ("[" * 100_000 + "</tool_call>", "not valid JSON"),
+        ('["search"]</tool_call>', "not a JSON object"),
+        ('{"arguments": {}}</tool_call>', '"name" is missing'),
+        ('{"name": 3, "arguments": {}}</tool_call>', '"name" is missing or not a string'),
+        ('{"name": "search"}</tool_call>', '"arguments" is missing'),
+        ('{"name": "search", "arguments": "x"}</tool_call>', '"arguments" is missing or not an object'),
+        ('{"name": "search", "arguments": {}}', "closing </tool_call> is missing"),
+    ],
+)
+def test_what_is_malformed_says_why(inside, reason):
+    parsed = parse_hermes("Well.\n<tool_call>" + inside)
+    assert len(parsed.malformed) == 1
+    assert reason in parsed.malformed[0]
+    assert "write <tool_call>" in parsed.malformed[0]
+    assert parsed.message == {"role": "assistant", "content": "Well."}
+
+
+def test_good_calls_beside_a_malformed_one_are_kept():
+    good = '<tool_call>{"name": "a", "arguments": {}}</tool_call>'
+    parsed = parse_hermes(f"{good}<tool_call>{{</tool_call>{good}")
+    assert [call["function"]["name"] for call in parsed.message["tool_calls"]] == ["a", "a"]
+    assert len(parsed.malformed) == 1
+
+
+def test_what_is_only_thought_is_not_called():
+    thought = 'maybe <tool_call>{"name": "a", "arguments": {}}</tool_call>'
+    for parsed in (parse_hermes(f"<think>{thought}</think>no"), parse_hermes(f"{thought}</think>no")):
+        assert parsed.message == {"role": "assistant", "content": "no", "reasoning_content": thought}
+    assert "tool_calls" not in parse_hermes("<think>" + thought).message
+    assert "tool_calls" not in parse_hermes(thought, opens_thinking=True).message
+
+
+def test_other_forms_are_read_by_trl():
+    chat = make_chat("qwen3_5_think", tools=[SEARCH])
+    prompt_ids = chat.render([USER])
+    call = "<tool_call>\n<function=search>\n<parameter=query>\nEiffel\n</parameter>\n</function>\n</tool_call>"
+    parsed = chat.parse(sampled(chat, f"</think>\n\n{call}<|im_end|>"), prompt_ids)
+    assert parsed.message["tool_calls"] == [CALL]
+    assert parsed.malformed == ()
+
+
+def test_tool_calls_that_nobody_can_parse_are_refused():
+    template = make_tokenizer(trl_templates.qwen2_5_chat_template).chat_template.replace("<tool_call>", "[call]")
+    with pytest.raises(ChatTemplateError, match="cannot be parsed"):
+        ChatFormat(make_tokenizer(template), tools=[SEARCH])

@@ -1,0 +1,11 @@
+import pytest
+from scripted import LookEnvironment, make_tokenizer
+
+from trl_steppo.environments import make_playable
+from trl_steppo.inference.chat import ChatFormat
+
+
+@pytest.fixture(scope="session")
+def chat() -> ChatFormat:
+    """With the tools of `LookEnvironment`."""
+    return ChatFormat(make_tokenizer(), tools=make_playable(LookEnvironment()).tools)

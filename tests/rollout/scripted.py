@@ -1,0 +1,110 @@
+"""A policy that says what it is told, for tests of everything around it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from trl.chat_template_utils import qwen2_5_chat_template
+
+from trl_steppo.inference.base import Sample, SamplingParams
+from trl_steppo.inference.chat import ChatFormat
+from trl_steppo.types import StopReason, TokenIds
+
+END = "<|im_end|>"
+
+
+def call(name: str, **arguments) -> str:
+    body = str(arguments).replace("'", '"')
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {body}}}\n</tool_call>{END}'
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["look here, the answer is there"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", END]})
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.chat_template = qwen2_5_chat_template
+    return tokenizer
+
+
+class ScriptedSampler:
+    """
+    Says `script(order)`, cut at the budget or behind the first stop token, and remembers how it was asked.
+
+    The log-probability of every token is minus the step's index, minus one.
+    """
+
+    def __init__(self, chat: ChatFormat, script: Callable[[tuple[int, ...]], str]) -> None:
+        self.chat = chat
+        self.script = script
+        self.asked: dict[tuple[int, ...], tuple[list[int], SamplingParams]] = {}
+        self.released: list[str] = []
+        self.paced: list[bool] = []
+
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
+    ) -> Sample:
+        await asyncio.sleep(0)
+        self.asked[order] = (list(prompt_ids), params)
+        ids = self.chat.encode_text(self.script(order), add_special_tokens=False)
+        stop = next((i for i, token_id in enumerate(ids) if token_id in params.stop_token_ids), None)
+        ids = ids[: params.max_new_tokens if stop is None else min(params.max_new_tokens, stop + 1)]
+        reason = StopReason.STOP if ids[-1] in params.stop_token_ids else StopReason.LENGTH
+        return Sample(TokenIds(ids), (-1.0 - order[2],) * len(ids), reason, policy_version=7)
+
+    def release(self, episode_id: str) -> None:
+        self.released.append(episode_id)
+
+    def pace(self, settled) -> None:
+        self.paced.append(settled is not None)
+
+
+class LookEnvironment:
+    """Looks until it is told to stop; what it does wrong is set from outside."""
+
+    def __init__(self, **behaviour) -> None:
+        self.behaviour = behaviour
+        self.done = False
+        self.num_rewarded = 0
+        self.closed = False
+
+    def reset(self, **row):
+        return self._do("reset")
+
+    def look(self, where: str) -> str:
+        """
+        Look somewhere.
+
+        Args:
+            where: The place.
+        """
+        self._do("look")
+        return f"nothing {where}"
+
+    def stop(self) -> str:
+        """Stop looking."""
+        self.done = True
+        return "stopped"
+
+    def step_reward(self):
+        return 0.25
+
+    def get_reward(self):
+        self.num_rewarded += 1
+        self._do("get_reward")
+        return 1.0
+
+    def close(self):
+        self.closed = True
+
+    def _do(self, name):
+        behaviour = self.behaviour.get(name)
+        return behaviour() if behaviour is not None else None

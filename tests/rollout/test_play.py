@@ -1,0 +1,289 @@
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from scripted import END, LookEnvironment, ScriptedSampler, call
+
+from trl_steppo.environments import make_playable
+from trl_steppo.inference.base import SamplingParams
+from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes
+from trl_steppo.rollout.play import run_coroutine
+
+LOOK, STOP = call("look", where="here"), call("stop")
+PROMPT = [{"role": "user", "content": "Find it."}]
+
+
+def play(chat, environments, sampler=None, *, tool_timeout_s=20.0, limits=None, **kwargs):
+    """One episode for each environment (or function that makes one); each looks once and stops, unless scripted."""
+
+    def make(row):
+        environment = environments[row["index"]]
+        return make_playable(
+            environment() if callable(environment) else environment,
+            tool_timeout_s=tool_timeout_s,
+            environment_timeout_s=kwargs.get("environment_timeout_s", 20.0),
+        )
+
+    rows = [{"prompt": PROMPT, "index": index} for index in range(len(environments))]
+    options = {key: value for key, value in kwargs.items() if key != "environment_timeout_s"}
+    return play_episodes(
+        [EpisodeRequest(row, row_index=row["index"]) for row in rows],
+        make,
+        sampler or ScriptedSampler(chat, lambda order: [LOOK, STOP][order[2]]),
+        chat=chat,
+        limits=limits or EpisodeLimits(),
+        sampling=SamplingParams(max_new_tokens=200),
+        run_seed=0,
+        **options,
+    )
+
+
+def fingerprint(episode):
+    return [(step.prompt_ids.tolist(), step.response_ids.tolist(), step.reward) for step in episode.steps]
+
+
+def raises(*args, **row):
+    raise ValueError("broken on purpose")
+
+
+def test_episodes_come_back_in_the_order_of_the_requests(chat):
+    sampler = ScriptedSampler(chat, lambda order: [LOOK, STOP][order[2]])
+    episodes = play(chat, [LookEnvironment] * 5, sampler, id_prefix="eval-")
+    assert [episode.episode_id for episode in episodes] == [f"eval-{index}-0" for index in range(5)]
+    assert sampler.paced == [True, False]
+    assert sorted(sampler.released) == [episode.episode_id for episode in episodes]
+    assert play(chat, []) == []
+
+
+def test_how_many_play_at_a_time_changes_nothing(chat):
+    at_once = play(chat, [LookEnvironment] * 5)
+    for limit in (1, 2, 9):
+        assert play(chat, [LookEnvironment] * 5, max_concurrent_episodes=limit) == at_once
+
+
+def test_no_more_than_the_limit_play_at_a_time(chat):
+    playing, most = set(), []
+
+    class Counting(LookEnvironment):
+        def reset(self, **row):
+            playing.add(row["index"])
+            most.append(len(playing))
+
+        def get_reward(self):
+            playing.clear()
+            return 0.0
+
+    play(chat, [Counting] * 6, max_concurrent_episodes=1)
+    assert most == [1] * 6
+
+
+# -- each failure ends with a complete rollout whose other episodes are intact ----------------------------------------
+
+
+MISTAKES = {
+    "malformed_tool_calls": f"<tool_call>{{</tool_call>{END}",
+    "unknown_tools": call("lok"),
+    "wrong_arguments": call("look", were="x"),
+    "tool_errors": call("break_down"),
+    "tool_timeouts": call("hang"),
+}
+
+
+class Fragile(LookEnvironment):
+    def break_down(self):
+        """Break down."""
+        raise RuntimeError("broken on purpose")
+
+    def hang(self):
+        """Hang."""
+        threading.Event().wait()
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_the_model_is_an_observation_and_the_others_are_intact(chat, mistake):
+    def script(order):
+        first = MISTAKES[mistake] if order[0] == 1 else LOOK
+        return [first, STOP][order[2]]
+
+    undisturbed = play(chat, [Fragile] * 3)
+    episodes = play(chat, [Fragile] * 3, ScriptedSampler(chat, script), tool_timeout_s=0.1)
+    assert all(episode.terminated for episode in episodes)
+    assert episodes[1].metrics[mistake] == 1
+    assert episodes[1].steps[0].observation[0]["content"].startswith("Error: ")
+    assert "Error: " in chat.decode(episodes[1].steps[1].prompt_ids)
+    assert [fingerprint(episodes[i]) for i in (0, 2)] == [fingerprint(undisturbed[i]) for i in (0, 2)]
+
+
+def hang(*args, **row):
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("stage", "broken"),
+    [
+        ("making the environment", raises),
+        ("reset", lambda: LookEnvironment(reset=raises)),
+        ("reset", lambda: LookEnvironment(reset=hang)),
+        ("reset", lambda: LookEnvironment(reset=lambda: 3)),
+        ("environment step 0", lambda: with_(step_reward=raises)),
+        ("environment step 0", lambda: with_(step_reward=lambda: float("nan"))),
+        ("environment step 0", lambda: with_(state_key=hang)),
+        ("get_reward", lambda: LookEnvironment(get_reward=raises)),
+        ("get_reward", lambda: with_(get_reward=lambda: "much")),
+    ],
+)
+def test_an_environment_that_breaks_or_hangs_costs_its_own_episode_only(chat, stage, broken):
+    undisturbed = play(chat, [LookEnvironment] * 3)
+    episodes = play(chat, [LookEnvironment, broken, LookEnvironment], environment_timeout_s=0.3)
+    assert episodes[1].error.startswith(f"{stage}: ")
+    assert not episodes[1].valid
+    assert [fingerprint(episodes[i]) for i in (0, 2)] == [fingerprint(undisturbed[i]) for i in (0, 2)]
+
+
+def with_(**members):
+    environment = LookEnvironment()
+    for name, member in members.items():
+        setattr(environment, name, member)
+    return environment
+
+
+def test_a_slow_tool_does_not_hold_the_other_episodes(chat):
+    others_are_done = threading.Event()
+    remaining = {0, 2}
+
+    class Quick(LookEnvironment):
+        def reset(self, **row):
+            self.index = row["index"]
+
+        def get_reward(self):
+            remaining.discard(self.index)
+            if not remaining:
+                others_are_done.set()
+            return 1.0
+
+    waits = LookEnvironment(look=lambda: others_are_done.wait(20) or raises())
+    episodes = play(chat, [Quick, lambda: waits, Quick])
+    assert all(episode.terminated for episode in episodes)
+    assert episodes[1].metrics["tool_errors"] == 0
+
+
+def test_environments_are_made_one_after_the_other_in_the_order_of_the_requests(chat):
+    made = []
+
+    def make(index):
+        made.append((index, threading.get_ident()))
+        return LookEnvironment()
+
+    play(chat, [lambda index=index: make(index) for index in range(6)])
+    assert [index for index, _ in made] == list(range(6))
+    assert len({thread for _, thread in made}) == 1
+
+
+def test_a_rollout_may_start_inside_a_running_event_loop(chat):
+    async def outer():
+        return play(chat, [LookEnvironment] * 2)
+
+    assert asyncio.run(outer()) == play(chat, [LookEnvironment] * 2)
+
+
+def test_run_coroutine_brings_back_what_was_raised_inside_a_running_event_loop():
+    async def fails():
+        raise ValueError("inside")
+
+    async def outer():
+        run_coroutine(fails())
+
+    with pytest.raises(ValueError, match="inside"):
+        asyncio.run(outer())
+
+
+def test_run_coroutine_does_not_wait_for_what_hangs_in_an_executor():
+    release = threading.Event()
+
+    async def leaves_a_thread_behind():
+        hanging = asyncio.ensure_future(asyncio.to_thread(release.wait, 60))
+        await asyncio.sleep(0.01)
+        assert not hanging.done()
+        return "done"
+
+    begun = time.monotonic()
+    assert run_coroutine(leaves_a_thread_behind()) == "done"
+    assert time.monotonic() - begun < 30
+    release.set()
+
+
+def test_a_hanging_tool_does_not_keep_the_interpreter_from_exiting():
+    program = """
+import asyncio, threading
+from trl_steppo.environments.tools import DaemonThread
+async def main():
+    try:
+        await DaemonThread("x").run(threading.Event().wait, 0.05, "tool")
+    except TimeoutError:
+        print("given up")
+asyncio.run(main())
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
+    assert (done.returncode, done.stdout.strip()) == (0, "given up")
+
+
+# -- pacing -----------------------------------------------------------------------------------------------------------
+
+
+class BatchingSampler(ScriptedSampler):
+    """Answers in batches of whatever has arrived when nobody is away any more."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.waiting, self.batches, self.settled, self.driver = [], [], None, None
+
+    def pace(self, settled) -> None:
+        self.settled = settled
+
+    async def sample(self, prompt_ids, params, **kwargs):
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append((kwargs["order"], future))
+        if self.driver is None or self.driver.done():
+            self.driver = asyncio.ensure_future(self._drive())
+        await future
+        return await super().sample(prompt_ids, params, **kwargs)
+
+    async def _drive(self):
+        while self.waiting:
+            await self.settled()
+            batch, self.waiting = self.waiting, []
+            self.batches.append(sorted(order for order, _ in batch))
+            for _, future in batch:
+                future.set_result(None)
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_with_quick_tools_the_batches_are_the_same_in_every_run(chat, limit):
+    def script(order):
+        return [LOOK, LOOK, LOOK, STOP][order[2]] if order[0] % 2 else [LOOK, STOP][order[2]]
+
+    runs = []
+    for _ in range(5):
+        sampler = BatchingSampler(chat, script)
+        play(chat, [LookEnvironment] * 6, sampler, max_concurrent_episodes=limit, grace_s=30)
+        runs.append(sampler.batches)
+    assert all(run == runs[0] for run in runs)
+    assert all(len(batch) == (limit or 6) for batch in runs[0][:2])
+    if limit is None:
+        assert [len(batch) for batch in runs[0]] == [6, 6, 3, 3]
+
+
+def test_with_a_slow_tool_the_sampler_stops_waiting(chat):
+    others_are_done = threading.Event()
+    sampler = BatchingSampler(chat, lambda order: [LOOK, LOOK, STOP][order[2]])
+    slow = LookEnvironment(look=lambda: others_are_done.wait(20) or raises())
+    quick = LookEnvironment(get_reward=others_are_done.set)
+    episodes = play(chat, [lambda: slow, lambda: quick], sampler, grace_s=0.01)
+    assert all(episode.terminated for episode in episodes)
+    assert episodes[0].metrics["tool_errors"] == 0
+    assert len(sampler.batches) > 3

@@ -1,0 +1,120 @@
+import math
+
+import pytest
+from scripted import LookEnvironment, ScriptedSampler, call
+
+from trl_steppo.environments import make_playable
+from trl_steppo.errors import ConfigurationError, RolloutError
+from trl_steppo.inference.base import SamplingParams
+from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes, score_episodes
+from trl_steppo.types import Episode, StopReason
+
+LOOK, STOP = call("look", where="here"), call("stop")
+FAILED = Episode("f", 9, 0, (), False, False, error="reset: ValueError: no", stop_reason=StopReason.ERROR)
+ROWS = [{"prompt": [{"role": "user", "content": text}], "answer": text} for text in ("a", "b")]
+
+
+@pytest.fixture(scope="module")
+def episodes(chat):
+    return play_episodes(
+        [EpisodeRequest(row, index) for index, row in enumerate(ROWS)],
+        lambda row: make_playable(LookEnvironment()),
+        ScriptedSampler(chat, lambda order: [LOOK, STOP][order[2]]),
+        chat=chat,
+        limits=EpisodeLimits(),
+        sampling=SamplingParams(max_new_tokens=200),
+        run_seed=0,
+    )
+
+
+def test_a_reward_function_sees_what_grpo_trainer_shows_it(chat, episodes):
+    seen = {}
+
+    def remember(prompts, completions, completion_ids, answer, **kwargs):
+        seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, answer=answer, **kwargs)
+        return [0.0, 0.0]
+
+    score_episodes(
+        [remember], None, [episodes[0], FAILED, episodes[1]], [ROWS[0], {}, ROWS[1]], chat=chat, extra={"x": 1}
+    )
+    assert seen["prompts"] == [row["prompt"] for row in ROWS]
+    assert seen["answer"] == ["a", "b"]
+    assert seen["x"] == 1
+    assert [message["role"] for message in seen["completions"][0]] == ["assistant", "tool", "assistant", "tool"]
+    assert seen["completions"][0][0]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"where": "here"}}
+    assert seen["completions"][0][1]["content"] == "nothing here"
+    first, last = episodes[0].steps
+    assert [*first.prompt_ids, *seen["completion_ids"][0]] == [*last.prompt_ids, *last.response_ids]
+
+
+def test_the_weighted_sum_lands_on_the_last_step(chat, episodes):
+    def one(prompts, **kwargs):
+        return [1.0, 2.0]
+
+    async def two(prompts, **kwargs):
+        return [10.0, None]
+
+    scored = score_episodes([one, two], [1.0, 0.5], [*episodes, FAILED], [*ROWS, {}], chat=chat)
+    before = [[step.reward for step in episode.steps] for episode in episodes]
+    assert [[step.reward for step in episode.steps] for episode in scored[:2]] == [
+        [before[0][0], before[0][1] + 6.0],
+        [before[1][0], before[1][1] + 2.0],
+    ]
+    assert {k: v for k, v in scored[0].metrics.items() if "/" in k} == {"rewards/one": 1.0, "rewards/two": 10.0}
+    assert "rewards/two" not in scored[1].metrics
+    assert scored[2] is FAILED
+
+
+def test_two_functions_of_one_name_are_two_rewards(chat, episodes):
+    funcs = [lambda prompts, **kwargs: [1.0, 1.0], lambda prompts, **kwargs: [2.0, 2.0]]
+    scored = score_episodes(funcs, None, episodes, ROWS, chat=chat)
+    assert [v for k, v in scored[0].metrics.items() if k.startswith("rewards/")] == [1.0, 2.0]
+
+
+def test_text_prompts_have_text_completions(chat, episodes):
+    seen = []
+
+    def remember(prompts, completions, **kwargs):
+        seen.extend(completions)
+        return [0.0]
+
+    score_episodes([remember], None, episodes[:1], [{"prompt": "a"}], chat=chat)
+    assert seen[0].startswith("<tool_call>")
+    assert "nothing here" in seen[0]
+    score_episodes([remember], None, episodes[:1], [{"input_ids": [1]}], decode=lambda ids: f"{len(ids)} ids")
+    assert seen[1].endswith(" ids")
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_fails_its_episode(chat, episodes, reward):
+    def odd(prompts, **kwargs):
+        return [1.0, reward]
+
+    scored = score_episodes([odd], None, episodes, ROWS, chat=chat)
+    assert scored[0].valid
+    assert "`odd` returned" in scored[1].error
+    assert scored[1].stop_reason is StopReason.ERROR
+
+
+def test_a_function_that_breaks_is_named(chat, episodes):
+    def breaks(prompts, **kwargs):
+        raise ValueError("on purpose")
+
+    async def breaks_later(prompts, **kwargs):
+        raise ValueError("on purpose")
+
+    def too_few(prompts, **kwargs):
+        return [1.0]
+
+    for func in (breaks, breaks_later, too_few, lambda prompts, **kwargs: ["x", "y"]):
+        with pytest.raises(RolloutError, match=f"`{func.__name__}`"):
+            score_episodes([func], None, episodes, ROWS, chat=chat)
+
+
+def test_as_many_weights_as_functions(chat, episodes):
+    with pytest.raises(ConfigurationError, match=r"`reward_weights` has 2 entries and `reward_funcs` 1"):
+        score_episodes([print], [1.0, 2.0], episodes, ROWS, chat=chat)
+
+
+def test_nothing_to_score_calls_nothing(chat):
+    assert score_episodes([None], None, [FAILED], [{}], chat=chat) == [FAILED]

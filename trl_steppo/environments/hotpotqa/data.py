@@ -1,0 +1,282 @@
+"""HotpotQA rows, from the mini wiki, a local file or the hub, as data sets to train on and a corpus to search."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...errors import ConfigurationError, DataError
+from .mini_wiki import make_mini_wiki
+from .retrieval import BM25Retriever, Passage, Retriever
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MINI_WIKI = "mini_wiki"
+"""The data set name of the built-in mini wiki."""
+
+SYSTEM_PROMPT = "Search the wiki step by step, then answer."
+"""Short, because a small model reads it in every step."""
+
+_HOTPOTQA = "hotpotqa/hotpot_qa"
+_FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+class HotpotQAData(NamedTuple):
+    """
+    What a training run needs.
+
+    Args:
+        train_dataset (`datasets.Dataset`):
+            Rows with `prompt`, `question`, `answer`, `id` and all other columns but `context`: the corpus has that.
+        eval_dataset (`datasets.Dataset`):
+            Rows of the same columns.
+        retriever ([`Retriever`]):
+            Searches the passages of both.
+    """
+
+    train_dataset: Dataset
+    eval_dataset: Dataset
+    retriever: Retriever
+
+
+def hotpotqa_dataset(
+    dataset_name: str = MINI_WIKI,
+    *,
+    eval_dataset_name: str | None = None,
+    eval_share: float = 0.1,
+    seed: int = 0,
+    mini_wiki_seed: int = 0,
+    system_prompt: str = SYSTEM_PROMPT,
+) -> HotpotQAData:
+    """
+    Make the training rows, the evaluation rows and the retriever of a data set.
+
+    The evaluation rows are the validation split of the mini wiki or of a hub data set. A local file has one split: its
+    rows are dealt by `seed`, `eval_share` of them for evaluation, unless `eval_dataset_name` names other rows.
+
+    Args:
+        dataset_name (`str`, *optional*, defaults to `"mini_wiki"`):
+            `"mini_wiki"`, a local `.json`, `.jsonl` or `.parquet` file, or a name on the hub.
+        eval_dataset_name (`str`, *optional*):
+            Where the evaluation rows come from, if from elsewhere; named as `dataset_name`.
+        eval_share (`float`, *optional*, defaults to `0.1`):
+            Share of a local file that is kept for evaluation, at least one row; between 0 and 1.
+        seed (`int`, *optional*, defaults to `0`):
+            Which rows of a local file are kept for evaluation.
+        mini_wiki_seed (`int`, *optional*, defaults to `0`):
+            Which mini wiki it is.
+        system_prompt (`str`, *optional*):
+            First message of every prompt; empty for none.
+
+    Returns:
+        [`HotpotQAData`]: `(train_dataset, eval_dataset, retriever)`.
+
+    Example:
+    ```python
+    >>> train_dataset, eval_dataset, retriever = hotpotqa_dataset("mini_wiki")
+    >>> train_dataset[0]["prompt"][0]
+    {'role': 'system', 'content': 'Search the wiki step by step, then answer.'}
+    ```
+    """
+    train = load_rows(dataset_name, "train", mini_wiki_seed=mini_wiki_seed)
+    passages = dict.fromkeys(make_corpus(train.select_columns("context")))
+    train = _with_prompts(train, system_prompt)
+    if eval_dataset_name is None and _is_file(dataset_name):
+        train, evaluation = _split_rows(train, eval_share, seed, dataset_name)
+    else:
+        evaluation = load_rows(eval_dataset_name or dataset_name, "validation", mini_wiki_seed=mini_wiki_seed)
+        passages |= dict.fromkeys(make_corpus(evaluation.select_columns("context")))
+        evaluation = _with_prompts(evaluation, system_prompt)
+    if MINI_WIKI in (dataset_name, eval_dataset_name):  # its questions name only some of its passages
+        passages |= dict.fromkeys(make_mini_wiki(mini_wiki_seed).passages)
+    return HotpotQAData(train, evaluation, BM25Retriever(passages))
+
+
+def load_rows(dataset_name: str, split: str, *, mini_wiki_seed: int = 0) -> Dataset:
+    """
+    Load rows in the schema of `hotpotqa/hotpot_qa` (distractor) and check them.
+
+    Args:
+        dataset_name (`str`):
+            `"mini_wiki"`, a local `.json`, `.jsonl` or `.parquet` file, or a name on the hub.
+        split (`str`):
+            `"train"` or `"validation"`. A local file is one split: all its rows are returned for either.
+        mini_wiki_seed (`int`, *optional*, defaults to `0`):
+            Which mini wiki it is.
+
+    Returns:
+        `datasets.Dataset`: At least the columns `id`, `question`, `answer` and `context`.
+    """
+    from datasets import Dataset
+
+    if split not in ("train", "validation"):
+        raise ConfigurationError(f"split is {split!r}; HotpotQA has the splits 'train' and 'validation'")
+    if dataset_name == MINI_WIKI:
+        wiki = make_mini_wiki(mini_wiki_seed)
+        return Dataset.from_list(wiki.train if split == "train" else wiki.validation)
+    if not _is_file(dataset_name):
+        rows = _load_from_hub(dataset_name, split)
+        check_rows(rows, f"{dataset_name} ({split})")
+        return rows
+    records = list(_read_file(Path(dataset_name)))
+    check_rows(records, dataset_name)
+    try:
+        return Dataset.from_list(records)
+    except Exception as error:  # pyarrow's errors have no common root, and each means a column of mixed types
+        raise DataError(f"{dataset_name}: a column holds values of different types: {error}") from error
+
+
+def make_corpus(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
+    """
+    Collect every distinct paragraph of the rows' contexts.
+
+    Args:
+        rows (`Iterable[Mapping[str, Any]]`):
+            Rows with `context`: its `title` and `sentences`, a list of sentences for each title.
+
+    Returns:
+        `list[Passage]`: In the order in which they first occur, their sentences joined.
+    """
+    passages: dict[Passage, None] = {}
+    for row in rows:
+        for title, sentences in zip(row["context"]["title"], row["context"]["sentences"], strict=True):
+            passages.setdefault(Passage(title, "".join(sentences).strip()))
+    return list(passages)
+
+
+def check_rows(rows: Iterable[Mapping[str, Any]], source: str) -> None:
+    """
+    Raise a `DataError` for the first row that cannot be trained on.
+
+    Args:
+        rows (`Iterable[Mapping[str, Any]]`):
+            Rows in the schema of `hotpotqa/hotpot_qa`.
+        source (`str`):
+            What the message calls them: a file, or a data set's name.
+    """
+    first_row_of_id: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        where = f"{source}, row {i}"
+        _check_row(row, where)
+        first = first_row_of_id.setdefault(row["id"], i)
+        if first != i:
+            raise DataError(f"{where}: the id {row['id']!r} is that of row {first} already; ids have to be unique")
+    if not first_row_of_id:
+        raise DataError(f"{source}: there are no rows")
+
+
+def _check_row(row: Any, where: str) -> None:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: a row has to be an object with named columns, not {row!r:.80}")
+    for column in ("id", "question", "answer", "context"):
+        if column not in row:
+            raise DataError(
+                f"{where}: the column {column!r} is missing (there are {', '.join(map(str, row)) or 'none'}); rows "
+                f"have to be in the schema of {_HOTPOTQA} on the hub, which differs from that of the original files"
+            )
+    for column in ("id", "question", "answer"):
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise DataError(f"{where}: the column {column!r} has to hold text, not {row[column]!r:.80}")
+    _check_context(row["context"], where)
+
+
+def _check_context(context: Any, where: str) -> None:
+    if not isinstance(context, Mapping) or not {"title", "sentences"} <= context.keys():
+        raise DataError(f"{where}: `context` has to hold the lists 'title' and 'sentences', not {context!r:.80}")
+    titles, paragraphs = context["title"], context["sentences"]
+    if not _is_list_of(titles, str) or not _is_list_of(paragraphs, list) or len(titles) != len(paragraphs):
+        raise DataError(
+            f"{where}: `context` has to hold a list of titles and, for each, a list of sentences; "
+            f"title is {titles!r:.80}, sentences is {paragraphs!r:.80}"
+        )
+    if not titles:
+        raise DataError(f"{where}: `context` is empty; there would be nothing to search")
+    for title, sentences in zip(titles, paragraphs, strict=True):
+        if not _is_list_of(sentences, str):
+            raise DataError(f"{where}: the sentences of {title!r} have to be a list of texts, not {sentences!r:.80}")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _is_file(dataset_name: str) -> bool:
+    return Path(dataset_name).suffix.lower() in _FILE_SUFFIXES or Path(dataset_name).is_file()
+
+
+def _read_file(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; for the built-in questions use {MINI_WIKI!r}")
+    suffix = path.suffix.lower()
+    if suffix not in _FILE_SUFFIXES:
+        raise DataError(f"{path}: rows are read from {', '.join(_FILE_SUFFIXES)} files, not from {suffix!r}")
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    return _read_json(path) if suffix == ".json" else _read_json_lines(path)
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also a UnicodeDecodeError
+        raise DataError(f"{path}: this is not JSON: {error}; a file of one object a line is called .jsonl") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: a .json file has to hold a list of rows, not {rows!r:.80}")
+    return iter(rows)
+
+
+def _read_json_lines(path: Path) -> Iterator[Any]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: this is not JSON: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return iter(pyarrow.parquet.read_table(path).to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: this is not a Parquet file: {error}") from error
+
+
+def _load_from_hub(dataset_name: str, split: str) -> Dataset:
+    from datasets import load_dataset
+
+    config = "distractor" if dataset_name == _HOTPOTQA else None
+    try:
+        return load_dataset(dataset_name, config, split=split)
+    except (OSError, ValueError) as error:  # not found, no connection, no such split
+        raise DataError(
+            f"{dataset_name}: the split {split!r} could not be loaded from the hub: {error}. Without a connection use "
+            f"{MINI_WIKI!r} or a local {', '.join(_FILE_SUFFIXES)} file"
+        ) from error
+
+
+def _split_rows(rows: Dataset, eval_share: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
+    """Training and evaluation rows. Dealt, because files are often sorted; each side stays in the file's order."""
+    if not 0 < eval_share < 1:
+        raise ConfigurationError(f"eval_share is {eval_share}; it has to be between 0 and 1, both excluded")
+    if len(rows) < 2:
+        raise DataError(f"{source}: one row cannot be split; add rows, or name an `eval_dataset_name`")
+    order = list(range(len(rows)))
+    Random(seed).shuffle(order)
+    num_eval = min(max(1, round(len(rows) * eval_share)), len(rows) - 1)
+    return rows.select(sorted(order[:-num_eval])), rows.select(sorted(order[-num_eval:]))
+
+
+def _with_prompts(rows: Dataset, system_prompt: str) -> Dataset:
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    prompts = [[*system, {"role": "user", "content": question}] for question in rows["question"][:]]
+    # The context stays behind: an environment gets every column of its row, and the corpus has the paragraphs.
+    return rows.remove_columns("context").add_column("prompt", prompts)

@@ -1,0 +1,75 @@
+"""How HotpotQA scores an answer: exact match and token F1 after a normalization, as its official evaluation does."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CLOSED_ANSWERS = ("yes", "no", "noanswer")
+
+
+def normalize_answer(text: str) -> str:
+    """
+    Lower case, without ASCII punctuation, without the articles a, an and the, and with single spaces.
+
+    Args:
+        text (`str`):
+            An answer as it was written.
+
+    Returns:
+        `str`: What is compared; it may be empty.
+
+    Example:
+    ```python
+    >>> normalize_answer("The  Grapes of Wrath!")
+    'grapes of wrath'
+    ```
+    """
+    bare = text.lower().translate(_WITHOUT_PUNCTUATION)
+    return " ".join(_ARTICLE.sub(" ", bare).split())
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """
+    Whether both answers are the same after [`normalize_answer`].
+
+    Args:
+        prediction (`str`):
+            The given answer.
+        answer (`str`):
+            The right answer.
+
+    Returns:
+        `float`: 1.0 or 0.0.
+    """
+    return float(normalize_answer(prediction) == normalize_answer(answer))
+
+
+def f1(prediction: str, answer: str) -> float:
+    """
+    Harmonic mean of the precision and the recall of the words, counted with their multiplicity.
+
+    Yes, no and noanswer are right or wrong as a whole: where either side is one of them and the other side differs,
+    the score is 0, and so it is where no word is shared (two empty answers included).
+
+    Args:
+        prediction (`str`):
+            The given answer.
+        answer (`str`):
+            The right answer.
+
+    Returns:
+        `float`: Between 0.0 and 1.0.
+    """
+    given, right = normalize_answer(prediction), normalize_answer(answer)
+    if given != right and (given in _CLOSED_ANSWERS or right in _CLOSED_ANSWERS):
+        return 0.0
+    given_words, right_words = given.split(), right.split()
+    num_shared = (Counter(given_words) & Counter(right_words)).total()
+    if num_shared == 0:
+        return 0.0
+    precision, recall = num_shared / len(given_words), num_shared / len(right_words)
+    return 2 * precision * recall / (precision + recall)

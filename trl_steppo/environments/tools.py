@@ -1,0 +1,527 @@
+"""Plays the environments that users write: classes with tools, classes with `step(response)`, and plain functions.
+
+What the model gets wrong never raises: it becomes an observation that the model can read, and a counter. What the
+environment gets wrong raises, and costs its own episode only. Sync code runs in daemon threads, because a call that
+hangs must occupy no pool, hold up no other episode and not keep the interpreter from exiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import numbers
+import queue
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any, TypeVar
+
+from ..errors import ConfigurationError
+from .base import RESERVED_NAMES, Message, Outcome, Playable, Response
+
+T = TypeVar("T")
+Tool = Callable[..., Any]
+JsonSchema = dict[str, Any]
+
+MISTAKES = ("malformed_tool_calls", "unknown_tools", "wrong_arguments", "tool_errors", "tool_timeouts")
+"""Counters of what went wrong in an episode, beside `tool_calls`, which counts every call that could be read."""
+
+
+def make_playable(
+    environment: Any = None,
+    tools: Sequence[Tool] = (),
+    *,
+    tool_timeout_s: float | None = 60.0,
+    environment_timeout_s: float | None = None,
+) -> Playable:
+    """
+    Make what a user wrote playable.
+
+    Args:
+        environment (`Any`, *optional*):
+            One instance, for one episode. With `step(response)` it takes the whole response; without, its public
+            methods are tools. `None`: only `tools`, and without those an episode is a single step.
+        tools (`Sequence[Callable]`, *optional*):
+            Functions beside the environment, sync or async, shared by all episodes.
+        tool_timeout_s (`float`, *optional*, defaults to `60.0`):
+            Time limit of one tool call; `None`: none.
+        environment_timeout_s (`float`, *optional*):
+            Time limit of each of the environment's other calls (`reset`, `step`, `get_reward`, ...); `None`:
+            `tool_timeout_s`.
+
+    Raises:
+        ConfigurationError: the environment has no `reset`; a tool has no docstring or no type hints; two tools share a
+            name; or there are tools beside a `step(response)`, which takes the whole response.
+    """
+    limit_s = tool_timeout_s if environment_timeout_s is None else environment_timeout_s
+    if environment is not None and not callable(getattr(environment, "reset", None)):
+        raise ConfigurationError(f"{_class_name(environment)} has no method `reset(**row)`, which every episode calls")
+    if environment is not None and callable(getattr(environment, "step", None)):
+        _refuse_tools_beside_step(environment, tools)
+        return ResponsePlayable(environment, environment_timeout_s=limit_s)
+    return ToolPlayable(environment, tools, tool_timeout_s=tool_timeout_s, environment_timeout_s=limit_s)
+
+
+def _refuse_tools_beside_step(environment: Any, tools: Sequence[Tool]) -> None:
+    extra = [*_public_methods(environment), *(_tool_name(tool) for tool in tools)]
+    if extra:
+        raise ConfigurationError(
+            f"{_class_name(environment)} defines `step(response)`, which takes the whole response, and the tools "
+            f"{', '.join(f'`{name}`' for name in extra)}, which would never be called; remove `step`, or begin the "
+            "others' names with an underscore"
+        )
+
+
+class _EnvironmentCalls:
+    """What both forms have in common: an environment's methods under a time limit, in a thread of its own."""
+
+    def __init__(self, environment: Any, timeout_s: float | None) -> None:
+        self._environment = environment
+        self._timeout_s = timeout_s
+        self._thread = DaemonThread(_class_name(environment))
+        self._scores: dict[str, float] = {}
+
+    async def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call the environment's method `name`."""
+        method = getattr(self._environment, name)
+        return await call(method, args, kwargs, thread=self._thread, timeout_s=self._timeout_s, what=f"{name}()")
+
+    def _defines(self, name: str) -> bool:
+        return callable(getattr(self._environment, name, None))
+
+    async def reset(self, row: Mapping[str, Any]) -> str | None:
+        """Start an episode. Raises what the environment raises."""
+        if self._environment is None:
+            return None
+        extra = await self._call("reset", **row)
+        if extra is not None and not isinstance(extra, str):
+            raise TypeError(f"reset() returned {type(extra).__name__}; it returns text for the prompt, or None")
+        return extra
+
+    async def get_reward(self) -> float:
+        """The reward at the end; 0.0 without a `get_reward`. Reads the environment's scores, too."""
+        reward = _finite(await self._call("get_reward"), "get_reward()") if self._defines("get_reward") else 0.0
+        if self._defines("metrics"):
+            scores = await self._call("metrics")
+            self._scores = {name: _finite(score, f"metrics()[{name!r}]") for name, score in scores.items()}
+        return reward
+
+    def metrics(self) -> Mapping[str, float]:
+        """The environment's own scores, as it gave them after `get_reward`."""
+        return self._scores
+
+    async def close(self) -> None:
+        """Close the environment and end its thread."""
+        try:
+            if self._defines("close"):
+                await self._call("close")
+        finally:
+            self._thread.end()
+
+    async def _state_key(self) -> Any:
+        return await self._call("state_key") if self._defines("state_key") else None
+
+
+class ResponsePlayable(_EnvironmentCalls):
+    """
+    An environment that takes the whole response as its action.
+
+    Args:
+        environment ([`Environment`]):
+            One instance, for one episode.
+        environment_timeout_s (`float`, *optional*):
+            Time limit of each of its calls; `None`: none.
+    """
+
+    tools: Sequence[Any] = ()
+
+    def __init__(self, environment: Any, *, environment_timeout_s: float | None = None) -> None:
+        super().__init__(environment, environment_timeout_s)
+
+    async def step(self, response: Response) -> Outcome:
+        """Let the environment answer. Raises what it raises, and a `TypeError` for an answer of another form."""
+        state_key = await self._state_key()
+        answer = await self._call("step", response.text)
+        if not isinstance(answer, tuple) or len(answer) != 3:
+            raise TypeError(f"step() returned {answer!r:.100}; it returns (observation, reward, done)")
+        observation, reward, done = answer
+        if not isinstance(observation, str | list):
+            raise TypeError(f"step() returned an observation of type {type(observation).__name__}; text or messages")
+        return Outcome(observation, _finite(reward, "step()'s reward"), bool(done), state_key)
+
+
+class ToolPlayable(_EnvironmentCalls):
+    """
+    An environment whose public methods are tools, plain functions as tools, or both.
+
+    An episode ends with the first response that calls no tool, or when the environment's `done` becomes true. Without
+    any tool that is the first response.
+
+    Args:
+        environment ([`ToolEnvironment`], *optional*):
+            One instance, for one episode.
+        tools (`Sequence[Callable]`, *optional*):
+            Functions beside it, shared by all episodes: calls of them may overlap.
+        tool_timeout_s (`float`, *optional*):
+            Time limit of one tool call; `None`: none.
+        environment_timeout_s (`float`, *optional*):
+            Time limit of each of the environment's other calls; `None`: none.
+
+    Raises:
+        ConfigurationError: a tool has no docstring or no type hints, or two tools share a name.
+    """
+
+    def __init__(
+        self,
+        environment: Any = None,
+        tools: Sequence[Tool] = (),
+        *,
+        tool_timeout_s: float | None = None,
+        environment_timeout_s: float | None = None,
+    ) -> None:
+        super().__init__(environment, environment_timeout_s)
+        self._tool_timeout_s = tool_timeout_s
+        self._methods = {} if environment is None else _public_methods(environment)
+        self._functions = _by_name(tools, taken=self._methods)
+        self._schemas = {name: _schema(name, tool) for name, tool in {**self._methods, **self._functions}.items()}
+        self.tools: Sequence[Any] = list(self._schemas.values())
+
+    async def step(self, response: Response) -> Outcome:
+        """Call the tools that the response asks for. Raises only what `done`, `step_reward` or `state_key` raise."""
+        state_key = await self._state_key()
+        calls = [tool_call["function"] for tool_call in response.message.get("tool_calls") or ()]
+        counts = Counter(dict.fromkeys(("tool_calls", *MISTAKES), 0))
+        counts.update(tool_calls=len(calls), malformed_tool_calls=len(response.malformed))
+        calls, malformed = (calls, response.malformed) if self.tools else ([], ())
+        answers = await asyncio.gather(*(self._answer(one["name"], one["arguments"], counts) for one in calls))
+        observation = [_message(one["name"], answer) for one, answer in zip(calls, answers, strict=True)]
+        observation += [_message("error", f"Error: malformed tool call: {reason}") for reason in malformed]
+        done = await self._is_done() or not observation
+        return Outcome(observation, await self._step_reward(), done, state_key, dict(counts))
+
+    async def _answer(self, name: str, arguments: Mapping[str, Any], counts: Counter[str]) -> str:
+        """The tool's result, or what the model did wrong."""
+        tool = self._methods.get(name) or self._functions.get(name)
+        if tool is None:
+            counts["unknown_tools"] += 1
+            return f"Error: unknown tool {name!r}; available: {', '.join(self._schemas)}"
+        problem = _wrong_arguments(tool, self._schemas[name], arguments)
+        if problem is not None:
+            counts["wrong_arguments"] += 1
+            return f"Error: wrong arguments for {name}: {problem}; expected {_usage(self._schemas[name])}"
+        try:
+            return str(await self._run(name, tool, arguments))
+        except CallTimeoutError:
+            counts["tool_timeouts"] += 1
+            return f"Error: {name} took longer than {self._tool_timeout_s:g} s and was given up"
+        except Exception as error:
+            counts["tool_errors"] += 1
+            return f"Error: {name} failed: {type(error).__name__}: {error}"
+
+    async def _run(self, name: str, tool: Tool, arguments: Mapping[str, Any]) -> Any:
+        # Functions share no state with the environment: each call of one has a thread to itself.
+        thread = self._thread if name in self._methods else DaemonThread(name)
+        try:
+            return await call(tool, (), arguments, thread=thread, timeout_s=self._tool_timeout_s, what=name)
+        finally:
+            if thread is not self._thread:
+                thread.end()
+
+    async def _is_done(self) -> bool:
+        if self._environment is None:
+            return False
+        return bool(await self._call("done") if self._defines("done") else getattr(self._environment, "done", False))
+
+    async def _step_reward(self) -> float:
+        return _finite(await self._call("step_reward"), "step_reward()") if self._defines("step_reward") else 0.0
+
+
+def _message(name: str, content: str) -> Message:
+    return {"role": "tool", "name": name, "content": content}
+
+
+def _finite(value: Any, what: str) -> float:
+    """A reward as a float; a `ValueError` for anything that is not a finite number."""
+    if not isinstance(value, numbers.Number) and not hasattr(value, "item"):  # NumPy and torch scalars have `item`
+        raise ValueError(f"{what} is {value!r:.100}; it must be a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{what} is {number}; it must be finite")
+    return number
+
+
+# -- finding the tools and checking calls of them ---------------------------------------------------------------------
+
+
+def _class_name(environment: Any) -> str:
+    return type(environment).__name__
+
+
+def _tool_name(tool: Tool) -> str:
+    name = getattr(tool, "__name__", None)
+    if name is None:
+        raise ConfigurationError(f"the tool {tool!r} has no `__name__` to be called by; wrap it in a function")
+    return name
+
+
+_COMPUTED = (property, cached_property)
+
+
+def _public_methods(environment: Any) -> dict[str, Tool]:
+    """An environment's tools by name: its bound methods, as in TRL. Properties are not evaluated."""
+    names = [name for name in dir(environment) if not name.startswith("_") and name not in RESERVED_NAMES]
+    plain = [name for name in names if not isinstance(inspect.getattr_static(environment, name), _COMPUTED)]
+    members = {name: getattr(environment, name) for name in plain}
+    return {name: member for name, member in members.items() if inspect.ismethod(member)}
+
+
+def _by_name(tools: Sequence[Tool], *, taken: Mapping[str, Tool]) -> dict[str, Tool]:
+    functions: dict[str, Tool] = {}
+    for tool in tools:
+        name = _tool_name(tool)
+        if name in functions or name in taken:
+            raise ConfigurationError(f"two tools are named `{name}`; the model could not tell them apart")
+        functions[name] = tool
+    return functions
+
+
+_schemas: weakref.WeakKeyDictionary[Any, JsonSchema] = weakref.WeakKeyDictionary()
+"""Schemas by function: an environment is made for every episode, its docstrings are read once."""
+
+
+def _schema(name: str, tool: Tool) -> JsonSchema:
+    from transformers.utils import get_json_schema
+
+    function = getattr(tool, "__func__", tool)
+    try:
+        if function not in _schemas:
+            _schemas[function] = get_json_schema(tool)
+        return _schemas[function]
+    except Exception as error:
+        raise ConfigurationError(
+            f"the tool `{getattr(function, '__qualname__', name)}` needs type hints and a docstring that describes "
+            f"every argument: {error} (not meant for the model? begin its name with an underscore)"
+        ) from error
+
+
+def _wrong_arguments(tool: Tool, schema: JsonSchema, arguments: Mapping[str, Any]) -> str | None:
+    signature = inspect.signature(tool)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        return str(error)
+    properties = schema["function"]["parameters"]["properties"]
+    for name, value in arguments.items():
+        expected = properties.get(name, {})
+        left_out = value is None and name in signature.parameters and signature.parameters[name].default is None
+        if not left_out and not _fits(value, expected):
+            return f"{name!r} must be {_describe(expected)}, not {_JSON_NAMES.get(type(value), type(value).__name__)}"
+    return None
+
+
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list, tuple),
+    "object": (dict,),
+    "null": (type(None),),
+}
+_JSON_NAMES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    list: "array",
+    dict: "object",
+    type(None): "null",
+}
+
+
+def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a JSON value fits the schema, as far as types and choices go."""
+    if value is None and schema.get("nullable"):
+        return True
+    if "anyOf" in schema:
+        return any(_fits(value, option) for option in schema["anyOf"])
+    if "enum" in schema:
+        return value in schema["enum"]
+    names = schema.get("type", ())
+    names = (names,) if isinstance(names, str) else names
+    if names and not any(_is_a(value, name) for name in names):
+        return False
+    items = schema.get("items")
+    return not (isinstance(value, list) and isinstance(items, Mapping)) or all(_fits(item, items) for item in value)
+
+
+def _is_a(value: Any, name: str) -> bool:
+    # In Python a bool is an int; in JSON `true` is no number.
+    return isinstance(value, _JSON_TYPES.get(name, (object,))) and (name == "boolean" or not isinstance(value, bool))
+
+
+def _describe(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        return f"one of {schema['enum']}"
+    if "anyOf" in schema:
+        return " or ".join(_describe(option) for option in schema["anyOf"])
+    names = schema.get("type", "any")
+    text = names if isinstance(names, str) else " or ".join(names)
+    return f"{text} of {_describe(schema['items'])}" if text == "array" and schema.get("items") else text
+
+
+def _usage(schema: JsonSchema) -> str:
+    """How a tool is called: `search(query: string, k?: integer)`."""
+    function = schema["function"]
+    required = function["parameters"].get("required", ())
+    arguments = [
+        f"{name}{'' if name in required else '?'}: {_describe(argument)}"
+        for name, argument in function["parameters"]["properties"].items()
+    ]
+    return f"{function['name']}({', '.join(arguments)})"
+
+
+# -- calls that may hang ----------------------------------------------------------------------------------------------
+
+
+class CallTimeoutError(TimeoutError):
+    """`what` was given up at our time limit `timeout_s`; a call that times out by itself raises something else."""
+
+    def __init__(self, what: str, timeout_s: float) -> None:
+        super().__init__(f"{what} took longer than {timeout_s:g} s")
+        self.what = what
+
+
+async def call(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    thread: DaemonThread,
+    timeout_s: float | None,
+    what: str,
+) -> Any:
+    """
+    Call a function that someone else wrote: a coroutine function on the event loop, any other in `thread`.
+
+    Raises:
+        CallTimeoutError: it took longer than `timeout_s`.
+    """
+    if inspect.iscoroutinefunction(function):
+        return await within(function(*args, **kwargs), timeout_s, what)
+    result = await thread.run(lambda: function(*args, **kwargs), timeout_s, what)
+    return await within(result, timeout_s, what) if inspect.isawaitable(result) else result
+
+
+async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str) -> T:
+    """
+    Wait for `awaitable`, at most `timeout_s`. Unlike `asyncio.wait_for`, it does not wait for the cancelled one to
+    end, which code that swallows cancellation never does.
+
+    Raises:
+        CallTimeoutError: it took longer than `timeout_s`.
+    """
+    if timeout_s is None:
+        return await awaitable
+    task = asyncio.ensure_future(awaitable)
+    try:
+        await asyncio.wait({task}, timeout=timeout_s)
+        if not task.done():
+            raise CallTimeoutError(what, timeout_s)
+        if task.cancelled():
+            raise RuntimeError(f"{what} was cancelled from inside")
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            task.add_done_callback(_forget)
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    """Look at the outcome of a task that was given up, so that asyncio does not report it as never looked at."""
+    if not task.cancelled():
+        task.exception()
+
+
+class DaemonThread:
+    """
+    Runs sync calls one after another, all in one thread, which starts with the first call.
+
+    Environments were written for one thread: their state is not locked, and some of what they hold (an SQLite
+    connection, for one) refuses any other. A call that is given up keeps its thread to itself; the next call gets a
+    new one.
+
+    Args:
+        name (`str`):
+            Shown in thread dumps.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] | None = None
+        self._turn: asyncio.Lock | None = None
+
+    async def run(self, function: Callable[[], T], timeout_s: float | None, what: str) -> T:
+        """
+        Run `function` when the calls before it are done; the time limit counts from then.
+
+        Raises:
+            CallTimeoutError: it took longer than `timeout_s`.
+        """
+        if self._turn is None:
+            self._turn = asyncio.Lock()
+        async with self._turn:
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[T] = loop.create_future()
+            try:
+                self._start().put(lambda: _run_job(function, future, loop))
+                return await within(future, timeout_s, what)
+            finally:
+                if future.cancelled():  # given up: whoever comes next must not queue behind it
+                    self.end()
+
+    def end(self) -> None:
+        """Let the thread end after what it is running. A later call starts a new one."""
+        if self._jobs is not None:
+            self._jobs.put(None)
+            self._jobs = None
+
+    def _start(self) -> queue.SimpleQueue[Callable[[], None] | None]:
+        if self._jobs is None:
+            self._jobs = queue.SimpleQueue()
+            # Neither the thread nor the finalizer holds `self`, so that a forgotten one ends by itself.
+            weakref.finalize(self, self._jobs.put, None).atexit = False
+            threading.Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True).start()
+        return self._jobs
+
+
+def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # it holds the environment, and the next one may never come
+
+
+def _run_job(function: Callable[[], T], future: asyncio.Future[T], loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        result = function()
+    except Exception as error:
+        _deliver(loop, future, lambda error=error: future.set_exception(_raisable(error)))  # type: ignore[misc]
+    except BaseException as error:  # `exit()` in a tool ends neither this thread nor the run
+        wrapped = RuntimeError(f"{type(error).__name__}: {error}")
+        _deliver(loop, future, lambda: future.set_exception(wrapped))
+    else:
+        _deliver(loop, future, lambda: future.set_result(result))
+
+
+def _raisable(error: Exception) -> Exception:
+    # A future refuses StopIteration, which means something else to the coroutine that would receive it.
+    return RuntimeError(f"StopIteration: {error}") if isinstance(error, StopIteration) else error
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], deliver: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop is closed: the rollout ended long ago
+        loop.call_soon_threadsafe(lambda: None if future.done() else deliver())

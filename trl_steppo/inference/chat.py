@@ -1,0 +1,490 @@
+"""Messages <-> token ids. A conversation only ever grows: what was sampled is never rendered or tokenized again.
+
+```
+prompt ids      = render(messages)                                       the whole template, once per episode
+next prompt ids = prompt ids + response ids + close(response ids) + append(observation messages)
+```
+
+`append` renders the new messages behind a two-message dummy conversation and keeps what follows the dummy's end of
+turn, so its cost does not depend on how long the history is. That is only right for templates that render earlier
+messages the same way whatever follows them; construction checks it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any
+
+from ..errors import ChatTemplateError
+
+Message = dict[str, Any]
+
+_PROBE = "probe_7d1f"  # appears in no template, so that its position in a rendering is known
+_USER: Message = {"role": "user", "content": "dummy"}
+_THOUGHT = f"<think>\nthought\n</think>\n\n{_PROBE}"  # templates that drop earlier thinking have to be found out
+_FOLLOW_UP: dict[str, Message] = {
+    "user": {"role": "user", "content": _PROBE},
+    "tool": {"role": "tool", "name": _PROBE, "content": _PROBE},
+}
+_LEAVES_OUT = {"user": "leaves out what was said", "tool": "leaves out tool calls or the tools' answers"}
+
+
+def _tool_call(name: str, arguments: Mapping[str, Any]) -> Message:
+    return {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+
+
+def _reply(kind: str, name: str = _PROBE, content: str = "dummy") -> Message:
+    """A dummy assistant turn of the kind that messages of role `kind` answer."""
+    if kind == "tool":
+        return {"role": "assistant", "content": "", "tool_calls": [_tool_call(name, {})]}
+    return {"role": "assistant", "content": content}
+
+
+@dataclass(frozen=True)
+class ParsedResponse:
+    """
+    One response, read as a message.
+
+    Args:
+        message (`dict`):
+            `role`, `content`; `tool_calls` where there are any, and `reasoning_content` where the response thought.
+        malformed (`tuple[str, ...]`):
+            For each tool call that cannot be read: why, in words that the model can act on.
+    """
+
+    message: Message
+    malformed: tuple[str, ...] = ()
+
+
+class ChatFormat:
+    """
+    A tokenizer's chat template, used append-only.
+
+    A template that renders earlier messages differently when later ones follow (Qwen3 drops earlier thinking) is
+    replaced by TRL's training variant of it; the tokenizer itself is left as it is.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with a chat template.
+        tools (`Sequence[Callable | dict]`, *optional*):
+            Tools to show in the prompt: functions with type hints and a docstring, or JSON schemas.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+            Passed on to the template, e.g. `{"enable_thinking": False}`.
+        multi_turn (`bool`, *optional*, defaults to `True`):
+            Whether anything will be appended. `False` takes any template that ends an assistant turn.
+
+    Raises:
+        ChatTemplateError: the tokenizer has no chat template; the template cannot be appended to and TRL has no
+            training variant; it does not end an assistant turn with a token of its own; or `tools` are given and it
+            cannot render them, or nobody knows how to parse its tool calls.
+
+    Example:
+    ```python
+    >>> chat = ChatFormat(tokenizer)
+    >>> prompt_ids = chat.render([{"role": "user", "content": "What is 2 + 2?"}])
+    >>> next_prompt_ids = prompt_ids + response_ids + chat.append([{"role": "user", "content": "Are you sure?"}])
+    ```
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        tools: Sequence[Callable[..., Any] | dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        multi_turn: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._multi_turn = multi_turn or bool(tools)
+        self.tools = [tool if isinstance(tool, dict) else _json_schema(tool) for tool in tools or ()]
+        self._template_kwargs = dict(chat_template_kwargs or {})
+        self._added_ids = frozenset(tokenizer.get_added_vocab().values()) | frozenset(tokenizer.all_special_ids)
+        self._hidden_ids = self._find_hidden_ids()
+        self.template = self._choose_template()
+        kinds = ("user", "tool") if self.tools else ("user",)
+        ends = [self._find_end_of_turn(self.template, kind) for kind in kinds]
+        self.end_of_turn_id: int = ends[0]
+        """The token that ends an assistant turn; not always the tokenizer's `eos_token_id`."""
+        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
+        """`end_of_turn_id`, and the token that ends a turn of tool calls where it is another."""
+        self._opens_thinking = self._text([_USER], generation_prompt=True).rstrip().endswith("<think>")
+        self._head = lru_cache(maxsize=256)(self._render_head)  # keyed by tool names, which the model may invent
+        self._writes_hermes = self._round_trips_hermes()
+        self._parser = None if self._writes_hermes else self._find_parser()
+
+    # -- messages -> ids ----------------------------------------------------------------------------------------------
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt for a conversation: tools first, generation prompt last."""
+        return self._encode(self._text(messages, tools=self.tools, generation_prompt=True))
+
+    def prepare(self, prompt: str | Sequence[Message], extra: str | None = None) -> list[int]:
+        """
+        The first prompt of an episode.
+
+        Args:
+            prompt (`str` or `Sequence[dict]`):
+                Plain text, or messages.
+            extra (`str`, *optional*):
+                What the environment's `reset` returned: goes to the end of the last user message (of the text), as
+                in TRL without a separator.
+        """
+        if isinstance(prompt, str):
+            return self.encode_text(prompt + (extra or ""))
+        return self.render(_extended(prompt, extra) if extra else prompt)
+
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of plain text, tokenized as the tokenizer does by itself (with a BOS where it adds one)."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def append(self, observation_messages: Sequence[Message], *, tool_call_names: Sequence[str] = ()) -> list[int]:
+        """
+        The ids that follow a finished assistant turn, that is, its end-of-turn token: whatever the template puts
+        between turns, the new messages, the generation prompt.
+
+        Args:
+            observation_messages (`Sequence[dict]`):
+                The environment's answer, of role `tool` or `user`.
+            tool_call_names (`Sequence[str]`, *optional*):
+                Names of the tools that the turn called; some templates repeat them in the answer's header.
+
+        Raises:
+            ChatTemplateError: the template renders the turn before these messages differently because of them.
+        """
+        messages = list(observation_messages)
+        kind = "tool" if messages and messages[0].get("role") == "tool" else "user"
+        # One call is enough for the header, and some templates refuse several in one turn.
+        name = tool_call_names[0] if kind == "tool" and tool_call_names else _PROBE
+        dummy, head = self._head(kind, name)
+        text = self._text([*dummy, *messages], generation_prompt=True)
+        if not text.startswith(head):
+            raise ChatTemplateError(self._difference(head, text, f"{kind} messages"))
+        return self._encode_after_turn(text[len(head) :], kind)
+
+    def close(self, response_ids: Sequence[int]) -> list[int]:
+        """The end-of-turn token that a response cut by length lacks: context for what follows, not an action."""
+        return [] if len(response_ids) and response_ids[-1] in self.stop_token_ids else [self.end_of_turn_id]
+
+    # -- ids -> messages ----------------------------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens (those that frame a tool call stay)."""
+        visible = [token_id for token_id in ids if token_id not in self._hidden_ids]
+        return self._tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def parse(self, response_ids: Sequence[int], prompt_ids: Sequence[int] | None = None) -> ParsedResponse:
+        """
+        Read a response as a message.
+
+        Templates that write tool calls as `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes, Qwen2.5,
+        Qwen3) are read by [`parse_hermes`]: it runs once per step, is many times faster than a general parser, and
+        knows what is wrong with a call it cannot read. Any other form goes through `trl.chat_template_utils`, which
+        needs the tokenizer's `response_template` (or `response_schema`), or a template that TRL knows.
+
+        Args:
+            response_ids (`Sequence[int]`):
+                The sampled ids.
+            prompt_ids (`Sequence[int]`, *optional*):
+                What they continue; TRL's parsers look there for a turn that the prompt has already begun.
+        """
+        if self._parser is None:
+            return parse_hermes(self.decode(response_ids), opens_thinking=self._opens_thinking)
+        return self._parser(response_ids, prompt_ids)
+
+    # -- the template -------------------------------------------------------------------------------------------------
+
+    def _text(
+        self,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
+        template: str | None = None,
+    ) -> str:
+        return self._tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) or None,
+            chat_template=template or self.template,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+            **self._template_kwargs,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _encode_after_turn(self, text: str, kind: str) -> list[int]:
+        # The end-of-turn token goes in front and comes off again: some tokenizers treat the start of a text specially.
+        end_id = self.stop_token_ids[-1] if kind == "tool" else self.end_of_turn_id
+        ids = self._encode(self._token_text(end_id) + text)
+        assert ids[0] == end_id, "an end-of-turn token always stands alone"
+        return ids[1:]
+
+    def _token_text(self, token_id: int) -> str:
+        return self._tokenizer.convert_ids_to_tokens(token_id)
+
+    def _find_hidden_ids(self) -> frozenset[int]:
+        decoder = self._tokenizer.added_tokens_decoder
+        special = {token_id for token_id, token in decoder.items() if token.special}
+        framing = {token_id for token_id, token in decoder.items() if _is_framing(token.content)}
+        return frozenset((special | set(self._tokenizer.all_special_ids)) - framing)
+
+    def _choose_template(self) -> str:
+        if not self._tokenizer.chat_template:
+            raise ChatTemplateError(
+                f"the tokenizer {self._name()} has no chat template; set `tokenizer.chat_template`, or give rows with "
+                "`input_ids` instead of `prompt`"
+            )
+        template = self._tokenizer.get_chat_template(None, self.tools or None)
+        if not self._multi_turn:
+            return template
+        candidates = [candidate for candidate in (template, self._training_template()) if candidate is not None]
+        # Tools are answered by tool messages: better if user messages can follow as well, but they need not.
+        for kinds in (("tool", "user"), ("tool",)) if self.tools else (("user",),):
+            for candidate in candidates:
+                if not any(self._find_problem(candidate, kind) for kind in kinds):
+                    return candidate
+        problem = self._find_problem(template, "tool" if self.tools else "user")
+        raise ChatTemplateError(
+            f"the chat template of {self._name()} cannot be used for multi-turn training, and TRL has no training "
+            f"variant of it that can: {problem}. Set `tokenizer.chat_template` to one that renders each message the "
+            "same way whatever follows it"
+        )
+
+    def _training_template(self) -> str | None:
+        from trl.chat_template_utils import get_training_chat_template
+
+        try:
+            return get_training_chat_template(self._tokenizer)
+        except Exception:  # unknown to TRL, or it fails to render TRL's own probes
+            return None
+
+    def _find_problem(self, template: str, kind: str) -> str | None:
+        """Why messages of role `kind` cannot be appended with this template; `None` where they can."""
+        replies = [_reply(kind)] if kind == "tool" else [_reply(kind), _reply(kind, content=_THOUGHT)]
+        try:
+            return next(filter(None, (self._problem_after(template, reply, kind) for reply in replies)), None)
+        except ChatTemplateError as error:
+            return str(error).replace(f"the chat template of {self._name()}", "it")
+        except Exception as error:  # whatever jinja code raises
+            return f"it fails to render {kind} messages ({type(error).__name__}: {error})"
+
+    def _problem_after(self, template: str, reply: Message, kind: str) -> str | None:
+        head = self._cut_head(template, [_USER, reply], kind, self.tools)
+        messages = [_USER, reply, _FOLLOW_UP[kind]]
+        full = self._text(messages, generation_prompt=True, tools=self.tools, template=template)
+        if not full.startswith(head):
+            return self._difference(head, full, f"{kind} messages")
+        if _PROBE not in full[len(head) :] or (kind == "tool" and _PROBE not in head):
+            return f"it {_LEAVES_OUT[kind]}"
+        # `append` leaves the tools out of its dummy conversation; that must make no difference behind the turn.
+        bare_head = self._cut_head(template, [_USER, reply], kind, ())
+        bare_tail = self._text(messages, generation_prompt=True, template=template)[len(bare_head) :]
+        if full[len(head) :] != bare_tail:
+            return f"what it writes after a turn depends on the tools in the prompt: {bare_tail!r}"
+        return None
+
+    def _render_head(self, kind: str, name: str) -> tuple[list[Message], str]:
+        """A dummy conversation that messages of role `kind` can follow, and its text up to the end of the turn."""
+        dummy = [_USER, _reply(kind, name)]
+        return dummy, self._cut_head(self.template, dummy, kind, ())
+
+    def _cut_head(self, template: str, messages: Sequence[Message], kind: str, tools: Sequence[dict[str, Any]]) -> str:
+        text = self._text(messages, tools=tools, template=template)
+        end = self._token_text(self._find_end_of_turn(template, kind))
+        return text[: text.rindex(end) + len(end)]
+
+    def _find_end_of_turn(self, template: str, kind: str) -> int:
+        text = self._text([_USER, _reply(kind, content=_PROBE)], template=template)
+        if _PROBE not in text:
+            raise ChatTemplateError(f"the chat template of {self._name()} {_LEAVES_OUT[kind]}")
+        tail = self._encode(text[text.rindex(_PROBE) + len(_PROBE) :])
+        if kind == "user":  # some templates end the whole conversation with one more token
+            tail = self._kept_when_followed(template, tail)
+        ends = [token_id for token_id in tail if token_id in self._added_ids]
+        if not ends:
+            raise ChatTemplateError(
+                f"the chat template of {self._name()} does not end an assistant turn with a special token; it ends "
+                f"with {text[-40:]!r}, so a finished response could not be told from a cut one"
+            )
+        return ends[-1]
+
+    def _kept_when_followed(self, template: str, tail: list[int]) -> list[int]:
+        """What of the ids behind a reply is still there when a user message follows; all of it if nothing is."""
+        try:
+            text = self._text([_USER, _reply("user", content=_PROBE), _USER], template=template)
+        except Exception:  # a template for a single turn
+            return tail
+        followed = self._encode(text.partition(_PROBE)[2])
+        return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(tail, followed, strict=False))] or tail
+
+    def _difference(self, expected: str, found: str, what: str) -> str:
+        at = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), len(found))
+        start = max(0, at - 20)
+        return (
+            f"it renders an earlier turn differently when {what} follow: {expected[start : at + 60]!r} becomes "
+            f"{found[start : at + 60]!r}"
+        )
+
+    def _name(self) -> str:
+        return repr(self._tokenizer.name_or_path or type(self._tokenizer).__name__)
+
+    # -- parsers ------------------------------------------------------------------------------------------------------
+
+    def _round_trips_hermes(self) -> bool:
+        """Whether [`parse_hermes`] reads what the template writes; several forms share the `<tool_call>` marker."""
+        call = _tool_call(_PROBE, {"key": "value"})
+        try:
+            text = self._text([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        except Exception:  # a template without tool calls
+            return False
+        parsed = parse_hermes(text[text.find("dummy") :])
+        return parsed.message.get("tool_calls") == [call]
+
+    def _find_parser(self) -> Callable[[Sequence[int], Sequence[int] | None], ParsedResponse]:
+        from trl.chat_template_utils import add_response_schema
+
+        tokenizer = copy.copy(self._tokenizer)  # the schema is set on the copy, the user's tokenizer stays as it is
+        if not _has_response_format(tokenizer):
+            try:
+                add_response_schema(tokenizer)
+            except ValueError as error:
+                if self.tools:
+                    raise ChatTemplateError(
+                        f"the tool calls of the chat template of {self._name()} cannot be parsed: TRL does not know "
+                        "it. Set `tokenizer.response_template`, or use a template that writes "
+                        '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+                    ) from error
+                return lambda response_ids, prompt_ids: ParsedResponse(
+                    {"role": "assistant", "content": self.decode(response_ids)}
+                )
+        return lambda response_ids, prompt_ids: self._parse_with_trl(tokenizer, response_ids, prompt_ids)
+
+    def _parse_with_trl(
+        self, tokenizer: Any, response_ids: Sequence[int], prompt_ids: Sequence[int] | None
+    ) -> ParsedResponse:
+        from trl.chat_template_utils import parse_response
+
+        prefix = None if prompt_ids is None else list(prompt_ids)
+        message = {"role": "assistant", **parse_response(tokenizer, list(response_ids), prefix=prefix)}
+        calls, malformed = _sort_tool_calls(message.pop("tool_calls", None) or [])
+        if calls:
+            message["tool_calls"] = calls
+        elif not malformed and _opens_tool_call(tokenizer, self._tokenizer.decode(list(response_ids))):
+            malformed = ["it cannot be read"]  # TRL returns such a response as plain text
+        return ParsedResponse(message, tuple(malformed))
+
+
+_HERMES_FORM = 'write <tool_call>\n{"name": <tool name>, "arguments": <object>}\n</tool_call>'
+
+
+def parse_hermes(text: str, *, opens_thinking: bool = False) -> ParsedResponse:
+    """
+    Read a response that writes tool calls as JSON between `<tool_call>` and `</tool_call>`.
+
+    Args:
+        text (`str`):
+            The decoded response.
+        opens_thinking (`bool`, *optional*, defaults to `False`):
+            Whether the prompt has already written `<think>`. What is thought is never read as a tool call.
+    """
+    reasoning, text = _split_thinking(text, opens_thinking)
+    content, *blocks = text.split("<tool_call>")
+    calls: list[Message] = []
+    malformed: list[str] = []
+    for block in blocks:
+        inside, closing, after = block.partition("</tool_call>")
+        content += after.strip()
+        reading = _read_call(inside) if closing else "the closing </tool_call> is missing"
+        if isinstance(reading, str):
+            malformed.append(f"{reading}; {_HERMES_FORM}")
+        else:
+            calls.append(reading)
+    message: Message = {"role": "assistant", "content": content.strip()}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return ParsedResponse(message, tuple(malformed))
+
+
+def _split_thinking(text: str, opens_thinking: bool) -> tuple[str, str]:
+    thought, closing, rest = text.partition("</think>")
+    if closing:
+        return thought.replace("<think>", "", 1).strip(), rest.lstrip()
+    if opens_thinking or text.lstrip().startswith("<think>"):
+        return text.replace("<think>", "", 1).strip(), ""  # cut before the thought ended
+    return "", text
+
+
+def _read_call(inside: str) -> Message | str:
+    """The tool call, or what is wrong with it."""
+    try:
+        call = json.loads(inside)
+    except ValueError as error:
+        return f"not valid JSON ({error})"
+    except RecursionError:
+        return "not valid JSON (nested too deeply)"
+    return _check_call(call) or _tool_call(call["name"], call["arguments"])
+
+
+def _check_call(call: Any) -> str | None:
+    if not isinstance(call, dict):
+        return "not a JSON object"
+    if not isinstance(call.get("name"), str):
+        return '"name" is missing or not a string'
+    if not isinstance(call.get("arguments"), dict):
+        return '"arguments" is missing or not an object'
+    return None
+
+
+def _sort_tool_calls(tool_calls: Sequence[Any]) -> tuple[list[Message], list[str]]:
+    calls: list[Message] = []
+    malformed: list[str] = []
+    for tool_call in tool_calls:
+        function = tool_call.get("function", tool_call) if isinstance(tool_call, dict) else tool_call
+        problem = _check_call(function)
+        if problem is None:
+            calls.append(_tool_call(function["name"], function["arguments"]))
+        else:
+            malformed.append(problem)
+    return calls, malformed
+
+
+def _has_response_format(tokenizer: Any) -> bool:
+    return any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
+
+
+def _opens_tool_call(tokenizer: Any, text: str) -> bool:
+    template = getattr(tokenizer, "response_template", None)
+    if not isinstance(template, Mapping):
+        return False
+    field = template.get("fields", {}).get("tool_calls", {})
+    pattern = field.get("open_pattern") or re.escape(field.get("open", ""))
+    return bool(pattern) and re.search(pattern, text) is not None
+
+
+def _is_framing(token: str) -> bool:
+    return token in {"<tool_call>", "</tool_call>", "<think>", "</think>"}
+
+
+def _extended(messages: Sequence[Message], extra: str) -> list[Message]:
+    """The messages with `extra` at the end of the last user message; the row's own messages stay untouched."""
+    index = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), None)
+    if index is None:
+        return [*messages, {"role": "user", "content": extra}]
+    content = messages[index]["content"]
+    longer = content + extra if isinstance(content, str) else [*content, {"type": "text", "text": extra}]
+    return [*messages[:index], {**messages[index], "content": longer}, *messages[index + 1 :]]
+
+
+def _json_schema(tool: Callable[..., Any]) -> dict[str, Any]:
+    from transformers.utils import get_json_schema
+
+    return get_json_schema(tool)

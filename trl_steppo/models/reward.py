@@ -1,0 +1,47 @@
+"""Scoring token ids with a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .forward import Critic
+
+
+@dataclass
+class _PaddedRows:
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+
+
+@torch.no_grad()
+def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], *, batch_size: int) -> list[float]:
+    """
+    The reward model's score of each sequence, read at its last token.
+
+    Args:
+        model (`PreTrainedModel`):
+            A sequence classifier with one label: a backbone, and a head named `score`.
+        sequences (`Sequence[Sequence[int]]`):
+            Token ids, none empty.
+        batch_size (`int`):
+            Sequences of one forward pass.
+    """
+    scorer, device = Critic(model), next(model.parameters()).device
+    scores: list[float] = []
+    for start in range(0, len(sequences), batch_size):
+        rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
+        lengths = torch.tensor([len(row) for row in rows])
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (R, L), padded on the right
+        num_rows, width = input_ids.shape
+        padded = _PaddedRows(
+            input_ids.to(device),
+            (torch.arange(width) < lengths[:, None]).to(device),
+            torch.arange(width).repeat(num_rows, 1).to(device),
+        )
+        scores += scorer(padded, (torch.arange(num_rows) * width + lengths - 1).to(device)).tolist()
+    return scores

@@ -1,0 +1,360 @@
+"""Plays one episode: a dataset row in, an [`Episode`] out, whatever breaks on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import struct
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..environments.base import Message, Outcome, Playable, Response
+from ..environments.tools import CallTimeoutError, within
+from ..errors import DataError
+from ..inference.base import Sample, Sampler, SamplingParams
+from ..inference.chat import ChatFormat
+from ..types import Episode, Step, StopReason, TokenIds
+from .pacing import InFlight
+
+logger = logging.getLogger(__name__)
+
+_EPISODE = "the episode"
+_EMPTY_PROMPT: list[Message] = [{"role": "user", "content": ""}]  # GRPOTrainer's, for rows that leave it to `reset`
+
+
+@dataclass(frozen=True)
+class EpisodeLimits:
+    """
+    Budgets of an episode. Beyond one the episode ends as truncated, with the budget's own stop reason; if not a single
+    step fits it fails, with an error that says so.
+
+    Args:
+        max_interaction_steps (`int`, *optional*, defaults to `5`):
+            Steps.
+        max_prompt_length (`int`, *optional*):
+            Tokens of a state.
+        max_episode_tokens (`int`, *optional*):
+            Tokens of the whole episode: the first prompt, the responses and the observations. A response gets what is
+            left of it; one that is cut by that, and not by its own budget, is played and then ends the episode as
+            truncated, even if it called no tool.
+        max_episode_s (`float`, *optional*):
+            Time. A step that is not answered by then does not count. `get_reward` may take as long again.
+    """
+
+    max_interaction_steps: int = 5
+    max_prompt_length: int | None = None
+    max_episode_tokens: int | None = None
+    max_episode_s: float | None = None
+
+
+def step_seed(run_seed: int, row_index: int, generation_index: int, step_index: int) -> int:
+    """The seed of one response: 63 bits that are the same on every machine and in every order of execution."""
+    numbers = (run_seed, row_index, generation_index, step_index)
+    packed = struct.pack("<4Q", *(number & 0xFFFF_FFFF_FFFF_FFFF for number in numbers))
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+async def run_episode(
+    env: Playable | None,
+    sampler: Sampler,
+    row: Mapping[str, Any],
+    *,
+    chat: ChatFormat | None,
+    limits: EpisodeLimits,
+    sampling: SamplingParams,
+    run_seed: int,
+    row_index: int,
+    generation_index: int,
+    episode_id: str | None = None,
+    pacer: InFlight | None = None,
+) -> Episode:
+    """
+    Play one episode. It never raises: what breaks becomes the episode's `error`, and the steps so far are kept.
+
+    Args:
+        env ([`Playable`], *optional*):
+            The environment; `None`: one step, without a reward.
+        sampler ([`Sampler`]):
+            The policy.
+        row (`Mapping[str, Any]`):
+            A dataset row. One with `input_ids` is one step from these ids, which stops only at `sampling`'s own stop
+            tokens; one with `prompt` is text or messages, and stops at the chat template's end of turn unless
+            `sampling` has stop tokens. All of it goes to the environment's `reset`.
+        chat ([`ChatFormat`], *optional*):
+            Needed for rows with `prompt`, and for an environment.
+        limits ([`EpisodeLimits`]):
+            Budgets.
+        sampling ([`SamplingParams`]):
+            How to sample; the seed is replaced by each step's own ([`step_seed`]).
+        run_seed (`int`):
+            Seed of the run.
+        row_index (`int`):
+            Position of the row in the data stream.
+        generation_index (`int`):
+            Which of the row's episodes this is.
+        episode_id (`str`, *optional*):
+            Unique within the run; `"{row_index}-{generation_index}"` if not given.
+        pacer ([`InFlight`], *optional*):
+            Counts the episode as away whenever it is not waiting for the sampler. The caller has counted it before,
+            and takes it back afterwards.
+
+    Returns:
+        [`Episode`]: terminated, truncated, or with an `error`.
+    """
+    name = episode_id or f"{row_index}-{generation_index}"
+    play = _Play(env, sampler, row, chat, limits, sampling, (run_seed, row_index, generation_index), name, pacer)
+    try:
+        await play.run()
+    finally:
+        await play.close()
+    return play.episode()
+
+
+def failed_episode(
+    row_index: int, generation_index: int, error: BaseException, *, stage: str, episode_id: str | None = None
+) -> Episode:
+    """An episode that broke before its first step."""
+    name = episode_id or f"{row_index}-{generation_index}"
+    return Episode(
+        name, row_index, generation_index, (), False, False, error=describe(error, stage), stop_reason=StopReason.ERROR
+    )
+
+
+def describe(error: BaseException, stage: str) -> str:
+    """What broke, in one line: the stage, the exception, and where in the user's code it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{stage}: {type(error).__name__}: {error}{where}"
+
+
+@dataclass(frozen=True)
+class _Ending:
+    stop_reason: StopReason
+    has_next_state: bool = True  # False where the environment ended the episode all the same
+
+    @property
+    def truncated(self) -> bool:
+        return self.stop_reason is not StopReason.ENVIRONMENT
+
+
+@dataclass(frozen=True)
+class _Played:
+    """A step, as lengths into the ids that the whole episode shares."""
+
+    prompt_length: int
+    sample: Sample
+    outcome: Outcome
+
+
+@dataclass
+class _Play:
+    """One episode while it is being played. `ids` is always the state after the last step in `played`."""
+
+    env: Playable | None
+    sampler: Sampler
+    row: Mapping[str, Any]
+    chat: ChatFormat | None
+    limits: EpisodeLimits
+    sampling: SamplingParams
+    seeds: tuple[int, int, int]
+    episode_id: str
+    pacer: InFlight | None
+    ids: list[int] = field(default_factory=list)
+    played: list[_Played] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    scores: dict[str, float] = field(default_factory=dict)
+    final_reward: float = 0.0
+    stage: str = "reset"
+    ending: _Ending | None = None
+    error: str | None = None
+
+    @property
+    def step_index(self) -> int:
+        return len(self.played)
+
+    async def run(self) -> None:
+        try:
+            try:
+                self.ending = await self._play_within_time()
+            finally:
+                self.sampler.release(self.episode_id)
+            await self._finish()
+        except Exception as error:
+            self._fail(error)
+
+    async def close(self) -> None:
+        if self.env is None:
+            return
+        try:
+            await within(self.env.close(), self.limits.max_episode_s, "close()")
+        except Exception:  # the episode is complete; what its cleanup does to itself must not cost it
+            logger.warning("closing episode %s failed", self.episode_id, exc_info=True)
+
+    def episode(self) -> Episode:
+        buffer = TokenIds(self._all_ids())
+        ending = self.ending
+        truncated = self.error is None and ending is not None and ending.truncated
+        return Episode(
+            self.episode_id,
+            row_index=self.seeds[1],
+            generation_index=self.seeds[2],
+            steps=tuple(self._step(buffer, index) for index in range(len(self.played))),
+            terminated=self.error is None and not truncated,
+            truncated=truncated,
+            final_prompt_ids=buffer[: len(self.ids)] if truncated and ending and ending.has_next_state else None,
+            error=self.error,
+            metrics={**self.counts, **self.scores},
+            stop_reason=StopReason.ERROR if self.error is not None or ending is None else ending.stop_reason,
+        )
+
+    # -- playing ------------------------------------------------------------------------------------------------------
+
+    async def _play_within_time(self) -> _Ending:
+        try:
+            return await within(self._play(), self.limits.max_episode_s, _EPISODE)
+        except CallTimeoutError as error:
+            # An environment's own time limit arrives here, too; only the episode's leaves something to train on.
+            if not self.played or error.what != _EPISODE:
+                raise
+            return _Ending(StopReason.MAX_EPISODE_S)
+
+    async def _play(self) -> _Ending:
+        extra = await self.env.reset(self.row) if self.env is not None else None
+        self.ids = self._first_prompt(extra)
+        while True:
+            over = self._over_budget()
+            if over is not None:
+                return over
+            ending = await self._play_step()
+            if ending is not None:
+                return ending
+
+    async def _play_step(self) -> _Ending | None:
+        """One step; how it ends the episode, if it does."""
+        params = self._params()
+        self.stage = f"sampling step {self.step_index}"
+        sample = await self._sample(params)
+        self.stage = f"environment step {self.step_index}"
+        outcome = await self._answer(sample)
+        self.played.append(_Played(len(self.ids), sample, outcome))
+        self.counts.update(outcome.metrics)
+        cut = sample.stop_reason is StopReason.LENGTH and params.max_new_tokens < self.sampling.max_new_tokens
+        if not outcome.done:
+            self.stage = f"observation of step {self.step_index - 1}"
+            self._append(sample, outcome)
+        if cut:
+            return _Ending(StopReason.MAX_EPISODE_TOKENS, has_next_state=not outcome.done)
+        return _Ending(StopReason.ENVIRONMENT) if outcome.done else None
+
+    async def _sample(self, params: SamplingParams) -> Sample:
+        order = (*self.seeds[1:], self.step_index)
+        with self.pacer.at_sampler() if self.pacer is not None else nullcontext():
+            sample = await self.sampler.sample(self.ids, params, episode_id=self.episode_id, order=order)
+        if not len(sample.token_ids):
+            raise RuntimeError("the sampler returned an empty response")
+        return sample
+
+    async def _answer(self, sample: Sample) -> Outcome:
+        if self.env is None:
+            return Outcome("", 0.0, done=True)
+        chat = self._chat("an environment")
+        response_ids = TokenIds(sample.token_ids).tolist()
+        parsed = chat.parse(response_ids, self.ids)
+        outcome = await self.env.step(Response(chat.decode(response_ids), parsed.message, parsed.malformed))
+        return replace(outcome, done=True) if "input_ids" in self.row else outcome
+
+    def _append(self, sample: Sample, outcome: Outcome) -> None:
+        chat = self._chat("a second step")
+        messages = _as_messages(outcome.observation)
+        names = [message.get("name", "") for message in messages if message.get("role") == "tool"]
+        response_ids = TokenIds(sample.token_ids).tolist()
+        observed = chat.close(response_ids) + chat.append(messages, tool_call_names=names)
+        # A new list: the sampler may have kept the old one.
+        self.ids = [*self.ids, *response_ids, *observed]
+
+    async def _finish(self) -> None:
+        if self.env is None:
+            return
+        self.stage = "get_reward"
+        self.final_reward = await within(self.env.get_reward(), self.limits.max_episode_s, "get_reward()")
+        self.scores = dict(self.env.metrics())
+
+    def _fail(self, error: Exception) -> None:
+        self.error = describe(error, self.stage)
+        logger.info("episode %s failed", self.episode_id, exc_info=error)
+
+    # -- prompts and budgets ------------------------------------------------------------------------------------------
+
+    def _chat(self, purpose: str) -> ChatFormat:
+        if self.chat is None:
+            raise DataError(f"{purpose} needs a chat format, and this rollout has none")
+        return self.chat
+
+    def _first_prompt(self, extra: str | None) -> list[int]:
+        if "input_ids" in self.row:
+            ids = [int(token_id) for token_id in self.row["input_ids"]]
+            return ids + self._chat("text from reset()").encode_text(extra, add_special_tokens=False) if extra else ids
+        if "prompt" not in self.row and self.env is None:
+            raise DataError(f"the row has neither `prompt` nor `input_ids`, but {sorted(self.row)}")
+        return self._chat("a row with `prompt`").prepare(self.row.get("prompt", _EMPTY_PROMPT), extra)
+
+    def _over_budget(self) -> _Ending | None:
+        """How the episode ends before its next step; an error if that would be its first."""
+        limits, length = self.limits, len(self.ids)
+        if self.step_index >= limits.max_interaction_steps:
+            return _Ending(StopReason.MAX_INTERACTION_STEPS)
+        if limits.max_prompt_length is not None and length > limits.max_prompt_length:
+            return self._end_by(StopReason.MAX_PROMPT_LENGTH, limits.max_prompt_length)
+        if limits.max_episode_tokens is not None and length >= limits.max_episode_tokens:
+            return self._end_by(StopReason.MAX_EPISODE_TOKENS, limits.max_episode_tokens)
+        return None
+
+    def _end_by(self, budget: StopReason, limit: int) -> _Ending:
+        if not self.played:
+            raise DataError(f"the first prompt has {len(self.ids)} tokens; `{budget.value}` is {limit}")
+        return _Ending(budget)
+
+    def _params(self) -> SamplingParams:
+        stop = self.sampling.stop_token_ids
+        if not stop and "input_ids" not in self.row:
+            stop = self._chat("a row with `prompt`").stop_token_ids
+        budget = self.sampling.max_new_tokens
+        if self.limits.max_episode_tokens is not None:
+            budget = min(budget, self.limits.max_episode_tokens - len(self.ids))
+        seed = step_seed(*self.seeds, self.step_index)
+        return replace(self.sampling, max_new_tokens=budget, stop_token_ids=stop, seed=seed)
+
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def _all_ids(self) -> list[int]:
+        """The state after the last step, or its prompt and response where nothing follows them: holds every id."""
+        if not self.played:
+            return self.ids
+        last = self.played[-1]
+        ends_at = last.prompt_length + len(last.sample.token_ids)
+        return self.ids if len(self.ids) >= ends_at else [*self.ids, *last.sample.token_ids]
+
+    def _step(self, buffer: TokenIds, index: int) -> Step:
+        played = self.played[index]
+        sample, outcome = played.sample, played.outcome
+        is_last = index == len(self.played) - 1
+        return Step(
+            prompt_ids=buffer[: played.prompt_length],
+            response_ids=buffer[played.prompt_length : played.prompt_length + len(sample.token_ids)],
+            rollout_logprobs=sample.logprobs,
+            reward=outcome.reward + (self.final_reward if is_last else 0.0),
+            step_index=index,
+            policy_version=sample.policy_version,
+            temperature=self.sampling.temperature,
+            stop_reason=sample.stop_reason,
+            observation=outcome.observation,
+            info={} if outcome.state_key is None else {"state_key": outcome.state_key},
+        )
+
+
+def _as_messages(observation: str | Iterable[Message]) -> list[Message]:
+    return [{"role": "user", "content": observation}] if isinstance(observation, str) else list(observation)

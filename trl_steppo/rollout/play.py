@@ -1,0 +1,187 @@
+"""Plays many episodes at once: one thread that waits for all of them, each in its own coroutine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..environments.base import Playable
+from ..environments.tools import DaemonThread
+from ..inference.base import Sampler, SamplingParams
+from ..inference.chat import ChatFormat
+from ..types import Episode
+from .episode import EpisodeLimits, failed_episode, run_episode
+from .pacing import InFlight
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EpisodeRequest:
+    """
+    One episode to play.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            The dataset row.
+        row_index (`int`):
+            Position of the row in the data stream, counted over all epochs.
+        generation_index (`int`, *optional*, defaults to `0`):
+            Which of the row's episodes this is.
+    """
+
+    row: Mapping[str, Any]
+    row_index: int
+    generation_index: int = 0
+
+
+def play_episodes(
+    requests: Sequence[EpisodeRequest],
+    make_playable: Callable[[Mapping[str, Any]], Playable | None],
+    sampler: Sampler,
+    *,
+    chat: ChatFormat | None,
+    limits: EpisodeLimits,
+    sampling: SamplingParams,
+    run_seed: int,
+    max_concurrent_episodes: int | None = None,
+    grace_s: float = 0.25,
+    id_prefix: str = "",
+) -> list[Episode]:
+    """
+    Play all requested episodes concurrently and wait for them. May be called from a thread that runs an event loop:
+    the rollout then has one of its own, in a fresh thread.
+
+    Args:
+        requests (`Sequence[EpisodeRequest]`):
+            What to play.
+        make_playable (`Callable[[Mapping], Playable | None]`):
+            Makes the environment of one episode from its row. Called for one episode after the other, in the order of
+            the requests, outside the event loop; what it raises fails that episode.
+        sampler ([`Sampler`]):
+            The policy; called concurrently.
+        chat, limits, sampling, run_seed:
+            See [`run_episode`].
+        max_concurrent_episodes (`int`, *optional*):
+            How many to play at a time; `None`: all.
+        grace_s (`float`, *optional*, defaults to `0.25`):
+            How long the sampler may wait for environments that have not answered yet ([`InFlight`]).
+        id_prefix (`str`, *optional*):
+            Put before every `episode_id`, to keep those of several rollouts apart.
+
+    Returns:
+        `list[Episode]`: in the order of the requests.
+    """
+    rollout = _Rollout(make_playable, sampler, chat, limits, sampling, run_seed, InFlight(grace_s=grace_s), id_prefix)
+    return run_coroutine(rollout.play(requests, max_concurrent_episodes or len(requests)))
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    make_playable: Callable[[Mapping[str, Any]], Playable | None]
+    sampler: Sampler
+    chat: ChatFormat | None
+    limits: EpisodeLimits
+    sampling: SamplingParams
+    run_seed: int
+    in_flight: InFlight
+    id_prefix: str
+
+    async def play(self, requests: Sequence[EpisodeRequest], num_players: int) -> list[Episode]:
+        """Each player takes the next request when it is done with one, so that between the two it stays away."""
+        results: dict[int, Episode] = {}
+        waiting = iter(enumerate(requests))
+        maker = DaemonThread("make_playable")
+        num_players = min(num_players, len(requests))
+        for _ in range(num_players):
+            self.in_flight.away()
+        self.sampler.pace(self.in_flight.settled)
+        try:
+            await asyncio.gather(*(self._player(waiting, results, maker) for _ in range(num_players)))
+        finally:
+            self.sampler.pace(None)
+            maker.end()
+        return [results[index] for index in range(len(requests))]
+
+    async def _player(
+        self, waiting: Iterator[tuple[int, EpisodeRequest]], results: dict[int, Episode], maker: DaemonThread
+    ) -> None:
+        try:
+            for index, request in waiting:
+                results[index] = await self._play_one(request, maker)
+        finally:
+            self.in_flight.back()
+
+    async def _play_one(self, request: EpisodeRequest, maker: DaemonThread) -> Episode:
+        episode_id = f"{self.id_prefix}{request.row_index}-{request.generation_index}"
+        make = lambda: self.make_playable(request.row)  # noqa: E731
+        try:
+            env = await maker.run(make, self.limits.max_episode_s, "making the environment")
+        except Exception as error:
+            return failed_episode(
+                request.row_index,
+                request.generation_index,
+                error,
+                stage="making the environment",
+                episode_id=episode_id,
+            )
+        return await run_episode(
+            env,
+            self.sampler,
+            request.row,
+            chat=self.chat,
+            limits=self.limits,
+            sampling=self.sampling,
+            run_seed=self.run_seed,
+            row_index=request.row_index,
+            generation_index=request.generation_index,
+            episode_id=episode_id,
+            pacer=self.in_flight,
+        )
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """
+    Run a coroutine to its end from sync code, whether or not this thread already runs an event loop.
+
+    Unlike `asyncio.run` it does not wait for what the coroutine left behind: an async tool that hung in
+    `asyncio.to_thread` would hold it forever.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run_in_new_loop(coroutine)
+    outcome: list[Callable[[], T]] = []
+    thread = threading.Thread(target=lambda: outcome.append(_settle(coroutine)), name="rollout", daemon=True)
+    thread.start()
+    thread.join()
+    return outcome[0]()
+
+
+def _settle(coroutine: Coroutine[Any, Any, T]) -> Callable[[], T]:
+    """A function that returns or raises in the caller's thread what the coroutine did in this one."""
+    try:
+        result = _run_in_new_loop(coroutine)
+    except BaseException as error:
+        raised = error
+
+        def fail() -> T:
+            raise raised
+
+        return fail
+    return lambda: result
+
+
+def _run_in_new_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))  # lets the cancelled ones clean up, and waits for none of them
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()

@@ -1,0 +1,190 @@
+"""Reward functions in the form of TRL's `GRPOTrainer`, applied to finished episodes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..environments.base import Message
+from ..errors import ConfigurationError, DataError, RolloutError
+from ..inference.chat import ChatFormat
+from ..types import Episode, Step, StopReason
+from .play import run_coroutine
+
+logger = logging.getLogger(__name__)
+
+RewardFunc = Callable[..., Any]
+Decode = Callable[[Sequence[int]], str]
+
+_NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
+
+
+def score_episodes(
+    reward_funcs: Sequence[RewardFunc],
+    reward_weights: Sequence[float] | None,
+    episodes: Sequence[Episode],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    chat: ChatFormat | None = None,
+    decode: Decode | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Episode]:
+    """
+    Add the weighted sum of the reward functions to the last step of every valid episode.
+
+    A reward function is called once, with one list entry for each valid episode: `prompts`; `completions`, which are
+    messages (the responses and the observations between them) where the prompt is messages, else text;
+    `completion_ids`, everything after the first prompt; and every other column of the rows. It returns a list of
+    rewards, `None` where it does not apply; it may be async.
+
+    Args:
+        reward_funcs (`Sequence[Callable]`):
+            The functions.
+        reward_weights (`Sequence[float]`, *optional*):
+            One for each; all 1.0 if not given.
+        episodes (`Sequence[Episode]`):
+            What was played; failed episodes are passed through.
+        rows (`Sequence[Mapping[str, Any]]`):
+            The dataset row of each episode.
+        chat ([`ChatFormat`], *optional*):
+            Reads responses as messages; needed where a prompt is messages.
+        decode (`Callable`, *optional*):
+            Text of token ids; `chat.decode` if not given.
+        extra (`Mapping[str, Any]`, *optional*):
+            More keyword arguments for every function, such as `trainer_state`.
+
+    Returns:
+        `list[Episode]`: in the same order. Each function's reward is in `metrics` as `rewards/{name}`. An episode
+        whose reward is not finite is failed.
+
+    Raises:
+        ConfigurationError: there are not as many weights as functions.
+        RolloutError: a function raised, or did not return one number (or `None`) for each episode; names it.
+    """
+    weights = _checked_weights(reward_funcs, reward_weights)
+    valid = [index for index, episode in enumerate(episodes) if episode.valid]
+    if not valid or not reward_funcs:
+        return list(episodes)
+    view = _View(chat, decode)
+    arguments = {**_arguments([episodes[i] for i in valid], [rows[i] for i in valid], view), **(extra or {})}
+    columns = {name: _call(func, name, arguments, len(valid)) for name, func in _named(reward_funcs).items()}
+    scored = list(episodes)
+    for position, index in enumerate(valid):
+        rewards = {name: column[position] for name, column in columns.items()}
+        scored[index] = _rewarded(episodes[index], rewards, weights)
+    return scored
+
+
+def _checked_weights(reward_funcs: Sequence[RewardFunc], reward_weights: Sequence[float] | None) -> list[float]:
+    weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
+    if len(weights) != len(reward_funcs):
+        raise ConfigurationError(
+            f"`reward_weights` has {len(weights)} entries and `reward_funcs` {len(reward_funcs)}; give one for each"
+        )
+    return weights
+
+
+def _named(reward_funcs: Sequence[RewardFunc]) -> dict[str, RewardFunc]:
+    named: dict[str, RewardFunc] = {}
+    for func in reward_funcs:
+        name = base = getattr(func, "__name__", type(func).__name__)
+        count = 2
+        while name in named:  # two functions of one name are two rewards
+            name, count = f"{base}_{count}", count + 1
+        named[name] = func
+    return named
+
+
+def _call(func: RewardFunc, name: str, arguments: Mapping[str, Any], num_episodes: int) -> list[float | None]:
+    try:
+        rewards = func(**arguments)
+        rewards = run_coroutine(_awaited(rewards)) if inspect.isawaitable(rewards) else rewards
+        rewards = [None if reward is None else float(reward) for reward in rewards]
+    except Exception as error:
+        raise RolloutError(f"the reward function `{name}` failed: {type(error).__name__}: {error}") from error
+    if len(rewards) != num_episodes:
+        raise RolloutError(f"the reward function `{name}` returned {len(rewards)} rewards for {num_episodes} episodes")
+    return rewards
+
+
+async def _awaited(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _rewarded(episode: Episode, rewards: Mapping[str, float | None], weights: Sequence[float]) -> Episode:
+    applied = {name: reward for name, reward in rewards.items() if reward is not None}
+    broken = [name for name, reward in applied.items() if not math.isfinite(reward)]
+    if broken:
+        error = f"reward_funcs: `{broken[0]}` returned {applied[broken[0]]}; a reward is finite"
+        return replace(
+            episode,
+            error=error,
+            terminated=False,
+            truncated=False,
+            final_prompt_ids=None,
+            stop_reason=StopReason.ERROR,
+        )
+    if not applied:
+        logger.warning("no reward function applies to episode %s; its reward from them is 0", episode.episode_id)
+    total = sum(weight * applied.get(name, 0.0) for name, weight in zip(rewards, weights, strict=True))
+    last = episode.steps[-1]
+    steps = (*episode.steps[:-1], replace(last, reward=last.reward + total))
+    metrics = {**episode.metrics, **{f"rewards/{name}": reward for name, reward in applied.items()}}
+    return replace(episode, steps=steps, metrics=metrics)
+
+
+# -- what a reward function sees --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _View:
+    chat: ChatFormat | None
+    decode_ids: Decode | None
+
+    def text(self, ids: Sequence[int]) -> str:
+        if self.decode_ids is not None:
+            return self.decode_ids(ids)
+        if self.chat is None:
+            raise DataError("reward functions read text, and there is neither a chat format nor a `decode`")
+        return self.chat.decode(ids)
+
+    def messages(self, step: Step) -> list[Message]:
+        """The response of a step and the answer to it."""
+        if self.chat is None:
+            raise DataError("the prompt is messages, and there is no chat format to read the responses with")
+        observation = step.observation
+        if isinstance(observation, str):
+            observation = [{"role": "user", "content": observation}] if observation else []
+        return [self.chat.parse(step.response_ids, step.prompt_ids).message, *observation]
+
+
+def _arguments(episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]], view: _View) -> dict[str, list[Any]]:
+    columns = dict.fromkeys(name for row in rows for name in row if name not in _NOT_COLUMNS)
+    return {
+        **{name: [row.get(name) for row in rows] for name in columns},
+        "prompts": [_prompt(episode, row, view) for episode, row in zip(episodes, rows, strict=True)],
+        "completions": [_completion(episode, row, view) for episode, row in zip(episodes, rows, strict=True)],
+        "completion_ids": [_completion_ids(episode) for episode in episodes],
+    }
+
+
+def _prompt(episode: Episode, row: Mapping[str, Any], view: _View) -> str | list[Message]:
+    return row["prompt"] if "prompt" in row else view.text(episode.steps[0].prompt_ids)
+
+
+def _completion(episode: Episode, row: Mapping[str, Any], view: _View) -> str | list[Message]:
+    if isinstance(row.get("prompt", ""), str):
+        return view.text(_completion_ids(episode))
+    return [message for step in episode.steps for message in view.messages(step)]
+
+
+def _completion_ids(episode: Episode) -> list[int]:
+    """Everything after the first prompt; of an episode that is not append-only, the responses alone."""
+    first, last = episode.steps[0].prompt_ids, episode.steps[-1].prompt_ids
+    if last[: len(first)] == first:
+        return [*last[len(first) :], *episode.steps[-1].response_ids]
+    return [token_id for step in episode.steps for token_id in step.response_ids]

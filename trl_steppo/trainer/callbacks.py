@@ -1,0 +1,100 @@
+"""What a run shows on the terminal: a progress bar with one line for each log, and tables of sampled episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..types import Episode, TokenIds
+
+_SHOWN = {  # metric: its short name
+    "env/exact_match": "em",
+    "env/reward": "reward",
+    "env/episode_steps": "steps",
+    "env/failed_episodes": "failed",
+    "policy/approxkl_avg": "kl",
+    "policy/entropy_avg": "entropy",
+    "critic/explained_variance": "explained_var",
+    "perf/rollout_s": "rollout_s",
+    "perf/train_s": "train_s",
+}
+_LONGEST_CELL = 400
+
+
+class StepPOProgressCallback(ProgressCallback):
+    """A progress bar over updates that says the essential in one line; trackers and `trainer_state.json` get all."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        line = summary_line(state.global_step, logs)
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line)
+
+
+def summary_line(update: int, logs: dict[str, float]) -> str:
+    """The essential metrics of one log, in one line."""
+    if any(name.startswith("eval_") for name in logs):
+        shown = {
+            name.removeprefix("eval_"): value
+            for name, value in logs.items()
+            if name.startswith("eval_") and name not in ("eval_runtime", "eval_samples_per_second")
+        }
+        head = "evaluation"
+    else:
+        shown = {short: logs[name] for name, short in _SHOWN.items() if name in logs}
+        head = f"{logs.get('episode', 0):.0f} episodes"
+    return f"update {update} | {head} | " + "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
+
+
+def print_episodes(episodes: Sequence[Episode], decode: Callable[[TokenIds], str], title: str) -> None:
+    """
+    Print a table of episodes, a row a step.
+
+    Args:
+        episodes (`Sequence[Episode]`):
+            What to show.
+        decode (`Callable`):
+            Token ids to text.
+        title (`str`):
+            Stands above the table.
+    """
+    table = Table(title=title, show_lines=True)
+    for column in ("episode", "step", "read", "wrote", "reward"):
+        table.add_column(column)
+    for episode in episodes:
+        seen = 0
+        for step in episode.steps:
+            read = decode(step.prompt_ids[seen:])
+            table.add_row(
+                episode.episode_id if step.step_index == 0 else "",
+                str(step.step_index),
+                _cell(read),
+                _cell(decode(step.response_ids)),
+                f"{step.reward:.3g}",
+            )
+            seen = len(step.prompt_ids) + len(step.response_ids)
+        if episode.error is not None:
+            table.add_row(episode.episode_id, "", "", _cell(episode.error), "failed")
+    Console().print(table)
+
+
+def _cell(text: str) -> Text:
+    """Text as it is (no markup), its middle left out where it is long."""
+    if len(text) > _LONGEST_CELL:
+        text = f"{text[: _LONGEST_CELL // 2]} ... {text[-_LONGEST_CELL // 2 :]}"
+    return Text(text.strip())

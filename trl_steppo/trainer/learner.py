@@ -1,0 +1,396 @@
+"""The two networks and their optimizers: scoring a batch before the update, and the update itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..batching import StepBatch, StepRolloutCollator, micro_batches, mini_batches, num_row_tokens
+from ..losses import (
+    aggregate,
+    aggregation_count,
+    clipped_policy_loss,
+    clipped_value_loss,
+    correction_weights,
+    importance_ratio,
+    kl_estimate,
+)
+from ..masked import masked_sum
+from ..types import Episode
+from .credit import Credit
+from .metrics import Clock, Means
+from .steppo_config import StepPOConfig
+
+
+@dataclass
+class Network:
+    """A network in training: as the distributed engine wrapped it, with what updates it."""
+
+    module: nn.Module
+    optimizer: Any
+    scheduler: Any
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
+
+
+@dataclass
+class Rollout:
+    """The valid episodes of one update on this rank, and the tensors that describe all their steps."""
+
+    episodes: Sequence[Episode]
+    batch: StepBatch
+    num_tokens: list[int]  # of each episode's rows
+    first_step: list[int]  # number of each episode's first step in `batch`
+
+
+@dataclass
+class Scores:
+    """
+    What the networks say before the update, step-major over the rollout.
+
+    Args:
+        old_logprobs, ref_logprobs (`torch.Tensor`, *optional*):
+            (N, A). Without `old_logprobs`, the training pass gives them: nothing has moved before its only step.
+        values (`torch.Tensor`, *optional*):
+            (N,) for `step_gae`, (N, A) for `token_gae`.
+        bootstrap_values (`torch.Tensor`, *optional*):
+            (E,), 0 where an episode terminated.
+    """
+
+    old_logprobs: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+    values: torch.Tensor | None
+    bootstrap_values: torch.Tensor | None
+
+
+class Learner:
+    """
+    Learns from episodes. It knows nothing about environments, sampling or checkpoints.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The run's settings.
+        accelerator ([`~accelerate.Accelerator`]):
+            Places tensors, scales and reduces gradients.
+        policy ([`Network`]):
+            A prepared [`PolicyScorer`].
+        critic ([`Network`], *optional*):
+            A prepared [`Critic`]; `None` for estimators without one.
+        reference (`torch.nn.Module`, *optional*):
+            A [`PolicyScorer`] that never changes.
+        collator ([`StepRolloutCollator`]):
+            Packs episodes into rows.
+        clock ([`Clock`]):
+            Where the time of forward, backward and optimizer goes, as `model_s`.
+    """
+
+    def __init__(
+        self,
+        args: StepPOConfig,
+        accelerator: Accelerator,
+        policy: Network,
+        critic: Network | None,
+        reference: nn.Module | None,
+        collator: StepRolloutCollator,
+        clock: Clock,
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.policy = policy
+        self.critic = critic
+        self.reference = reference
+        self.collator = collator
+        self.clock = clock
+
+    # -- before the update --------------------------------------------------------------------------------------------
+
+    def prepare(self, episodes: Sequence[Episode]) -> Rollout:
+        """Lay out the valid episodes of an update (there may be none on this rank)."""
+        sharing = self.args.prefix_sharing
+        num_steps = [len(episode.steps) for episode in episodes]
+        batch = self.collator(episodes) if episodes else StepBatch.empty()
+        return Rollout(
+            episodes,
+            batch.to(self.accelerator.device),
+            [num_row_tokens(episode, prefix_sharing=sharing) for episode in episodes],
+            [sum(num_steps[:i]) for i in range(len(num_steps))],
+        )
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Scores:
+        """Log-probabilities and values under the weights before the update."""
+        args, batch = self.args, rollout.batch
+        shape, device = batch.action_mask.shape, self.accelerator.device
+        needs_old = (
+            args.num_ppo_epochs > 1
+            or args.num_mini_batches > 1
+            or args.kl_coef != 0.0
+            or args.rollout_correction in ("truncate", "mask")
+        )
+        old = torch.zeros(shape, device=device) if needs_old else None
+        ref = torch.zeros(shape, device=device) if self.reference is not None else None
+        values = self._zero_values(batch) if self.critic is not None else None
+        bootstrap = torch.zeros(batch.num_episodes, device=device) if self.critic is not None else None
+        with self._evaluating():
+            for indices, micro, steps in self._micro_batches(
+                rollout, range(len(rollout.episodes)), args.local_rollout_forward_batch_size
+            ):
+                width = micro.action_mask.shape[1]
+                if old is not None:
+                    old[steps, :width] = self._forward(self.policy.module, micro)[0]
+                if ref is not None:
+                    ref[steps, :width] = self._forward(self.reference, micro)[0]
+                if values is None or bootstrap is None or self.critic is None:
+                    continue
+                if values.dim() == 1:
+                    values[steps] = self._forward(self.critic.module, micro, micro.value_positions)
+                else:
+                    values[steps, :width] = self._forward(self.critic.module, micro, micro.logit_positions)
+                if self.collator.bootstrap_truncated:
+                    reads = micro.bootstrap_positions
+                    found = self._forward(self.critic.module, micro, reads.clamp(min=0))
+                    bootstrap[indices] = torch.where(reads >= 0, found, 0.0)
+        return Scores(old, ref, values, bootstrap)
+
+    # -- the update ---------------------------------------------------------------------------------------------------
+
+    def update(self, rollout: Rollout, scores: Scores, credit: Credit, *, seed: int, train_policy: bool) -> Means:
+        """
+        All epochs of one update; every mini-batch is exactly one optimizer step of each network that is trained.
+
+        Args:
+            rollout ([`Rollout`]), scores ([`Scores`]), credit ([`Credit`]):
+                What to learn from.
+            seed (`int`):
+                Of the permutations that split the episodes into mini-batches.
+            train_policy (`bool`):
+                `False` while the critic warms up: the policy and its optimizer stay bit-identical.
+        """
+        args, stats = self.args, Means()
+        stats.add("policy/skipped_steps", 0.0)  # a count: every rank adds its part of 1 for a step that was skipped
+        policy_epochs = args.num_ppo_epochs if train_policy else 0
+        critic_epochs = args.critic_epochs if self.critic is not None else 0
+        for epoch in range(max(policy_epochs, critic_epochs)):
+            for chosen in mini_batches(len(rollout.episodes), args.num_mini_batches, seed=seed * 1_009 + epoch):
+                if epoch < policy_epochs:
+                    loss_of = partial(self._policy_loss, scores, credit, stats)
+                    denominator = self._policy_denominator(rollout, chosen)
+                    self._train(self.policy, rollout, chosen, denominator, "policy", loss_of, stats)
+                    stats.add("loss/policy_avg", 0.0, 1.0 / self.accelerator.num_processes)
+                if epoch < critic_epochs and self.critic is not None:
+                    loss_of = partial(self._value_loss, scores, credit, stats)
+                    denominator = self._value_denominator(rollout, chosen)
+                    self._train(self.critic, rollout, chosen, denominator, "critic", loss_of, stats)
+                    stats.add("loss/value_avg", 0.0, 1.0 / self.accelerator.num_processes)
+        self.policy.scheduler.step()
+        if self.critic is not None:
+            self.critic.scheduler.step()
+        return stats
+
+    def _train(
+        self,
+        network: Network,
+        rollout: Rollout,
+        chosen: Sequence[int],
+        denominator: float,
+        name: str,
+        loss_of: Callable[[StepBatch, torch.Tensor, float], torch.Tensor],
+        stats: Means,
+    ) -> None:
+        """One optimizer step of one network on one mini-batch."""
+        micros = list(self._micro_batches(rollout, chosen, self.args.per_device_train_batch_size))
+        if not micros:  # this rank's episodes all failed: it still takes part in what the ranks do together
+            micros = [([], StepBatch.empty().to(self.accelerator.device), torch.empty(0, dtype=torch.long))]
+        # Gradients are averaged over ranks, and accelerate divides by a number of its own; our sums run over all
+        # ranks and micro-batches already.
+        scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
+        finite = True
+        network.module.train()
+        for number, (_, micro, steps) in enumerate(micros):
+            is_last = number == len(micros) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(network.module):
+                loss = loss_of(micro, steps, denominator)
+                with self.clock.measure("model_s"):
+                    finite = math.isfinite(loss.item()) and finite
+                    self.accelerator.backward(loss * scale)
+        with self.clock.measure("model_s"):
+            norm = float(
+                self.accelerator.clip_grad_norm_(network.module.parameters(), self.args.max_grad_norm or math.inf)
+            )
+            finite = self._on_all_ranks(finite and math.isfinite(norm))
+            if finite:
+                network.optimizer.step()
+            network.optimizer.zero_grad()
+        if finite:
+            stats.add(f"{name}/grad_norm", norm)
+        stats.add(f"{name}/skipped_steps", 0.0 if finite else 1.0 / self.accelerator.num_processes, 0.0)
+
+    def _policy_loss(
+        self, scores: Scores, credit: Credit, stats: Means, micro: StepBatch, steps: torch.Tensor, denominator: float
+    ) -> torch.Tensor:
+        args, mask = self.args, self._policy_mask(micro)
+        width = mask.shape[1]
+        logprobs, entropy = self._forward(self.policy.module, micro, entropy="train" if args.entropy_coef else "track")
+        old = logprobs.detach() if scores.old_logprobs is None else scores.old_logprobs[steps, :width]
+        weights = None
+        if args.rollout_correction in ("truncate", "mask"):
+            weights = correction_weights(
+                old,
+                micro.rollout_logprobs,
+                micro.action_mask,
+                mode=args.rollout_correction,
+                level=args.importance_sampling_level,
+                cap=args.rollout_correction_cap,
+            )
+            stats.add("rollout/correction_weight", masked_sum(weights, mask), mask.sum())
+        averaging: dict[str, Any] = {
+            "aggregation": args.aggregation,
+            "denominator": denominator,
+            "episode_of_step": micro.episode_index,
+        }
+        loss, sums = clipped_policy_loss(
+            importance_ratio(logprobs, old, micro.action_mask, args.importance_sampling_level),
+            credit.advantages[steps, :width],
+            mask,
+            cliprange=args.cliprange,
+            cliprange_high=args.cliprange_high,
+            weights=weights,
+            **averaging,
+        )
+        stats.add("loss/policy_avg", loss.detach(), 0.0)
+        if args.kl_loss_coef:
+            assert scores.ref_logprobs is not None
+            kl = kl_estimate(logprobs, scores.ref_logprobs[steps, :width], micro.action_mask, args.kl_loss_estimator)
+            kl_loss = aggregate(kl, mask, **averaging)
+            stats.add("loss/kl_avg", kl_loss.detach(), 0.0)
+            loss = loss + args.kl_loss_coef * kl_loss
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
+        self._track_policy(stats, sums, logprobs.detach(), old, entropy.detach(), micro, mask)
+        return loss
+
+    def _value_loss(
+        self, scores: Scores, credit: Credit, stats: Means, micro: StepBatch, steps: torch.Tensor, denominator: float
+    ) -> torch.Tensor:
+        assert self.critic is not None
+        assert scores.values is not None
+        assert credit.returns is not None
+        if scores.values.dim() == 1:  # one value a step
+            positions, mask = micro.value_positions, torch.ones_like(micro.value_positions, dtype=torch.bool)
+            old, returns = scores.values[steps], credit.returns[steps]
+        else:  # one value an action token
+            positions, mask = micro.logit_positions, micro.action_mask
+            old, returns = (x[steps, : mask.shape[1]] for x in (scores.values, credit.returns))
+        values = self._forward(self.critic.module, micro, positions)
+        loss, sums = clipped_value_loss(
+            values, old, returns, mask, cliprange_value=self.args.cliprange_value, denominator=denominator
+        )
+        stats.add("loss/value_avg", loss.detach(), 0.0)
+        stats.add("val/clipfrac_avg", sums["clipfrac_sum"], sums["num_values"])
+        return self.args.vf_coef * loss
+
+    # -- what both share ----------------------------------------------------------------------------------------------
+
+    def _micro_batches(
+        self, rollout: Rollout, chosen: Sequence[int], max_episodes: int
+    ) -> Iterator[tuple[list[int], StepBatch, torch.Tensor]]:
+        """Groups of episodes, each with its rows, and the numbers of its steps in the rollout."""
+        groups = micro_batches(
+            chosen, rollout.num_tokens, max_episodes=max_episodes, max_tokens=self.args.max_tokens_per_micro_batch
+        )
+        for group in groups:
+            episodes = [rollout.episodes[index] for index in group]
+            steps = [
+                rollout.first_step[index] + t for index in group for t in range(len(rollout.episodes[index].steps))
+            ]
+            yield (
+                group,
+                self.collator(episodes).to(self.accelerator.device),
+                torch.tensor(steps, device=self.accelerator.device),
+            )
+
+    def _forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.measure("model_s"):
+            return module(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Dropout off."""
+        modules = [self.policy.module] + ([self.critic.module] if self.critic is not None else [])
+        for module in modules:
+            module.eval()
+        yield
+        for module in modules:
+            module.train()
+
+    def _zero_values(self, batch: StepBatch) -> torch.Tensor:
+        per_token = self.args.advantage_estimator == "token_gae"
+        return torch.zeros(batch.action_mask.shape if per_token else batch.num_steps, device=self.accelerator.device)
+
+    def _policy_mask(self, batch: StepBatch) -> torch.Tensor:
+        """(N, A): the action tokens that the policy learns from."""
+        if not self.args.mask_truncated_completions:
+            return batch.action_mask
+        return batch.action_mask & ~batch.truncated[batch.episode_index][:, None]
+
+    def _policy_denominator(self, rollout: Rollout, chosen: Sequence[int]) -> float:
+        """Tokens, steps or episodes of a mini-batch on all ranks."""
+        batch = rollout.batch
+        mask = self._policy_mask(batch) & self._is_chosen(batch, chosen)[:, None]
+        return self._total(aggregation_count(mask, self.args.aggregation, batch.episode_index))
+
+    def _value_denominator(self, rollout: Rollout, chosen: Sequence[int]) -> float:
+        """Values of a mini-batch on all ranks."""
+        batch, is_chosen = rollout.batch, self._is_chosen(rollout.batch, chosen)
+        per_token = self.args.advantage_estimator == "token_gae"
+        return self._total((batch.action_mask & is_chosen[:, None]).sum() if per_token else is_chosen.sum())
+
+    def _is_chosen(self, batch: StepBatch, chosen: Sequence[int]) -> torch.Tensor:
+        """(N,): the steps of the chosen episodes."""
+        return torch.isin(batch.episode_index, torch.tensor(chosen, dtype=torch.long, device=batch.rewards.device))
+
+    def _total(self, count: torch.Tensor) -> float:
+        """A count over all ranks, at least 1: it divides."""
+        return max(1.0, float(self.reduce(count.double()[None])))
+
+    def reduce(self, statistics: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks."""
+        return (
+            self.accelerator.reduce(statistics, reduction="sum") if self.accelerator.num_processes > 1 else statistics
+        )
+
+    def _on_all_ranks(self, ok: bool) -> bool:
+        failed = torch.tensor([0.0 if ok else 1.0], dtype=torch.double, device=self.accelerator.device)
+        return float(self.reduce(failed)) == 0.0
+
+    def _track_policy(
+        self,
+        stats: Means,
+        sums: dict[str, torch.Tensor],
+        logprobs: torch.Tensor,
+        old: torch.Tensor,
+        entropy: torch.Tensor,
+        micro: StepBatch,
+        mask: torch.Tensor,
+    ) -> None:
+        count = sums["num_tokens"]
+        stats.add("policy/clipfrac_avg", sums["clipfrac_sum"], count)
+        stats.add("val/ratio", sums["ratio_sum"], count)
+        stats.add("val/ratio_sq", sums["ratio_sq_sum"], count)
+        stats.add("policy/approxkl_avg", 0.5 * masked_sum((logprobs - old).square(), mask), count)
+        stats.add("policy/entropy_avg", masked_sum(entropy, mask), count)
+        # E[exp(r) − 1 − r] with r = log π_old − log π_rollout: how far the sampler's numerics or weights are off.
+        mismatch = kl_estimate(micro.rollout_logprobs, old, micro.action_mask, "k3")
+        stats.add("rollout/mismatch_kl", masked_sum(mismatch, mask), count)
+        # Surprisal of whole episodes, as `objective/entropy` of `PPOTrainer`.
+        stats.add("objective/entropy", masked_sum(-old, micro.action_mask), micro.num_episodes)

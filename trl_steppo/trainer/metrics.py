@@ -1,0 +1,88 @@
+"""Metrics of an update: sums and counts that add up over micro-batches, episodes and ranks."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import gather_object
+
+from ..types import Episode, StopReason
+
+
+class Means:
+    """Weighted means by name. `add` any number of times on any rank, then read them all with `reduced`."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._counts: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, name: str, total: float | torch.Tensor, count: float | torch.Tensor = 1.0) -> None:
+        """Add a sum over `count` elements."""
+        self._sums[name] += float(total)
+        self._counts[name] += float(count)
+
+    def merge(self, other: Means) -> None:
+        """Add all that `other` has."""
+        for name, total in other._sums.items():
+            self.add(name, total, other._counts[name])
+
+    def reduced(self) -> dict[str, float]:
+        """The means over all ranks; a name without a single element is absent. Every rank must call it."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        counts: defaultdict[str, float] = defaultdict(float)
+        for rank_sums, rank_counts in gather_object([(dict(self._sums), dict(self._counts))]):
+            for name, total in rank_sums.items():
+                sums[name] += total
+                counts[name] += rank_counts[name]
+        return {name: sums[name] / counts[name] for name in sums if counts[name]}
+
+
+class Clock:
+    """Seconds spent by name."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_id: int | None = None) -> None:
+    """
+    `env/*`: what happened in the world, per episode. `rollout/*`: how it was sampled. `objective/scores`,
+    `val/num_eos_tokens`: as in `PPOTrainer`. Failed episodes count in `env/failed_episodes` alone.
+    """
+    counters: defaultdict[str, float] = defaultdict(float)
+    valid = [episode for episode in episodes if episode.valid]
+    means.add("env/failed_episodes", len(episodes) - len(valid), max(1, len(episodes)))
+    for episode in valid:
+        responses = [step.response_ids for step in episode.steps]
+        means.add("env/reward", episode.episode_return)
+        means.add("objective/scores", episode.episode_return)
+        means.add("env/episode_steps", len(episode.steps))
+        means.add("env/truncated", float(episode.truncated))
+        means.add("rollout/response_tokens", sum(map(len, responses)), len(responses))
+        means.add("rollout/episode_response_tokens", sum(map(len, responses)))
+        means.add("rollout/prompt_tokens", sum(len(step.prompt_ids) for step in episode.steps), len(responses))
+        cut = sum(step.stop_reason is StopReason.LENGTH for step in episode.steps)
+        means.add("rollout/length_stopped", cut, len(responses))
+        for name, value in episode.metrics.items():
+            counters[name] += value
+        if eos_token_id is not None:
+            counters["num_eos_tokens"] += sum(ids.tolist().count(eos_token_id) for ids in responses)
+    for name, total in counters.items():
+        if name == "num_eos_tokens":
+            means.add("val/num_eos_tokens", total)
+        else:
+            # A counter that an episode does not mention is 0 in it.
+            means.add(name if name.startswith("rewards/") else f"env/{name}", total, max(1, len(valid)))

@@ -1,0 +1,234 @@
+"""Rows -> scored episodes: the environment, the chat format, the sampler and the rewards of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..environments.base import Playable
+from ..environments.tools import make_playable
+from ..errors import ConfigurationError, DataError
+from ..inference.base import Sampler, SamplingParams
+from ..inference.chat import ChatFormat
+from ..models import score_sequences
+from ..rollout import EpisodeLimits, EpisodeRequest, play_episodes, score_episodes
+from ..types import Episode, StopReason
+from .steppo_config import StepPOConfig
+
+RewardFunc = Callable[..., Any]
+
+
+class EpisodePlayer:
+    """
+    Plays and scores episodes.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The run's settings.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer, with a chat template where rows have `prompt`.
+        sampler ([`Sampler`]):
+            The policy.
+        columns (`Sequence[str]`):
+            The dataset's columns: rows have `prompt` or `input_ids`.
+        environment_factory (`Callable[[], Any]`, *optional*):
+            Makes one environment for each episode.
+        tools (`Sequence[Callable]`, *optional*):
+            Tools shared by all episodes.
+        reward_funcs (`Sequence[Callable]`, *optional*):
+            Score finished episodes, as in `GRPOTrainer`.
+        reward_model (`torch.nn.Module`, *optional*):
+            A sequence classifier with one label that scores the last prompt and response, at the last token.
+
+    Raises:
+        ConfigurationError, DataError: If these do not fit together; every mistake that can be seen before the first
+            episode is seen here.
+    """
+
+    def __init__(
+        self,
+        args: StepPOConfig,
+        tokenizer: Any,
+        sampler: Sampler,
+        *,
+        columns: Sequence[str],
+        environment_factory: Callable[[], Any] | None = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+        reward_funcs: Sequence[RewardFunc] | None = None,
+        reward_model: nn.Module | None = None,
+    ) -> None:
+        self.args = args
+        self.tokenizer = tokenizer
+        self.sampler = sampler
+        self.environment_factory = environment_factory
+        self.tools = list(tools or ())
+        self.reward_funcs = list(reward_funcs or ())
+        self.reward_model = reward_model
+        _check_environment_factory(environment_factory)
+        _check_reward_weights(args, self.reward_funcs)
+        has_input_ids = _check_columns(columns)
+        example = self._make_playable({})
+        self._check_reward_source(example)
+        multi_turn = not has_input_ids and bool(environment_factory or self.tools) and args.max_interaction_steps > 1
+        needs_chat = not has_input_ids or bool(example.tools) or environment_factory is not None
+        self.chat = (
+            ChatFormat(
+                tokenizer,
+                tools=example.tools or None,
+                chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+                multi_turn=multi_turn,
+            )
+            if needs_chat
+            else None
+        )
+        self.sampling = SamplingParams(
+            max_new_tokens=args.response_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            stop_token_ids=_stop_token_ids(args, tokenizer),
+        )
+        self.limits = EpisodeLimits(
+            max_interaction_steps=args.max_interaction_steps,
+            max_prompt_length=args.max_prompt_length,
+            max_episode_tokens=args.max_episode_tokens,
+            max_episode_s=args.max_episode_s,
+        )
+
+    def play(
+        self,
+        requests: Sequence[EpisodeRequest],
+        *,
+        greedy: bool = False,
+        id_prefix: str = "",
+        trainer_state: Any = None,
+    ) -> list[Episode]:
+        """
+        Play the requested episodes and score those that did not fail.
+
+        Args:
+            requests (`Sequence[EpisodeRequest]`):
+                Rows, with their positions in the data stream.
+            greedy (`bool`, *optional*, defaults to `False`):
+                Whether to take the most likely tokens, as evaluation does.
+            id_prefix (`str`, *optional*):
+                Put before each episode's id.
+            trainer_state (`TrainerState`, *optional*):
+                Passed to reward functions.
+
+        Returns:
+            `list[Episode]`: One for each request, in order; failed ones have an `error`.
+        """
+        if not requests:
+            return []
+        sampling = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0) if greedy else self.sampling
+        episodes = play_episodes(
+            requests,
+            self._make_playable,
+            self.sampler,
+            chat=self.chat,
+            limits=self.limits,
+            sampling=sampling,
+            run_seed=self.args.seed,
+            max_concurrent_episodes=self.args.max_concurrent_episodes,
+            id_prefix=id_prefix,
+        )
+        return self._score(episodes, [request.row for request in requests], trainer_state)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self.tokenizer.decode(list(ids))
+
+    def _make_playable(self, row: Mapping[str, Any]) -> Playable:
+        environment = self.environment_factory() if self.environment_factory is not None else None
+        return make_playable(environment, self.tools, tool_timeout_s=self.args.tool_timeout_s)
+
+    def _score(self, episodes: list[Episode], rows: Sequence[Mapping[str, Any]], trainer_state: Any) -> list[Episode]:
+        if self.reward_funcs:
+            episodes = score_episodes(
+                self.reward_funcs,
+                self.args.reward_weights,
+                episodes,
+                rows,
+                chat=self.chat,
+                decode=None if self.chat is not None else self.decode,
+                extra={"trainer_state": trainer_state},
+            )
+        if self.reward_model is not None:
+            valid = [index for index, episode in enumerate(episodes) if episode.valid]
+            last = [episodes[index].steps[-1] for index in valid]
+            rows = [[*step.prompt_ids, *step.response_ids] for step in last]
+            scores = score_sequences(self.reward_model, rows, batch_size=self.args.local_rollout_forward_batch_size)
+            for index, score in zip(valid, scores, strict=True):
+                episodes[index] = _add_to_last_step(episodes[index], score)
+        if self.args.missing_eos_penalty is not None:
+            episodes = [self._penalize_missing_eos(episode) for episode in episodes]
+        return episodes
+
+    def _penalize_missing_eos(self, episode: Episode) -> Episode:
+        """The last response of an episode should end by itself."""
+        if not episode.valid or episode.steps[-1].stop_reason is StopReason.STOP:
+            return episode
+        if self.tokenizer.eos_token_id in episode.steps[-1].response_ids:
+            return episode
+        assert self.args.missing_eos_penalty is not None
+        return _add_to_last_step(episode, -self.args.missing_eos_penalty)
+
+    def _check_reward_source(self, example: Playable) -> None:
+        environment = self.environment_factory() if self.environment_factory is not None else None
+        pays = any(callable(getattr(environment, name, None)) for name in ("step", "step_reward", "get_reward"))
+        if not (pays or self.reward_funcs or self.reward_model is not None):
+            raise ConfigurationError(
+                "nothing pays a reward: pass `reward_funcs` or `reward_model`, or an `environment_factory` whose "
+                "environment defines `get_reward()`, `step_reward()` or `step(response)`"
+            )
+
+
+def _add_to_last_step(episode: Episode, reward: float) -> Episode:
+    last = episode.steps[-1]
+    return replace(episode, steps=(*episode.steps[:-1], replace(last, reward=last.reward + reward)))
+
+
+def _check_columns(columns: Sequence[str]) -> bool:
+    """Whether rows are token ids; raises where they are neither those nor prompts."""
+    if "input_ids" in columns:
+        return True
+    if "prompt" in columns:
+        return False
+    raise DataError(
+        f"the dataset has the columns {list(columns)}; a row needs `prompt` (text or messages), or `input_ids`"
+    )
+
+
+def _check_environment_factory(environment_factory: Any) -> None:
+    if environment_factory is None or callable(environment_factory):
+        return
+    raise ConfigurationError(
+        f"`environment_factory` is a {type(environment_factory).__name__}; pass a class or a function without "
+        "arguments that returns one environment. For several kinds of environment, pass one whose `reset(**row)` "
+        "chooses by a column of the row"
+    )
+
+
+def _check_reward_weights(args: StepPOConfig, reward_funcs: Sequence[RewardFunc]) -> None:
+    if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
+        raise ConfigurationError(
+            f"`reward_weights` has {len(args.reward_weights)} numbers for {len(reward_funcs)} reward functions; give "
+            "one for each"
+        )
+
+
+def _stop_token_ids(args: StepPOConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Explicit stop tokens; without any, rows with `prompt` stop at the chat template's end of turn."""
+    if args.stop_token_id is not None:
+        return (args.stop_token_id,)
+    if args.stop_token == "eos":
+        if tokenizer.eos_token_id is None:
+            raise ConfigurationError(
+                "`stop_token` is 'eos', but the tokenizer has no `eos_token`; set `stop_token_id`"
+            )
+        return (tokenizer.eos_token_id,)
+    return ()

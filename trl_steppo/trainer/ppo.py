@@ -1,0 +1,11 @@
+"""The one place that imports `trl.experimental.ppo`, for its base classes alone."""
+
+try:
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+except ImportError as error:
+    raise ImportError(
+        "trl_steppo builds on `trl.experimental.ppo`, which TRL removed after 1.12. Install a TRL that still has it: "
+        'pip install "trl>=1.9,<1.13"'
+    ) from error
+
+__all__ = ["PPOConfig", "PPOTrainer"]

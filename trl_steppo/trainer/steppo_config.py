@@ -1,0 +1,401 @@
+"""StepPOConfig: every setting of a run, and the check that no two of them contradict each other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ..errors import ConfigurationError
+from .ppo import PPOConfig
+
+GROUP_BASELINES = ("grpo", "rloo", "gigpo")
+"""Estimators that compare the episodes of one row with each other."""
+
+CRITIC_ESTIMATORS = ("step_gae", "token_gae")
+"""Estimators that need a critic."""
+
+
+@dataclass
+class StepPOConfig(PPOConfig):
+    r"""
+    Configuration class for the [`StepPOTrainer`].
+
+    Every field of [`~trl.experimental.ppo.PPOConfig`] keeps its name, meaning and default, except where *Changed* says
+    otherwise. Settings that contradict each other, or that have no effect together, raise at construction.
+
+    Parameters:
+        > Parameters that control the algorithm
+
+        advantage_estimator (`str`, *optional*, defaults to `"step_gae"`):
+            `"step_gae"` (StepPO: GAE over steps), `"token_gae"` (PPO: GAE over action tokens), or a baseline without a
+            critic: `"grpo"`, `"rloo"`, `"gigpo"` (they compare the `num_generations` episodes of a row),
+            `"reinforce_plus_plus"`.
+        importance_sampling_level (`str`, *optional*, defaults to `"step"`):
+            `"step"` (one ratio for a whole response: the geometric mean of its tokens' ratios) or `"token"`.
+        loss_aggregation (`str`, *optional*):
+            `"step"` (mean over a step's tokens, then over steps), `"episode"` (each episode counts once, its steps
+            equally) or `"token"` (mean over all action tokens). `None`: `"token"` with `token_gae`, else `"step"`.
+        cliprange_high (`float`, *optional*):
+            Upper clip range of the ratio where it differs from `cliprange`.
+        kl_loss_coef (`float`, *optional*, defaults to `0.0`):
+            Coefficient of a per-token KL term in the loss (`kl_coef` is the KL in the reward). With both at 0, no
+            reference model is built.
+        kl_loss_estimator (`str`, *optional*, defaults to `"k3"`):
+            `"k1"`, `"k2"` or `"k3"`, of that term.
+        entropy_coef (`float`, *optional*, defaults to `0.0`):
+            Coefficient of an entropy bonus in the loss.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Whether episodes that a budget cut are left out of the policy's loss. The critic still learns from them.
+        rollout_correction (`str`, *optional*):
+            Importance weights of the trainer's probabilities over the sampler's: `"none"`, `"truncate"` (weights are
+            cut at `rollout_correction_cap`) or `"mask"` (what lies beyond it is left out), per step or token as
+            `importance_sampling_level` says. `None`: off, since the in-process sampler uses the trainer's weights.
+        rollout_correction_cap (`float`, *optional*, defaults to `2.0`):
+            Largest weight.
+
+        > Parameters that control the critic
+
+        critic_learning_rate (`float`, *optional*):
+            Learning rate of the critic. `None`: `learning_rate`.
+        num_critic_epochs (`int`, *optional*):
+            Passes of the critic over a batch. `None`: `num_ppo_epochs`.
+        critic_warmup_updates (`int`, *optional*, defaults to `0`):
+            Number of first updates that train the critic alone.
+        bootstrap_truncated (`bool`, *optional*, defaults to `False`):
+            Whether the value after a truncated episode is that of its last state, instead of 0.
+
+        > Parameters that control the episodes
+
+        max_interaction_steps (`int`, *optional*, defaults to `5`):
+            Most steps of an episode. `response_length` is the budget of one step's response.
+        max_prompt_length (`int`, *optional*):
+            Most tokens of a state; an episode that reaches more ends as truncated.
+        max_episode_tokens (`int`, *optional*):
+            Most tokens of a whole episode, prompts, responses and observations together.
+        max_episode_s (`float`, *optional*):
+            Most seconds of an episode.
+        tool_timeout_s (`float`, *optional*, defaults to `60.0`):
+            Most seconds of one call of a tool or of an environment's method. A tool that takes longer is reported to
+            the model; an environment that does costs its own episode.
+        max_concurrent_episodes (`int`, *optional*):
+            Most episodes played at once on a rank. `None`: all of an update.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Episodes per dataset row.
+        top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
+            Restrict sampling to the most likely tokens. Log-probabilities stay those of the whole distribution.
+        chat_template_kwargs (`dict`, *optional*):
+            Extra arguments of the chat template, e.g. `{"enable_thinking": false}`.
+        reward_weights (`list[float]`, *optional*):
+            Weight of each of `reward_funcs`. `None`: 1 each.
+        rollout_cache_tokens (`int`, *optional*, defaults to `262144`):
+            Most tokens whose keys and values the in-process sampler holds.
+        max_failed_updates (`int`, *optional*, defaults to `3`):
+            Updates in a row without one valid episode before the run stops with an error.
+        dump_episodes_dir (`str`, *optional*):
+            Where to write every episode played.
+        replay_episodes_dir (`str`, *optional*):
+            Train on the episodes recorded there instead of playing.
+
+        > Parameters that control batching
+
+        prefix_sharing (`bool`, *optional*, defaults to `True`):
+            Whether steps that continue one another are forwarded as one row. The loss and its gradients are the same.
+        max_tokens_per_micro_batch (`int`, *optional*):
+            Size of a forward pass in tokens, padding included, instead of `per_device_train_batch_size` episodes.
+        max_staleness (`int`, *optional*, defaults to `0`):
+            0: rollouts and updates alternate.
+
+    > [!NOTE]
+    > *Changed* defaults, as in the paper (arXiv 2604.18401): `kl_coef` 0.0 (was 0.05), `lam` 1.0 (0.95), `gamma` 0.99
+    > (1.0), `temperature` 1.0 (0.7), `num_ppo_epochs` 1 (4). `bf16=None` means on where the accelerator supports it,
+    > and off on a CPU.
+    """
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Mixed precision in bfloat16. None: on where the accelerator supports it, off on a CPU."},
+    )
+    kl_coef: float = field(default=0.0, metadata={"help": "Coefficient of the per-token KL penalty in the reward."})
+    gamma: float = field(default=0.99, metadata={"help": "Discount per step (per action token with token_gae)."})
+    lam: float = field(default=1.0, metadata={"help": "Lambda of GAE."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    num_ppo_epochs: int = field(default=1, metadata={"help": "Passes of the policy over a batch."})
+
+    # The algorithm
+    advantage_estimator: Literal["step_gae", "token_gae", "grpo", "rloo", "reinforce_plus_plus", "gigpo"] = field(
+        default="step_gae", metadata={"help": "How credit is assigned; step_gae is StepPO, token_gae is PPO."}
+    )
+    importance_sampling_level: Literal["step", "token"] = field(
+        default="step", metadata={"help": "One importance ratio per step, or one per token."}
+    )
+    loss_aggregation: Literal["step", "episode", "token"] | None = field(
+        default=None,
+        metadata={"help": "What the loss averages over. None: token with token_gae, else step."},
+    )
+    cliprange_high: float | None = field(
+        default=None, metadata={"help": "Upper clip range of the ratio. None: the same as cliprange."}
+    )
+    kl_loss_coef: float = field(default=0.0, metadata={"help": "Coefficient of the per-token KL in the loss."})
+    kl_loss_estimator: Literal["k1", "k2", "k3"] = field(
+        default="k3", metadata={"help": "KL estimator of kl_loss_coef."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Coefficient of the entropy bonus in the loss."})
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Leave episodes that a budget cut out of the policy's loss."}
+    )
+    rollout_correction: Literal["none", "truncate", "mask"] | None = field(
+        default=None,
+        metadata={
+            "help": "Importance weights of the trainer's probabilities over the sampler's. None: off in-process."
+        },
+    )
+    rollout_correction_cap: float = field(default=2.0, metadata={"help": "Largest weight of rollout_correction."})
+
+    # The critic
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic. None: learning_rate."}
+    )
+    num_critic_epochs: int | None = field(
+        default=None, metadata={"help": "Passes of the critic over a batch. None: num_ppo_epochs."}
+    )
+    critic_warmup_updates: int = field(
+        default=0, metadata={"help": "Number of first updates that train the critic alone."}
+    )
+    bootstrap_truncated: bool = field(
+        default=False, metadata={"help": "Read the value after a truncated episode from its last state."}
+    )
+
+    # The episodes
+    max_interaction_steps: int = field(default=5, metadata={"help": "Most steps of an episode."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of a state."})
+    max_episode_tokens: int | None = field(default=None, metadata={"help": "Most tokens of an episode."})
+    max_episode_s: float | None = field(default=None, metadata={"help": "Most seconds of an episode."})
+    tool_timeout_s: float | None = field(
+        default=60.0, metadata={"help": "Most seconds of one call of a tool or of an environment's method."}
+    )
+    max_concurrent_episodes: int | None = field(
+        default=None, metadata={"help": "Most episodes played at once on a rank. None: all of an update."}
+    )
+    num_generations: int = field(default=1, metadata={"help": "Episodes per dataset row."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens of this total mass."})
+    top_k: int = field(default=0, metadata={"help": "Sample from this many most likely tokens; 0: from all."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Extra arguments of the chat template, as JSON on the command line."}
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function. None: 1 each."}
+    )
+    rollout_cache_tokens: int | None = field(
+        default=262_144, metadata={"help": "Most tokens whose keys and values the in-process sampler holds."}
+    )
+    max_failed_updates: int = field(
+        default=3, metadata={"help": "Updates in a row without a valid episode before the run stops."}
+    )
+    dump_episodes_dir: str | None = field(default=None, metadata={"help": "Where to write every episode played."})
+    replay_episodes_dir: str | None = field(
+        default=None, metadata={"help": "Train on the episodes recorded there instead of playing."}
+    )
+
+    # Batching
+    prefix_sharing: bool = field(
+        default=True, metadata={"help": "Forward steps that continue one another as one row."}
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None, metadata={"help": "Size of a forward pass in tokens instead of episodes."}
+    )
+    max_staleness: int = field(default=0, metadata={"help": "0: rollouts and updates alternate."})
+
+    # Fields that the command line gives as JSON
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*PPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
+        super().__post_init__()
+        self._check_ranges()
+        self._check_combinations()
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether the estimator reads values."""
+        return self.advantage_estimator in CRITIC_ESTIMATORS
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a reference model is needed."""
+        return self.kl_coef != 0.0 or self.kl_loss_coef != 0.0
+
+    @property
+    def aggregation(self) -> Literal["step", "episode", "token"]:
+        """`loss_aggregation`, resolved."""
+        return self.loss_aggregation or ("token" if self.advantage_estimator == "token_gae" else "step")
+
+    @property
+    def critic_epochs(self) -> int:
+        """`num_critic_epochs`, resolved."""
+        return self.num_ppo_epochs if self.num_critic_epochs is None else self.num_critic_epochs
+
+    @classmethod
+    def from_ppo_config(cls, args: PPOConfig) -> StepPOConfig:
+        """
+        The settings under which [`StepPOTrainer`] does what `PPOTrainer` does with a plain `PPOConfig`: token-level
+        GAE, ratios and averages.
+
+        Args:
+            args ([`~trl.experimental.ppo.PPOConfig`]):
+                The plain configuration.
+        """
+        values = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
+        # A plain config turns bf16 on by default, on a CPU too, where PPOTrainer then ignores it.
+        values["bf16"] = bool(args.bf16) and not args.use_cpu and _accelerator_has_bf16()
+        return cls(
+            **values, advantage_estimator="token_gae", importance_sampling_level="token", max_interaction_steps=1
+        )
+
+    def _check_ranges(self) -> None:
+        within = {  # name: (lowest, highest, whether the lowest itself is excluded)
+            "gamma": (0, 1, False),
+            "lam": (0, 1, False),
+            "temperature": (0, math.inf, True),
+            "top_p": (0, 1, True),
+            "top_k": (0, math.inf, False),
+            "cliprange": (0, math.inf, True),
+            "cliprange_high": (0, math.inf, True),
+            "cliprange_value": (0, math.inf, True),
+            "vf_coef": (0, math.inf, True),
+            "kl_coef": (0, math.inf, False),
+            "kl_loss_coef": (0, math.inf, False),
+            "rollout_correction_cap": (1, math.inf, False),
+            "critic_learning_rate": (0, math.inf, False),
+            "response_length": (1, math.inf, False),
+            "max_interaction_steps": (1, math.inf, False),
+            "max_prompt_length": (1, math.inf, False),
+            "max_episode_tokens": (2, math.inf, False),
+            "max_episode_s": (0, math.inf, True),
+            "tool_timeout_s": (0, math.inf, True),
+            "max_concurrent_episodes": (1, math.inf, False),
+            "max_tokens_per_micro_batch": (1, math.inf, False),
+            "rollout_cache_tokens": (1, math.inf, False),
+            "max_failed_updates": (1, math.inf, False),
+            "num_generations": (1, math.inf, False),
+            "num_mini_batches": (1, math.inf, False),
+            "num_ppo_epochs": (1, math.inf, False),
+            "num_critic_epochs": (1, math.inf, False),
+            "critic_warmup_updates": (0, math.inf, False),
+            "total_episodes": (1, math.inf, False),
+            "max_staleness": (0, math.inf, False),
+        }
+        for name, (lowest, highest, excluded) in within.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not (lowest < value if excluded else lowest <= value) or not value <= highest:
+                bounds = f"{'(' if excluded else '['}{lowest}, {highest}{']' if highest < math.inf else ')'}"
+                raise ConfigurationError(f"`{name}` is {value}; set it to a number in {bounds}")
+        choices = {
+            "advantage_estimator": (*CRITIC_ESTIMATORS, *GROUP_BASELINES, "reinforce_plus_plus"),
+            "importance_sampling_level": ("step", "token"),
+            "loss_aggregation": (None, "step", "episode", "token"),
+            "kl_estimator": ("k1", "k3"),
+            "kl_loss_estimator": ("k1", "k2", "k3"),
+            "rollout_correction": (None, "none", "truncate", "mask"),
+            "stop_token": (None, "eos"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigurationError(f"`{name}` is {getattr(self, name)!r}; choose one of {allowed}")
+        if self.max_staleness > 0:
+            raise ConfigurationError(
+                f"`max_staleness` is {self.max_staleness}, but this version alternates rollouts and updates; "
+                "set it to 0"
+            )
+
+    def _check_combinations(self) -> None:
+        estimator = self.advantage_estimator
+        episodes = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if episodes % self.num_generations:
+            raise ConfigurationError(
+                f"`num_generations`={self.num_generations} does not divide the {episodes} episodes a rank plays per "
+                f"update (`per_device_train_batch_size`={self.per_device_train_batch_size} × "
+                f"`gradient_accumulation_steps`={self.gradient_accumulation_steps}); a row's episodes stay on one rank"
+            )
+        if self.num_mini_batches > episodes:
+            raise ConfigurationError(
+                f"`num_mini_batches`={self.num_mini_batches} exceeds the {episodes} episodes a rank plays per update; "
+                "every mini-batch needs an episode"
+            )
+        if estimator in GROUP_BASELINES and self.num_generations < 2:
+            raise ConfigurationError(
+                f"`advantage_estimator`={estimator!r} compares the episodes of one row, and `num_generations` is "
+                f"{self.num_generations}; set `num_generations` to at least 2"
+            )
+        if self.stop_token is not None and self.stop_token_id is not None:
+            raise ConfigurationError(
+                f"`stop_token`={self.stop_token!r} and `stop_token_id`={self.stop_token_id} are both set; set one"
+            )
+        if self.max_steps > 0 and self.total_episodes is not None:
+            raise ConfigurationError(
+                f"`max_steps`={self.max_steps} and `total_episodes`={self.total_episodes} both say how long to train; "
+                "set one"
+            )
+        if self.dump_episodes_dir is not None and self.dump_episodes_dir == self.replay_episodes_dir:
+            raise ConfigurationError(
+                f"`dump_episodes_dir` and `replay_episodes_dir` are both {self.dump_episodes_dir!r}; a run would "
+                "overwrite the recording it replays"
+            )
+        self._refuse_without_effect()
+
+    def _refuse_without_effect(self) -> None:
+        """Raise for settings that differ from their default although another setting makes them void."""
+        estimator = f"`advantage_estimator`={self.advantage_estimator!r}"
+        void: list[tuple[bool, str, tuple[str, ...]]] = [
+            (
+                not self.uses_critic,
+                f"{estimator}, which has no critic",
+                (
+                    *("critic_learning_rate", "num_critic_epochs", "critic_warmup_updates", "bootstrap_truncated"),
+                    *("vf_coef", "cliprange_value", "lam", "whiten_rewards"),
+                ),
+            ),
+            (
+                self.advantage_estimator in ("grpo", "rloo"),
+                f"{estimator}, which compares undiscounted returns",
+                ("gamma",),
+            ),
+            (self.kl_coef == 0, "`kl_coef`=0", ("kl_estimator",)),
+            (self.kl_loss_coef == 0, "`kl_loss_coef`=0", ("kl_loss_estimator",)),
+            (
+                self.rollout_correction in (None, "none"),
+                f"`rollout_correction`={self.rollout_correction!r}",
+                ("rollout_correction_cap",),
+            ),
+            (
+                self.max_tokens_per_micro_batch is not None,
+                f"`max_tokens_per_micro_batch`={self.max_tokens_per_micro_batch}",
+                ("local_rollout_forward_batch_size",),
+            ),
+            (self.max_interaction_steps == 1, "`max_interaction_steps`=1", ("max_episode_tokens",)),
+            (
+                self.max_prompt_length is not None
+                and self.max_episode_tokens is not None
+                and self.max_prompt_length >= self.max_episode_tokens,
+                f"`max_episode_tokens`={self.max_episode_tokens}",
+                ("max_prompt_length",),
+            ),
+        ]
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}
+        for applies, reason, names in void:
+            for name in names:
+                if applies and getattr(self, name) != defaults[name]:
+                    raise ConfigurationError(
+                        f"`{name}`={getattr(self, name)!r} has no effect together with {reason}; remove one of the two"
+                    )
+
+
+def _accelerator_has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
