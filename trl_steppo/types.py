@@ -49,6 +49,10 @@ class TokenIds(Sequence[int]):
 
     __slots__ = ("_start", "_stop", "_storage")
 
+    _storage: array[int]
+    _start: int
+    _stop: int
+
     def __init__(self, ids: Iterable[int] = ()) -> None:
         if isinstance(ids, TokenIds):
             self._storage, self._start, self._stop = ids._storage, ids._start, ids._stop

@@ -236,6 +236,16 @@ def test_time_up_before_the_first_step_is_complete_fails(chat):
     assert sampler.released == ["5-1"]
 
 
+def test_an_environments_own_time_limit_is_a_failure_and_no_budget(chat):
+    environment = LookEnvironment()
+    rewards = iter([lambda: 0.25, threading.Event().wait])
+    environment.step_reward = lambda: next(rewards)()
+    playable = make_playable(environment, environment_timeout_s=0.05)
+    episode, _ = play(chat, [LOOK, LOOK], environment, playable=playable, max_episode_s=20)
+    assert episode.error.startswith("environment step 1: CallTimeoutError: step_reward() took longer than 0.05 s")
+    assert len(episode.steps) == 1
+
+
 # -- what breaks ------------------------------------------------------------------------------------------------------
 
 

@@ -324,6 +324,8 @@ class _Layer(CacheLayerMixin):
     """Keys and values of one layer: (rows, heads, tokens, head size). The last column takes what padding writes."""
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, cursor: _Cursor) -> None:
         super().__init__()
@@ -512,7 +514,7 @@ class _CachedRows:
         else:
             mask = (torch.arange(seen) <= positions[:, :, None])[:, None].to(device)  # (rows, 1, width, seen)
         input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in new], device=device)
-        backbone = getattr(self.model, self.model.base_model_prefix)  # type: ignore[arg-type]
+        backbone: Any = getattr(self.model, str(self.model.base_model_prefix))
         hidden = backbone(
             input_ids=input_ids,
             attention_mask=mask,

@@ -122,7 +122,7 @@ class Critic(nn.Module):
 
 def _hidden_states(model: nn.Module, rows: Rows) -> torch.Tensor:
     """The backbone's last hidden states (R, L, H)."""
-    backbone: Any = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    backbone: Any = getattr(model, str(model.base_model_prefix))
     output = backbone(
         input_ids=rows.input_ids,
         attention_mask=rows.attention_mask,

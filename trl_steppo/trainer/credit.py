@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..advantages import (
+    GroupBaseline,
     broadcast_to_tokens,
     discounted_returns,
     explained_variance,
@@ -120,7 +121,7 @@ def assign_credit(
             ),
         )
 
-    baseline = "rloo" if args.advantage_estimator == "rloo" else "grpo"
+    baseline: GroupBaseline = "rloo" if args.advantage_estimator == "rloo" else "grpo"
     of_episode = group_advantages(step_rewards.sum(-1), group_index, baseline)  # (E,)
     of_step = of_episode[batch.episode_index]
     if args.advantage_estimator == "gigpo":

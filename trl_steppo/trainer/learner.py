@@ -319,7 +319,8 @@ class Learner:
                 torch.tensor(steps, device=self.accelerator.device),
             )
 
-    def _forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, module: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
+        assert module is not None
         with self.clock.measure("model_s"):
             return module(*args, **kwargs)
 

@@ -160,8 +160,10 @@ class EpisodePlayer:
         if self.reward_model is not None:
             valid = [index for index, episode in enumerate(episodes) if episode.valid]
             last = [episodes[index].steps[-1] for index in valid]
-            rows = [[*step.prompt_ids, *step.response_ids] for step in last]
-            scores = score_sequences(self.reward_model, rows, batch_size=self.args.local_rollout_forward_batch_size)
+            sequences = [[*step.prompt_ids, *step.response_ids] for step in last]
+            scores = score_sequences(
+                self.reward_model, sequences, batch_size=self.args.local_rollout_forward_batch_size
+            )
             for index, score in zip(valid, scores, strict=True):
                 episodes[index] = _add_to_last_step(episodes[index], score)
         if self.args.missing_eos_penalty is not None:

@@ -114,7 +114,7 @@ class StepPOConfig(PPOConfig):
     > and off on a CPU.
     """
 
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]  # as TRL's own base class has it
         default=None,
         metadata={"help": "Mixed precision in bfloat16. None: on where the accelerator supports it, off on a CPU."},
     )
@@ -209,7 +209,10 @@ class StepPOConfig(PPOConfig):
     max_staleness: int = field(default=0, metadata={"help": "0: rollouts and updates alternate."})
 
     # Fields that the command line gives as JSON
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*PPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # unannotated upstream
+        *PPOConfig._VALID_DICT_FIELDS,
+        "chat_template_kwargs",
+    ]
 
     def __post_init__(self) -> None:
         if self.bf16 is None:

@@ -162,13 +162,20 @@ class StepPOTrainer(PPOTrainer):
 
     # -- the story ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """
         Train until `total_episodes` (or `max_steps` updates) are reached, or a callback stops the run.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Not in this version.
+            trial, ignore_keys_for_eval:
+                As in `Trainer`, for its hyperparameter search; not used.
 
         Raises:
             RolloutError: If `max_failed_updates` updates in a row have no valid episode.
@@ -207,7 +214,7 @@ class StepPOTrainer(PPOTrainer):
 
     def _collate(self, episodes: Sequence[Episode]) -> Rollout | None:
         """Lay out the valid episodes; `None` where no rank has one."""
-        add_episode_metrics(self._means, episodes, eos_token_id=self.processing_class.eos_token_id)
+        add_episode_metrics(self._means, episodes, eos_token_id=self.player.tokenizer.eos_token_id)
         valid = [episode for episode in episodes if episode.valid]
         errors = Counter(str(episode.error) for episode in episodes if not episode.valid)
         for error, count in errors.most_common(3):
@@ -283,7 +290,7 @@ class StepPOTrainer(PPOTrainer):
         Returns:
             `dict[str, float]`: Means over the episodes that did not fail.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise DataError("there is no `eval_dataset` to evaluate on")
         if isinstance(dataset, dict):
@@ -313,7 +320,7 @@ class StepPOTrainer(PPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy as a plain transformers model, and the critic beside it in `critic/`."""
-        output_dir = output_dir or self.args.output_dir
+        output_dir = output_dir or str(self.args.output_dir)
         if self.value_model is not None and self.args.should_save:
             self.value_model.save_pretrained(os.path.join(output_dir, "critic"))
         super().save_model(output_dir, _internal_call)
@@ -322,7 +329,7 @@ class StepPOTrainer(PPOTrainer):
         """As `Trainer`'s, with the critic's optimizer beside its weights."""
         Trainer._save_checkpoint(self, model, trial)
         if self.learner.critic is not None and self.args.should_save and not self.args.save_only_model:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / "critic"
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / "critic"
             torch.save(self.learner.critic.optimizer.state_dict(), folder / "optimizer.pt")
             torch.save(self.learner.critic.scheduler.state_dict(), folder / "scheduler.pt")
 
@@ -353,18 +360,16 @@ class StepPOTrainer(PPOTrainer):
         self, model: PreTrainedModel, ref_model: PreTrainedModel | None, value_model: PreTrainedModel | None
     ) -> None:
         args = self.args
-        self.ref_model = None
+        self.ref_model: Any = None
         if args.uses_reference:
             self.ref_model = self._frozen(ref_model if ref_model is not None else copy.deepcopy(model))
-        self.value_model = None
+        self.value_model: Any = None
         if args.uses_critic:
             self.value_model = value_model if value_model is not None else build_critic(model)
         if args.gradient_checkpointing:
             for network in (model, self.value_model):
                 if network is not None:
-                    network.gradient_checkpointing_enable(
-                        args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-                    )
+                    network.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         policy = self._network(PolicyScorer(model), args.learning_rate)
         critic = None
         if self.value_model is not None:
@@ -386,7 +391,7 @@ class StepPOTrainer(PPOTrainer):
         )
 
     def _network(self, module: nn.Module, learning_rate: float) -> Network:
-        """Wrap a network for training, with an optimizer and a schedule of its own, both as `TrainingArguments` say."""
+        """Wrap a network for training, with an optimizer and a schedule of its own as `TrainingArguments` say."""
         args, total = self.args, self.args.num_total_batches
         assert total is not None
         decays = set(self.get_decay_parameter_names(module))
@@ -397,14 +402,14 @@ class StepPOTrainer(PPOTrainer):
             }
             for decayed in (True, False)
         ]
-        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, module)
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = optimizer_class([g for g in groups if g["params"]], **{**kwargs, "lr": learning_rate})
         scheduler = transformers.get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             num_warmup_steps=args.get_warmup_steps(total),
             num_training_steps=total,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
         )
         prepared, optimizer = self.accelerator.prepare(module.to(self.accelerator.device), optimizer)
         return Network(prepared, optimizer, scheduler)
@@ -422,7 +427,7 @@ class StepPOTrainer(PPOTrainer):
         assert args.num_total_batches is not None
         self.is_in_train = True
         self.state.max_steps = args.num_total_batches
-        self.state.num_train_epochs = args.num_train_epochs
+        self.state.num_train_epochs = math.ceil(args.num_train_epochs)
         self.state.train_batch_size = args.per_device_train_batch_size
         self.state.compute_steps(args, args.num_total_batches)
         self.control.should_training_stop = False
@@ -438,14 +443,15 @@ class StepPOTrainer(PPOTrainer):
             self.evaluate()
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
         if args.should_save:
-            self.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
+            self.state.save_to_json(os.path.join(str(args.output_dir), "trainer_state.json"))
         self.is_in_train = False
 
     @contextmanager
     def _update(self) -> Iterator[None]:
         """Everything around one update: metrics, callbacks, logging, evaluation, checkpoints."""
         args = self.args
-        self._means, self._logs = Means(), {}
+        self._means = Means()
+        self._logs: dict[str, float] = {}
         self.clock.seconds.clear()
         sampled, prefilled, sampling = (
             self.sampler.sampled_tokens,
@@ -456,6 +462,7 @@ class StepPOTrainer(PPOTrainer):
         self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
         yield
         update_s = time.perf_counter() - start
+        model_s = self.clock.seconds["model_s"] + self.sampler.forward_s - sampling
         self.state.global_step += 1
         assert args.batch_size is not None
         num_rows = args.batch_size // args.num_generations
@@ -467,8 +474,7 @@ class StepPOTrainer(PPOTrainer):
             "lr": self.learner.policy.learning_rate,
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
-            "perf/overhead_fraction": 1.0
-            - (self.clock.seconds["model_s"] + self.sampler.forward_s - sampling) / update_s,
+            "perf/overhead_fraction": 1.0 - model_s / update_s,
             "perf/tokens_per_s": (self.sampler.sampled_tokens - sampled) / max(self.clock.seconds["rollout_s"], 1e-9),
             "perf/sampled_tokens": self.sampler.sampled_tokens - sampled,
             "perf/prefilled_tokens": self.sampler.prefilled_tokens - prefilled,
@@ -495,7 +501,7 @@ class StepPOTrainer(PPOTrainer):
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = is_best
         if self.control.should_save:
-            self._save_checkpoint(self.model, trial=None)
+            self._save_checkpoint(self.learner.policy.module, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _requests(self) -> list[EpisodeRequest]:

@@ -1,0 +1,89 @@
+"""
+Train an agent that searches a wiki step by step and answers questions.
+
+    accelerate launch examples/hotpotqa_steppo.py
+
+trains the built-in policy on the built-in wiki, on a CPU, in minutes (`examples/configs/mini_wiki.yaml`). The same
+with token-level PPO:
+
+    accelerate launch examples/hotpotqa_steppo.py --advantage_estimator token_gae --importance_sampling_level token
+
+Any setting of `StepPOConfig` is a flag. For a model of your own, choose a recipe with `--config`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, TrlParser
+
+from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
+from trl_steppo.models import MINI_WIKI_POLICY
+
+RECIPES = Path(__file__).parent / "configs"
+
+
+@dataclass
+class HotpotQAArguments:
+    """What to search and what to pay for."""
+
+    dataset_name: str = field(
+        default="mini_wiki",
+        metadata={"help": "`mini_wiki` (built in), a local .jsonl, .json or .parquet file, or a name on the hub."},
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "File to evaluate on. None: a part of a local file, or the validation split."}
+    )
+    num_passages: int = field(default=3, metadata={"help": "Most passages that a search returns."})
+    reward: Literal["exact_match", "f1"] = field(default="exact_match", metadata={"help": "What an answer is paid."})
+
+
+def main(script_args: HotpotQAArguments, training_args: StepPOConfig, model_args: ModelConfig) -> None:
+    """Build everything, train, save."""
+    data = hotpotqa_dataset(script_args.dataset_name, eval_dataset_name=script_args.eval_dataset_name)
+    name = MINI_WIKI_POLICY if model_args.model_name_or_path == "mini_wiki" else str(model_args.model_name_or_path)
+    dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation or "sdpa",
+        dtype=dtype,
+    )
+    trainer = StepPOTrainer(
+        args=training_args,
+        processing_class=AutoTokenizer.from_pretrained(name, revision=model_args.model_revision),
+        model=model,
+        train_dataset=data.train_dataset,
+        eval_dataset=data.eval_dataset,
+        environment_factory=partial(
+            HotpotQAEnvironment, data.retriever, top_k=script_args.num_passages, reward=script_args.reward
+        ),
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+def with_default_config(arguments: list[str]) -> list[str]:
+    """Without a model and a config, the built-in example; a model without a config is refused."""
+    names = {argument.split("=")[0] for argument in arguments}
+    if "--config" in names:
+        return arguments
+    if "--model_name_or_path" in names:
+        recipes = ", ".join(sorted(str(path) for path in RECIPES.glob("*.yaml")))
+        raise SystemExit(
+            "--model_name_or_path needs a --config: the learning rate of the built-in small model would destroy "
+            f"another one. Recipes: {recipes}"
+        )
+    return ["--config", str(RECIPES / "mini_wiki.yaml"), *arguments]
+
+
+if __name__ == "__main__":
+    parser = TrlParser((HotpotQAArguments, StepPOConfig, ModelConfig))  # type: ignore[arg-type]
+    main(*parser.parse_args_and_config(with_default_config(sys.argv[1:])))

@@ -1,0 +1,210 @@
+"""
+Make the built-in policy: a tokenizer and a small Qwen2 model, warm-started on scripted demonstrations.
+
+    python examples/make_mini_wiki_policy.py --output_dir trl_steppo/models/mini_wiki
+
+Most of the demonstrations are bad on purpose: they stop one hop too early, or follow the wrong link. The policy that
+imitates them knows the format and how to read a passage, but its most likely behaviour is wrong, so that what a run
+then shows is learning and not sharpening. They are played in worlds (seeds of the mini wiki) other than the one that
+is trained and evaluated on, which the policy has therefore never seen.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+
+from trl_steppo.environments.hotpotqa import BM25Retriever, HotpotQAEnvironment, make_mini_wiki
+from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
+from trl_steppo.environments.hotpotqa.mini_wiki import TEMPTING_RELATION, MiniWiki
+from trl_steppo.environments.tools import make_playable
+from trl_steppo.inference.chat import ChatFormat
+
+# ChatML with tool calls as Qwen writes them; the tools themselves are named, not described, to keep prompts short.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{%- if message.role == 'system' %}
+{{- '<|im_start|>system\\n' + message.content }}
+{%- if tools %}{{- ' Tools:' }}{%- for tool in tools %}{{- ' ' + tool.function.name }}{%- endfor %}{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- elif message.role == 'assistant' %}
+{{- '<|im_start|>assistant\\n' }}{% generation %}{{- message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}{{- '}\\n</tool_call>' }}
+{%- endfor %}{{- '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}
+{%- else %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass
+class Arguments:
+    """What to make."""
+
+    output_dir: str = field(metadata={"help": "Where to save model and tokenizer."})
+    hidden_size: int = field(default=64, metadata={"help": "Width of the model."})
+    num_layers: int = field(default=2, metadata={"help": "Layers of the model."})
+    num_heads: int = field(default=4, metadata={"help": "Attention heads, each with its own keys and values."})
+    vocab_size: int = field(default=2048, metadata={"help": "Most entries of the vocabulary."})
+    num_worlds: int = field(default=6, metadata={"help": "Mini wikis to take demonstrations from."})
+    num_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=64, metadata={"help": "Demonstrations of one step."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Highest learning rate."})
+    share_right: float = field(default=0.25, metadata={"help": "Share of right demonstrations."})
+    share_early: float = field(default=0.45, metadata={"help": "Share of those that stop too early."})
+    top_k: int = field(default=2, metadata={"help": "Passages of a search."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything."})
+
+
+def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that has nearly every word of the mini wiki as one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def script(wiki: MiniWiki, row: dict[str, Any], args: Arguments, rng: random.Random) -> list[tuple[str, str]]:
+    """The tool calls of one demonstration, right or wrong, as (tool, argument)."""
+    draw = rng.random()
+    relations, path = list(row["relations"]), list(row["path"])
+    if draw < args.share_right:
+        return [*(("search", title) for title in path), ("answer", row["answer"])]
+    if draw < args.share_right + args.share_early:
+        stop = rng.randrange(1, len(path)) if len(path) > 1 else 1
+        if row["type"] == "comparison":
+            return [("search", path[0]), ("answer", path[0])]
+        titles = path[:stop]
+        return [*(("search", title) for title in titles), ("answer", wiki.facts[titles[-1]][relations[stop - 1]])]
+    if row["type"] == "bridge" and relations[0] in TEMPTING_RELATION:
+        titles, answer = wiki.follow(path[0], [TEMPTING_RELATION[relations[0]], *relations[1:]])
+        return [*(("search", title) for title in titles), ("answer", answer)]
+    # Where no link tempts, something else that the first passage says.
+    other = rng.choice([value for relation, value in wiki.facts[path[0]].items() if relation != relations[0]])
+    return [("search", path[0]), ("answer", other)]
+
+
+def play(chat: ChatFormat, environment: HotpotQAEnvironment, row: dict[str, Any], calls: list[tuple[str, str]]) -> Any:
+    """The ids of a demonstration, and which of them are responses."""
+    environment.reset(**row)
+    ids = chat.render([{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": row["question"]}])
+    is_response = [False] * len(ids)
+    for tool, argument in calls:
+        arguments = {"query" if tool == "search" else "text": argument}
+        text = "<tool_call>\n" + json.dumps({"name": tool, "arguments": arguments}) + "\n</tool_call>"
+        response = [*chat.encode_text(text, add_special_tokens=False), chat.end_of_turn_id]
+        observation = getattr(environment, tool)(argument)
+        observed = chat.append([{"role": "tool", "name": tool, "content": observation}], tool_call_names=[tool])
+        ids += [*response, *observed]
+        is_response += [True] * len(response) + [False] * len(observed)
+    end = len(is_response) - is_response[::-1].index(True)  # nothing follows the answer
+    return ids[:end], is_response[:end]
+
+
+def demonstrations(worlds: Sequence[MiniWiki], tokenizer: Any, args: Arguments, rng: random.Random) -> list[Any]:
+    """One demonstration for every training question of every world."""
+    found = []
+    for wiki in worlds:
+        environment = HotpotQAEnvironment(BM25Retriever(wiki.passages), top_k=args.top_k)
+        chat = ChatFormat(tokenizer, tools=make_playable(environment).tools)
+        found += [play(chat, environment, row, script(wiki, row, args, rng)) for row in wiki.train]
+    return found
+
+
+def batches(
+    examples: Sequence[Any], args: Arguments, rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of ids and labels, of similar length within a batch."""
+    while True:
+        order = sorted(range(len(examples)), key=lambda i: (len(examples[i][0]) // 16, rng.random()))
+        groups = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+        rng.shuffle(groups)
+        for group in groups:
+            ids = [torch.tensor(examples[i][0]) for i in group]
+            labels = [torch.tensor(examples[i][0]).where(torch.tensor(examples[i][1]), -100) for i in group]
+            yield (
+                torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
+                torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
+            )
+
+
+def main(args: Arguments) -> None:
+    """Make tokenizer and model, warm-start the model, save both."""
+    set_seed(args.seed)
+    rng = random.Random(args.seed)
+    worlds = [make_mini_wiki(seed=1000 + i) for i in range(args.num_worlds)]
+    texts = [f" {passage.title}: {passage.text}" for wiki in worlds for passage in wiki.passages]
+    texts += [
+        json.dumps({"name": "search", "arguments": {"query": p.title}}) for wiki in worlds for p in wiki.passages
+    ]
+    texts += [json.dumps({"name": "answer", "arguments": {"text": row["answer"]}}) for w in worlds for row in w.train]
+    texts += [f"{role}\n{row['question']}" for role in ROLES for w in worlds for row in w.train]
+    texts += [f"{role}\n{SYSTEM_PROMPT} Tools: answer search\n[1] [2] [3] No results. Error" for role in ROLES] * 10
+    tokenizer = make_tokenizer(texts, args.vocab_size)
+    examples = demonstrations(worlds, tokenizer, args, rng)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=args.hidden_size * 2,
+            num_hidden_layers=args.num_layers,
+            num_attention_heads=args.num_heads,
+            num_key_value_heads=args.num_heads,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    print(f"{len(tokenizer)} tokens, {model.num_parameters()} parameters, {len(examples)} demonstrations")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.num_steps)
+    for step, (ids, labels) in enumerate(batches(examples, args, rng)):
+        if step == args.num_steps:
+            break
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+        at = labels[:, 1:] != -100
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[at]), labels[:, 1:][at])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss.item():.4f}", flush=True)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])  # type: ignore[arg-type]
