@@ -56,16 +56,19 @@ class Arguments:
 
     output_dir: str = field(metadata={"help": "Where to save model and tokenizer."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the model."})
-    num_layers: int = field(default=2, metadata={"help": "Layers of the model."})
+    num_layers: int = field(default=3, metadata={"help": "Layers of the model."})
     num_heads: int = field(default=4, metadata={"help": "Attention heads, each with its own keys and values."})
     vocab_size: int = field(default=2048, metadata={"help": "Most entries of the vocabulary."})
     num_worlds: int = field(default=6, metadata={"help": "Mini wikis to take demonstrations from."})
-    num_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
-    batch_size: int = field(default=64, metadata={"help": "Demonstrations of one step."})
+    num_steps: int = field(default=6000, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=32, metadata={"help": "Demonstrations of one step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Highest learning rate."})
+    context_weight: float = field(
+        default=0.2, metadata={"help": "Weight of the loss on what is read, which teaches to copy and so to read."}
+    )
     share_right: float = field(default=0.25, metadata={"help": "Share of right demonstrations."})
     share_early: float = field(default=0.45, metadata={"help": "Share of those that stop too early."})
-    top_k: int = field(default=2, metadata={"help": "Passages of a search."})
+    top_k: int = field(default=1, metadata={"help": "Passages of a search."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
 
@@ -142,17 +145,17 @@ def demonstrations(worlds: Sequence[MiniWiki], tokenizer: Any, args: Arguments, 
 def batches(
     examples: Sequence[Any], args: Arguments, rng: random.Random
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of ids and labels, of similar length within a batch."""
+    """Endless batches of ids and of each token's weight in the loss, of similar length within a batch."""
     while True:
         order = sorted(range(len(examples)), key=lambda i: (len(examples[i][0]) // 16, rng.random()))
         groups = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
         rng.shuffle(groups)
         for group in groups:
             ids = [torch.tensor(examples[i][0]) for i in group]
-            labels = [torch.tensor(examples[i][0]).where(torch.tensor(examples[i][1]), -100) for i in group]
+            weights = [torch.tensor(examples[i][1]).float().clamp(min=args.context_weight) for i in group]
             yield (
                 torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
-                torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
+                torch.nn.utils.rnn.pad_sequence(weights, batch_first=True),
             )
 
 
@@ -188,19 +191,21 @@ def main(args: Arguments) -> None:
     print(f"{len(tokenizer)} tokens, {model.num_parameters()} parameters, {len(examples)} demonstrations")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.num_steps)
-    for step, (ids, labels) in enumerate(batches(examples, args, rng)):
+    for step, (ids, weights) in enumerate(batches(examples, args, rng)):
         if step == args.num_steps:
             break
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
-        at = labels[:, 1:] != -100
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[at]), labels[:, 1:][at])
+        read = weights[:, 1:] > 0
+        losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[read]), ids[:, 1:][read], reduction="none")
+        loss = (losses * weights[:, 1:][read]).sum() / weights[:, 1:].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            print(f"step {step}: loss {loss.item():.4f}", flush=True)
+            of_responses = losses[weights[:, 1:][read] == 1.0].mean()
+            print(f"step {step}: loss {loss.item():.4f}, of responses {of_responses.item():.4f}", flush=True)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

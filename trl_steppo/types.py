@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 from typing import Any, overload
 
 
@@ -142,7 +141,7 @@ class Step:
     temperature: float
     stop_reason: StopReason
     observation: str | list[dict[str, Any]] = ""
-    info: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", TokenIds(self.prompt_ids))
@@ -195,7 +194,7 @@ class Episode:
     truncated: bool
     final_prompt_ids: TokenIds | None = None
     error: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    metrics: Mapping[str, float] = field(default_factory=dict)
     stop_reason: StopReason | None = None
 
     def __post_init__(self) -> None:

@@ -217,6 +217,9 @@ class StepPOConfig(PPOConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
+        if getattr(self, "activation_checkpointing", True) is None:
+            # The newer name of `gradient_checkpointing`, whose default TRL changed: no reason to warn the user.
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         self._check_ranges()
         self._check_combinations()

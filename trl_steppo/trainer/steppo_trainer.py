@@ -369,7 +369,7 @@ class StepPOTrainer(PPOTrainer):
         if args.gradient_checkpointing:
             for network in (model, self.value_model):
                 if network is not None:
-                    network.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+                    _enable_checkpointing(network, args.gradient_checkpointing_kwargs)
         policy = self._network(PolicyScorer(model), args.learning_rate)
         critic = None
         if self.value_model is not None:
@@ -556,6 +556,14 @@ def _group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[t
     rows: dict[int, int] = {}
     groups = [rows.setdefault(episode.row_index, len(rows)) for episode in episodes]
     return torch.tensor(groups, device=device).long(), torch.tensor(step_states, device=device).long()
+
+
+def _enable_checkpointing(network: PreTrainedModel, kwargs: Any) -> None:
+    """Recompute activations in the backward pass; newer transformers renamed the method."""
+    if hasattr(network, "activation_checkpointing_enable"):
+        network.activation_checkpointing_enable(kwargs)
+    else:
+        network.gradient_checkpointing_enable(kwargs)
 
 
 def _pad_token_id(tokenizer: Any) -> int:
