@@ -9,7 +9,9 @@ episode's previous step ended, and a row that leaves takes its part along.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,13 +23,14 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, DataError, RolloutError
 from ..types import StopReason, TokenIds
 from .base import Sample, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-_PREFILL_TOKENS = 16_384  # new tokens of one prefill forward pass
+_PREFILL_TOKENS = 16_384  # new tokens of one prefill forward pass, padding included
+_PREFILL_PADDING = 1_024  # padding of one prefill forward pass
 _MASK_ELEMENTS = 2**26  # elements of one prefill attention mask
 
 
@@ -39,14 +42,17 @@ class LocalSampler:
     Args:
         model (`PreTrainedModel`):
             Any causal language model. Models whose layers are not all full attention through SDPA or eager (sliding
-            windows, state-space layers, flash attention) are sampled without a cache, which is exact and slow.
+            windows, state-space layers, ALiBi, flash attention) are sampled without a cache, which is exact and slow.
         cache_tokens (`int`, *optional*, defaults to `262144`):
-            Bound on the tokens whose keys and values are held, over running and waiting episodes. Responses that do
-            not fit wait for others to end; waiting episodes are forgotten least-recently-used first and prefilled
-            again. `None`: no bound.
+            Bound on the tokens whose keys and values are held: for running responses their number times the longest
+            of them, for waiting episodes what they have. Responses that do not fit wait for others to end; waiting
+            episodes are forgotten least-recently-used first and prefilled again. `None`: no bound.
 
     Raises:
-        ConfigurationError: If `cache_tokens` is not positive; from `sample`, if one response alone exceeds it.
+        ConfigurationError: If `cache_tokens` is not positive; from `sample`, if one response alone exceeds it or has
+            no budget.
+        DataError: From `sample`, if the prompt is empty.
+        RolloutError: From `sample`, if the model's logits are not numbers.
     """
 
     def __init__(self, model: nn.Module, *, cache_tokens: int | None = 262_144) -> None:
@@ -62,13 +68,18 @@ class LocalSampler:
         self._driver: asyncio.Task[None] | None = None
         self._settled: Callable[[], Awaitable[None]] | None = None
         # Any object with the same methods would do: which one is a question of the model's attention alone.
-        self._rows = _CachedRows(model) if _takes_a_mask(model) else _UncachedRows(model)
+        self._rows = _CachedRows(model, cache_tokens) if _takes_a_mask(model) else _UncachedRows(model)
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
         """Continue `prompt_ids`; see [`Sampler`]."""
-        future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
+        if not prompt_ids:
+            raise DataError(f"the prompt of episode {episode_id!r} is empty; there is nothing to continue")
+        if params.max_new_tokens < 1:
+            raise ConfigurationError(f"`max_new_tokens` is {params.max_new_tokens}; a response has at least one token")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Sample] = loop.create_future()
         request = _Request(list(prompt_ids), params, episode_id, order, future)
         if self.cache_tokens is not None and request.max_tokens > self.cache_tokens:
             raise ConfigurationError(
@@ -76,8 +87,9 @@ class LocalSampler:
                 f"`rollout_cache_tokens`={self.cache_tokens}; raise it, or bound the prompt with `max_prompt_length`"
             )
         self._waiting.append(request)
-        if self._driver is None or self._driver.done():
-            self._driver = asyncio.create_task(self._drive())
+        # A loop that was torn down may have left its driver unfinished.
+        if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
+            self._driver = loop.create_task(self._drive())
         return await future
 
     def release(self, episode_id: str) -> None:
@@ -95,6 +107,8 @@ class LocalSampler:
     async def _drive(self) -> None:
         """One forward pass after another, for as long as anyone waits for a token."""
         running: list[_Request] = []
+        if self._rows.requests:
+            self._rows.clear()  # left behind by a driver that was cancelled
         was_training = self.model.training
         self.model.eval()
         try:
@@ -103,9 +117,10 @@ class LocalSampler:
                 if self._settled is not None:
                     await self._settled()
                 for request in [r for r in running if r.future.cancelled()]:
-                    self._leave(running, request)
+                    self._leave(running, request, keep=False)  # its episode was released already
                 arrived = self._admit(running)
-                if arrived or running:
+                running += arrived
+                if running:
                     start = time.perf_counter()
                     update = self._rows.join(arrived) if arrived else self._rows.step()
                     self.forward_s += time.perf_counter() - start
@@ -122,18 +137,17 @@ class LocalSampler:
     def _admit(self, running: list[_Request]) -> list[_Request]:
         """Move waiting requests into the batch, in an order that no coroutine's timing can change."""
         self._waiting = sorted((r for r in self._waiting if not r.future.cancelled()), key=lambda r: r.order)
-        reserved = sum(request.max_tokens for request in running)
-        admitted = []
+        longest = max((request.max_tokens for request in running), default=0)
+        held, admitted = len(running) * longest, list[_Request]()
         for request in self._waiting:
-            reserved += request.max_tokens
-            if self.cache_tokens is not None and reserved > self.cache_tokens:
+            longest = max(longest, request.max_tokens)
+            rows = len(running) + len(admitted) + 1
+            if self.cache_tokens is not None and rows * longest > self.cache_tokens:
                 break
+            held = rows * longest
             admitted.append(request)
-        if not admitted:
-            return []
         del self._waiting[: len(admitted)]
-        if self.cache_tokens is not None:
-            held = sum(request.max_tokens for request in running + admitted)
+        if admitted and self.cache_tokens is not None:
             self._rows.shrink(self.cache_tokens - held, keep={request.episode_id for request in admitted})
         return admitted
 
@@ -141,8 +155,6 @@ class LocalSampler:
         """Sample one token for each row that has logits, and let go of those that are complete."""
         requests, logits, prefilled = update
         self.prefilled_tokens += prefilled
-        present = {id(request) for request in running}
-        running.extend(request for request in requests if id(request) not in present)
         tokens, logprobs = sample_tokens(
             logits, [request.params for request in requests], [request.next_uniform() for request in requests]
         )
@@ -150,13 +162,13 @@ class LocalSampler:
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
             request.append(token, logprob)
         for request in [r for r in requests if r.stop_reason is not None]:
-            self._leave(running, request)
+            self._leave(running, request, keep=True)
             if not request.future.done():
                 request.future.set_result(request.result(self.policy_version))
 
-    def _leave(self, running: list[_Request], request: _Request) -> None:
+    def _leave(self, running: list[_Request], request: _Request, *, keep: bool) -> None:
         running.remove(request)
-        self._rows.leave(request)
+        self._rows.leave(request, keep=keep and not request.future.cancelled())
 
 
 @dataclass(eq=False)
@@ -218,6 +230,9 @@ def sample_tokens(
     Returns:
         The tokens, and their log-probabilities under softmax(logits / temperature) (temperature 1 for greedy rows),
         before `top_k` and `top_p`.
+
+    Raises:
+        RolloutError: If logits are not numbers.
     """
     temperatures = [p.temperature for p in params]
     logits = logits.float()
@@ -232,12 +247,15 @@ def sample_tokens(
         # Below the total, whatever rounding did: so that the token found has a probability above zero.
         thresholds = torch.minimum(thresholds, torch.nextafter(total, torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # among NaNs, any place is found
     if not all(temperatures):
         greedy = torch.tensor([t == 0.0 for t in temperatures], device=logits.device)
         most_likely = logprobs.argmax(-1)
         tokens = torch.where(greedy, most_likely, tokens) if any(temperatures) else most_likely
-    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-    return tokens.tolist(), chosen.tolist()
+    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1).tolist()
+    if any(map(math.isnan, chosen)):
+        raise RolloutError("the policy's logits are not finite numbers; its weights have diverged or are damaged")
+    return tokens.tolist(), chosen
 
 
 def _keep_most_likely(logprobs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -246,8 +264,9 @@ def _keep_most_likely(logprobs: torch.Tensor, params: Sequence[SamplingParams]) 
         return logprobs
     vocabulary = logprobs.shape[-1]
     top_k = torch.tensor([p.top_k if p.top_k > 0 else vocabulary for p in params], device=logprobs.device)
-    top_p = torch.tensor([p.top_p for p in params], device=logprobs.device)
-    descending, order = logprobs.sort(-1, descending=True)
+    # What rounds up to 1 must exclude nothing: a row is sampled the same beside rows that are restricted.
+    top_p = torch.tensor([p.top_p if p.top_p < 1.0 else math.inf for p in params], device=logprobs.device)
+    descending, order = logprobs.sort(dim=-1, descending=True, stable=True)
     before = descending.exp().cumsum(-1) - descending.exp()  # probability of all that is more likely
     rank = torch.arange(vocabulary, device=logprobs.device)
     excluded = (rank >= top_k[:, None]) | (before >= top_p[:, None])
@@ -257,19 +276,22 @@ def _keep_most_likely(logprobs: torch.Tensor, params: Sequence[SamplingParams]) 
 
 def _takes_a_mask(model: nn.Module) -> bool:
     """Whether every layer attends to all before it, through an attention that takes a dense mask."""
-    config: Any = model.config
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     attention = getattr(config, "_attn_implementation", None)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
-    if layer_types == {"full_attention"} and not windowed and attention in ("sdpa", "eager"):
+    positioned = {"position_ids", "past_key_values"} <= set(inspect.signature(model.forward).parameters)
+    alibi = getattr(config, "alibi", False) or not positioned
+    if layer_types == {"full_attention"} and not (windowed or alibi) and attention in ("sdpa", "eager"):
         return True
     logger.warning(
-        "%s (attention %r, layers %s%s) cannot be continued from one key-value storage: sampling will recompute the "
+        "%s (attention %r, layers %s%s%s) cannot be continued from one key-value storage: sampling will recompute the "
         "whole row for every token",
         type(model).__name__,
         attention,
         sorted(layer_types),
         ", sliding window" if windowed else "",
+        ", no position ids" if alibi else "",
     )
     return False
 
@@ -293,7 +315,7 @@ class _UncachedRows:
     def step(self) -> _Update:
         return self._forward(self.requests)
 
-    def leave(self, request: _Request) -> None:
+    def leave(self, request: _Request, *, keep: bool) -> None:
         self.requests.remove(request)
 
     def clear(self) -> None:
@@ -315,9 +337,10 @@ class _UncachedRows:
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         attention_mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False)
-        logits = output.logits[torch.arange(len(rows), device=device), lengths - 1]
-        return list(requests), logits, int(lengths.sum())
+        logits = _last_logits(
+            self.model, lengths - 1, input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False
+        )
+        return list(requests), logits, sum(len(request.prompt_ids) for request in requests)
 
 
 class _Layer(CacheLayerMixin):
@@ -337,15 +360,16 @@ class _Layer(CacheLayerMixin):
         self.values = value_states.new_zeros(rows, value_states.shape[1], tokens + 1, value_states.shape[3])
         self.is_initialized = True
 
-    def ensure(self) -> None:
-        """Grow to the cursor's capacity."""
-        rows, tokens = self.cursor.capacity
-        if not self.is_initialized or (self.keys.shape[0] >= rows and self.keys.shape[2] > tokens):
+    def resize(self) -> None:
+        """Take the cursor's capacity, and along what is stored within it."""
+        if not self.is_initialized:
             return
+        rows, tokens = self.cursor.capacity
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(max(rows, old.shape[0]), old.shape[1], max(tokens + 1, old.shape[2]), old.shape[3])
-            new[: old.shape[0], :, : old.shape[2] - 1] = old[:, :, :-1]
+            new = old.new_zeros(rows, old.shape[1], tokens + 1, old.shape[3])
+            kept_rows, kept_tokens = min(rows, old.shape[0]), min(tokens, old.shape[2] - 1)
+            new[:kept_rows, :, :kept_tokens] = old[:kept_rows, :, :kept_tokens]
             setattr(self, name, new)
 
     def update(
@@ -394,8 +418,9 @@ class _CachedRows:
     takes its place, so that a forward pass always runs over one contiguous block.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cache_tokens: int | None) -> None:
         self.model = model
+        self.cache_tokens = cache_tokens
         self.requests: list[_Request] = []
         self.lengths: list[int] = []  # tokens of each row whose keys and values are stored
         self.parked: OrderedDict[str, _Parked] = OrderedDict()  # least recently used first
@@ -404,8 +429,8 @@ class _CachedRows:
     def clear(self) -> None:
         self.requests, self.lengths = [], []
         self.cursor = _Cursor()
-        num_layers = self.model.config.num_hidden_layers  # type: ignore[union-attr]
-        self.layers = [_Layer(self.cursor) for _ in range(int(num_layers))]  # type: ignore[arg-type]
+        config: Any = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        self.layers = [_Layer(self.cursor) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
         self.parked.clear()
 
@@ -418,40 +443,45 @@ class _CachedRows:
             self.clear()  # gives the storage back between rollouts
 
     def shrink(self, tokens: int, keep: set[str]) -> None:
-        """Forget the least recently used episodes until those parked hold at most `tokens`."""
-        parked = sum(len(p.ids) for p in self.parked.values())
-        for episode_id in [e for e in self.parked if e not in keep] + [e for e in self.parked if e in keep]:
-            if parked <= tokens:
+        """Forget the least recently used episodes, except `keep`, until the others hold at most `tokens`."""
+        others = [episode_id for episode_id in self.parked if episode_id not in keep]
+        held = sum(len(self.parked[episode_id].ids) for episode_id in others)
+        for episode_id in others:
+            if held <= tokens:
                 return
-            parked -= len(self.parked.pop(episode_id).ids)
+            held -= len(self.parked.pop(episode_id).ids)
 
     def join(self, arrived: list[_Request]) -> _Update:
         """Add rows and prefill what of their prompts is not stored yet."""
         first = len(self.requests)
-        self._reserve(first + len(arrived), max(request.max_tokens for request in arrived))
-        for request in arrived:
+        self._reserve(self.requests + arrived)
+        parked = [self.parked.pop(request.episode_id, None) for request in arrived]
+        found = [(request, p, _num_shared(request, p)) for request, p in zip(arrived, parked, strict=True)]
+        # Rows of similar length side by side: a forward pass pads them to the longest.
+        for request, p, shared in sorted(found, key=lambda f: len(f[0].prompt_ids) - f[2]):
+            if p is not None:
+                self._unpark(p, len(self.requests), shared)
             self.requests.append(request)
-            self.lengths.append(self._unpark(request, len(self.requests) - 1))
+            self.lengths.append(shared)
         logits, prefilled = [], 0
         for start, stop in self._prefill_groups(first):
             new = [self.requests[row].prompt_ids[self.lengths[row] :] for row in range(start, stop)]
             logits.append(self._forward(start, stop, new))
             prefilled += sum(len(ids) for ids in new)
-        return arrived, torch.cat(logits), prefilled
+        return self.requests[first:], torch.cat(logits), prefilled
 
     def step(self) -> _Update:
         """Forward the last sampled token of every row."""
         new = [[request.response_ids[-1]] for request in self.requests]
         return list(self.requests), self._forward(0, len(self.requests), new), 0
 
-    def leave(self, request: _Request) -> None:
+    def leave(self, request: _Request, *, keep: bool) -> None:
         row, last = self.requests.index(request), len(self.requests) - 1
-        length = self.lengths[row]
-        self.parked[request.episode_id] = _Parked(
-            request.ids[:length],
-            [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in self.layers],
-        )
-        self.parked.move_to_end(request.episode_id)
+        if keep:
+            length = self.lengths[row]
+            layers = [(x.keys[row, :, :length].clone(), x.values[row, :, :length].clone()) for x in self.layers]
+            self.parked[request.episode_id] = _Parked(request.ids[:length], layers)
+            self.parked.move_to_end(request.episode_id)
         if row != last:
             length = self.lengths[last]
             for layer in self.layers:
@@ -461,39 +491,41 @@ class _CachedRows:
         self.requests.pop()
         self.lengths.pop()
 
-    def _unpark(self, request: _Request, row: int) -> int:
+    def _unpark(self, parked: _Parked, row: int, shared: int) -> None:
         """Bring back what the episode's last step stored, as far as the new prompt continues it."""
-        parked = self.parked.pop(request.episode_id, None)
-        if parked is None:
-            return 0
-        # At least one token is forwarded: its logits start the response.
-        shared = min(_common_prefix(parked.ids, request.prompt_ids), len(request.prompt_ids) - 1)
         for layer, (keys, values) in zip(self.layers, parked.layers, strict=True):
             layer.keys[row, :, :shared] = keys[:, :shared]
             layer.values[row, :, :shared] = values[:, :shared]
-        return shared
 
-    def _reserve(self, rows: int, tokens: int) -> None:
-        """Storage for this many rows of this many tokens; grown by half, so that growing stays rare."""
+    def _reserve(self, requests: Sequence[_Request]) -> None:
+        """Storage for these rows; grown by half, so that growing stays rare, as far as the bound allows."""
+        rows, tokens = len(requests), max(request.max_tokens for request in requests)
         have_rows, have_tokens = self.cursor.capacity
-        if rows > have_rows or tokens > have_tokens:
-            rows = rows if rows <= have_rows else max(rows, have_rows * 3 // 2)
-            tokens = tokens if tokens <= have_tokens else max(tokens, have_tokens * 3 // 2)
-            self.cursor.capacity = (max(rows, have_rows), max(tokens, have_tokens))
-            for layer in self.layers:
-                layer.ensure()
+        if rows <= have_rows and tokens <= have_tokens:
+            return
+        more_rows = max(rows, have_rows * 3 // 2) if rows > have_rows else have_rows
+        more_tokens = max(tokens, have_tokens * 3 // 2) if tokens > have_tokens else have_tokens
+        fits = self.cache_tokens is None or more_rows * more_tokens <= self.cache_tokens
+        self.cursor.capacity = (more_rows, more_tokens) if fits else (rows, tokens)
+        for layer in self.layers:
+            layer.resize()
 
     def _prefill_groups(self, first: int) -> list[tuple[int, int]]:
-        """Split rows `first` onwards so that neither the tokens nor the mask of a forward pass grow without bound."""
-        groups, start = [], first
+        """
+        Split rows `first` onwards, sorted by new tokens, so that neither the tokens, the padding nor the mask of a
+        forward pass grow without bound.
+        """
+        groups: list[tuple[int, int]] = []
+        start, total, seen = first, 0, 0
         for row in range(first, len(self.requests)):
-            rows = range(start, row + 1)
-            new = max(len(self.requests[r].prompt_ids) - self.lengths[r] for r in rows)
-            seen = max(len(self.requests[r].prompt_ids) for r in rows)
-            tokens = new * len(rows)
-            if row > start and (tokens > _PREFILL_TOKENS or tokens * seen > _MASK_ELEMENTS):
+            length = len(self.requests[row].prompt_ids)
+            new = length - self.lengths[row]
+            total, seen = total + new, max(seen, length)
+            tokens = new * (row + 1 - start)
+            too_large = tokens > _PREFILL_TOKENS or tokens - total > _PREFILL_PADDING or tokens * seen > _MASK_ELEMENTS
+            if row > start and too_large:
                 groups.append((start, row))
-                start = row
+                start, total, seen = row, new, length
         return [*groups, (start, len(self.requests))]
 
     @torch.no_grad()
@@ -513,19 +545,43 @@ class _CachedRows:
             mask = None  # every row starts here: plain causal attention, and padding comes last
         else:
             mask = (torch.arange(seen) <= positions[:, :, None])[:, None].to(device)  # (rows, 1, width, seen)
+            if self.model.config._attn_implementation == "eager":  # type: ignore[union-attr]
+                dtype = next(self.model.parameters()).dtype  # eager attention adds its mask to the scores
+                mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
         input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in new], device=device)
-        backbone: Any = getattr(self.model, str(self.model.base_model_prefix))
-        hidden = backbone(
+        logits = _last_logits(
+            self.model,
+            (new_lengths - 1).to(device),
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=positions.to(device),
             past_key_values=self.cache,
             use_cache=True,
-        ).last_hidden_state
+        )
         for row, count in zip(range(first, last), new_lengths.tolist(), strict=True):
             self.lengths[row] += count
-        ends = hidden[torch.arange(last - first, device=device), (new_lengths - 1).to(device)]
-        return self.model.get_output_embeddings()(ends)  # type: ignore[operator]
+        return logits
+
+
+def _last_logits(model: Any, ends: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """
+    Forward; the logits after each row's last token (rows, V), which stands at `ends`.
+
+    The model's own forward pass makes them, since some models scale or cap what their head gives; only the head is
+    shown no more than the states that are asked for.
+    """
+    rows = torch.arange(len(ends), device=ends.device)
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0][rows, ends][:, None],))
+    try:
+        logits: torch.Tensor = model(**inputs).logits
+    finally:
+        hook.remove()
+    return logits[:, 0] if logits.shape[1] == 1 else logits[rows, ends]
+
+
+def _num_shared(request: _Request, parked: _Parked | None) -> int:
+    """Prompt tokens stored with the episode; the last is forwarded anyway, since its logits start the response."""
+    return min(_common_prefix(parked.ids, request.prompt_ids), len(request.prompt_ids) - 1) if parked else 0
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

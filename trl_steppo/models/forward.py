@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import ConfigurationError
+
 _LOGITS_ELEMENTS = 2**25  # float32 logits held at a time: 128 MiB
 
 
@@ -44,11 +46,15 @@ class PolicyScorer(nn.Module):
     Args:
         model (`PreTrainedModel`):
             A causal language model.
+
+    Raises:
+        ConfigurationError: If the architecture scales its logits in a way that is not known here.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self._logit_cap, self._logit_scale = _logit_transform(model.config)
 
     def forward(self, rows: ActionRows, *, entropy: EntropyMode = "skip") -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -61,7 +67,7 @@ class PolicyScorer(nn.Module):
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor | None]`: Log-probabilities under softmax(logits / temperature) (N, A)
-            and entropies in nats (N, A), float32, 0 where masked.
+            and entropies in nats (N, A), float32 (float64 from a float64 model), 0 where masked.
         """
         hidden = _hidden_states(self.model, rows)
         mask = rows.action_mask
@@ -75,16 +81,31 @@ class PolicyScorer(nn.Module):
     def _score(
         self, states: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        size = max(1, _LOGITS_ELEMENTS // self.model.config.vocab_size)  # type: ignore[union-attr,operator]
+        config: Any = self.model.config
+        size = max(1, _LOGITS_ELEMENTS // config.get_text_config().vocab_size)
         if len(states) <= size:
-            return _token_scores(head, states, targets, temperatures, entropy)
+            return self._token_scores(states, targets, temperatures, entropy)
         parts = [
-            checkpoint(_token_scores, head, *chunk, entropy, use_reentrant=False)
+            checkpoint(self._token_scores, *chunk, entropy, use_reentrant=False, preserve_rng_state=False)
             for chunk in zip(states.split(size), targets.split(size), temperatures.split(size), strict=True)
         ]
         logprobs = torch.cat([part[0] for part in parts])
         return logprobs, torch.cat([part[1] for part in parts]) if entropy != "skip" else None
+
+    def _token_scores(
+        self, states: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probability of each target (M,) and, if asked for, the entropy (M,)."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        logits = _at_least_float32(head(states))  # (M, V)
+        if self._logit_cap is not None:
+            logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
+        logprobs = (logits / (temperatures / self._logit_scale)[:, None]).log_softmax(-1)
+        entropies = None
+        if entropy != "skip":
+            weighed = logprobs if entropy == "train" else logprobs.detach()
+            entropies = -(weighed.exp() * weighed).sum(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropies
 
 
 class Critic(nn.Module):
@@ -109,14 +130,15 @@ class Critic(nn.Module):
                 Where to read values: any shape, indices into the flattened rows (r·L + l).
 
         Returns:
-            `torch.Tensor`: The values in float32, shaped as `positions`.
+            `torch.Tensor`: The values in float32 (float64 from a float64 model), shaped as `positions`.
         """
         hidden = _hidden_states(self.model, rows)
         states = hidden.flatten(0, 1)[positions.flatten()]
         score: nn.Linear = self.model.score  # type: ignore[assignment]
         with torch.autocast(states.device.type, enabled=False):
-            bias = score.bias.float() if score.bias is not None else None
-            values = nn.functional.linear(states.float(), score.weight.float(), bias)
+            states, weight = _at_least_float32(states), _at_least_float32(score.weight)
+            bias = _at_least_float32(score.bias) if score.bias is not None else None
+            values = nn.functional.linear(states, weight, bias)
         return values.view(positions.shape)
 
 
@@ -132,17 +154,25 @@ def _hidden_states(model: nn.Module, rows: Rows) -> torch.Tensor:
     return output.last_hidden_state
 
 
-def _token_scores(
-    head: nn.Module, states: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probability of each target (M,) and, if asked for, the entropy (M,)."""
-    logits = head(states).float() / temperatures[:, None]  # (M, V)
-    logprobs = logits.log_softmax(-1)
-    entropies = None
-    if entropy != "skip":
-        weighed = logprobs if entropy == "train" else logprobs.detach()
-        entropies = -(weighed.exp() * weighed).sum(-1)
-    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropies
+def _logit_transform(config: Any) -> tuple[float | None, float]:
+    """What the architecture does to the output of its head before it calls it logits: a soft cap, then a factor."""
+    config = config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    if config.model_type.startswith("cohere"):
+        return cap, config.logit_scale
+    if config.model_type.startswith("granite"):
+        return cap, 1.0 / config.logits_scaling
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ConfigurationError(
+                f"a {config.model_type!r} model with `{name}`={getattr(config, name)} cannot be trained: how it "
+                "scales its logits is not known here, and their log-probabilities would be wrong"
+            )
+    return cap, 1.0
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
