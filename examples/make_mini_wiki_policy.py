@@ -3,10 +3,11 @@ Make the built-in policy: a tokenizer and a small Qwen2 model, warm-started on s
 
     python examples/make_mini_wiki_policy.py --output_dir trl_steppo/models/mini_wiki
 
-Most of the demonstrations are bad on purpose: they stop one hop too early, or follow the wrong link. The policy that
-imitates them knows the format and how to read a passage, but its most likely behaviour is wrong, so that what a run
-then shows is learning and not sharpening. They are played in worlds (seeds of the mini wiki) other than the one that
-is trained and evaluated on, which the policy has therefore never seen.
+Most of the demonstrations are bad on purpose: they stop one hop too early, or follow the wrong link. The policy
+that imitates them knows the format and, from looking up single facts, how to read a passage; but its most likely
+behaviour is wrong, so that what a run then shows is learning and not sharpening. The demonstrations are played in
+worlds (seeds of the mini wiki) other than the one that is trained and evaluated on, which the policy has therefore
+never seen.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from tokenizers import pre_tokenizers, trainers
+from transformers import AutoTokenizer, HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
 from trl_steppo.environments.hotpotqa import BM25Retriever, HotpotQAEnvironment, make_mini_wiki
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
@@ -47,6 +48,22 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
+# Single facts, which no question of the mini wiki asks for: they teach to read.
+LOOK_UPS = {
+    "born_in": "In which city was {x} born?",
+    "birth_year": "In which year was {x} born?",
+    "profession": "What is the profession of {x}?",
+    "director": "Who is the director of {x}?",
+    "star": "Who is the star of {x}?",
+    "release_year": "In which year did {x} come out?",
+    "formed_in": "In which city was {x} formed?",
+    "formed_year": "In which year was {x} formed?",
+    "leader": "Who is the leader of {x}?",
+    "country": "In which country is {x}?",
+    "founded": "In which year was {x} founded?",
+    "capital": "What is the capital of {x}?",
+    "language": "What is the official language of {x}?",
+}
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -57,12 +74,12 @@ class Arguments:
     output_dir: str = field(metadata={"help": "Where to save model and tokenizer."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the model."})
     num_layers: int = field(default=3, metadata={"help": "Layers of the model."})
-    num_heads: int = field(default=4, metadata={"help": "Attention heads, each with its own keys and values."})
+    num_heads: int = field(default=2, metadata={"help": "Attention heads, each with its own keys and values."})
     vocab_size: int = field(default=2048, metadata={"help": "Most entries of the vocabulary."})
     num_worlds: int = field(default=6, metadata={"help": "Mini wikis to take demonstrations from."})
-    num_steps: int = field(default=6000, metadata={"help": "Optimizer steps."})
+    num_steps: int = field(default=3000, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=32, metadata={"help": "Demonstrations of one step."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Highest learning rate."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Highest learning rate."})
     context_weight: float = field(
         default=0.2, metadata={"help": "Weight of the loss on what is read, which teaches to copy and so to read."}
     )
@@ -72,27 +89,30 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
 
-def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that has nearly every word of the mini wiki as one token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
+def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
+    """A byte-level BPE, split as Qwen's, that has nearly every word of the mini wiki as one token."""
+    # Of Qwen's own class, because that is what `AutoTokenizer` makes of any tokenizer beside a Qwen2 model.
+    trained = Qwen2Tokenizer().backend_tokenizer
+    trained.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            show_progress=False,
+        ),
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False,
+        extra_special_tokens=["<|im_start|>"],
     )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def script(wiki: MiniWiki, row: dict[str, Any], args: Arguments, rng: random.Random) -> list[tuple[str, str]]:
@@ -133,12 +153,16 @@ def play(chat: ChatFormat, environment: HotpotQAEnvironment, row: dict[str, Any]
 
 
 def demonstrations(worlds: Sequence[MiniWiki], tokenizer: Any, args: Arguments, rng: random.Random) -> list[Any]:
-    """One demonstration for every training question of every world."""
+    """One demonstration for every training question of every world, and one for every fact."""
     found = []
     for wiki in worlds:
         environment = HotpotQAEnvironment(BM25Retriever(wiki.passages), top_k=args.top_k)
         chat = ChatFormat(tokenizer, tools=make_playable(environment).tools)
         found += [play(chat, environment, row, script(wiki, row, args, rng)) for row in wiki.train]
+        for title, facts in wiki.facts.items():
+            for relation, value in facts.items():
+                row = {"question": LOOK_UPS[relation].format(x=title), "answer": value}
+                found.append(play(chat, environment, row, [("search", title), ("answer", value)]))
     return found
 
 
@@ -172,6 +196,8 @@ def main(args: Arguments) -> None:
     texts += [f"{role}\n{row['question']}" for role in ROLES for w in worlds for row in w.train]
     texts += [f"{role}\n{SYSTEM_PROMPT} Tools: answer search\n[1] [2] [3] No results. Error" for role in ROLES] * 10
     tokenizer = make_tokenizer(texts, args.vocab_size)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(args.output_dir)
     examples = demonstrations(worlds, tokenizer, args, rng)
     model = Qwen2ForCausalLM(
         Qwen2Config(
@@ -183,6 +209,7 @@ def main(args: Arguments) -> None:
             num_key_value_heads=args.num_heads,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
+            initializer_range=args.hidden_size**-0.5,  # the default is made for wide models
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -190,7 +217,9 @@ def main(args: Arguments) -> None:
     )
     print(f"{len(tokenizer)} tokens, {model.num_parameters()} parameters, {len(examples)} demonstrations")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.num_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, total_steps=args.num_steps, pct_start=0.05
+    )
     for step, (ids, weights) in enumerate(batches(examples, args, rng)):
         if step == args.num_steps:
             break
@@ -206,9 +235,10 @@ def main(args: Arguments) -> None:
         if step % 100 == 0:
             of_responses = losses[weights[:, 1:][read] == 1.0].mean()
             print(f"step {step}: loss {loss.item():.4f}, of responses {of_responses.item():.4f}", flush=True)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    reloaded = AutoTokenizer.from_pretrained(args.output_dir)
+    if any(reloaded(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts):
+        raise RuntimeError("the tokenizer reads back as another one; the policy would not understand what it reads")
 
 
 if __name__ == "__main__":

@@ -334,12 +334,10 @@ class _UncachedRows:
     def _forward(self, requests: list[_Request]) -> _Update:
         device = next(self.model.parameters()).device
         rows = [torch.tensor(request.ids) for request in requests]
+        # No mask: padding comes last, where no token sees it.
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        attention_mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
-        logits = _last_logits(
-            self.model, lengths - 1, input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False
-        )
+        ends = torch.tensor([len(row) - 1 for row in rows], device=device)
+        logits = _last_logits(self.model, ends, input_ids=input_ids, use_cache=False)
         return list(requests), logits, sum(len(request.prompt_ids) for request in requests)
 
 

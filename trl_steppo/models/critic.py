@@ -39,7 +39,8 @@ def build_critic(policy: PreTrainedModel) -> PreTrainedModel:
     backbone.load_state_dict(getattr(policy, policy.base_model_prefix).state_dict())
     check_critic(critic)
     with torch.no_grad():
-        critic.score.weight.zero_()
+        for parameter in critic.score.parameters():
+            parameter.zero_()
     return critic.to(policy.device)
 
 

@@ -21,10 +21,9 @@ EntropyMode = Literal["skip", "track", "train"]
 
 
 class Rows(Protocol):
-    """The part of a `StepBatch` that a forward pass reads; its docstring gives the shapes."""
+    """The part of a `StepBatch` that a forward pass reads; its docstring gives the shapes. Padded on the right."""
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     position_ids: torch.Tensor
 
 
@@ -143,15 +142,14 @@ class Critic(nn.Module):
 
 
 def _hidden_states(model: nn.Module, rows: Rows) -> torch.Tensor:
-    """The backbone's last hidden states (R, L, H)."""
+    """
+    The backbone's last hidden states (R, L, H).
+
+    Without a mask: padding comes last, where no token of a causal model sees it, and attention kernels are a fifth
+    faster without.
+    """
     backbone: Any = getattr(model, str(model.base_model_prefix))
-    output = backbone(
-        input_ids=rows.input_ids,
-        attention_mask=rows.attention_mask,
-        position_ids=rows.position_ids,
-        use_cache=False,
-    )
-    return output.last_hidden_state
+    return backbone(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).last_hidden_state
 
 
 def _logit_transform(config: Any) -> tuple[float | None, float]:

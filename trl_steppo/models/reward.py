@@ -14,7 +14,6 @@ from .forward import Critic
 @dataclass
 class _PaddedRows:
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     position_ids: torch.Tensor
 
 
@@ -40,7 +39,6 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], *, bat
         num_rows, width = input_ids.shape
         padded = _PaddedRows(
             input_ids.to(device),
-            (torch.arange(width) < lengths[:, None]).to(device),
             torch.arange(width).repeat(num_rows, 1).to(device),
         )
         scores += scorer(padded, (torch.arange(num_rows) * width + lengths - 1).to(device)).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,6 +42,13 @@ class Network:
     @property
     def learning_rate(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
+
+    def end_update(self) -> None:
+        """On to the learning rate of the next update."""
+        with warnings.catch_warnings():
+            # While the critic warms up, the policy's schedule goes on without a step of its optimizer.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
 
 
 @dataclass
@@ -159,14 +167,16 @@ class Learner:
                 if self.collator.bootstrap_truncated:
                     reads = micro.bootstrap_positions
                     found = self._forward(self.critic.module, micro, reads.clamp(min=0))
-                    bootstrap[indices] = torch.where(reads >= 0, found, 0.0)
+                    bootstrap[torch.tensor(indices, dtype=torch.long)] = torch.where(reads >= 0, found, 0.0)
         return Scores(old, ref, values, bootstrap)
 
     # -- the update ---------------------------------------------------------------------------------------------------
 
     def update(self, rollout: Rollout, scores: Scores, credit: Credit, *, seed: int, train_policy: bool) -> Means:
         """
-        All epochs of one update; every mini-batch is exactly one optimizer step of each network that is trained.
+        All epochs of one update; every mini-batch is exactly one optimizer step of each network that is trained. One
+        without anything to learn from (its episodes failed, or are masked, on all ranks) is none: a gradient of zero
+        would still move the weights, by their optimizer's momentum.
 
         Args:
             rollout ([`Rollout`]), scores ([`Scores`]), credit ([`Credit`]):
@@ -177,24 +187,25 @@ class Learner:
                 `False` while the critic warms up: the policy and its optimizer stay bit-identical.
         """
         args, stats = self.args, Means()
-        stats.add("policy/skipped_steps", 0.0)  # a count: every rank adds its part of 1 for a step that was skipped
         policy_epochs = args.num_ppo_epochs if train_policy else 0
         critic_epochs = args.critic_epochs if self.critic is not None else 0
+        share = 1.0 / self.accelerator.num_processes  # of what all ranks do together, so that its count sums to 1
+        stats.add("policy/skipped_steps", 0.0, share)
+        if self.critic is not None:
+            stats.add("critic/skipped_steps", 0.0, share)
         for epoch in range(max(policy_epochs, critic_epochs)):
             for chosen in mini_batches(len(rollout.episodes), args.num_mini_batches, seed=seed * 1_009 + epoch):
                 if epoch < policy_epochs:
                     loss_of = partial(self._policy_loss, scores, credit, stats)
                     denominator = self._policy_denominator(rollout, chosen)
                     self._train(self.policy, rollout, chosen, denominator, "policy", loss_of, stats)
-                    stats.add("loss/policy_avg", 0.0, 1.0 / self.accelerator.num_processes)
                 if epoch < critic_epochs and self.critic is not None:
                     loss_of = partial(self._value_loss, scores, credit, stats)
                     denominator = self._value_denominator(rollout, chosen)
                     self._train(self.critic, rollout, chosen, denominator, "critic", loss_of, stats)
-                    stats.add("loss/value_avg", 0.0, 1.0 / self.accelerator.num_processes)
-        self.policy.scheduler.step()
+        self.policy.end_update()
         if self.critic is not None:
-            self.critic.scheduler.step()
+            self.critic.end_update()
         return stats
 
     def _train(
@@ -208,9 +219,9 @@ class Learner:
         stats: Means,
     ) -> None:
         """One optimizer step of one network on one mini-batch."""
-        micros = list(self._micro_batches(rollout, chosen, self.args.per_device_train_batch_size))
-        if not micros:  # this rank's episodes all failed: it still takes part in what the ranks do together
-            micros = [([], StepBatch.empty().to(self.accelerator.device), torch.empty(0, dtype=torch.long))]
+        if not denominator:
+            return
+        micros = self._micro_batches(rollout, chosen, self.args.per_device_train_batch_size)
         # Gradients are averaged over ranks, and accelerate divides by a number of its own; our sums run over all
         # ranks and micro-batches already.
         scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
@@ -230,10 +241,16 @@ class Learner:
             finite = self._on_all_ranks(finite and math.isfinite(norm))
             if finite:
                 network.optimizer.step()
+            elif self.accelerator.scaler is not None:
+                self.accelerator.scaler.update()  # with fp16 a step is skipped so that the next has a smaller scale
             network.optimizer.zero_grad()
+        share = 1.0 / self.accelerator.num_processes
         if finite:
             stats.add(f"{name}/grad_norm", norm)
-        stats.add(f"{name}/skipped_steps", 0.0 if finite else 1.0 / self.accelerator.num_processes, 0.0)
+        stats.add(f"{name}/skipped_steps", 0.0 if finite else share, 0.0)
+        stats.add("loss/policy_avg" if name == "policy" else "loss/value_avg", 0.0, share)
+        if name == "policy" and self.args.kl_loss_coef:
+            stats.add("loss/kl_avg", 0.0, share)
 
     def _policy_loss(
         self, scores: Scores, credit: Credit, stats: Means, micro: StepBatch, steps: torch.Tensor, denominator: float
@@ -303,21 +320,22 @@ class Learner:
 
     def _micro_batches(
         self, rollout: Rollout, chosen: Sequence[int], max_episodes: int
-    ) -> Iterator[tuple[list[int], StepBatch, torch.Tensor]]:
-        """Groups of episodes, each with its rows, and the numbers of its steps in the rollout."""
+    ) -> list[tuple[list[int], StepBatch, torch.Tensor]]:
+        """
+        Groups of episodes, each with its rows, and the numbers of its steps in the rollout. As many on every rank (the
+        last ones may be empty), because forward and backward passes are what the ranks do together.
+        """
         groups = micro_batches(
             chosen, rollout.num_tokens, max_episodes=max_episodes, max_tokens=self.args.max_tokens_per_micro_batch
         )
-        for group in groups:
-            episodes = [rollout.episodes[index] for index in group]
-            steps = [
-                rollout.first_step[index] + t for index in group for t in range(len(rollout.episodes[index].steps))
-            ]
-            yield (
-                group,
-                self.collator(episodes).to(self.accelerator.device),
-                torch.tensor(steps, device=self.accelerator.device),
-            )
+        groups += [[]] * (self._largest(len(groups)) - len(groups))
+        return [self._micro_batch(rollout, group) for group in groups]
+
+    def _micro_batch(self, rollout: Rollout, group: list[int]) -> tuple[list[int], StepBatch, torch.Tensor]:
+        episodes, device = [rollout.episodes[index] for index in group], self.accelerator.device
+        steps = [rollout.first_step[index] + t for index in group for t in range(len(rollout.episodes[index].steps))]
+        batch = self.collator(episodes) if episodes else StepBatch.empty()
+        return group, batch.to(device), torch.tensor(steps, dtype=torch.long, device=device)
 
     def _forward(self, module: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
         assert module is not None
@@ -361,8 +379,14 @@ class Learner:
         return torch.isin(batch.episode_index, torch.tensor(chosen, dtype=torch.long, device=batch.rewards.device))
 
     def _total(self, count: torch.Tensor) -> float:
-        """A count over all ranks, at least 1: it divides."""
-        return max(1.0, float(self.reduce(count.double()[None])))
+        """A count over all ranks."""
+        return float(self.reduce(count.double()[None]))
+
+    def _largest(self, count: int) -> int:
+        """The largest of all ranks' counts."""
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
     def reduce(self, statistics: torch.Tensor) -> torch.Tensor:
         """Sum over ranks."""

@@ -60,11 +60,13 @@ class Clock:
 def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_id: int | None = None) -> None:
     """
     `env/*`: what happened in the world, per episode. `rollout/*`: how it was sampled. `objective/scores`,
-    `val/num_eos_tokens`: as in `PPOTrainer`. Failed episodes count in `env/failed_episodes` alone.
+    `val/num_eos_tokens`: as in `PPOTrainer`. Failed episodes count in `env/failed_episodes` alone. Every rank must
+    call it.
     """
-    counters: defaultdict[str, float] = defaultdict(float)
+    totals: defaultdict[str, float] = defaultdict(float)
+    mentions: defaultdict[str, int] = defaultdict(int)
     valid = [episode for episode in episodes if episode.valid]
-    means.add("env/failed_episodes", len(episodes) - len(valid), max(1, len(episodes)))
+    means.add("env/failed_episodes", len(episodes) - len(valid), len(episodes))
     for episode in valid:
         responses = [step.response_ids for step in episode.steps]
         means.add("env/reward", episode.episode_return)
@@ -76,13 +78,15 @@ def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_
         means.add("rollout/prompt_tokens", sum(len(step.prompt_ids) for step in episode.steps), len(responses))
         cut = sum(step.stop_reason is StopReason.LENGTH for step in episode.steps)
         means.add("rollout/length_stopped", cut, len(responses))
-        for name, value in episode.metrics.items():
-            counters[name] += value
         if eos_token_id is not None:
-            counters["num_eos_tokens"] += sum(ids.tolist().count(eos_token_id) for ids in responses)
-    for name, total in counters.items():
-        if name == "num_eos_tokens":
-            means.add("val/num_eos_tokens", total)
-        else:
-            # A counter that an episode does not mention is 0 in it.
-            means.add(name if name.startswith("rewards/") else f"env/{name}", total, max(1, len(valid)))
+            means.add("val/num_eos_tokens", sum(ids.tolist().count(eos_token_id) for ids in responses), 0.0)
+        for name, value in episode.metrics.items():
+            totals[name] += value
+            mentions[name] += 1
+    if eos_token_id is not None:
+        means.add("val/num_eos_tokens", 0.0)  # counted per rank, as in `PPOTrainer`
+    for name in sorted(set(gather_object(list(totals)))):  # of all ranks, so that they divide alike
+        if name.startswith("rewards/"):  # a reward function that does not apply to an episode says nothing about it
+            means.add(name, totals[name], mentions[name])
+        else:  # a counter that an episode does not mention is 0 in it
+            means.add(f"env/{name}", totals[name], len(valid))

@@ -70,8 +70,9 @@ class EpisodePlayer:
         _check_environment_factory(environment_factory)
         _check_reward_weights(args, self.reward_funcs)
         has_input_ids = _check_columns(columns)
-        example = self._make_playable({})
-        self._check_reward_source(example)
+        environment = environment_factory() if environment_factory is not None else None
+        example = make_playable(environment, self.tools, tool_timeout_s=args.tool_timeout_s)
+        self._check_reward_source(environment)
         multi_turn = not has_input_ids and bool(environment_factory or self.tools) and args.max_interaction_steps > 1
         needs_chat = not has_input_ids or bool(example.tools) or environment_factory is not None
         self.chat = (
@@ -142,7 +143,9 @@ class EpisodePlayer:
         """The text of token ids, special tokens included."""
         return self.tokenizer.decode(list(ids))
 
-    def _make_playable(self, row: Mapping[str, Any]) -> Playable:
+    def _make_playable(self, row: Mapping[str, Any]) -> Playable | None:
+        if self.environment_factory is None and not self.tools:
+            return None  # one step, which only `reward_funcs` and `reward_model` judge
         environment = self.environment_factory() if self.environment_factory is not None else None
         return make_playable(environment, self.tools, tool_timeout_s=self.args.tool_timeout_s)
 
@@ -179,8 +182,7 @@ class EpisodePlayer:
         assert self.args.missing_eos_penalty is not None
         return _add_to_last_step(episode, -self.args.missing_eos_penalty)
 
-    def _check_reward_source(self, example: Playable) -> None:
-        environment = self.environment_factory() if self.environment_factory is not None else None
+    def _check_reward_source(self, environment: Any) -> None:
         pays = any(callable(getattr(environment, name, None)) for name in ("step", "step_reward", "get_reward"))
         if not (pays or self.reward_funcs or self.reward_model is not None):
             raise ConfigurationError(

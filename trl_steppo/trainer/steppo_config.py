@@ -254,7 +254,8 @@ class StepPOConfig(PPOConfig):
             args ([`~trl.experimental.ppo.PPOConfig`]):
                 The plain configuration.
         """
-        values = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
+        known = {f.name for f in fields(cls) if f.init}  # a user's subclass may have more
+        values = {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
         # A plain config turns bf16 on by default, on a CPU too, where PPOTrainer then ignores it.
         values["bf16"] = bool(args.bf16) and not args.use_cpu and _accelerator_has_bf16()
         return cls(
@@ -276,6 +277,7 @@ class StepPOConfig(PPOConfig):
             "kl_loss_coef": (0, math.inf, False),
             "rollout_correction_cap": (1, math.inf, False),
             "critic_learning_rate": (0, math.inf, False),
+            "missing_eos_penalty": (0, math.inf, False),
             "response_length": (1, math.inf, False),
             "max_interaction_steps": (1, math.inf, False),
             "max_prompt_length": (1, math.inf, False),
@@ -284,6 +286,7 @@ class StepPOConfig(PPOConfig):
             "tool_timeout_s": (0, math.inf, True),
             "max_concurrent_episodes": (1, math.inf, False),
             "max_tokens_per_micro_batch": (1, math.inf, False),
+            "local_rollout_forward_batch_size": (1, math.inf, False),
             "rollout_cache_tokens": (1, math.inf, False),
             "max_failed_updates": (1, math.inf, False),
             "num_generations": (1, math.inf, False),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import DistributedType
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy, TrainOutput
@@ -123,8 +124,8 @@ class StepPOTrainer(PPOTrainer):
         reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
     ) -> None:
         args = args if isinstance(args, StepPOConfig) else StepPOConfig.from_ppo_config(args)
-        _refuse_unsupported(data_collator=data_collator, peft_config=peft_config, optimizers=optimizers)
-        _check_models(args, model, ref_model, value_model)
+        _refuse_unsupported(args, data_collator=data_collator, peft_config=peft_config, optimizers=optimizers)
+        _check_models(args, model, ref_model, value_model, reward_model)
         if train_dataset is None:
             raise DataError("`train_dataset` is required; pass rows with `prompt` or `input_ids`")
         # `Trainer` seeds every generator, which a critic that is built here then draws from.
@@ -138,6 +139,7 @@ class StepPOTrainer(PPOTrainer):
             callbacks=callbacks,
         )
         self.args: StepPOConfig = args
+        _check_distribution(self.accelerator.distributed_type)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
@@ -439,6 +441,9 @@ class StepPOTrainer(PPOTrainer):
             self.evaluate()
         self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         yield
+        if self._history:  # the updates since the last log
+            self.log(_averaged(self._history))
+            self._history.clear()
         if args.eval_strategy != "no" and self._last_eval_step != self.state.global_step:
             self.evaluate()
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
@@ -459,6 +464,8 @@ class StepPOTrainer(PPOTrainer):
             self.sampler.forward_s,
         )
         start = time.perf_counter()
+        learning_rate = self.learner.policy.learning_rate  # of this update, as `PPOTrainer` logs it
+        critic_learning_rate = self.learner.critic.learning_rate if self.learner.critic is not None else None
         self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
         yield
         update_s = time.perf_counter() - start
@@ -471,7 +478,7 @@ class StepPOTrainer(PPOTrainer):
         self._logs |= {
             "episode": self.state.global_step * args.batch_size,
             "eps": self.state.global_step * args.batch_size / (time.perf_counter() - self._start),
-            "lr": self.learner.policy.learning_rate,
+            "lr": learning_rate,
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
             "perf/overhead_fraction": 1.0 - model_s / update_s,
@@ -479,8 +486,8 @@ class StepPOTrainer(PPOTrainer):
             "perf/sampled_tokens": self.sampler.sampled_tokens - sampled,
             "perf/prefilled_tokens": self.sampler.prefilled_tokens - prefilled,
         }
-        if self.learner.critic is not None:
-            self._logs["critic/lr"] = self.learner.critic.learning_rate
+        if critic_learning_rate is not None:
+            self._logs["critic/lr"] = critic_learning_rate
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
         if math.floor(self.state.epoch) > epoch_before:
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
@@ -551,11 +558,20 @@ def _group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[t
         observed: Any = None  # the state of a step that has no key of its own: what was observed last
         for step in episode.steps:
             key = step.info.get("state_key", repr(observed))
-            step_states.append(states.setdefault((episode.row_index, key), len(states)))
+            step_states.append(states.setdefault((episode.row_index, _hashable(key)), len(states)))
             observed = step.observation
     rows: dict[int, int] = {}
     groups = [rows.setdefault(episode.row_index, len(rows)) for episode in episodes]
     return torch.tensor(groups, device=device).long(), torch.tensor(step_states, device=device).long()
+
+
+def _hashable(key: Any) -> Any:
+    """A user's key that cannot be one (a list, say) as text: no reason for a run to end."""
+    try:
+        hash(key)
+    except TypeError:
+        return repr(key)
+    return key
 
 
 def _enable_checkpointing(network: PreTrainedModel, kwargs: Any) -> None:
@@ -571,7 +587,14 @@ def _pad_token_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def _refuse_unsupported(*, data_collator: Any, peft_config: Any, optimizers: tuple[Any, Any]) -> None:
+def _refuse_unsupported(
+    args: StepPOConfig, *, data_collator: Any, peft_config: Any, optimizers: tuple[Any, Any]
+) -> None:
+    if args.load_best_model_at_end:
+        raise ConfigurationError(
+            "`load_best_model_at_end` is set, but this version does not load checkpoints; leave it out, and take the "
+            "best one from `output_dir` (`save_strategy='best'` keeps it)"
+        )
     if data_collator is not None:
         raise ConfigurationError(
             "`data_collator` is set, but rows are played one by one; tokenize or change them in the dataset instead"
@@ -585,12 +608,26 @@ def _refuse_unsupported(*, data_collator: Any, peft_config: Any, optimizers: tup
         )
 
 
+def _check_distribution(distributed_type: DistributedType) -> None:
+    if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise ConfigurationError(
+            f"accelerate was launched with {distributed_type.value}, and this version trains in one process or with "
+            "DDP; choose one of these with `accelerate config`"
+        )
+
+
 def _check_models(
     args: StepPOConfig,
     model: PreTrainedModel,
     ref_model: PreTrainedModel | None,
     value_model: PreTrainedModel | None,
+    reward_model: nn.Module | None,
 ) -> None:
+    if value_model is not None and value_model is reward_model:
+        raise ConfigurationError(
+            "`value_model` is the `reward_model` itself, which must not be trained; load it twice, or leave "
+            "`value_model` out to have a critic built"
+        )
     if ref_model is model:
         raise ConfigurationError(
             "`ref_model` is the policy itself, which training changes; leave it out to have a copy made"

@@ -1,0 +1,77 @@
+"""What tests of several stages share: tiny real models, and episodes whose prompts grow or are rewritten."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from trl_steppo.types import Episode, Step, StopReason
+
+VOCABULARY = 64
+
+# Tensors this small gain nothing from threads, and on a busy machine threads that wait for each other cost minutes.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """
+    A causal language model of an architecture ("Llama", "Qwen2", ...), 32 wide, with 2 layers, 4 query heads over 2
+    key-value heads, and weights large enough for its answers to depend on every token.
+    """
+
+    def build(architecture: str, dtype: torch.dtype = torch.float64, *, seed: int = 0, **settings) -> PreTrainedModel:
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        if architecture in ("Qwen3", "Gemma2"):
+            sizes["head_dim"] = 8
+        config = getattr(transformers, f"{architecture}Config")(**{**sizes, **settings})
+        model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.data.copy_(noise + 1.0 if parameter.dim() == 1 else noise)
+        return model.to(dtype).eval()
+
+    return build
+
+
+@pytest.fixture
+def random_episode() -> Callable[..., Episode]:
+    """
+    An episode whose prompts continue what came before (`rewritten` 0), start again (1), or do either. Two steps of
+    one episode may have the same prompt, and an observation may be empty.
+    """
+
+    def build(seed: int, *, rewritten: float = 0.0, truncated: bool = False) -> Episode:
+        rng = random.Random(seed)
+
+        def ids(low: int, high: int) -> list[int]:
+            return [rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))]
+
+        prompt, steps = ids(1, 6), []
+        for index in range(rng.randint(1, 4)):
+            response = ids(1, 4)
+            logprobs = [-rng.random() for _ in response]
+            temperature = rng.choice([0.5, 1.0, 1.5])  # exact in float32
+            steps.append(Step(prompt, response, logprobs, rng.random(), index, seed, temperature, StopReason.STOP))
+            kept = prompt[: rng.randint(0, len(prompt))] + ids(1, 3)
+            prompt = kept if rng.random() < rewritten else prompt + response + ids(0, 3)
+        final = prompt if truncated else None
+        return Episode(f"e{seed}", seed, 0, steps, not truncated, truncated, final)
+
+    return build

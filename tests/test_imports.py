@@ -1,0 +1,143 @@
+"""The import direction of DESIGN.md, section 4, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import trl_steppo
+
+PACKAGE = Path(trl_steppo.__file__).parent
+
+LAYERS: list[set[str]] = [
+    {"types", "errors", "masked"},
+    {"environments", "inference", "batching", "advantages", "losses", "models"},
+    {"gateway"},
+    {"rollout"},
+    {"trainer"},
+    {"report", "configs", "cli", "__init__"},  # on top of everything: commands, and the lazy names
+]
+LAYER = {stage: number for number, stages in enumerate(LAYERS) for stage in stages}
+FOUNDATION = LAYERS[0]
+HEAVY = ("trl", "accelerate")
+
+
+def stage_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every imported module with its full name, and whether the import runs with the module (not in a function)."""
+
+    def visit(node: ast.AST, at_top: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, at_top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                module = absolute(path, child)
+                yield module, at_top
+                yield from ((f"{module}.{alias.name}", at_top) for alias in child.names)
+            elif not is_for_types_only(child):
+                inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                yield from visit(child, at_top and not inside)
+
+    yield from visit(ast.parse(path.read_text()), True)
+
+
+def absolute(path: Path, node: ast.ImportFrom) -> str:
+    """The full name of what a `from` import reads, relative ones resolved."""
+    if not node.level:
+        return node.module or ""
+    package = ("trl_steppo", *path.relative_to(PACKAGE).parent.parts)
+    base = package[: len(package) - node.level + 1]
+    return ".".join((*base, *((node.module,) if node.module else ())))
+
+
+def stages_imported(path: Path) -> set[str]:
+    parts = (name.split(".") for name, _ in imports(path))
+    return {part[1] for part in parts if part[0] == "trl_steppo" and len(part) > 1 and part[1] in LAYER}
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
+
+
+def test_every_stage_has_a_layer():
+    assert {stage_of(path) for path in FILES} <= set(LAYER)
+
+
+def test_the_reader_sees_what_there_is():
+    """Of a file whose imports are known."""
+    path = PACKAGE / "trainer" / "learner.py"
+    assert {"batching", "losses", "masked", "types", "trainer"} <= stages_imported(path)
+    assert ("accelerate", True) in set(imports(path))
+    assert any(name.startswith("trl.") and not at_top for name, at_top in imports(PACKAGE / "inference" / "chat.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_imports_point_down(path):
+    """A stage imports lower layers and itself; the foundation's files may import each other."""
+    own = stage_of(path)
+    for stage in stages_imported(path) - {own}:
+        in_foundation = own in FOUNDATION and stage in FOUNDATION
+        assert LAYER[stage] < LAYER[own] or in_foundation or LAYER[own] == len(LAYERS) - 1, f"{own} imports {stage}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if stage_of(p) != "trainer"], ids=lambda p: p.name)
+def test_only_the_trainer_imports_trl_and_accelerate(path):
+    if LAYER[stage_of(path)] == len(LAYERS) - 1:
+        found = {name for name, at_top in imports(path) if at_top and name.split(".")[0] in HEAVY}
+    else:
+        found = {name for name, _ in imports(path) if name.split(".")[0] in HEAVY}
+    if path == PACKAGE / "inference" / "chat.py":
+        assert all(name.startswith("trl.chat_template_utils") for name in found)
+        assert not any(at_top for name, at_top in imports(path) if name.split(".")[0] in HEAVY)
+        return
+    assert not found
+
+
+def test_the_vocabulary_needs_the_standard_library_alone():
+    for name in ("types.py", "errors.py"):
+        roots = {module.split(".")[0] for module, _ in imports(PACKAGE / name)}
+        assert roots <= sys.stdlib_module_names | {"trl_steppo"}
+
+
+def test_one_module_imports_the_experimental_ppo():
+    users = [
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if any(name.startswith("trl.experimental") for name, _ in imports(path))
+    ]
+    assert users == ["trainer/ppo.py"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import trl_steppo",
+        "from trl_steppo import Step, Episode, StopReason",
+        "import trl_steppo.environments",
+        "import trl_steppo.environments.tools",
+    ],
+)
+def test_light_imports_load_no_torch(statement):
+    heavy = "{'torch', 'transformers', 'trl', 'accelerate', 'datasets'}"
+    code = f"import sys; {statement}; found = {heavy} & set(sys.modules); sys.exit(str(found) if found else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_resolve_and_unknown_ones_do_not():
+    for name in trl_steppo.__all__:
+        assert getattr(trl_steppo, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Stepp'"):
+        _ = trl_steppo.Stepp

@@ -1,0 +1,64 @@
+"""
+Replays recordings on two ranks: `replay_on_ranks.py SCENARIOS.json OUTPUT_DIR`, by `torchrun`, or by itself: then it
+imports everything once and forks, which takes half as long.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows
+
+
+def replay_all() -> None:
+    torch.set_num_threads(1)
+    scenarios, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for name, settings in scenarios.items():
+        replay(output / name, {**settings, "ddp_backend": "gloo"})
+
+
+def replay(directory: Path, settings: dict[str, Any]) -> None:
+    trainer = make_trainer(
+        directory,
+        value_model=make_classifier(),
+        ref_model=make_model(5),
+        environment_factory=Hash,
+        eval_dataset=prompt_rows(1),  # the second rank has nothing to evaluate
+        **settings,
+    )
+    trainer.train()
+    trainer.save_model()
+    if trainer.accelerator.num_processes > 1:  # every rank has the same weights
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        gathered = trainer.accelerator.gather(weights[None])
+        assert torch.equal(gathered[0], gathered[-1])
+
+
+def replay_on_rank(rank: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    replay_all()
+
+
+def main() -> None:
+    if "RANK" in os.environ:
+        replay_all()
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [multiprocessing.get_context("fork").Process(target=replay_on_rank, args=(i,)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""StepPOConfig: what it takes over from PPOConfig, what it adds, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import typing
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from tiny import make_config
+from transformers import HfArgumentParser, TrainingArguments
+from trl import TrlParser
+
+from trl_steppo import StepPOConfig
+from trl_steppo.errors import ConfigurationError
+from trl_steppo.trainer.ppo import PPOConfig
+
+CHANGED = {  # DESIGN.md, "Configuration"
+    "bf16": None,
+    "kl_coef": 0.0,
+    "lam": 1.0,
+    "gamma": 0.99,
+    "temperature": 1.0,
+    "num_ppo_epochs": 1,
+}
+ADDED = {f.name: f for f in fields(StepPOConfig) if f.name not in {g.name for g in fields(PPOConfig)}}
+
+
+def default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+# -- defaults ---------------------------------------------------------------------------------------------------------
+
+
+def test_keeps_every_field_of_ppo_config_and_its_default():
+    own = {f.name: f for f in fields(StepPOConfig)}
+    for field in fields(PPOConfig):
+        assert field.name in own
+        expected = CHANGED.get(field.name, default(field))
+        assert default(own[field.name]) == expected, field.name
+
+
+def test_changed_defaults_really_differ():
+    theirs = {f.name: default(f) for f in fields(PPOConfig)}
+    # `bf16` is None there as well; what it means has changed.
+    assert {name for name, value in CHANGED.items() if theirs[name] == value} <= {"bf16"}
+
+
+def test_added_defaults_are_those_of_the_design():
+    expected = {
+        "advantage_estimator": "step_gae",
+        "importance_sampling_level": "step",
+        "loss_aggregation": None,
+        "cliprange_high": None,
+        "kl_loss_coef": 0.0,
+        "kl_loss_estimator": "k3",
+        "entropy_coef": 0.0,
+        "max_interaction_steps": 5,
+        "max_prompt_length": None,
+        "max_episode_tokens": None,
+        "max_episode_s": None,
+        "num_generations": 1,
+        "critic_learning_rate": None,
+        "num_critic_epochs": None,
+        "critic_warmup_updates": 0,
+        "bootstrap_truncated": False,
+        "prefix_sharing": True,
+        "max_tokens_per_micro_batch": None,
+        "max_staleness": 0,
+        "rollout_correction": None,
+        "max_failed_updates": 3,
+        "dump_episodes_dir": None,
+        "replay_episodes_dir": None,
+    }
+    assert {name: default(ADDED[name]) for name in expected} == expected
+
+
+def test_bf16_is_never_on_by_itself_on_a_cpu(tmp_path):
+    assert StepPOConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is False
+    assert StepPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True).bf16 is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "aggregation", "critic_epochs", "uses_critic", "uses_reference"),
+    [
+        ({}, "step", 1, True, False),
+        ({"advantage_estimator": "token_gae"}, "token", 1, True, False),
+        ({"advantage_estimator": "token_gae", "loss_aggregation": "episode"}, "episode", 1, True, False),
+        ({"advantage_estimator": "grpo", "num_generations": 2}, "step", 1, False, False),
+        ({"advantage_estimator": "rloo", "num_generations": 2}, "step", 1, False, False),
+        ({"advantage_estimator": "gigpo", "num_generations": 2, "kl_coef": 0.1}, "step", 1, False, True),
+        ({"advantage_estimator": "reinforce_plus_plus", "kl_loss_coef": 0.1}, "step", 1, False, True),
+        ({"num_ppo_epochs": 3}, "step", 3, True, False),
+        ({"num_ppo_epochs": 3, "num_critic_epochs": 5}, "step", 5, True, False),
+        ({"loss_aggregation": "token"}, "token", 1, True, False),
+    ],
+)
+def test_derived(tmp_path, settings, aggregation, critic_epochs, uses_critic, uses_reference):
+    config = make_config(tmp_path, **settings)
+    assert config.aggregation == aggregation
+    assert config.critic_epochs == critic_epochs
+    assert config.uses_critic is uses_critic
+    assert config.uses_reference is uses_reference
+
+
+# -- what it refuses --------------------------------------------------------------------------------------------------
+
+OUT_OF_RANGE = {
+    "gamma": (-0.1, 1.1),
+    "lam": (-0.1, 1.1),
+    "temperature": (0.0, -1.0),
+    "top_p": (0.0, 1.1),
+    "top_k": (-1,),
+    "cliprange": (0.0,),
+    "cliprange_high": (0.0,),
+    "cliprange_value": (0.0,),
+    "vf_coef": (0.0,),
+    "kl_coef": (-0.1,),
+    "kl_loss_coef": (-0.1,),
+    "rollout_correction_cap": (0.9,),
+    "critic_learning_rate": (-1e-6,),
+    "missing_eos_penalty": (-1.0,),
+    "response_length": (0,),
+    "max_interaction_steps": (0,),
+    "max_prompt_length": (0,),
+    "max_episode_tokens": (1,),
+    "max_episode_s": (0.0,),
+    "tool_timeout_s": (0.0,),
+    "max_concurrent_episodes": (0,),
+    "max_tokens_per_micro_batch": (0,),
+    "local_rollout_forward_batch_size": (0,),
+    "rollout_cache_tokens": (0,),
+    "max_failed_updates": (0,),
+    "num_generations": (0,),
+    "num_mini_batches": (0,),
+    "num_ppo_epochs": (0,),
+    "num_critic_epochs": (0,),
+    "critic_warmup_updates": (-1,),
+    "total_episodes": (0,),
+    "max_staleness": (-1, 1),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, vs in OUT_OF_RANGE.items() for v in vs])
+def test_range(tmp_path, name, value):
+    with pytest.raises(ConfigurationError, match=f"`{name}` is {value}"):
+        make_config(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name in OUT_OF_RANGE if name != "max_staleness"])
+def test_not_a_number(tmp_path, name):
+    with pytest.raises(ConfigurationError, match=f"`{name}` is nan"):
+        make_config(tmp_path, **{name: float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("settings"),
+    [
+        {"gamma": 0.0},
+        {"gamma": 1.0},
+        {"lam": 0.0},
+        {"top_p": 1.0},
+        {"top_k": 0},
+        {"kl_coef": 0.0},
+        {"critic_learning_rate": 0.0},
+        {"max_interaction_steps": 1},
+        {"max_episode_tokens": 2},
+        {"max_episode_s": None},
+        {"tool_timeout_s": None},
+        {"rollout_cache_tokens": None},
+        {"num_mini_batches": 8},
+        {"num_generations": 8},
+        {"stop_token": "eos"},
+        {"stop_token_id": 3},
+        {"rollout_correction": "none"},
+        {"rollout_correction": "mask", "rollout_correction_cap": 1.0},
+        {"max_prompt_length": 8, "max_episode_tokens": 9},
+        {"dump_episodes_dir": "a", "replay_episodes_dir": "b"},
+        {"advantage_estimator": "reinforce_plus_plus", "gamma": 0.5},
+        {"advantage_estimator": "gigpo", "num_generations": 2, "gamma": 0.5},
+    ],
+)
+def test_limits_of_the_ranges_are_allowed(tmp_path, settings):
+    make_config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("advantage_estimator", "importance_sampling_level", "loss_aggregation", "kl_estimator"),
+        *("kl_loss_estimator", "rollout_correction", "stop_token"),
+    ],
+)
+def test_choice(tmp_path, name):
+    with pytest.raises(ConfigurationError, match=f"`{name}` is 'nonsense'; choose one of"):
+        make_config(tmp_path, **{name: "nonsense"})
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"num_generations": 3}, ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")),
+    ({"num_mini_batches": 9}, ("num_mini_batches", "8 episodes")),
+    ({"stop_token": "eos", "stop_token_id": 3}, ("stop_token", "stop_token_id")),
+    ({"max_steps": 2, "total_episodes": 16}, ("max_steps", "total_episodes")),
+    ({"dump_episodes_dir": "a", "replay_episodes_dir": "a"}, ("dump_episodes_dir", "replay_episodes_dir")),
+    ({"kl_estimator": "k3"}, ("kl_estimator", "kl_coef")),
+    ({"kl_loss_estimator": "k1"}, ("kl_loss_estimator", "kl_loss_coef")),
+    ({"rollout_correction_cap": 3.0}, ("rollout_correction_cap", "rollout_correction")),
+    ({"rollout_correction": "none", "rollout_correction_cap": 3.0}, ("rollout_correction_cap", "'none'")),
+    (
+        {"max_tokens_per_micro_batch": 100, "local_rollout_forward_batch_size": 2},
+        ("max_tokens_per_micro_batch", "local_rollout_forward_batch_size"),
+    ),
+    ({"max_interaction_steps": 1, "max_episode_tokens": 50}, ("max_interaction_steps", "max_episode_tokens")),
+    ({"max_prompt_length": 50, "max_episode_tokens": 50}, ("max_prompt_length", "max_episode_tokens")),
+    *(({"advantage_estimator": name}, ("advantage_estimator", "num_generations")) for name in ("grpo", "gigpo")),
+    ({"advantage_estimator": "rloo"}, ("advantage_estimator", "num_generations")),
+    *(
+        ({"advantage_estimator": name, "num_generations": 2, "gamma": 0.9}, ("gamma", "advantage_estimator"))
+        for name in ("grpo", "rloo")
+    ),
+    *(
+        ({"advantage_estimator": estimator, "num_generations": 2, name: value}, (name, "advantage_estimator"))
+        for estimator in ("grpo", "rloo", "gigpo", "reinforce_plus_plus")
+        for name, value in {
+            "critic_learning_rate": 1e-3,
+            "num_critic_epochs": 2,
+            "critic_warmup_updates": 1,
+            "bootstrap_truncated": True,
+            "vf_coef": 0.5,
+            "cliprange_value": 0.5,
+            "lam": 0.9,
+            "whiten_rewards": True,
+        }.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"), CONTRADICTIONS, ids=["+".join(map(str, settings)) for settings, _ in CONTRADICTIONS]
+)
+def test_contradiction_names_both(tmp_path, settings, names):
+    with pytest.raises(ConfigurationError) as error:
+        make_config(tmp_path, **settings)
+    for name in names:
+        assert name in str(error.value)
+
+
+def test_accumulated_episodes_count_for_groups(tmp_path):
+    make_config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, num_generations=6)
+
+
+# -- a plain PPOConfig ------------------------------------------------------------------------------------------------
+
+
+def test_from_ppo_config_means_token_ppo(tmp_path):
+    plain = PPOConfig(output_dir=str(tmp_path), use_cpu=True, seed=7, kl_coef=0.2, num_ppo_epochs=3, stop_token="eos")
+    config = StepPOConfig.from_ppo_config(plain)
+    assert (config.advantage_estimator, config.importance_sampling_level, config.aggregation) == (
+        *("token_gae", "token", "token"),
+    )
+    assert config.max_interaction_steps == 1
+    for field in fields(PPOConfig):
+        if field.init and field.name != "bf16":
+            assert getattr(config, field.name) == getattr(plain, field.name), field.name
+    assert config.bf16 is False
+
+
+def test_from_ppo_config_keeps_unusual_training_arguments(tmp_path):
+    plain = PPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 1e-7},
+        accelerator_config={"split_batches": True},
+        eval_strategy="steps",
+        eval_steps=3,
+        max_steps=5,
+        optim="sgd",
+    )
+    config = StepPOConfig.from_ppo_config(plain)
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-7}
+    assert config.accelerator_config.split_batches is True
+    assert (config.eval_strategy, config.eval_steps, config.max_steps, config.optim) == ("steps", 3, 5, "sgd")
+
+
+@dataclass
+class UsersConfig(PPOConfig):
+    name_of_my_project: str = "guess"
+
+
+def test_from_a_users_subclass_of_ppo_config(tmp_path):
+    config = StepPOConfig.from_ppo_config(UsersConfig(output_dir=str(tmp_path), use_cpu=True, seed=3))
+    assert config.seed == 3
+
+
+# -- documentation and the command line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ADDED, *CHANGED])
+def test_documented(name):
+    assert StepPOConfig.__doc__ is not None
+    field = StepPOConfig.__dataclass_fields__[name]
+    assert len(field.metadata["help"]) > 10
+    written = (f"{name} (`", f"`{name}` ", f"`{name}=")
+    assert any(form in StepPOConfig.__doc__ for form in written)
+
+
+OTHER_VALUES: dict[str, Any] = {  # where the type does not say it
+    "chat_template_kwargs": {"enable_thinking": False},
+    "reward_weights": [0.5, 2.0],
+    "dump_episodes_dir": "dumped",
+    "replay_episodes_dir": "replayed",
+    "bf16": True,
+    "top_p": 0.5,
+    "gamma": 0.5,
+    "lam": 0.5,
+    "max_staleness": 0,
+}
+NEEDED: dict[str, dict[str, Any]] = {  # settings without which others raise
+    "kl_loss_estimator": {"kl_loss_coef": 0.1},
+    "rollout_correction_cap": {"rollout_correction": "truncate"},
+}
+PARSED = [*ADDED, *CHANGED, "num_mini_batches", "whiten_rewards", "stop_token", "learning_rate"]
+
+
+def other_value(name: str) -> Any:
+    """A value that is not the default."""
+    if name in OTHER_VALUES:
+        return OTHER_VALUES[name]
+    hint = typing.get_type_hints(StepPOConfig)[name]
+    options = typing.get_args(hint) or (hint,)
+    if any(typing.get_origin(option) is Literal for option in options):
+        options = next(typing.get_args(option) for option in options if typing.get_origin(option) is Literal)
+    if typing.get_origin(hint) is Literal or isinstance(options[0], str):
+        return options[-1]
+    now = default(StepPOConfig.__dataclass_fields__[name])
+    if options[0] is bool:
+        return not now
+    return options[0](2 if now is None else now + 1)
+
+
+def settings_for(name: str) -> dict[str, Any]:
+    settings = {name: other_value(name), **NEEDED.get(name, {})}
+    if name == "advantage_estimator":
+        settings["num_generations"] = 2
+    return settings
+
+
+@pytest.mark.parametrize("name", PARSED)
+def test_command_line(tmp_path, name):
+    settings = settings_for(name)
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--per_device_train_batch_size", "8"]
+    for key, value in settings.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        arguments += [f"--{key}", *map(str, values)]
+    (config,) = HfArgumentParser(StepPOConfig).parse_args_into_dataclasses(arguments)
+    for key, value in settings.items():
+        assert getattr(config, key) == value
+
+
+def test_yaml(tmp_path):
+    """All that go together, in one file; the help of every flag can be formatted."""
+    settings = {name: other_value(name) for name in PARSED if name not in ("advantage_estimator", "num_generations")}
+    settings |= {"per_device_train_batch_size": 8, "use_cpu": True, "max_prompt_length": 10, "max_episode_tokens": 99}
+    settings["num_generations"] = 2
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(settings))  # JSON is YAML
+    parser = TrlParser(StepPOConfig)
+    (config,) = parser.parse_args_and_config(["--config", str(file), "--output_dir", str(tmp_path)])
+    assert {name: getattr(config, name) for name in settings} == settings
+    assert "--advantage_estimator" in parser.format_help()
+
+
+def test_the_shipped_config_parses(tmp_path):
+    recipes = Path(__file__).parents[2] / "examples" / "configs"
+    own = {f.name for f in fields(StepPOConfig)}
+    for recipe in recipes.glob("*.yaml"):
+        lines = [line for line in recipe.read_text().splitlines() if line.split(":")[0].strip() in own]
+        file = tmp_path / recipe.name
+        file.write_text("\n".join(lines))
+        parser = TrlParser(StepPOConfig)
+        parser.parse_args_and_config(["--config", str(file), "--output_dir", str(tmp_path), "--use_cpu"])
+
+
+def test_script_only_and_derived_fields_are_accepted(tmp_path):
+    own = {f.name for f in fields(TrainingArguments)} | set(ADDED)
+    scripts = {"sft_model_path": "a", "reward_model_path": "b", "model_adapter_name": "c", "ref_adapter_name": "d"}
+    derived = dict.fromkeys(
+        ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size"), 4
+    ) | {"local_mini_batch_size": 4, "mini_batch_size": 4, "dataset_num_proc": 2, "ds3_gather_for_generation": False}
+    assert not own & (set(scripts) | set(derived))
+    make_config(tmp_path, **scripts, **derived)

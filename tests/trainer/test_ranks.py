@@ -1,0 +1,145 @@
+"""Two processes learn what one learns from the same episodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from replay_on_ranks import replay
+from safetensors.torch import load_file
+from tiny import distance, make_model, make_trainer, weights
+
+from trl_steppo import Episode, StopReason
+from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
+
+UPDATES = 3
+SETTINGS: dict[str, Any] = {
+    "optim": "sgd",  # its steps are as exact as its gradients; Adam's are not where these are nearly zero
+    "learning_rate": 0.3,
+    "max_steps": UPDATES,
+    "num_ppo_epochs": 2,
+    "kl_loss_coef": 0.1,
+    "kl_coef": 0.05,
+    "bootstrap_truncated": True,
+    "max_tokens_per_micro_batch": 70,  # so that the ranks have different numbers of micro-batches
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "token_ppo": {"advantage_estimator": "token_gae", "importance_sampling_level": "token"},
+    "failures": {"loss_aggregation": "episode"},
+}
+
+
+def failed(episode: Episode) -> Episode:
+    return replace(
+        episode,
+        error="broken",
+        terminated=False,
+        truncated=False,
+        final_prompt_ids=None,
+        stop_reason=StopReason.ERROR,
+    )
+
+
+def spoil(update: int, episodes: list[Episode]) -> list[Episode]:
+    """Update 0: all of the second rank's episodes failed. Update 1: a reward is not a number. Update 2: all failed."""
+    if update == 1:
+        first = episodes[0]
+        steps = (replace(first.steps[0], reward=float("nan")), *first.steps[1:])
+        return [replace(first, steps=steps), *episodes[1:]]
+    if update == 2:
+        return [failed(episode) for episode in episodes]
+    return [*episodes[:4], *map(failed, episodes[4:])]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    """The same episodes in both layouts: all on one rank, and halves on two."""
+    root = tmp_path_factory.mktemp("recorded")
+    make_trainer(root / "run", max_steps=UPDATES, dump_episodes_dir=str(root / "whole")).train()
+    for update in range(UPDATES):
+        episodes = load_episodes(episode_file(root / "whole", update, 0))
+        for name, kept in (("plain", episodes), ("failures", spoil(update, episodes))):
+            dump_episodes(episode_file(root / name / "1", update, 0), kept)
+            for rank in range(2):
+                dump_episodes(episode_file(root / name / "2", update, rank), kept[4 * rank : 4 * rank + 4])
+    return root
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param([], id="fork"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow)]
+)
+def runs(request, recorded, tmp_path_factory) -> Path:
+    """Every scenario in one process (this one) and, by a single launch, in two."""
+    root = tmp_path_factory.mktemp("ranks")
+    scenarios: dict[int, dict[str, Any]] = {1: {}, 2: {}}
+    for name, settings in SCENARIOS.items():
+        for ranks in (1, 2):
+            recording = recorded / ("failures" if name == "failures" else "plain") / str(ranks)
+            scenarios[ranks][name] = {
+                **SETTINGS,
+                **settings,
+                "replay_episodes_dir": str(recording),
+                "per_device_train_batch_size": 8 // ranks,
+            }
+    for name, settings in scenarios[1].items():
+        replay(root / "1" / name, settings)
+    file = root / "scenarios.json"
+    file.write_text(json.dumps(scenarios[2]))
+    script = Path(__file__).with_name("replay_on_ranks.py")
+    subprocess.run(
+        [sys.executable, *request.param, str(script), str(file), str(root / "2")],
+        check=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL,
+    )
+    return root
+
+
+def load(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_learn_what_one_learns(runs, name):
+    one, two = runs / "1" / name, runs / "2" / name
+    start = {key: tensor for key, tensor in weights(make_model()).items() if key in load(one)}
+    assert distance(load(one), start) > 1e-2
+    assert distance(load(one), load(two)) < 1e-5
+    assert distance(load(one / "critic"), load(two / "critic")) < 1e-5
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_log_what_one_logs(runs, name):
+    histories = [
+        json.loads((runs / ranks / name / "trainer_state.json").read_text())["log_history"] for ranks in ("1", "2")
+    ]
+    per_rank = ("eps", "val/num_eos_tokens", "eval_runtime", "eval_samples_per_second")
+    assert len(histories[0]) == len(histories[1]) == 2 * UPDATES
+    for one, two in zip(*histories, strict=True):
+        compared = {key for key in one if key not in per_rank and not key.startswith("perf/")}
+        assert compared <= set(two)
+        for key in compared:
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5, nan_ok=True), (one["step"], key)
+
+
+def test_what_failed_was_counted_on_all_ranks(runs):
+    history = json.loads((runs / "2" / "failures" / "trainer_state.json").read_text())["log_history"]
+    first, second, third = (logs for logs in history if "episode" in logs)
+    assert [logs["env/failed_episodes"] for logs in (first, second, third)] == [0.5, 0.0, 1.0]
+    assert first["policy/skipped_steps"] == first["critic/skipped_steps"] == 0
+    assert second["policy/skipped_steps"] == second["critic/skipped_steps"] == 2  # two epochs
+    assert "policy/skipped_steps" not in third
