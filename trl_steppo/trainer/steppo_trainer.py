@@ -143,7 +143,7 @@ class StepPOTrainer(PPOTrainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
-        self.rows = RowStream(train_dataset, seed=args.seed)
+        self.rows = RowStream(train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
         self._derive_sizes()
         self.clock = Clock()
         self.sampler = LocalSampler(model, cache_tokens=args.rollout_cache_tokens)
@@ -428,6 +428,7 @@ class StepPOTrainer(PPOTrainer):
         args = self.args
         assert args.num_total_batches is not None
         self.is_in_train = True
+        self.state.global_step, self.state.epoch = 0, 0.0  # a second call starts over
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = math.ceil(args.num_train_epochs)
         self.state.train_batch_size = args.per_device_train_batch_size

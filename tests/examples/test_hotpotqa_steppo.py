@@ -1,0 +1,70 @@
+"""The example script, run as a user runs it, on a handful of episodes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "hotpotqa_steppo.py"
+REAL_ROWS = ROOT.parent / "shared" / "data" / "hotpotqa_distractor_60.jsonl"
+SHORT = ["--total_episodes", "8", "--per_device_train_batch_size", "4", "--num_mini_batches", "1"]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("hotpotqa_steppo", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def read_history(output_dir):
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+
+
+def test_without_flags_it_takes_the_built_in_recipe():
+    script = load_script()
+    assert script.with_default_config(["--seed", "3"]) == [
+        "--config",
+        str(script.RECIPES / "mini_wiki.yaml"),
+        "--seed",
+        "3",
+    ]
+    assert script.with_default_config(["--config", "my.yaml"]) == ["--config", "my.yaml"]
+
+
+def test_a_model_without_a_recipe_is_refused():
+    with pytest.raises(SystemExit, match=r"--config.*mini_wiki\.yaml"):
+        load_script().with_default_config(["--model_name_or_path", "Qwen/Qwen2.5-3B-Instruct"])
+
+
+def test_one_switch_makes_it_token_level_ppo(tmp_path):
+    switch = ["--advantage_estimator", "token_gae", "--importance_sampling_level", "token"]
+    run_script(*SHORT, *switch, "--eval_strategy", "no", "--eval_on_start", "false", "--output_dir", str(tmp_path))
+    (first, second) = [logs for logs in read_history(tmp_path) if "loss/policy_avg" in logs]
+    assert (first["episode"], second["episode"]) == (4, 8)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "critic/model.safetensors"):
+        assert (tmp_path / name).is_file(), name
+
+
+@pytest.mark.skipif(not REAL_ROWS.is_file(), reason="the real HotpotQA rows are not beside this checkout")
+def test_real_rows_load_and_play(tmp_path):
+    run_script(*SHORT, "--dataset_name", str(REAL_ROWS), "--output_dir", str(tmp_path))
+    history = read_history(tmp_path)
+    evaluations = [logs for logs in history if "eval_exact_match" in logs]
+    assert len(evaluations) >= 2
+    assert all(logs["eval_failed_episodes"] == 0 for logs in evaluations)
+    assert all(logs["env/tool_calls"] > 0 for logs in history if "env/tool_calls" in logs)
