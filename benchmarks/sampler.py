@@ -30,6 +30,7 @@ from trl_steppo.models import MINI_WIKI_POLICY
 PROMPT_TOKENS = (40, 250)
 RESPONSE_TOKENS = (8, 40)
 OBSERVATION_TOKENS = (10, 40)
+QUICK_EPISODES = 32  # of the cases beside the main one
 TIE = 1e-4  # logits this close may be ordered either way by rounding
 
 
@@ -40,13 +41,17 @@ class SamplerArguments(BenchmarkArguments):
         episodes (`list[int]`, *optional*, defaults to `[64, 256]`):
             Numbers of concurrent episodes.
         repetitions (`int`, *optional*, defaults to `5`):
-            Measurements of each engine, after one to warm up; `--quick` takes 3.
+            Measurements of each engine, after a warm-up; `--quick` takes 3.
+        threads (`int`, *optional*, defaults to `1`):
+            Threads of both engines. The built-in policy is too small to gain from more, and where other programs keep
+            the cores busy, threads that wait for one another would be all that is measured.
     """
 
     episodes: list[int] = field(
         default_factory=lambda: [64, 256], metadata={"help": "Numbers of concurrent episodes."}
     )
     repetitions: int = field(default=5, metadata={"help": "Measurements of each engine; --quick takes 3."})
+    threads: int = field(default=1, metadata={"help": "Threads of both engines."})
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,11 @@ class Workload:
     @property
     def num_tokens(self) -> int:
         return sum(map(sum, self.budgets))
+
+    def part(self, episodes: int) -> Workload:
+        """The first episodes alone."""
+        budgets, observations = ([step[:episodes] for step in steps] for steps in (self.budgets, self.observations))
+        return Workload(self.prompts[:episodes], budgets, observations)  # type: ignore[arg-type]
 
 
 Engine = Callable[[PreTrainedModel, Workload], Any]
@@ -83,14 +93,14 @@ def play_with_sampler(model: PreTrainedModel, work: Workload, *, temperature: fl
     sampler = LocalSampler(model)
 
     async def play(index: int) -> list[int]:
-        prompt, first = work.prompts[index], []
+        prompt, responses = work.prompts[index], []
         for step, (budgets, observations) in enumerate(zip(work.budgets, work.observations, strict=True)):
             params = SamplingParams(budgets[index], temperature=temperature, seed=index * 100 + step)
             sample = await sampler.sample(prompt, params, episode_id=str(index), order=(index, step))
-            first = first or sample.token_ids.tolist()
+            responses.append(sample.token_ids.tolist())
             prompt = [*prompt, *sample.token_ids, *observations[index]]
         sampler.release(str(index))
-        return first
+        return responses[0]
 
     async def play_all() -> list[list[int]]:
         return list(await asyncio.gather(*(play(index) for index in range(len(work.prompts)))))
@@ -101,7 +111,7 @@ def play_with_sampler(model: PreTrainedModel, work: Workload, *, temperature: fl
 @torch.no_grad()
 def play_with_generate(model: PreTrainedModel, work: Workload, *, temperature: float = 1.0) -> list[list[int]]:
     """All episodes in step; their first responses are returned."""
-    prompts, first = work.prompts, []
+    prompts, played = work.prompts, []
     for budgets, observations in zip(work.budgets, work.observations, strict=True):
         longest = max(map(len, prompts))
         input_ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -109,24 +119,26 @@ def play_with_generate(model: PreTrainedModel, work: Workload, *, temperature: f
         config = GenerationConfig(max_new_tokens=max(budgets), do_sample=temperature > 0.0, pad_token_id=0)
         if temperature > 0.0:
             config.temperature, config.top_k, config.top_p = temperature, 0, 1.0
-        output: Any = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+        generate: Any = model.generate
+        output = generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
         responses = [row[longest:][:budget] for row, budget in zip(output.tolist(), budgets, strict=True)]
         assert [len(response) for response in responses] == budgets, "`generate` stopped early"
-        first = first or responses
+        played.append(responses)
         prompts = [p + r + o for p, r, o in zip(prompts, responses, observations, strict=True)]
-    return first
+    return played[0]
 
 
 def tokens_per_s(model: PreTrainedModel, work: Workload, repetitions: int) -> dict[str, float]:
-    """Median of each engine; the engines take turns, after one turn each to warm up."""
+    """Median of each engine; the engines take turns, after a warm-up on a small part of the work."""
     engines: dict[str, Engine] = {"sampler": play_with_sampler, "generate": play_with_generate}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for repetition in range(repetitions + 1):
+    for play in engines.values():
+        play(model, work.part(8))
+    for _ in range(repetitions):
         for name, play in engines.items():
             start = time.perf_counter()
             play(model, work)
-            if repetition > 0:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return {name: work.num_tokens / statistics.median(times) for name, times in seconds.items()}
 
 
@@ -168,20 +180,22 @@ def load_policy() -> tuple[PreTrainedModel, str]:
 
 
 def main(args: SamplerArguments) -> None:
+    torch.set_num_threads(args.threads)
     model, name = load_policy()
     vocabulary, repetitions = model.config.vocab_size, 3 if args.quick else args.repetitions
-    cases: list[tuple[str, int, bool]] = [
-        ("one step, lengths differ", 1, False),
-        ("one step, equal lengths", 1, True),
-        ("4 steps, lengths differ", 4, False),
+    other_episodes = [QUICK_EPISODES] if args.quick else args.episodes
+    cases: list[tuple[str, int, bool, list[int]]] = [
+        ("one step, lengths differ", 1, False, args.episodes),
+        ("one step, equal lengths", 1, True, other_episodes),
+        ("4 steps, lengths differ", 4, False, other_episodes),
     ]
-    measured: dict[str, dict[int, dict[str, float]]] = {case: {} for case, _, _ in cases}
-    compared = 0
-    for episodes in args.episodes:
-        for case, steps, equal in cases:
+    measured: dict[str, dict[int, dict[str, float]]] = {}
+    for case, steps, equal, numbers in cases:
+        measured[case] = {}
+        for episodes in numbers:
             work = make_workload(episodes, steps, vocabulary, args.seed, equal=equal)
             measured[case][episodes] = tokens_per_s(model, work, repetitions)
-        compared += check_greedy(model, make_workload(episodes, 1, vocabulary, args.seed))
+    compared = check_greedy(model, make_workload(min(args.episodes), 1, vocabulary, args.seed))
     print_table(
         f"Sampled tokens per second ({name}; median of {repetitions})",
         ["", "episodes", "sampler", "generate", "ratio"],
