@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
 from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
@@ -32,8 +32,14 @@ RECIPES = Path(__file__).parent / "configs"
 
 @dataclass
 class HotpotQAArguments:
-    """What to search and what to pay for."""
+    """Which model, what to search, and what to pay for."""
 
+    model_name_or_path: str = field(
+        metadata={"help": "The policy: `mini_wiki` (built in), a directory, or a name on the hub."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Its revision on the hub."})
+    dtype: str = field(default="float32", metadata={"help": "Its weights' type: float32, bfloat16, or auto."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "Its attention: sdpa or eager."})
     dataset_name: str = field(
         default="mini_wiki",
         metadata={"help": "`mini_wiki` (built in), a local .jsonl, .json or .parquet file, or a name on the hub."},
@@ -45,20 +51,20 @@ class HotpotQAArguments:
     reward: Literal["exact_match", "f1"] = field(default="exact_match", metadata={"help": "What an answer is paid."})
 
 
-def main(script_args: HotpotQAArguments, training_args: StepPOConfig, model_args: ModelConfig) -> None:
+def main(script_args: HotpotQAArguments, training_args: StepPOConfig) -> None:
     """Build everything, train, save."""
     data = hotpotqa_dataset(script_args.dataset_name, eval_dataset_name=script_args.eval_dataset_name)
-    name = MINI_WIKI_POLICY if model_args.model_name_or_path == "mini_wiki" else str(model_args.model_name_or_path)
-    dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
+    is_built_in = script_args.model_name_or_path == "mini_wiki"
+    name = MINI_WIKI_POLICY if is_built_in else script_args.model_name_or_path
     model = AutoModelForCausalLM.from_pretrained(
         name,
-        revision=model_args.model_revision,
-        attn_implementation=model_args.attn_implementation or "sdpa",
-        dtype=dtype,
+        revision=script_args.model_revision,
+        attn_implementation=script_args.attn_implementation,
+        dtype="auto" if script_args.dtype == "auto" else getattr(torch, script_args.dtype),
     )
     trainer = StepPOTrainer(
         args=training_args,
-        processing_class=AutoTokenizer.from_pretrained(name, revision=model_args.model_revision),
+        processing_class=AutoTokenizer.from_pretrained(name, revision=script_args.model_revision),
         model=model,
         train_dataset=data.train_dataset,
         eval_dataset=data.eval_dataset,
@@ -76,14 +82,14 @@ def with_default_config(arguments: list[str]) -> list[str]:
     if "--config" in names:
         return arguments
     if "--model_name_or_path" in names:
-        recipes = ", ".join(sorted(str(path) for path in RECIPES.glob("*.yaml")))
+        recipes = ", ".join(sorted(path.name for path in RECIPES.glob("hotpotqa_*.yaml")))
         raise SystemExit(
             "--model_name_or_path needs a --config: the learning rate of the built-in small model would destroy "
-            f"another one. Recipes: {recipes}"
+            f"another one. Recipes for real models in {RECIPES.name}/: {recipes}"
         )
     return ["--config", str(RECIPES / "mini_wiki.yaml"), *arguments]
 
 
 if __name__ == "__main__":
-    parser = TrlParser((HotpotQAArguments, StepPOConfig, ModelConfig))  # type: ignore[arg-type]
+    parser = TrlParser((HotpotQAArguments, StepPOConfig))  # type: ignore[arg-type]
     main(*parser.parse_args_and_config(with_default_config(sys.argv[1:])))

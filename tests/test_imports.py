@@ -1,4 +1,4 @@
-"""The import direction of DESIGN.md, section 4, read from the source."""
+"""The import direction that CONTRIBUTING describes, read from the source."""
 
 from __future__ import annotations
 

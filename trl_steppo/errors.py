@@ -5,8 +5,8 @@ StepPOError
 ├── ConfigurationError (ValueError)   a setting, or a pair of settings, that cannot work; raised at construction
 │   └── ChatTemplateError             a chat template that cannot be appended to without rendering history again
 ├── DataError (ValueError)            a dataset row, a file or a list of episodes that is not what it should be
-├── RolloutError (RuntimeError)       no valid episode was played for too many updates in a row
-└── CheckpointError (RuntimeError)    a checkpoint that is incomplete, damaged or of another model
+└── RolloutError (RuntimeError)       nothing to train on: no valid episode for too many updates, a reward function
+                                      that raises, a policy whose logits are not numbers
 ```
 
 The mistakes of an agent, a tool or an environment are not exceptions here: they become observations, or the `error` of
@@ -32,7 +32,3 @@ class DataError(StepPOError, ValueError):
 
 class RolloutError(StepPOError, RuntimeError):
     """The rollout yields nothing to train on."""
-
-
-class CheckpointError(StepPOError, RuntimeError):
-    """A checkpoint that is incomplete, damaged or of another model."""

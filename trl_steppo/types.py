@@ -81,8 +81,8 @@ class TokenIds(Sequence[int]):
     def __eq__(self, other: object) -> bool:
         if isinstance(other, TokenIds):
             return self.memory() == other.memory()
-        if isinstance(other, list | tuple):
-            return self.tolist() == list(other)
+        if isinstance(other, list):
+            return self.tolist() == other
         return NotImplemented
 
     def __hash__(self) -> int:

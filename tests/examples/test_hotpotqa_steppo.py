@@ -47,7 +47,7 @@ def test_without_flags_it_takes_the_built_in_recipe():
 
 
 def test_a_model_without_a_recipe_is_refused():
-    with pytest.raises(SystemExit, match=r"--config.*mini_wiki\.yaml"):
+    with pytest.raises(SystemExit, match=r"--config.*hotpotqa_qwen2\.5_0\.5b\.yaml"):
         load_script().with_default_config(["--model_name_or_path", "Qwen/Qwen2.5-3B-Instruct"])
 
 
@@ -68,3 +68,12 @@ def test_real_rows_load_and_play(tmp_path):
     assert len(evaluations) >= 2
     assert all(logs["eval_failed_episodes"] == 0 for logs in evaluations)
     assert all(logs["env/tool_calls"] > 0 for logs in history if "env/tool_calls" in logs)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "examples" / "configs").glob("*.yaml")))
+def test_every_recipe_is_a_valid_configuration(recipe):
+    script = load_script()
+    parser = script.TrlParser((script.HotpotQAArguments, script.StepPOConfig))
+    script_args, training_args = parser.parse_args_and_config(["--config", str(script.RECIPES / recipe)])
+    assert script_args.model_name_or_path
+    assert training_args.output_dir.startswith("runs/")

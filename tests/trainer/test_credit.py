@@ -52,7 +52,7 @@ def of_steps(batch: StepBatch, x: torch.Tensor) -> list[float]:
 
 # -- step_gae ---------------------------------------------------------------------------------------------------------
 
-#       A0 A1 A2   B0 B1   (DESIGN.md, section 6, lists them as A0, B1, A2, B0, A1)
+#       A0 A1 A2   B0 B1   (other tests list them as A0, B1, A2, B0, A1)
 VALUES = [0.2, 0.4, 0.6, 0.3, 0.5]
 GOLDEN = {
     (0.99, 1.0): ([1.040764, 0.703184, 0.365780, -0.877284, -1.232445], [0.9801, 0.99, 1.0, 0.0, 0.0]),

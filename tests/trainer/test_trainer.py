@@ -271,7 +271,7 @@ def test_several_evaluation_datasets(tmp_path):
     assert {"eval_easy_reward", "eval_hard_reward"} <= set(trainer.evaluate())
 
 
-def test_trainer_state_holds_the_metrics_of_the_design(tmp_path):
+def test_trainer_state_holds_the_documented_metrics(tmp_path):
     run(
         tmp_path,
         kl_coef=0.05,

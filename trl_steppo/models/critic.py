@@ -44,8 +44,16 @@ def build_critic(policy: PreTrainedModel) -> PreTrainedModel:
     return critic.to(policy.device)
 
 
-def check_critic(model: nn.Module) -> None:
+def check_critic(model: nn.Module, name: str = "value_model") -> None:
     """
+    Check that a model reads one number from a sequence.
+
+    Args:
+        model (`torch.nn.Module`):
+            The critic or the reward model.
+        name (`str`, *optional*, defaults to `"value_model"`):
+            What the message calls it.
+
     Raises:
         ConfigurationError: If the model lacks what a critic needs.
     """
@@ -53,7 +61,7 @@ def check_critic(model: nn.Module) -> None:
     head = getattr(model, "score", None)
     if not prefix or not hasattr(model, prefix) or not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ConfigurationError(
-            f"`value_model` is a {type(model).__name__}; a critic needs a backbone at its `base_model_prefix` and a "
+            f"`{name}` is a {type(model).__name__}; it needs a backbone at its `base_model_prefix` and a "
             "linear head `score` with one output, as `AutoModelForSequenceClassification.from_pretrained(..., "
             "num_labels=1)` gives"
         )

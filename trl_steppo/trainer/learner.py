@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ class Learner:
             episodes,
             batch.to(self.accelerator.device),
             [num_row_tokens(episode, prefix_sharing=sharing) for episode in episodes],
-            [sum(num_steps[:i]) for i in range(len(num_steps))],
+            list(accumulate(num_steps, initial=0))[:-1],
         )
 
     @torch.no_grad()
@@ -203,10 +204,14 @@ class Learner:
                     loss_of = partial(self._value_loss, scores, credit, stats)
                     denominator = self._value_denominator(rollout, chosen)
                     self._train(self.critic, rollout, chosen, denominator, "critic", loss_of, stats)
+        self.end_update()
+        return stats
+
+    def end_update(self) -> None:
+        """On to the learning rates of the next update."""
         self.policy.end_update()
         if self.critic is not None:
             self.critic.end_update()
-        return stats
 
     def _train(
         self,
@@ -339,7 +344,8 @@ class Learner:
 
     def _forward(self, module: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
         assert module is not None
-        with self.clock.measure("model_s"):
+        # The reference is not prepared by accelerate: it has to see the numerics of the networks that are.
+        with self.clock.measure("model_s"), self.accelerator.autocast():
             return module(*args, **kwargs)
 
     @contextmanager

@@ -20,6 +20,8 @@ from .steppo_config import StepPOConfig
 
 RewardFunc = Callable[..., Any]
 
+_EVAL_EPISODES = 256  # of an evaluation at a time, whose dataset may be large
+
 
 class EpisodePlayer:
     """
@@ -63,6 +65,7 @@ class EpisodePlayer:
         self.args = args
         self.tokenizer = tokenizer
         self.sampler = sampler
+        self._update_episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.environment_factory = environment_factory
         self.tools = list(tools or ())
         self.reward_funcs = list(reward_funcs or ())
@@ -134,7 +137,7 @@ class EpisodePlayer:
             limits=self.limits,
             sampling=sampling,
             run_seed=self.args.seed,
-            max_concurrent_episodes=self.args.max_concurrent_episodes,
+            max_concurrent_episodes=self.args.max_concurrent_episodes or max(_EVAL_EPISODES, self._update_episodes),
             id_prefix=id_prefix,
         )
         return self._score(episodes, [request.row for request in requests], trainer_state)

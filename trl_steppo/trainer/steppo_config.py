@@ -81,7 +81,8 @@ class StepPOConfig(PPOConfig):
             Most seconds of one call of a tool or of an environment's method. A tool that takes longer is reported to
             the model; an environment that does costs its own episode.
         max_concurrent_episodes (`int`, *optional*):
-            Most episodes played at once on a rank. `None`: all of an update.
+            Most episodes played at once on a rank. `None`: all of an update; in an evaluation at most 256, or as many
+            as in an update if that is more (`per_device_eval_batch_size` has no effect).
         num_generations (`int`, *optional*, defaults to `1`):
             Episodes per dataset row.
         top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
@@ -258,9 +259,7 @@ class StepPOConfig(PPOConfig):
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
         # A plain config turns bf16 on by default, on a CPU too, where PPOTrainer then ignores it.
         values["bf16"] = bool(args.bf16) and not args.use_cpu and _accelerator_has_bf16()
-        return cls(
-            **values, advantage_estimator="token_gae", importance_sampling_level="token", max_interaction_steps=1
-        )
+        return cls(**values, advantage_estimator="token_gae", importance_sampling_level="token")
 
     def _check_ranges(self) -> None:
         within = {  # name: (lowest, highest, whether the lowest itself is excluded)
@@ -386,7 +385,6 @@ class StepPOConfig(PPOConfig):
                 f"`max_tokens_per_micro_batch`={self.max_tokens_per_micro_batch}",
                 ("local_rollout_forward_batch_size",),
             ),
-            (self.max_interaction_steps == 1, "`max_interaction_steps`=1", ("max_episode_tokens",)),
             (
                 self.max_prompt_length is not None
                 and self.max_episode_tokens is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import transformers
 from accelerate import DistributedType
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy, SchedulerType, TrainOutput
 
 from ..batching import StepRolloutCollator
 from ..errors import ConfigurationError, DataError, RolloutError
@@ -36,6 +37,8 @@ from .ppo import PPOConfig, PPOTrainer
 from .steppo_config import CRITIC_ESTIMATORS, StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
+
+_NUM_SHOWN = 3  # episodes of a printed table
 
 
 class StepPOTrainer(PPOTrainer):
@@ -101,7 +104,12 @@ class StepPOTrainer(PPOTrainer):
     _paper = {  # noqa: RUF012
         "title": "StepPO: Step-Aligned Policy Optimization for Agentic Reinforcement Learning",
         "id": "2604.18401",
-        "citation": "",
+        "citation": textwrap.dedent("""\
+            @article{steppo2026,
+                title  = {{StepPO: Step-Aligned Policy Optimization for Agentic Reinforcement Learning}},
+                year   = 2026,
+                eprint = {arXiv:2604.18401}
+            }"""),
     }
 
     def __init__(
@@ -186,12 +194,15 @@ class StepPOTrainer(PPOTrainer):
             raise ConfigurationError(
                 "`resume_from_checkpoint` is set, but this version cannot resume; start a new run"
             )
+        if self.state.global_step > 0:
+            raise ConfigurationError("`train()` was called before, and its schedules have ended; make a new trainer")
         with self._running():
             while not self.control.should_training_stop:
                 with self._update():
                     episodes = self._roll_out()
                     rollout = self._collate(episodes)
                     if rollout is None:
+                        self.learner.end_update()
                         continue
                     scores = self._score(rollout)
                     credit = self._assign_credit(rollout, scores)
@@ -206,12 +217,13 @@ class StepPOTrainer(PPOTrainer):
                 episodes = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
             else:
                 self.sampler.policy_version = update
-                episodes = self.player.play(self._requests(), trainer_state=self.state, id_prefix=f"{update}/")
+                with self.accelerator.autocast():  # the numerics of the policy's forward passes in training
+                    episodes = self.player.play(self._requests(), trainer_state=self.state, id_prefix=f"{update}/")
                 self.sampler.reset_cache()
             if args.dump_episodes_dir is not None:
                 dump_episodes(episode_file(args.dump_episodes_dir, update, rank), episodes)
         if self._shows_samples():
-            print_episodes(episodes[:3], self.player.decode, f"episodes sampled in update {update + 1}")
+            print_episodes(episodes[:_NUM_SHOWN], self.player.decode, f"episodes sampled in update {update + 1}")
         return episodes
 
     def _collate(self, episodes: Sequence[Episode]) -> Rollout | None:
@@ -305,14 +317,14 @@ class StepPOTrainer(PPOTrainer):
         requests = [EpisodeRequest(dataset[i], i) for i in range(rank, len(dataset), num_ranks)]
         self.sampler.policy_version = self.state.global_step
         self.sampler.reset_cache()
-        episodes = self.player.play(requests, greedy=True, id_prefix="eval/", trainer_state=self.state)
+        with self.accelerator.autocast():
+            episodes = self.player.play(requests, greedy=True, id_prefix="eval/", trainer_state=self.state)
         self.sampler.reset_cache()
         means = Means()
         add_episode_metrics(means, episodes)
         runtime = time.perf_counter() - start
-        short = {
-            name.split("/", 1)[-1]: value for name, value in means.reduced().items() if name != "objective/scores"
-        }
+        shown = {name: value for name, value in means.reduced().items() if name != "objective/scores"}
+        short = {name.removeprefix("env/").removeprefix("rollout/"): value for name, value in shown.items()}
         short |= {"runtime": runtime, "samples_per_second": len(dataset) / runtime}
         result = {f"{metric_key_prefix}_{k}": v for k, v in short.items() if k not in (ignore_keys or ())}
         self.log(result)
@@ -320,12 +332,42 @@ class StepPOTrainer(PPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         return result
 
+    def generate_completions(self, sampling: bool = False) -> None:
+        """
+        Print a table of episodes played greedily on the evaluation dataset.
+
+        Args:
+            sampling (`bool`, *optional*, defaults to `False`):
+                Whether a few are enough; else all rows are played.
+        """
+        dataset: Any = self.eval_dataset
+        if dataset is None:
+            return
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
+        requests = [EpisodeRequest(dataset[index], index) for index in range(count)]
+        self.sampler.reset_cache()
+        with self.accelerator.autocast():
+            episodes = self.player.play(requests, greedy=True, id_prefix="shown/", trainer_state=self.state)
+        self.sampler.reset_cache()
+        if self.accelerator.is_main_process:
+            print_episodes(episodes, self.player.decode, "episodes played greedily")
+
+    def get_train_dataloader(self) -> Any:
+        """Raises: rows are drawn from a seeded stream and played one by one (`self.rows`)."""
+        raise ConfigurationError("there is no data loader: rows are played one by one; see `trainer.rows`")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Raises: evaluation plays the rows of `eval_dataset` one by one."""
+        raise ConfigurationError("there is no data loader: rows are played one by one; see `trainer.eval_dataset`")
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy as a plain transformers model, and the critic beside it in `critic/`."""
         output_dir = output_dir or str(self.args.output_dir)
         if self.value_model is not None and self.args.should_save:
             self.value_model.save_pretrained(os.path.join(output_dir, "critic"))
-        super().save_model(output_dir, _internal_call)
+        Trainer.save_model(self, output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As `Trainer`'s, with the critic's optimizer beside its weights."""
@@ -428,7 +470,7 @@ class StepPOTrainer(PPOTrainer):
         args = self.args
         assert args.num_total_batches is not None
         self.is_in_train = True
-        self.state.global_step, self.state.epoch = 0, 0.0  # a second call starts over
+        self.state.epoch = 0.0
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = math.ceil(args.num_train_epochs)
         self.state.train_batch_size = args.per_device_train_batch_size
@@ -591,6 +633,19 @@ def _pad_token_id(tokenizer: Any) -> int:
 def _refuse_unsupported(
     args: StepPOConfig, *, data_collator: Any, peft_config: Any, optimizers: tuple[Any, Any]
 ) -> None:
+    for name, unset in (
+        ("model_adapter_name", None),
+        ("ref_adapter_name", None),
+        ("neftune_noise_alpha", None),
+        ("label_smoothing_factor", 0.0),
+        ("auto_find_batch_size", False),
+    ):
+        if getattr(args, name) != unset:
+            raise ConfigurationError(f"`{name}`={getattr(args, name)!r} has no effect in this trainer; leave it out")
+    if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        raise ConfigurationError(
+            "`lr_scheduler_type` is 'reduce_lr_on_plateau', which waits for a metric; choose a schedule over updates"
+        )
     if args.load_best_model_at_end:
         raise ConfigurationError(
             "`load_best_model_at_end` is set, but this version does not load checkpoints; leave it out, and take the "
@@ -643,4 +698,6 @@ def _check_models(
             f"critic; leave it out, or choose one of {CRITIC_ESTIMATORS}"
         )
     if value_model is not None:
-        check_critic(value_model)
+        check_critic(value_model, "value_model")
+    if reward_model is not None:
+        check_critic(reward_model, "reward_model")
