@@ -54,7 +54,7 @@ def test_a_model_without_a_recipe_is_refused():
 def test_one_switch_makes_it_token_level_ppo(tmp_path):
     switch = ["--advantage_estimator", "token_gae", "--importance_sampling_level", "token"]
     run_script(*SHORT, *switch, "--eval_strategy", "no", "--eval_on_start", "false", "--output_dir", str(tmp_path))
-    (first, second) = [logs for logs in read_history(tmp_path) if "loss/policy_avg" in logs]
+    first, second = (logs for logs in read_history(tmp_path) if "loss/value_avg" in logs)
     assert (first["episode"], second["episode"]) == (4, 8)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "critic/model.safetensors"):
         assert (tmp_path / name).is_file(), name
