@@ -315,11 +315,7 @@ class StepPOTrainer(PPOTrainer):
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         requests = [EpisodeRequest(dataset[i], i) for i in range(rank, len(dataset), num_ranks)]
-        self.sampler.policy_version = self.state.global_step
-        self.sampler.reset_cache()
-        with self.accelerator.autocast():
-            episodes = self.player.play(requests, greedy=True, id_prefix="eval/", trainer_state=self.state)
-        self.sampler.reset_cache()
+        episodes = self._play_greedily(requests, "eval/")
         means = Means()
         add_episode_metrics(means, episodes)
         runtime = time.perf_counter() - start
@@ -347,12 +343,17 @@ class StepPOTrainer(PPOTrainer):
             dataset = next(iter(dataset.values()))
         count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
         requests = [EpisodeRequest(dataset[index], index) for index in range(count)]
-        self.sampler.reset_cache()
-        with self.accelerator.autocast():
-            episodes = self.player.play(requests, greedy=True, id_prefix="shown/", trainer_state=self.state)
-        self.sampler.reset_cache()
+        episodes = self._play_greedily(requests, "shown/")
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
+
+    def _play_greedily(self, requests: Sequence[EpisodeRequest], id_prefix: str) -> list[Episode]:
+        self.sampler.policy_version = self.state.global_step
+        self.sampler.reset_cache()
+        with self.accelerator.autocast():
+            episodes = self.player.play(requests, greedy=True, id_prefix=id_prefix, trainer_state=self.state)
+        self.sampler.reset_cache()
+        return episodes
 
     def get_train_dataloader(self) -> Any:
         """Raises: rows are drawn from a seeded stream and played one by one (`self.rows`)."""
