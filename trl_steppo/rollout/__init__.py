@@ -4,12 +4,13 @@ from .episode import EpisodeLimits, run_episode, step_seed
 from .pacing import InFlight
 from .play import EpisodeRequest, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
-from .rewards import score_episodes
+from .rewards import checked_weights, score_episodes
 
 __all__ = [
     "EpisodeLimits",
     "EpisodeRequest",
     "InFlight",
+    "checked_weights",
     "dump_episodes",
     "episode_file",
     "load_episodes",

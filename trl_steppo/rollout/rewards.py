@@ -65,7 +65,7 @@ def score_episodes(
         ConfigurationError: there are not as many weights as functions.
         RolloutError: a function raised, or did not return one number (or `None`) for each episode; names it.
     """
-    weights = _checked_weights(reward_funcs, reward_weights)
+    weights = checked_weights(reward_funcs, reward_weights)
     valid = [index for index, episode in enumerate(episodes) if episode.valid]
     if not valid or not reward_funcs:
         return list(episodes)
@@ -79,7 +79,13 @@ def score_episodes(
     return scored
 
 
-def _checked_weights(reward_funcs: Sequence[RewardFunc], reward_weights: Sequence[float] | None) -> list[float]:
+def checked_weights(reward_funcs: Sequence[RewardFunc], reward_weights: Sequence[float] | None) -> list[float]:
+    """
+    The weight of each reward function, 1 where none are given.
+
+    Raises:
+        ConfigurationError: If there is not one for each.
+    """
     weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
     if len(weights) != len(reward_funcs):
         raise ConfigurationError(

@@ -14,7 +14,7 @@ from ..errors import ConfigurationError, DataError
 from ..inference.base import Sampler, SamplingParams
 from ..inference.chat import ChatFormat
 from ..models import score_sequences
-from ..rollout import EpisodeLimits, EpisodeRequest, play_episodes, score_episodes
+from ..rollout import EpisodeLimits, EpisodeRequest, checked_weights, play_episodes, score_episodes
 from ..types import Episode, StopReason
 from .steppo_config import StepPOConfig
 
@@ -71,7 +71,7 @@ class EpisodePlayer:
         self.reward_funcs = list(reward_funcs or ())
         self.reward_model = reward_model
         _check_environment_factory(environment_factory)
-        _check_reward_weights(args, self.reward_funcs)
+        checked_weights(self.reward_funcs, args.reward_weights)
         has_input_ids = _check_columns(columns)
         environment = environment_factory() if environment_factory is not None else None
         example = make_playable(environment, self.tools, tool_timeout_s=args.tool_timeout_s)
@@ -218,14 +218,6 @@ def _check_environment_factory(environment_factory: Any) -> None:
         "arguments that returns one environment. For several kinds of environment, pass one whose `reset(**row)` "
         "chooses by a column of the row"
     )
-
-
-def _check_reward_weights(args: StepPOConfig, reward_funcs: Sequence[RewardFunc]) -> None:
-    if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
-        raise ConfigurationError(
-            f"`reward_weights` has {len(args.reward_weights)} numbers for {len(reward_funcs)} reward functions; give "
-            "one for each"
-        )
 
 
 def _stop_token_ids(args: StepPOConfig, tokenizer: Any) -> tuple[int, ...]:
