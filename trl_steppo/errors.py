@@ -5,6 +5,7 @@ StepPOError
 ├── ConfigurationError (ValueError)   a setting, or a pair of settings, that cannot work; raised at construction
 │   └── ChatTemplateError             a chat template that cannot be appended to without rendering history again
 ├── DataError (ValueError)            a dataset row, a file or a list of episodes that is not what it should be
+├── CheckpointError (RuntimeError)    a checkpoint that cannot be written, is damaged, or is of another run
 └── RolloutError (RuntimeError)       nothing to train on: no valid episode for too many updates, a reward function
                                       that raises, a policy whose logits are not numbers
 ```
@@ -28,6 +29,10 @@ class ChatTemplateError(ConfigurationError):
 
 class DataError(StepPOError, ValueError):
     """A dataset row, a file or a list of episodes that is not what it should be."""
+
+
+class CheckpointError(StepPOError, RuntimeError):
+    """A checkpoint that cannot be written, is damaged, or is of another run."""
 
 
 class RolloutError(StepPOError, RuntimeError):

@@ -2,11 +2,27 @@
 
 from pathlib import Path
 
+from .adapters import AdapterReference, add_adapter, as_reference, critic_adapter, is_peft_model, plain_model
 from .critic import build_critic, check_critic
+from .dropout import disable_dropout
 from .forward import Critic, PolicyScorer
 from .reward import score_sequences
 
-__all__ = ["MINI_WIKI_POLICY", "Critic", "PolicyScorer", "build_critic", "check_critic", "score_sequences"]
+__all__ = [
+    "MINI_WIKI_POLICY",
+    "AdapterReference",
+    "Critic",
+    "PolicyScorer",
+    "add_adapter",
+    "as_reference",
+    "build_critic",
+    "check_critic",
+    "critic_adapter",
+    "disable_dropout",
+    "is_peft_model",
+    "plain_model",
+    "score_sequences",
+]
 
 MINI_WIKI_POLICY = str(Path(__file__).parent / "mini_wiki")
 """Directory of the built-in policy, made by `examples/make_mini_wiki_policy.py`."""

@@ -3,45 +3,62 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ..errors import ConfigurationError
+from .adapters import plain_model, shared_copy
 
 
-def build_critic(policy: PreTrainedModel) -> PreTrainedModel:
+def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> PreTrainedModel:
     """
     A critic of the policy's architecture that starts from its weights and values every state at 0.
 
     Args:
-        policy (`PreTrainedModel`):
-            The causal language model to copy the backbone of.
+        policy (`PreTrainedModel` or `PeftModel`):
+            The causal language model to take the backbone of, without its adapters.
+        share_weights (`bool`, *optional*, defaults to `False`):
+            Whether the backbone's parameters are the policy's own instead of a copy. For critics that leave them as
+            they are and train an adapter.
 
     Returns:
-        `PreTrainedModel`: A sequence classifier with one label, separate from the policy.
+        `PreTrainedModel`: A sequence classifier with one label.
 
     Raises:
-        ConfigurationError: If transformers has no sequence classifier for this architecture.
+        ConfigurationError: If transformers has no sequence classifier for this architecture, or the policy is
+            quantized.
     """
-    config = copy.deepcopy(policy.config)
+    plain = plain_model(policy)
+    if getattr(plain, "is_quantized", False):
+        raise ConfigurationError(
+            "the policy is quantized, and no critic can be built from its weights; pass `value_model`"
+        )
+    config = copy.deepcopy(plain.config)
     config.num_labels = 1
     try:
-        critic = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+        with torch.device("meta"):  # for its class and its head; its backbone is the policy's
+            critic = AutoModelForSequenceClassification.from_config(config, dtype=plain.dtype)
     except ValueError as error:
         raise ConfigurationError(
-            f"transformers has no sequence classifier for {type(policy).__name__}, so no critic can be built from it; "
+            f"transformers has no sequence classifier for {type(plain).__name__}, so no critic can be built from it; "
             "pass `value_model` (a backbone at its `base_model_prefix`, and a head named `score`)"
         ) from error
-    backbone: Any = getattr(critic, critic.base_model_prefix)
-    backbone.load_state_dict(getattr(policy, policy.base_model_prefix).state_dict())
     check_critic(critic)
-    with torch.no_grad():
-        for parameter in critic.score.parameters():
-            parameter.zero_()
-    return critic.to(policy.device)
+    backbone = getattr(shared_copy(policy), plain.base_model_prefix)
+    if not share_weights:
+        backbone = copy.deepcopy(backbone)
+    setattr(critic, critic.base_model_prefix, backbone)
+    head = critic.score.to_empty(device=plain.device)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    if any(parameter.is_meta for parameter in critic.parameters()):
+        raise ConfigurationError(
+            f"{type(critic).__name__} has more than a backbone and a head, so no critic can be built from the policy; "
+            "pass `value_model`"
+        )
+    return critic.eval()
 
 
 def check_critic(model: nn.Module, name: str = "value_model") -> None:
@@ -57,8 +74,10 @@ def check_critic(model: nn.Module, name: str = "value_model") -> None:
     Raises:
         ConfigurationError: If the model lacks what a critic needs.
     """
+    model = plain_model(model)
     prefix = getattr(model, "base_model_prefix", None)
     head = getattr(model, "score", None)
+    head = getattr(head, "original_module", head)  # an adapter trains a copy of it
     if not prefix or not hasattr(model, prefix) or not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ConfigurationError(
             f"`{name}` is a {type(model).__name__}; it needs a backbone at its `base_model_prefix` and a "

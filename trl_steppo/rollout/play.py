@@ -50,6 +50,7 @@ def play_episodes(
     max_concurrent_episodes: int | None = None,
     grace_s: float = 0.25,
     id_prefix: str = "",
+    on_episode: Callable[[], None] | None = None,
 ) -> list[Episode]:
     """
     Play all requested episodes concurrently and wait for them. May be called from a thread that runs an event loop:
@@ -71,11 +72,16 @@ def play_episodes(
             How long the sampler may wait for environments that have not answered yet ([`InFlight`]).
         id_prefix (`str`, *optional*):
             Put before every `episode_id`, to keep those of several rollouts apart.
+        on_episode (`Callable`, *optional*):
+            Called whenever an episode has ended.
 
     Returns:
         `list[Episode]`: in the order of the requests.
     """
-    rollout = _Rollout(make_playable, sampler, chat, limits, sampling, run_seed, InFlight(grace_s=grace_s), id_prefix)
+    in_flight = InFlight(grace_s=grace_s)
+    rollout = _Rollout(
+        make_playable, sampler, chat, limits, sampling, run_seed, in_flight, id_prefix, on_episode or (lambda: None)
+    )
     return run_coroutine(rollout.play(requests, max_concurrent_episodes or len(requests)))
 
 
@@ -89,6 +95,7 @@ class _Rollout:
     run_seed: int
     in_flight: InFlight
     id_prefix: str
+    on_episode: Callable[[], None]
 
     async def play(self, requests: Sequence[EpisodeRequest], num_players: int) -> list[Episode]:
         """Each player takes the next request when it is done with one, so that between the two it stays away."""
@@ -112,6 +119,7 @@ class _Rollout:
         try:
             for index, request in waiting:
                 results[index] = await self._play_one(request, maker)
+                self.on_episode()
         finally:
             self.in_flight.back()
 

@@ -35,15 +35,20 @@ class RowStream:
         if self.num_rows == 0:
             raise DataError("`train_dataset` has no rows")
         self._dataset = dataset
-        self._seed = seed
+        self.seed = seed
         self._epoch = -1
         self._order: list[int] = []
+
+    @property
+    def example(self) -> Mapping[str, Any]:
+        """Any row."""
+        return self._dataset[0]
 
     def __getitem__(self, position: int) -> Mapping[str, Any]:
         epoch, index = divmod(position, self.num_rows)
         if epoch != self._epoch:
             # Far apart, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(self.num_rows, generator=generator).tolist()
             self._epoch = epoch
         return self._dataset[self._order[index]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,27 +28,8 @@ from ..masked import masked_sum
 from ..types import Episode
 from .credit import Credit
 from .metrics import Clock, Means
+from .networks import Network, end_update
 from .steppo_config import StepPOConfig
-
-
-@dataclass
-class Network:
-    """A network in training: as the distributed engine wrapped it, with what updates it."""
-
-    module: nn.Module
-    optimizer: Any
-    scheduler: Any
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self.scheduler.get_last_lr()[0])
-
-    def end_update(self) -> None:
-        """On to the learning rate of the next update."""
-        with warnings.catch_warnings():
-            # While the critic warms up, the policy's schedule goes on without a step of its optimizer.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            self.scheduler.step()
 
 
 @dataclass
@@ -101,6 +81,9 @@ class Learner:
             Packs episodes into rows.
         clock ([`Clock`]):
             Where the time of forward, backward and optimizer goes, as `model_s`.
+        on_event (`Callable[[str], None]`, *optional*):
+            Called with the name of a `TrainerCallback` event within an update: `on_substep_end` (a backward pass that
+            does not end its mini-batch), `on_pre_optimizer_step`, `on_optimizer_step`.
     """
 
     def __init__(
@@ -112,6 +95,7 @@ class Learner:
         reference: nn.Module | None,
         collator: StepRolloutCollator,
         clock: Clock,
+        on_event: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.args = args
         self.accelerator = accelerator
@@ -120,6 +104,7 @@ class Learner:
         self.reference = reference
         self.collator = collator
         self.clock = clock
+        self.on_event = on_event
 
     # -- before the update --------------------------------------------------------------------------------------------
 
@@ -209,9 +194,7 @@ class Learner:
 
     def end_update(self) -> None:
         """On to the learning rates of the next update."""
-        self.policy.end_update()
-        if self.critic is not None:
-            self.critic.end_update()
+        end_update([self.policy] + ([self.critic] if self.critic is not None else []))
 
     def _train(
         self,
@@ -239,16 +222,21 @@ class Learner:
                 with self.clock.measure("model_s"):
                     finite = math.isfinite(loss.item()) and finite
                     self.accelerator.backward(loss * scale)
+            if not is_last:
+                self.on_event("on_substep_end")
         with self.clock.measure("model_s"):
             norm = float(
                 self.accelerator.clip_grad_norm_(network.module.parameters(), self.args.max_grad_norm or math.inf)
             )
             finite = self._on_all_ranks(finite and math.isfinite(norm))
+        self.on_event("on_pre_optimizer_step")
+        with self.clock.measure("model_s"):
             if finite:
                 network.optimizer.step()
             elif self.accelerator.scaler is not None:
                 self.accelerator.scaler.update()  # with fp16 a step is skipped so that the next has a smaller scale
-            network.optimizer.zero_grad()
+        self.on_event("on_optimizer_step")
+        network.optimizer.zero_grad()
         share = 1.0 / self.accelerator.num_processes
         if finite:
             stats.add(f"{name}/grad_norm", norm)

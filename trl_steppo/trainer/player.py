@@ -44,6 +44,10 @@ class EpisodePlayer:
             Score finished episodes, as in `GRPOTrainer`.
         reward_model (`torch.nn.Module`, *optional*):
             A sequence classifier with one label that scores the last prompt and response, at the last token.
+        data_collator (`Callable[[list[dict]], dict]`, *optional*):
+            Makes `input_ids` of rows, as `PPOTrainer`'s.
+        example_row (`dict`, *optional*):
+            What `data_collator` is tried on.
 
     Raises:
         ConfigurationError, DataError: If these do not fit together; every mistake that can be seen before the first
@@ -61,6 +65,8 @@ class EpisodePlayer:
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: Sequence[RewardFunc] | None = None,
         reward_model: nn.Module | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        example_row: Mapping[str, Any] | None = None,
     ) -> None:
         self.args = args
         self.tokenizer = tokenizer
@@ -70,6 +76,9 @@ class EpisodePlayer:
         self.tools = list(tools or ())
         self.reward_funcs = list(reward_funcs or ())
         self.reward_model = reward_model
+        self.data_collator = data_collator
+        if data_collator is not None:
+            columns = [*columns, *self._collated([EpisodeRequest(example_row or {}, 0)])[0].row]
         _check_environment_factory(environment_factory)
         checked_weights(self.reward_funcs, args.reward_weights)
         has_input_ids = _check_columns(columns)
@@ -88,12 +97,14 @@ class EpisodePlayer:
             if needs_chat
             else None
         )
+        stop_token_ids = _stop_token_ids(args, tokenizer)
+        self.ends_turns = not has_input_ids and not stop_token_ids  # responses stop at the template's end of turn
         self.sampling = SamplingParams(
             max_new_tokens=args.response_length,
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
-            stop_token_ids=_stop_token_ids(args, tokenizer),
+            stop_token_ids=stop_token_ids,
         )
         self.limits = EpisodeLimits(
             max_interaction_steps=args.max_interaction_steps,
@@ -109,6 +120,7 @@ class EpisodePlayer:
         greedy: bool = False,
         id_prefix: str = "",
         trainer_state: Any = None,
+        on_episode: Callable[[], None] | None = None,
     ) -> list[Episode]:
         """
         Play the requested episodes and score those that did not fail.
@@ -122,12 +134,16 @@ class EpisodePlayer:
                 Put before each episode's id.
             trainer_state (`TrainerState`, *optional*):
                 Passed to reward functions.
+            on_episode (`Callable`, *optional*):
+                Called whenever an episode has ended.
 
         Returns:
             `list[Episode]`: One for each request, in order; failed ones have an `error`.
         """
         if not requests:
             return []
+        if self.data_collator is not None:
+            requests = self._collated(requests)
         sampling = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0) if greedy else self.sampling
         episodes = play_episodes(
             requests,
@@ -139,12 +155,34 @@ class EpisodePlayer:
             run_seed=self.args.seed,
             max_concurrent_episodes=self.args.max_concurrent_episodes or max(_EVAL_EPISODES, self._update_episodes),
             id_prefix=id_prefix,
+            on_episode=on_episode,
         )
         return self._score(episodes, [request.row for request in requests], trainer_state)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
         return self.tokenizer.decode(list(ids))
+
+    def _collated(self, requests: Sequence[EpisodeRequest]) -> list[EpisodeRequest]:
+        """Rows with the `input_ids` that `data_collator` makes of them, all at once, as `PPOTrainer` calls it."""
+        assert self.data_collator is not None
+        batch = self.data_collator([dict(request.row) for request in requests])
+        if "input_ids" not in batch or len(batch["input_ids"]) != len(requests):
+            raise ConfigurationError(
+                f"`data_collator` made {list(batch)} of {len(requests)} rows; it must give `input_ids`, one for each. "
+                "Rows with `prompt` need no collator"
+            )
+        pad = self.tokenizer.pad_token_id
+        masks = (
+            batch["attention_mask"]
+            if "attention_mask" in batch
+            else [[i != pad for i in ids] for ids in batch["input_ids"]]
+        )
+        collated = []
+        for request, ids, mask in zip(requests, batch["input_ids"], masks, strict=True):
+            kept = [int(token_id) for token_id, counts in zip(ids, mask, strict=True) if counts]
+            collated.append(replace(request, row={**request.row, "input_ids": kept}))
+        return collated
 
     def _make_playable(self, row: Mapping[str, Any]) -> Playable | None:
         if self.environment_factory is None and not self.tools:
@@ -177,8 +215,8 @@ class EpisodePlayer:
         return episodes
 
     def _penalize_missing_eos(self, episode: Episode) -> Episode:
-        """The last response of an episode should end by itself."""
-        if not episode.valid or episode.steps[-1].stop_reason is StopReason.STOP:
+        """The last response of an episode should end by itself: with the end of its turn, or else with EOS."""
+        if not episode.valid or (self.ends_turns and episode.steps[-1].stop_reason is StopReason.STOP):
             return episode
         if self.tokenizer.eos_token_id in episode.steps[-1].response_ids:
             return episode

@@ -66,6 +66,9 @@ class StepPOConfig(PPOConfig):
             Number of first updates that train the critic alone.
         bootstrap_truncated (`bool`, *optional*, defaults to `False`):
             Whether the value after a truncated episode is that of its last state, instead of 0.
+        critic_shares_base (`bool`, *optional*, defaults to `False`):
+            With adapters on the policy and no `value_model`: whether the critic's adapter stands on the policy's own
+            base weights, one copy of them in memory, instead of on a copy.
 
         > Parameters that control the episodes
 
@@ -167,6 +170,10 @@ class StepPOConfig(PPOConfig):
     )
     bootstrap_truncated: bool = field(
         default=False, metadata={"help": "Read the value after a truncated episode from its last state."}
+    )
+
+    critic_shares_base: bool = field(
+        default=False, metadata={"help": "With adapters: one base model in memory for policy and critic."}
     )
 
     # The episodes

@@ -9,32 +9,56 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import DistributedType
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import SaveStrategy, SchedulerType, TrainOutput
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpoints, speed_metrics
 
 from ..batching import StepRolloutCollator
-from ..errors import ConfigurationError, DataError, RolloutError
+from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
 from ..inference.local import LocalSampler
 from ..losses import kl_estimate
-from ..models import Critic, PolicyScorer, build_critic, check_critic
+from ..models import (
+    AdapterReference,
+    Critic,
+    PolicyScorer,
+    add_adapter,
+    as_reference,
+    build_critic,
+    critic_adapter,
+    disable_dropout,
+    is_peft_model,
+    plain_model,
+)
 from ..rollout import EpisodeRequest, dump_episodes, episode_file, load_episodes
 from ..types import Episode
 from .callbacks import StepPOProgressCallback, print_episodes
+from .checkpoints import (
+    Manifest,
+    Progress,
+    find_checkpoint,
+    load_tensors,
+    load_weights,
+    read_manifest,
+    shapes,
+    write_manifest,
+    written_whole,
+)
+from .checks import check_adapters, check_distribution, check_models, check_trainable, refuse_unsupported
 from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names
-from .learner import Learner, Network, Rollout, Scores
+from .learner import Learner, Rollout, Scores
 from .metrics import Clock, Means, add_episode_metrics
+from .networks import Network, build_networks
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
-from .steppo_config import CRITIC_ESTIMATORS, StepPOConfig
+from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
 
@@ -53,10 +77,11 @@ class StepPOTrainer(PPOTrainer):
             The run's settings. A plain `PPOConfig` means token-level PPO, as in `PPOTrainer`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer; with a chat template where rows have `prompt`.
-        model ([`~transformers.PreTrainedModel`]):
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, a causal language model.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            The reference of the KL terms. If `None` and a KL coefficient is not 0, a copy of the policy.
+            The reference of the KL terms. If `None` and a KL coefficient is not 0, a copy of the policy; of a policy
+            with adapters, the adapter `ref_adapter_name`, or its base model.
         reward_model ([`~transformers.PreTrainedModel`], *optional*):
             A sequence classifier with one label that scores the last prompt and response of an episode. `None` when
             the environment or `reward_funcs` pay the reward.
@@ -65,13 +90,19 @@ class StepPOTrainer(PPOTrainer):
             `reset(**row)`.
         value_model ([`~transformers.PreTrainedModel`], *optional*):
             The critic: a sequence classifier with one label. If `None`, it is built from the policy's weights, with a
-            value head that starts at zero.
-        data_collator, optimizers, peft_config:
-            As in `PPOTrainer`; not in this version, which says so.
+            value head that starts at zero; on a policy with adapters, with an adapter of the same kind.
+        data_collator (`Callable`, *optional*):
+            Makes `input_ids` of the rows of an update, for datasets that do not hold them; its padding is taken away
+            again.
         eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
             Rows to evaluate on, greedily.
+        optimizers (`tuple` of [`~torch.optim.Optimizer`] and a scheduler, *optional*):
+            One optimizer over the parameters of `model` and `value_model`, and the schedule of its learning rates over
+            updates. If `None`, each network has an optimizer of its own, as `TrainingArguments` choose it.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Callbacks beside the default ones.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The adapter to put on the policy, e.g. a `LoraConfig`.
         environment_factory (`Callable[[], Any]`, *optional*):
             Makes the environment of one episode: a class with tools as in `GRPOTrainer`, or one with
             `step(response)`; see [`environments.base`].
@@ -132,11 +163,17 @@ class StepPOTrainer(PPOTrainer):
         reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
     ) -> None:
         args = args if isinstance(args, StepPOConfig) else StepPOConfig.from_ppo_config(args)
-        _refuse_unsupported(args, data_collator=data_collator, peft_config=peft_config, optimizers=optimizers)
-        _check_models(args, model, ref_model, value_model, reward_model)
+        refuse_unsupported(args)
+        check_models(args, model, ref_model, value_model, reward_model)
         if train_dataset is None:
             raise DataError("`train_dataset` is required; pass rows with `prompt` or `input_ids`")
-        # `Trainer` seeds every generator, which a critic that is built here then draws from.
+        if peft_config is not None:
+            transformers.set_seed(args.seed)  # a new adapter starts at random
+            model = add_adapter(model, peft_config, name=args.model_adapter_name or "default")
+        check_adapters(args, model, value_model)
+        if args.model_adapter_name is not None:
+            model.set_adapter(args.model_adapter_name)
+        check_trainable(model, "model")
         Trainer.__init__(
             self,
             model=model,
@@ -147,14 +184,14 @@ class StepPOTrainer(PPOTrainer):
             callbacks=callbacks,
         )
         self.args: StepPOConfig = args
-        _check_distribution(self.accelerator.distributed_type)
+        check_distribution(self.accelerator.distributed_type)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
         self.rows = RowStream(train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
         self._derive_sizes()
         self.clock = Clock()
-        self.sampler = LocalSampler(model, cache_tokens=args.rollout_cache_tokens)
+        self.sampler = LocalSampler(plain_model(model), cache_tokens=args.rollout_cache_tokens)
         self.player = EpisodePlayer(
             args,
             processing_class,
@@ -164,11 +201,11 @@ class StepPOTrainer(PPOTrainer):
             tools=tools,
             reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
             reward_model=self._frozen(reward_model),
+            data_collator=data_collator,
+            example_row=self.rows.example,
         )
-        self._build_learner(model, ref_model, value_model)
-        self.failed_updates = 0
-        self._last_eval_step = -1
-        self._history: list[dict[str, float]] = []  # metrics of the updates since the last log
+        self._build_learner(model, ref_model, value_model, optimizers)
+        self.progress = Progress()
 
     # -- the story ----------------------------------------------------------------------------------------------------
 
@@ -183,21 +220,23 @@ class StepPOTrainer(PPOTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Not in this version.
+                A checkpoint's directory to go on from, or `True` for the newest in `output_dir`. The run ends as it
+                would have without the interruption.
             trial, ignore_keys_for_eval:
                 As in `Trainer`, for its hyperparameter search; not used.
 
+        Returns:
+            `TrainOutput`: Number of updates; mean of `loss/policy_avg` as logged; how long it took.
+
         Raises:
             RolloutError: If `max_failed_updates` updates in a row have no valid episode.
+            CheckpointError: If a checkpoint cannot be written; if the one to resume from is missing, damaged, or of
+                another run.
         """
-        if resume_from_checkpoint:
-            raise ConfigurationError(
-                "`resume_from_checkpoint` is set, but this version cannot resume; start a new run"
-            )
-        if self.state.global_step > 0:
+        if self.state.global_step > 0 and not resume_from_checkpoint:
             raise ConfigurationError("`train()` was called before, and its schedules have ended; make a new trainer")
-        with self._running():
-            while not self.control.should_training_stop:
+        with self._running(resume_from_checkpoint or None):
+            while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 with self._update():
                     episodes = self._roll_out()
                     rollout = self._collate(episodes)
@@ -207,7 +246,9 @@ class StepPOTrainer(PPOTrainer):
                     scores = self._score(rollout)
                     credit = self._assign_credit(rollout, scores)
                     self._learn(rollout, scores, credit)
-        return TrainOutput(self.state.global_step, float("nan"), {})
+        losses = [logs["loss/policy_avg"] for logs in self.state.log_history if "loss/policy_avg" in logs]
+        mean_loss = sum(losses) / len(losses) if losses else float("nan")
+        return TrainOutput(self.state.global_step, mean_loss, self._runtime())
 
     def _roll_out(self) -> list[Episode]:
         """Play (or read back) this update's episodes on this rank."""
@@ -222,7 +263,7 @@ class StepPOTrainer(PPOTrainer):
                 self.sampler.reset_cache()
             if args.dump_episodes_dir is not None:
                 dump_episodes(episode_file(args.dump_episodes_dir, update, rank), episodes)
-        if self._shows_samples():
+        if self._shows_samples() and self.eval_dataset is None:
             print_episodes(episodes[:_NUM_SHOWN], self.player.decode, f"episodes sampled in update {update + 1}")
         return episodes
 
@@ -234,11 +275,11 @@ class StepPOTrainer(PPOTrainer):
         for error, count in errors.most_common(3):
             logger.warning(f"update {self.state.global_step + 1}: {count} of {len(episodes)} episodes failed: {error}")
         num_valid = self.learner.reduce(torch.tensor([float(len(valid))], device=self.accelerator.device))
-        self.failed_updates = 0 if float(num_valid) else self.failed_updates + 1
-        if self.failed_updates >= self.args.max_failed_updates:
+        self.progress.failed_updates = 0 if float(num_valid) else self.progress.failed_updates + 1
+        if self.progress.failed_updates >= self.args.max_failed_updates:
             raise RolloutError(
-                f"{self.failed_updates} updates in a row had no valid episode (`max_failed_updates`); the last error "
-                f"was: {next(iter(errors), 'on another rank')}"
+                f"{self.progress.failed_updates} updates in a row had no valid episode (`max_failed_updates`); the "
+                f"last error was: {next(iter(errors), 'on another rank')}"
             )
         return self.learner.prepare(valid) if float(num_valid) else None
 
@@ -324,7 +365,7 @@ class StepPOTrainer(PPOTrainer):
         short |= {"runtime": runtime, "samples_per_second": len(dataset) / runtime}
         result = {f"{metric_key_prefix}_{k}": v for k, v in short.items() if k not in (ignore_keys or ())}
         self.log(result)
-        self._last_eval_step = self.state.global_step
+        self.progress.last_eval_step = self.state.global_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         return result
 
@@ -351,7 +392,13 @@ class StepPOTrainer(PPOTrainer):
         self.sampler.policy_version = self.state.global_step
         self.sampler.reset_cache()
         with self.accelerator.autocast():
-            episodes = self.player.play(requests, greedy=True, id_prefix=id_prefix, trainer_state=self.state)
+            episodes = self.player.play(
+                requests,
+                greedy=True,
+                id_prefix=id_prefix,
+                trainer_state=self.state,
+                on_episode=lambda: self._event("on_prediction_step"),
+            )
         self.sampler.reset_cache()
         return episodes
 
@@ -363,20 +410,139 @@ class StepPOTrainer(PPOTrainer):
         """Raises: evaluation plays the rows of `eval_dataset` one by one."""
         raise ConfigurationError("there is no data loader: rows are played one by one; see `trainer.eval_dataset`")
 
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
+        """Raises: there are no labels to predict; `evaluate` plays any dataset."""
+        raise ConfigurationError(
+            f"there is nothing to predict; `evaluate(test_dataset, metric_key_prefix={metric_key_prefix!r})` plays it"
+        )
+
+    @contextmanager
+    def null_ref_context(self) -> Iterator[None]:
+        """Within the block, a policy with adapters is the reference, as in `PPOTrainer`; another is left as it is."""
+        with (
+            as_reference(self.model, self.policy_adapter, self.args.ref_adapter_name)
+            if self.policy_adapter is not None
+            else nullcontext()
+        ):
+            yield
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy as a plain transformers model, and the critic beside it in `critic/`."""
+        """
+        Save the policy as a plain transformers model, and the critic beside it in `critic/`; of networks with
+        adapters, the adapters.
+        """
         output_dir = output_dir or str(self.args.output_dir)
         if self.value_model is not None and self.args.should_save:
             self.value_model.save_pretrained(os.path.join(output_dir, "critic"))
         Trainer.save_model(self, output_dir, _internal_call)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As `Trainer`'s, with the critic's optimizer beside its weights."""
-        Trainer._save_checkpoint(self, model, trial)
-        if self.learner.critic is not None and self.args.should_save and not self.args.save_only_model:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / "critic"
-            torch.save(self.learner.critic.optimizer.state_dict(), folder / "optimizer.pt")
-            torch.save(self.learner.critic.scheduler.state_dict(), folder / "scheduler.pt")
+    def save_merged_model(self, output_dir: str) -> None:
+        """
+        Save the policy with its adapter merged into its weights: a plain transformers model. The run can go on.
+
+        Args:
+            output_dir (`str`):
+                Where to.
+        """
+        if not self.args.should_save:
+            return
+        # Of a copy: merging and taking apart again would leave rounding errors behind.
+        model: Any = copy.deepcopy(self.model)
+        (model.merge_and_unload() if is_peft_model(model) else model).save_pretrained(output_dir)
+        self.player.tokenizer.save_pretrained(output_dir)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """All that `train(resume_from_checkpoint=...)` needs; see [`checkpoints`]."""
+        output_dir, state = Path(str(self.args.output_dir)), self.state
+        self.create_model_card(model_name=(self.hub_model_id or output_dir.name).split("/")[-1])
+        directory = output_dir / f"checkpoint-{state.global_step}"
+        best = output_dir / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and (best == directory or best.is_dir()):
+            state.best_model_checkpoint = str(best)
+        barrier = self.accelerator.wait_for_everyone
+        with written_whole(directory, is_writer=self.args.should_save, wait_for_all=barrier) as partial:
+            self._write_checkpoint(partial)
+            barrier()
+            if self.args.should_save:
+                write_manifest(partial, Manifest(self._identity(), self.progress))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(directory))
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(output_dir), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _write_checkpoint(self, directory: Path) -> None:
+        self.save_model(str(directory), _internal_call=True)
+        if not self.args.save_only_model:
+            if self.args.should_save:
+                for folder, network in self._network_folders(directory):
+                    torch.save(network.optimizer.state_dict(), folder / "optimizer.pt")
+                    torch.save(network.scheduler.state_dict(), folder / "scheduler.pt")
+            self._save_scaler(str(directory))
+            self._save_rng_state(str(directory))
+        if self.args.should_save:
+            states: dict[str, Any] = {}
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    states.setdefault(type(callback).__name__, []).append(callback.state())
+            self.state.stateful_callbacks = {n: s[0] if len(s) == 1 else s for n, s in states.items()}  # type: ignore[assignment]
+            self.state.save_to_json(str(directory / "trainer_state.json"))
+
+    def _resume(self, resume_from_checkpoint: str | bool) -> None:
+        """Everything as it was when the checkpoint was written; the random generators come last, in `_running`."""
+        directory = find_checkpoint(Path(str(self.args.output_dir)), resume_from_checkpoint)
+        manifest = read_manifest(directory, self._identity())
+        if not (directory / "optimizer.pt").is_file():
+            raise CheckpointError(
+                f"{directory} holds no optimizer (`save_only_model`), so the run cannot go on from it; pass its model "
+                "as `model` to start a new one"
+            )
+        self._load_networks(directory)
+        for folder, network in self._network_folders(directory):
+            network.optimizer.load_state_dict(load_tensors(folder / "optimizer.pt"))
+            network.scheduler.load_state_dict(load_tensors(folder / "scheduler.pt"))
+        self._load_scaler(str(directory))
+        self.progress = manifest.progress
+        self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self._load_callback_state()
+        self._resumed_from: Path | None = directory
+        logger.info(f"going on from {directory}, after update {self.state.global_step}")
+
+    def _load_networks(self, directory: Path) -> None:
+        load_weights(self.model, directory, adapter=self.policy_adapter)
+        if self.value_model is not None:
+            load_weights(self.value_model, directory / "critic")
+        self.sampler.reset_cache()
+
+    def _load_best_model(self) -> None:
+        """The networks of the checkpoint with the best metric."""
+        state = self.state
+        if state.best_model_checkpoint is None:
+            logger.warning("`load_best_model_at_end` is set, but no checkpoint was saved with a metric")
+            return
+        logger.info(f"loading the best networks, of {state.best_model_checkpoint}: {state.best_metric}")
+        self._load_networks(Path(state.best_model_checkpoint))
+
+    def _network_folders(self, directory: Path) -> list[tuple[Path, Network]]:
+        """Where each optimizer and schedule is kept; one that both networks share stands with the policy."""
+        policy, critic = self.learner.policy, self.learner.critic
+        if critic is None or critic.optimizer is policy.optimizer:
+            return [(directory, policy)]
+        return [(directory, policy), (directory / "critic", critic)]
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint's run must have in common with this one."""
+        networks = {"policy": self.model, "critic": self.value_model}
+        return {
+            "networks": {name: shapes(model) for name, model in networks.items() if model is not None},
+            "train_dataset rows": self.rows.num_rows,
+            "seed of the data": self.rows.seed,
+        }
 
     # -- construction -------------------------------------------------------------------------------------------------
 
@@ -402,94 +568,105 @@ class StepPOTrainer(PPOTrainer):
             )
 
     def _build_learner(
-        self, model: PreTrainedModel, ref_model: PreTrainedModel | None, value_model: PreTrainedModel | None
+        self,
+        model: PreTrainedModel,
+        ref_model: PreTrainedModel | None,
+        value_model: PreTrainedModel | None,
+        optimizers: tuple[Any, Any],
     ) -> None:
         args = self.args
-        self.ref_model: Any = None
-        if args.uses_reference:
-            self.ref_model = self._frozen(ref_model if ref_model is not None else copy.deepcopy(model))
+        self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None  # type: ignore[assignment]
         self.value_model: Any = None
         if args.uses_critic:
-            self.value_model = value_model if value_model is not None else build_critic(model)
-        if args.gradient_checkpointing:
-            for network in (model, self.value_model):
-                if network is not None:
-                    _enable_checkpointing(network, args.gradient_checkpointing_kwargs)
-        policy = self._network(PolicyScorer(model), args.learning_rate)
-        critic = None
-        if self.value_model is not None:
-            rate = args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
-            critic = self._network(Critic(self.value_model), rate)
+            self.value_model = value_model if value_model is not None else self._build_critic(model)
+            check_trainable(self.value_model, "value_model")
+        networks = [network for network in (model, self.value_model) if network is not None]
+        for network in networks:
+            disable_dropout(network)
+            if args.gradient_checkpointing:
+                _enable_checkpointing(plain_model(network), args.gradient_checkpointing_kwargs)
+        scorer = PolicyScorer(plain_model(model))
+        self.ref_model: Any = None
+        reference: nn.Module | None = None
+        if args.uses_reference and ref_model is None and self.policy_adapter is not None:
+            reference = AdapterReference(scorer, model, self.policy_adapter, args.ref_adapter_name)
+        elif args.uses_reference:
+            self.ref_model = self._frozen(ref_model if ref_model is not None else copy.deepcopy(model))
+            reference = PolicyScorer(plain_model(self.ref_model))
+        policy, critic = build_networks(
+            args,
+            self.accelerator,
+            scorer,
+            Critic(plain_model(self.value_model)) if self.value_model is not None else None,
+            optimizers=optimizers,
+            decay_parameter_names=self.get_decay_parameter_names,
+        )
         self.optimizer, self.lr_scheduler, self.model_wrapped = policy.optimizer, policy.scheduler, policy.module
+        handler = self.callback_handler
+        handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self.learner = Learner(
             args,
             self.accelerator,
             policy,
             critic,
-            PolicyScorer(self.ref_model) if self.ref_model is not None else None,
+            reference,
             StepRolloutCollator(
                 pad_token_id=_pad_token_id(self.processing_class),
                 prefix_sharing=args.prefix_sharing,
                 bootstrap_truncated=args.bootstrap_truncated,
             ),
             self.clock,
+            self._event,
         )
 
-    def _network(self, module: nn.Module, learning_rate: float) -> Network:
-        """Wrap a network for training, with an optimizer and a schedule of its own as `TrainingArguments` say."""
-        args, total = self.args, self.args.num_total_batches
-        assert total is not None
-        decays = set(self.get_decay_parameter_names(module))
-        groups = [
-            {
-                "params": [p for n, p in module.named_parameters() if p.requires_grad and (n in decays) == decayed],
-                "weight_decay": args.weight_decay if decayed else 0.0,
-            }
-            for decayed in (True, False)
-        ]
-        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = optimizer_class([g for g in groups if g["params"]], **{**kwargs, "lr": learning_rate})
-        scheduler = transformers.get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=args.get_warmup_steps(total),
-            num_training_steps=total,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
-        )
-        prepared, optimizer = self.accelerator.prepare(module.to(self.accelerator.device), optimizer)
-        return Network(prepared, optimizer, scheduler)
+    def _build_critic(self, model: PreTrainedModel) -> Any:
+        critic = build_critic(model, share_weights=self.args.critic_shares_base)
+        if self.policy_adapter is None:
+            return critic
+        return add_adapter(critic, critic_adapter(model.peft_config[self.policy_adapter]))
 
     def _frozen(self, model: Any) -> Any:
         """A model that is only read."""
-        return None if model is None else model.to(self.accelerator.device).eval().requires_grad_(False)
+        if model is None:
+            return None
+        disable_dropout(model)
+        return model.to(self.accelerator.device).eval().requires_grad_(False)
 
     # -- a run and its updates ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self, resume_from_checkpoint: str | bool | None) -> Iterator[None]:
         """Everything around the updates: callbacks, first and last evaluation, the state on disk."""
         args = self.args
         assert args.num_total_batches is not None
         self.is_in_train = True
         self.state.epoch = 0.0
+        self._resumed_from = None
+        if resume_from_checkpoint is not None:
+            self._resume(resume_from_checkpoint)
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = math.ceil(args.num_train_epochs)
         self.state.train_batch_size = args.per_device_train_batch_size
         self.state.compute_steps(args, args.num_total_batches)
         self.control.should_training_stop = False
-        self._start = time.perf_counter()
+        self._start, self._first_step = time.time(), self.state.global_step
         if args.loss_aggregation is None:
             logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-        if args.eval_on_start:
+        if args.eval_on_start and self._resumed_from is None:
             self.evaluate()
         self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
+        if self._resumed_from is not None:
+            self._load_rng_state(str(self._resumed_from))
         yield
-        if self._history:  # the updates since the last log
-            self.log(_averaged(self._history))
-            self._history.clear()
-        if args.eval_strategy != "no" and self._last_eval_step != self.state.global_step:
+        if self.progress.unlogged:
+            self.log(_averaged(self.progress.unlogged))
+            self.progress.unlogged.clear()
+        if args.eval_strategy != "no" and self.progress.last_eval_step != self.state.global_step:
             self.evaluate()
+        self.log(self._runtime())
+        if args.load_best_model_at_end:
+            self._load_best_model()
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
         if args.should_save:
             self.state.save_to_json(os.path.join(str(args.output_dir), "trainer_state.json"))
@@ -516,12 +693,12 @@ class StepPOTrainer(PPOTrainer):
         model_s = self.clock.seconds["model_s"] + self.sampler.forward_s - sampling
         self.state.global_step += 1
         assert args.batch_size is not None
-        num_rows = args.batch_size // args.num_generations
+        self.progress.num_rows_played += args.batch_size // args.num_generations
         epoch_before = math.floor(self.state.epoch or 0.0)
-        self.state.epoch = self.state.global_step * num_rows / self.rows.num_rows
+        self.state.epoch = self.progress.num_rows_played / self.rows.num_rows
         self._logs |= {
-            "episode": self.state.global_step * args.batch_size,
-            "eps": self.state.global_step * args.batch_size / (time.perf_counter() - self._start),
+            "episode": self.progress.num_rows_played * args.num_generations,
+            "eps": self._num_played() / (time.time() - self._start),
             "lr": learning_rate,
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
@@ -540,10 +717,12 @@ class StepPOTrainer(PPOTrainer):
 
     def _log_evaluate_save(self) -> None:
         """What the callbacks asked for."""
-        self._history.append(self._logs | _finished(self._means.reduced()))
+        self.progress.unlogged.append(self._logs | _finished(self._means.reduced()))
         if self.control.should_log:
-            self.log(_averaged(self._history))
-            self._history.clear()
+            self.log(_averaged(self.progress.unlogged))
+            self.progress.unlogged.clear()
+        if self._shows_samples(finished=True):
+            self.generate_completions(sampling=True)
         metrics = None
         if self.control.should_evaluate:
             metrics = self.evaluate()
@@ -560,19 +739,33 @@ class StepPOTrainer(PPOTrainer):
         args, rank = self.args, self.accelerator.process_index
         assert args.batch_size is not None
         rows_per_rank = args.batch_size // args.num_generations // self.accelerator.num_processes
-        first = self.state.global_step * args.batch_size // args.num_generations + rank * rows_per_rank
+        first = self.progress.num_rows_played + rank * rows_per_rank
         return [
             EpisodeRequest(self.rows[position], position, generation)
             for position in range(first, first + rows_per_rank)
             for generation in range(args.num_generations)
         ]
 
-    def _shows_samples(self) -> bool:
+    def _shows_samples(self, *, finished: bool = False) -> bool:
+        """Whether episodes of this update are printed (`finished`: of the one that has just been counted)."""
         args = self.args
         if args.num_sample_generations <= 0 or not self.accelerator.is_main_process:
             return False
         assert args.num_total_batches is not None
-        return self.state.global_step % max(1, args.num_total_batches // args.num_sample_generations) == 0
+        update = self.state.global_step - finished
+        return update % max(1, args.num_total_batches // args.num_sample_generations) == 0
+
+    def _event(self, name: str) -> None:
+        """Tell the callbacks, who may change what happens next."""
+        self.control = getattr(self.callback_handler, name)(self.args, self.state, self.control)
+
+    def _num_played(self) -> int:
+        """Episodes since this process began to train."""
+        assert self.args.batch_size is not None
+        return (self.state.global_step - self._first_step) * self.args.batch_size
+
+    def _runtime(self) -> dict[str, float]:
+        return speed_metrics("train", self._start, self._num_played(), self.state.global_step - self._first_step)
 
 
 def _finished(means: dict[str, float]) -> dict[str, float]:
@@ -629,76 +822,3 @@ def _enable_checkpointing(network: PreTrainedModel, kwargs: Any) -> None:
 def _pad_token_id(tokenizer: Any) -> int:
     """Any id will do: nothing attends to padding."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
-
-def _refuse_unsupported(
-    args: StepPOConfig, *, data_collator: Any, peft_config: Any, optimizers: tuple[Any, Any]
-) -> None:
-    for name, unset in (
-        ("model_adapter_name", None),
-        ("ref_adapter_name", None),
-        ("neftune_noise_alpha", None),
-        ("label_smoothing_factor", 0.0),
-        ("auto_find_batch_size", False),
-    ):
-        if getattr(args, name) != unset:
-            raise ConfigurationError(f"`{name}`={getattr(args, name)!r} has no effect in this trainer; leave it out")
-    if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
-        raise ConfigurationError(
-            "`lr_scheduler_type` is 'reduce_lr_on_plateau', which waits for a metric; choose a schedule over updates"
-        )
-    if args.load_best_model_at_end:
-        raise ConfigurationError(
-            "`load_best_model_at_end` is set, but this version does not load checkpoints; leave it out, and take the "
-            "best one from `output_dir` (`save_strategy='best'` keeps it)"
-        )
-    if data_collator is not None:
-        raise ConfigurationError(
-            "`data_collator` is set, but rows are played one by one; tokenize or change them in the dataset instead"
-        )
-    if peft_config is not None:
-        raise ConfigurationError("`peft_config` is set, but this version trains whole models; leave it out")
-    if any(optimizers):
-        raise ConfigurationError(
-            "`optimizers` is set, but policy and critic have one each; choose them by `optim`, `learning_rate` and "
-            "`critic_learning_rate`"
-        )
-
-
-def _check_distribution(distributed_type: DistributedType) -> None:
-    if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise ConfigurationError(
-            f"accelerate was launched with {distributed_type.value}, and this version trains in one process or with "
-            "DDP; choose one of these with `accelerate config`"
-        )
-
-
-def _check_models(
-    args: StepPOConfig,
-    model: PreTrainedModel,
-    ref_model: PreTrainedModel | None,
-    value_model: PreTrainedModel | None,
-    reward_model: nn.Module | None,
-) -> None:
-    if value_model is not None and value_model is reward_model:
-        raise ConfigurationError(
-            "`value_model` is the `reward_model` itself, which must not be trained; load it twice, or leave "
-            "`value_model` out to have a critic built"
-        )
-    if ref_model is model:
-        raise ConfigurationError(
-            "`ref_model` is the policy itself, which training changes; leave it out to have a copy made"
-        )
-    if ref_model is not None and not args.uses_reference:
-        raise ConfigurationError(
-            "`ref_model` has no effect: `kl_coef` and `kl_loss_coef` are both 0; set one of them, or leave it out"
-        )
-    if value_model is not None and not args.uses_critic:
-        raise ConfigurationError(
-            f"`value_model` has no effect with `advantage_estimator`={args.advantage_estimator!r}, which has no "
-            f"critic; leave it out, or choose one of {CRITIC_ESTIMATORS}"
-        )
-    if value_model is not None:
-        check_critic(value_model, "value_model")
-    if reward_model is not None:
-        check_critic(reward_model, "reward_model")

@@ -1,0 +1,137 @@
+"""Adapters (LoRA and its kin): one for the policy, one for the critic, none for the reference."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import ConfigurationError
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether a model carries adapters; without importing peft, which has been where one was made."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def plain_model(model: Any) -> Any:
+    """The transformers model itself, its layers wrapped by adapters where it has any; what a forward pass goes to."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def add_adapter(model: PreTrainedModel, peft_config: Any, *, name: str = "default") -> Any:
+    """
+    Put a new adapter on a model; everything else is frozen.
+
+    Args:
+        model (`PreTrainedModel`):
+            A model without adapters.
+        peft_config ([`~peft.PeftConfig`]):
+            LoRA, or another kind whose layers stand inside the model's.
+        name (`str`, *optional*, defaults to `"default"`):
+            The adapter's name.
+
+    Returns:
+        `PeftModel`: The model with the adapter.
+
+    Raises:
+        ConfigurationError: If `peft_config` is not one, is of a kind that changes the prompt, or the model carries an
+            adapter already.
+    """
+    try:
+        from peft import PeftConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigurationError(
+            '`peft_config` is set, but peft is not installed: pip install "trl-steppo[peft]"'
+        ) from error
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigurationError(
+            f"`peft_config` is a {type(peft_config).__name__}; pass a `peft.PeftConfig`, e.g. `peft.LoraConfig(...)`"
+        )
+    if is_peft_model(model):
+        raise ConfigurationError(
+            "`model` carries an adapter already, and `peft_config` asks for another; leave `peft_config` out to train "
+            "the one it has, or pass `model.merge_and_unload()`"
+        )
+    if peft_config.is_prompt_learning:
+        raise ConfigurationError(
+            f"`peft_config` is a {type(peft_config).__name__}, which puts virtual tokens before the prompt; choose "
+            "an adapter inside the layers, e.g. `peft.LoraConfig(...)`"
+        )
+    return get_peft_model(model, peft_config, adapter_name=name)
+
+
+def critic_adapter(peft_config: Any) -> Any:
+    """The policy's adapter configuration, as a critic of the same architecture takes it: with its value head."""
+    config = copy.deepcopy(peft_config)
+    config.task_type = "SEQ_CLS"
+    config.modules_to_save = sorted({*(config.modules_to_save or ()), "score"} - {"lm_head"})
+    if isinstance(config.target_modules, set | list):
+        config.target_modules = type(config.target_modules)(t for t in config.target_modules if t != "lm_head")
+    return config
+
+
+def shared_copy(model: Any) -> PreTrainedModel:
+    """
+    A second plain model, without adapters, whose parameters are the model's own: one copy of the weights in memory.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            What to copy; not changed.
+    """
+    # `deepcopy` takes what it finds in its memo for the copy of what it looks up there.
+    copied = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
+    return copied.unload() if is_peft_model(copied) else copied
+
+
+@contextmanager
+def as_reference(model: Any, policy_adapter: str, reference_adapter: str | None) -> Iterator[None]:
+    """
+    Within the block, a policy with adapters is its own reference. Not for anything with a gradient.
+
+    Args:
+        model (`PeftModel`):
+            The policy, with its adapters.
+        policy_adapter (`str`):
+            Name of the adapter that is trained.
+        reference_adapter (`str`, *optional*):
+            Name of the one that is the reference; `None`: the base model without any.
+    """
+    if reference_adapter is None:
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter(reference_adapter, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.set_adapter(policy_adapter)
+
+
+class AdapterReference(nn.Module):
+    """
+    The reference policy that a policy with adapters carries within itself.
+
+    Args:
+        scorer (`torch.nn.Module`):
+            A [`PolicyScorer`] over the model.
+        model, policy_adapter, reference_adapter:
+            See [`as_reference`].
+    """
+
+    def __init__(self, scorer: nn.Module, model: Any, policy_adapter: str, reference_adapter: str | None) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self._switched = partial(as_reference, model, policy_adapter, reference_adapter)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the scorer's."""
+        with self._switched():
+            return self.scorer(*args, **kwargs)

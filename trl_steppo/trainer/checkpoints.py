@@ -1,0 +1,292 @@
+"""Checkpoints: directories that are either whole or not there.
+
+A checkpoint is written beside its place, under a name that nothing picks up, and moved there when all of it is on the
+disk. Its manifest names every file with its size, the parameters of the networks, and how far the run had come.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import CheckpointError
+from ..models import is_peft_model
+
+MANIFEST = "checkpoint.json"
+_FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """
+    What a run knows beyond weights, optimizers, random generators and `TrainerState`.
+
+    Args:
+        num_rows_played (`int`):
+            Position in the data stream.
+        failed_updates (`int`):
+            Updates in a row without a valid episode.
+        last_eval_step (`int`):
+            Update of the last evaluation, -1 before the first.
+        unlogged (`list[dict[str, float]]`):
+            Metrics of the updates since the last log.
+    """
+
+    num_rows_played: int = 0
+    failed_updates: int = 0
+    last_eval_step: int = -1
+    unlogged: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Manifest:
+    """
+    What a checkpoint says about itself.
+
+    Args:
+        identity (`dict`):
+            What a run must have in common with the one that wrote the checkpoint: networks and data.
+        progress ([`Progress`]):
+            How far it had come.
+    """
+
+    identity: dict[str, Any]
+    progress: Progress
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_whole(directory: Path, *, is_writer: bool, wait_for_all: Callable[[], None]) -> Iterator[Path]:
+    """
+    A directory to write into. It becomes `directory` when the block ends without an error, and is removed otherwise.
+
+    Args:
+        directory (`Path`):
+            The checkpoint's place.
+        is_writer (`bool`):
+            Whether this process makes and moves the directory; all of them may write into it.
+        wait_for_all (`Callable`):
+            A barrier over all ranks.
+
+    Raises:
+        CheckpointError: If anything could not be written; what was there before is untouched.
+    """
+    partial = directory.with_name(f"{directory.name}.partial")
+    try:
+        if is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        wait_for_all()
+        yield partial
+        wait_for_all()
+        if is_writer:
+            _sync(partial)
+            _replace(directory, partial)
+    except Exception as error:  # libraries wrap "no space left" in exceptions of their own
+        if is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{directory} could not be written: {error}. Earlier checkpoints are untouched: make room (or mend what "
+            "the message says), and go on with `resume_from_checkpoint`"
+        ) from error
+    wait_for_all()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """The last file of a checkpoint, which names all others."""
+    files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+    content = {"format": _FORMAT, **asdict(manifest), "files": files}
+    (directory / MANIFEST).write_text(json.dumps(content, indent=1))
+
+
+def _sync(directory: Path) -> None:
+    """All of it to the disk: a power cut must not leave a checkpoint of empty files."""
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace(directory: Path, partial: Path) -> None:
+    """Move `partial` to `directory`; one that a former run left there makes way."""
+    replaced = directory.with_name(f"{directory.name}.replaced")
+    if directory.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        directory.rename(replaced)
+    partial.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool) -> Path:
+    """
+    The checkpoint to resume from: the given one, or the newest in `output_dir`.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() not in ("true", "1", "yes"):
+        directory = Path(resume_from_checkpoint)
+        if not directory.is_dir():
+            raise CheckpointError(f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is no directory")
+        return directory
+    newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if newest is None:
+        raise CheckpointError(
+            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but {output_dir} holds no checkpoint; leave it "
+            "out to start a new run"
+        )
+    return Path(newest)
+
+
+def read_manifest(directory: Path, identity: Mapping[str, Any]) -> Manifest:
+    """
+    Read a checkpoint's manifest, and check that all its files are whole and that it is of this run.
+
+    Args:
+        directory (`Path`):
+            The checkpoint.
+        identity (`dict`):
+            Of this run, as it would write it.
+
+    Raises:
+        CheckpointError: If a file is missing or has another size, or the checkpoint is of another run.
+    """
+    try:
+        content = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} is no complete checkpoint of a StepPOTrainer: its {MANIFEST} cannot be read ({error}). "
+            f"{_others(directory)}"
+        ) from error
+    if content.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{directory} has format {content.get('format')}, and this version reads {_FORMAT}; resume it with the "
+            "version of trl_steppo that wrote it"
+        )
+    for name, size in content["files"].items():
+        found = (directory / name).stat().st_size if (directory / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} of {size} bytes"
+            raise CheckpointError(f"{directory} is damaged: {name} {state}. {_others(directory)}")
+    _check_identity(directory, content["identity"], json.loads(json.dumps(identity)))
+    return Manifest(content["identity"], Progress(**content["progress"]))
+
+
+def _others(directory: Path) -> str:
+    """The cure, with the checkpoints that could be resumed from instead."""
+    names = sorted(
+        (path.name for path in directory.parent.glob("checkpoint-*") if path != directory and path.suffix == ""),
+        key=lambda name: int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdigit() else -1,
+    )
+    if not names:
+        return "There is no other checkpoint beside it"
+    return f"Delete it, or resume from another: {', '.join(names)}"
+
+
+def _check_identity(directory: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name in {**saved, **now}:
+        if name == "networks" or saved.get(name) == now.get(name):
+            continue
+        raise CheckpointError(
+            f"{directory} was written with `{name}`={saved.get(name)!r}, and this run has {now.get(name)!r}: it would "
+            "play other rows than those that are left. Set it back, or start a new run"
+        )
+    for name in {**saved["networks"], **now["networks"]}:
+        was, has = saved["networks"].get(name), now["networks"].get(name)
+        if was is None or has is None:
+            states = ("no", "one") if was is None else ("a", "none")
+            raise CheckpointError(
+                f"{directory} has {states[0]} {name}, and this run has {states[1]}; set `advantage_estimator` back, "
+                "or start a new run"
+            )
+        for parameter in {**was, **has}:
+            if was.get(parameter) != has.get(parameter):
+                raise CheckpointError(
+                    f"{directory} is of another model: in its {name}, {parameter} has the shape "
+                    f"{was.get(parameter)}, in this run's {has.get(parameter)} (None: not there). Load the model that "
+                    "it was trained from, or start a new run"
+                )
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def shapes(network: nn.Module) -> dict[str, list[int]]:
+    """The parameters of a network."""
+    return {name: list(parameter.shape) for name, parameter in network.named_parameters()}
+
+
+def load_weights(model: Any, directory: Path, *, adapter: str | None = None) -> None:
+    """
+    Put saved weights into a model that exists already, bit for bit.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Where to put them.
+        directory (`Path`):
+            Where `save_pretrained` wrote them.
+        adapter (`str`, *optional*):
+            Of a `PeftModel`, the adapter that was trained.
+
+    Raises:
+        CheckpointError: If they are not this model's.
+    """
+    try:
+        if is_peft_model(model):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            folder = directory if adapter in (None, "default") else directory / str(adapter)
+            weights = load_peft_weights(str(folder), device="cpu")
+            loaded: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter or "default")
+            if loaded.unexpected_keys:
+                raise CheckpointError(f"{folder} has weights that this model has not: {loaded.unexpected_keys[:3]}")
+            return
+        weights = _read_safetensors(directory)
+        if not _fit(model, weights):
+            # Some architectures are saved under other names than they are held; their own loading knows them.
+            weights = type(model).from_pretrained(directory, dtype=model.dtype).state_dict()
+        model.load_state_dict(weights, strict=False)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"the weights in {directory} cannot be loaded: {error}") from error
+
+
+def _read_safetensors(directory: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("model*.safetensors")):
+        weights.update(load_file(path))
+    return weights
+
+
+def _fit(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the names are the model's; of tensors that it holds under several names, one is enough."""
+    own = model.state_dict()
+    stored = {own[name].data_ptr() for name in weights if name in own}
+    return all(name in own for name in weights) and all(t.data_ptr() in stored for t in own.values())
+
+
+def load_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, without running code from it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. {_others(path.parent)}") from error
