@@ -244,10 +244,9 @@ def test_responses_that_end_early_differ_by_one_line_of_ppo_trainer(tmp_path, mo
 
     shift, source = "sequence_lengths_p1 = sequence_lengths + 1", inspect.getsource(PPOTrainer.train)
     assert source.count(shift) == 1
-    names = dict(vars(PPO_MODULE))
-    exec(textwrap.dedent(source.replace(shift, "sequence_lengths_p1 = sequence_lengths")), names)
-    monkeypatch.setattr(PPOTrainer, "train", names["train"])
+    unshifted: dict[str, Any] = {}
+    exec(textwrap.dedent(source.replace(shift, shift.removesuffix(" + 1"))), vars(PPO_MODULE), unshifted)
+    monkeypatch.setattr(PPOTrainer, "train", unshifted["train"])
     recording = Recording(monkeypatch)
-    names["batch_generation"] = PPO_MODULE.batch_generation
     theirs = train_theirs(args, networks, dataset)
     assert_same(train_ours(args, networks, dataset, recording, monkeypatch), theirs, networks)

@@ -72,10 +72,10 @@ def make_model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(Qwen2Config(**settings)).eval()
 
 
-def make_classifier(seed: int = 1) -> torch.nn.Module:
+def make_classifier(seed: int = 1, **changes: Any) -> torch.nn.Module:
     """A reward model, or a critic whose values are not zero."""
+    config = make_model(**changes).config
     torch.manual_seed(seed)
-    config = make_model().config
     config.num_labels = 1
     return AutoModelForSequenceClassification.from_config(config).eval()
 

@@ -87,7 +87,11 @@ def written_whole(directory: Path, *, is_writer: bool, wait_for_all: Callable[[]
     partial = directory.with_name(f"{directory.name}.partial")
     try:
         if is_writer:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in [
+                *directory.parent.glob("checkpoint-*.partial"),
+                *directory.parent.glob("checkpoint-*.replaced"),
+            ]:
+                shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
             partial.mkdir(parents=True)
         wait_for_all()
         yield partial

@@ -1,0 +1,338 @@
+"""A run that is interrupted ends as it would have without: killed, out of disk, or with a damaged checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killed_run import SETTINGS, train
+from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows, same, weights
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from trl_steppo import StepPOTrainer
+from trl_steppo.errors import CheckpointError
+from trl_steppo.rollout import load_episodes
+
+SAVING: dict[str, Any] = {"total_episodes": 24, "save_strategy": "steps", "save_steps": 1}
+
+
+def log_history(directory: Path) -> list[dict[str, Any]]:
+    """All that was logged but for times and rates."""
+    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    timed = ("eps", "perf/tokens_per_s", "perf/overhead_fraction")
+    return [
+        {k: v for k, v in logs.items() if k not in timed and not k.endswith(("_s", "_runtime", "_per_second"))}
+        for logs in history
+    ]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights bit for bit, metrics, and the rows that were played."""
+    for name in ("model.safetensors", "critic/model.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert log_history(a) == log_history(b)
+    files = sorted(path.name for path in (a / "episodes").iterdir())
+    assert files == sorted(path.name for path in (b / "episodes").iterdir() if not path.name.startswith("."))
+    for name in files:
+        assert load_episodes(a / "episodes" / name) == load_episodes(b / "episodes" / name)
+
+
+# -- kills ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    train(directory)
+    return directory
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(21, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(uninterrupted, tmp_path, num_kills):
+    script = Path(__file__).with_name("killed_run.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "run"), str(num_kills), "7"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    phases = [int(line) for line in done.stdout.split() if line.isdigit()]
+    assert len(phases) == num_kills
+    print("kills during [between phases, rollout, update, save]:", [phases.count(n) for n in range(4)])
+    if num_kills > 10:
+        assert {1, 2, 3} <= set(phases)
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"advantage_estimator": "token_gae", "importance_sampling_level": "token"},
+        {"advantage_estimator": "grpo", "num_generations": 2},
+        {"critic_warmup_updates": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1},
+    ],
+    ids=["step", "token", "grpo", "warmup"],
+)
+@pytest.mark.parametrize("after", [1, 2])
+def test_resuming_equals_not_stopping(tmp_path, settings, after):
+    whole = make_trainer(tmp_path / "whole", **SAVING, **settings)
+    whole.train()
+    rest = make_trainer(tmp_path / "rest", model=make_model(9), **SAVING, **settings)  # its weights are replaced
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{after}"))
+    assert rest.state.global_step == 3
+    assert same(weights(rest.model), weights(whole.model))
+    if whole.value_model is not None:
+        assert same(weights(rest.value_model), weights(whole.value_model))
+    assert log_history(tmp_path / "rest") == log_history(tmp_path / "whole")
+
+
+def test_random_generators_go_on(tmp_path):
+    """An environment that draws from Python's, NumPy's and torch's global generators is not ours, and still resumes."""
+    import random
+
+    import numpy as np
+
+    class Drawing(Hash):
+        def step(self, response: str) -> tuple[str, float, bool]:
+            observation, reward, done = super().step(response)
+            return observation, reward + random.random() + float(np.random.rand()) + float(torch.rand(())), done
+
+    settings = {**SAVING, "max_concurrent_episodes": 1}  # several at a time would draw in any order
+    whole = make_trainer(tmp_path / "a", environment_factory=Drawing, **settings)
+    whole.train()
+    rest = make_trainer(tmp_path / "b", environment_factory=Drawing, **settings)
+    rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert same(weights(rest.model), weights(whole.model))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, **SAVING)
+    trainer.train()
+    before = weights(trainer.model)
+    again = make_trainer(tmp_path, model=make_model(9), **SAVING)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert same(weights(again.model), before)
+
+
+def test_a_longer_run_goes_on_with_the_next_rows(tmp_path):
+    make_trainer(tmp_path, **SAVING).train()
+    longer = make_trainer(tmp_path, **{**SAVING, "total_episodes": 40, "dump_episodes_dir": str(tmp_path / "played")})
+    longer.train(resume_from_checkpoint=True)
+    played = [e.row_index for f in sorted((tmp_path / "played").glob("*")) for e in load_episodes(f)]
+    assert played == list(range(24, 40))
+
+
+# -- what is saved, and when it is there ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_everything(tmp_path):
+    make_trainer(tmp_path, **SAVING).train()
+    files = {str(p.relative_to(tmp_path / "checkpoint-3")) for p in (tmp_path / "checkpoint-3").rglob("*")}
+    assert {
+        *("model.safetensors", "config.json", "tokenizer.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+        *("critic/model.safetensors", "critic/config.json", "critic/optimizer.pt", "critic/scheduler.pt"),
+        *("trainer_state.json", "training_args.bin", "checkpoint.json"),
+    } <= files
+    assert (tmp_path / "README.md").is_file()  # the model card
+
+
+def test_save_total_limit(tmp_path):
+    (tmp_path / "checkpoint-2.partial").mkdir()  # of a run that was killed
+    make_trainer(tmp_path, **SAVING, save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
+    make_trainer(tmp_path, **SAVING).train()
+    (tmp_path / "checkpoint-3").rename(tmp_path / "checkpoint-3.partial")
+    trainer = make_trainer(tmp_path, **{**SAVING, "total_episodes": 16})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+
+
+def test_saving_over_a_checkpoint_of_another_run(tmp_path):
+    make_trainer(tmp_path, **SAVING).train()
+    trainer = make_trainer(tmp_path, **SAVING, seed=5)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
+    again = make_trainer(tmp_path, **SAVING, seed=5)
+    again.train(resume_from_checkpoint=True)
+    assert same(weights(again.model), weights(trainer.model))
+
+
+class FullAfterUpdate(TrainerCallback):
+    """Fills what is left of a file system."""
+
+    def __init__(self, directory: Path, update: int) -> None:
+        self.directory, self.update = directory, update
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.update:
+            free = shutil.disk_usage(self.directory).free
+            (self.directory / "filler").write_bytes(bytes(max(0, free - 100_000)))
+
+
+def test_a_full_disk_while_saving(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small file system to fill can only be mounted by root")
+    try:
+        trainer = make_trainer(disk / "run", **SAVING, callbacks=[FullAfterUpdate(disk, 2)])
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written.*[Nn]o space"):
+            trainer.train()
+        assert sorted(path.name for path in (disk / "run").glob("checkpoint-*")) == ["checkpoint-1"]
+        (disk / "filler").unlink()
+        rest = make_trainer(disk / "run", **SAVING, model=make_model(9))
+        rest.train(resume_from_checkpoint=True)
+        whole = make_trainer(tmp_path / "whole", **{**SAVING, "save_strategy": "no"})
+        whole.train()
+        assert same(weights(rest.model), weights(whole.model))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# -- checkpoints that cannot be resumed from --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("finished")
+    make_trainer(directory, **SAVING).train()
+    return directory
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+FILES = ("model.safetensors", "critic/model.safetensors", "optimizer.pt", "critic/optimizer.pt", "trainer_state.json")
+
+
+@pytest.mark.parametrize("name", [*FILES, "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_newest_checkpoint(finished, copied, name, damage):
+    path = copied / "checkpoint-3" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    trainer = make_trainer(copied, **SAVING)
+    with pytest.raises(
+        CheckpointError, match=rf"(?s)checkpoint-3 is.*{name.split('/')[-1]}.*checkpoint-1, checkpoint-2"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+    older = make_trainer(copied, **SAVING)
+    older.train(resume_from_checkpoint=str(copied / "checkpoint-2"))
+    assert older.state.global_step == 3
+    assert (copied / "checkpoint-3/model.safetensors").read_bytes() == (
+        finished / "checkpoint-3/model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": make_model(hidden_size=64)}, "is of another model: in its policy.* has the shape"),
+        ({"model": make_model(num_hidden_layers=3)}, "is of another model: in its policy, model.layers.2.* None"),
+        ({"value_model": make_classifier(num_hidden_layers=1)}, "is of another model: in its critic"),
+        ({"advantage_estimator": "grpo", "num_generations": 2}, "has a critic, and this run has none"),
+        ({"train_dataset": prompt_rows(5)}, "`train_dataset rows`=16, and this run has 5"),
+        ({"seed": 3}, "`seed of the data`=42, and this run has 3"),
+    ],
+)
+def test_a_checkpoint_of_another_run(copied, changes, words):
+    trainer = make_trainer(copied, **SAVING, **changes)
+    before = weights(trainer.model)
+    with pytest.raises(CheckpointError, match=f"checkpoint-3 .*{words}"):
+        trainer.train(resume_from_checkpoint=True)
+    assert same(weights(trainer.model), before)
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        make_trainer(tmp_path / "new").train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="is no directory"):
+        make_trainer(tmp_path / "new").train(resume_from_checkpoint=str(tmp_path / "gone"))
+
+
+def test_a_checkpoint_of_the_model_alone_cannot_be_resumed(tmp_path):
+    make_trainer(tmp_path, **SAVING, save_only_model=True).train()
+    with pytest.raises(CheckpointError, match="save_only_model"):
+        make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+
+
+# -- the best checkpoint ----------------------------------------------------------------------------------------------
+
+
+class Scripted(TrainerCallback):
+    """Replaces what evaluations found: good first, then worse and worse."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        metrics["eval_reward"] = {1: 0.1, 2: 0.9}.get(state.global_step, 1 / (10 + state.global_step))
+
+
+BEST: dict[str, Any] = {
+    **SAVING,
+    "total_episodes": 64,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "reward",
+    "greater_is_better": True,
+}
+
+
+def best_run(directory: Path, **arguments: Any) -> StepPOTrainer:
+    callbacks = [Scripted(), *arguments.pop("callbacks", [])]
+    trainer = make_trainer(directory, eval_dataset=prompt_rows(2), callbacks=callbacks, **BEST, **arguments)
+    trainer.train()
+    return trainer
+
+
+def test_load_best_model_at_end(tmp_path):
+    trainer = best_run(tmp_path, save_total_limit=1)
+    assert trainer.state.global_step == 8
+    assert trainer.state.best_global_step == 2
+    # The best one is kept beside the newest, whatever the limit.
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]
+    best = make_trainer(tmp_path / "best")
+    best._load_networks(tmp_path / "checkpoint-2")
+    newest = make_trainer(tmp_path / "newest")
+    newest._load_networks(tmp_path / "checkpoint-8")
+    assert same(weights(trainer.model), weights(best.model))
+    assert same(weights(trainer.value_model), weights(best.value_model))
+    assert not same(weights(trainer.model), weights(newest.model))
+
+
+def test_early_stopping_counts_on_after_resuming(tmp_path):
+    whole = best_run(tmp_path / "whole", callbacks=[EarlyStoppingCallback(early_stopping_patience=3)])
+    assert whole.state.global_step == 5  # the best was the second
+    rest = make_trainer(
+        tmp_path / "rest",
+        eval_dataset=prompt_rows(2),
+        callbacks=[Scripted(), EarlyStoppingCallback(early_stopping_patience=3)],
+        **BEST,
+        restore_callback_states_from_checkpoint=True,
+    )
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert rest.state.global_step == 5
+    assert same(weights(rest.model), weights(whole.model))
+
+
+def test_settings_of_killed_runs_cover_what_can_be_lost():
+    """A checkpoint between two logs, with more than one optimizer step an update, and a schedule that moves."""
+    assert SETTINGS["save_steps"] < SETTINGS["logging_steps"]
+    assert SETTINGS["lr_scheduler_type"] != "constant"
