@@ -410,15 +410,18 @@ EFFECTS: dict[str, Effect] = {
     "bf16": Effect(True, check_bf16),
 }
 
-OWN_TESTS = {"replay_episodes_dir", "max_failed_updates", "max_staleness", "seed"}  # below
+OWN_TESTS = {
+    *("replay_episodes_dir", "max_failed_updates", "max_staleness", "seed"),  # below
+    *("model_adapter_name", "ref_adapter_name", "critic_shares_base"),  # test_adapters.py
+}
 WITHOUT_EFFECT = {
     # read by TRL's example scripts
     *("sft_model_path", "reward_model_path", "dataset_num_proc"),
     # filled in by the trainer
     *("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size"),
     *("local_mini_batch_size", "mini_batch_size"),
-    # of `peft_config` and DeepSpeed, which this version refuses
-    *("model_adapter_name", "ref_adapter_name", "ds3_gather_for_generation"),
+    # of DeepSpeed, which this version refuses
+    "ds3_gather_for_generation",
 }
 
 

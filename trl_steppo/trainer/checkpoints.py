@@ -238,7 +238,7 @@ def shapes(network: nn.Module) -> dict[str, list[int]]:
     return {name: list(parameter.shape) for name, parameter in network.named_parameters()}
 
 
-def load_weights(model: Any, directory: Path, *, adapter: str | None = None) -> None:
+def load_weights(model: Any, directory: Path) -> None:
     """
     Put saved weights into a model that exists already, bit for bit.
 
@@ -246,9 +246,7 @@ def load_weights(model: Any, directory: Path, *, adapter: str | None = None) -> 
         model (`PreTrainedModel` or `PeftModel`):
             Where to put them.
         directory (`Path`):
-            Where `save_pretrained` wrote them.
-        adapter (`str`, *optional*):
-            Of a `PeftModel`, the adapter that was trained.
+            Where `save_pretrained` wrote them; of a `PeftModel`, the adapter that is active.
 
     Raises:
         CheckpointError: If they are not this model's.
@@ -257,9 +255,10 @@ def load_weights(model: Any, directory: Path, *, adapter: str | None = None) -> 
         if is_peft_model(model):
             from peft import load_peft_weights, set_peft_model_state_dict
 
-            folder = directory if adapter in (None, "default") else directory / str(adapter)
+            adapter = model.active_adapter
+            folder = directory if adapter == "default" else directory / adapter
             weights = load_peft_weights(str(folder), device="cpu")
-            loaded: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter or "default")
+            loaded: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter)
             if loaded.unexpected_keys:
                 raise CheckpointError(f"{folder} has weights that this model has not: {loaded.unexpected_keys[:3]}")
             return

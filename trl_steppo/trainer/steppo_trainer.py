@@ -514,7 +514,7 @@ class StepPOTrainer(PPOTrainer):
         logger.info(f"going on from {directory}, after update {self.state.global_step}")
 
     def _load_networks(self, directory: Path) -> None:
-        load_weights(self.model, directory, adapter=self.policy_adapter)
+        load_weights(self.model, directory)
         if self.value_model is not None:
             load_weights(self.value_model, directory / "critic")
         self.sampler.reset_cache()
