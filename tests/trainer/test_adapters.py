@@ -75,7 +75,7 @@ def test_a_shared_base_is_one_copy_and_the_same_training(tmp_path):
         found = {p.data_ptr(): p.numel() for m in (trainer.model, trainer.value_model) for p in m.parameters()}
         return sum(found.values())
 
-    base = {name: p for name, p in make_model().model.named_parameters()}
+    base = dict(make_model().model.named_parameters())
     assert not storages(apart.model) & storages(apart.value_model)
     assert len(storages(shared.model) & storages(shared.value_model)) == len(base)
     assert numbers(apart) - numbers(shared) == sum(p.numel() for p in base.values())

@@ -97,7 +97,7 @@ def test_resuming_equals_not_stopping(tmp_path, settings, after):
 
 
 def test_random_generators_go_on(tmp_path):
-    """An environment that draws from Python's, NumPy's and torch's global generators is not ours, and still resumes."""
+    """Those that an environment of a user's draws from."""
     import random
 
     import numpy as np

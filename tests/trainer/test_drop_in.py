@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType
 from tiny import TOKENIZER, Endless, distance, id_rows, make_classifier, make_model, make_trainer, same, weights
 from transformers import DataCollatorWithPadding, TrainingArguments, get_scheduler
 
 from trl_steppo import StepPOTrainer
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.trainer.checks import check_distribution
 from trl_steppo.trainer.ppo import PPOConfig, PPOTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +80,7 @@ def test_the_test_that_the_table_names_exists(name):
 
 
 def test_the_constructor_has_the_same_arguments_in_the_same_order():
-    theirs = [n for n in inspect.signature(PPOTrainer.__init__).parameters]
+    theirs = list(inspect.signature(PPOTrainer.__init__).parameters)
     ours = [n for n, p in inspect.signature(StepPOTrainer.__init__).parameters.items() if p.kind != p.KEYWORD_ONLY]
     assert ours == theirs
 
@@ -104,6 +106,15 @@ def test_a_plain_config_and_all_models(tmp_path):
         *("loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "policy/entropy_avg", "val/ratio"),
         *("val/ratio_var", "val/num_eos_tokens"),
     } <= set(logs)
+
+
+def test_derived_fields_are_filled_in_as_there(tmp_path):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_mini_batches": 4}
+    args = drop_in(tmp_path, settings={**settings, "total_episodes": 17, "world_size": 99}).args
+    assert args.world_size == 1
+    assert args.num_total_batches == 3
+    assert (args.batch_size, args.local_batch_size, args.micro_batch_size) == (8, 8, 4)
+    assert (args.mini_batch_size, args.local_mini_batch_size) == (2, 2)
 
 
 def joint_optimizer(policy: Any, critic: Any, rate: float = 1e-2) -> torch.optim.Optimizer:
@@ -299,6 +310,12 @@ def test_bf16_trains_on_a_cpu(tmp_path, kind):
 def test_settings_that_cannot_work(tmp_path, settings, words):
     with pytest.raises(ConfigurationError, match=words):
         drop_in(tmp_path, eval_dataset=id_rows(2), settings=settings)
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_engines_that_this_version_does_not_know(engine):
+    with pytest.raises(ConfigurationError, match=f"launched with {engine}"):
+        check_distribution(DistributedType[engine])
 
 
 def test_arguments_that_cannot_work(tmp_path):

@@ -1,7 +1,7 @@
 """One forward pass over packed rows -> what the losses need, gathered by position into step-major tensors.
 
 The vocabulary is projected only where an action token is predicted, a bounded number of tokens at a time, and in
-float32 from there on: the logits of a whole batch never exist at once.
+float32 from there on: the logits of a whole batch never exist at once, and of those that do there is one copy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigurationError
 
-_LOGITS_ELEMENTS = 2**25  # float32 logits held at a time: 128 MiB
+_LOGITS_ELEMENTS = 2**24  # float32 logits held at a time: 64 MiB, and as much for their gradient
+_BLOCK_ELEMENTS = 2**21  # of these, as many as are worked on at a time: what stays in a processor's cache
 
 
 EntropyMode = Literal["skip", "track", "train"]
@@ -99,12 +100,60 @@ class PolicyScorer(nn.Module):
         logits = _at_least_float32(head(states))  # (M, V)
         if self._logit_cap is not None:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
-        logprobs = (logits / (temperatures / self._logit_scale)[:, None]).log_softmax(-1)
-        entropies = None
-        if entropy != "skip":
-            weighed = logprobs if entropy == "train" else logprobs.detach()
-            entropies = -(weighed.exp() * weighed).sum(-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropies
+        scores: Any = _TokenScores.apply(logits, targets, temperatures / self._logit_scale, entropy)
+        return scores  # type: ignore[no-any-return]
+
+
+class _TokenScores(torch.autograd.Function):
+    """
+    Log-probabilities and entropies of x = logits / temperature, with p = softmax(x):
+
+        ℓ = x_target − log Σ exp(x)        ∂ℓ/∂x = onehot(target) − p
+        H = −Σ p·log p                     ∂H/∂x = −p·(log p + H)
+
+    Autograd would keep x and log p beside the logits, and walk through memory once for every operation. Here a few
+    rows at a time go through all operations, and the backward pass goes through them again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logprobs = logits.new_empty(len(logits))
+        entropies = logits.new_empty(len(logits)) if entropy != "skip" else None
+        for rows in _blocks(logits):
+            distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
+            logprobs[rows] = distribution.gather(-1, targets[rows, None]).squeeze(-1)
+            if entropies is not None:
+                entropies[rows] = -distribution.exp().mul_(distribution).sum(-1)
+        ctx.save_for_backward(logits, targets, temperatures)
+        ctx.trains_entropy = entropy == "train"
+        if entropies is not None and not ctx.trains_entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(
+        ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None, None]:
+        logits, targets, temperatures = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
+            probs = distribution.exp()
+            weights = logprobs_grad[rows, None]  # of −p
+            if ctx.trains_entropy:
+                entropies = -(probs * distribution).sum(-1, keepdim=True)
+                weights = weights + entropies_grad[rows, None] * (distribution + entropies)
+            block = probs.mul_(-weights).scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
+            torch.div(block, temperatures[rows, None], out=grad[rows])
+        return grad, None, None, None
+
+
+def _blocks(logits: torch.Tensor) -> list[slice]:
+    """Rows of (M, V) that are worked on together."""
+    size = max(1, _BLOCK_ELEMENTS // logits.shape[-1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 class Critic(nn.Module):
