@@ -72,7 +72,7 @@ def main(script_args: HotpotQAArguments, training_args: StepPOConfig) -> None:
             HotpotQAEnvironment, data.retriever, top_k=script_args.num_passages, reward=script_args.reward
         ),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
 
 
