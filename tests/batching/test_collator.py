@@ -55,7 +55,7 @@ def test_shared_rows_by_hand():
 
 
 def test_a_row_per_step_by_hand():
-    batch = StepRolloutCollator(prefix_sharing=False)(drawn_episodes())
+    batch = StepRolloutCollator(layout="rows")(drawn_episodes())
     assert batch.input_ids.tolist() == [[1, 2, 3, 0, 0, 0], [1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]]
     # The first step's response is context of the second.
     assert batch.step_of_token.tolist() == [[-1, -1, 0, -1, -1, -1], [-1, -1, -1, -1, 1, 1], [-1, 2, 2, -1, -1, -1]]
@@ -76,7 +76,7 @@ def test_a_row_per_step_by_hand():
 def test_bootstrap_positions_by_hand(sharing, final, rows, position):
     first, second = drawn_episodes()
     first = replace(first, final_prompt_ids=final)
-    batch = StepRolloutCollator(prefix_sharing=sharing, bootstrap_truncated=True)([first, second])
+    batch = StepRolloutCollator(layout=sharing, bootstrap_truncated=True)([first, second])
     assert batch.input_ids.tolist() == rows
     assert batch.bootstrap_positions.tolist() == [position, -1]
     assert batch.attention_mask.sum() == sum(len([i for i in row if i]) for row in rows)
@@ -86,7 +86,7 @@ def test_bootstrap_positions_by_hand(sharing, final, rows, position):
 @MIXES
 @SHARING
 def test_every_token_against_a_naive_computation(random_episode, sharing, rewritten):
-    collator = StepRolloutCollator(prefix_sharing=sharing, bootstrap_truncated=True)
+    collator = StepRolloutCollator(layout=sharing, bootstrap_truncated=True)
     for start in range(0, 60, 5):
         episodes = [random_episode(s, rewritten=rewritten, truncated=s % 3 == 0) for s in range(start, start + 5)]
         batch = collator(episodes)
@@ -123,7 +123,7 @@ def test_every_token_against_a_naive_computation(random_episode, sharing, rewrit
 def test_sharing_and_padding_change_no_step(random_episode, rewritten):
     """Everything that losses see is the same, however the rows are packed and whatever fills them."""
     episodes = [random_episode(seed, rewritten=rewritten) for seed in range(8)]
-    one, other = StepRolloutCollator()(episodes), StepRolloutCollator(prefix_sharing=False, pad_token_id=0)(episodes)
+    one, other = StepRolloutCollator()(episodes), StepRolloutCollator(layout="rows", pad_token_id=0)(episodes)
     packed = {"input_ids", "position_ids", "attention_mask", "step_of_token", "logit_positions", "value_positions"}
     for name in {field.name for field in fields(StepBatch)} - packed:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), msg=name)

@@ -69,7 +69,7 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_one_plain_forward_pass_a_step(tiny_model, episodes, architecture, sharing, attention):
     model = tiny_model(architecture, attn_implementation=attention)
-    batch = StepRolloutCollator(prefix_sharing=sharing)(episodes)
+    batch = StepRolloutCollator(layout=sharing)(episodes)
     naive, naive_entropies = naive_scores(model, episodes, batch)
     expected = gradients(model, random_loss(naive, naive_entropies))
     logprobs, entropies = PolicyScorer(model)(batch, entropy="train")
@@ -210,7 +210,7 @@ def test_values_equal_one_row_a_step(tiny_model, episodes, architecture):
     )
     expected = gradients(model, random_loss(naive))
     for sharing in (True, False):
-        batch = StepRolloutCollator(prefix_sharing=sharing)(episodes)
+        batch = StepRolloutCollator(layout=sharing)(episodes)
         values = Critic(model)(batch, batch.value_positions)
         torch.testing.assert_close(values, naive, **EXACT)
         for one, other in zip(gradients(model, random_loss(values)), expected, strict=True):
@@ -228,7 +228,7 @@ def test_token_values_are_read_at_the_logits(tiny_model, episodes):
 @pytest.mark.parametrize("sharing", [True, False])
 def test_bootstrap_values_are_those_of_the_final_state(tiny_model, episodes, sharing):
     model = random_critic(tiny_model, "Qwen2")
-    batch = StepRolloutCollator(prefix_sharing=sharing, bootstrap_truncated=True)(episodes)
+    batch = StepRolloutCollator(layout=sharing, bootstrap_truncated=True)(episodes)
     index = next(i for i, episode in enumerate(episodes) if episode.truncated)
     value = Critic(model)(batch, batch.bootstrap_positions.clamp(min=0))[index].item()
     final = episodes[index].final_prompt_ids

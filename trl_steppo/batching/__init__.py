@@ -1,16 +1,22 @@
-"""Episodes -> StepBatch: prefix sharing, then padding to tensors."""
+"""Episodes -> StepBatch: steps share prefixes in rows, and become step-major tensors."""
 
-from .collator import StepBatch, StepRolloutCollator, num_row_tokens
-from .micro_batches import micro_batches, mini_batches
-from .rows import Row, row_per_step, share_prefixes
+from .collator import LayoutName, StepBatch, StepRolloutCollator, num_unique_tokens, step_ids
+from .micro_batches import Part, micro_batches, mini_batches
+from .rows import Layout, Run, Trie, chains, row_per_step, share_prefixes
 
 __all__ = [
-    "Row",
+    "Layout",
+    "LayoutName",
+    "Part",
+    "Run",
     "StepBatch",
     "StepRolloutCollator",
+    "Trie",
+    "chains",
     "micro_batches",
     "mini_batches",
-    "num_row_tokens",
+    "num_unique_tokens",
     "row_per_step",
     "share_prefixes",
+    "step_ids",
 ]

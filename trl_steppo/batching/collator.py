@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import numpy as np
 import torch
 
 from ..errors import DataError
-from ..types import Episode
-from .rows import Row, row_per_step, share_prefixes
+from ..types import Episode, Step
+from .rows import Layout, Run, Trie, chains, row_per_step, share_prefixes
+
+LayoutName = Literal["trie", "chains", "rows"]
+Reads = Literal["logprobs", "step_values", "token_values"]
 
 
 @dataclass
@@ -23,11 +27,12 @@ class StepBatch:
 
     Args:
         input_ids, position_ids (`torch.Tensor`):
-            (R, L), padded on the right.
+            (R, L), padded on the right; position ids count from the start of a step's prompt.
         attention_mask (`torch.Tensor`):
             (R, L), `True` for tokens.
-        step_of_token (`torch.Tensor`):
-            (R, L), the step that a token is the action of; -1 for context and padding.
+        runs (`tuple[Run, ...]`, *optional*):
+            The branches of a trie that was flattened into one row, which say what attends to what ([`share_prefixes`]).
+            `None`: plain causal rows.
         action_ids (`torch.Tensor`):
             (N, A), the response tokens.
         action_mask (`torch.Tensor`):
@@ -35,7 +40,7 @@ class StepBatch:
         logit_positions (`torch.Tensor`):
             (N, A), the position whose logits predict each response token; 0 where masked.
         value_positions (`torch.Tensor`):
-            (N,), the last prompt token, where the state's value is read.
+            (N,), the last prompt token, where the state's value is read. Several steps may read the same.
         rollout_logprobs (`torch.Tensor`):
             (N, A), as sampled; 0 where masked.
         rewards (`torch.Tensor`):
@@ -44,6 +49,8 @@ class StepBatch:
             (N,), the temperature each step was sampled at.
         policy_versions, episode_index, step_index (`torch.Tensor`):
             (N,); `episode_index` counts the episodes of this batch.
+        num_steps_of_episode (`torch.Tensor`):
+            (N,), how many steps each step's episode has, in this batch or not.
         truncated (`torch.Tensor`):
             (E,), `True` where a budget cut the episode.
         bootstrap_positions (`torch.Tensor`):
@@ -53,7 +60,7 @@ class StepBatch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
-    step_of_token: torch.Tensor
+    runs: tuple[Run, ...] | None
     action_ids: torch.Tensor
     action_mask: torch.Tensor
     logit_positions: torch.Tensor
@@ -64,6 +71,7 @@ class StepBatch:
     policy_versions: torch.Tensor
     episode_index: torch.Tensor
     step_index: torch.Tensor
+    num_steps_of_episode: torch.Tensor
     truncated: torch.Tensor
     bootstrap_positions: torch.Tensor
 
@@ -84,7 +92,7 @@ class StepBatch:
             input_ids=token,
             position_ids=token,
             attention_mask=token == 0,
-            step_of_token=token - 1,
+            runs=None,
             action_ids=no,
             action_mask=no.bool(),
             logit_positions=no,
@@ -95,13 +103,15 @@ class StepBatch:
             policy_versions=steps,
             episode_index=steps,
             step_index=steps,
+            num_steps_of_episode=steps,
             truncated=steps.bool(),
             bootstrap_positions=steps,
         )
 
     def to(self, device: torch.device | str) -> StepBatch:
         """The same batch on another device."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        tensors = [f.name for f in fields(self) if f.name != "runs"]
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
 
 
 class StepRolloutCollator:
@@ -111,10 +121,14 @@ class StepRolloutCollator:
     Args:
         pad_token_id (`int`, *optional*, defaults to `0`):
             Fills rows on the right; any id will do, since nothing attends to it.
-        prefix_sharing (`bool`, *optional*, defaults to `True`):
-            Whether steps that continue one another share a row. Losses and gradients are the same either way.
+        layout (`str`, *optional*, defaults to `"trie"`):
+            How steps share their prefixes: `"trie"` (all that can be shared, [`share_prefixes`]), `"chains"` (steps
+            that continue one another) or `"rows"` (nothing). Losses and gradients are the same.
         bootstrap_truncated (`bool`, *optional*, defaults to `False`):
             Whether the state after a truncated episode is forwarded too, to read its value.
+        reads (`str`, *optional*, defaults to `"logprobs"`):
+            What the rows are for. `"logprobs"`: all tokens. `"step_values"`: prompts alone, so only
+            `value_positions` can be read; `"token_values"`: all but the last token of each response.
 
     Example:
     ```python
@@ -126,84 +140,88 @@ class StepRolloutCollator:
     ...     Step([1, 2, 3, 4], [5, 6], [-0.1, -0.2], 1.0, 1, 0, 1.0, StopReason.STOP),
     ... ]
     >>> batch = StepRolloutCollator()([Episode("e0", 0, 0, steps, terminated=True, truncated=False)])
-    >>> batch.input_ids.tolist(), batch.step_of_token.tolist()
-    ([[1, 2, 3, 4, 5, 6]], [[-1, -1, 0, -1, 1, 1]])
+    >>> batch.input_ids.tolist(), batch.value_positions.tolist(), batch.action_ids.tolist()
+    ([[1, 2, 3, 4, 5, 6]], [1, 3], [[3, 0], [5, 6]])
     ```
     """
 
     def __init__(
-        self, *, pad_token_id: int = 0, prefix_sharing: bool = True, bootstrap_truncated: bool = False
+        self,
+        *,
+        pad_token_id: int = 0,
+        layout: LayoutName = "trie",
+        bootstrap_truncated: bool = False,
+        reads: Reads = "logprobs",
     ) -> None:
         self.pad_token_id = pad_token_id
-        self.prefix_sharing = prefix_sharing
+        self.layout: LayoutName = layout
         self.bootstrap_truncated = bootstrap_truncated
+        self.reads: Reads = reads
 
-    def __call__(self, episodes: Sequence[Episode]) -> StepBatch:
+    def __call__(self, episodes: Sequence[Episode], *, steps: Sequence[Sequence[int]] | None = None) -> StepBatch:
         """
         Args:
             episodes (`Sequence[Episode]`):
                 Valid episodes, each with its steps in order from 0.
+            steps (`Sequence[Sequence[int]]`, *optional*):
+                For each episode, the indices of the steps to take; `None`: all.
 
         Raises:
             DataError: If there is no episode, an episode failed, is given twice, or has lost, doubled or misplaced a
                 step; the message names it.
         """
         _check(episodes)
-        rows: list[Row] = []
-        bootstrap_reads: list[tuple[int, int] | None] = []  # (row, index) of each episode's final state
-        num_steps = 0
-        for episode in episodes:
-            packed = share_prefixes(episode.steps) if self.prefix_sharing else row_per_step(episode.steps)
-            for row in packed:
-                rows.append(Row(row.ids, [(num_steps + position, start) for position, start in row.steps]))
-            bootstrap_reads.append(self._append_final_state(rows, episode))
-            num_steps += len(episode.steps)
-        return self._tensors(episodes, rows, bootstrap_reads)
+        if steps is None:
+            steps = [range(len(episode.steps)) for episode in episodes]
+        owners = np.repeat(np.arange(len(episodes)), [len(indices) for indices in steps])
+        taken = [episode.steps[i] for episode, indices in zip(episodes, steps, strict=True) for i in indices]
+        sequences = [step_ids(step, self.reads) for step in taken]
+        bootstraps = np.full(len(episodes), -1)
+        for number, (episode, indices) in enumerate(zip(episodes, steps, strict=True)):
+            if self.bootstrap_truncated and episode.truncated and episode.final_prompt_ids and indices:
+                if indices[-1] == len(episode.steps) - 1:
+                    bootstraps[number] = len(sequences)
+                    sequences.append(np.asarray(episode.final_prompt_ids.memory()))
+        return self._tensors(episodes, taken, owners, self._lay_out(sequences), sequences, bootstraps)
 
-    def _append_final_state(self, rows: list[Row], episode: Episode) -> tuple[int, int] | None:
-        """Make sure the state after a truncated episode is forwarded; where its value is read."""
-        final = episode.final_prompt_ids
-        if not (self.bootstrap_truncated and episode.truncated and final):
-            return None
-        if self.prefix_sharing and final[: len(rows[-1].ids)] == rows[-1].ids:
-            rows[-1] = Row(final, rows[-1].steps)
-        else:
-            rows.append(Row(final, []))
-        return len(rows) - 1, len(final) - 1
+    def _lay_out(self, sequences: Sequence[np.ndarray]) -> Layout:
+        if self.layout == "trie":
+            return share_prefixes(sequences)
+        return (chains if self.layout == "chains" else row_per_step)(sequences, pad_token_id=self.pad_token_id)
 
     def _tensors(
-        self, episodes: Sequence[Episode], rows: list[Row], bootstrap_reads: list[tuple[int, int] | None]
+        self,
+        episodes: Sequence[Episode],
+        steps: Sequence[Step],
+        owners: np.ndarray,
+        layout: Layout,
+        sequences: Sequence[np.ndarray],
+        bootstraps: np.ndarray,
     ) -> StepBatch:
-        steps = [step for episode in episodes for step in episode.steps]
         N, A = len(steps), max(len(step.response_ids) for step in steps)
-        R, L = len(rows), max(len(row.ids) for row in rows)
-
-        input_ids = np.full((R, L), self.pad_token_id, dtype=np.int64)
-        step_of_token = np.full((R, L), -1, dtype=np.int64)
-        lengths = np.array([len(row.ids) for row in rows])
-        value_positions = np.zeros(N, dtype=np.int64)
-        for r, row in enumerate(rows):
-            input_ids[r, : len(row.ids)] = np.asarray(row.ids.memory())
-            for n, start in row.steps:
-                step_of_token[r, start : start + len(steps[n].response_ids)] = n
-                value_positions[n] = r * L + start - 1
-
         num_actions = np.array([len(step.response_ids) for step in steps])
         action_mask = np.arange(A) < num_actions[:, None]  # (N, A)
         action_ids = np.full((N, A), self.pad_token_id, dtype=np.int64)
         rollout_logprobs = np.zeros((N, A), dtype=np.float32)
+        logit_positions = np.zeros((N, A), dtype=np.int64)
+        value_positions = np.zeros(N, dtype=np.int64)
         for n, step in enumerate(steps):
-            action_ids[n, : num_actions[n]] = np.asarray(step.response_ids.memory())
-            rollout_logprobs[n, : num_actions[n]] = step.rollout_logprobs
-        # A response is contiguous: its first token is predicted at the value position, each next one token later.
-        logit_positions = np.where(action_mask, value_positions[:, None] + np.arange(A), 0)
-
-        episode_index = np.repeat(np.arange(len(episodes)), [len(episode.steps) for episode in episodes])
+            count, first = num_actions[n], len(step.prompt_ids) - 1
+            action_ids[n, :count] = np.asarray(step.response_ids.memory())
+            rollout_logprobs[n, :count] = step.rollout_logprobs
+            # A token is predicted one before it: the first of a response where the state's value is read.
+            last = first + count if self.reads != "step_values" else first + 1
+            found = layout.positions(n, first, last)
+            logit_positions[n, : len(found)] = found
+            value_positions[n] = found[0]
+        bootstrap_positions = np.array(
+            [-1 if n < 0 else layout.positions(n, len(sequences[n]) - 1, len(sequences[n]))[0] for n in bootstraps]
+        )
         return StepBatch(
-            input_ids=torch.from_numpy(input_ids),
-            position_ids=torch.arange(L).repeat(R, 1),
-            attention_mask=torch.from_numpy(np.arange(L) < lengths[:, None]),
-            step_of_token=torch.from_numpy(step_of_token),
+            input_ids=torch.from_numpy(layout.input_ids),
+            position_ids=torch.from_numpy(layout.position_ids),
+            attention_mask=torch.from_numpy(layout.attention_mask),
+            runs=layout.runs,
             action_ids=torch.from_numpy(action_ids),
             action_mask=torch.from_numpy(action_mask),
             logit_positions=torch.from_numpy(logit_positions),
@@ -212,13 +230,29 @@ class StepRolloutCollator:
             rewards=torch.tensor([step.reward for step in steps], dtype=torch.float32),
             temperatures=torch.tensor([step.temperature for step in steps], dtype=torch.float32),
             policy_versions=torch.tensor([step.policy_version for step in steps]),
-            episode_index=torch.from_numpy(episode_index),
+            episode_index=torch.from_numpy(owners),
             step_index=torch.tensor([step.step_index for step in steps]),
+            num_steps_of_episode=torch.tensor([len(episodes[owner].steps) for owner in owners]),
             truncated=torch.tensor([episode.truncated for episode in episodes]),
-            bootstrap_positions=torch.tensor(
-                [-1 if read is None else read[0] * L + read[1] for read in bootstrap_reads]
-            ),
+            bootstrap_positions=torch.from_numpy(bootstrap_positions),
         )
+
+
+def step_ids(step: Step, reads: Reads = "logprobs") -> np.ndarray:
+    """The tokens of a step that a forward pass has to see, (tokens,) int32."""
+    prompt, response = np.asarray(step.prompt_ids.memory()), np.asarray(step.response_ids.memory())
+    if reads == "step_values":
+        return prompt
+    return np.concatenate([prompt, response if reads == "logprobs" else response[:-1]])
+
+
+def num_unique_tokens(episodes: Sequence[Episode]) -> int:
+    """Tokens that a forward pass over all steps of the episodes has to compute at least."""
+    trie = Trie()
+    for episode in episodes:
+        for step in episode.steps:
+            trie.insert(step_ids(step))
+    return trie.num_tokens
 
 
 def _check(episodes: Sequence[Episode]) -> None:
@@ -238,8 +272,3 @@ def _check(episodes: Sequence[Episode]) -> None:
                 "a gap, since a lost or doubled step would silently change every advantage before it"
             )
 
-
-def num_row_tokens(episode: Episode, *, prefix_sharing: bool) -> int:
-    """Tokens that the rows of an episode hold, without padding."""
-    rows = share_prefixes(episode.steps) if prefix_sharing else row_per_step(episode.steps)
-    return sum(len(row.ids) for row in rows)

@@ -1,10 +1,18 @@
-"""Mini-batches of one optimizer step, and micro-batches that fit into memory. Both hold whole episodes."""
+"""Mini-batches of one optimizer step, and micro-batches that fit into memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
+
+from .collator import LayoutName
+from .rows import Trie, chains
+
+Part = tuple[int, list[int]]
+"""An episode's index, and the indices of some of its steps."""
 
 
 def mini_batches(num_episodes: int, num_mini_batches: int, *, seed: int) -> list[list[int]]:
@@ -27,32 +35,98 @@ def mini_batches(num_episodes: int, num_mini_batches: int, *, seed: int) -> list
 
 
 def micro_batches(
-    episode_indices: Sequence[int], num_tokens: Sequence[int], *, max_episodes: int, max_tokens: int | None = None
-) -> list[list[int]]:
+    chosen: Sequence[int],
+    sequences: Sequence[Sequence[np.ndarray]],
+    *,
+    layout: LayoutName,
+    max_episodes: int,
+    max_tokens: int | None = None,
+) -> list[list[Part]]:
     """
-    Split episodes into groups of similar length, so that little is padded.
+    Split episodes into groups that are forwarded together: neighbours in a dataset row's group where prefixes are
+    shared between episodes, of similar length where rows are padded.
 
     Args:
-        episode_indices (`Sequence[int]`):
+        chosen (`Sequence[int]`):
             The episodes to split.
-        num_tokens (`Sequence[int]`):
-            Tokens of every episode's rows, indexed by episode.
+        sequences (`Sequence[Sequence[np.ndarray]]`):
+            For every episode, the token ids of its steps, prompt and response.
+        layout (`str`):
+            How they will be laid out; see [`StepRolloutCollator`].
         max_episodes (`int`):
             Most episodes of a group.
         max_tokens (`int`, *optional*):
-            Most tokens of a group, padding included (episodes × longest); instead of `max_episodes`. A longer episode
-            stands alone: its steps are never torn apart.
+            Most tokens of a group, padding included; instead of `max_episodes`. An episode that has more is cut between
+            its steps, whose prompts then are forwarded again; a step that has more stands alone.
 
     Returns:
-        `list[list[int]]`: Indices of the episodes of each micro-batch.
+        `list[list[Part]]`: The parts of each micro-batch.
     """
-    groups: list[list[int]] = []
-    for index in sorted(episode_indices, key=lambda i: (num_tokens[i], i)):
-        if groups:
-            size = len(groups[-1]) + 1
-            fits = size <= max_episodes if max_tokens is None else size * num_tokens[index] <= max_tokens
-            if fits:
-                groups[-1].append(index)
-                continue
-        groups.append([index])
+    whole = {index: (index, list(range(len(sequences[index])))) for index in chosen}
+    order = sorted(chosen)
+    if layout != "trie":
+        order.sort(key=lambda index: sum(map(len, sequences[index])))
+    if max_tokens is None:
+        return [[whole[i] for i in order[start : start + max_episodes]] for start in range(0, len(order), max_episodes)]
+    groups: list[list[Part]] = []
+    size = _size_of(layout)
+    for index in order:
+        if groups and size.with_more(sequences[index]) <= max_tokens:
+            groups[-1].append(whole[index])
+            size.add(sequences[index])
+            continue
+        size = _size_of(layout)
+        if size.with_more(sequences[index]) <= max_tokens:
+            groups.append([whole[index]])
+            size.add(sequences[index])
+            continue
+        groups.append([(index, [])])
+        for number, ids in enumerate(sequences[index]):
+            if groups[-1][0][1] and size.with_more([ids]) > max_tokens:
+                groups.append([(index, [])])
+                size = _size_of(layout)
+            groups[-1][0][1].append(number)
+            size.add([ids])
     return groups
+
+
+class _Size(Protocol):
+    """Tokens that a group of sequences takes in a layout."""
+
+    def with_more(self, sequences: Sequence[np.ndarray]) -> int: ...
+    def add(self, sequences: Sequence[np.ndarray]) -> None: ...
+
+
+def _size_of(layout: LayoutName) -> _Size:
+    return _TrieSize() if layout == "trie" else _PaddedSize(layout)
+
+
+class _TrieSize:
+    def __init__(self) -> None:
+        self._trie = Trie()
+
+    def with_more(self, sequences: Sequence[np.ndarray]) -> int:
+        """At most so many: what the sequences share with the trie beyond the first one's prefix is counted twice."""
+        alone = Trie()
+        for ids in sequences:
+            alone.insert(ids)
+        return self._trie.num_tokens + alone.num_tokens - self._trie.num_shared(sequences[0])
+
+    def add(self, sequences: Sequence[np.ndarray]) -> None:
+        for ids in sequences:
+            self._trie.insert(ids)
+
+
+class _PaddedSize:
+    def __init__(self, layout: LayoutName) -> None:
+        self._layout = layout
+        self._sequences: list[np.ndarray] = []
+
+    def with_more(self, sequences: Sequence[np.ndarray]) -> int:
+        all_of_them = [*self._sequences, *sequences]
+        if self._layout == "chains":
+            return chains(all_of_them).input_ids.size
+        return len(all_of_them) * max(map(len, all_of_them))
+
+    def add(self, sequences: Sequence[np.ndarray]) -> None:
+        self._sequences += sequences

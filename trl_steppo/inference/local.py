@@ -282,7 +282,7 @@ def _takes_a_mask(model: nn.Module) -> bool:
     windowed = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
     positioned = {"position_ids", "past_key_values"} <= set(inspect.signature(model.forward).parameters)
     alibi = getattr(config, "alibi", False) or not positioned
-    if layer_types == {"full_attention"} and not (windowed or alibi) and attention in ("sdpa", "eager"):
+    if layer_types == {"full_attention"} and not (windowed or alibi) and attention in ("sdpa", "sdpa_tree", "eager"):
         return True
     logger.warning(
         "%s (attention %r, layers %s%s%s) cannot be continued from one key-value storage: sampling will recompute the "

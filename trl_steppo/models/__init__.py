@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .adapters import AdapterReference, add_adapter, as_reference, critic_adapter, is_peft_model, plain_model
+from .attention import prepare_for_tries, takes_tries
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
 from .forward import Critic, PolicyScorer
@@ -21,7 +22,9 @@ __all__ = [
     "disable_dropout",
     "is_peft_model",
     "plain_model",
+    "prepare_for_tries",
     "score_sequences",
+    "takes_tries",
 ]
 
 MINI_WIKI_POLICY = str(Path(__file__).parent / "mini_wiki")

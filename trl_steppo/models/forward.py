@@ -6,6 +6,7 @@ float32 from there on: the logits of a whole batch never exist at once, and of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigurationError
+from .attention import Run, forward_arguments
 
 _LOGITS_ELEMENTS = 2**24  # float32 logits held at a time: 64 MiB, and as much for their gradient
 _BLOCK_ELEMENTS = 2**21  # of these, as many as are worked on at a time: what stays in a processor's cache
@@ -26,6 +28,9 @@ class Rows(Protocol):
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+
+    @property
+    def runs(self) -> Sequence[Run] | None: ...
 
 
 class ActionRows(Rows, Protocol):
@@ -198,7 +203,12 @@ def _hidden_states(model: nn.Module, rows: Rows) -> torch.Tensor:
     faster without.
     """
     backbone: Any = getattr(model, str(model.base_model_prefix))
-    return backbone(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).last_hidden_state
+    return backbone(
+        input_ids=rows.input_ids,
+        position_ids=rows.position_ids,
+        use_cache=False,
+        **forward_arguments(model, rows.runs),
+    ).last_hidden_state
 
 
 def _logit_transform(config: Any) -> tuple[float | None, float]:

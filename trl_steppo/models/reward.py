@@ -15,6 +15,7 @@ from .forward import Critic
 class _PaddedRows:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    runs: None = None
 
 
 @torch.no_grad()

@@ -10,11 +10,12 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..batching import StepBatch, StepRolloutCollator, micro_batches, mini_batches, num_row_tokens
+from ..batching import LayoutName, Part, StepBatch, StepRolloutCollator, micro_batches, mini_batches, step_ids
 from ..losses import (
     aggregate,
     aggregation_count,
@@ -38,7 +39,7 @@ class Rollout:
 
     episodes: Sequence[Episode]
     batch: StepBatch
-    num_tokens: list[int]  # of each episode's rows
+    sequences: list[list[np.ndarray]]  # of each episode, its steps' tokens
     first_step: list[int]  # number of each episode's first step in `batch`
 
 
@@ -77,8 +78,10 @@ class Learner:
             A prepared [`Critic`]; `None` for estimators without one.
         reference (`torch.nn.Module`, *optional*):
             A [`PolicyScorer`] that never changes.
-        collator ([`StepRolloutCollator`]):
-            Packs episodes into rows.
+        layout (`str`):
+            How steps share their prefixes; see [`StepRolloutCollator`].
+        pad_token_id (`int`):
+            Fills rows.
         clock ([`Clock`]):
             Where the time of forward, backward and optimizer goes, as `model_s`.
         on_event (`Callable[[str], None]`, *optional*):
@@ -93,7 +96,8 @@ class Learner:
         policy: Network,
         critic: Network | None,
         reference: nn.Module | None,
-        collator: StepRolloutCollator,
+        layout: LayoutName,
+        pad_token_id: int,
         clock: Clock,
         on_event: Callable[[str], None] = lambda name: None,
     ) -> None:
@@ -102,21 +106,31 @@ class Learner:
         self.policy = policy
         self.critic = critic
         self.reference = reference
-        self.collator = collator
+        self.layout: LayoutName = layout
+        self.collator = StepRolloutCollator(pad_token_id=pad_token_id, layout=layout)
+        # The critic does not forward what no value is read from.
+        collate_values = partial(
+            StepRolloutCollator,
+            pad_token_id=pad_token_id,
+            layout=layout,
+            reads="token_values" if args.advantage_estimator == "token_gae" else "step_values",
+        )
+        self.value_collator = collate_values()
+        self.scoring_value_collator = collate_values(bootstrap_truncated=args.bootstrap_truncated)
         self.clock = clock
         self.on_event = on_event
+        self.tokens_forwarded = 0  # by the policy's training passes, padding included; over the run
 
     # -- before the update --------------------------------------------------------------------------------------------
 
     def prepare(self, episodes: Sequence[Episode]) -> Rollout:
         """Lay out the valid episodes of an update (there may be none on this rank)."""
-        sharing = self.args.prefix_sharing
         num_steps = [len(episode.steps) for episode in episodes]
         batch = self.collator(episodes) if episodes else StepBatch.empty()
         return Rollout(
             episodes,
             batch.to(self.accelerator.device),
-            [num_row_tokens(episode, prefix_sharing=sharing) for episode in episodes],
+            [[step_ids(step) for step in episode.steps] for episode in episodes],
             list(accumulate(num_steps, initial=0))[:-1],
         )
 
@@ -136,25 +150,36 @@ class Learner:
         values = self._zero_values(batch) if self.critic is not None else None
         bootstrap = torch.zeros(batch.num_episodes, device=device) if self.critic is not None else None
         with self._evaluating():
-            for indices, micro, steps in self._micro_batches(
+            for parts in self._micro_batches(
                 rollout, range(len(rollout.episodes)), args.local_rollout_forward_batch_size
             ):
-                width = micro.action_mask.shape[1]
-                if old is not None:
-                    old[steps, :width] = self._forward(self.policy.module, micro)[0]
-                if ref is not None:
-                    ref[steps, :width] = self._forward(self.reference, micro)[0]
-                if values is None or bootstrap is None or self.critic is None:
-                    continue
-                if values.dim() == 1:
-                    values[steps] = self._forward(self.critic.module, micro, micro.value_positions)
-                else:
-                    values[steps, :width] = self._forward(self.critic.module, micro, micro.logit_positions)
-                if self.collator.bootstrap_truncated:
-                    reads = micro.bootstrap_positions
-                    found = self._forward(self.critic.module, micro, reads.clamp(min=0))
-                    bootstrap[torch.tensor(indices, dtype=torch.long)] = torch.where(reads >= 0, found, 0.0)
+                if old is not None or ref is not None:
+                    micro, steps = self._collate(rollout, parts, self.collator)
+                    width = micro.action_mask.shape[1]
+                    if old is not None:
+                        old[steps, :width] = self._forward(self.policy.module, micro)[0]
+                    if ref is not None:
+                        ref[steps, :width] = self._forward(self.reference, micro)[0]
+                if values is not None and bootstrap is not None:
+                    self._score_values(rollout, parts, values, bootstrap)
         return Scores(old, ref, values, bootstrap)
+
+    def _score_values(
+        self, rollout: Rollout, parts: list[Part], values: torch.Tensor, bootstrap: torch.Tensor
+    ) -> None:
+        """Fill in the values of a micro-batch's states, and of those after its truncated episodes."""
+        assert self.critic is not None
+        micro, steps = self._collate(rollout, parts, self.scoring_value_collator)
+        positions = micro.value_positions if values.dim() == 1 else micro.logit_positions
+        ended = micro.bootstrap_positions >= 0
+        reads = torch.cat([positions.flatten(), micro.bootstrap_positions[ended]])
+        of_states, after = self._forward(self.critic.module, micro, reads).tensor_split([positions.numel()])
+        if values.dim() == 1:
+            values[steps] = of_states
+        else:
+            values[steps, : positions.shape[1]] = of_states.view(positions.shape)
+        episodes = torch.tensor([index for index, _ in parts], dtype=torch.long, device=ended.device)
+        bootstrap[episodes[ended]] = after
 
     # -- the update ---------------------------------------------------------------------------------------------------
 
@@ -210,12 +235,16 @@ class Learner:
         if not denominator:
             return
         micros = self._micro_batches(rollout, chosen, self.args.per_device_train_batch_size)
+        collator = self.collator if network is self.policy else self.value_collator
         # Gradients are averaged over ranks, and accelerate divides by a number of its own; our sums run over all
         # ranks and micro-batches already.
         scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
         finite = True
         network.module.train()
-        for number, (_, micro, steps) in enumerate(micros):
+        for number, parts in enumerate(micros):
+            micro, steps = self._collate(rollout, parts, collator)
+            if network is self.policy:
+                self.tokens_forwarded += micro.input_ids.numel()
             is_last = number == len(micros) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(network.module):
                 loss = loss_of(micro, steps, denominator)
@@ -263,11 +292,12 @@ class Learner:
                 cap=args.rollout_correction_cap,
             )
             stats.add("rollout/correction_weight", masked_sum(weights, mask), mask.sum())
-        averaging: dict[str, Any] = {
-            "aggregation": args.aggregation,
-            "denominator": denominator,
-            "episode_of_step": micro.episode_index,
-        }
+        averaging: dict[str, Any] = {"aggregation": args.aggregation, "denominator": denominator}
+        shares = torch.ones_like(old)
+        if args.aggregation == "episode":  # some of an episode's steps may be in another micro-batch
+            averaging["aggregation"] = "step"
+            shares = shares / micro.num_steps_of_episode[:, None]
+            weights = shares if weights is None else shares * weights
         loss, sums = clipped_policy_loss(
             importance_ratio(logprobs, old, micro.action_mask, args.importance_sampling_level),
             credit.advantages[steps, :width],
@@ -281,11 +311,11 @@ class Learner:
         if args.kl_loss_coef:
             assert scores.ref_logprobs is not None
             kl = kl_estimate(logprobs, scores.ref_logprobs[steps, :width], micro.action_mask, args.kl_loss_estimator)
-            kl_loss = aggregate(kl, mask, **averaging)
+            kl_loss = aggregate(kl * shares, mask, **averaging)
             stats.add("loss/kl_avg", kl_loss.detach(), 0.0)
             loss = loss + args.kl_loss_coef * kl_loss
         if args.entropy_coef:
-            loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
+            loss = loss - args.entropy_coef * aggregate(entropy * shares, mask, **averaging)
         self._track_policy(stats, sums, logprobs.detach(), old, entropy.detach(), micro, mask)
         return loss
 
@@ -311,24 +341,29 @@ class Learner:
 
     # -- what both share ----------------------------------------------------------------------------------------------
 
-    def _micro_batches(
-        self, rollout: Rollout, chosen: Sequence[int], max_episodes: int
-    ) -> list[tuple[list[int], StepBatch, torch.Tensor]]:
+    def _micro_batches(self, rollout: Rollout, chosen: Sequence[int], max_episodes: int) -> list[list[Part]]:
         """
-        Groups of episodes, each with its rows, and the numbers of its steps in the rollout. As many on every rank (the
-        last ones may be empty), because forward and backward passes are what the ranks do together.
+        Groups of steps that are forwarded together. As many on every rank (the last ones may be empty), because forward
+        and backward passes are what the ranks do together.
         """
         groups = micro_batches(
-            chosen, rollout.num_tokens, max_episodes=max_episodes, max_tokens=self.args.max_tokens_per_micro_batch
+            chosen,
+            rollout.sequences,
+            layout=self.layout,
+            max_episodes=max_episodes,
+            max_tokens=self.args.max_tokens_per_micro_batch,
         )
-        groups += [[]] * (self._largest(len(groups)) - len(groups))
-        return [self._micro_batch(rollout, group) for group in groups]
+        return groups + [[]] * (self._largest(len(groups)) - len(groups))
 
-    def _micro_batch(self, rollout: Rollout, group: list[int]) -> tuple[list[int], StepBatch, torch.Tensor]:
-        episodes, device = [rollout.episodes[index] for index in group], self.accelerator.device
-        steps = [rollout.first_step[index] + t for index in group for t in range(len(rollout.episodes[index].steps))]
-        batch = self.collator(episodes) if episodes else StepBatch.empty()
-        return group, batch.to(device), torch.tensor(steps, dtype=torch.long, device=device)
+    def _collate(
+        self, rollout: Rollout, parts: list[Part], collator: StepRolloutCollator
+    ) -> tuple[StepBatch, torch.Tensor]:
+        """A micro-batch with its rows, and the numbers of its steps in the rollout."""
+        device = self.accelerator.device
+        numbers = [rollout.first_step[index] + t for index, steps in parts for t in steps]
+        episodes = [rollout.episodes[index] for index, _ in parts]
+        batch = collator(episodes, steps=[steps for _, steps in parts]) if parts else StepBatch.empty()
+        return batch.to(device), torch.tensor(numbers, dtype=torch.long, device=device)
 
     def _forward(self, module: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
         assert module is not None
@@ -412,4 +447,4 @@ class Learner:
         mismatch = kl_estimate(micro.rollout_logprobs, old, micro.action_mask, "k3")
         stats.add("rollout/mismatch_kl", masked_sum(mismatch, mask), count)
         # Surprisal of whole episodes, as `objective/entropy` of `PPOTrainer`.
-        stats.add("objective/entropy", masked_sum(-old, micro.action_mask), micro.num_episodes)
+        stats.add("objective/entropy", masked_sum(-old, micro.action_mask), (micro.step_index == 0).sum())

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpoints, speed_metrics
 
-from ..batching import StepRolloutCollator
+from ..batching import LayoutName, num_unique_tokens
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
 from ..inference.local import LocalSampler
 from ..losses import kl_estimate
@@ -35,6 +35,8 @@ from ..models import (
     disable_dropout,
     is_peft_model,
     plain_model,
+    prepare_for_tries,
+    takes_tries,
 )
 from ..rollout import EpisodeRequest, dump_episodes, episode_file, load_episodes
 from ..types import Episode
@@ -271,6 +273,7 @@ class StepPOTrainer(PPOTrainer):
         """Lay out the valid episodes; `None` where no rank has one."""
         add_episode_metrics(self._means, episodes, eos_token_id=self.player.tokenizer.eos_token_id)
         valid = [episode for episode in episodes if episode.valid]
+        self._logs["perf/unique_tokens"] = num_unique_tokens(valid)
         errors = Counter(str(episode.error) for episode in episodes if not episode.valid)
         for error, count in errors.most_common(3):
             logger.warning(f"update {self.state.global_step + 1}: {count} of {len(episodes)} episodes failed: {error}")
@@ -610,14 +613,27 @@ class StepPOTrainer(PPOTrainer):
             policy,
             critic,
             reference,
-            StepRolloutCollator(
-                pad_token_id=_pad_token_id(self.processing_class),
-                prefix_sharing=args.prefix_sharing,
-                bootstrap_truncated=args.bootstrap_truncated,
-            ),
+            self._layout([model, self.value_model, self.ref_model]),
+            _pad_token_id(self.processing_class),
             self.clock,
             self._event,
         )
+
+    def _layout(self, models: Sequence[Any]) -> LayoutName:
+        """The layout of rows that saves the most and that all networks can take."""
+        if not self.args.prefix_sharing:
+            return "rows"
+        plain = [plain_model(model) for model in models if model is not None]
+        for model in plain:
+            if not takes_tries(model):
+                logger.warning(
+                    f"{type(model).__name__} with {model.config._attn_implementation!r} attention cannot attend to a "
+                    "tree of prefixes: only steps that continue one another will share a row"
+                )
+                return "chains"
+        for model in plain:
+            prepare_for_tries(model)
+        return "trie"
 
     def _build_critic(self, model: PreTrainedModel) -> Any:
         critic = build_critic(model, share_weights=self.args.critic_shares_base)
@@ -684,6 +700,7 @@ class StepPOTrainer(PPOTrainer):
             self.sampler.prefilled_tokens,
             self.sampler.forward_s,
         )
+        forwarded = self.learner.tokens_forwarded
         start = time.perf_counter()
         learning_rate = self.learner.policy.learning_rate  # of this update, as `PPOTrainer` logs it
         critic_learning_rate = self.learner.critic.learning_rate if self.learner.critic is not None else None
@@ -707,6 +724,9 @@ class StepPOTrainer(PPOTrainer):
             "perf/sampled_tokens": self.sampler.sampled_tokens - sampled,
             "perf/prefilled_tokens": self.sampler.prefilled_tokens - prefilled,
         }
+        if self.learner.tokens_forwarded > forwarded:
+            count = self.learner.tokens_forwarded - forwarded
+            self._logs["perf/tokens_forwarded"] = count / self.args.num_ppo_epochs
         if critic_learning_rate is not None:
             self._logs["critic/lr"] = critic_learning_rate
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)

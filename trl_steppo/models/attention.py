@@ -1,0 +1,132 @@
+"""Attention over a flattened trie: every token attends to its ancestors and to itself.
+
+Each run of the trie (see [`batching.rows`]) is one call of scaled-dot-product attention: its queries against the keys of
+its ancestors and its own. No pair of tokens from different branches is ever computed, and no mask is larger than a
+block of queries against the keys before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ..errors import ConfigurationError
+
+NAME = "sdpa_tree"
+"""What the attention is called among transformers' attention implementations: `sdpa`, for tries too."""
+
+_BLOCK = 1024  # queries of a run with ancestors that are worked on at a time: a mask has so many rows at most
+
+
+class Run(Protocol):
+    """Tokens that follow one another, from a branch to a leaf, and the spans of those before them."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def ancestors(self) -> Sequence[tuple[int, int]]: ...
+
+
+def takes_tries(model: nn.Module) -> bool:
+    """
+    Whether every layer of a model attends to all tokens before it by transformers' exchangeable attention, and takes
+    positions: no sliding windows, no state-space layers, no ALiBi.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
+    return (
+        layer_types == {"full_attention"}
+        and not windowed
+        and not getattr(config, "alibi", False)
+        and bool(getattr(model, "_supports_attention_backend", False))
+        and getattr(config, "_attn_implementation", None) in ("sdpa", NAME)
+        and hasattr(config, "rope_parameters")
+    )
+
+
+def prepare_for_tries(model: Any) -> None:
+    """
+    Have a model attend by [`tree_attention`], which is `sdpa` wherever no trie is given.
+
+    Raises:
+        ConfigurationError: If its attention cannot be exchanged; see [`takes_tries`].
+    """
+    if model.config._attn_implementation == NAME:
+        return
+    if not takes_tries(model):
+        raise ConfigurationError(
+            f"{type(model).__name__} with {model.config._attn_implementation!r} attention cannot attend to a trie of "
+            "prefixes; collate with `layout='chains'`"
+        )
+    model.set_attn_implementation(NAME)
+
+
+def forward_arguments(model: Any, runs: Sequence[Run] | None) -> dict[str, Any]:
+    """What a model's backbone takes beside ids and positions; `runs` is `None` for plain causal rows."""
+    if runs is None:
+        return {}
+    prepare_for_tries(model)
+    # A mask of four dimensions is handed on as it is: this one only keeps the model from making another.
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device), "trie_runs": runs}
+
+
+def tree_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    trie_runs: Sequence[Run] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Args:
+        module, query, key, value, attention_mask, kwargs:
+            As transformers calls its attention implementations: (1, heads, L, head size).
+        trie_runs (`Sequence[Run]`, *optional*):
+            The branches of a flattened trie; `None`: plain `sdpa`.
+
+    Returns:
+        `tuple[torch.Tensor, None]`: (1, L, heads, head size).
+    """
+    if trie_runs is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kwargs.pop("is_causal", None)
+    attend = partial(sdpa_attention_forward, module, **kwargs)
+    outputs = []
+    for run in trie_runs:
+        queries = query[:, :, run.start : run.stop]
+        own_keys, own_values = key[:, :, run.start : run.stop], value[:, :, run.start : run.stop]
+        if not run.ancestors:
+            outputs.append(attend(queries, own_keys, own_values, None, is_causal=True)[0])
+            continue
+        keys = torch.cat([*(key[:, :, start:stop] for start, stop in run.ancestors), own_keys], dim=2)
+        values = torch.cat([*(value[:, :, start:stop] for start, stop in run.ancestors), own_values], dim=2)
+        before = keys.shape[2] - own_keys.shape[2]
+        for start in range(0, queries.shape[2], _BLOCK):
+            block = queries[:, :, start : start + _BLOCK]
+            seen = before + start + block.shape[2]
+            mask = _causal(block.shape[2], seen, query.device)
+            outputs.append(attend(block, keys[:, :, :seen], values[:, :, :seen], mask, is_causal=False)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _causal(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """(1, 1, queries, keys): the last query sees all keys, the one before it all but the last, ..."""
+    keys = torch.arange(num_keys, device=device)
+    queries = torch.arange(num_keys - num_queries, num_keys, device=device)
+    return (keys <= queries[:, None])[None, None]
+
+
+AttentionInterface.register(NAME, tree_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
