@@ -92,9 +92,7 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """Only to name the special tokens. Padding is no token of the model, so that no response contains it."""
     vocab = {"<eos>": 0, "<pad>": vocabulary}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", padding_side="left")
 
 
 def make_models(work: Work) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from trl_steppo.batching import StepBatch, StepRolloutCollator
+from trl_steppo.batching import StepBatch, StepRolloutCollator, num_unique_tokens
 from trl_steppo.errors import DataError
 from trl_steppo.models import Critic, PolicyScorer, build_critic
 from trl_steppo.types import Episode, Step, StopReason
 
 MIXES = pytest.mark.parametrize("rewritten", [0.0, 0.5, 1.0], ids=["append-only", "mixed", "rewritten"])
-SHARING = pytest.mark.parametrize("sharing", [True, False], ids=["shared", "row per step"])
+LAYOUTS = pytest.mark.parametrize("layout", ["trie", "chains", "rows"])
 
 
 def drawn_episodes() -> list[Episode]:
@@ -28,95 +28,139 @@ def drawn_episodes() -> list[Episode]:
     ]
 
 
-def test_shared_rows_by_hand():
-    batch = StepRolloutCollator(pad_token_id=99)(drawn_episodes())
-    # first   1  2 [3] 4 [5  6]      steps 0 and 1
-    # second  7 [8  9] .  .  .       step 2
-    expected = {
-        "input_ids": [[1, 2, 3, 4, 5, 6], [7, 8, 9, 99, 99, 99]],
-        "position_ids": [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]],
-        "attention_mask": [[True] * 6, [True] * 3 + [False] * 3],
-        "step_of_token": [[-1, -1, 0, -1, 1, 1], [-1, 2, 2, -1, -1, -1]],
-        "action_ids": [[3, 99], [5, 6], [8, 9]],
-        "action_mask": [[True, False], [True, True], [True, True]],
-        "logit_positions": [[1, 0], [3, 4], [6, 7]],
-        "value_positions": [1, 3, 6],
-        "rewards": [0.25, 1.0, -1.0],
-        "policy_versions": [4, 5, 5],
-        "episode_index": [0, 0, 1],
-        "step_index": [0, 1, 0],
-        "truncated": [True, False],
-        "bootstrap_positions": [-1, -1],
-    }
-    assert {name: getattr(batch, name).tolist() for name in expected} == expected
+STEP_MAJOR = {
+    "action_ids": [[3, 0], [5, 6], [8, 9]],
+    "action_mask": [[True, False], [True, True], [True, True]],
+    "rewards": [0.25, 1.0, -1.0],
+    "policy_versions": [4, 5, 5],
+    "episode_index": [0, 0, 1],
+    "step_index": [0, 1, 0],
+    "num_steps_of_episode": [2, 2, 1],
+    "truncated": [True, False],
+    "bootstrap_positions": [-1, -1],
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        # first   1  2 [3] 4 [5  6]   steps 0 and 1        second  7 [8  9]   step 2
+        (
+            "trie",
+            {
+                "input_ids": [[1, 2, 3, 4, 5, 6, 7, 8, 9]],
+                "position_ids": [[0, 1, 2, 3, 4, 5, 0, 1, 2]],
+                "attention_mask": [[True] * 9],
+                "logit_positions": [[1, 0], [3, 4], [6, 7]],
+                "value_positions": [1, 3, 6],
+            },
+        ),
+        (
+            "chains",
+            {
+                "input_ids": [[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]],
+                "position_ids": [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]],
+                "attention_mask": [[True] * 6, [True] * 3 + [False] * 3],
+                "logit_positions": [[1, 0], [3, 4], [6, 7]],
+                "value_positions": [1, 3, 6],
+            },
+        ),
+        (
+            "rows",
+            {
+                "input_ids": [[1, 2, 3, 0, 0, 0], [1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]],
+                "logit_positions": [[1, 0], [9, 10], [12, 13]],
+                "value_positions": [1, 9, 12],
+            },
+        ),
+    ],
+)
+def test_by_hand(layout, expected):
+    batch = StepRolloutCollator(layout=layout)(drawn_episodes())
+    for name, value in (STEP_MAJOR | expected).items():
+        assert getattr(batch, name).tolist() == value, name
     torch.testing.assert_close(batch.rollout_logprobs, torch.tensor([[-0.5, 0.0], [-0.1, -0.2], [-0.3, -0.4]]))
     torch.testing.assert_close(batch.temperatures, torch.tensor([1.0, 0.7, 1.0]))
     assert (batch.num_steps, batch.num_episodes) == (3, 2)
 
 
-def test_a_row_per_step_by_hand():
-    batch = StepRolloutCollator(layout="rows")(drawn_episodes())
-    assert batch.input_ids.tolist() == [[1, 2, 3, 0, 0, 0], [1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]]
-    # The first step's response is context of the second.
-    assert batch.step_of_token.tolist() == [[-1, -1, 0, -1, -1, -1], [-1, -1, -1, -1, 1, 1], [-1, 2, 2, -1, -1, -1]]
-    assert batch.value_positions.tolist() == [1, 9, 12]
-    assert batch.logit_positions.tolist() == [[1, 0], [9, 10], [12, 13]]
+@pytest.mark.parametrize(("reads", "ids"), [("step_values", [1, 2, 3, 4, 7]), ("token_values", [1, 2, 3, 4, 5, 7, 8])])
+def test_a_critic_sees_no_token_that_no_value_needs(reads, ids):
+    batch = StepRolloutCollator(reads=reads)(drawn_episodes())
+    assert batch.input_ids.tolist() == [ids]
+    flat = batch.input_ids.flatten()
+    assert flat[batch.value_positions].tolist() == [2, 4, 7]
+    if reads == "token_values":  # each is read one before its token
+        assert flat[batch.logit_positions[batch.action_mask]].tolist() == [2, 4, 5, 7, 8]
+
+
+def test_some_of_an_episode_s_steps():
+    """The others are context, as far as they are in a prompt; the episode is as long as it was."""
+    batch = StepRolloutCollator(bootstrap_truncated=True)(drawn_episodes(), steps=[[1], [0]])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 10, 7, 8, 9]]
+    assert batch.action_ids.tolist() == [[5, 6], [8, 9]]
+    assert batch.step_index.tolist() == [1, 0]
+    assert batch.num_steps_of_episode.tolist() == [2, 1]
+    assert batch.bootstrap_positions.tolist() == [6, -1]
+    first = StepRolloutCollator(bootstrap_truncated=True)(drawn_episodes(), steps=[[0], []])
+    assert first.input_ids.tolist() == [[1, 2, 3]]
+    assert first.bootstrap_positions.tolist() == [-1, -1]  # the state after the last step is read beside that step
 
 
 @pytest.mark.parametrize(
-    ("sharing", "final", "rows", "position"),
+    ("layout", "final", "rows", "position"),
     [
-        (True, [1, 2, 3, 4, 5, 6, 10], [[1, 2, 3, 4, 5, 6, 10], [7, 8, 9, 0, 0, 0, 0]], 6),  # continues the row
-        (True, [1, 2, 3, 4, 5, 6], [[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]], 5),  # is the row
-        (True, [1, 11], [[1, 2, 3, 4, 5, 6], [1, 11, 0, 0, 0, 0], [7, 8, 9, 0, 0, 0]], 7),  # rewritten
-        (False, [1, 11], [[1, 2, 3, 0, 0, 0], [1, 2, 3, 4, 5, 6], [1, 11, 0, 0, 0, 0], [7, 8, 9, 0, 0, 0]], 13),
-        (True, None, [[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]], -1),  # unknown: its value is 0
+        ("trie", [1, 2, 3, 4, 5, 6, 10], [[1, 2, 3, 4, 5, 6, 10, 7, 8, 9]], 6),  # continues the episode
+        ("trie", [1, 2, 3, 4, 5, 6], [[1, 2, 3, 4, 5, 6, 7, 8, 9]], 5),  # is its end
+        ("trie", [1, 11], [[1, 2, 3, 4, 5, 6, 11, 7, 8, 9]], 6),  # rewritten
+        ("rows", [1, 11], [[1, 2, 3, 0, 0, 0], [1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0], [1, 11, 0, 0, 0, 0]], 19),
+        ("trie", None, [[1, 2, 3, 4, 5, 6, 7, 8, 9]], -1),  # unknown: its value is 0
     ],
 )
-def test_bootstrap_positions_by_hand(sharing, final, rows, position):
+def test_bootstrap_positions_by_hand(layout, final, rows, position):
     first, second = drawn_episodes()
     first = replace(first, final_prompt_ids=final)
-    batch = StepRolloutCollator(layout=sharing, bootstrap_truncated=True)([first, second])
+    batch = StepRolloutCollator(layout=layout, bootstrap_truncated=True)([first, second])
     assert batch.input_ids.tolist() == rows
     assert batch.bootstrap_positions.tolist() == [position, -1]
-    assert batch.attention_mask.sum() == sum(len([i for i in row if i]) for row in rows)
-    assert set(batch.step_of_token.flatten().tolist()) == {-1, 0, 1, 2}
 
 
 @MIXES
-@SHARING
-def test_every_token_against_a_naive_computation(random_episode, sharing, rewritten):
-    collator = StepRolloutCollator(layout=sharing, bootstrap_truncated=True)
+@LAYOUTS
+def test_every_action_against_a_naive_computation(random_episode, layout, rewritten):
+    collator = StepRolloutCollator(layout=layout, bootstrap_truncated=True)
     for start in range(0, 60, 5):
         episodes = [random_episode(s, rewritten=rewritten, truncated=s % 3 == 0) for s in range(start, start + 5)]
         batch = collator(episodes)
-        _, L = batch.input_ids.shape
-        flat, owner = batch.input_ids.flatten(), batch.step_of_token.flatten()
+        flat, depths = batch.input_ids.flatten(), batch.position_ids.flatten()
         steps = [(e, t, step) for e, episode in enumerate(episodes) for t, step in enumerate(episode.steps)]
-        expected_owner = torch.full_like(owner, -1)
         for n, (e, t, step) in enumerate(steps):
             count, value_position = len(step.response_ids), int(batch.value_positions[n])
-            row = value_position // L * L
-            # What the row holds up to the value is the state, and nothing else; the action follows.
-            assert step.prompt_ids == flat[row : value_position + 1].tolist()
-            assert step.response_ids == flat[value_position + 1 : value_position + 1 + count].tolist()
-            expected_owner[value_position + 1 : value_position + 1 + count] = n
+            assert flat[value_position] == step.prompt_ids[-1]
+            assert depths[value_position] == len(step.prompt_ids) - 1
+            reads = batch.logit_positions[n, :count]
+            assert reads[0] == value_position
+            assert flat[reads[1:]].tolist() == step.response_ids.tolist()[:-1]
+            assert depths[reads].tolist() == list(range(len(step.prompt_ids) - 1, len(step.prompt_ids) + count - 1))
             assert batch.action_mask[n].tolist() == [a < count for a in range(batch.action_mask.shape[1])]
             assert step.response_ids == batch.action_ids[n, :count].tolist()
-            assert batch.logit_positions[n, :count].tolist() == list(range(value_position, value_position + count))
             assert batch.rollout_logprobs[n, :count].tolist() == pytest.approx(list(step.rollout_logprobs))
             assert (batch.episode_index[n], batch.step_index[n]) == (e, t)
             assert batch.rewards[n].item() == pytest.approx(step.reward)
             assert batch.temperatures[n].item() == pytest.approx(step.temperature)
-        assert owner.tolist() == expected_owner.tolist()
         assert not batch.rollout_logprobs[~batch.action_mask].any()
         assert not batch.logit_positions[~batch.action_mask].any()
-        assert batch.position_ids.tolist() == [list(range(L))] * len(batch.input_ids)
         for episode, position in zip(episodes, batch.bootstrap_positions.tolist(), strict=True):
-            if episode.truncated:
-                assert episode.final_prompt_ids == flat[position // L * L : position + 1].tolist()
-            else:
-                assert position == -1
+            assert (position >= 0) == episode.truncated
+            if episode.final_prompt_ids:
+                assert flat[position] == episode.final_prompt_ids[-1]
+                assert depths[position] == len(episode.final_prompt_ids) - 1
+
+
+def test_unique_tokens(random_episode):
+    for rewritten in (0.0, 0.5, 1.0):
+        episodes = [random_episode(seed, rewritten=rewritten) for seed in range(6)]
+        assert num_unique_tokens(episodes) == StepRolloutCollator()(episodes).input_ids.numel()
 
 
 @MIXES
@@ -124,7 +168,7 @@ def test_sharing_and_padding_change_no_step(random_episode, rewritten):
     """Everything that losses see is the same, however the rows are packed and whatever fills them."""
     episodes = [random_episode(seed, rewritten=rewritten) for seed in range(8)]
     one, other = StepRolloutCollator()(episodes), StepRolloutCollator(layout="rows", pad_token_id=0)(episodes)
-    packed = {"input_ids", "position_ids", "attention_mask", "step_of_token", "logit_positions", "value_positions"}
+    packed = {"input_ids", "position_ids", "attention_mask", "runs", "logit_positions", "value_positions"}
     for name in {field.name for field in fields(StepBatch)} - packed:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), msg=name)
     assert one.attention_mask.sum() <= other.attention_mask.sum()
@@ -185,6 +229,8 @@ def test_the_empty_batch_has_the_tensors_of_any_other():
     empty, batch = StepBatch.empty(), StepRolloutCollator()(drawn_episodes())
     assert (empty.num_steps, empty.num_episodes) == (0, 0)
     for field in fields(StepBatch):
+        if field.name == "runs":
+            continue
         one, other = getattr(empty, field.name), getattr(batch, field.name)
         assert (one.dtype, one.dim()) == (other.dtype, other.dim()), field.name
 

@@ -1,12 +1,14 @@
-"""Mini-batches are a seeded split; micro-batches hold every episode once, within their bounds."""
+"""Mini-batches are a seeded split; micro-batches hold every step once, within their bounds."""
 
 from __future__ import annotations
 
-import random
-
+import numpy as np
 import pytest
+from test_rows import random_forest
 
-from trl_steppo.batching import micro_batches, mini_batches
+from trl_steppo.batching import LayoutName, chains, micro_batches, mini_batches, row_per_step, share_prefixes
+
+LAYOUTS = {"trie": share_prefixes, "chains": chains, "rows": row_per_step}
 
 
 @pytest.mark.parametrize(("num_episodes", "parts"), [(12, 1), (12, 4), (13, 4), (3, 5), (0, 2), (1, 1)])
@@ -32,36 +34,61 @@ def test_mini_batches_are_shuffled():
     assert all(abs(count - 200) < 5 * (800 * 0.25 * 0.75) ** 0.5 for count in counts)
 
 
+def append_only(start: int, num_steps: int, growth: int = 10) -> list[np.ndarray]:
+    """Each step has `growth` tokens more than the one before."""
+    return [np.arange(start, start + growth * (step + 1), dtype=np.int32) for step in range(num_steps)]
+
+
+EPISODES = [append_only(0, 4), append_only(100, 2), append_only(200, 1), append_only(0, 3)]  # the last is in the first
+
+
 @pytest.mark.parametrize(
-    ("max_episodes", "max_tokens", "expected"),
+    ("layout", "max_episodes", "max_tokens", "expected"),
     [
-        # tokens:           10   20   30   40   100   of the episodes 3, 1, 4, 0, 2
-        (2, None, [[3, 1], [4, 0], [2]]),
-        (5, None, [[3, 1, 4, 0, 2]]),
-        (1, None, [[3], [1], [4], [0], [2]]),
-        (1, 90, [[3, 1, 4], [0], [2]]),  # three of 30; 100 alone, though it exceeds the bound
-        (1, 89, [[3, 1], [4, 0], [2]]),
-        (1, 500, [[3, 1, 4, 0, 2]]),
+        ("trie", 2, None, [[0, 1], [2, 3]]),
+        ("rows", 2, None, [[2, 1], [3, 0]]),  # of similar length
+        ("trie", 1, 1000, [[0, 1, 2, 3]]),
+        ("trie", 1, 70, [[0, 1, 2, 3]]),  # 40 + 20 + 10 + 0 unique tokens
+        ("trie", 1, 69, [[0, 1], [2, 3]]),
+        ("chains", 1, 40, [[2, 1], [3], [0]]),  # two rows of 20, then rows of 30 and 40
+        ("chains", 1, 90, [[2, 1, 3], [0]]),  # three rows of 30; four of 40 are too many
     ],
 )
-def test_micro_batches_by_hand(max_episodes, max_tokens, expected):
-    num_tokens = [40, 20, 100, 10, 30]
-    assert micro_batches(range(5), num_tokens, max_episodes=max_episodes, max_tokens=max_tokens) == expected
+def test_micro_batches_by_hand(layout, max_episodes, max_tokens, expected):
+    groups = micro_batches(range(4), EPISODES, layout=layout, max_episodes=max_episodes, max_tokens=max_tokens)
+    assert [[index for index, _ in parts] for parts in groups] == expected
+    for parts in groups:
+        for index, steps in parts:
+            assert steps == list(range(len(EPISODES[index])))
 
 
-@pytest.mark.parametrize("max_tokens", [None, 50, 200])
-def test_micro_batches_cover_within_bounds(max_tokens):
-    rng = random.Random(0)
-    for _ in range(50):
-        num_tokens = [rng.randint(1, 120) for _ in range(rng.randint(1, 30))]
-        chosen = rng.sample(range(len(num_tokens)), rng.randint(0, len(num_tokens)))
-        groups = micro_batches(chosen, num_tokens, max_episodes=4, max_tokens=max_tokens)
-        assert sorted(index for group in groups for index in group) == sorted(chosen)
-        assert all(groups)
-        for group in groups:
+@pytest.mark.parametrize(
+    ("layout", "max_tokens", "expected"),
+    [
+        ("trie", 30, [[0, 1, 2], [3]]),  # 40 tokens do not fit: the prompt of step 3 is forwarded again
+        ("trie", 5, [[0], [1], [2], [3]]),  # a step that exceeds the bound stands alone
+        ("rows", 40, [[0, 1], [2], [3]]),  # two rows of 20, then one of 30, one of 40
+    ],
+)
+def test_an_episode_that_does_not_fit_is_cut_between_steps(layout, max_tokens, expected):
+    groups = micro_batches([0], EPISODES, layout=layout, max_episodes=1, max_tokens=max_tokens)
+    assert groups == [[(0, steps)] for steps in expected]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("max_tokens", [None, 6, 20, 200])
+def test_micro_batches_cover_within_bounds(layout: LayoutName, max_tokens):
+    for seed in range(60):
+        episodes = [random_forest(seed * 10 + number) for number in range(seed % 7)]
+        chosen = list(range(0, len(episodes), 1 + seed % 2))
+        groups = micro_batches(chosen, episodes, layout=layout, max_episodes=3, max_tokens=max_tokens)
+        steps = sorted((index, step) for parts in groups for index, steps in parts for step in steps)
+        assert steps == [(index, step) for index in chosen for step in range(len(episodes[index]))]
+        for parts in groups:
+            sequences = [episodes[index][step] for index, steps in parts for step in steps]
             if max_tokens is None:
-                assert len(group) <= 4
+                assert len(parts) <= 3
             else:
-                assert len(group) == 1 or len(group) * max(num_tokens[index] for index in group) <= max_tokens
-        shuffled = rng.sample(chosen, len(chosen))
-        assert micro_batches(shuffled, num_tokens, max_episodes=4, max_tokens=max_tokens) == groups
+                assert len(sequences) == 1 or LAYOUTS[layout](sequences).input_ids.size <= max_tokens
+        again = micro_batches(chosen[::-1], episodes, layout=layout, max_episodes=3, max_tokens=max_tokens)
+        assert sorted(map(sorted, again)) == sorted(map(sorted, groups)) or layout != "trie"

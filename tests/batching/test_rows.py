@@ -1,81 +1,134 @@
-"""Which steps share a row, drawn by hand and on random episodes."""
+"""Which tokens stand where, drawn by hand and on random forests."""
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 
-from trl_steppo.batching import num_row_tokens, row_per_step, share_prefixes
-from trl_steppo.types import Episode, Step, StopReason
+from trl_steppo.batching import Layout, Trie, chains, row_per_step, share_prefixes
 
 
-def make_steps(*pairs: tuple[list[int], list[int]]) -> list[Step]:
-    return [
-        Step(prompt, response, [-1.0] * len(response), 0.0, index, 0, 1.0, StopReason.STOP)
-        for index, (prompt, response) in enumerate(pairs)
-    ]
+def arrays(*sequences: list[int]) -> list[np.ndarray]:
+    return [np.array(ids, dtype=np.int32) for ids in sequences]
 
 
+def random_forest(seed: int, *, vocabulary: int = 3) -> list[np.ndarray]:
+    """Sequences that begin as others do: continued, cut at any token, repeated, or unrelated."""
+    rng = random.Random(seed)
+    sequences: list[list[int]] = []
+    for _ in range(rng.randint(1, 12)):
+        start: list[int] = []
+        if sequences and rng.random() < 0.8:
+            other = rng.choice(sequences)
+            start = other[: rng.randint(0, len(other))]
+        sequences.append(start + [rng.randrange(vocabulary) for _ in range(rng.randint(0 if start else 1, 5))])
+    return arrays(*sequences)
+
+
+# name: (sequences, rows of `chains`, row of `share_prefixes`, its runs as (start, stop, ancestors))
 CASES = {
     "append-only": (
-        [([1, 2], [3]), ([1, 2, 3, 4], [5, 6]), ([1, 2, 3, 4, 5, 6, 7], [8])],
-        # 1 2 [3] 4 [5 6] 7 [8]
-        [([1, 2, 3, 4, 5, 6, 7, 8], [(0, 2), (1, 4), (2, 7)])],
+        arrays([1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]),
+        [[1, 2, 3, 4, 5, 6]],
+        ([1, 2, 3, 4, 5, 6], [(0, 6, ())]),
     ),
-    "an empty observation": ([([1], [2]), ([1, 2], [3])], [([1, 2, 3], [(0, 1), (1, 2)])]),
-    "rewritten in the middle": (
-        [([1, 2], [3]), ([1, 9], [5]), ([1, 9, 5, 6], [7])],
-        # 1 2 [3]   1 9 [5] 6 [7]
-        [([1, 2, 3], [(0, 2)]), ([1, 9, 5, 6, 7], [(1, 2), (2, 4)])],
+    "branches": (
+        # 1 2 3 4
+        #  \ 5 6
+        arrays([1, 2, 3, 4], [1, 5, 6]),
+        [[1, 2, 3, 4], [1, 5, 6]],
+        ([1, 2, 3, 4, 5, 6], [(0, 4, ()), (4, 6, ((0, 1),))]),
     ),
-    "the response was cut from the prompt": (
-        [([1, 2], [3, 4]), ([1, 2, 3], [5])],
-        [([1, 2, 3, 4], [(0, 2)]), ([1, 2, 3, 5], [(1, 3)])],
+    "the longest branch comes first": (
+        arrays([1, 5, 6], [1, 2, 3, 4]),
+        [[1, 5, 6], [1, 2, 3, 4]],
+        ([1, 2, 3, 4, 5, 6], [(0, 4, ()), (4, 6, ((0, 1),))]),
     ),
-    "the same prompt twice": ([([1, 2], [3]), ([1, 2], [3])], [([1, 2, 3], [(0, 2)]), ([1, 2, 3], [(1, 2)])]),
-    "continues a row before the last": (
-        [([1], [2]), ([5], [6]), ([1, 2, 3], [4])],
-        [([1, 2], [(0, 1)]), ([5, 6], [(1, 1)]), ([1, 2, 3, 4], [(2, 3)])],
+    "a branch of a branch": (
+        # 1 2 3 4 5
+        #  \ 6 7 8
+        #     \ 9
+        arrays([1, 2, 3, 4, 5], [1, 6, 7, 8], [1, 6, 9]),
+        [[1, 2, 3, 4, 5], [1, 6, 7, 8], [1, 6, 9]],
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9], [(0, 5, ()), (5, 8, ((0, 1),)), (8, 9, ((0, 1), (5, 6)))]),
     ),
-    "no step": ([], []),
+    "two trees": (arrays([1], [2, 3]), [[1], [2, 3]], ([1, 2, 3], [(0, 1, ()), (1, 3, ())])),
+    "the same twice": (arrays([1, 2], [1, 2]), [[1, 2]], ([1, 2], [(0, 2, ())])),
+    "a part of another": (arrays([1, 2, 3], [1, 2]), [[1, 2, 3], [1, 2]], ([1, 2, 3], [(0, 3, ())])),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_share_prefixes(name):
-    pairs, expected = CASES[name]
-    rows = share_prefixes(make_steps(*pairs))
-    assert [(row.ids.tolist(), row.steps) for row in rows] == expected
+def test_by_hand(name):
+    sequences, expected_chains, (expected_row, expected_runs) = CASES[name]
+    rows = chains(sequences, pad_token_id=99).input_ids
+    assert [[i for i in row if i != 99] for row in rows.tolist()] == expected_chains
+    layout = share_prefixes(sequences)
+    assert layout.input_ids.tolist() == [expected_row]
+    assert [(run.start, run.stop, run.ancestors) for run in layout.runs or ()] == expected_runs
 
 
-def test_row_per_step():
-    rows = row_per_step(make_steps(([1, 2], [3]), ([1, 2, 3, 4], [5, 6])))
-    assert [(row.ids.tolist(), row.steps) for row in rows] == [([1, 2, 3], [(0, 2)]), ([1, 2, 3, 4, 5, 6], [(1, 4)])]
+def assert_finds_every_token(layout: Layout, sequences: list[np.ndarray]) -> None:
+    flat_ids, flat_depths = layout.input_ids.flatten(), layout.position_ids.flatten()
+    for number, ids in enumerate(sequences):
+        positions = layout.positions(number, 0, len(ids))
+        assert flat_ids[positions].tolist() == ids.tolist()
+        assert flat_depths[positions].tolist() == list(range(len(ids)))
+        assert layout.attention_mask.flatten()[positions].all()
+        for start in range(len(ids)):
+            assert layout.positions(number, start, len(ids)).tolist() == positions[start:].tolist()
 
 
-@pytest.mark.parametrize("rewritten", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("layout", [share_prefixes, row_per_step])
-def test_every_step_stands_behind_its_own_prompt(random_episode, layout, rewritten):
-    for seed in range(50):
-        steps = random_episode(seed, rewritten=rewritten).steps
-        rows = layout(steps)
-        placed = [(position, row, start) for row in rows for position, start in row.steps]
-        assert [position for position, _, _ in placed] == list(range(len(steps)))
-        for position, row, start in placed:
-            step = steps[position]
-            assert row.ids[:start] == step.prompt_ids
-            assert row.ids[start : start + len(step.response_ids)] == step.response_ids
+@pytest.mark.parametrize("lay_out", [row_per_step, chains, share_prefixes])
+def test_every_token_is_found(lay_out):
+    for seed in range(200):
+        sequences = random_forest(seed)
+        assert_finds_every_token(lay_out(sequences), sequences)
 
 
-def test_an_append_only_episode_is_one_row(random_episode):
-    for seed in range(50):
-        episode = random_episode(seed)
-        last = episode.steps[-1]
-        assert len(share_prefixes(episode.steps)) == 1
-        assert num_row_tokens(episode, prefix_sharing=True) == len(last.prompt_ids) + len(last.response_ids)
+@pytest.mark.parametrize("lay_out", [row_per_step, chains])
+def test_causal_rows_hold_each_sequence_from_the_row_s_start(lay_out):
+    for seed in range(200):
+        sequences = random_forest(seed)
+        layout = lay_out(sequences, pad_token_id=7)
+        assert layout.runs is None
+        assert (layout.input_ids[~layout.attention_mask] == 7).all()
+        for number, ids in enumerate(sequences):
+            positions = layout.positions(number, 0, len(ids))
+            assert positions[0] % layout.input_ids.shape[1] == 0
+            assert (np.diff(positions) == 1).all()
 
 
-def test_num_row_tokens():
-    steps = make_steps(([1, 2], [3]), ([1, 2, 3, 4], [5, 6]), ([9], [8]))
-    episode = Episode("e", 0, 0, tuple(steps), terminated=True, truncated=False)
-    assert num_row_tokens(episode, prefix_sharing=True) == 6 + 2
-    assert num_row_tokens(episode, prefix_sharing=False) == 3 + 6 + 2
+def test_a_trie_holds_every_prefix_once_behind_its_ancestors():
+    for seed in range(500):
+        sequences = random_forest(seed)
+        layout = share_prefixes(sequences)
+        prefixes = {tuple(ids[:stop].tolist()) for ids in sequences for stop in range(1, len(ids) + 1)}
+        assert layout.input_ids.shape == (1, len(prefixes))
+        assert layout.attention_mask.all()
+        seen: dict[int, list[int]] = {}  # token: what it attends to
+        for run in layout.runs or ():
+            before = [i for start, stop in run.ancestors for i in range(start, stop)]
+            assert run.num_ancestors == len(before)
+            seen |= {i: [*before, *range(run.start, i + 1)] for i in range(run.start, run.stop)}
+        assert sorted(seen) == list(range(len(prefixes)))
+        for number, ids in enumerate(sequences):
+            positions = layout.positions(number, 0, len(ids)).tolist()
+            assert seen[positions[-1]] == positions
+
+
+def test_num_shared_is_the_longest_common_prefix():
+    for seed in range(200):
+        *sequences, last = random_forest(seed)
+        trie = Trie()
+        for ids in sequences:
+            trie.insert(ids)
+        shared = max(
+            (n for ids in sequences for n in range(len(last) + 1) if ids[:n].tolist() == last[:n].tolist()), default=0
+        )
+        assert trie.num_shared(last) == shared
+        before = trie.num_tokens
+        trie.insert(last)
+        assert trie.num_tokens - before == len(last) - shared

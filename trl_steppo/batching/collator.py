@@ -31,8 +31,8 @@ class StepBatch:
         attention_mask (`torch.Tensor`):
             (R, L), `True` for tokens.
         runs (`tuple[Run, ...]`, *optional*):
-            The branches of a trie that was flattened into one row, which say what attends to what ([`share_prefixes`]).
-            `None`: plain causal rows.
+            The branches of a trie that was flattened into one row, which say what attends to what
+            ([`share_prefixes`]). `None`: plain causal rows.
         action_ids (`torch.Tensor`):
             (N, A), the response tokens.
         action_mask (`torch.Tensor`):
@@ -178,10 +178,10 @@ class StepRolloutCollator:
         sequences = [step_ids(step, self.reads) for step in taken]
         bootstraps = np.full(len(episodes), -1)
         for number, (episode, indices) in enumerate(zip(episodes, steps, strict=True)):
-            if self.bootstrap_truncated and episode.truncated and episode.final_prompt_ids and indices:
-                if indices[-1] == len(episode.steps) - 1:
-                    bootstraps[number] = len(sequences)
-                    sequences.append(np.asarray(episode.final_prompt_ids.memory()))
+            ends_here = bool(indices) and indices[-1] == len(episode.steps) - 1
+            if self.bootstrap_truncated and episode.truncated and episode.final_prompt_ids and ends_here:
+                bootstraps[number] = len(sequences)
+                sequences.append(np.asarray(episode.final_prompt_ids.memory()))
         return self._tensors(episodes, taken, owners, self._lay_out(sequences), sequences, bootstraps)
 
     def _lay_out(self, sequences: Sequence[np.ndarray]) -> Layout:
@@ -271,4 +271,3 @@ def _check(episodes: Sequence[Episode]) -> None:
                 f"episode {episode.episode_id!r} has the step indices {indices}; they must count 0, 1, 2, ... without "
                 "a gap, since a lost or doubled step would silently change every advantage before it"
             )
-

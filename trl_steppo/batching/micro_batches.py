@@ -56,8 +56,8 @@ def micro_batches(
         max_episodes (`int`):
             Most episodes of a group.
         max_tokens (`int`, *optional*):
-            Most tokens of a group, padding included; instead of `max_episodes`. An episode that has more is cut between
-            its steps, whose prompts then are forwarded again; a step that has more stands alone.
+            Most tokens of a group, padding included; instead of `max_episodes`. An episode that has more is cut
+            between its steps, whose prompts then are forwarded again; a step that has more stands alone.
 
     Returns:
         `list[list[Part]]`: The parts of each micro-batch.
@@ -67,7 +67,9 @@ def micro_batches(
     if layout != "trie":
         order.sort(key=lambda index: sum(map(len, sequences[index])))
     if max_tokens is None:
-        return [[whole[i] for i in order[start : start + max_episodes]] for start in range(0, len(order), max_episodes)]
+        return [
+            [whole[i] for i in order[start : start + max_episodes]] for start in range(0, len(order), max_episodes)
+        ]
     groups: list[list[Part]] = []
     size = _size_of(layout)
     for index in order:
@@ -106,11 +108,11 @@ class _TrieSize:
         self._trie = Trie()
 
     def with_more(self, sequences: Sequence[np.ndarray]) -> int:
-        """At most so many: what the sequences share with the trie beyond the first one's prefix is counted twice."""
+        """At most so many: of what the sequences share with the trie, the longest prefix alone is counted once."""
         alone = Trie()
         for ids in sequences:
             alone.insert(ids)
-        return self._trie.num_tokens + alone.num_tokens - self._trie.num_shared(sequences[0])
+        return self._trie.num_tokens + alone.num_tokens - max(map(self._trie.num_shared, sequences))
 
     def add(self, sequences: Sequence[np.ndarray]) -> None:
         for ids in sequences:

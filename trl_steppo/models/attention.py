@@ -1,7 +1,7 @@
 """Attention over a flattened trie: every token attends to its ancestors and to itself.
 
-Each run of the trie (see [`batching.rows`]) is one call of scaled-dot-product attention: its queries against the keys of
-its ancestors and its own. No pair of tokens from different branches is ever computed, and no mask is larger than a
+Each run of the trie (see [`batching.rows`]) is one call of scaled-dot-product attention: its queries against the keys
+of its ancestors and its own. No pair of tokens from different branches is ever computed, and no mask is larger than a
 block of queries against the keys before them.
 """
 

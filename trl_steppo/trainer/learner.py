@@ -343,8 +343,8 @@ class Learner:
 
     def _micro_batches(self, rollout: Rollout, chosen: Sequence[int], max_episodes: int) -> list[list[Part]]:
         """
-        Groups of steps that are forwarded together. As many on every rank (the last ones may be empty), because forward
-        and backward passes are what the ranks do together.
+        Groups of steps that are forwarded together. As many on every rank (the last ones may be empty), because
+        forward and backward passes are what the ranks do together.
         """
         groups = micro_batches(
             chosen,
