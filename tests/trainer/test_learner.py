@@ -174,15 +174,15 @@ def test_a_mini_batch_is_exactly_one_optimizer_step(tmp_path, settings, policy_s
 
 
 def test_every_episode_is_in_one_mini_batch_of_an_epoch(tmp_path):
-    seen: list[list[tuple[int, ...]]] = []
+    seen: list[list[int]] = []
     trainer = build(tmp_path, num_mini_batches=3, num_ppo_epochs=2)
     rollout, scores, credit = judge(trainer, mixed_episodes())
     trainer.learner.policy.module.register_forward_hook(
-        lambda module, args, output: seen.append(sorted(tuple(ids) for ids in args[0].input_ids[:, :3].tolist()))
+        lambda module, args, output: seen.append(sorted(args[0].action_ids[:, 0].tolist()))
     )
     trainer.learner.update(rollout, scores, credit, seed=0, train_policy=True)
     assert len(seen) == 6
-    first, second = (sorted(row for part in seen[i : i + 3] for row in part) for i in (0, 3))
+    first, second = (sorted(step for part in seen[i : i + 3] for step in part) for i in (0, 3))
     assert first == second
     assert seen[:3] != seen[3:], "each epoch has its own permutation"
 
@@ -547,7 +547,7 @@ def test_a_rank_without_an_episode_takes_part(tmp_path):
     for name, module in (("policy", trainer.learner.policy.module), ("critic", trainer.learner.critic.module)):
         module.register_forward_hook(lambda *args, name=name: passes.append(name))
     trainer.learner.score(rollout)
-    assert passes == ["policy", "critic", "critic"] * 2  # the second is the bootstrap value's
+    assert passes == ["policy", "critic"] * 2
     passes.clear()
     stats = trainer.learner.update(rollout, scores, credit, seed=0, train_policy=True).reduced()
     assert passes == ["policy", "policy", "critic", "critic"] * 2

@@ -1,0 +1,173 @@
+"""Tries give what one row per step gives, to the last gradient."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import transformers
+from test_forward import EXACT
+from torch import nn
+
+from trl_steppo.batching import StepBatch, StepRolloutCollator
+from trl_steppo.errors import ConfigurationError
+from trl_steppo.losses import clipped_policy_loss, clipped_value_loss, importance_ratio
+from trl_steppo.models import Critic, PolicyScorer, attention, build_critic, takes_tries
+from trl_steppo.types import Episode, Step, StopReason
+
+ARCHITECTURES = ["Llama", "Qwen2", "Qwen3"]
+VOCABULARY = 64
+
+
+@pytest.fixture(autouse=True)
+def _float64_norms(monkeypatch) -> None:
+    """transformers' norms compute in float32, whatever the model's type."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+
+    for architecture in ARCHITECTURES:
+        module = getattr(transformers.models, architecture.lower())
+        modeling = getattr(module, f"modeling_{architecture.lower()}")
+        monkeypatch.setattr(getattr(modeling, f"{architecture}RMSNorm"), "forward", forward)
+
+
+def random_forest(seed: int) -> list[Episode]:
+    """
+    Episodes of two rows, whose steps go on where they stopped (with an observation or an empty one), start again from
+    any token of any step of their row (a rebuilt prompt, a compaction, a member of a group), or are equal to another.
+    Responses have one token or more.
+    """
+    rng = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))]
+
+    episodes = []
+    rows: list[list[list[int]]] = [[ids(1, 6)], [ids(1, 6)]]  # sequences of each row, to branch from
+    for number in range(rng.randint(2, 5)):
+        known, steps = rows[number % 2], []
+        prompt = list(known[0])
+        for index in range(rng.randint(1, 4)):
+            response = ids(1, rng.choice([1, 5]))
+            if steps and rng.random() < 0.2:
+                prompt, response = steps[-1].prompt_ids.tolist(), steps[-1].response_ids.tolist()
+            logprobs = [-rng.random() * 5 for _ in response]
+            steps.append(Step(prompt, response, logprobs, rng.random(), index, 0, 1.0, StopReason.STOP))
+            known.append(prompt + response)
+            if rng.random() < 0.5:
+                prompt = known[-1] + ids(0, 3)
+            else:
+                other = rng.choice(known)
+                prompt = other[: rng.randint(1, len(other))] + ids(0, 2)
+        episodes.append(Episode(f"e{number}", number % 2, number // 2, tuple(steps), True, False))
+    return episodes
+
+
+def losses(policy: nn.Module, critic: nn.Module, batch: StepBatch) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities, values, and the losses of StepPO and of token-level PPO."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs, _ = PolicyScorer(policy)(batch)
+    values = Critic(critic)(batch, batch.value_positions)
+    advantages = torch.randn(batch.action_mask.shape, generator=generator, dtype=torch.double)
+    returns = torch.randn(values.shape, generator=generator, dtype=torch.double)
+    old = batch.rollout_logprobs.double()
+    terms = []
+    for level in ("step", "token"):
+        ratio = importance_ratio(logprobs, old, batch.action_mask, level)
+        averaging = {"aggregation": level, "episode_of_step": batch.episode_index}
+        terms.append(clipped_policy_loss(ratio, advantages, batch.action_mask, cliprange=0.2, **averaging)[0])
+    mask = torch.ones_like(values, dtype=torch.bool)
+    terms.append(clipped_value_loss(values, returns + 1, returns, mask, cliprange_value=0.5)[0])
+    return logprobs, values, torch.stack(terms)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_hundred_forests_equal_one_row_a_step(tiny_model, architecture):
+    policy = tiny_model(architecture)
+    critic = build_critic(tiny_model(architecture))
+    critic.score.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    parameters = [*policy.parameters(), *critic.parameters()]
+    num_branched = 0
+    for seed in range(100):
+        episodes, found = random_forest(seed), []
+        for layout in ("rows", "trie"):
+            batch = StepRolloutCollator(layout=layout)(episodes)
+            logprobs, values, terms = losses(policy, critic, batch)
+            weights = torch.tensor([1.0, -0.7, 0.4], dtype=torch.double)
+            gradients = torch.autograd.grad(terms @ weights, parameters, allow_unused=True)
+            found.append((logprobs, values, terms, *(g for g in gradients if g is not None)))
+        num_branched += batch.runs is not None and any(run.ancestors for run in batch.runs)
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, **EXACT)
+    assert num_branched > 50
+
+
+def test_long_runs_are_worked_on_in_blocks(tiny_model, monkeypatch):
+    """No mask is larger than a block of queries."""
+    policy, episodes = tiny_model("Qwen2"), random_forest(3)
+    batch = StepRolloutCollator()(episodes)
+    assert batch.runs is not None
+    assert any(run.ancestors and run.stop - run.start > 2 for run in batch.runs)
+    whole, _ = PolicyScorer(policy)(batch)
+    monkeypatch.setattr(attention, "_BLOCK", 2)
+    in_blocks, _ = PolicyScorer(policy)(batch)
+    torch.testing.assert_close(in_blocks, whole, **EXACT)
+
+
+def test_no_token_sees_another_branch(tiny_model):
+    """Changing one branch changes nothing in another."""
+    policy = tiny_model("Llama")
+
+    def steps(last: int) -> Episode:
+        pairs = [([1, 2, 3], [4, 5]), ([1, 2, 9], [8, last])]
+        made = [Step(p, r, [-1.0] * len(r), 0.0, i, 0, 1.0, StopReason.STOP) for i, (p, r) in enumerate(pairs)]
+        return Episode("e", 0, 0, tuple(made), True, False)
+
+    one, other = (PolicyScorer(policy)(StepRolloutCollator()([steps(last)]))[0] for last in (10, 11))
+    assert torch.equal(one[0], other[0])
+    assert not torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "expected"),
+    [
+        ("Llama", {}, True),
+        ("Qwen2", {}, True),
+        ("Qwen3", {}, True),
+        ("Llama", {"attn_implementation": "eager"}, False),
+        ("Mistral", {"sliding_window": 4}, False),
+        ("Mistral", {"sliding_window": None}, True),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, False),
+        ("Gemma2", {"sliding_window": 4}, False),
+        ("GPT2", {}, False),
+    ],
+)
+def test_which_models_take_tries(tiny_model, architecture, settings, expected):
+    if architecture == "GPT2":  # positions are learned, and other names configure it
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64))
+    else:
+        model = tiny_model(architecture, torch.float32, **settings)
+    assert takes_tries(model) == expected
+    batch = StepRolloutCollator()(random_forest(1))
+    if not expected:
+        with pytest.raises(ConfigurationError, match="cannot attend to a trie"):
+            PolicyScorer(model)(batch)
+
+
+def test_a_prepared_model_is_otherwise_as_it_was(tiny_model):
+    """Padded batches, caches, generation and saving do not see the difference."""
+    plain, prepared = tiny_model("Qwen2"), tiny_model("Qwen2")
+    attention.prepare_for_tries(prepared)
+    ids = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    torch.testing.assert_close(
+        prepared(input_ids=ids, attention_mask=mask).logits, plain(input_ids=ids, attention_mask=mask).logits, **EXACT
+    )
+    generated = [
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        for model in (plain, prepared)
+    ]
+    assert torch.equal(*generated)
+    assert "sdpa_tree" not in prepared.config.to_json_string()
