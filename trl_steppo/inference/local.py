@@ -450,11 +450,18 @@ class _CachedRows:
             held -= len(self.parked.pop(episode_id).ids)
 
     def join(self, arrived: list[_Request]) -> _Update:
-        """Add rows and prefill what of their prompts is not stored yet."""
+        """Add rows and prefill what of their prompts is not stored yet; a prompt that several have is prefilled once."""
         first = len(self.requests)
         self._reserve(self.requests + arrived)
         parked = [self.parked.pop(request.episode_id, None) for request in arrived]
-        found = [(request, p, _num_shared(request, p)) for request, p in zip(arrived, parked, strict=True)]
+        found, twins = [], []
+        leaders: dict[tuple[int, ...], _Request] = {}  # of the members of a group, whose episodes begin alike
+        for request, p in zip(arrived, parked, strict=True):
+            leader = leaders.setdefault(tuple(request.prompt_ids), request) if p is None else request
+            if leader is request:
+                found.append((request, p, _num_shared(request, p)))
+            else:
+                twins.append((request, leader))
         # Rows of similar length side by side: a forward pass pads them to the longest.
         for request, p, shared in sorted(found, key=lambda f: len(f[0].prompt_ids) - f[2]):
             if p is not None:
@@ -466,7 +473,15 @@ class _CachedRows:
             new = [self.requests[row].prompt_ids[self.lengths[row] :] for row in range(start, stop)]
             logits.append(self._forward(start, stop, new))
             prefilled += sum(len(ids) for ids in new)
-        return self.requests[first:], torch.cat(logits), prefilled
+        num_prefilled = len(self.requests) - first
+        rows = [self.requests.index(leader) for _, leader in twins]
+        for (request, _), row in zip(twins, rows, strict=True):
+            self._copy_row(row, len(self.requests))
+            self.requests.append(request)
+            self.lengths.append(self.lengths[row])
+        order = torch.tensor([*range(num_prefilled), *(row - first for row in rows)])
+        every = torch.cat(logits)
+        return self.requests[first:], every[order.to(every.device)] if twins else every, prefilled
 
     def step(self) -> _Update:
         """Forward the last sampled token of every row."""
@@ -481,13 +496,16 @@ class _CachedRows:
             self.parked[request.episode_id] = _Parked(request.ids[:length], layers)
             self.parked.move_to_end(request.episode_id)
         if row != last:
-            length = self.lengths[last]
-            for layer in self.layers:
-                layer.keys[row, :, :length] = layer.keys[last, :, :length]
-                layer.values[row, :, :length] = layer.values[last, :, :length]
-            self.requests[row], self.lengths[row] = self.requests[last], length
+            self._copy_row(last, row)
+            self.requests[row], self.lengths[row] = self.requests[last], self.lengths[last]
         self.requests.pop()
         self.lengths.pop()
+
+    def _copy_row(self, source: int, target: int) -> None:
+        length = self.lengths[source]
+        for layer in self.layers:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
 
     def _unpark(self, parked: _Parked, row: int, shared: int) -> None:
         """Bring back what the episode's last step stored, as far as the new prompt continues it."""
