@@ -2,7 +2,15 @@
 
 from pathlib import Path
 
-from .adapters import AdapterReference, add_adapter, as_reference, critic_adapter, is_peft_model, plain_model
+from .adapters import (
+    AdapterReference,
+    add_adapter,
+    as_reference,
+    critic_adapter,
+    is_peft_model,
+    plain_model,
+    saved_with_adapter,
+)
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
 from .forward import Critic, PolicyScorer
@@ -21,6 +29,7 @@ __all__ = [
     "disable_dropout",
     "is_peft_model",
     "plain_model",
+    "saved_with_adapter",
     "score_sequences",
 ]
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigurationError
 
-_LOGITS_ELEMENTS = 2**24  # float32 logits held at a time: 64 MiB, and as much for their gradient
-_BLOCK_ELEMENTS = 2**21  # of these, as many as are worked on at a time: what stays in a processor's cache
+_LOGITS_ELEMENTS = 2**25  # float32 logits held at a time: 128 MiB
+_BLOCK_ELEMENTS = 2**20  # of these, as many as are worked on at a time: what a processor's cache holds
 
 
 EntropyMode = Literal["skip", "track", "train"]
@@ -112,7 +112,9 @@ class _TokenScores(torch.autograd.Function):
         H = −Σ p·log p                     ∂H/∂x = −p·(log p + H)
 
     Autograd would keep x and log p beside the logits, and walk through memory once for every operation. Here a few
-    rows at a time go through all operations, and the backward pass goes through them again.
+    rows at a time go through all operations, the backward pass goes through them again, and the gradient takes the
+    place of the logits, which nothing else reads. (Should anything need them after all, as a second backward pass
+    does, autograd notices that they have changed, and raises.)
     """
 
     @staticmethod
@@ -137,7 +139,6 @@ class _TokenScores(torch.autograd.Function):
         ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: torch.Tensor | None
     ) -> tuple[torch.Tensor, None, None, None]:
         logits, targets, temperatures = ctx.saved_tensors
-        grad = torch.empty_like(logits)
         for rows in _blocks(logits):
             distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
             probs = distribution.exp()
@@ -146,8 +147,8 @@ class _TokenScores(torch.autograd.Function):
                 entropies = -(probs * distribution).sum(-1, keepdim=True)
                 weights = weights + entropies_grad[rows, None] * (distribution + entropies)
             block = probs.mul_(-weights).scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
-            torch.div(block, temperatures[rows, None], out=grad[rows])
-        return grad, None, None, None
+            logits[rows] = block.div_(temperatures[rows, None])
+        return logits, None, None, None
 
 
 def _blocks(logits: torch.Tensor) -> list[slice]:
