@@ -159,6 +159,7 @@ def test_a_head_applied_in_parts_changes_nothing(tiny_model, episodes, monkeypat
 
     whole, whole_gradients = scores()
     monkeypatch.setattr("trl_steppo.models.forward._LOGITS_ELEMENTS", tokens_at_once * 64)
+    monkeypatch.setattr("trl_steppo.models.forward._BLOCK_ELEMENTS", 3 * 64)
     widths: list[int] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
     parts, part_gradients = scores()
@@ -168,6 +169,14 @@ def test_a_head_applied_in_parts_changes_nothing(tiny_model, episodes, monkeypat
         torch.testing.assert_close(one, other, **EXACT)
     if len(parts) == 2:
         assert parts[1].requires_grad == (entropy == "train")
+
+
+def test_a_second_backward_pass_raises(tiny_model, episodes):
+    """The first leaves the gradient where the logits were."""
+    logprobs, _ = PolicyScorer(tiny_model("Llama"))(StepRolloutCollator()(episodes))
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprobs.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigurationError
 
 _LOGITS_ELEMENTS = 2**25  # float32 logits held at a time: 128 MiB
-_BLOCK_ELEMENTS = 2**20  # of these, as many as are worked on at a time: what a processor's cache holds
+_BLOCK_ELEMENTS = 2**20  # of these, as many as a CPU works on at a time: what its cache holds
 
 
 EntropyMode = Literal["skip", "track", "train"]
@@ -101,7 +101,7 @@ class PolicyScorer(nn.Module):
         if self._logit_cap is not None:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
         scores: Any = _TokenScores.apply(logits, targets, temperatures / self._logit_scale, entropy)
-        return scores  # type: ignore[no-any-return]
+        return scores
 
 
 class _TokenScores(torch.autograd.Function):
@@ -135,9 +135,7 @@ class _TokenScores(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(
-        ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: torch.Tensor | None
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: Any) -> tuple[torch.Tensor, None, None, None]:
         logits, targets, temperatures = ctx.saved_tensors
         for rows in _blocks(logits):
             distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
@@ -152,8 +150,8 @@ class _TokenScores(torch.autograd.Function):
 
 
 def _blocks(logits: torch.Tensor) -> list[slice]:
-    """Rows of (M, V) that are worked on together."""
-    size = max(1, _BLOCK_ELEMENTS // logits.shape[-1])
+    """Rows of (M, V) that are worked on together. Other devices take them all: small kernels would leave them idle."""
+    size = max(1, _BLOCK_ELEMENTS // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
