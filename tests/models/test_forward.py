@@ -171,9 +171,31 @@ def test_a_head_applied_in_parts_changes_nothing(tiny_model, episodes, monkeypat
         assert parts[1].requires_grad == (entropy == "train")
 
 
-def test_a_second_backward_pass_raises(tiny_model, episodes):
+@pytest.mark.parametrize("entropy", ["track", "train"])
+@pytest.mark.parametrize("elements", [1, 3 * 64, 2**25], ids=["one by one", "three", "all at once"])
+def test_heads_that_are_called_and_heads_that_are_not_score_alike(
+    tiny_model, episodes, monkeypatch, entropy, elements
+):
+    """A plain head is multiplied with in place; one with a hook, as any other that is more, is called."""
+    monkeypatch.setattr("trl_steppo.models.forward._LOGITS_ELEMENTS", elements)
+    plain, hooked = (tiny_model("Qwen2") for _ in range(2))
+    calls: list[int] = []
+    hooked.lm_head.register_forward_hook(lambda module, args, output: calls.append(1))
+    found = []
+    for model in (plain, hooked):
+        logprobs, entropies = PolicyScorer(model)(StepRolloutCollator()(episodes), entropy=entropy)
+        loss = random_loss(logprobs, *([entropies] if entropy == "train" else []))
+        found.append((logprobs, entropies, *gradients(model, loss)))
+    assert calls
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+def test_a_second_backward_pass_through_a_called_head_raises(tiny_model, episodes):
     """The first leaves the gradient where the logits were."""
-    logprobs, _ = PolicyScorer(tiny_model("Llama"))(StepRolloutCollator()(episodes))
+    model = tiny_model("Llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: None)
+    logprobs, _ = PolicyScorer(model)(StepRolloutCollator()(episodes))
     logprobs.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logprobs.sum().backward()

@@ -83,6 +83,11 @@ class PolicyScorer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         config: Any = self.model.config
         size = max(1, _LOGITS_ELEMENTS // config.get_text_config().vocab_size)
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        if self._logit_cap is None and len(states) and _is_plain(head, states):
+            temperatures = temperatures / self._logit_scale
+            scores: Any = _HeadScores.apply(states, head.weight, targets, temperatures, entropy, size)
+            return scores
         if len(states) <= size:
             return self._token_scores(states, targets, temperatures, entropy)
         parts = [
@@ -121,15 +126,9 @@ class _TokenScores(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logprobs = logits.new_empty(len(logits))
-        entropies = logits.new_empty(len(logits)) if entropy != "skip" else None
-        for rows in _blocks(logits):
-            distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
-            logprobs[rows] = distribution.gather(-1, targets[rows, None]).squeeze(-1)
-            if entropies is not None:
-                entropies[rows] = -distribution.exp().mul_(distribution).sum(-1)
         ctx.save_for_backward(logits, targets, temperatures)
         ctx.trains_entropy = entropy == "train"
+        logprobs, entropies = _scores_of(logits, targets, temperatures, entropy)
         if entropies is not None and not ctx.trains_entropy:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -137,16 +136,114 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: Any) -> tuple[torch.Tensor, None, None, None]:
         logits, targets, temperatures = ctx.saved_tensors
-        for rows in _blocks(logits):
-            distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
-            probs = distribution.exp()
-            weights = logprobs_grad[rows, None]  # of −p
-            if ctx.trains_entropy:
-                entropies = -(probs * distribution).sum(-1, keepdim=True)
-                weights = weights + entropies_grad[rows, None] * (distribution + entropies)
-            block = probs.mul_(-weights).scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
-            logits[rows] = block.div_(temperatures[rows, None])
+        _replace_by_gradient(
+            logits, targets, temperatures, logprobs_grad, entropies_grad if ctx.trains_entropy else None
+        )
         return logits, None, None, None
+
+
+class _HeadScores(torch.autograd.Function):
+    """
+    [`_TokenScores`] of logits = states · weightᵀ, a number of states at a time.
+
+    The logits are made in one piece of memory, forward and again backward, and the weight's gradient is summed up in
+    place: a large vocabulary costs the products and little else.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        temperatures: torch.Tensor,
+        entropy: EntropyMode,
+        size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.save_for_backward(states, weight, targets, temperatures)
+        ctx.trains_entropy, ctx.size = entropy == "train", size
+        logits = states.new_empty(min(size, len(states)), len(weight))
+        parts = []
+        for rows in _slices(len(states), size):
+            chunk = torch.mm(states[rows], weight.t(), out=logits[: len(states[rows])])
+            parts.append(_scores_of(chunk, targets[rows], temperatures[rows], entropy))
+        logprobs = torch.cat([part[0] for part in parts])
+        entropies = torch.cat([part[1] for part in parts]) if entropy != "skip" else None  # type: ignore[misc]
+        if entropies is not None and not ctx.trains_entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: Any) -> tuple[torch.Tensor | None, ...]:
+        states, weight, targets, temperatures = ctx.saved_tensors
+        states_grad = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        logits = states.new_empty(min(ctx.size, len(states)), len(weight))
+        for rows in _slices(len(states), ctx.size):
+            chunk = torch.mm(states[rows], weight.t(), out=logits[: len(states[rows])])
+            of_entropies = entropies_grad[rows] if ctx.trains_entropy else None
+            _replace_by_gradient(chunk, targets[rows], temperatures[rows], logprobs_grad[rows], of_entropies)
+            if states_grad is not None:
+                torch.mm(chunk, weight, out=states_grad[rows])
+            if weight_grad is not None:
+                weight_grad.addmm_(chunk.t(), states[rows])
+        return states_grad, weight_grad, None, None, None, None
+
+
+def _is_plain(head: nn.Module, states: torch.Tensor) -> bool:
+    """
+    Whether a head is nothing but a product in the precision that scores need. Others (with an adapter, a bias, in
+    another precision, sharded over ranks) are called as the modules they are.
+    """
+    weight = getattr(head, "weight", None)
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(weight) is nn.Parameter
+        and weight.dim() == 2
+        and weight.numel() > 0
+        and states.dtype == weight.dtype
+        and states.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(states.device.type)
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not hasattr(weight, "ds_id")  # DeepSpeed's ZeRO-3
+    )
+
+
+def _scores_of(
+    logits: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    logprobs = logits.new_empty(len(logits))
+    entropies = logits.new_empty(len(logits)) if entropy != "skip" else None
+    for rows in _blocks(logits):
+        distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
+        logprobs[rows] = distribution.gather(-1, targets[rows, None]).squeeze(-1)
+        if entropies is not None:
+            entropies[rows] = -distribution.exp().mul_(distribution).sum(-1)
+    return logprobs, entropies
+
+
+def _replace_by_gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperatures: torch.Tensor,
+    logprobs_grad: torch.Tensor,
+    entropies_grad: torch.Tensor | None,
+) -> None:
+    """Write the gradient with respect to the logits over them: nothing needs them any more."""
+    for rows in _blocks(logits):
+        distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
+        probs = distribution.exp()
+        weights = logprobs_grad[rows, None]  # of −p
+        if entropies_grad is not None:
+            entropies = -(probs * distribution).sum(-1, keepdim=True)
+            weights = weights + entropies_grad[rows, None] * (distribution + entropies)
+        block = probs.mul_(-weights).scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
+        logits[rows] = block.div_(temperatures[rows, None])
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _blocks(logits: torch.Tensor) -> list[slice]:
