@@ -104,8 +104,8 @@ def make_models(work: Work) -> dict[str, Any]:
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=8,
-        num_labels=1,
     )
+    config.num_labels = 1
     policy, reference = Qwen2ForCausalLM(config), Qwen2ForCausalLM(config)
     reference.load_state_dict(policy.state_dict())
     reward_model, value_model = Qwen2ForSequenceClassification(config), Qwen2ForSequenceClassification(config)

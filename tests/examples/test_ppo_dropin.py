@@ -66,6 +66,9 @@ def test_trains_evaluates_saves_and_shows(monkeypatch, files, tmp_path, capsys):
     before = (tmp_path / "model.safetensors").read_bytes()
     run(monkeypatch, files, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1"))
     assert (tmp_path / "model.safetensors").read_bytes() == before
+    again = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert again[0] == history[0]  # the first update was not played again: its speed is logged, too
+    assert again[-1]["train_steps_per_second"] == pytest.approx(1 / again[-1]["train_runtime"], rel=0.05)
 
 
 def test_with_lora(monkeypatch, files, tmp_path):

@@ -161,6 +161,7 @@ def test_a_head_applied_in_parts_changes_nothing(tiny_model, episodes, monkeypat
 
     whole, whole_gradients = scores()
     monkeypatch.setattr("trl_steppo.models.forward._LOGITS_ELEMENTS", tokens_at_once * 64)
+    monkeypatch.setattr("trl_steppo.models.forward._BLOCK_ELEMENTS", 3 * 64)
     widths: list[int] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
     parts, part_gradients = scores()
@@ -170,6 +171,36 @@ def test_a_head_applied_in_parts_changes_nothing(tiny_model, episodes, monkeypat
         torch.testing.assert_close(one, other, **EXACT)
     if len(parts) == 2:
         assert parts[1].requires_grad == (entropy == "train")
+
+
+@pytest.mark.parametrize("entropy", ["track", "train"])
+@pytest.mark.parametrize("elements", [1, 3 * 64, 2**25], ids=["one by one", "three", "all at once"])
+def test_heads_that_are_called_and_heads_that_are_not_score_alike(
+    tiny_model, episodes, monkeypatch, entropy, elements
+):
+    """A plain head is multiplied with in place; one with a hook, as any other that is more, is called."""
+    monkeypatch.setattr("trl_steppo.models.forward._LOGITS_ELEMENTS", elements)
+    plain, hooked = (tiny_model("Qwen2") for _ in range(2))
+    calls: list[int] = []
+    hooked.lm_head.register_forward_hook(lambda module, args, output: calls.append(1))
+    found = []
+    for model in (plain, hooked):
+        logprobs, entropies = PolicyScorer(model)(StepRolloutCollator()(episodes), entropy=entropy)
+        loss = random_loss(logprobs, *([entropies] if entropy == "train" else []))
+        found.append((logprobs, entropies, *gradients(model, loss)))
+    assert calls
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+def test_a_second_backward_pass_through_a_called_head_raises(tiny_model, episodes):
+    """The first leaves the gradient where the logits were."""
+    model = tiny_model("Llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: None)
+    logprobs, _ = PolicyScorer(model)(StepRolloutCollator()(episodes))
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprobs.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,11 @@
 """
-Kills a run again and again: `killed_run.py OUTPUT_DIR NUM_KILLS SEED`.
+Kills a run again and again: `killed_run.py OUTPUT_DIR NUM_UPDATES NUM_KILLS SEED`.
 
 Imports everything once, then forks a process for each attempt to train, which goes on from the newest checkpoint there
-is. `kill -9` falls at a random moment of a rollout, an update or a save, in turn. Prints the phases it fell into.
+is. `kill -9` falls, in turn, at a random moment of a rollout, of an update, or of writing a checkpoint: not the first
+of the attempt, so that most attempts leave something to go on from.
+
+Prints a line for each kill: where it fell, the update of the newest checkpoint, whether a half-written one is left.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,8 @@ import torch
 from tiny import make_trainer, prompt_rows
 from transformers.trainer_utils import get_last_checkpoint
 
-PHASES = {"_roll_out": 1, "_learn": 2, "_save_checkpoint": 3}
+PHASES = {"_roll_out": 0.05, "_learn": 0.03, "_write_checkpoint": 0.02}  # method: seconds that it takes, about
 SETTINGS: dict[str, Any] = {
-    "total_episodes": 64,
     "num_mini_batches": 2,
     "num_ppo_epochs": 2,
     "kl_coef": 0.05,
@@ -36,54 +39,55 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def train(directory: Path, phase: Any = None) -> None:
-    """A run, or the rest of it; `phase` shows another process where it is."""
+def train(directory: Path, num_updates: int, entered: Any = None) -> None:
+    """A run, or the rest of it; `entered` counts for another process how often it was in each phase."""
     torch.set_num_threads(1)
     trainer = make_trainer(
-        directory, eval_dataset=prompt_rows(3), dump_episodes_dir=str(directory / "episodes"), **SETTINGS
+        directory,
+        total_episodes=8 * num_updates,
+        eval_dataset=prompt_rows(3),
+        dump_episodes_dir=str(directory / "episodes"),
+        **SETTINGS,
     )
-    for name, number in PHASES.items() if phase is not None else ():
-        setattr(trainer, name, shown(getattr(trainer, name), phase, number))
+    for index, name in enumerate(PHASES if entered is not None else ()):
+        setattr(trainer, name, counted(getattr(trainer, name), entered, index))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(directory)) if directory.is_dir() else None)
     trainer.save_model()
 
 
-def shown(method: Any, phase: Any, number: int) -> Any:
+def counted(method: Callable[..., Any], entered: Any, index: int) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        phase.value = number
-        try:
-            return method(*args, **kwargs)
-        finally:
-            phase.value = 0
+        entered[index] += 1
+        return method(*args, **kwargs)
 
     return run
 
 
-def main(directory: Path, num_kills: int, seed: int) -> None:
+def main(directory: Path, num_updates: int, num_kills: int, seed: int) -> None:
     torch.set_num_threads(1)
+    train(
+        directory.with_name("warm"), 1
+    )  # what is slow for the first time is not so in the processes forked from here
     context, generator = multiprocessing.get_context("fork"), random.Random(seed)
-    kills = 0
-    while True:
-        phase = context.Value("i", 0, lock=False)
-        child = context.Process(target=train, args=(directory, phase))
+    for number in range(num_kills):
+        target, ordinal = number % len(PHASES), generator.randint(2, 3)
+        entered = context.Array("i", len(PHASES), lock=False)
+        child = context.Process(target=train, args=(directory, num_updates, entered))
         child.start()
-        if kills < num_kills:
-            target = 1 + kills % 3
-            while phase.value != target and child.is_alive():
-                time.sleep(0.0002)
-            time.sleep(generator.random() * 0.05)  # a phase takes some 10 to 100 ms
-            fell_into = phase.value
-            os.kill(child.pid or 0, signal.SIGKILL)
-            child.join()
-            if child.exitcode == -signal.SIGKILL:
-                kills += 1
-                print(fell_into, flush=True)
-                continue
+        while entered[target] < ordinal and child.is_alive():
+            time.sleep(0.0002)
+        time.sleep(generator.random() * list(PHASES.values())[target])
+        os.kill(child.pid or 0, signal.SIGKILL)
         child.join()
-        if kills >= num_kills or child.exitcode:
-            sys.exit(child.exitcode)
-        sys.exit(f"the run ended after {kills} of {num_kills} kills")
+        if child.exitcode != -signal.SIGKILL:
+            sys.exit(f"the run ended after {number} of {num_kills} kills")
+        newest = get_last_checkpoint(str(directory)) or "-0"
+        print("killed", target, newest.rpartition("-")[2], int(any(directory.glob("*.partial"))), flush=True)
+    child = context.Process(target=train, args=(directory, num_updates))
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -19,10 +19,11 @@ def replay_all() -> None:
     torch.set_num_threads(1)
     scenarios, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name, settings in scenarios.items():
-        replay(output / name, {**settings, "ddp_backend": "gloo"})
+        checkpoint = settings.pop("resume_from_checkpoint", None)
+        replay(output / name, {**settings, "ddp_backend": "gloo"}, checkpoint)
 
 
-def replay(directory: Path, settings: dict[str, Any]) -> None:
+def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: str | None = None) -> None:
     trainer = make_trainer(
         directory,
         value_model=make_classifier(),
@@ -31,7 +32,7 @@ def replay(directory: Path, settings: dict[str, Any]) -> None:
         eval_dataset=prompt_rows(1),  # the second rank has nothing to evaluate
         **settings,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model()
     if trainer.accelerator.num_processes > 1:  # every rank has the same weights
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])

@@ -59,7 +59,17 @@ def test_adapters_and_the_value_head_train_and_nothing_else(tmp_path, gradient_c
 
 
 def test_checkpointing_changes_nothing(tmp_path):
-    a, b = (trained(tmp_path / str(on), gradient_checkpointing=on) for on in (False, True))
+    a, b = (make_trainer(tmp_path / str(on), peft_config=lora(), gradient_checkpointing=on) for on in (False, True))
+    forwards: dict[StepPOTrainer, int] = {a: 0, b: 0}
+    for trainer in (a, b):
+        layer = plain_model(trainer.model).model.layers[0].mlp
+
+        def count(*args: Any, trainer: StepPOTrainer = trainer) -> None:
+            forwards[trainer] += torch.is_grad_enabled()
+
+        layer.register_forward_pre_hook(count)  # a recomputation may stop before the end
+        trainer.train()
+    assert forwards[b] == 2 * forwards[a]  # once more in every backward pass
     assert same(weights(a.model), weights(b.model))
 
 
@@ -217,6 +227,14 @@ def test_saved_adapters_load_elsewhere(tmp_path, critic_shares_base):
         ({"ref_adapter_name": "x", "peft_config": lora(), **KL}, r"`ref_adapter_name` is 'x'.*\['default'\]"),
         ({"model_adapter_name": "x", "model": get_peft_model(make_model(), lora())}, "`model_adapter_name` is 'x'"),
         ({"critic_shares_base": True, "peft_config": lora(), "value_model": make_classifier()}, "remove one"),
+        ({"critic_shares_base": True, "peft_config": lora(bias="all")}, "leave one out"),
+        ({"critic_shares_base": True, "peft_config": lora(modules_to_save=["embed_tokens"])}, "leave one out"),
+        ({"peft_config": lora(init_lora_weights="pissa")}, "no `value_model` as it was loaded"),
+        ({"peft_config": lora(bias="all"), **KL}, "no `ref_model` as it was loaded"),
+        (
+            {"model": two_adapters(), "ref_adapter_name": "start", **KL},
+            "`ref_adapter_name` is 'start', which is trained",
+        ),
     ],
 )
 def test_mistakes_are_found_at_construction(tmp_path, arguments, words):
@@ -228,6 +246,27 @@ def test_an_adapter_that_was_loaded_for_inference(tmp_path):
     model = get_peft_model(make_model(), lora())
     model.requires_grad_(False)
     with pytest.raises(ConfigurationError, match="`is_trainable=True`"):
+        make_trainer(tmp_path, model=model)
+
+
+def test_a_reference_that_is_the_policy_s_own_base(tmp_path):
+    base = make_model()
+    with pytest.raises(ConfigurationError, match="`ref_model` is the policy itself"):
+        make_trainer(tmp_path, model=get_peft_model(base, lora()), ref_model=base, **KL)
+
+
+def test_a_critic_on_the_policy_s_own_trunk(tmp_path):
+    policy, critic = make_model(), make_classifier()
+    critic.model = policy.model
+    with pytest.raises(ConfigurationError, match="both train model"):
+        make_trainer(tmp_path, model=policy, value_model=critic)
+
+
+def test_what_is_trained_beside_the_adapter(tmp_path):
+    """No checkpoint of the adapter would hold it."""
+    model = get_peft_model(make_model(), lora())
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+    with pytest.raises(ConfigurationError, match=r"`model` trains .*lm_head.* beside its adapter"):
         make_trainer(tmp_path, model=model)
 
 

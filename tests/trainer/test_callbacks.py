@@ -200,4 +200,5 @@ def test_push_to_hub(tmp_path, hub):
     assert "on_push_begin" in recorder.events
     assert {repo for repo, _ in hub.uploads} == {"someone/tiny-agent"}
     assert len(hub.uploads) == 3  # two checkpoints and the end
-    assert {"README.md", "model.safetensors", "tokenizer.json", "critic/model.safetensors"} <= hub.uploads[-1][1]
+    for _, files in hub.uploads:
+        assert {"README.md", "model.safetensors", "tokenizer.json", "critic/model.safetensors"} <= files

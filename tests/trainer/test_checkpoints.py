@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from killed_run import SETTINGS, train
+from killed_run import train
 from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows, same, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from trl_steppo import StepPOTrainer
-from trl_steppo.errors import CheckpointError
+from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.rollout import load_episodes
+from trl_steppo.trainer.checkpoints import rotate
 
 SAVING: dict[str, Any] = {"total_episodes": 24, "save_strategy": "steps", "save_steps": 1}
 
@@ -47,30 +48,28 @@ def assert_same_run(a: Path, b: Path) -> None:
 # -- kills ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("uninterrupted")
-    train(directory)
-    return directory
-
-
-@pytest.mark.parametrize("num_kills", [3, pytest.param(21, marks=pytest.mark.slow)])
-def test_kill_9_at_random_moments(uninterrupted, tmp_path, num_kills):
+@pytest.mark.parametrize(("num_kills", "num_updates"), [(3, 9), pytest.param(21, 60, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(tmp_path, num_kills, num_updates):
     script = Path(__file__).with_name("killed_run.py")
+    arguments = [str(tmp_path / "run"), str(num_updates), str(num_kills), "7"]
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "run"), str(num_kills), "7"],
+        [sys.executable, str(script), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    phases = [int(line) for line in done.stdout.split() if line.isdigit()]
-    assert len(phases) == num_kills
-    print("kills during [between phases, rollout, update, save]:", [phases.count(n) for n in range(4)])
+    kills = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("killed")]
+    assert len(kills) == num_kills
+    print("(phase, update of the newest checkpoint, whether a half-written one is left):", kills)
+    newest = [update for _, update, _ in kills]
+    assert newest == sorted(newest)
+    assert 0 < newest[0] < newest[-1] < num_updates  # every attempt went on from where the last one was killed
     if num_kills > 10:
-        assert {1, 2, 3} <= set(phases)
-    assert_same_run(uninterrupted, tmp_path / "run")
+        assert any(half_written for *_, half_written in kills)
+    train(tmp_path / "uninterrupted", num_updates)
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +132,26 @@ def test_a_longer_run_goes_on_with_the_next_rows(tmp_path):
     assert played == list(range(24, 40))
 
 
+def test_resuming_after_an_update_was_broken_off(tmp_path):
+    """In the same process: what its backward passes left behind is gone."""
+
+    class BreaksOff(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    settings = {**SAVING, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    callback = BreaksOff()
+    broken = make_trainer(tmp_path / "broken", callbacks=[callback], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    broken.remove_callback(callback)
+    broken.train(resume_from_checkpoint=True)
+    assert same(weights(broken.model), weights(whole.model))
+
+
 # -- what is saved, and when it is there ------------------------------------------------------------------------------
 
 
@@ -145,6 +164,18 @@ def test_a_checkpoint_holds_everything(tmp_path):
         *("trainer_state.json", "training_args.bin", "checkpoint.json"),
     } <= files
     assert (tmp_path / "README.md").is_file()  # the model card
+
+
+def test_deleting_the_oldest_is_not_seen_half_done(tmp_path, monkeypatch):
+    """Killed while an old checkpoint is deleted: what is left of it is no checkpoint, and goes with the next save."""
+    make_trainer(tmp_path, **SAVING).train()
+    monkeypatch.setattr("trl_steppo.trainer.checkpoints.shutil.rmtree", lambda path, **kwargs: None)
+    rotate(tmp_path, 1, keep={"checkpoint-3"})
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert names == ["checkpoint-1.replaced", "checkpoint-2.replaced", "checkpoint-3"]
+    monkeypatch.undo()
+    make_trainer(tmp_path, **{**SAVING, "total_episodes": 32}).train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_save_total_limit(tmp_path):
@@ -332,7 +363,24 @@ def test_early_stopping_counts_on_after_resuming(tmp_path):
     assert same(weights(rest.model), weights(whole.model))
 
 
-def test_settings_of_killed_runs_cover_what_can_be_lost():
-    """A checkpoint between two logs, with more than one optimizer step an update, and a schedule that moves."""
-    assert SETTINGS["save_steps"] < SETTINGS["logging_steps"]
-    assert SETTINGS["lr_scheduler_type"] != "constant"
+def test_the_best_checkpoint_is_gone(tmp_path):
+    """Deleted by someone while the run went on: it ends with the weights it has, and says so."""
+
+    class Deletes(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.directory = Path(args.output_dir)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 8:
+                shutil.rmtree(self.directory / "checkpoint-2")
+
+    trainer = best_run(tmp_path, callbacks=[Deletes()])
+    assert trainer.state.global_step == 8
+    assert (tmp_path / "trainer_state.json").is_file()
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_loss", "env/reward"])
+def test_a_metric_that_no_evaluation_measures(tmp_path, metric):
+    settings = {**BEST, "metric_for_best_model": metric}
+    with pytest.raises(ConfigurationError, match=f"`metric_for_best_model` is '{metric}'"):
+        make_trainer(tmp_path, eval_dataset=prompt_rows(2), **settings)

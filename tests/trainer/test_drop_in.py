@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from dataclasses import fields
@@ -11,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType
+from peft import LoraConfig, get_peft_model
 from tiny import TOKENIZER, Endless, distance, id_rows, make_classifier, make_model, make_trainer, same, weights
-from transformers import DataCollatorWithPadding, TrainingArguments, get_scheduler
+from transformers import DataCollatorWithPadding, OPTConfig, OPTForCausalLM, TrainingArguments, get_scheduler
 
 from trl_steppo import StepPOTrainer
 from trl_steppo.errors import ConfigurationError
-from trl_steppo.trainer.checks import check_distribution
 from trl_steppo.trainer.ppo import PPOConfig, PPOTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +197,7 @@ def test_optimizers_that_cannot_work(tmp_path):
         ({"optimizers": (optimizer, None), "value_model": None}, "no parameter of `value_model`"),
         ({"optimizers": (optimizer, None), "model": make_model()}, "no parameter of `model`"),
         ({"optimizers": (3, None)}, "`optimizers` has a int"),
+        ({"optimizers": (optimizer, None), "peft_config": LoraConfig(task_type="CAUSAL_LM")}, "a `PeftModel` instead"),
     ]:
         with pytest.raises(ConfigurationError, match=words):
             make_trainer(tmp_path, **{"model": policy, "value_model": critic, **given})
@@ -225,12 +227,31 @@ def test_a_data_collator(tmp_path, padding_side):
     assert same(weights(theirs.model), weights(plain.model))
 
 
-def test_dropout_is_off(tmp_path):
+def with_opt() -> Any:
+    """An architecture whose layers keep the probability themselves."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=len(TOKENIZER), word_embed_proj_dim=32, pad_token_id=257, dropout=0.5, **sizes)
+    return OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [lambda: make_model(attention_dropout=0.5), with_opt], ids=["Qwen2", "OPT"])
+def test_dropout_is_off(tmp_path, make):
     """As in `PPOTrainer`: importance ratios are 1 before anything has moved."""
-    model = make_model(attention_dropout=0.5)
-    trainer = drop_in(tmp_path, model=model, settings={"num_ppo_epochs": 1})
+    trainer = drop_in(tmp_path, model=make(), settings={"num_ppo_epochs": 1})
     trainer.train()
     assert trainer.state.log_history[0]["val/ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_reward_model_with_an_adapter(tmp_path):
+    torch.manual_seed(0)
+    reward_model = get_peft_model(make_classifier(3), LoraConfig(task_type="SEQ_CLS", init_lora_weights=False))
+    merged = copy.deepcopy(reward_model).merge_and_unload()
+    one, other = (drop_in(tmp_path / str(n), reward_model=m) for n, m in enumerate((reward_model, merged)))
+    for trainer in (one, other):
+        trainer.train()
+    scores = [[logs["objective/scores"] for logs in t.state.log_history if "episode" in logs] for t in (one, other)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
 
 
 def test_generate_completions(tmp_path, capsys):
@@ -282,8 +303,11 @@ def test_bf16_trains_on_a_cpu(tmp_path, kind):
         network.module.register_forward_hook(
             lambda module, args, output: seen.append((output[0] if isinstance(output, tuple) else output).dtype)
         )
+    inside: set[torch.dtype] = set()
+    trainer.model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: inside.add(output.dtype))
     before = weights(trainer.model)
     trainer.train()
+    assert inside == {torch.bfloat16}  # in rollouts, scoring and training
     assert set(seen) == {torch.float32}
     assert distance(weights(trainer.model), before) > 1e-3
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {dtype}
@@ -298,9 +322,10 @@ def test_bf16_trains_on_a_cpu(tmp_path, kind):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha`=5.0 has no effect"),
-        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor`=0.1 has no effect"),
-        ({"auto_find_batch_size": True}, "`auto_find_batch_size`=True has no effect"),
+        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha`=5.0 cannot be used"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor`=0.1 cannot be used"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size`=True cannot be used"),
+        ({"enable_jit_checkpoint": True}, "`enable_jit_checkpoint`=True cannot be used"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "choose a schedule over updates"),
         ({"kl_estimator": "k2"}, "`kl_estimator` is 'k2'"),
         ({"stop_token": "eos", "stop_token_id": 3}, "both set"),
@@ -313,9 +338,11 @@ def test_settings_that_cannot_work(tmp_path, settings, words):
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
-def test_engines_that_this_version_does_not_know(engine):
+def test_engines_that_this_version_does_not_know(tmp_path, monkeypatch, engine):
+    trainer = drop_in(tmp_path)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType[engine])
     with pytest.raises(ConfigurationError, match=f"launched with {engine}"):
-        check_distribution(DistributedType[engine])
+        drop_in(tmp_path)
 
 
 def test_arguments_that_cannot_work(tmp_path):

@@ -37,6 +37,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "token_ppo": {"advantage_estimator": "token_gae", "importance_sampling_level": "token"},
     "failures": {"loss_aggregation": "episode"},
 }
+SAVED: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1}
 
 
 def failed(episode: Episode) -> Episode:
@@ -94,6 +95,9 @@ def runs(request, recorded, tmp_path_factory) -> Path:
                 "replay_episodes_dir": str(recording),
                 "per_device_train_batch_size": 8 // ranks,
             }
+    scenarios[2]["saved"] = scenarios[2]["plain"] | SAVED
+    checkpoint = str(root / "2" / "saved" / "checkpoint-1")
+    scenarios[2]["resumed"] = scenarios[2]["saved"] | {"resume_from_checkpoint": checkpoint}
     for name, settings in scenarios[1].items():
         replay(root / "1" / name, settings)
     file = root / "scenarios.json"
@@ -134,6 +138,18 @@ def test_two_ranks_log_what_one_logs(runs, name):
         assert compared <= set(two)
         for key in compared:
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5, nan_ok=True), (one["step"], key)
+
+
+def test_two_ranks_resume(runs):
+    """From a checkpoint after the first of three updates: the same weights, bit for bit."""
+    saved, resumed = runs / "2" / "saved", runs / "2" / "resumed"
+    assert distance(load(saved), load(saved / "checkpoint-1")) > 1e-3
+    for name in ("model.safetensors", "critic/model.safetensors"):
+        assert (saved / name).read_bytes() == (resumed / name).read_bytes()
+    assert {path.name for path in (saved / "checkpoint-1").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
 
 
 def test_what_failed_was_counted_on_all_ranks(runs):

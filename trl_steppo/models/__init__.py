@@ -2,7 +2,15 @@
 
 from pathlib import Path
 
-from .adapters import AdapterReference, add_adapter, as_reference, critic_adapter, is_peft_model, plain_model
+from .adapters import (
+    AdapterReference,
+    add_adapter,
+    as_reference,
+    critic_adapter,
+    is_peft_model,
+    plain_model,
+    saved_with_adapter,
+)
 from .attention import prepare_for_tries, takes_tries
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
@@ -23,6 +31,7 @@ __all__ = [
     "is_peft_model",
     "plain_model",
     "prepare_for_tries",
+    "saved_with_adapter",
     "score_sequences",
     "takes_tries",
 ]

@@ -78,6 +78,14 @@ def critic_adapter(peft_config: Any) -> Any:
     return config
 
 
+def saved_with_adapter(model: Any) -> set[int]:
+    """The memory of the parameters that `save_pretrained` writes for a `PeftModel`'s active adapter."""
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    return {tensor.data_ptr() for tensor in weights.values()}
+
+
 def shared_copy(model: Any) -> PreTrainedModel:
     """
     A second plain model, without adapters, whose parameters are the model's own: one copy of the weights in memory.

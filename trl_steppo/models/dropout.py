@@ -13,5 +13,6 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # a probability, as most attentions keep it
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():  # probabilities that attentions and layers keep to use themselves
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigurationError
 from .attention import Run, forward_arguments
 
-_LOGITS_ELEMENTS = 2**24  # float32 logits held at a time: 64 MiB, and as much for their gradient
-_BLOCK_ELEMENTS = 2**21  # of these, as many as are worked on at a time: what stays in a processor's cache
+_LOGITS_ELEMENTS = 2**25  # float32 logits held at a time: 128 MiB
+_BLOCK_ELEMENTS = 2**20  # of these, as many as a CPU works on at a time: what its cache holds
 
 
 EntropyMode = Literal["skip", "track", "train"]
@@ -88,6 +88,11 @@ class PolicyScorer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         config: Any = self.model.config
         size = max(1, _LOGITS_ELEMENTS // config.get_text_config().vocab_size)
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        if self._logit_cap is None and len(states) and _is_plain(head, states):
+            temperatures = temperatures / self._logit_scale
+            scores: Any = _HeadScores.apply(states, head.weight, targets, temperatures, entropy, size)
+            return scores
         if len(states) <= size:
             return self._token_scores(states, targets, temperatures, entropy)
         parts = [
@@ -106,7 +111,7 @@ class PolicyScorer(nn.Module):
         if self._logit_cap is not None:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
         scores: Any = _TokenScores.apply(logits, targets, temperatures / self._logit_scale, entropy)
-        return scores  # type: ignore[no-any-return]
+        return scores
 
 
 class _TokenScores(torch.autograd.Function):
@@ -117,47 +122,138 @@ class _TokenScores(torch.autograd.Function):
         H = −Σ p·log p                     ∂H/∂x = −p·(log p + H)
 
     Autograd would keep x and log p beside the logits, and walk through memory once for every operation. Here a few
-    rows at a time go through all operations, and the backward pass goes through them again.
+    rows at a time go through all operations, the backward pass goes through them again, and the gradient takes the
+    place of the logits, which nothing else reads. (Should anything need them after all, as a second backward pass
+    does, autograd notices that they have changed, and raises.)
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logprobs = logits.new_empty(len(logits))
-        entropies = logits.new_empty(len(logits)) if entropy != "skip" else None
-        for rows in _blocks(logits):
-            distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
-            logprobs[rows] = distribution.gather(-1, targets[rows, None]).squeeze(-1)
-            if entropies is not None:
-                entropies[rows] = -distribution.exp().mul_(distribution).sum(-1)
         ctx.save_for_backward(logits, targets, temperatures)
         ctx.trains_entropy = entropy == "train"
+        logprobs, entropies = _scores_of(logits, targets, temperatures, entropy)
         if entropies is not None and not ctx.trains_entropy:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(
-        ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: torch.Tensor | None
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: Any) -> tuple[torch.Tensor, None, None, None]:
         logits, targets, temperatures = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        for rows in _blocks(logits):
-            distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
-            probs = distribution.exp()
-            weights = logprobs_grad[rows, None]  # of −p
-            if ctx.trains_entropy:
-                entropies = -(probs * distribution).sum(-1, keepdim=True)
-                weights = weights + entropies_grad[rows, None] * (distribution + entropies)
-            block = probs.mul_(-weights).scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
-            torch.div(block, temperatures[rows, None], out=grad[rows])
-        return grad, None, None, None
+        _replace_by_gradient(
+            logits, targets, temperatures, logprobs_grad, entropies_grad if ctx.trains_entropy else None
+        )
+        return logits, None, None, None
+
+
+class _HeadScores(torch.autograd.Function):
+    """
+    [`_TokenScores`] of logits = states · weightᵀ, a number of states at a time.
+
+    The logits are made in one piece of memory, forward and again backward, and the weight's gradient is summed up in
+    place: a large vocabulary costs the products and little else.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        temperatures: torch.Tensor,
+        entropy: EntropyMode,
+        size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.save_for_backward(states, weight, targets, temperatures)
+        ctx.trains_entropy, ctx.size = entropy == "train", size
+        logits = states.new_empty(min(size, len(states)), len(weight))
+        parts = []
+        for rows in _slices(len(states), size):
+            chunk = torch.mm(states[rows], weight.t(), out=logits[: len(states[rows])])
+            parts.append(_scores_of(chunk, targets[rows], temperatures[rows], entropy))
+        logprobs = torch.cat([part[0] for part in parts])
+        entropies = torch.cat([part[1] for part in parts]) if entropy != "skip" else None  # type: ignore[misc]
+        if entropies is not None and not ctx.trains_entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: Any) -> tuple[torch.Tensor | None, ...]:
+        states, weight, targets, temperatures = ctx.saved_tensors
+        states_grad = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        logits = states.new_empty(min(ctx.size, len(states)), len(weight))
+        for rows in _slices(len(states), ctx.size):
+            chunk = torch.mm(states[rows], weight.t(), out=logits[: len(states[rows])])
+            of_entropies = entropies_grad[rows] if ctx.trains_entropy else None
+            _replace_by_gradient(chunk, targets[rows], temperatures[rows], logprobs_grad[rows], of_entropies)
+            if states_grad is not None:
+                torch.mm(chunk, weight, out=states_grad[rows])
+            if weight_grad is not None:
+                weight_grad.addmm_(chunk.t(), states[rows])
+        return states_grad, weight_grad, None, None, None, None
+
+
+def _is_plain(head: nn.Module, states: torch.Tensor) -> bool:
+    """
+    Whether a head is nothing but a product in the precision that scores need. Others (with an adapter, a bias, in
+    another precision, sharded over ranks) are called as the modules they are.
+    """
+    weight = getattr(head, "weight", None)
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(weight) is nn.Parameter
+        and weight.dim() == 2
+        and weight.numel() > 0
+        and states.dtype == weight.dtype
+        and states.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(states.device.type)
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not hasattr(weight, "ds_id")  # DeepSpeed's ZeRO-3
+    )
+
+
+def _scores_of(
+    logits: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    logprobs = logits.new_empty(len(logits))
+    entropies = logits.new_empty(len(logits)) if entropy != "skip" else None
+    for rows in _blocks(logits):
+        distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
+        logprobs[rows] = distribution.gather(-1, targets[rows, None]).squeeze(-1)
+        if entropies is not None:
+            entropies[rows] = -distribution.exp().mul_(distribution).sum(-1)
+    return logprobs, entropies
+
+
+def _replace_by_gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperatures: torch.Tensor,
+    logprobs_grad: torch.Tensor,
+    entropies_grad: torch.Tensor | None,
+) -> None:
+    """Write the gradient with respect to the logits over them: nothing needs them any more."""
+    for rows in _blocks(logits):
+        distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
+        probs = distribution.exp()
+        weights = logprobs_grad[rows, None]  # of −p
+        if entropies_grad is not None:
+            entropies = -(probs * distribution).sum(-1, keepdim=True)
+            weights = weights + entropies_grad[rows, None] * (distribution + entropies)
+        block = probs.mul_(-weights).scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
+        logits[rows] = block.div_(temperatures[rows, None])
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _blocks(logits: torch.Tensor) -> list[slice]:
-    """Rows of (M, V) that are worked on together."""
-    size = max(1, _BLOCK_ELEMENTS // logits.shape[-1])
+    """Rows of (M, V) that are worked on together. Other devices take them all: small kernels would leave them idle."""
+    size = max(1, _BLOCK_ELEMENTS // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 

@@ -69,44 +69,96 @@ class Manifest:
 
 
 @contextmanager
-def written_whole(directory: Path, *, is_writer: bool, wait_for_all: Callable[[], None]) -> Iterator[Path]:
+def written_whole(
+    directory: Path, manifest: Manifest, *, is_writer: bool, gather: Callable[[list[Any]], list[Any]]
+) -> Iterator[Path]:
     """
     A directory to write into. It becomes `directory` when the block ends without an error, and is removed otherwise.
 
     Args:
         directory (`Path`):
             The checkpoint's place.
+        manifest ([`Manifest`]):
+            What the checkpoint says about itself.
         is_writer (`bool`):
             Whether this process makes and moves the directory; all of them may write into it.
-        wait_for_all (`Callable`):
-            A barrier over all ranks.
+        gather (`Callable`):
+            Collects the lists of all ranks, which wait for each other: what one cannot write fails on all of them.
 
     Raises:
         CheckpointError: If anything could not be written; what was there before is untouched.
     """
     partial = directory.with_name(f"{directory.name}.partial")
-    try:
-        if is_writer:
-            for left in [
-                *directory.parent.glob("checkpoint-*.partial"),
-                *directory.parent.glob("checkpoint-*.replaced"),
-            ]:
-                shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
-            partial.mkdir(parents=True)
-        wait_for_all()
-        yield partial
-        wait_for_all()
-        if is_writer:
-            _sync(partial)
-            _replace(directory, partial)
-    except Exception as error:  # libraries wrap "no space left" in exceptions of their own
+
+    def fail_together(error: Exception | None) -> None:
+        errors = [found for found in gather([None if error is None else str(error)]) if found is not None]
+        if not errors:
+            return
         if is_writer:
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{directory} could not be written: {error}. Earlier checkpoints are untouched: make room (or mend what "
-            "the message says), and go on with `resume_from_checkpoint`"
+            f"{directory} could not be written: {errors[0]}. Earlier checkpoints are untouched: make room (or mend "
+            "what the message says), and go on with `resume_from_checkpoint`"
         ) from error
-    wait_for_all()
+
+    with _caught() as caught:
+        if is_writer:
+            _remove_leftovers(directory.parent)
+            partial.mkdir(parents=True)
+    fail_together(caught.error)
+    with _caught() as caught:
+        yield partial
+    fail_together(caught.error)
+    with _caught() as caught:
+        if is_writer:
+            write_manifest(partial, manifest)
+            _sync(partial)
+            _replace(directory, partial)
+    fail_together(caught.error)
+
+
+@dataclass
+class _Caught:
+    error: Exception | None = None
+
+
+@contextmanager
+def _caught() -> Iterator[_Caught]:
+    """Keeps an exception for later; libraries wrap "no space left" in exceptions of their own, so any."""
+    caught = _Caught()
+    try:
+        yield caught
+    except Exception as error:
+        caught.error = error
+
+
+def rotate(output_dir: Path, limit: int | None, *, keep: set[str]) -> None:
+    """
+    Delete the oldest checkpoints until at most `limit` are left, those in `keep` among them whatever happens.
+
+    A kill while one is deleted leaves it under a name that nothing picks up.
+    """
+    if not limit or limit < 1:
+        return
+    found = sorted(_checkpoints(output_dir), key=_step)
+    for path in [path for path in found if path.name not in keep][: max(0, len(found) - limit)]:
+        replaced = path.with_name(f"{path.name}.replaced")
+        path.rename(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    return [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """What runs that were killed left behind."""
+    for left in [*output_dir.glob("checkpoint-*.partial"), *output_dir.glob("checkpoint-*.replaced")]:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -119,11 +171,15 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def _sync(directory: Path) -> None:
     """All of it to the disk: a power cut must not leave a checkpoint of empty files."""
     for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(directory: Path, partial: Path) -> None:
@@ -133,6 +189,7 @@ def _replace(directory: Path, partial: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         directory.rename(replaced)
     partial.rename(directory)
+    _sync_one(directory.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -196,13 +253,10 @@ def read_manifest(directory: Path, identity: Mapping[str, Any]) -> Manifest:
 
 def _others(directory: Path) -> str:
     """The cure, with the checkpoints that could be resumed from instead."""
-    names = sorted(
-        (path.name for path in directory.parent.glob("checkpoint-*") if path != directory and path.suffix == ""),
-        key=lambda name: int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdigit() else -1,
-    )
-    if not names:
+    others = sorted((path for path in _checkpoints(directory.parent) if path != directory), key=_step)
+    if not others:
         return "There is no other checkpoint beside it"
-    return f"Delete it, or resume from another: {', '.join(names)}"
+    return f"Delete it, or resume from another: {', '.join(path.name for path in others)}"
 
 
 def _check_identity(directory: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -251,6 +305,8 @@ def load_weights(model: Any, directory: Path) -> None:
     Raises:
         CheckpointError: If they are not this model's.
     """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not there, so its weights cannot be loaded")
     try:
         if is_peft_model(model):
             from peft import load_peft_weights, set_peft_model_state_dict
@@ -264,8 +320,10 @@ def load_weights(model: Any, directory: Path) -> None:
             return
         weights = _read_safetensors(directory)
         if not _fit(model, weights):
-            # Some architectures are saved under other names than they are held; their own loading knows them.
-            weights = type(model).from_pretrained(directory, dtype=model.dtype).state_dict()
+            # Some architectures are saved under other names than they are held; their own loading knows them. Float32
+            # holds every type that weights have, and copying casts back.
+            loaded = type(model).from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+            weights = loaded.state_dict()
         model.load_state_dict(weights, strict=False)
     except CheckpointError:
         raise

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import SchedulerType
 
 from ..errors import ConfigurationError
-from ..models import check_critic, is_peft_model
+from ..models import check_critic, is_peft_model, plain_model, saved_with_adapter
 from .steppo_config import CRITIC_ESTIMATORS, StepPOConfig
 
 
@@ -20,12 +20,21 @@ def refuse_unsupported(args: StepPOConfig) -> None:
         ("neftune_noise_alpha", None),
         ("label_smoothing_factor", 0.0),
         ("auto_find_batch_size", False),
+        ("enable_jit_checkpoint", False),  # saves in the middle of an update, which no run can go on from
     ):
-        if getattr(args, name) != unset:
-            raise ConfigurationError(f"`{name}`={getattr(args, name)!r} has no effect in this trainer; leave it out")
+        if getattr(args, name, unset) != unset:
+            raise ConfigurationError(
+                f"`{name}`={getattr(args, name)!r} cannot be used with this trainer; leave it out"
+            )
     if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
         raise ConfigurationError(
             "`lr_scheduler_type` is 'reduce_lr_on_plateau', which waits for a metric; choose a schedule over updates"
+        )
+    metric = args.metric_for_best_model
+    if metric is not None and ("/" in metric or metric.removeprefix("eval_") == "loss"):
+        raise ConfigurationError(
+            f"`metric_for_best_model` is {metric!r}, which no evaluation measures; set it to one that does, e.g. "
+            "'reward' or a metric of the environment, and `greater_is_better`"
         )
 
 
@@ -51,7 +60,7 @@ def check_models(
             "`value_model` is the `reward_model` itself, which must not be trained; load it twice, or leave "
             "`value_model` out to have a critic built"
         )
-    if ref_model is model:
+    if ref_model is not None and plain_model(ref_model) is plain_model(model):
         raise ConfigurationError(
             "`ref_model` is the policy itself, which training changes; leave it out to have a copy made"
         )
@@ -70,7 +79,7 @@ def check_models(
         check_critic(reward_model, "reward_model")
 
 
-def check_adapters(args: StepPOConfig, model: Any, value_model: Any) -> None:
+def check_adapters(args: StepPOConfig, model: Any, ref_model: Any, value_model: Any) -> None:
     """Settings about adapters, and the adapters that the policy has."""
     if not is_peft_model(model):
         for name in ("model_adapter_name", "ref_adapter_name", "critic_shares_base"):
@@ -85,6 +94,13 @@ def check_adapters(args: StepPOConfig, model: Any, value_model: Any) -> None:
             raise ConfigurationError(
                 f"`{name}` is {getattr(args, name)!r}, and the adapters of `model` are {list(model.peft_config)}"
             )
+    adapter = args.model_adapter_name or model.active_adapter
+    if args.ref_adapter_name == adapter:
+        raise ConfigurationError(
+            f"`ref_adapter_name` is {adapter!r}, which is trained; a reference must not change. Load the adapter a "
+            "second time under another name, or leave it out"
+        )
+    _check_base(args, model.peft_config[adapter], ref_model, value_model)
     if args.ref_adapter_name is not None and not args.uses_reference:
         raise ConfigurationError(
             f"`ref_adapter_name`={args.ref_adapter_name!r} has no effect: `kl_coef` and `kl_loss_coef` are both 0; "
@@ -98,6 +114,50 @@ def check_adapters(args: StepPOConfig, model: Any, value_model: Any) -> None:
         raise ConfigurationError(
             f"`critic_shares_base` has no effect with `advantage_estimator`={args.advantage_estimator!r}, which has "
             "no critic; leave it out"
+        )
+
+
+def _check_base(args: StepPOConfig, peft_config: Any, ref_model: Any, value_model: Any) -> None:
+    """Adapters that change the base model, where another network relies on it."""
+    start, bias = getattr(peft_config, "init_lora_weights", True), getattr(peft_config, "bias", "none")
+    changes_base = isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq"))
+    for name, needed, given in (
+        ("ref_model", args.uses_reference and args.ref_adapter_name is None, ref_model),
+        ("value_model", args.uses_critic, value_model),
+    ):
+        if needed and given is None and (changes_base or (bias != "none" and name == "ref_model")):
+            setting = f"init_lora_weights={start!r}" if changes_base else f"bias={bias!r}"
+            raise ConfigurationError(
+                f"the adapter's {setting} changes the base model, which is then no `{name}` as it was loaded; pass one"
+            )
+    if args.critic_shares_base and (bias != "none" or peft_config.modules_to_save):
+        raise ConfigurationError(
+            f"`critic_shares_base` is set, and the adapter has bias={bias!r} and modules_to_save="
+            f"{peft_config.modules_to_save}, which train parts of the base that both would share; leave one out"
+        )
+
+
+def check_apart(model: nn.Module, value_model: nn.Module) -> None:
+    """Two networks that train one parameter."""
+    ids = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    shared = [n for n, p in value_model.named_parameters() if p.requires_grad and id(p) in ids]
+    if shared:
+        raise ConfigurationError(
+            f"`model` and `value_model` both train {shared[0]} ({len(shared)} parameters in all): each would undo the "
+            "other's steps; give `value_model` weights of its own, or adapters to both"
+        )
+
+
+def check_saved(model: Any, name: str) -> None:
+    """Parameters that are trained beside an adapter, and that no checkpoint of the adapter would hold."""
+    if not is_peft_model(model):
+        return
+    saved = saved_with_adapter(model)
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
+    if lost:
+        raise ConfigurationError(
+            f"`{name}` trains {lost[0]} ({len(lost)} parameters in all) beside its adapter, which are not saved with "
+            "it; freeze them, or name them in the adapter's `modules_to_save`"
         )
 
 

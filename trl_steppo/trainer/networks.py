@@ -127,8 +127,10 @@ def _check_optimizer(args: StepPOConfig, optimizer: Any, policy: nn.Module, crit
         )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, network in (("model", policy), ("value_model", critic)):
-        if network is not None and not any(id(parameter) in held for parameter in network.parameters()):
+        trained = [p for p in network.parameters() if p.requires_grad] if network is not None else []
+        if network is not None and not any(id(parameter) in held for parameter in trained):
             raise ConfigurationError(
-                f"`optimizers` has an optimizer that holds no parameter of `{name}`; build it over those of both, "
-                "[*model.parameters(), *value_model.parameters()], and pass that `value_model`"
+                f"`optimizers` has an optimizer that holds no parameter of `{name}` that is trained; build it over "
+                "those of both, [*model.parameters(), *value_model.parameters()], pass that `value_model`, and a "
+                "`PeftModel` instead of `peft_config`"
             )

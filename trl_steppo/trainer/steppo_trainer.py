@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import shutil
 import textwrap
 import time
 from collections import Counter
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
@@ -48,11 +50,19 @@ from .checkpoints import (
     load_tensors,
     load_weights,
     read_manifest,
+    rotate,
     shapes,
-    write_manifest,
     written_whole,
 )
-from .checks import check_adapters, check_distribution, check_models, check_trainable, refuse_unsupported
+from .checks import (
+    check_adapters,
+    check_apart,
+    check_distribution,
+    check_models,
+    check_saved,
+    check_trainable,
+    refuse_unsupported,
+)
 from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names
 from .learner import Learner, Rollout, Scores
@@ -172,7 +182,7 @@ class StepPOTrainer(PPOTrainer):
         if peft_config is not None:
             transformers.set_seed(args.seed)  # a new adapter starts at random
             model = add_adapter(model, peft_config, name=args.model_adapter_name or "default")
-        check_adapters(args, model, value_model)
+        check_adapters(args, model, ref_model, value_model)
         if args.model_adapter_name is not None:
             model.set_adapter(args.model_adapter_name)
         check_trainable(model, "model")
@@ -202,7 +212,7 @@ class StepPOTrainer(PPOTrainer):
             environment_factory=environment_factory,
             tools=tools,
             reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
-            reward_model=self._frozen(reward_model),
+            reward_model=plain_model(self._frozen(reward_model)),
             data_collator=data_collator,
             example_row=self.rows.example,
         )
@@ -464,18 +474,17 @@ class StepPOTrainer(PPOTrainer):
         best = output_dir / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and (best == directory or best.is_dir()):
             state.best_model_checkpoint = str(best)
-        barrier = self.accelerator.wait_for_everyone
-        with written_whole(directory, is_writer=self.args.should_save, wait_for_all=barrier) as partial:
+        manifest = Manifest(self._identity(), self.progress)
+        with written_whole(directory, manifest, is_writer=self.args.should_save, gather=gather_object) as partial:
             self._write_checkpoint(partial)
-            barrier()
-            if self.args.should_save:
-                write_manifest(partial, Manifest(self._identity(), self.progress))
         if self.args.push_to_hub:
+            if self.args.should_save:  # what `Trainer` does not know of
+                for folder in (path for path in directory.iterdir() if path.is_dir()):
+                    shutil.copytree(folder, output_dir / folder.name, dirs_exist_ok=True)
             self._push_from_checkpoint(str(directory))
         if self.args.should_save:
-            rotate_checkpoints(
-                str(output_dir), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True
-            )
+            keep = {directory.name, Path(state.best_model_checkpoint or "").name}
+            rotate(output_dir, self.args.save_total_limit, keep=keep)
 
     def _write_checkpoint(self, directory: Path) -> None:
         self.save_model(str(directory), _internal_call=True)
@@ -505,6 +514,7 @@ class StepPOTrainer(PPOTrainer):
             )
         self._load_networks(directory)
         for folder, network in self._network_folders(directory):
+            network.optimizer.zero_grad()  # of an update that was broken off
             network.optimizer.load_state_dict(load_tensors(folder / "optimizer.pt"))
             network.scheduler.load_state_dict(load_tensors(folder / "scheduler.pt"))
         self._load_scaler(str(directory))
@@ -525,8 +535,11 @@ class StepPOTrainer(PPOTrainer):
     def _load_best_model(self) -> None:
         """The networks of the checkpoint with the best metric."""
         state = self.state
-        if state.best_model_checkpoint is None:
-            logger.warning("`load_best_model_at_end` is set, but no checkpoint was saved with a metric")
+        if state.best_model_checkpoint is None or not Path(state.best_model_checkpoint).is_dir():
+            logger.warning(
+                f"`load_best_model_at_end` is set, but the best checkpoint ({state.best_model_checkpoint}) is not "
+                "there; the networks stay as they are"
+            )
             return
         logger.info(f"loading the best networks, of {state.best_model_checkpoint}: {state.best_metric}")
         self._load_networks(Path(state.best_model_checkpoint))
@@ -583,6 +596,9 @@ class StepPOTrainer(PPOTrainer):
         if args.uses_critic:
             self.value_model = value_model if value_model is not None else self._build_critic(model)
             check_trainable(self.value_model, "value_model")
+            check_apart(model, self.value_model)
+            check_saved(self.value_model, "value_model")
+        check_saved(model, "model")
         networks = [network for network in (model, self.value_model) if network is not None]
         for network in networks:
             disable_dropout(network)
