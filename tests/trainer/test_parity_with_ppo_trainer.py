@@ -145,7 +145,6 @@ def train_ours(
     trainer = make_trainer(StepPOTrainer, args, networks, dataset)
     replay = copy.deepcopy(recording)
     trainer.rows = trainer.player.sampler = replay
-    trainer.learner.collator.pad_token_id = 0  # rows are padded with a token of the vocabulary, which `PAD` is not
     with monkeypatch.context() as patch:
         patch.setattr("trl_steppo.trainer.learner.mini_batches", replay.mini_batches)
         trainer.train()

@@ -205,7 +205,8 @@ def _is_plain(head: nn.Module, states: torch.Tensor) -> bool:
         and states.dtype == weight.dtype
         and states.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(states.device.type)
-        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        and "forward" not in vars(head)  # replaced on this module alone, as accelerate's hooks do
         and not hasattr(weight, "ds_id")  # DeepSpeed's ZeRO-3
     )
 

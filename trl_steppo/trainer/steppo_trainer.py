@@ -627,7 +627,6 @@ class StepPOTrainer(PPOTrainer):
             critic,
             reference,
             StepRolloutCollator(
-                pad_token_id=_pad_token_id(self.processing_class),
                 prefix_sharing=args.prefix_sharing,
                 bootstrap_truncated=args.bootstrap_truncated,
             ),
@@ -833,8 +832,3 @@ def _enable_checkpointing(network: PreTrainedModel, kwargs: Any) -> None:
         network.activation_checkpointing_enable(kwargs)
     else:
         network.gradient_checkpointing_enable(kwargs)
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    """Any id will do: nothing attends to padding."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
