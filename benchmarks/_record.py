@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import HfArgumentParser
+
+T = TypeVar("T", bound="BenchmarkArguments")
 
 _PACKAGES = ("trl-steppo", "torch", "transformers", "trl", "accelerate")
 
@@ -38,6 +41,13 @@ class BenchmarkArguments:
     quick: bool = field(default=False, metadata={"help": "Take less than a minute."})
     json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
     seed: int = field(default=0, metadata={"help": "Seed of the workload."})
+
+
+def parse_arguments(kind: type[T], argv: Sequence[str] | None = None) -> T:
+    """The flags of a benchmark, from the command line or from `argv`."""
+    parser: Any = HfArgumentParser(kind)  # type: ignore[arg-type]
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    return args
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -13,14 +13,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from _record import BenchmarkArguments, print_table, write_record
-from transformers import HfArgumentParser
+from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "hotpotqa_steppo.py"
 TOKEN_LEVEL = ["--advantage_estimator", "token_gae", "--importance_sampling_level", "token"]
@@ -102,11 +99,5 @@ def main(args: MiniWikiArguments) -> None:
     write_record(args.json, {"runs": figures})
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> MiniWikiArguments:
-    parser: Any = HfArgumentParser(MiniWikiArguments)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(argv)
-    return args
-
-
 if __name__ == "__main__":
-    main(parse_arguments())
+    main(parse_arguments(MiniWikiArguments))

@@ -14,14 +14,14 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _record import BenchmarkArguments, print_table, write_record
-from transformers import AutoModelForCausalLM, GenerationConfig, HfArgumentParser, PreTrainedModel, Qwen2Config
+from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config
 
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
@@ -227,10 +227,5 @@ def ratios(by_episodes: dict[int, dict[str, float]]) -> dict[int, float]:
     return {episodes: round(ratio(speed), 3) for episodes, speed in by_episodes.items()}
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> SamplerArguments:
-    (args,) = HfArgumentParser(SamplerArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
-    return args
-
-
 if __name__ == "__main__":
-    main(parse_arguments())
+    main(parse_arguments(SamplerArguments))

@@ -25,11 +25,10 @@ from typing import Any
 
 import torch
 import transformers
-from _record import BenchmarkArguments, print_table, write_record
+from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import (
-    HfArgumentParser,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -233,11 +232,5 @@ def table_rows(vocabulary: int, by_name: dict[str, Cost]) -> list[list[str]]:
     return rows
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> VsPPOTrainerArguments:
-    parser: Any = HfArgumentParser(VsPPOTrainerArguments)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(argv)
-    return args
-
-
 if __name__ == "__main__":
-    main(parse_arguments())
+    main(parse_arguments(VsPPOTrainerArguments))

@@ -167,7 +167,7 @@ def test_unique_tokens(random_episode):
 def test_sharing_and_padding_change_no_step(random_episode, rewritten):
     """Everything that losses see is the same, however the rows are packed and whatever fills them."""
     episodes = [random_episode(seed, rewritten=rewritten) for seed in range(8)]
-    one, other = StepRolloutCollator()(episodes), StepRolloutCollator(layout="rows", pad_token_id=0)(episodes)
+    one, other = StepRolloutCollator()(episodes), StepRolloutCollator(layout="rows")(episodes)
     packed = {"input_ids", "position_ids", "attention_mask", "runs", "logit_positions", "value_positions"}
     for name in {field.name for field in fields(StepBatch)} - packed:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), msg=name)

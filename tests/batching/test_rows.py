@@ -63,8 +63,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_by_hand(name):
     sequences, expected_chains, (expected_row, expected_runs) = CASES[name]
-    rows = chains(sequences, pad_token_id=99).input_ids
-    assert [[i for i in row if i != 99] for row in rows.tolist()] == expected_chains
+    rows = chains(sequences)
+    found = [row[mask].tolist() for row, mask in zip(rows.input_ids, rows.attention_mask, strict=True)]
+    assert found == expected_chains
     layout = share_prefixes(sequences)
     assert layout.input_ids.tolist() == [expected_row]
     assert [(run.start, run.stop, run.ancestors) for run in layout.runs or ()] == expected_runs
@@ -92,9 +93,9 @@ def test_every_token_is_found(lay_out):
 def test_causal_rows_hold_each_sequence_from_the_row_s_start(lay_out):
     for seed in range(200):
         sequences = random_forest(seed)
-        layout = lay_out(sequences, pad_token_id=7)
+        layout = lay_out(sequences)
         assert layout.runs is None
-        assert (layout.input_ids[~layout.attention_mask] == 7).all()
+        assert (layout.input_ids[~layout.attention_mask] == 0).all()
         for number, ids in enumerate(sequences):
             positions = layout.positions(number, 0, len(ids))
             assert positions[0] % layout.input_ids.shape[1] == 0

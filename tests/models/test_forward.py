@@ -112,7 +112,7 @@ def test_an_unknown_scale_is_refused(tiny_model):
 def test_padding_and_order_change_nothing(tiny_model, episodes):
     scorer = PolicyScorer(tiny_model("Llama"))
     alone = [scorer(StepRolloutCollator()([episode]))[0] for episode in episodes]
-    together = scorer(StepRolloutCollator(pad_token_id=17)(episodes[::-1]))[0]
+    together = scorer(StepRolloutCollator()(episodes[::-1]))[0]
     first = 0
     for logprobs in alone[::-1]:
         num_steps, width = logprobs.shape

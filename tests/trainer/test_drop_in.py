@@ -13,7 +13,18 @@ import pytest
 import torch
 from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
-from tiny import TOKENIZER, Endless, distance, id_rows, make_classifier, make_model, make_trainer, same, weights
+from tiny import (
+    TOKENIZER,
+    Endless,
+    distance,
+    id_rows,
+    make_classifier,
+    make_model,
+    make_ppo_config,
+    make_trainer,
+    same,
+    weights,
+)
 from transformers import DataCollatorWithPadding, OPTConfig, OPTForCausalLM, TrainingArguments, get_scheduler
 
 from trl_steppo import StepPOTrainer
@@ -22,23 +33,8 @@ from trl_steppo.trainer.ppo import PPOConfig, PPOTrainer
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "ppo_trainer.md"
-
-
-def plain_config(directory: Path, **settings: Any) -> PPOConfig:
-    given: dict[str, Any] = {
-        "per_device_train_batch_size": 8,
-        "total_episodes": 16,
-        "response_length": 6,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "num_sample_generations": 0,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        **settings,
-    }
-    return PPOConfig(output_dir=str(directory), **given)
+DEFAULTS: dict[str, Any] = {"lr_scheduler_type": "linear", "gradient_checkpointing": True, "logging_steps": 10}
+"""Where `PPOConfig` differs from the settings of other tests."""
 
 
 def drop_in(directory: Path, **arguments: Any) -> StepPOTrainer:
@@ -52,7 +48,11 @@ def drop_in(directory: Path, **arguments: Any) -> StepPOTrainer:
         "train_dataset": id_rows(),
         **arguments,
     }
-    return StepPOTrainer(args=plain_config(directory, **settings), processing_class=TOKENIZER, **given)
+    return StepPOTrainer(
+        args=make_ppo_config(directory, **{"lr_scheduler_type": "linear", **settings}),
+        processing_class=TOKENIZER,
+        **given,
+    )
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

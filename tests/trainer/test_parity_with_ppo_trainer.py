@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny import TINY, TOKENIZER, distance, make_classifier, make_model, weights
+from tiny import TOKENIZER, distance, make_classifier, make_model, make_ppo_config, weights
 
 from trl_steppo import StepPOTrainer, StopReason
 from trl_steppo.inference.base import Sample, SamplingParams
@@ -109,7 +109,6 @@ def make_rows(count: int = 5 * EPISODES, lengths: Sequence[int] = (6,)) -> Datas
 
 
 def make_config(output_dir: Path, **settings: Any) -> PPOConfig:
-    known = {name: value for name, value in TINY.items() if name in PPOConfig.__dataclass_fields__}
     changed = {
         "per_device_train_batch_size": EPISODES // settings.get("gradient_accumulation_steps", 1),
         "local_rollout_forward_batch_size": 8,
@@ -124,7 +123,7 @@ def make_config(output_dir: Path, **settings: Any) -> PPOConfig:
         "gamma": 0.97,
         "kl_coef": 0.2,
     }
-    return PPOConfig(output_dir=str(output_dir), **{**known, **changed, **settings})
+    return make_ppo_config(output_dir, **{**changed, **settings})
 
 
 def make_trainer(trainer_class: type, args: PPOConfig, networks: Networks, dataset: Dataset) -> Any:
@@ -145,7 +144,6 @@ def train_ours(
     trainer = make_trainer(StepPOTrainer, args, networks, dataset)
     replay = copy.deepcopy(recording)
     trainer.rows = trainer.player.sampler = replay
-    trainer.learner.collator.pad_token_id = 0  # rows are padded with a token of the vocabulary, which `PAD` is not
     with monkeypatch.context() as patch:
         patch.setattr("trl_steppo.trainer.learner.mini_batches", replay.mini_batches)
         trainer.train()

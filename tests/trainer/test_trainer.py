@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from tiny import (
-    TINY,
     TOKENIZER,
     Endless,
     Hash,
@@ -22,6 +21,7 @@ from tiny import (
     id_rows,
     make_classifier,
     make_model,
+    make_ppo_config,
     make_trainer,
     message_rows,
     prompt_rows,
@@ -34,7 +34,7 @@ from trl_steppo import StepPOTrainer
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.inference.chat import ChatFormat
 from trl_steppo.rollout import episode_file, load_episodes
-from trl_steppo.trainer.ppo import PPOConfig, PPOTrainer
+from trl_steppo.trainer.ppo import PPOTrainer
 
 
 def log_history(directory: Path) -> list[dict[str, Any]]:
@@ -171,15 +171,10 @@ def test_rows_of_ids_with_a_reward_model(tmp_path):
     assert logs["objective/scores"] == logs["env/reward"]
 
 
-def ppo_config(directory: Path, **settings: Any) -> PPOConfig:
-    own = {name: value for name, value in TINY.items() if name != "max_interaction_steps"}
-    return PPOConfig(output_dir=str(directory), **{**own, **settings})
-
-
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_a_plain_ppo_config_means_token_ppo(tmp_path):
     """Positional arguments in the order of PPOTrainer; the weights are those of the same run spelled out."""
-    args = ppo_config(tmp_path / "plain", missing_eos_penalty=1.0, stop_token="eos")
+    args = make_ppo_config(tmp_path / "plain", missing_eos_penalty=1.0, stop_token="eos")
     trainer = StepPOTrainer(
         args, TOKENIZER, make_model(), make_model(), make_classifier(4), id_rows(), make_classifier(2)
     )
@@ -293,7 +288,8 @@ def test_trainer_state_holds_the_documented_metrics(tmp_path):
         *("rollout/response_tokens", "rollout/prompt_tokens", "rollout/length_stopped", "rollout/mismatch_kl"),
         *("rollout/episode_response_tokens", "rollout/correction_weight"),
         *("perf/rollout_s", "perf/forward_s", "perf/train_s", "perf/update_s", "perf/overhead_fraction"),
-        *("perf/tokens_per_s", "perf/sampled_tokens", "perf/prefilled_tokens"),
+        *("perf/tokens_per_s", "perf/sampled_tokens", "perf/prefilled_tokens", "perf/tokens_forwarded"),
+        "perf/unique_tokens",
     }
     assert of_ppo_trainer | ours <= names
     assert names - of_ppo_trainer - ours - {"epoch", "step"} <= {

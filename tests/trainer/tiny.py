@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from trl_steppo import Episode, Step, StepPOConfig, StepPOTrainer, StopReason
 from trl_steppo.inference.base import Sample, SamplingParams
+from trl_steppo.trainer.ppo import PPOConfig
 from trl_steppo.types import TokenIds
 
 END = "<|im_end|>"
@@ -197,6 +198,12 @@ def make_config(output_dir: Any, **settings: Any) -> StepPOConfig:
     if "max_steps" in settings:
         settings.setdefault("total_episodes", None)
     return StepPOConfig(output_dir=str(output_dir), **{**TINY, **settings})
+
+
+def make_ppo_config(output_dir: Any, **settings: Any) -> PPOConfig:
+    """The same as a plain `PPOConfig`, which has no steps."""
+    own = {name: value for name, value in TINY.items() if name != "max_interaction_steps"}
+    return PPOConfig(output_dir=str(output_dir), **{**own, **settings})
 
 
 def make_trainer(output_dir: Any, *, args: Any = None, model: Any = None, **arguments: Any) -> StepPOTrainer:

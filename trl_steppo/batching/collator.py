@@ -119,8 +119,6 @@ class StepRolloutCollator:
     Turns episodes into a [`StepBatch`].
 
     Args:
-        pad_token_id (`int`, *optional*, defaults to `0`):
-            Fills rows on the right; any id will do, since nothing attends to it.
         layout (`str`, *optional*, defaults to `"trie"`):
             How steps share their prefixes: `"trie"` (all that can be shared, [`share_prefixes`]), `"chains"` (steps
             that continue one another) or `"rows"` (nothing). Losses and gradients are the same.
@@ -148,12 +146,10 @@ class StepRolloutCollator:
     def __init__(
         self,
         *,
-        pad_token_id: int = 0,
         layout: LayoutName = "trie",
         bootstrap_truncated: bool = False,
         reads: Reads = "logprobs",
     ) -> None:
-        self.pad_token_id = pad_token_id
         self.layout: LayoutName = layout
         self.bootstrap_truncated = bootstrap_truncated
         self.reads: Reads = reads
@@ -187,7 +183,7 @@ class StepRolloutCollator:
     def _lay_out(self, sequences: Sequence[np.ndarray]) -> Layout:
         if self.layout == "trie":
             return share_prefixes(sequences)
-        return (chains if self.layout == "chains" else row_per_step)(sequences, pad_token_id=self.pad_token_id)
+        return (chains if self.layout == "chains" else row_per_step)(sequences)
 
     def _tensors(
         self,
@@ -201,7 +197,7 @@ class StepRolloutCollator:
         N, A = len(steps), max(len(step.response_ids) for step in steps)
         num_actions = np.array([len(step.response_ids) for step in steps])
         action_mask = np.arange(A) < num_actions[:, None]  # (N, A)
-        action_ids = np.full((N, A), self.pad_token_id, dtype=np.int64)
+        action_ids = np.zeros((N, A), dtype=np.int64)
         rollout_logprobs = np.zeros((N, A), dtype=np.float32)
         logit_positions = np.zeros((N, A), dtype=np.int64)
         value_positions = np.zeros(N, dtype=np.int64)

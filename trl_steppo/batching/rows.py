@@ -69,12 +69,12 @@ class Layout:
         return self.find(sequence, start, stop)
 
 
-def row_per_step(sequences: Sequence[Ids], *, pad_token_id: int = 0) -> Layout:
+def row_per_step(sequences: Sequence[Ids]) -> Layout:
     """A row for each sequence."""
-    return _padded_rows(sequences, list(range(len(sequences))), pad_token_id)
+    return _padded_rows(sequences, list(range(len(sequences))))
 
 
-def chains(sequences: Sequence[Ids], *, pad_token_id: int = 0) -> Layout:
+def chains(sequences: Sequence[Ids]) -> Layout:
     """A row for each sequence that does not continue the one before it."""
     rows: list[Ids] = []
     row_of_sequence: list[int] = []
@@ -84,12 +84,12 @@ def chains(sequences: Sequence[Ids], *, pad_token_id: int = 0) -> Layout:
         else:
             rows.append(ids)
         row_of_sequence.append(len(rows) - 1)
-    return _padded_rows(rows, row_of_sequence, pad_token_id)
+    return _padded_rows(rows, row_of_sequence)
 
 
-def _padded_rows(rows: Sequence[Ids], row_of_sequence: Sequence[int], pad_token_id: int) -> Layout:
+def _padded_rows(rows: Sequence[Ids], row_of_sequence: Sequence[int]) -> Layout:
     R, L = len(rows), max(map(len, rows))
-    input_ids = np.full((R, L), pad_token_id, dtype=np.int64)
+    input_ids = np.zeros((R, L), dtype=np.int64)
     for row, ids in zip(input_ids, rows, strict=True):
         row[: len(ids)] = ids
     lengths = np.array([len(ids) for ids in rows])

@@ -450,7 +450,7 @@ class _CachedRows:
             held -= len(self.parked.pop(episode_id).ids)
 
     def join(self, arrived: list[_Request]) -> _Update:
-        """Add rows and prefill what of their prompts is not stored yet; a prompt that several have is prefilled once."""
+        """Add rows and prefill what of their prompts is not stored yet; one that several have only once."""
         first = len(self.requests)
         self._reserve(self.requests + arrived)
         parked = [self.parked.pop(request.episode_id, None) for request in arrived]

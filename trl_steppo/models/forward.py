@@ -89,28 +89,32 @@ class PolicyScorer(nn.Module):
         config: Any = self.model.config
         size = max(1, _LOGITS_ELEMENTS // config.get_text_config().vocab_size)
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        temperatures = temperatures / self._logit_scale
         if self._logit_cap is None and len(states) and _is_plain(head, states):
-            temperatures = temperatures / self._logit_scale
             scores: Any = _HeadScores.apply(states, head.weight, targets, temperatures, entropy, size)
             return scores
         if len(states) <= size:
-            return self._token_scores(states, targets, temperatures, entropy)
+            return self._token_scores(head, states, targets, temperatures, entropy)
         parts = [
-            checkpoint(self._token_scores, *chunk, entropy, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(self._token_scores, head, *chunk, entropy, use_reentrant=False, preserve_rng_state=False)
             for chunk in zip(states.split(size), targets.split(size), temperatures.split(size), strict=True)
         ]
         logprobs = torch.cat([part[0] for part in parts])
         return logprobs, torch.cat([part[1] for part in parts]) if entropy != "skip" else None
 
     def _token_scores(
-        self, states: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
+        self,
+        head: nn.Module,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        temperatures: torch.Tensor,
+        entropy: EntropyMode,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probability of each target (M,) and, if asked for, the entropy (M,)."""
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         logits = _at_least_float32(head(states))  # (M, V)
         if self._logit_cap is not None:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
-        scores: Any = _TokenScores.apply(logits, targets, temperatures / self._logit_scale, entropy)
+        scores: Any = _TokenScores.apply(logits, targets, temperatures, entropy)
         return scores
 
 
@@ -210,7 +214,8 @@ def _is_plain(head: nn.Module, states: torch.Tensor) -> bool:
         and states.dtype == weight.dtype
         and states.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(states.device.type)
-        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        and "forward" not in vars(head)  # replaced on this module alone, as accelerate's hooks do
         and not hasattr(weight, "ds_id")  # DeepSpeed's ZeRO-3
     )
 
@@ -254,7 +259,7 @@ def _slices(count: int, size: int) -> list[slice]:
 def _blocks(logits: torch.Tensor) -> list[slice]:
     """Rows of (M, V) that are worked on together. Other devices take them all: small kernels would leave them idle."""
     size = max(1, _BLOCK_ELEMENTS // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
-    return [slice(start, start + size) for start in range(0, len(logits), size)]
+    return _slices(len(logits), size)
 
 
 class Critic(nn.Module):

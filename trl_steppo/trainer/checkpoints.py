@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import CheckpointError
 from ..models import is_peft_model
@@ -148,7 +147,9 @@ def rotate(output_dir: Path, limit: int | None, *, keep: set[str]) -> None:
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    return [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    """Whole ones: another name is that of one which is being written, or deleted."""
+    found = (path for path in output_dir.glob("checkpoint-*") if path.is_dir())
+    return [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
 
 
 def _step(path: Path) -> int:
@@ -208,13 +209,13 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool) -> Pat
         if not directory.is_dir():
             raise CheckpointError(f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is no directory")
         return directory
-    newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    newest = max(_checkpoints(output_dir), key=_step, default=None)
     if newest is None:
         raise CheckpointError(
             f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but {output_dir} holds no checkpoint; leave it "
             "out to start a new run"
         )
-    return Path(newest)
+    return newest
 
 
 def read_manifest(directory: Path, identity: Mapping[str, Any]) -> Manifest:

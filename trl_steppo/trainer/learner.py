@@ -80,8 +80,6 @@ class Learner:
             A [`PolicyScorer`] that never changes.
         layout (`str`):
             How steps share their prefixes; see [`StepRolloutCollator`].
-        pad_token_id (`int`):
-            Fills rows.
         clock ([`Clock`]):
             Where the time of forward, backward and optimizer goes, as `model_s`.
         on_event (`Callable[[str], None]`, *optional*):
@@ -97,7 +95,6 @@ class Learner:
         critic: Network | None,
         reference: nn.Module | None,
         layout: LayoutName,
-        pad_token_id: int,
         clock: Clock,
         on_event: Callable[[str], None] = lambda name: None,
     ) -> None:
@@ -107,11 +104,10 @@ class Learner:
         self.critic = critic
         self.reference = reference
         self.layout: LayoutName = layout
-        self.collator = StepRolloutCollator(pad_token_id=pad_token_id, layout=layout)
+        self.collator = StepRolloutCollator(layout=layout)
         # The critic does not forward what no value is read from.
         collate_values = partial(
             StepRolloutCollator,
-            pad_token_id=pad_token_id,
             layout=layout,
             reads="token_values" if args.advantage_estimator == "token_gae" else "step_values",
         )

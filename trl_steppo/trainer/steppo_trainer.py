@@ -630,7 +630,6 @@ class StepPOTrainer(PPOTrainer):
             critic,
             reference,
             self._layout([model, self.value_model, self.ref_model]),
-            _pad_token_id(self.processing_class),
             self.clock,
             self._event,
         )
@@ -684,10 +683,10 @@ class StepPOTrainer(PPOTrainer):
         self._start, self._first_step = time.time(), self.state.global_step
         if args.loss_aggregation is None:
             logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
-        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        self._event("on_train_begin")
         if args.eval_on_start and self._resumed_from is None:
             self.evaluate()
-        self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
+        self._event("on_epoch_begin")
         if self._resumed_from is not None:
             self._load_rng_state(str(self._resumed_from))
         yield
@@ -699,7 +698,7 @@ class StepPOTrainer(PPOTrainer):
         self.log(self._runtime())
         if args.load_best_model_at_end:
             self._load_best_model()
-        self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+        self._event("on_train_end")
         if args.should_save:
             self.state.save_to_json(os.path.join(str(args.output_dir), "trainer_state.json"))
         self.is_in_train = False
@@ -720,7 +719,7 @@ class StepPOTrainer(PPOTrainer):
         start = time.perf_counter()
         learning_rate = self.learner.policy.learning_rate  # of this update, as `PPOTrainer` logs it
         critic_learning_rate = self.learner.critic.learning_rate if self.learner.critic is not None else None
-        self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
+        self._event("on_step_begin")
         yield
         update_s = time.perf_counter() - start
         model_s = self.clock.seconds["model_s"] + self.sampler.forward_s - sampling
@@ -745,10 +744,10 @@ class StepPOTrainer(PPOTrainer):
             self._logs["perf/tokens_forwarded"] = count / self.args.num_ppo_epochs
         if critic_learning_rate is not None:
             self._logs["critic/lr"] = critic_learning_rate
-        self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+        self._event("on_step_end")
         if math.floor(self.state.epoch) > epoch_before:
-            self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
-            self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
+            self._event("on_epoch_end")
+            self._event("on_epoch_begin")
         self._log_evaluate_save()
 
     def _log_evaluate_save(self) -> None:
@@ -768,7 +767,7 @@ class StepPOTrainer(PPOTrainer):
                 self.control.should_save = is_best
         if self.control.should_save:
             self._save_checkpoint(self.learner.policy.module, trial=None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self._event("on_save")
 
     def _requests(self) -> list[EpisodeRequest]:
         """This rank's rows of this update; a row's episodes stay together."""
@@ -853,8 +852,3 @@ def _enable_checkpointing(network: PreTrainedModel, kwargs: Any) -> None:
         network.activation_checkpointing_enable(kwargs)
     else:
         network.gradient_checkpointing_enable(kwargs)
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    """Any id will do: nothing attends to padding."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
