@@ -14,7 +14,7 @@ from .adapters import (
 from .attention import prepare_for_tries, takes_tries
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
-from .forward import Critic, PolicyScorer
+from .forward import Critic, PolicyScorer, rows_at_once
 from .reward import score_sequences
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "is_peft_model",
     "plain_model",
     "prepare_for_tries",
+    "rows_at_once",
     "saved_with_adapter",
     "score_sequences",
     "takes_tries",

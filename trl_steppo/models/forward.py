@@ -18,6 +18,7 @@ from .attention import Run, forward_arguments
 
 _LOGITS_ELEMENTS = 2**25  # float32 logits held at a time: 128 MiB
 _BLOCK_ELEMENTS = 2**20  # of these, as many as a CPU works on at a time: what its cache holds
+_CPU_TOKENS = 2_048  # of a forward pass without a gradient on a CPU; larger tensors go back to the system each time
 
 
 EntropyMode = Literal["skip", "track", "train"]
@@ -155,8 +156,9 @@ class _HeadScores(torch.autograd.Function):
     """
     [`_TokenScores`] of logits = states · weightᵀ, a number of states at a time.
 
-    The logits are made in one piece of memory, forward and again backward, and the weight's gradient is summed up in
-    place: a large vocabulary costs the products and little else.
+    The logits are made in one piece of memory, and the weight's gradient is summed up in place: a large vocabulary
+    costs the products and little else. Where one piece holds all logits, the backward pass starts from the log p that
+    the forward pass left there; otherwise it makes the logits again.
     """
 
     @staticmethod
@@ -169,13 +171,14 @@ class _HeadScores(torch.autograd.Function):
         entropy: EntropyMode,
         size: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ctx.save_for_backward(states, weight, targets, temperatures)
-        ctx.trains_entropy, ctx.size = entropy == "train", size
         logits = states.new_empty(min(size, len(states)), len(weight))
+        keep = len(logits) == len(states)
+        ctx.save_for_backward(states, weight, targets, temperatures, logits if keep else None)
+        ctx.trains_entropy, ctx.size = entropy == "train", size
         parts = []
         for rows in _slices(len(states), size):
             chunk = torch.mm(states[rows], weight.t(), out=logits[: len(states[rows])])
-            parts.append(_scores_of(chunk, targets[rows], temperatures[rows], entropy))
+            parts.append(_scores_of(chunk, targets[rows], temperatures[rows], entropy, keep=keep))
         logprobs = torch.cat([part[0] for part in parts])
         entropies = torch.cat([part[1] for part in parts]) if entropy != "skip" else None  # type: ignore[misc]
         if entropies is not None and not ctx.trains_entropy:
@@ -184,14 +187,18 @@ class _HeadScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: Any) -> tuple[torch.Tensor | None, ...]:
-        states, weight, targets, temperatures = ctx.saved_tensors
+        states, weight, targets, temperatures, kept = ctx.saved_tensors
         states_grad = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        logits = states.new_empty(min(ctx.size, len(states)), len(weight))
+        logits = states.new_empty(min(ctx.size, len(states)), len(weight)) if kept is None else kept
         for rows in _slices(len(states), ctx.size):
-            chunk = torch.mm(states[rows], weight.t(), out=logits[: len(states[rows])])
+            chunk = logits[: len(states[rows])]
+            if kept is None:
+                torch.mm(states[rows], weight.t(), out=chunk)
             of_entropies = entropies_grad[rows] if ctx.trains_entropy else None
-            _replace_by_gradient(chunk, targets[rows], temperatures[rows], logprobs_grad[rows], of_entropies)
+            _replace_by_gradient(
+                chunk, targets[rows], temperatures[rows], logprobs_grad[rows], of_entropies, is_log_p=kept is not None
+            )
             if states_grad is not None:
                 torch.mm(chunk, weight, out=states_grad[rows])
             if weight_grad is not None:
@@ -221,15 +228,23 @@ def _is_plain(head: nn.Module, states: torch.Tensor) -> bool:
 
 
 def _scores_of(
-    logits: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperatures: torch.Tensor,
+    entropy: EntropyMode,
+    *,
+    keep: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of the targets (M,) and entropies (M,); `keep` leaves log p in the place of the logits."""
     logprobs = logits.new_empty(len(logits))
     entropies = logits.new_empty(len(logits)) if entropy != "skip" else None
     for rows in _blocks(logits):
-        distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
-        logprobs[rows] = distribution.gather(-1, targets[rows, None]).squeeze(-1)
+        log_p = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
+        logprobs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
         if entropies is not None:
-            entropies[rows] = -distribution.exp().mul_(distribution).sum(-1)
+            entropies[rows] = -log_p.exp().mul_(log_p).sum(-1)
+        if keep:
+            logits[rows] = log_p
     return logprobs, entropies
 
 
@@ -239,16 +254,18 @@ def _replace_by_gradient(
     temperatures: torch.Tensor,
     logprobs_grad: torch.Tensor,
     entropies_grad: torch.Tensor | None,
+    *,
+    is_log_p: bool = False,
 ) -> None:
-    """Write the gradient with respect to the logits over them: nothing needs them any more."""
+    """Write the gradient with respect to the logits over them (or over log p): nothing needs them any more."""
     for rows in _blocks(logits):
-        distribution = (logits[rows] / temperatures[rows, None]).log_softmax(-1)
-        probs = distribution.exp()
+        log_p = logits[rows] if is_log_p else (logits[rows] / temperatures[rows, None]).log_softmax(-1)
+        p = log_p.exp()
         weights = logprobs_grad[rows, None]  # of −p
         if entropies_grad is not None:
-            entropies = -(probs * distribution).sum(-1, keepdim=True)
-            weights = weights + entropies_grad[rows, None] * (distribution + entropies)
-        block = probs.mul_(-weights).scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
+            entropies = -(p * log_p).sum(-1, keepdim=True)
+            weights = weights + entropies_grad[rows, None] * (log_p + entropies)
+        block = p.mul_(-weights).scatter_add_(-1, targets[rows, None], logprobs_grad[rows, None])
         logits[rows] = block.div_(temperatures[rows, None])
 
 
@@ -294,6 +311,11 @@ class Critic(nn.Module):
             bias = _at_least_float32(score.bias) if score.bias is not None else None
             values = nn.functional.linear(states, weight, bias)
         return values.view(positions.shape)
+
+
+def rows_at_once(max_rows: int, num_tokens: int, device: torch.device) -> int:
+    """How many rows of up to `num_tokens` tokens to forward together without a gradient; `max_rows` at most."""
+    return max_rows if device.type != "cpu" else max(1, min(max_rows, _CPU_TOKENS // num_tokens))
 
 
 def _hidden_states(model: nn.Module, rows: Rows) -> torch.Tensor:

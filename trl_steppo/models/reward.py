@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .forward import Critic
+from .forward import Critic, rows_at_once
 
 
 @dataclass
@@ -29,10 +29,11 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], *, bat
         sequences (`Sequence[Sequence[int]]`):
             Token ids, none empty.
         batch_size (`int`):
-            Sequences of one forward pass.
+            Sequences of one forward pass, at most.
     """
     scorer, device = Critic(model), next(model.parameters()).device
     scores: list[float] = []
+    batch_size = rows_at_once(batch_size, max(map(len, sequences), default=1), device)
     for start in range(0, len(sequences), batch_size):
         rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
         lengths = torch.tensor([len(row) for row in rows])

@@ -26,6 +26,7 @@ from ..losses import (
     kl_estimate,
 )
 from ..masked import masked_sum
+from ..models import rows_at_once
 from ..types import Episode
 from .credit import Credit
 from .metrics import Clock, Means
@@ -146,9 +147,9 @@ class Learner:
         values = self._zero_values(batch) if self.critic is not None else None
         bootstrap = torch.zeros(batch.num_episodes, device=device) if self.critic is not None else None
         with self._evaluating():
-            for parts in self._micro_batches(
-                rollout, range(len(rollout.episodes)), args.local_rollout_forward_batch_size
-            ):
+            longest = max((len(ids) for sequences in rollout.sequences for ids in sequences), default=1)
+            at_once = rows_at_once(args.local_rollout_forward_batch_size, longest, device)
+            for parts in self._micro_batches(rollout, range(len(rollout.episodes)), at_once):
                 if old is not None or ref is not None:
                     micro, steps = self._collate(rollout, parts, self.collator)
                     width = micro.action_mask.shape[1]
