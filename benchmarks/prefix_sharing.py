@@ -26,10 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from _record import BenchmarkArguments, print_table, write_record
+from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 from tokenizers import Tokenizer, models
-from torch import nn
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trl_steppo import Episode, Step, StepPOConfig, StepPOTrainer, StopReason
 from trl_steppo.batching import StepRolloutCollator, Trie
@@ -37,9 +36,11 @@ from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.rollout import dump_episodes, episode_file
 
-MICRO_BATCH_TOKENS = 8192
+MICRO_BATCH_TOKENS = 8_192
+MICRO_BATCH_TOKENS_SMALL = 16_384
 PROMPT_TOKENS, RESPONSE_TOKENS, OBSERVATION_TOKENS = 256, 64, 192
 VOCABULARY = 4096
+UPDATE_COLUMNS = ("forwarded_over_unique", "token_ratio", "seconds", "update_speedup", "peak_memory_ratio")
 
 
 @dataclass
@@ -47,17 +48,27 @@ class PrefixSharingArguments(BenchmarkArguments):
     """
     Args:
         quick (`bool`, *optional*, defaults to `False`):
-            Fewer numbers of steps, one update of each; less than five minutes.
+            Up to 4 steps, one update and one rollout of each kind; less than five minutes.
         steps (`list[int]`, *optional*, defaults to `[1, 2, 4, 8, 16]`):
             Numbers of steps of an episode.
+        growth (`list[int]`, *optional*, defaults to `[1, 2, 4, 8, 16, 32]`):
+            Numbers of steps over which the growth of an update's time is measured, with a small model.
+        max_timed_tokens (`int`, *optional*, defaults to `40000`):
+            An update that would forward more tokens without sharing is counted, but neither is timed.
         repetitions (`int`, *optional*, defaults to `3`):
             Updates and rollouts of each kind, whose median counts.
         threads (`int`, *optional*, defaults to `2`):
             Threads.
     """
 
-    quick: bool = field(default=False, metadata={"help": "Less than five minutes."})
+    quick: bool = field(default=False, metadata={"help": "Up to 4 steps, once each; less than five minutes."})
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Steps of an episode."})
+    growth: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32], metadata={"help": "Steps over which growth is measured."}
+    )
+    max_timed_tokens: int = field(
+        default=40_000, metadata={"help": "Updates with more tokens than this without sharing are only counted."}
+    )
     repetitions: int = field(default=3, metadata={"help": "Updates and rollouts of each kind."})
     threads: int = field(default=2, metadata={"help": "Threads."})
 
@@ -89,20 +100,18 @@ def make_episodes(work: Work) -> list[Episode]:
             logprobs = [-math.log(VOCABULARY)] * RESPONSE_TOKENS
             steps.append(Step(prompt, response, logprobs, rng.random(), index, 0, 1.0, StopReason.STOP))
             observation = ids(OBSERVATION_TOKENS)
-            if work.rebuilt:  # the question, and a new account of what happened
-                prompt = question + ids(OBSERVATION_TOKENS)
-            else:
-                prompt = prompt + response + observation
+            # Rebuilt: the question, and a new account of what happened.
+            prompt = question + observation if work.rebuilt else prompt + response + observation
         episodes.append(Episode(f"e{generation}", 0, generation, tuple(steps), True, False))
     return episodes
 
 
 def make_model(work: Work) -> Qwen2ForCausalLM:
     torch.manual_seed(work.seed)
-    size = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
     if not work.small:  # 30 million parameters
         size = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-    heads = {"num_key_value_heads": size["num_attention_heads"] // 2, "max_position_embeddings": 16_384}
+    heads: dict[str, Any] = {"num_key_value_heads": size["num_attention_heads"] // 2, "max_position_embeddings": 16_384}
     return Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, **size, **heads))
 
 
@@ -134,7 +143,9 @@ def update_once(work: Work, sharing: bool) -> Cost:
             max_steps=1,
             num_generations=work.group_size,
             prefix_sharing=sharing,
-            max_tokens_per_micro_batch=MICRO_BATCH_TOKENS,  # the same bound of memory for both
+            max_tokens_per_micro_batch=MICRO_BATCH_TOKENS_SMALL
+            if work.small
+            else MICRO_BATCH_TOKENS,  # the same bound of memory for both
             gradient_checkpointing=False,
             use_cpu=True,
             bf16=False,
@@ -160,8 +171,8 @@ def update_once(work: Work, sharing: bool) -> Cost:
 
 def bare_update(work: Work) -> float:
     """
-    Seconds of the forward passes, backward passes and optimizer steps of such an update, on the same packed tokens, and
-    nothing else: no values, no ratios, no credit.
+    Seconds of the forward passes, backward passes and optimizer steps of such an update, on the same packed tokens,
+    and nothing else: no values, no ratios, no credit.
     """
     prepare_process(work.threads)
     batch = StepRolloutCollator(layout="chains")(make_episodes(work))
@@ -212,7 +223,8 @@ def roll_out(work: Work, keep: bool) -> tuple[float, float, list[list[int]]]:
     start = time.perf_counter()
     said = asyncio.run(play_all())
     seconds = time.perf_counter() - start
-    sampled = len(episodes) * (work.num_steps - 1) * RESPONSE_TOKENS  # stand in later prompts, already computed
+    # Sampling has computed each response but for its last token, which was never forwarded.
+    sampled = len(episodes) * (work.num_steps - 1) * (RESPONSE_TOKENS - 1)
     trie = Trie()
     for prompt in seen:
         trie.insert(np.array(prompt, dtype=np.int32))
@@ -239,3 +251,137 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def growth_exponent(steps: Sequence[int], seconds: Sequence[float]) -> float:
     """Slope of log seconds over log steps, by least squares."""
     return statistics.linear_regression(list(map(math.log, steps)), list(map(math.log, seconds))).slope
+
+
+def collated_tokens(work: Work, sharing: bool) -> int:
+    """Tokens of one forward pass over all episodes; without sharing, of all rows, padding apart."""
+    batch = StepRolloutCollator(layout="trie" if sharing else "rows")(make_episodes(work))
+    return int(batch.attention_mask.sum())
+
+
+def measure_updates(args: PrefixSharingArguments, works: Sequence[Work], repetitions: int) -> dict[str, Any]:
+    """Updates with and without sharing, in turn; each kind of work by its name."""
+    found: dict[str, Any] = {}
+    for work in works:
+        name = f"{'rebuilt' if work.rebuilt else 'append-only'}, group {work.group_size}, {work.num_steps} steps"
+        tokens = {sharing: collated_tokens(work, sharing) for sharing in (True, False)}
+        found[name] = {"token_ratio": tokens[False] / tokens[True]}
+        if tokens[False] > args.max_timed_tokens:
+            shared = [in_new_process(update_once, work, True)]
+        else:
+            pairs = [
+                [in_new_process(update_once, work, sharing) for sharing in (True, False)] for _ in range(repetitions)
+            ]
+            shared, plain = (list(costs) for costs in zip(*pairs, strict=True))
+            found[name]["update_speedup"] = median_seconds(plain) / median_seconds(shared)
+            found[name]["peak_memory_ratio"] = max(c.peak_bytes for c in shared) / max(c.peak_bytes for c in plain)
+            found[name]["seconds_without"] = median_seconds(plain)
+        found[name]["seconds"] = median_seconds(shared)
+        found[name]["forwarded_over_unique"] = shared[0].tokens_forwarded / shared[0].unique_tokens
+    return found
+
+
+def median_seconds(costs: Sequence[Cost]) -> float:
+    return statistics.median(cost.seconds for cost in costs)
+
+
+def measure_overhead(works: Sequence[Work], repetitions: int) -> dict[int, float]:
+    """An update's time over that of its bare passes and steps, by number of steps."""
+    overheads = {}
+    for work in works:
+        pairs = [
+            (in_new_process(update_once, work, True).seconds, in_new_process(bare_update, work))
+            for _ in range(repetitions)
+        ]
+        ours, bare = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        overheads[work.num_steps] = ours / bare
+    return overheads
+
+
+def measure_rollouts(works: Sequence[Work], repetitions: int) -> dict[str, Any]:
+    """Rollouts that keep each episode's cache, and ones that prefill each step anew, in turn."""
+    found = {}
+    for work in works:
+        pairs = [[in_new_process(roll_out, work, keep) for keep in (True, False)] for _ in range(repetitions)]
+        kept, anew = zip(*pairs, strict=True)
+        found[f"group {work.group_size}, {work.num_steps} steps"] = {
+            "rollout_speedup": statistics.median(run[0] for run in anew) / statistics.median(run[0] for run in kept),
+            "prefilled_over_unique": kept[0][1],
+            "same_greedy_tokens": all(run[2] == anew[0][2] for run in (*kept, *anew)),
+        }
+    return found
+
+
+def measure_growth(args: PrefixSharingArguments, steps: Sequence[int], repetitions: int) -> dict[str, float]:
+    """The exponent with which an update's time grows with the number of steps."""
+    exponents = {}
+    for sharing in (True, False):
+        works = [Work(count, small=True, seed=args.seed, threads=args.threads) for count in steps]
+        seconds = [
+            median_seconds([in_new_process(update_once, work, sharing) for _ in range(repetitions)]) for work in works
+        ]
+        exponents["with" if sharing else "without"] = growth_exponent(steps, seconds)
+    return exponents
+
+
+def main(args: PrefixSharingArguments) -> None:
+    repetitions = 1 if args.quick else args.repetitions
+    steps = [count for count in args.steps if count <= 4 or not args.quick]
+    common: dict[str, Any] = {"seed": args.seed, "threads": args.threads}
+    works = [
+        Work(count, group_size, rebuilt, **common)
+        for group_size in (1, 8)
+        for rebuilt in (False, True)
+        for count in steps
+        if group_size == 1 or not args.quick or count <= 2
+    ]
+    alone = [work for work in works if work.group_size == 1 and not work.rebuilt]
+    updates = measure_updates(args, works, repetitions)
+    overhead = measure_overhead([work for work in alone if work.num_steps >= 4], repetitions)
+    rollouts = measure_rollouts([w for w in works if not w.rebuilt and 4 <= w.num_steps <= 8], repetitions)
+    growth = measure_growth(args, [n for n in args.growth if n <= 8 or not args.quick], repetitions)
+    print_table(
+        f"An update with shared prefixes beside one without (medians of {repetitions}; {args.threads} threads)",
+        ["episodes", "forwarded / unique", "tokens without / with", "seconds", "time without / with", "peak memory"],
+        [[name, *(number(row.get(key)) for key in UPDATE_COLUMNS)] for name, row in updates.items()],
+    )
+    print_table(
+        "A rollout that keeps caches beside one that prefills each step anew",
+        ["episodes", "time without / with", "prefilled / unique", "same greedy tokens"],
+        [
+            [
+                name,
+                number(row["rollout_speedup"]),
+                number(row["prefilled_over_unique"]),
+                str(row["same_greedy_tokens"]),
+            ]
+            for name, row in rollouts.items()
+        ],
+    )
+    print_table(
+        "An update's time over that of its bare passes",
+        ["steps", "ratio"],
+        [[str(n), number(x)] for n, x in overhead.items()],
+    )
+    print_table(
+        "Exponent of an update's time in the number of steps",
+        ["sharing", "exponent"],
+        [[name, number(exponent)] for name, exponent in growth.items()],
+    )
+    figures = {
+        "updates": updates,
+        "update_over_bare": overhead,
+        "rollouts": rollouts,
+        "growth_exponent": growth,
+        "repetitions": repetitions,
+        "threads": args.threads,
+    }
+    write_record(args.json, figures)
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    main(parse_arguments(PrefixSharingArguments))

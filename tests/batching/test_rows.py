@@ -27,6 +27,13 @@ def random_forest(seed: int, *, vocabulary: int = 3) -> list[np.ndarray]:
     return arrays(*sequences)
 
 
+def flattened(sequences: list[np.ndarray]) -> Layout:
+    trie = Trie()
+    for ids in sequences:
+        trie.insert(ids)
+    return trie.flatten()
+
+
 # name: (sequences, rows of `chains`, row of `share_prefixes`, its runs as (start, stop, ancestors))
 CASES = {
     "append-only": (
@@ -66,7 +73,7 @@ def test_by_hand(name):
     rows = chains(sequences)
     found = [row[mask].tolist() for row, mask in zip(rows.input_ids, rows.attention_mask, strict=True)]
     assert found == expected_chains
-    layout = share_prefixes(sequences)
+    layout = flattened(sequences)
     assert layout.input_ids.tolist() == [expected_row]
     assert [(run.start, run.stop, run.ancestors) for run in layout.runs or ()] == expected_runs
 
@@ -105,7 +112,7 @@ def test_causal_rows_hold_each_sequence_from_the_row_s_start(lay_out):
 def test_a_trie_holds_every_prefix_once_behind_its_ancestors():
     for seed in range(500):
         sequences = random_forest(seed)
-        layout = share_prefixes(sequences)
+        layout = flattened(sequences)
         prefixes = {tuple(ids[:stop].tolist()) for ids in sequences for stop in range(1, len(ids) + 1)}
         assert layout.input_ids.shape == (1, len(prefixes))
         assert layout.attention_mask.all()
@@ -133,3 +140,15 @@ def test_num_shared_is_the_longest_common_prefix():
         before = trie.num_tokens
         trie.insert(last)
         assert trie.num_tokens - before == len(last) - shared
+
+
+def test_what_costs_less_is_chosen():
+    def ids(count: int, first: int) -> np.ndarray:
+        return np.arange(first, first + count, dtype=np.int32)
+
+    alone = [ids(50, 100), ids(50, 200)]  # nothing is shared, nothing is padded
+    assert share_prefixes(alone).runs is None
+    assert share_prefixes([ids(50, 100), ids(49, 200)]).runs is None, "one token of padding"
+    assert share_prefixes([ids(50, 100), ids(30, 200)]).runs is not None, "much padding"
+    assert share_prefixes([ids(50, 100), np.append(ids(10, 100), ids(40, 200))]).runs is not None, "a shared prefix"
+    assert share_prefixes([ids(20, 100), ids(50, 100)]).runs is None, "an episode that only grew"

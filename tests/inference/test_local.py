@@ -297,6 +297,44 @@ def test_the_bound_has_to_be_positive(model):
         LocalSampler(model, cache_tokens=0)
 
 
+# --- members of a group ---
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_group_prefills_its_prompt_once(tiny_model, architecture):
+    model = tiny_model(architecture)
+    sampler = LocalSampler(model)
+    prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[1]]
+    asked = asks(SAMPLED, prompts)
+    samples = ask(sampler, *asked)
+    for (_, prompt, how), sample in zip(asked, samples, strict=True):
+        assert_plain(model, prompt, how, sample)
+    assert sampler.prefilled_tokens == len(PROMPTS[0]) + len(PROMPTS[1])
+    assert len({tuple(sample.token_ids) for sample in samples}) == len(samples), "each member has its own numbers"
+    alone = [ask(LocalSampler(model), asked_alone)[0] for asked_alone in asked]
+    assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in alone]
+
+
+def test_members_of_a_group_go_on_by_themselves(model):
+    sampler = LocalSampler(model)
+    prompts = [PROMPTS[1]] * 3
+    samples = ask(sampler, *asks(SAMPLED, prompts))
+    longer = [[*p, *s.token_ids, 20 + i] for i, (p, s) in enumerate(zip(prompts, samples, strict=True))]
+    for prompt, sample in zip(longer, ask(sampler, *asks(GREEDY, longer)), strict=True):
+        assert_plain(model, prompt, GREEDY, sample)
+    assert sampler.prefilled_tokens == len(PROMPTS[1]) + 3 * 2
+
+
+def test_a_member_that_comes_back_does_not_lead_its_group(model):
+    """Its cache holds an older, longer row; the others begin at the prompt all the same."""
+    sampler = LocalSampler(model)
+    ask(sampler, ("e0", PROMPTS[1], GREEDY))
+    samples = ask(sampler, *asks(GREEDY, [PROMPTS[1]] * 3))
+    for sample in samples:
+        assert_plain(model, PROMPTS[1], GREEDY, sample)
+    assert sampler.prefilled_tokens == 2 * len(PROMPTS[1]) + 1
+
+
 # --- from step to step ---
 
 

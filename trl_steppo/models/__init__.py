@@ -16,6 +16,7 @@ from .critic import build_critic, check_critic
 from .dropout import disable_dropout
 from .forward import Critic, PolicyScorer, rows_at_once
 from .reward import score_sequences
+from .sharding import gathered, is_sharded, whole_shape, whole_state_dict
 
 __all__ = [
     "MINI_WIKI_POLICY",
@@ -28,13 +29,17 @@ __all__ = [
     "check_critic",
     "critic_adapter",
     "disable_dropout",
+    "gathered",
     "is_peft_model",
+    "is_sharded",
     "plain_model",
     "prepare_for_tries",
     "rows_at_once",
     "saved_with_adapter",
     "score_sequences",
     "takes_tries",
+    "whole_shape",
+    "whole_state_dict",
 ]
 
 MINI_WIKI_POLICY = str(Path(__file__).parent / "mini_wiki")

@@ -6,7 +6,7 @@ import copy
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
 
 from ..errors import ConfigurationError
 from .adapters import plain_model, shared_copy
@@ -37,14 +37,14 @@ def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> Pre
         )
     config = copy.deepcopy(plain.config)
     config.num_labels = 1
-    try:
-        with torch.device("meta"):  # for its class and its head; its backbone is the policy's
-            critic = AutoModelForSequenceClassification.from_config(config, dtype=plain.dtype)
-    except ValueError as error:
+    critic_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if critic_class is None:
         raise ConfigurationError(
             f"transformers has no sequence classifier for {type(plain).__name__}, so no critic can be built from it; "
             "pass `value_model` (a backbone at its `base_model_prefix`, and a head named `score`)"
-        ) from error
+        )
+    with torch.device("meta"):  # for its class and its head; its backbone is the policy's
+        critic = critic_class(config).to(plain.dtype)
     check_critic(critic)
     backbone = getattr(shared_copy(policy), plain.base_model_prefix)
     if not share_weights:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigurationError
 from .attention import Run, forward_arguments
+from .sharding import is_sharded, read_together
 
 _LOGITS_ELEMENTS = 2**25  # float32 logits held at a time: 128 MiB
 _BLOCK_ELEMENTS = 2**20  # of these, as many as a CPU works on at a time: what its cache holds
@@ -60,7 +61,14 @@ class PolicyScorer(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.config: Any = model.config  # engines look for it
         self._logit_cap, self._logit_scale = _logit_transform(model.config)
+
+    def prepare_sharding(self) -> None:
+        """To be called once ZeRO-3 has taken over: the head is read without a call of its module."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        if _is_plain(head):
+            read_together(self, [head.weight])
 
     def forward(self, rows: ActionRows, *, entropy: EntropyMode = "skip") -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -91,7 +99,7 @@ class PolicyScorer(nn.Module):
         size = max(1, _LOGITS_ELEMENTS // config.get_text_config().vocab_size)
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         temperatures = temperatures / self._logit_scale
-        if self._logit_cap is None and len(states) and _is_plain(head, states):
+        if self._logit_cap is None and len(states) and _is_plain(head) and _computes_exactly(head, states):
             scores: Any = _HeadScores.apply(states, head.weight, targets, temperatures, entropy, size)
             return scores
         if len(states) <= size:
@@ -105,14 +113,16 @@ class PolicyScorer(nn.Module):
 
     def _token_scores(
         self,
-        head: nn.Module,
+        head: Any,
         states: torch.Tensor,
         targets: torch.Tensor,
         temperatures: torch.Tensor,
         entropy: EntropyMode,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probability of each target (M,) and, if asked for, the entropy (M,)."""
-        logits = _at_least_float32(head(states))  # (M, V)
+        # A sharded head is no call of a module: each would be a word among the ranks, whose numbers of chunks differ.
+        sharded = _is_plain(head) and is_sharded(head.weight)
+        logits = _at_least_float32(nn.functional.linear(states, head.weight) if sharded else head(states))  # (M, V)
         if self._logit_cap is not None:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
         scores: Any = _TokenScores.apply(logits, targets, temperatures, entropy)
@@ -206,24 +216,31 @@ class _HeadScores(torch.autograd.Function):
         return states_grad, weight_grad, None, None, None, None
 
 
-def _is_plain(head: nn.Module, states: torch.Tensor) -> bool:
+def _is_plain(head: nn.Module) -> bool:
     """
-    Whether a head is nothing but a product in the precision that scores need. Others (with an adapter, a bias, in
-    another precision, sharded over ranks) are called as the modules they are.
+    Whether a head is nothing but a product. Others (with an adapter, a bias, hooks of the user) are called as the
+    modules they are.
     """
     weight = getattr(head, "weight", None)
+    if not (type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter):
+        return False
+    if is_sharded(weight):  # the hooks are ZeRO-3's, which gathers this weight around the whole pass
+        return True
     return (
-        type(head) is nn.Linear
-        and head.bias is None
-        and type(weight) is nn.Parameter
-        and weight.dim() == 2
+        weight.dim() == 2
         and weight.numel() > 0
-        and states.dtype == weight.dtype
-        and states.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled(states.device.type)
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
         and "forward" not in vars(head)  # replaced on this module alone, as accelerate's hooks do
-        and not hasattr(weight, "ds_id")  # DeepSpeed's ZeRO-3
+    )
+
+
+def _computes_exactly(head: nn.Module, states: torch.Tensor) -> bool:
+    """Whether the product comes in the precision that scores need."""
+    weight: Any = head.weight
+    return (
+        states.dtype == weight.dtype
+        and states.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(states.device.type)
     )
 
 
@@ -291,6 +308,11 @@ class Critic(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.config: Any = model.config  # engines look for it
+
+    def prepare_sharding(self) -> None:
+        """To be called once ZeRO-3 has taken over: the value head is read without a call of its module."""
+        read_together(self, self.model.score.parameters())  # type: ignore[union-attr,operator]
 
     def forward(self, rows: Rows, positions: torch.Tensor) -> torch.Tensor:
         """

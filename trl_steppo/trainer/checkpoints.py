@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import CheckpointError
-from ..models import is_peft_model
+from ..models import is_peft_model, whole_shape
 
 MANIFEST = "checkpoint.json"
 _FORMAT = 1
@@ -264,6 +264,12 @@ def _check_identity(directory: Path, saved: Mapping[str, Any], now: Mapping[str,
     for name in {**saved, **now}:
         if name == "networks" or saved.get(name) == now.get(name):
             continue
+        if name == "ranks of the shards":
+            raise CheckpointError(
+                f"{directory} holds the weights and optimizer states of {saved.get(name) or 'no'} DeepSpeed ranks, and "
+                f"this run has {now.get(name) or 'none'}: resume with as many, or start a new run from its weights "
+                f"(`model_name_or_path` {directory}, and {directory / 'critic'} as `value_model`)"
+            )
         raise CheckpointError(
             f"{directory} was written with `{name}`={saved.get(name)!r}, and this run has {now.get(name)!r}: it would "
             "play other rows than those that are left. Set it back, or start a new run"
@@ -290,7 +296,7 @@ def _check_identity(directory: Path, saved: Mapping[str, Any], now: Mapping[str,
 
 def shapes(network: nn.Module) -> dict[str, list[int]]:
     """The parameters of a network."""
-    return {name: list(parameter.shape) for name, parameter in network.named_parameters()}
+    return {name: whole_shape(parameter) for name, parameter in network.named_parameters()}
 
 
 def load_weights(model: Any, directory: Path) -> None:

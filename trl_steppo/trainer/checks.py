@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import SchedulerType
@@ -38,12 +38,37 @@ def refuse_unsupported(args: StepPOConfig) -> None:
         )
 
 
-def check_distribution(distributed_type: DistributedType) -> None:
-    """Engines that this version does not know."""
-    if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+def check_distribution(args: StepPOConfig, accelerator: Accelerator, optimizers: tuple[Any, Any]) -> None:
+    """Engines that this version does not know, and what those that it knows cannot do."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ConfigurationError(
-            f"accelerate was launched with {distributed_type.value}, and this version trains in one process or with "
-            "DDP; choose one of these with `accelerate config`"
+            f"accelerate was launched with {accelerator.distributed_type.value}, and this version trains in one "
+            "process, with DDP, or with DeepSpeed's ZeRO; choose one of these (`trl-steppo config`)"
+        )
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    stage = accelerator.deepspeed_plugin.zero_stage
+    if stage == 0:
+        raise ConfigurationError("DeepSpeed's stage 0 shards nothing; choose stage 2 or 3, or DDP without DeepSpeed")
+    if any(given is not None for given in optimizers):
+        raise ConfigurationError(
+            "`optimizers` is set, and DeepSpeed has an engine with an optimizer of its own for each network; leave it "
+            "out, and set `optim`, `learning_rate` and `critic_learning_rate`"
+        )
+    if args.critic_shares_base:
+        raise ConfigurationError(
+            "`critic_shares_base` is set, and two DeepSpeed engines cannot share parameters; leave it out"
+        )
+    if stage == 3 and not args.ds3_gather_for_generation:
+        raise ConfigurationError(
+            "`ds3_gather_for_generation` is False: layers would be gathered for every token, by all ranks together, "
+            "and their episodes have different lengths; leave it at True"
+        )
+    config: Any = getattr(args, "hf_deepspeed_config", None)
+    mismatches = getattr(config, "mismatches", ())
+    if mismatches:
+        raise ConfigurationError(
+            "the DeepSpeed configuration contradicts the run's settings; write 'auto' there:\n" + "\n".join(mismatches)
         )
 
 

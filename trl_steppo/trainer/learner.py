@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -233,9 +233,6 @@ class Learner:
             return
         micros = self._micro_batches(rollout, chosen, self.args.per_device_train_batch_size)
         collator = self.collator if network is self.policy else self.value_collator
-        # Gradients are averaged over ranks, and accelerate divides by a number of its own; our sums run over all
-        # ranks and micro-batches already.
-        scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
         finite = True
         network.module.train()
         for number, parts in enumerate(micros):
@@ -243,30 +240,24 @@ class Learner:
             if network is self.policy:
                 self.tokens_forwarded += micro.input_ids.numel()
             is_last = number == len(micros) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(network.module):
+            with network.accumulating(is_last=is_last):
                 loss = loss_of(micro, steps, denominator)
                 with self.clock.measure("model_s"):
                     finite = math.isfinite(loss.item()) and finite
-                    self.accelerator.backward(loss * scale)
+                    network.backward(loss)
             if not is_last:
                 self.on_event("on_substep_end")
         with self.clock.measure("model_s"):
-            norm = float(
-                self.accelerator.clip_grad_norm_(network.module.parameters(), self.args.max_grad_norm or math.inf)
+            norm = network.step(
+                self.args.max_grad_norm,
+                agree=lambda seen: self._on_all_ranks(finite and seen),
+                before=lambda: self.on_event("on_pre_optimizer_step"),
             )
-            finite = self._on_all_ranks(finite and math.isfinite(norm))
-        self.on_event("on_pre_optimizer_step")
-        with self.clock.measure("model_s"):
-            if finite:
-                network.optimizer.step()
-            elif self.accelerator.scaler is not None:
-                self.accelerator.scaler.update()  # with fp16 a step is skipped so that the next has a smaller scale
         self.on_event("on_optimizer_step")
-        network.optimizer.zero_grad()
         share = 1.0 / self.accelerator.num_processes
-        if finite:
+        if norm is not None:
             stats.add(f"{name}/grad_norm", norm)
-        stats.add(f"{name}/skipped_steps", 0.0 if finite else share, 0.0)
+        stats.add(f"{name}/skipped_steps", share if norm is None else 0.0, 0.0)
         stats.add("loss/policy_avg" if name == "policy" else "loss/value_avg", 0.0, share)
         if name == "policy" and self.args.kl_loss_coef:
             stats.add("loss/kl_avg", 0.0, share)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import Trainer
 
-from ..errors import ConfigurationError
+from ..errors import CheckpointError, ConfigurationError
+from ..models import gathered, is_sharded
+from .checkpoints import load_tensors
 from .steppo_config import StepPOConfig
 
+_SHARDS = "shards"  # folder of what the ranks of a DeepSpeed engine write
 
 @dataclass
 class Network:
@@ -24,10 +30,117 @@ class Network:
     module: nn.Module
     optimizer: Any
     scheduler: Any
+    accelerator: Accelerator
 
     @property
     def learning_rate(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
+
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Around the forward and backward pass of a micro-batch, of which the last one ends its mini-batch."""
+        return nullcontext() if is_last else self.accelerator.no_sync(self.module)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss whose sum runs over all ranks and micro-batches already."""
+        # Gradients are averaged over ranks, and accelerate divides by a number of its own.
+        self.accelerator.backward(loss * self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps)
+
+    def step(self, max_grad_norm: float, agree: Callable[[bool], bool], before: Callable[[], None]) -> float | None:
+        """
+        One step of the optimizer.
+
+        Args:
+            max_grad_norm (`float`):
+                Where the gradient's norm is clipped; 0: nowhere.
+            agree (`Callable[[bool], bool]`):
+                Whether all ranks see what this one sees.
+            before (`Callable`):
+                Called between clipping and the step.
+
+        Returns:
+            `float` or `None`: The gradient's norm before clipping; `None` where it is not a number, and nothing moved.
+        """
+        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), max_grad_norm or math.inf))
+        finite = agree(math.isfinite(norm))
+        before()
+        if finite:
+            self.optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # with fp16 a step is skipped so that the next has a smaller scale
+        self.optimizer.zero_grad()
+        return norm if finite else None
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """
+        Within, every rank runs the network's model without a word to the others, as often as it likes: episodes have
+        different lengths. All ranks come by.
+        """
+        return nullcontext()
+
+    def save_state(self, directory: Path, *, is_writer: bool) -> None:
+        """Write the optimizer's and the schedule's state."""
+        if is_writer:
+            torch.save(self.optimizer.state_dict(), directory / "optimizer.pt")
+            torch.save(self.scheduler.state_dict(), directory / "scheduler.pt")
+
+    def load_state(self, directory: Path) -> None:
+        """Read what [`save_state`] wrote."""
+        self.optimizer.zero_grad()  # of an update that was broken off
+        self.optimizer.load_state_dict(load_tensors(directory / "optimizer.pt"))
+        self.scheduler.load_state_dict(load_tensors(directory / "scheduler.pt"))
+
+
+class DeepSpeedNetwork(Network):
+    """A network under DeepSpeed's ZeRO: `module` is its engine, which clips and steps by itself."""
+
+    @property
+    def engine(self) -> Any:
+        return self.module
+
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=is_last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
+
+    def step(self, max_grad_norm: float, agree: Callable[[bool], bool], before: Callable[[], None]) -> float | None:
+        before()
+        self.engine.step()  # clips at the configuration's `gradient_clipping`, which is `max_grad_norm`
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if math.isfinite(norm) and not self.engine.optimizer.overflow else None
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if not any(map(is_sharded, self.engine.parameters())):
+            yield
+            return
+        from trl.models.utils import add_hooks, remove_hooks
+
+        with gathered(self.engine.parameters()):
+            remove_hooks(self.engine)
+            try:
+                yield
+            finally:
+                add_hooks(self.engine)
+
+    def save_state(self, directory: Path, *, is_writer: bool) -> None:
+        # Every rank writes its shards, those of the weights among them.
+        self.engine.save_checkpoint(str(directory), tag=_SHARDS, save_latest=False)
+        if is_writer:
+            torch.save(self.scheduler.state_dict(), directory / "scheduler.pt")
+
+    def load_state(self, directory: Path) -> None:
+        self.load_shards(directory)
+        self.scheduler.load_state_dict(load_tensors(directory / "scheduler.pt"))
+
+    def load_shards(self, directory: Path, *, weights_only: bool = False) -> None:
+        """Weights, and the optimizer's state."""
+        if not (directory / _SHARDS).is_dir():
+            raise CheckpointError(f"{directory} holds no shards of DeepSpeed's; it was written by another engine")
+        self.engine.load_checkpoint(
+            str(directory), tag=_SHARDS, load_optimizer_states=not weights_only, load_lr_scheduler_states=False
+        )
 
 
 def end_update(networks: list[Network]) -> None:
@@ -68,26 +181,74 @@ def build_networks(
         ConfigurationError: If the given optimizer holds none of a network's parameters, or there is a scheduler
             without one.
     """
-    networks = [network.to(accelerator.device) for network in (policy, critic) if network is not None]
+    networks = [network for network in (policy, critic) if network is not None]
     given, given_scheduler = optimizers
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        found = _build_engines(args, accelerator, networks, decay_parameter_names)
+        return found[0], found[1] if critic is not None else None
+    networks = [network.to(accelerator.device) for network in networks]
     if given is not None:
         _check_optimizer(args, given, policy, critic)
         scheduler = given_scheduler if given_scheduler is not None else make_scheduler(args, given)
         *prepared, optimizer = accelerator.prepare(*networks, given)
-        found = [Network(module, optimizer, scheduler) for module in prepared]
+        found = [Network(module, optimizer, scheduler, accelerator) for module in prepared]
     elif given_scheduler is not None:
         raise ConfigurationError(
             "`optimizers` has a scheduler without an optimizer; pass both, or choose a schedule by `lr_scheduler_type`"
         )
     else:
-        critic_rate = args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
         found = []
-        for network, learning_rate in zip(networks, (args.learning_rate, critic_rate), strict=False):
+        for network, learning_rate in zip(networks, _learning_rates(args), strict=False):
             optimizer = make_optimizer(args, network, learning_rate, set(decay_parameter_names(network)))
             scheduler = make_scheduler(args, optimizer)
             module, optimizer = accelerator.prepare(network, optimizer)
-            found.append(Network(module, optimizer, scheduler))
+            found.append(Network(module, optimizer, scheduler, accelerator))
     return found[0], found[1] if critic is not None else None
+
+
+def _learning_rates(args: StepPOConfig) -> tuple[float, float]:
+    """Of the policy and of the critic."""
+    return args.learning_rate, args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
+
+
+def _build_engines(
+    args: StepPOConfig,
+    accelerator: Accelerator,
+    networks: list[nn.Module],
+    decay_parameter_names: Callable[[nn.Module], list[str]],
+) -> list[Network]:
+    """
+    An engine for each network. One for both would have one step for both: a critic that warms up, or makes more epochs
+    than the policy, would drag the policy along by its optimizer's momentum.
+    """
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    if config.get("gradient_clipping", "auto") not in ("auto", args.max_grad_norm):
+        raise ConfigurationError(
+            f"DeepSpeed's `gradient_clipping` is {config['gradient_clipping']}, and `max_grad_norm` is "
+            f"{args.max_grad_norm}; write 'auto' there, or leave it out"
+        )
+    config["gradient_clipping"] = float(args.max_grad_norm or 0.0)
+    found: list[Network] = []
+    for network, learning_rate in zip(networks, _learning_rates(args), strict=False):
+        optimizer = make_optimizer(args, network, learning_rate, set(decay_parameter_names(network)))
+        accelerator.deepspeed_engine_wrapped = None  # accelerate's own loop has one engine; ours calls its own
+        engine, _ = accelerator.prepare(network, optimizer)
+        network.prepare_sharding()  # type: ignore[operator]
+        # On a CPU-offloaded run the engine has made an optimizer of another class.
+        scheduler = make_scheduler(args, engine.basic_optimizer)
+        found.append(DeepSpeedNetwork(engine, engine.optimizer, scheduler, accelerator))
+    return found
+
+
+def build_reference(accelerator: Accelerator, scorer: nn.Module) -> nn.Module:
+    """Place a frozen network on the device; under ZeRO-3, in shards."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
+        from trl.models.utils import prepare_deepspeed
+
+        engine: nn.Module = prepare_deepspeed(scorer, accelerator)  # type: ignore[assignment]
+        scorer.prepare_sharding()  # type: ignore[operator]
+        return engine
+    return scorer.to(accelerator.device)
 
 
 def make_optimizer(args: StepPOConfig, network: nn.Module, learning_rate: float, decays: set[str]) -> Any:

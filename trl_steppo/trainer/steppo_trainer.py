@@ -35,10 +35,12 @@ from ..models import (
     build_critic,
     critic_adapter,
     disable_dropout,
+    gathered,
     is_peft_model,
     plain_model,
     prepare_for_tries,
     takes_tries,
+    whole_state_dict,
 )
 from ..rollout import EpisodeRequest, dump_episodes, episode_file, load_episodes
 from ..types import Episode
@@ -47,7 +49,6 @@ from .checkpoints import (
     Manifest,
     Progress,
     find_checkpoint,
-    load_tensors,
     load_weights,
     read_manifest,
     rotate,
@@ -67,7 +68,7 @@ from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names
 from .learner import Learner, Rollout, Scores
 from .metrics import Clock, Means, add_episode_metrics
-from .networks import Network, build_networks
+from .networks import DeepSpeedNetwork, Network, build_networks, build_reference
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
 from .steppo_config import StepPOConfig
@@ -196,7 +197,7 @@ class StepPOTrainer(PPOTrainer):
             callbacks=callbacks,
         )
         self.args: StepPOConfig = args
-        check_distribution(self.accelerator.distributed_type)
+        check_distribution(args, self.accelerator, optimizers)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
@@ -270,12 +271,11 @@ class StepPOTrainer(PPOTrainer):
                 episodes = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
             else:
                 self.sampler.policy_version = update
-                with self.accelerator.autocast():  # the numerics of the policy's forward passes in training
+                with self._generating():
                     episodes = self.player.play(self._requests(), trainer_state=self.state, id_prefix=f"{update}/")
-                self.sampler.reset_cache()
             if args.dump_episodes_dir is not None:
                 dump_episodes(episode_file(args.dump_episodes_dir, update, rank), episodes)
-        if self._shows_samples() and self.eval_dataset is None:
+        if self._shows_samples() and self.eval_dataset is None and self.accelerator.is_main_process:
             print_episodes(episodes[:_NUM_SHOWN], self.player.decode, f"episodes sampled in update {update + 1}")
         return episodes
 
@@ -396,24 +396,35 @@ class StepPOTrainer(PPOTrainer):
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
         count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
-        requests = [EpisodeRequest(dataset[index], index) for index in range(count)]
+        plays = self.accelerator.is_main_process
+        requests = [EpisodeRequest(dataset[index], index) for index in range(count)] if plays else []
         episodes = self._play_greedily(requests, "shown/")
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
 
     def _play_greedily(self, requests: Sequence[EpisodeRequest], id_prefix: str) -> list[Episode]:
         self.sampler.policy_version = self.state.global_step
-        self.sampler.reset_cache()
-        with self.accelerator.autocast():
-            episodes = self.player.play(
+        with self._generating():
+            return self.player.play(
                 requests,
                 greedy=True,
                 id_prefix=id_prefix,
                 trainer_state=self.state,
                 on_episode=lambda: self._event("on_prediction_step"),
             )
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """Around everything that samples; all ranks come by, those with nothing to play among them."""
+        reward_model = self.player.reward_model
+        self.sampler.reset_cache()  # of other weights
+        with (
+            self.learner.policy.whole(),
+            gathered(reward_model.parameters() if reward_model is not None else ()),
+            self.accelerator.autocast(),  # the numerics of the policy's forward passes in training
+        ):
+            yield
         self.sampler.reset_cache()
-        return episodes
 
     def get_train_dataloader(self) -> Any:
         """Raises: rows are drawn from a seeded stream and played one by one (`self.rows`)."""
@@ -445,9 +456,18 @@ class StepPOTrainer(PPOTrainer):
         adapters, the adapters.
         """
         output_dir = output_dir or str(self.args.output_dir)
-        if self.value_model is not None and self.args.should_save:
-            self.value_model.save_pretrained(os.path.join(output_dir, "critic"))
-        Trainer.save_model(self, output_dir, _internal_call)
+        if self.value_model is not None:
+            state = whole_state_dict(self.value_model, keep=self.args.should_save)
+            if self.args.should_save:
+                self.value_model.save_pretrained(os.path.join(output_dir, "critic"), state_dict=state)
+        if not self.is_deepspeed_enabled:
+            Trainer.save_model(self, output_dir, _internal_call)
+            return
+        state = whole_state_dict(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_merged_model(self, output_dir: str) -> None:
         """
@@ -457,6 +477,11 @@ class StepPOTrainer(PPOTrainer):
             output_dir (`str`):
                 Where to.
         """
+        if self.is_deepspeed_enabled:
+            raise ConfigurationError(
+                "under DeepSpeed adapters are merged afterwards, with peft: `AutoPeftModelForCausalLM.from_pretrained("
+                "output_dir).merge_and_unload()`"
+            )
         if not self.args.should_save:
             return
         # Of a copy: merging and taking apart again would leave rounding errors behind.
@@ -489,10 +514,8 @@ class StepPOTrainer(PPOTrainer):
     def _write_checkpoint(self, directory: Path) -> None:
         self.save_model(str(directory), _internal_call=True)
         if not self.args.save_only_model:
-            if self.args.should_save:
-                for folder, network in self._network_folders(directory):
-                    torch.save(network.optimizer.state_dict(), folder / "optimizer.pt")
-                    torch.save(network.scheduler.state_dict(), folder / "scheduler.pt")
+            for folder, network in self._network_folders(directory):
+                network.save_state(folder, is_writer=self.args.should_save)
             self._save_scaler(str(directory))
             self._save_rng_state(str(directory))
         if self.args.should_save:
@@ -507,16 +530,14 @@ class StepPOTrainer(PPOTrainer):
         """Everything as it was when the checkpoint was written; the random generators come last, in `_running`."""
         directory = find_checkpoint(Path(str(self.args.output_dir)), resume_from_checkpoint)
         manifest = read_manifest(directory, self._identity())
-        if not (directory / "optimizer.pt").is_file():
+        if not (directory / "scheduler.pt").is_file():
             raise CheckpointError(
                 f"{directory} holds no optimizer (`save_only_model`), so the run cannot go on from it; pass its model "
                 "as `model` to start a new one"
             )
         self._load_networks(directory)
         for folder, network in self._network_folders(directory):
-            network.optimizer.zero_grad()  # of an update that was broken off
-            network.optimizer.load_state_dict(load_tensors(folder / "optimizer.pt"))
-            network.scheduler.load_state_dict(load_tensors(folder / "scheduler.pt"))
+            network.load_state(folder)
         self._load_scaler(str(directory))
         self.progress = manifest.progress
         self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
@@ -527,9 +548,14 @@ class StepPOTrainer(PPOTrainer):
         logger.info(f"going on from {directory}, after update {self.state.global_step}")
 
     def _load_networks(self, directory: Path) -> None:
-        load_weights(self.model, directory)
-        if self.value_model is not None:
-            load_weights(self.value_model, directory / "critic")
+        if self.is_deepspeed_enabled:
+            for folder, network in self._network_folders(directory):
+                assert isinstance(network, DeepSpeedNetwork)
+                network.load_shards(folder, weights_only=True)
+        else:
+            load_weights(self.model, directory)
+            if self.value_model is not None:
+                load_weights(self.value_model, directory / "critic")
         self.sampler.reset_cache()
 
     def _load_best_model(self) -> None:
@@ -558,6 +584,7 @@ class StepPOTrainer(PPOTrainer):
             "networks": {name: shapes(model) for name, model in networks.items() if model is not None},
             "train_dataset rows": self.rows.num_rows,
             "seed of the data": self.rows.seed,
+            "ranks of the shards": self.accelerator.num_processes if self.is_deepspeed_enabled else None,
         }
 
     # -- construction -------------------------------------------------------------------------------------------------
@@ -593,8 +620,13 @@ class StepPOTrainer(PPOTrainer):
         args = self.args
         self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None  # type: ignore[assignment]
         self.value_model: Any = None
+        needs_copy = args.uses_reference and ref_model is None and self.policy_adapter is None
+        with gathered(model.parameters()):
+            if args.uses_critic:
+                self.value_model = value_model if value_model is not None else self._build_critic(model)
+            if needs_copy:
+                ref_model = copy.deepcopy(model)
         if args.uses_critic:
-            self.value_model = value_model if value_model is not None else self._build_critic(model)
             check_trainable(self.value_model, "value_model")
             check_apart(model, self.value_model)
             check_saved(self.value_model, "value_model")
@@ -607,11 +639,12 @@ class StepPOTrainer(PPOTrainer):
         scorer = PolicyScorer(plain_model(model))
         self.ref_model: Any = None
         reference: nn.Module | None = None
-        if args.uses_reference and ref_model is None and self.policy_adapter is not None:
+        if args.uses_reference and ref_model is None:
+            assert self.policy_adapter is not None
             reference = AdapterReference(scorer, model, self.policy_adapter, args.ref_adapter_name)
         elif args.uses_reference:
-            self.ref_model = self._frozen(ref_model if ref_model is not None else copy.deepcopy(model))
-            reference = PolicyScorer(plain_model(self.ref_model))
+            self.ref_model = self._frozen(ref_model)
+            reference = build_reference(self.accelerator, PolicyScorer(plain_model(self.ref_model)))
         policy, critic = build_networks(
             args,
             self.accelerator,
@@ -784,7 +817,7 @@ class StepPOTrainer(PPOTrainer):
     def _shows_samples(self, *, finished: bool = False) -> bool:
         """Whether episodes of this update are printed (`finished`: of the one that has just been counted)."""
         args = self.args
-        if args.num_sample_generations <= 0 or not self.accelerator.is_main_process:
+        if args.num_sample_generations <= 0:
             return False
         assert args.num_total_batches is not None
         update = self.state.global_step - finished

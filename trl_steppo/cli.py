@@ -1,0 +1,122 @@
+"""The `trl-steppo` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import StepPOError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; errors that name their cure are printed without a traceback."""
+    parser = argparse.ArgumentParser(prog="trl-steppo", description="Step-level PPO for LLM agents.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    config = commands.add_parser("config", help="where an accelerate configuration lies that is shipped with the package")
+    config.add_argument("name", nargs="?", help="its name; left out, all names are listed")
+    config.set_defaults(run=show_config)
+
+    memory = commands.add_parser("memory", help="what a run needs of each GPU's memory, from the model's shape alone")
+    memory.add_argument("model", help="Qwen2.5-3B, Qwen3-1.7B, Qwen3-4B (built in), a directory, or a name on the hub")
+    memory.add_argument("--engine", nargs="+", default=["single", "ddp", "zero2", "zero3", "zero3_offload"])
+    memory.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 4, 8])
+    memory.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="what they are loaded as")
+    memory.add_argument("--no-bf16", dest="bf16", action="store_false", help="no mixed precision")
+    memory.add_argument("--no-critic", dest="critic", action="store_false", help="an estimator without a critic")
+    memory.add_argument("--reference", action="store_true", help="with a KL term")
+    memory.add_argument("--lora-rank", type=int, default=0, help="adapters on all linear layers; 0: none")
+    memory.add_argument("--critic-shares-base", action="store_true")
+    memory.add_argument("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false")
+    memory.add_argument("--micro-batch-tokens", type=int, default=16_384, help="max_tokens_per_micro_batch")
+    memory.add_argument("--cache-tokens", type=int, default=262_144, help="rollout_cache_tokens")
+    memory.add_argument("--concurrent-episodes", type=int, default=64)
+    memory.add_argument("--details", action="store_true", help="a table for each engine, by what the memory is for")
+    memory.set_defaults(run=show_memory)
+
+    check = commands.add_parser("check", help="a dry run of a recipe: its settings, and one small update")
+    check.add_argument("config", help="a YAML file of settings, as `--config` takes it")
+    check.add_argument("--dataset-name", help="rows to play instead of the recipe's; `mini_wiki` is built in")
+    check.set_defaults(run=run_check)
+
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (StepPOError, OSError) as error:
+        print(f"trl-steppo {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def show_config(args: argparse.Namespace) -> int:
+    """Print a path for `accelerate launch --config_file`."""
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    if args.name is None:
+        for name in names:
+            comment = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0].removeprefix("# ")
+            print(f"{name:16}{comment}")
+        return 0
+    if args.name not in names:
+        print(f"trl-steppo config: there is no {args.name!r}; choose one of {', '.join(names)}", file=sys.stderr)
+        return 1
+    print(CONFIGS / f"{args.name}.yaml")
+    return 0
+
+
+def show_memory(args: argparse.Namespace) -> int:
+    """Print what each GPU needs under each engine, and the smallest that has it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .memory import GIB, RESERVED, Setting, load_config, plan, shape_of
+
+    shape = shape_of(load_config(args.model))
+    names = ("weights", "bf16", "critic", "reference", "lora_rank", "critic_shares_base", "gradient_checkpointing")
+    names += ("micro_batch_tokens", "cache_tokens", "concurrent_episodes")
+    common = {name: getattr(args, name) for name in names}
+    console = Console()
+    table = Table(
+        title=f"{args.model}, {shape.parameters / 1e9:.2f} billion parameters: GB on each GPU (smallest GPU that fits)",
+        title_justify="left",
+    )
+    table.add_column("engine")
+    for num_gpus in args.gpus:
+        table.add_column(f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}", justify="right")
+    for engine in args.engine:
+        plans = {n: plan(shape, Setting(engine, n, **common)) for n in args.gpus if engine != "single" or n == 1}
+        cells = []
+        for num_gpus in args.gpus:
+            found = plans.get(num_gpus)
+            cells.append(
+                "" if found is None else f"{(found.peak + RESERVED) / 1e9:.0f} ({f'{found.fits} GB' if found.fits else 'none'})"
+            )
+        table.add_row(engine, *cells)
+        if not args.details:
+            continue
+        details = Table(title=f"{engine}: GiB on each GPU", title_justify="left")
+        details.add_column("what")
+        for num_gpus in plans:
+            details.add_column(str(num_gpus), justify="right")
+        for phase in ("held", "training", "rollout", "host"):
+            for name in dict.fromkeys(n for p in plans.values() for n in getattr(p, phase)):
+                values = [getattr(p, phase).get(name, 0.0) / GIB for p in plans.values()]
+                details.add_row(f"{phase}: {name}", *(f"{value:.1f}" for value in values))
+        console.print(details)
+    console.print(table)
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """See [`trl_steppo.dry_run`]."""
+    from .dry_run import dry_run
+
+    for line in dry_run(Path(args.config), dataset_name=args.dataset_name):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

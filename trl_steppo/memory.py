@@ -1,0 +1,304 @@
+"""
+What a run needs of a GPU's memory, from the model's configuration alone.
+
+An estimate, in the terms that papers on ZeRO use (arXiv 1910.02054): what is held all the time (weights, optimizer
+states), what training adds, and what a rollout adds. Of the last two only the larger counts, since they alternate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Engine = Literal["single", "ddp", "zero2", "zero3", "zero3_offload"]
+
+GIB = 2**30
+GPU_SIZES = (24, 40, 80)  # GB, as they are sold
+RESERVED = 1.5 * GIB  # the CUDA context, and what the allocator cannot use
+_LOGITS_ELEMENTS = 2**25  # logits that are held at a time; see `models.forward`
+_LOGITS_BYTES = 16  # of each: as computed, in float32, its log-probability, its gradient
+_SAMPLING_BYTES = 24  # of a logit in sampling: in float32, its log-probability, its cumulative sum in float64
+
+_QWEN: dict[str, Any] = {"vocab_size": 151_936, "tie_word_embeddings": True}
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen2.5-3B": {
+        "model_type": "qwen2",
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        **_QWEN,
+    },
+    "Qwen3-1.7B": {
+        "model_type": "qwen3",
+        "hidden_size": 2048,
+        "intermediate_size": 6_144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        **_QWEN,
+    },
+    "Qwen3-4B": {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "intermediate_size": 9_728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        **_QWEN,
+    },
+}
+"""Configurations of the models of the paper's experiments (from their `config.json`)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    What of a causal language model decides its memory.
+
+    Args:
+        hidden, intermediate, layers, vocabulary (`int`):
+            Sizes.
+        queries, keys (`int`):
+            Width of all query heads, and of all key (and of all value) heads.
+        parameters (`int`):
+            All of them; a tied head counts once.
+        head_parameters (`int`):
+            Those of an output head of its own, which a critic does not have.
+        linear (`tuple[tuple[int, int], ...]`):
+            (in, out) of every linear layer of the backbone, where LoRA goes.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    queries: int
+    keys: int
+    parameters: int
+    head_parameters: int
+    linear: tuple[tuple[int, int], ...]
+
+
+def shape_of(config: Any) -> Shape:
+    """
+    Measure a model that is built without memory.
+
+    Args:
+        config (`PretrainedConfig`):
+            Of a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = config.get_text_config()
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    head, backbone = model.get_output_embeddings(), model.base_model
+    own_head = 0 if head.weight is model.get_input_embeddings().weight else head.weight.numel()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        vocabulary=config.vocab_size,
+        queries=head_dim * config.num_attention_heads,
+        keys=head_dim * config.num_key_value_heads,
+        parameters=sum(p.numel() for p in model.parameters()),
+        head_parameters=own_head,
+        linear=tuple(
+            (module.in_features, module.out_features)
+            for module in backbone.modules()
+            if isinstance(module, torch.nn.Linear)
+        ),
+    )
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a built-in shape, of a directory, or of a name on the hub."""
+    from transformers import AutoConfig
+
+    if name in SHAPES:
+        return AutoConfig.for_model(**SHAPES[name])
+    return AutoConfig.from_pretrained(name)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    The part of a run's settings that decides its memory.
+
+    Args:
+        engine (`str`):
+            `"single"`, `"ddp"`, `"zero2"`, `"zero3"` or `"zero3_offload"`, as the shipped accelerate files.
+        num_gpus (`int`):
+            Ranks.
+        weights (`str`, *optional*, defaults to `"float32"`):
+            Type that the weights are loaded in; under DeepSpeed with bfloat16 it makes no difference.
+        bf16 (`bool`, *optional*, defaults to `True`):
+            Mixed precision.
+        critic, reference (`bool`, *optional*):
+            Whether there is one.
+        lora_rank (`int`, *optional*, defaults to `0`):
+            Rank of adapters on all linear layers; 0: everything is trained.
+        critic_shares_base (`bool`, *optional*, defaults to `False`):
+            Whether the critic's adapter stands on the policy's weights.
+        gradient_checkpointing (`bool`, *optional*, defaults to `True`):
+            Whether only the layers' inputs are kept.
+        micro_batch_tokens (`int`, *optional*, defaults to `16384`):
+            Tokens of a forward and backward pass.
+        cache_tokens (`int`, *optional*, defaults to `262144`):
+            `rollout_cache_tokens`.
+        concurrent_episodes (`int`, *optional*, defaults to `64`):
+            Episodes sampled at once.
+    """
+
+    engine: Engine
+    num_gpus: int
+    weights: Literal["float32", "bfloat16"] = "float32"
+    bf16: bool = True
+    critic: bool = True
+    reference: bool = False
+    lora_rank: int = 0
+    critic_shares_base: bool = False
+    gradient_checkpointing: bool = True
+    micro_batch_tokens: int = 16_384
+    cache_tokens: int = 262_144
+    concurrent_episodes: int = 64
+
+    @property
+    def shards(self) -> int:
+        return self.num_gpus if self.engine.startswith("zero") else 1
+
+    @property
+    def deepspeed(self) -> bool:
+        return self.engine.startswith("zero")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Bytes on each GPU, by what they are for.
+
+    Args:
+        held (`dict[str, float]`):
+            All the time.
+        training (`dict[str, float]`):
+            Added while a network is updated.
+        rollout (`dict[str, float]`):
+            Added while episodes are played.
+        host (`dict[str, float]`):
+            In the host's memory, for each GPU.
+    """
+
+    held: dict[str, float]
+    training: dict[str, float]
+    rollout: dict[str, float]
+    host: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> float:
+        return sum(self.held.values()) + max(sum(self.training.values()), sum(self.rollout.values()))
+
+    @property
+    def fits(self) -> int | None:
+        """The smallest GPU, in GB, that holds it with what CUDA takes for itself; `None`: none of them."""
+        return next((size for size in GPU_SIZES if self.peak + RESERVED <= size * 1e9), None)
+
+
+def plan(shape: Shape, setting: Setting) -> Plan:
+    """
+    Memory of a run on each GPU.
+
+    Args:
+        shape ([`Shape`]):
+            Of the policy; the critic has its backbone.
+        setting ([`Setting`]):
+            The run.
+    """
+    backbone = shape.parameters - shape.head_parameters
+    policy = _network(shape, setting, shape.parameters, "policy")
+    critic = _network(shape, setting, backbone + shape.hidden, "critic") if setting.critic else _Network({}, 0.0, 0.0)
+    frozen = _frozen_bytes(setting)
+    needs_copy = setting.reference and not setting.lora_rank
+    held = policy.held | critic.held
+    held |= {"reference": shape.parameters * frozen / (setting.shards if _weights_are_sharded(setting) else 1)} if needs_copy else {}
+    live = 0.0
+    if _weights_are_sharded(setting):  # the largest that is gathered at a time: the embedding, and two layers
+        layer = sum(a * b for a, b in shape.linear) / shape.layers
+        live = (shape.vocabulary * shape.hidden + 2 * layer) * frozen
+    training = {
+        "gradients": max(policy.gradients, critic.gradients),
+        "activations": _activations(shape, setting),
+        "logits": float(_LOGITS_ELEMENTS * _LOGITS_BYTES),
+        "gathered or cast weights": max(live, _cast_bytes(shape, setting)),
+    }
+    compute = 2 if setting.bf16 or setting.weights == "bfloat16" else 4
+    rollout = {
+        "generation cache": float(setting.cache_tokens * shape.layers * 2 * shape.keys * compute),
+        "sampling": float(setting.concurrent_episodes * shape.vocabulary * _SAMPLING_BYTES),
+        "gathered or cast weights": shape.parameters * frozen
+        if _weights_are_sharded(setting)
+        else _cast_bytes(shape, setting),
+    }
+    host = policy.host + critic.host
+    return Plan(held, training, rollout, {"optimizers": host} if host else {})
+
+
+@dataclass(frozen=True)
+class _Network:
+    held: dict[str, float]
+    gradients: float
+    host: float
+
+
+def _network(shape: Shape, setting: Setting, parameters: int, name: str) -> _Network:
+    """Weights, optimizer states and gradients of one network in training."""
+    trained = parameters
+    if setting.lora_rank:
+        trained = sum(setting.lora_rank * (a + b) for a, b in shape.linear)
+    weight = _frozen_bytes(setting)
+    base = 0 if setting.lora_rank and setting.critic_shares_base and name == "critic" else parameters
+    weights = base * weight / (setting.shards if _weights_are_sharded(setting) else 1)
+    if setting.lora_rank:
+        weights += trained * weight / (setting.shards if _weights_are_sharded(setting) else 1)
+    # Adam's two moments; DeepSpeed keeps a float32 copy of the weights beside them.
+    states = trained * (12.0 if setting.deepspeed else 2.0 * weight) / setting.shards
+    gradients = trained * weight / setting.shards
+    if setting.engine == "ddp":
+        gradients *= 2  # its buckets
+    if setting.engine == "zero3_offload":
+        return _Network({f"{name}'s weights": weights}, gradients, states + trained * 4.0 / setting.shards)
+    return _Network({f"{name}'s weights": weights, f"{name}'s optimizer": states}, gradients, 0.0)
+
+
+def _frozen_bytes(setting: Setting) -> float:
+    """Bytes of a weight on the GPU."""
+    return 2.0 if setting.weights == "bfloat16" or (setting.deepspeed and setting.bf16) else 4.0
+
+
+def _weights_are_sharded(setting: Setting) -> bool:
+    return setting.engine.startswith("zero3")
+
+
+def _cast_bytes(shape: Shape, setting: Setting) -> float:
+    """Autocast keeps a bfloat16 copy of each weight for as long as it lasts."""
+    casts = setting.bf16 and not setting.deepspeed and setting.weights == "float32"
+    return shape.parameters * 2.0 if casts else 0.0
+
+
+def _activations(shape: Shape, setting: Setting) -> float:
+    """
+    What a backward pass needs, for all tokens of a micro-batch: of each layer, the norms' inputs in float32, the
+    inputs and outputs of its linear layers, and queries, keys and values before and after their rotation.
+    """
+    compute = 2 if setting.bf16 or setting.weights == "bfloat16" else 4
+    stream = 4 if setting.weights == "float32" and not (setting.deepspeed and setting.bf16) else 2
+    H, I = shape.hidden, shape.intermediate  # noqa: E741
+    layer = (16 + 2 * stream) * H + compute * (2 * H + 3 * shape.queries + 4 * shape.keys + 4 * I)
+    if not setting.gradient_checkpointing:
+        return float(setting.micro_batch_tokens * layer * shape.layers)
+    return float(setting.micro_batch_tokens * (stream * H * shape.layers + layer))

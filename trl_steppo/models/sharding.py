@@ -1,0 +1,72 @@
+"""Models whose parameters DeepSpeed's ZeRO-3 keeps in shards: seeing them whole for a while.
+
+Everything here is collective: all ranks must come by, in the same order. For models that are not sharded it does
+nothing, and deepspeed is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds a parameter; its own shape then says nothing."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: torch.Tensor) -> list[int]:
+    """A parameter's shape, sharded or not."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Within, every rank holds these parameters whole, to read."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def read_together(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
+    """
+    Have ZeRO-3 gather parameters of modules within `module` around its own forward and backward pass: for those that
+    it reads itself, without a call of the module that owns them.
+    """
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if sharded:
+        import deepspeed
+
+        for parameter in sharded:
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def whole_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor] | None:
+    """
+    A model's state dict with whole parameters, on the CPU: gathered one after another, so that no device holds all.
+
+    Args:
+        model (`torch.nn.Module`):
+            Sharded or not.
+        keep (`bool`):
+            Whether this rank wants it; the others help.
+
+    Returns:
+        `dict` of tensors, or `None` if not kept, or where nothing is sharded: then the model's own will do.
+    """
+    if not any(map(is_sharded, model.parameters())):
+        return None
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        with gathered([tensor]):
+            if keep:
+                state[name] = tensor.detach().cpu().clone()
+    return state if keep else None
