@@ -108,10 +108,18 @@ def make_episodes(work: Work) -> list[Episode]:
 
 def make_model(work: Work) -> Qwen2ForCausalLM:
     torch.manual_seed(work.seed)
-    size: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     if not work.small:  # 30 million parameters
         size = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-    heads: dict[str, Any] = {"num_key_value_heads": size["num_attention_heads"] // 2, "max_position_embeddings": 16_384}
+    heads: dict[str, Any] = {
+        "num_key_value_heads": size["num_attention_heads"] // 2,
+        "max_position_embeddings": 16_384,
+    }
     return Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, **size, **heads))
 
 
@@ -333,13 +341,13 @@ def main(args: PrefixSharingArguments) -> None:
         for group_size in (1, 8)
         for rebuilt in (False, True)
         for count in steps
-        if group_size == 1 or not args.quick or count <= 2
+        if not args.quick or (count == max(steps) if rebuilt or group_size == 8 else count > 1)
     ]
     alone = [work for work in works if work.group_size == 1 and not work.rebuilt]
     updates = measure_updates(args, works, repetitions)
     overhead = measure_overhead([work for work in alone if work.num_steps >= 4], repetitions)
     rollouts = measure_rollouts([w for w in works if not w.rebuilt and 4 <= w.num_steps <= 8], repetitions)
-    growth = measure_growth(args, [n for n in args.growth if n <= 8 or not args.quick], repetitions)
+    growth = measure_growth(args, [n for n in args.growth if n <= 4 or not args.quick], repetitions)
     print_table(
         f"An update with shared prefixes beside one without (medians of {repetitions}; {args.threads} threads)",
         ["episodes", "forwarded / unique", "tokens without / with", "seconds", "time without / with", "peak memory"],

@@ -20,7 +20,14 @@ LAYERS: list[set[str]] = [
     {"gateway"},
     {"rollout"},
     {"trainer"},
-    {"report", "configs", "memory", "dry_run", "cli", "__init__"},  # on top of everything: commands, and the lazy names
+    {
+        "report",
+        "configs",
+        "memory",
+        "dry_run",
+        "cli",
+        "__init__",
+    },  # on top of everything: commands, and the lazy names
 ]
 LAYER = {stage: number for number, stages in enumerate(LAYERS) for stage in stages}
 FOUNDATION = LAYERS[0]

@@ -17,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trl-steppo", description="Step-level PPO for LLM agents.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    config = commands.add_parser("config", help="where an accelerate configuration lies that is shipped with the package")
+    config = commands.add_parser(
+        "config", help="where an accelerate configuration lies that is shipped with the package"
+    )
     config.add_argument("name", nargs="?", help="its name; left out, all names are listed")
     config.set_defaults(run=show_config)
 
@@ -25,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory.add_argument("model", help="Qwen2.5-3B, Qwen3-1.7B, Qwen3-4B (built in), a directory, or a name on the hub")
     memory.add_argument("--engine", nargs="+", default=["single", "ddp", "zero2", "zero3", "zero3_offload"])
     memory.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 4, 8])
-    memory.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="what they are loaded as")
+    memory.add_argument(
+        "--weights", choices=["float32", "bfloat16"], default="float32", help="what they are loaded as"
+    )
     memory.add_argument("--no-bf16", dest="bf16", action="store_false", help="no mixed precision")
     memory.add_argument("--no-critic", dest="critic", action="store_false", help="an estimator without a critic")
     memory.add_argument("--reference", action="store_true", help="with a KL term")
@@ -91,7 +95,9 @@ def show_memory(args: argparse.Namespace) -> int:
         for num_gpus in args.gpus:
             found = plans.get(num_gpus)
             cells.append(
-                "" if found is None else f"{(found.peak + RESERVED) / 1e9:.0f} ({f'{found.fits} GB' if found.fits else 'none'})"
+                ""
+                if found is None
+                else f"{(found.peak + RESERVED) / 1e9:.0f} ({f'{found.fits} GB' if found.fits else 'none'})"
             )
         table.add_row(engine, *cells)
         if not args.details:

@@ -201,7 +201,10 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         model=AutoModelForCausalLM.from_config(config),
         train_dataset=data.train_dataset,
         environment_factory=partial(
-            HotpotQAEnvironment, data.retriever, top_k=int(script.get("num_passages", 3)), reward=script.get("reward", "exact_match")
+            HotpotQAEnvironment,
+            data.retriever,
+            top_k=int(script.get("num_passages", 3)),
+            reward=script.get("reward", "exact_match"),
         ),
     )
     trainer.sampler = trainer.player.sampler = ScriptedSampler(tokenizer)  # type: ignore[assignment]
@@ -211,5 +214,12 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         logs |= {name: value for name, value in entry.items() if isinstance(value, float | int)}
     if logs.get("env/failed_episodes"):
         raise StepPOError(f"{logs['env/failed_episodes']:.0%} of the episodes of the trial failed; see the log above")
-    shown = ("env/reward", "env/episode_steps", "env/tool_errors", "loss/policy_avg", "loss/value_avg", "policy/grad_norm")
+    shown = (
+        "env/reward",
+        "env/episode_steps",
+        "env/tool_errors",
+        "loss/policy_avg",
+        "loss/value_avg",
+        "policy/grad_norm",
+    )
     yield "one update: " + ", ".join(f"{name} {logs[name]:.3g}" for name in shown if name in logs)

@@ -225,7 +225,11 @@ def plan(shape: Shape, setting: Setting) -> Plan:
     frozen = _frozen_bytes(setting)
     needs_copy = setting.reference and not setting.lora_rank
     held = policy.held | critic.held
-    held |= {"reference": shape.parameters * frozen / (setting.shards if _weights_are_sharded(setting) else 1)} if needs_copy else {}
+    held |= (
+        {"reference": shape.parameters * frozen / (setting.shards if _weights_are_sharded(setting) else 1)}
+        if needs_copy
+        else {}
+    )
     live = 0.0
     if _weights_are_sharded(setting):  # the largest that is gathered at a time: the embedding, and two layers
         layer = sum(a * b for a, b in shape.linear) / shape.layers

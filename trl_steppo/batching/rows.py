@@ -17,7 +17,9 @@ import numpy as np
 
 Ids = np.ndarray  # (tokens,) int32
 
-_CHAINS_COST = 1.03  # tokens of causal rows, for each of a trie, that take no longer: one call of attention for all rows
+_CHAINS_COST = (
+    1.03  # tokens of causal rows, for each of a trie, that take no longer: one call of attention for all rows
+)
 
 
 @dataclass(frozen=True)

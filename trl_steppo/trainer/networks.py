@@ -23,6 +23,7 @@ from .steppo_config import StepPOConfig
 
 _SHARDS = "shards"  # folder of what the ranks of a DeepSpeed engine write
 
+
 @dataclass
 class Network:
     """A network in training: as the distributed engine wrapped it, with what updates it."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerState
@@ -187,6 +188,8 @@ class StepPOTrainer(PPOTrainer):
         if args.model_adapter_name is not None:
             model.set_adapter(args.model_adapter_name)
         check_trainable(model, "model")
+        assert args.device is not None  # sets the process group up
+        args.world_size = PartialState().num_processes  # a field of `PPOConfig`, which DeepSpeed's set-up reads
         Trainer.__init__(
             self,
             model=model,
