@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trl_steppo import Episode, Step, StepPOConfig, StepPOTrainer, StopReason
-from trl_steppo.batching import StepRolloutCollator, Trie
+from trl_steppo.batching import StepRolloutCollator, Trie, micro_batches, num_unique_tokens, step_ids
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.rollout import dump_episodes, episode_file
@@ -54,9 +54,9 @@ class PrefixSharingArguments(BenchmarkArguments):
         growth (`list[int]`, *optional*, defaults to `[1, 2, 4, 8, 16, 32]`):
             Numbers of steps over which the growth of an update's time is measured, with a small model.
         max_timed_tokens (`int`, *optional*, defaults to `40000`):
-            An update that would forward more tokens without sharing is counted, but neither is timed.
+            An update that would forward more tokens without sharing is counted, but not timed; of groups a fifth.
         repetitions (`int`, *optional*, defaults to `3`):
-            Updates and rollouts of each kind, whose median counts.
+            Updates of append-only episodes alone, whose median counts; everything that takes long is done once.
         threads (`int`, *optional*, defaults to `2`):
             Threads.
     """
@@ -261,31 +261,45 @@ def growth_exponent(steps: Sequence[int], seconds: Sequence[float]) -> float:
     return statistics.linear_regression(list(map(math.log, steps)), list(map(math.log, seconds))).slope
 
 
-def collated_tokens(work: Work, sharing: bool) -> int:
-    """Tokens of one forward pass over all episodes; without sharing, of all rows, padding apart."""
-    batch = StepRolloutCollator(layout="trie" if sharing else "rows")(make_episodes(work))
-    return int(batch.attention_mask.sum())
+def forwarded_tokens(work: Work, sharing: bool) -> int:
+    """Tokens that a policy's epoch forwards, padding included, as the trainer packs and cuts them."""
+    episodes = make_episodes(work)
+    layout: Any = "trie" if sharing else "rows"
+    sequences = [[step_ids(step) for step in episode.steps] for episode in episodes]
+    groups = micro_batches(
+        range(len(episodes)), sequences, layout=layout, max_episodes=work.group_size, max_tokens=MICRO_BATCH_TOKENS
+    )
+    collator = StepRolloutCollator(layout=layout)
+    return sum(
+        collator([episodes[index] for index, _ in parts], steps=[steps for _, steps in parts]).input_ids.numel()
+        for parts in groups
+    )
 
 
 def measure_updates(args: PrefixSharingArguments, works: Sequence[Work], repetitions: int) -> dict[str, Any]:
-    """Updates with and without sharing, in turn; each kind of work by its name."""
+    """Updates with and without sharing, in turn; each kind of work by its name. Long ones are measured once."""
     found: dict[str, Any] = {}
     for work in works:
         name = f"{'rebuilt' if work.rebuilt else 'append-only'}, group {work.group_size}, {work.num_steps} steps"
-        tokens = {sharing: collated_tokens(work, sharing) for sharing in (True, False)}
-        found[name] = {"token_ratio": tokens[False] / tokens[True]}
-        if tokens[False] > args.max_timed_tokens:
-            shared = [in_new_process(update_once, work, True)]
-        else:
-            pairs = [
-                [in_new_process(update_once, work, sharing) for sharing in (True, False)] for _ in range(repetitions)
-            ]
-            shared, plain = (list(costs) for costs in zip(*pairs, strict=True))
-            found[name]["update_speedup"] = median_seconds(plain) / median_seconds(shared)
-            found[name]["peak_memory_ratio"] = max(c.peak_bytes for c in shared) / max(c.peak_bytes for c in plain)
-            found[name]["seconds_without"] = median_seconds(plain)
-        found[name]["seconds"] = median_seconds(shared)
-        found[name]["forwarded_over_unique"] = shared[0].tokens_forwarded / shared[0].unique_tokens
+        tokens = {sharing: forwarded_tokens(work, sharing) for sharing in (True, False)}
+        found[name] = {
+            "forwarded_over_unique": tokens[True] / num_unique_tokens(make_episodes(work)),
+            "token_ratio": tokens[False] / tokens[True],
+        }
+        if tokens[False] > args.max_timed_tokens * (1 if work.group_size == 1 else 0.2):
+            continue
+        times = repetitions if tokens[False] <= 12_000 and not work.rebuilt and work.group_size == 1 else 1
+        pairs = [[in_new_process(update_once, work, sharing) for sharing in (True, False)] for _ in range(times)]
+        shared, plain = (list(costs) for costs in zip(*pairs, strict=True))
+        assert (shared[0].tokens_forwarded, plain[0].tokens_forwarded) == (tokens[True], tokens[False])
+        found[name] |= {
+            "seconds": median_seconds(shared),
+            "seconds_without": median_seconds(plain),
+            "update_speedup": median_seconds(plain) / median_seconds(shared),
+            "peak_memory_ratio": max(c.peak_bytes for c in shared) / max(c.peak_bytes for c in plain),
+            "repetitions": times,
+        }
+        print(name, found[name], file=sys.stderr, flush=True)
     return found
 
 
@@ -345,11 +359,11 @@ def main(args: PrefixSharingArguments) -> None:
     ]
     alone = [work for work in works if work.group_size == 1 and not work.rebuilt]
     updates = measure_updates(args, works, repetitions)
-    overhead = measure_overhead([work for work in alone if work.num_steps >= 4], repetitions)
-    rollouts = measure_rollouts([w for w in works if not w.rebuilt and 4 <= w.num_steps <= 8], repetitions)
-    growth = measure_growth(args, [n for n in args.growth if n <= 4 or not args.quick], repetitions)
+    overhead = measure_overhead([work for work in alone if work.num_steps in (4, 8)], repetitions)
+    rollouts = measure_rollouts([w for w in works if not w.rebuilt and w.num_steps in (2, 8)], 1)
+    growth = measure_growth(args, [n for n in args.growth if n <= 4 or not args.quick], 1)
     print_table(
-        f"An update with shared prefixes beside one without (medians of {repetitions}; {args.threads} threads)",
+        f"An update with shared prefixes beside one without ({args.threads} threads)",
         ["episodes", "forwarded / unique", "tokens without / with", "seconds", "time without / with", "peak memory"],
         [[name, *(number(row.get(key)) for key in UPDATE_COLUMNS)] for name, row in updates.items()],
     )

@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,6 +47,10 @@ class HotpotQAArguments:
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "File to evaluate on. None: a part of a local file, or the validation split."}
     )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of whole networks."})
+    lora_r: int = field(default=32, metadata={"help": "Their rank."})
+    lora_alpha: int = field(default=64, metadata={"help": "Their scale, over the rank."})
+    lora_target_modules: str = field(default="all-linear", metadata={"help": "The layers they stand in."})
     num_passages: int = field(default=3, metadata={"help": "Most passages that a search returns."})
     reward: Literal["exact_match", "f1"] = field(default="exact_match", metadata={"help": "What an answer is paid."})
 
@@ -68,12 +72,25 @@ def main(script_args: HotpotQAArguments, training_args: StepPOConfig) -> None:
         model=model,
         train_dataset=data.train_dataset,
         eval_dataset=data.eval_dataset,
+        peft_config=make_adapter(script_args) if script_args.use_peft else None,
         environment_factory=partial(
             HotpotQAEnvironment, data.retriever, top_k=script_args.num_passages, reward=script_args.reward
         ),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
+
+
+def make_adapter(script_args: HotpotQAArguments) -> Any:
+    """The adapter of the policy."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha,
+        target_modules=script_args.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
 
 
 def with_default_config(arguments: list[str]) -> list[str]:

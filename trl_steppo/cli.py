@@ -83,7 +83,7 @@ def show_memory(args: argparse.Namespace) -> int:
     common = {name: getattr(args, name) for name in names}
     console = Console()
     table = Table(
-        title=f"{args.model}, {shape.parameters / 1e9:.2f} billion parameters: GB on each GPU (smallest GPU that fits)",
+        title=f"{args.model}, {shape.parameters / 1e9:.2f} billion parameters: GB on each GPU (smallest that fits)",
         title_justify="left",
     )
     table.add_column("engine")

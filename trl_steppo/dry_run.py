@@ -23,7 +23,7 @@ from .types import StopReason, TokenIds
 
 SCRIPT_SETTINGS = {
     *("model_name_or_path", "model_revision", "dtype", "attn_implementation", "dataset_name", "eval_dataset_name"),
-    *("num_passages", "reward", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    *("num_passages", "reward", "use_peft", "lora_r", "lora_alpha", "lora_target_modules"),
 }
 """What `examples/hotpotqa_steppo.py` takes beside the fields of `StepPOConfig`."""
 
@@ -122,7 +122,7 @@ def _config(name: str) -> tuple[Any, str]:
     from .models import MINI_WIKI_POLICY
 
     name = MINI_WIKI_POLICY if name == "mini_wiki" else name
-    shape = next((known for known in SHAPES if name.split("/")[-1].removesuffix("-Instruct") == known), name)
+    shape = next((known for known in SHAPES if name.split("/")[-1].split("-Instruct")[0] == known), name)
     try:
         config = load_config(shape)
     except OSError as error:
@@ -164,6 +164,13 @@ def _data(given: str | None, of_recipe: str) -> tuple[Any, str]:
         return hotpotqa_dataset("mini_wiki"), found
 
 
+def _adapter(script: dict[str, Any]) -> Any:
+    from peft import LoraConfig
+
+    targets = script.get("lora_target_modules", "all-linear")
+    return LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+
+
 def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: Any, data: Any) -> Iterator[str]:
     """One update of two rows, and one evaluation."""
     from transformers import AutoModelForCausalLM
@@ -200,6 +207,7 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         processing_class=tokenizer,
         model=AutoModelForCausalLM.from_config(config),
         train_dataset=data.train_dataset,
+        peft_config=_adapter(script) if script.get("use_peft") else None,
         environment_factory=partial(
             HotpotQAEnvironment,
             data.retriever,

@@ -21,6 +21,15 @@ _SAMPLING_BYTES = 24  # of a logit in sampling: in float32, its log-probability,
 
 _QWEN: dict[str, Any] = {"vocab_size": 151_936, "tie_word_embeddings": True}
 SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4_864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        **_QWEN,
+    },
     "Qwen2.5-3B": {
         "model_type": "qwen2",
         "hidden_size": 2048,

@@ -35,7 +35,8 @@ def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: st
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model()
     if trainer.accelerator.num_processes > 1:  # every rank has the same weights
-        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        with trainer.learner.policy.whole():
+            weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         gathered = trainer.accelerator.gather(weights[None])
         assert torch.equal(gathered[0], gathered[-1])
 

@@ -7,6 +7,7 @@ import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tiny import (
     distance,
     id_rows,
     make_classifier,
+    make_config,
     make_model,
     make_ppo_config,
     make_trainer,
@@ -29,6 +31,7 @@ from transformers import DataCollatorWithPadding, OPTConfig, OPTForCausalLM, Tra
 
 from trl_steppo import StepPOTrainer
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.trainer.checks import check_distribution
 from trl_steppo.trainer.ppo import PPOConfig, PPOTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -337,12 +340,32 @@ def test_settings_that_cannot_work(tmp_path, settings, words):
         drop_in(tmp_path, eval_dataset=id_rows(2), settings=settings)
 
 
-@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+@pytest.mark.parametrize("engine", ["FSDP", "MEGATRON_LM"])
 def test_engines_that_this_version_does_not_know(tmp_path, monkeypatch, engine):
     trainer = drop_in(tmp_path)
     monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType[engine])
     with pytest.raises(ConfigurationError, match=f"launched with {engine}"):
         drop_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "given", "words"),
+    [
+        (0, {}, {}, "stage 0 shards nothing"),
+        (2, {}, {"optimizers": (object(), None)}, "`optimizers` is set"),
+        (3, {"ds3_gather_for_generation": False}, {}, "`ds3_gather_for_generation` is False"),
+        (3, {}, {"mismatches": ["- ds gradient_clipping=2 vs hf max_grad_norm=1"]}, "gradient_clipping=2"),
+    ],
+)
+def test_what_deepspeed_cannot_do(tmp_path, stage, settings, given, words):
+    """In a process of its own an engine is no mock: see `test_ranks.py`."""
+    args = make_config(tmp_path, **settings)
+    args.hf_deepspeed_config = SimpleNamespace(mismatches=given.get("mismatches", []))
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=stage)
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        check_distribution(args, accelerator, given.get("optimizers", (None, None)))
 
 
 def test_arguments_that_cannot_work(tmp_path):

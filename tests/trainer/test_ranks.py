@@ -1,4 +1,4 @@
-"""Two processes learn what one learns from the same episodes."""
+"""Two processes learn what one learns from the same episodes, with DDP and with DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pytest
 import torch
 from replay_on_ranks import replay
 from safetensors.torch import load_file
-from tiny import distance, make_model, make_trainer, weights
+from tiny import distance, make_episode, make_model, make_trainer, weights
 
 from trl_steppo import Episode, StopReason
+from trl_steppo.cli import CONFIGS
 from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
 
 UPDATES = 3
@@ -36,6 +37,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "token_ppo": {"advantage_estimator": "token_gae", "importance_sampling_level": "token"},
     "failures": {"loss_aggregation": "episode"},
+    "uneven": {"max_steps": 10, "learning_rate": 0.03},
 }
 SAVED: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1}
 
@@ -62,25 +64,46 @@ def spoil(update: int, episodes: list[Episode]) -> list[Episode]:
     return [*episodes[:4], *map(failed, episodes[4:])]
 
 
+def uneven(update: int) -> list[Episode]:
+    """Four episodes of one step, and four of five longer ones; of one update, those of the first rank all failed."""
+    short = [make_episode(f"{update}s{i}", [0.1 * i], lengths=[2], row=i) for i in range(4)]
+    long = [make_episode(f"{update}l{i}", [0.0, 0.2, 0.1 * i, 0.0, 0.5], lengths=[6] * 5, row=4 + i) for i in range(4)]
+    return [*(map(failed, short) if update == 4 else short), *long]
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Path:
     """The same episodes in both layouts: all on one rank, and halves on two."""
     root = tmp_path_factory.mktemp("recorded")
+
+    def record(name: str, update: int, episodes: list[Episode]) -> None:
+        dump_episodes(episode_file(root / name / "1", update, 0), episodes)
+        for rank in range(2):
+            dump_episodes(episode_file(root / name / "2", update, rank), episodes[4 * rank : 4 * rank + 4])
+
     make_trainer(root / "run", max_steps=UPDATES, dump_episodes_dir=str(root / "whole")).train()
     for update in range(UPDATES):
         episodes = load_episodes(episode_file(root / "whole", update, 0))
-        for name, kept in (("plain", episodes), ("failures", spoil(update, episodes))):
-            dump_episodes(episode_file(root / name / "1", update, 0), kept)
-            for rank in range(2):
-                dump_episodes(episode_file(root / name / "2", update, rank), kept[4 * rank : 4 * rank + 4])
+        record("plain", update, episodes)
+        record("failures", update, spoil(update, episodes))
+    for update in range(SCENARIOS["uneven"]["max_steps"]):
+        record("uneven", update, uneven(update))
     return root
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file"]
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param([], id="fork"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        pytest.param([], id="fork"),
+        pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow),
+        pytest.param([*LAUNCH, str(CONFIGS / "ddp_cpu2.yaml")], id="ddp", marks=pytest.mark.slow),
+        pytest.param([*LAUNCH, str(CONFIGS / "zero2_cpu2.yaml")], id="zero2", marks=pytest.mark.slow),
+        pytest.param([*LAUNCH, str(CONFIGS / "zero3_cpu2.yaml")], id="zero3"),
+    ],
 )
 def runs(request, recorded, tmp_path_factory) -> Path:
     """Every scenario in one process (this one) and, by a single launch, in two."""
@@ -88,7 +111,7 @@ def runs(request, recorded, tmp_path_factory) -> Path:
     scenarios: dict[int, dict[str, Any]] = {1: {}, 2: {}}
     for name, settings in SCENARIOS.items():
         for ranks in (1, 2):
-            recording = recorded / ("failures" if name == "failures" else "plain") / str(ranks)
+            recording = recorded / (name if name in ("failures", "uneven") else "plain") / str(ranks)
             scenarios[ranks][name] = {
                 **SETTINGS,
                 **settings,
@@ -106,7 +129,7 @@ def runs(request, recorded, tmp_path_factory) -> Path:
     subprocess.run(
         [sys.executable, *request.param, str(script), str(file), str(root / "2")],
         check=True,
-        timeout=200,
+        timeout=280,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.DEVNULL,
     )
@@ -121,7 +144,7 @@ def load(directory: Path) -> dict[str, torch.Tensor]:
 def test_two_ranks_learn_what_one_learns(runs, name):
     one, two = runs / "1" / name, runs / "2" / name
     start = {key: tensor for key, tensor in weights(make_model()).items() if key in load(one)}
-    assert distance(load(one), start) > 1e-2
+    assert distance(load(one), start) > 5e-3
     assert distance(load(one), load(two)) < 1e-5
     assert distance(load(one / "critic"), load(two / "critic")) < 1e-5
 
@@ -132,7 +155,8 @@ def test_two_ranks_log_what_one_logs(runs, name):
         json.loads((runs / ranks / name / "trainer_state.json").read_text())["log_history"] for ranks in ("1", "2")
     ]
     per_rank = ("eps", "val/num_eos_tokens", "eval_runtime", "eval_samples_per_second")
-    assert len(histories[0]) == len(histories[1]) == 2 * UPDATES + 1
+    updates = (SETTINGS | SCENARIOS[name])["max_steps"]
+    assert len(histories[0]) == len(histories[1]) == 2 * updates + 1
     for one, two in zip(*histories, strict=True):
         compared = {key for key in one if key not in per_rank and not key.startswith(("perf/", "train_"))}
         assert compared <= set(two)

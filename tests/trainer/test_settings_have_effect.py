@@ -420,7 +420,7 @@ WITHOUT_EFFECT = {
     # filled in by the trainer
     *("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size"),
     *("local_mini_batch_size", "mini_batch_size"),
-    # of DeepSpeed, which this version refuses
+    # of DeepSpeed; `False` is refused: test_drop_in.py
     "ds3_gather_for_generation",
 }
 

@@ -266,7 +266,7 @@ def _check_identity(directory: Path, saved: Mapping[str, Any], now: Mapping[str,
             continue
         if name == "ranks of the shards":
             raise CheckpointError(
-                f"{directory} holds the weights and optimizer states of {saved.get(name) or 'no'} DeepSpeed ranks, and "
+                f"{directory} holds the shards of {saved.get(name) or 'no'} DeepSpeed ranks, and "
                 f"this run has {now.get(name) or 'none'}: resume with as many, or start a new run from its weights "
                 f"(`model_name_or_path` {directory}, and {directory / 'critic'} as `value_model`)"
             )

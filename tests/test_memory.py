@@ -1,0 +1,104 @@
+"""The planner's arithmetic, by hand and against real models."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trl_steppo.memory import SHAPES, Setting, Shape, load_config, plan, shape_of
+
+# As their model cards and checkpoints have it.
+PARAMETERS = {
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+}
+
+# 100 parameters of which 10 are a head of its own; one linear layer of (4, 6).
+SMALL = Shape(
+    hidden=4,
+    intermediate=8,
+    layers=1,
+    vocabulary=10,
+    queries=4,
+    keys=2,
+    parameters=100,
+    head_parameters=10,
+    linear=((4, 6),),
+)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_built_in_shapes_have_their_parameters(name):
+    assert shape_of(load_config(name)).parameters == PARAMETERS[name]
+
+
+def test_a_shape_is_that_of_the_model():
+    config = AutoConfig.for_model(
+        "qwen2",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=False,
+    )
+    model, shape = AutoModelForCausalLM.from_config(config), shape_of(config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.head_parameters == 64 * 32
+    assert len(shape.linear) == 2 * 7
+    assert (shape.queries, shape.keys) == (32, 16)
+
+
+def test_ddp_in_float32_by_hand():
+    found = plan(SMALL, Setting("ddp", 4, bf16=False, reference=True))
+    assert found.held == {
+        "policy's weights": 400.0,
+        "policy's optimizer": 800.0,
+        "critic's weights": 4.0 * 94,  # without the head, with one number for each of 4 hidden
+        "critic's optimizer": 8.0 * 94,
+        "reference": 400.0,
+    }
+    assert found.training["gradients"] == 2 * 400.0, "gradients, and their buckets"
+    assert found.training["gathered or cast weights"] == 0.0
+
+
+def test_zero3_shards_everything_that_is_held():
+    one, four = (plan(SMALL, Setting("zero3", n, reference=True)) for n in (1, 4))
+    assert one.held["policy's weights"] == 200.0  # bfloat16
+    assert one.held["policy's optimizer"] == 1200.0  # a float32 copy and two moments
+    assert all(four.held[name] == value / 4 for name, value in one.held.items())
+    assert four.rollout["gathered or cast weights"] == 200.0, "whole for the rollout"
+
+
+def test_offloading_moves_the_optimizer_to_the_host():
+    found = plan(SMALL, Setting("zero3_offload", 2, critic=False))
+    assert set(found.held) == {"policy's weights"}
+    assert found.host == {"optimizers": (12 + 4) * 100 / 2}
+
+
+def test_adapters_train_little():
+    found = plan(SMALL, Setting("single", 1, lora_rank=2, critic_shares_base=True, weights="bfloat16", reference=True))
+    adapter = 2 * (4 + 6)
+    assert found.held["policy's optimizer"] == 2 * 2 * adapter
+    assert found.held["critic's weights"] == 2 * adapter
+    assert "reference" not in found.held, "the base model is"
+
+
+def test_the_larger_of_rollout_and_training_counts():
+    few, many = (plan(SMALL, Setting("single", 1, cache_tokens=n)) for n in (1, 10**9))
+    assert few.peak == sum(few.held.values()) + sum(few.training.values())
+    assert many.peak == sum(many.held.values()) + sum(many.rollout.values())
+    assert many.rollout["generation cache"] == 10**9 * 1 * 2 * 2 * 2
+    assert few.fits == 24
+    assert plan(SMALL, Setting("single", 1, cache_tokens=10**12)).fits is None
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_alone():
+    shape = shape_of(load_config("Qwen3-1.7B"))
+    kept, all_of_it = (
+        plan(shape, Setting("zero3", 8, gradient_checkpointing=on)).training["activations"] for on in (True, False)
+    )
+    assert all_of_it > 5 * kept
