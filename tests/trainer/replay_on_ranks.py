@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 def replay_all() -> None:
@@ -24,6 +25,8 @@ def replay_all() -> None:
 
 
 def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: str | None = None) -> None:
+    # ZeRO-3 would shard the next run's models while their weights are drawn, and draw others.
+    unset_hf_deepspeed_config()
     trainer = make_trainer(
         directory,
         value_model=make_classifier(),

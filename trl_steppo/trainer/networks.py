@@ -135,13 +135,11 @@ class DeepSpeedNetwork(Network):
         self.load_shards(directory)
         self.scheduler.load_state_dict(load_tensors(directory / "scheduler.pt"))
 
-    def load_shards(self, directory: Path, *, weights_only: bool = False) -> None:
+    def load_shards(self, directory: Path) -> None:
         """Weights, and the optimizer's state."""
         if not (directory / _SHARDS).is_dir():
             raise CheckpointError(f"{directory} holds no shards of DeepSpeed's; it was written by another engine")
-        self.engine.load_checkpoint(
-            str(directory), tag=_SHARDS, load_optimizer_states=not weights_only, load_lr_scheduler_states=False
-        )
+        self.engine.load_checkpoint(str(directory), tag=_SHARDS, load_lr_scheduler_states=False)
 
 
 def end_update(networks: list[Network]) -> None:

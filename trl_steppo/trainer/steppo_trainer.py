@@ -538,7 +538,8 @@ class StepPOTrainer(PPOTrainer):
                 f"{directory} holds no optimizer (`save_only_model`), so the run cannot go on from it; pass its model "
                 "as `model` to start a new one"
             )
-        self._load_networks(directory)
+        if not self.is_deepspeed_enabled:  # whose shards hold the weights, too
+            self._load_networks(directory)
         for folder, network in self._network_folders(directory):
             network.load_state(folder)
         self._load_scaler(str(directory))
@@ -554,7 +555,7 @@ class StepPOTrainer(PPOTrainer):
         if self.is_deepspeed_enabled:
             for folder, network in self._network_folders(directory):
                 assert isinstance(network, DeepSpeedNetwork)
-                network.load_shards(folder, weights_only=True)
+                network.load_shards(folder)
         else:
             load_weights(self.model, directory)
             if self.value_model is not None:
