@@ -31,7 +31,7 @@ for number in 0 1; do
 done
 
 export OMP_NUM_THREADS=1
-run=(examples/hotpotqa_steppo.py --max_steps 3 --total_episodes 48 --per_device_train_batch_size 8 --num_mini_batches 1
+run=(examples/hotpotqa_steppo.py --total_episodes 48 --per_device_train_batch_size 8 --num_mini_batches 1
      --critic_warmup_updates 0 --eval_strategy no --eval_on_start false --num_sample_generations 0 --disable_tqdm true
      --use_cpu true --bf16 false)
 

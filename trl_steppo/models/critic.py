@@ -10,6 +10,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedMo
 
 from ..errors import ConfigurationError
 from .adapters import plain_model, shared_copy
+from .sharding import made_whole
 
 
 def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> PreTrainedModel:
@@ -43,7 +44,7 @@ def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> Pre
             f"transformers has no sequence classifier for {type(plain).__name__}, so no critic can be built from it; "
             "pass `value_model` (a backbone at its `base_model_prefix`, and a head named `score`)"
         )
-    with torch.device("meta"):  # for its class and its head; its backbone is the policy's
+    with made_whole(), torch.device("meta"):  # for its class and its head; its backbone is the policy's
         critic = critic_class(config).to(plain.dtype)
     check_critic(critic)
     backbone = getattr(shared_copy(policy), plain.base_model_prefix)

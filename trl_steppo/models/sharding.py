@@ -36,6 +36,21 @@ def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def made_whole() -> Iterator[None]:
+    """Within, transformers makes models as if ZeRO-3 were not there, for what is about to be filled in."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            integration.set_hf_deepspeed_config(config)
+
+
 def read_together(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
     """
     Have ZeRO-3 gather parameters of modules within `module` around its own forward and backward pass: for those that
