@@ -35,6 +35,7 @@ from trl_steppo.batching import StepRolloutCollator, Trie, micro_batches, num_un
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.rollout import dump_episodes, episode_file
+from trl_steppo.types import TokenIds
 
 MICRO_BATCH_TOKENS = 8_192
 MICRO_BATCH_TOKENS_SMALL = 16_384
@@ -97,8 +98,9 @@ def make_episodes(work: Work) -> list[Episode]:
         prompt, steps = question, []
         for index in range(work.num_steps):
             response = ids(RESPONSE_TOKENS)
-            logprobs = [-math.log(VOCABULARY)] * RESPONSE_TOKENS
-            steps.append(Step(prompt, response, logprobs, rng.random(), index, 0, 1.0, StopReason.STOP))
+            logprobs = (-math.log(VOCABULARY),) * RESPONSE_TOKENS
+            step = Step(TokenIds(prompt), TokenIds(response), logprobs, rng.random(), index, 0, 1.0, StopReason.STOP)
+            steps.append(step)
             observation = ids(OBSERVATION_TOKENS)
             # Rebuilt: the question, and a new account of what happened.
             prompt = question + observation if work.rebuilt else prompt + response + observation

@@ -37,7 +37,7 @@ run=(examples/hotpotqa_steppo.py --total_episodes 48 --per_device_train_batch_si
 
 echo "two ranks on one host"
 accelerate launch --config_file "$config" "${run[@]}" \
-    --output_dir "$work/one" --dump_episodes_dir "$work/episodes" > "$work/one.log" 2>&1 || { tail -30 "$work/one.log"; exit 1; }
+    --output_dir "$work/one" --dump_episodes_dir "$work/episodes" > "$work/one.log" 2>&1 || { tail -n 40 "$work/one.log"; exit 1; }
 
 echo "one rank on each of two hosts"
 pids=()
@@ -49,7 +49,7 @@ for number in 0 1; do
     pids+=($!)
 done
 for pid in "${pids[@]}"; do
-    wait "$pid" || { tail -30 "$work"/two?.log; exit 1; }
+    wait "$pid" || { tail -n 40 "$work"/two?.log; exit 1; }
 done
 
 for file in model.safetensors critic/model.safetensors; do

@@ -78,8 +78,10 @@ def show_memory(args: argparse.Namespace) -> int:
     from .memory import GIB, RESERVED, Setting, load_config, plan, shape_of
 
     shape = shape_of(load_config(args.model))
-    names = ("weights", "bf16", "critic", "reference", "lora_rank", "critic_shares_base", "gradient_checkpointing")
-    names += ("micro_batch_tokens", "cache_tokens", "concurrent_episodes")
+    names = [
+        *("weights", "bf16", "critic", "reference", "lora_rank", "critic_shares_base", "gradient_checkpointing"),
+        *("micro_batch_tokens", "cache_tokens", "concurrent_episodes"),
+    ]
     common = {name: getattr(args, name) for name in names}
     console = Console()
     table = Table(

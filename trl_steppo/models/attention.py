@@ -8,7 +8,6 @@ block of queries against the keys before them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -102,13 +101,16 @@ def tree_attention(
     if trie_runs is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("is_causal", None)
-    attend = partial(sdpa_attention_forward, module, **kwargs)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **kwargs)[0]
+
     outputs = []
     for run in trie_runs:
         queries = query[:, :, run.start : run.stop]
         own_keys, own_values = key[:, :, run.start : run.stop], value[:, :, run.start : run.stop]
         if not run.ancestors:
-            outputs.append(attend(queries, own_keys, own_values, None, is_causal=True)[0])
+            outputs.append(attend(queries, own_keys, own_values, None))
             continue
         keys = torch.cat([*(key[:, :, start:stop] for start, stop in run.ancestors), own_keys], dim=2)
         values = torch.cat([*(value[:, :, start:stop] for start, stop in run.ancestors), own_values], dim=2)
@@ -117,7 +119,7 @@ def tree_attention(
             block = queries[:, :, start : start + _BLOCK]
             seen = before + start + block.shape[2]
             mask = _causal(block.shape[2], seen, query.device)
-            outputs.append(attend(block, keys[:, :, :seen], values[:, :, :seen], mask, is_causal=False)[0])
+            outputs.append(attend(block, keys[:, :, :seen], values[:, :, :seen], mask))
     return torch.cat(outputs, dim=1), None
 
 

@@ -312,7 +312,7 @@ class Critic(nn.Module):
 
     def prepare_sharding(self) -> None:
         """To be called once ZeRO-3 has taken over: the value head is read without a call of its module."""
-        read_together(self, self.model.score.parameters())  # type: ignore[union-attr,operator]
+        read_together(self, self.model.score.parameters())  # type: ignore[union-attr]
 
     def forward(self, rows: Rows, positions: torch.Tensor) -> torch.Tensor:
         """

@@ -244,7 +244,7 @@ def build_reference(accelerator: Accelerator, scorer: nn.Module) -> nn.Module:
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
         from trl.models.utils import prepare_deepspeed
 
-        engine: nn.Module = prepare_deepspeed(scorer, accelerator)  # type: ignore[assignment]
+        engine: nn.Module = prepare_deepspeed(scorer, accelerator)
         scorer.prepare_sharding()  # type: ignore[operator]
         return engine
     return scorer.to(accelerator.device)

@@ -466,7 +466,8 @@ class StepPOTrainer(PPOTrainer):
         if not self.is_deepspeed_enabled:
             Trainer.save_model(self, output_dir, _internal_call)
             return
-        state = whole_state_dict(self.model, keep=self.args.should_save)
+        policy: Any = self.model
+        state = whole_state_dict(policy, keep=self.args.should_save)
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
