@@ -12,6 +12,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl_steppo.cli import CONFIGS, main
 from trl_steppo.dry_run import SCRIPT_SETTINGS
 
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch) -> None:
+    """What is not on the machine is not waited for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
 
 
