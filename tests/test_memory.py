@@ -69,13 +69,14 @@ def test_zero3_shards_everything_that_is_held():
     one, four = (plan(SMALL, Setting("zero3", n, reference=True)) for n in (1, 4))
     assert one.held["policy's weights"] == 200.0  # bfloat16
     assert one.held["policy's optimizer"] == 1200.0  # a float32 copy and two moments
+    assert one.held.pop("communication buffers") == four.held.pop("communication buffers") == 2.0 * (100 + 90)
     assert all(four.held[name] == value / 4 for name, value in one.held.items())
     assert four.rollout["gathered or cast weights"] == 200.0, "whole for the rollout"
 
 
 def test_offloading_moves_the_optimizer_to_the_host():
     found = plan(SMALL, Setting("zero3_offload", 2, critic=False))
-    assert set(found.held) == {"policy's weights"}
+    assert set(found.held) == {"policy's weights", "communication buffers"}
     assert found.host == {"optimizers": (12 + 4) * 100 / 2}
 
 

@@ -67,7 +67,10 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     from .trainer.steppo_config import StepPOConfig
 
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} holds a {type(content).__name__}; a recipe is a mapping of settings")
     fields = {field.name for field in dataclasses.fields(StepPOConfig)}

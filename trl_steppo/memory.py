@@ -17,6 +17,8 @@ GPU_SIZES = (24, 40, 80)  # GB, as they are sold
 RESERVED = 1.5 * GIB  # the CUDA context, and what the allocator cannot use
 _LOGITS_ELEMENTS = 2**25  # logits that are held at a time; see `models.forward`
 _LOGITS_BYTES = 16  # of each: as computed, in float32, its log-probability, its gradient
+_BUCKET = 5e8  # parameters in the buffer through which a DeepSpeed engine reduces gradients; its default
+_LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at a time; its default
 _SAMPLING_BYTES = 24  # of a logit in sampling: in float32, its log-probability, its cumulative sum in float64
 
 _QWEN: dict[str, Any] = {"vocab_size": 151_936, "tie_word_embeddings": True}
@@ -239,10 +241,10 @@ def plan(shape: Shape, setting: Setting) -> Plan:
         if needs_copy
         else {}
     )
-    live = 0.0
-    if _weights_are_sharded(setting):  # the largest that is gathered at a time: the embedding, and two layers
-        layer = sum(a * b for a, b in shape.linear) / shape.layers
-        live = (shape.vocabulary * shape.hidden + 2 * layer) * frozen
+    if setting.deepspeed:
+        trained = [shape.parameters, backbone][: 1 + setting.critic]
+        held["communication buffers"] = sum(min(_BUCKET, parameters) for parameters in trained) * frozen
+    live = min(_LIVE, shape.parameters) * frozen if _weights_are_sharded(setting) else 0.0
     training = {
         "gradients": max(policy.gradients, critic.gradients),
         "activations": _activations(shape, setting),

@@ -56,7 +56,8 @@ def micro_batches(
         max_episodes (`int`):
             Most episodes of a group.
         max_tokens (`int`, *optional*):
-            Most tokens of a group, padding included; instead of `max_episodes`. An episode that has more is cut
+            Most tokens of a group, padding included (of a trie that is laid out as rows, 3 % more); instead of
+            `max_episodes`. An episode that has more is cut
             between its steps, whose prompts then are forwarded again; a step that has more stands alone.
 
     Returns:

@@ -65,10 +65,21 @@ class PolicyScorer(nn.Module):
         self._logit_cap, self._logit_scale = _logit_transform(model.config)
 
     def prepare_sharding(self) -> None:
-        """To be called once ZeRO-3 has taken over: the head is read without a call of its module."""
+        """
+        To be called once ZeRO-3 has taken over: the head is read without a call of its module.
+
+        Raises:
+            ConfigurationError: If it is sharded and more than a product: ranks would call it different numbers of
+                times, and wait for each other for ever.
+        """
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         if _is_plain(head):
             read_together(self, [head.weight])
+        elif any(map(is_sharded, head.parameters())):
+            raise ConfigurationError(
+                f"the output head is a {type(head).__name__} with a bias or an adapter, which ZeRO-3 would have all "
+                "ranks gather together; leave it out of the adapter's targets, or use ZeRO-2"
+            )
 
     def forward(self, rows: ActionRows, *, entropy: EntropyMode = "skip") -> tuple[torch.Tensor, torch.Tensor | None]:
         """

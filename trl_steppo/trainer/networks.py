@@ -108,8 +108,11 @@ class DeepSpeedNetwork(Network):
     def step(self, max_grad_norm: float, agree: Callable[[bool], bool], before: Callable[[], None]) -> float | None:
         before()
         self.engine.step()  # clips at the configuration's `gradient_clipping`, which is `max_grad_norm`
-        norm = float(self.engine.get_global_grad_norm())
-        return norm if math.isfinite(norm) and not self.engine.optimizer.overflow else None
+        norm = self.engine.get_global_grad_norm()
+        if norm is None or self.engine.optimizer.overflow:
+            return None
+        norm = float(norm)
+        return norm if math.isfinite(norm) and norm >= 0.0 else None  # -1 is its word for one that is not a number
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -240,13 +243,18 @@ def _build_engines(
 
 
 def build_reference(accelerator: Accelerator, scorer: nn.Module) -> nn.Module:
-    """Place a frozen network on the device; under ZeRO-3, in shards."""
+    """Place a frozen network on the device, in the policy's numerics; under ZeRO-3, in shards."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
         from trl.models.utils import prepare_deepspeed
 
         engine: nn.Module = prepare_deepspeed(scorer, accelerator)
         scorer.prepare_sharding()  # type: ignore[operator]
         return engine
+    if (
+        accelerator.distributed_type == DistributedType.DEEPSPEED
+    ):  # casts its networks, where accelerate would autocast
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        scorer = scorer.to(dtypes.get(accelerator.mixed_precision, torch.float32))
     return scorer.to(accelerator.device)
 
 
