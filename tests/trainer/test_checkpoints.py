@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from trl_steppo import StepPOTrainer
 from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.rollout import load_episodes
-from trl_steppo.trainer.checkpoints import rotate
+from trl_steppo.trainer.checkpoints import Manifest, Progress, rotate, written_whole
 
 SAVING: dict[str, Any] = {"total_episodes": 24, "save_strategy": "steps", "save_steps": 1}
 
@@ -384,3 +384,24 @@ def test_a_metric_that_no_evaluation_measures(tmp_path, metric):
     settings = {**BEST, "metric_for_best_model": metric}
     with pytest.raises(ConfigurationError, match=f"`metric_for_best_model` is '{metric}'"):
         make_trainer(tmp_path, eval_dataset=prompt_rows(2), **settings)
+
+
+@pytest.mark.parametrize("writes_together", [False, True])
+def test_a_rank_that_cannot_write_waits_only_for_ranks_that_come(tmp_path, writes_together):
+    """Where ranks wait for each other while they write, the others never come to hear of it."""
+    heard: list[Any] = []
+
+    def gather(errors: list[Any]) -> list[Any]:
+        heard.extend(errors)
+        return errors
+
+    directory = tmp_path / "checkpoint-1"
+    with (
+        pytest.raises(CheckpointError, match="no space left"),
+        written_whole(
+            directory, Manifest({}, Progress()), is_writer=True, gather=gather, writes_together=writes_together
+        ),
+    ):
+        raise OSError("no space left")
+    assert heard == ([None] if writes_together else [None, "no space left"])
+    assert not directory.exists()

@@ -69,7 +69,12 @@ class Manifest:
 
 @contextmanager
 def written_whole(
-    directory: Path, manifest: Manifest, *, is_writer: bool, gather: Callable[[list[Any]], list[Any]]
+    directory: Path,
+    manifest: Manifest,
+    *,
+    is_writer: bool,
+    gather: Callable[[list[Any]], list[Any]],
+    writes_together: bool = False,
 ) -> Iterator[Path]:
     """
     A directory to write into. It becomes `directory` when the block ends without an error, and is removed otherwise.
@@ -83,6 +88,9 @@ def written_whole(
             Whether this process makes and moves the directory; all of them may write into it.
         gather (`Callable`):
             Collects the lists of all ranks, which wait for each other: what one cannot write fails on all of them.
+        writes_together (`bool`, *optional*, defaults to `False`):
+            Whether ranks wait for each other within the block, too. Then one that fails there must not wait for those
+            that still do: it raises at once, and its launcher ends the others.
 
     Raises:
         CheckpointError: If anything could not be written; what was there before is untouched.
@@ -95,10 +103,7 @@ def written_whole(
             return
         if is_writer:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{directory} could not be written: {errors[0]}. Earlier checkpoints are untouched: make room (or mend "
-            "what the message says), and go on with `resume_from_checkpoint`"
-        ) from error
+        raise CheckpointError(_cannot_write(directory, errors[0])) from error
 
     with _caught() as caught:
         if is_writer:
@@ -107,6 +112,8 @@ def written_whole(
     fail_together(caught.error)
     with _caught() as caught:
         yield partial
+    if caught.error is not None and writes_together:
+        raise CheckpointError(_cannot_write(directory, caught.error)) from caught.error
     fail_together(caught.error)
     with _caught() as caught:
         if is_writer:
@@ -114,6 +121,13 @@ def written_whole(
             _sync(partial)
             _replace(directory, partial)
     fail_together(caught.error)
+
+
+def _cannot_write(directory: Path, error: object) -> str:
+    return (
+        f"{directory} could not be written: {error}. Earlier checkpoints are untouched: make room (or mend what the "
+        "message says), and go on with `resume_from_checkpoint`"
+    )
 
 
 @dataclass

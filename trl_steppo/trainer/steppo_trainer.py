@@ -504,7 +504,13 @@ class StepPOTrainer(PPOTrainer):
         if state.best_global_step and (best == directory or best.is_dir()):
             state.best_model_checkpoint = str(best)
         manifest = Manifest(self._identity(), self.progress)
-        with written_whole(directory, manifest, is_writer=self.args.should_save, gather=gather_object) as partial:
+        with written_whole(
+            directory,
+            manifest,
+            is_writer=self.args.should_save,
+            gather=gather_object,
+            writes_together=self.is_deepspeed_enabled,
+        ) as partial:
             self._write_checkpoint(partial)
         if self.args.push_to_hub:
             if self.args.should_save:  # what `Trainer` does not know of
