@@ -185,6 +185,14 @@ class Setting:
         return self.num_gpus if self.engine.startswith("zero") else 1
 
     @property
+    def shards_weights(self) -> bool:
+        return self.engine.startswith("zero3")
+
+    @property
+    def weight_shards(self) -> int:
+        return self.num_gpus if self.shards_weights else 1
+
+    @property
     def deepspeed(self) -> bool:
         return self.engine.startswith("zero")
 
@@ -236,15 +244,12 @@ def plan(shape: Shape, setting: Setting) -> Plan:
     frozen = _frozen_bytes(setting)
     needs_copy = setting.reference and not setting.lora_rank
     held = policy.held | critic.held
-    held |= (
-        {"reference": shape.parameters * frozen / (setting.shards if _weights_are_sharded(setting) else 1)}
-        if needs_copy
-        else {}
-    )
+    if needs_copy:
+        held["reference"] = shape.parameters * frozen / setting.weight_shards
     if setting.deepspeed:
         trained = [shape.parameters, backbone][: 1 + setting.critic]
         held["communication buffers"] = sum(min(_BUCKET, parameters) for parameters in trained) * frozen
-    live = min(_LIVE, shape.parameters) * frozen if _weights_are_sharded(setting) else 0.0
+    live = min(_LIVE, shape.parameters) * frozen if setting.shards_weights else 0.0
     training = {
         "gradients": max(policy.gradients, critic.gradients),
         "activations": _activations(shape, setting),
@@ -256,7 +261,7 @@ def plan(shape: Shape, setting: Setting) -> Plan:
         "generation cache": float(setting.cache_tokens * shape.layers * 2 * shape.keys * compute),
         "sampling": float(setting.concurrent_episodes * shape.vocabulary * _SAMPLING_BYTES),
         "gathered or cast weights": shape.parameters * frozen
-        if _weights_are_sharded(setting)
+        if setting.shards_weights
         else _cast_bytes(shape, setting),
     }
     host = policy.host + critic.host
@@ -277,9 +282,8 @@ def _network(shape: Shape, setting: Setting, parameters: int, name: str) -> _Net
         trained = sum(setting.lora_rank * (a + b) for a, b in shape.linear)
     weight = _frozen_bytes(setting)
     base = 0 if setting.lora_rank and setting.critic_shares_base and name == "critic" else parameters
-    weights = base * weight / (setting.shards if _weights_are_sharded(setting) else 1)
-    if setting.lora_rank:
-        weights += trained * weight / (setting.shards if _weights_are_sharded(setting) else 1)
+    adapter = trained if setting.lora_rank else 0
+    weights = (base + adapter) * weight / setting.weight_shards
     # Adam's two moments; DeepSpeed keeps a float32 copy of the weights beside them.
     states = trained * (12.0 if setting.deepspeed else 2.0 * weight) / setting.shards
     gradients = trained * weight / setting.shards
@@ -293,10 +297,6 @@ def _network(shape: Shape, setting: Setting, parameters: int, name: str) -> _Net
 def _frozen_bytes(setting: Setting) -> float:
     """Bytes of a weight on the GPU."""
     return 2.0 if setting.weights == "bfloat16" or (setting.deepspeed and setting.bf16) else 4.0
-
-
-def _weights_are_sharded(setting: Setting) -> bool:
-    return setting.engine.startswith("zero3")
 
 
 def _cast_bytes(shape: Shape, setting: Setting) -> float:

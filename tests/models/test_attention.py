@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import transformers
-from test_forward import EXACT
+from test_forward import ARCHITECTURES, EXACT, _float64_norms  # noqa: F401  (a fixture)
 from torch import nn
 
 from trl_steppo.batching import StepBatch, StepRolloutCollator
@@ -16,21 +16,7 @@ from trl_steppo.losses import clipped_policy_loss, clipped_value_loss, importanc
 from trl_steppo.models import Critic, PolicyScorer, attention, build_critic, takes_tries
 from trl_steppo.types import Episode, Step, StopReason
 
-ARCHITECTURES = ["Llama", "Qwen2", "Qwen3"]
 VOCABULARY = 64
-
-
-@pytest.fixture(autouse=True)
-def _float64_norms(monkeypatch) -> None:
-    """transformers' norms compute in float32, whatever the model's type."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
-
-    for architecture in ARCHITECTURES:
-        module = getattr(transformers.models, architecture.lower())
-        modeling = getattr(module, f"modeling_{architecture.lower()}")
-        monkeypatch.setattr(getattr(modeling, f"{architecture}RMSNorm"), "forward", forward)
 
 
 def random_forest(seed: int) -> list[Episode]:
