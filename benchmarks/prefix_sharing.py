@@ -285,6 +285,8 @@ def measure_updates(args: PrefixSharingArguments, works: Sequence[Work], repetit
         name = f"{'rebuilt' if work.rebuilt else 'append-only'}, group {work.group_size}, {work.num_steps} steps"
         tokens = {sharing: forwarded_tokens(work, sharing) for sharing in (True, False)}
         found[name] = {
+            "num_steps": work.num_steps,
+            "alone": work.group_size == 1 and not work.rebuilt,
             "forwarded_over_unique": tokens[True] / num_unique_tokens(make_episodes(work)),
             "token_ratio": tokens[False] / tokens[True],
         }
@@ -329,6 +331,8 @@ def measure_rollouts(works: Sequence[Work], repetitions: int) -> dict[str, Any]:
         pairs = [[in_new_process(roll_out, work, keep) for keep in (True, False)] for _ in range(repetitions)]
         kept, anew = zip(*pairs, strict=True)
         found[f"group {work.group_size}, {work.num_steps} steps"] = {
+            "num_steps": work.num_steps,
+            "alone": work.group_size == 1,
             "rollout_speedup": statistics.median(run[0] for run in anew) / statistics.median(run[0] for run in kept),
             "prefilled_over_unique": kept[0][1],
             "same_greedy_tokens": all(run[2] == anew[0][2] for run in (*kept, *anew)),
@@ -393,14 +397,24 @@ def main(args: PrefixSharingArguments) -> None:
         [[name, number(exponent)] for name, exponent in growth.items()],
     )
     figures = {
-        "updates": updates,
+        "forwarded_over_unique": {name: row["forwarded_over_unique"] for name, row in updates.items()},
+        "update_speedup": by_steps(updates, "update_speedup"),
+        "token_ratio": by_steps(updates, "token_ratio"),
         "update_over_bare": overhead,
-        "rollouts": rollouts,
+        "prefilled_over_unique": {name: row["prefilled_over_unique"] for name, row in rollouts.items()},
+        "rollout_speedup": {row["num_steps"]: row["rollout_speedup"] for row in rollouts.values() if row["alone"]},
         "growth_exponent": growth,
+        "updates": updates,
+        "rollouts": rollouts,
         "repetitions": repetitions,
         "threads": args.threads,
     }
     write_record(args.json, figures)
+
+
+def by_steps(updates: dict[str, Any], figure: str) -> dict[int, float]:
+    """Of append-only episodes alone, by their number of steps."""
+    return {row["num_steps"]: row[figure] for row in updates.values() if row["alone"] and figure in row}
 
 
 def number(value: float | None) -> str:
