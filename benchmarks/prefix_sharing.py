@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import math
 import random
 import resource
@@ -76,10 +77,11 @@ class PrefixSharingArguments(BenchmarkArguments):
 
 @dataclass(frozen=True)
 class Work:
-    """Episodes of one dataset row."""
+    """Episodes of one dataset row, or of several."""
 
     num_steps: int
     group_size: int = 1
+    num_rows: int = 1
     rebuilt: bool = False  # whether the prompt is rewritten every step, behind its first half
     small: bool = False  # a model for the growth of long episodes
     seed: int = 0
@@ -92,10 +94,10 @@ def make_episodes(work: Work) -> list[Episode]:
     def ids(count: int) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(count)]
 
-    question = ids(PROMPT_TOKENS)
+    questions = [ids(PROMPT_TOKENS) for _ in range(work.num_rows)]
     episodes = []
-    for generation in range(work.group_size):
-        prompt, steps = question, []
+    for row, generation in itertools.product(range(work.num_rows), range(work.group_size)):
+        prompt, steps = questions[row], []
         for index in range(work.num_steps):
             response = ids(RESPONSE_TOKENS)
             logprobs = (-math.log(VOCABULARY),) * RESPONSE_TOKENS
@@ -103,8 +105,8 @@ def make_episodes(work: Work) -> list[Episode]:
             steps.append(step)
             observation = ids(OBSERVATION_TOKENS)
             # Rebuilt: the question, and a new account of what happened.
-            prompt = question + observation if work.rebuilt else prompt + response + observation
-        episodes.append(Episode(f"e{generation}", 0, generation, tuple(steps), True, False))
+            prompt = questions[row] + observation if work.rebuilt else prompt + response + observation
+        episodes.append(Episode(f"r{row}g{generation}", row, generation, tuple(steps), True, False))
     return episodes
 
 
@@ -212,17 +214,20 @@ def roll_out(work: Work, keep: bool) -> tuple[float, float, list[list[int]]]:
     sampler = LocalSampler(model)
     params = SamplingParams(RESPONSE_TOKENS, temperature=0.0)
     observations = random.Random(1)
-    seen: set[tuple[int, ...]] = set()
+    prompts: set[tuple[int, ...]] = set()
+    continued: set[tuple[int, ...]] = set()  # of these, the ones whose response is the start of another
 
     async def play(episode: Episode) -> list[int]:
         prompt, said = episode.steps[0].prompt_ids.tolist(), []
         for step in range(work.num_steps):
             if not keep:
                 sampler.release(episode.episode_id)
-            order = (episode.generation_index, step)
+            order = (episode.row_index, episode.generation_index, step)
             sample = await sampler.sample(prompt, params, episode_id=episode.episode_id, order=order)
             said += sample.token_ids.tolist()
-            seen.add(tuple(prompt))
+            prompts.add(tuple(prompt))
+            if step < work.num_steps - 1:
+                continued.add(tuple(prompt))
             prompt = [*prompt, *sample.token_ids]
             prompt += [observations.randrange(VOCABULARY) for _ in range(OBSERVATION_TOKENS)]
         return said
@@ -233,12 +238,13 @@ def roll_out(work: Work, keep: bool) -> tuple[float, float, list[list[int]]]:
     start = time.perf_counter()
     said = asyncio.run(play_all())
     seconds = time.perf_counter() - start
-    # Sampling has computed each response but for its last token, which was never forwarded.
-    sampled = len(episodes) * (work.num_steps - 1) * (RESPONSE_TOKENS - 1)
     trie = Trie()
-    for prompt in seen:
+    for prompt in prompts:
         trie.insert(np.array(prompt, dtype=np.int32))
-    return seconds, sampler.prefilled_tokens / max(1, trie.num_tokens - sampled), said
+    # Sampling has computed each response but for its last token, which was never forwarded. (Greedily, members of a
+    # group with the same prompt give the same response, which the trie holds once.)
+    sampled = len(continued) * (RESPONSE_TOKENS - 1)
+    return seconds, sampler.prefilled_tokens / (trie.num_tokens - sampled), said
 
 
 def prepare_process(threads: int) -> None:
@@ -330,9 +336,10 @@ def measure_rollouts(works: Sequence[Work], repetitions: int) -> dict[str, Any]:
     for work in works:
         pairs = [[in_new_process(roll_out, work, keep) for keep in (True, False)] for _ in range(repetitions)]
         kept, anew = zip(*pairs, strict=True)
-        found[f"group {work.group_size}, {work.num_steps} steps"] = {
+        name = f"{work.num_rows} x group {work.group_size}, {work.num_steps} steps"
+        found[name] = {
             "num_steps": work.num_steps,
-            "alone": work.group_size == 1,
+            "together": work.num_rows > 1,
             "rollout_speedup": statistics.median(run[0] for run in anew) / statistics.median(run[0] for run in kept),
             "prefilled_over_unique": kept[0][1],
             "same_greedy_tokens": all(run[2] == anew[0][2] for run in (*kept, *anew)),
@@ -357,7 +364,7 @@ def main(args: PrefixSharingArguments) -> None:
     steps = [count for count in args.steps if count <= 4 or not args.quick]
     common: dict[str, Any] = {"seed": args.seed, "threads": args.threads}
     works = [
-        Work(count, group_size, rebuilt, **common)
+        Work(count, group_size, rebuilt=rebuilt, **common)
         for group_size in (1, 8)
         for rebuilt in (False, True)
         for count in steps
@@ -366,7 +373,15 @@ def main(args: PrefixSharingArguments) -> None:
     alone = [work for work in works if work.group_size == 1 and not work.rebuilt]
     updates = measure_updates(args, works, repetitions)
     overhead = measure_overhead([work for work in alone if work.num_steps in (4, 8)], repetitions)
-    rollouts = measure_rollouts([w for w in works if not w.rebuilt and w.num_steps in (2, 8)], 1)
+    rollouts = measure_rollouts(
+        [
+            Work(count, group_size, num_rows, **common)
+            for num_rows, group_size in ((1, 1), (8, 1), (1, 8))
+            for count in steps
+            if count in (2, 8)
+        ],
+        repetitions,
+    )
     growth = measure_growth(args, [n for n in args.growth if n <= 4 or not args.quick], 1)
     print_table(
         f"An update with shared prefixes beside one without ({args.threads} threads)",
@@ -402,7 +417,7 @@ def main(args: PrefixSharingArguments) -> None:
         "token_ratio": by_steps(updates, "token_ratio"),
         "update_over_bare": overhead,
         "prefilled_over_unique": {name: row["prefilled_over_unique"] for name, row in rollouts.items()},
-        "rollout_speedup": {row["num_steps"]: row["rollout_speedup"] for row in rollouts.values() if row["alone"]},
+        "rollout_speedup": {row["num_steps"]: row["rollout_speedup"] for row in rollouts.values() if row["together"]},
         "growth_exponent": growth,
         "updates": updates,
         "rollouts": rollouts,

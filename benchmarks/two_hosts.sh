@@ -31,6 +31,7 @@ for number in 0 1; do
 done
 
 export OMP_NUM_THREADS=1
+export DS_ENV_FILE="$work/deepspeed_env" # the launcher writes its whole environment there, or else into the repository
 run=(examples/hotpotqa_steppo.py --total_episodes 48 --per_device_train_batch_size 8 --num_mini_batches 1
      --critic_warmup_updates 0 --eval_strategy no --eval_on_start false --num_sample_generations 0 --disable_tqdm true
      --use_cpu true --bf16 false)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,9 +103,45 @@ def test_long_runs_are_worked_on_in_blocks(tiny_model, monkeypatch):
     torch.testing.assert_close(in_blocks, whole, **EXACT)
 
 
-def test_no_token_sees_another_branch(tiny_model):
+def test_a_subtree_holds_the_tokens_that_have_its_root_as_an_ancestor():
+    for seed in range(20):
+        batch = StepRolloutCollator()(random_forest(seed))
+        if batch.runs is None:
+            continue
+        ends = attention.subtree_ends(batch.runs)
+        positions = torch.arange(len(ends))
+        sees = (positions <= positions[:, None]) & (positions[:, None] < ends)  # (queries, keys)
+        for run in batch.runs:
+            for query in range(run.start, run.stop):
+                ancestors = [p for start, stop in run.ancestors for p in range(start, stop)]
+                assert sees[query].nonzero().flatten().tolist() == [*ancestors, *range(run.start, query + 1)]
+
+
+def test_one_call_for_all_branches_equals_one_for_each():
+    """FlexAttention, which has no backward pass on a CPU: the block mask is the same for it."""
+    generator = torch.Generator().manual_seed(0)
+    num_tries = 0
+    for seed in range(20):
+        runs = StepRolloutCollator()(random_forest(seed)).runs
+        if runs is None:
+            continue
+        num_tries += 1
+        length = runs[-1].stop
+        query, key, value = (
+            torch.randn(1, heads, length, 8, generator=generator, dtype=torch.double) for heads in (4, 2, 2)
+        )
+        module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+        mask = attention.block_mask(runs, query.device)
+        in_one = attention.block_attention(module, query, key, value, None, scaling=0.3, trie_mask=mask)[0]
+        by_run = attention.run_attention(module, query, key, value, None, scaling=0.3, trie_runs=runs)[0]
+        torch.testing.assert_close(in_one, by_run, **EXACT)
+    assert num_tries > 10
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_no_token_sees_another_branch(tiny_model, implementation):
     """Changing one branch changes nothing in another."""
-    policy = tiny_model("Llama")
+    policy = tiny_model("Llama", attn_implementation=implementation)
 
     def steps(last: int) -> Episode:
         pairs = [([1, 2, 3], [4, 5]), ([1, 2, 9], [8, last])]
@@ -122,6 +159,7 @@ def test_no_token_sees_another_branch(tiny_model):
         ("Llama", {}, True),
         ("Qwen2", {}, True),
         ("Qwen3", {}, True),
+        ("Llama", {"attn_implementation": "flex_attention"}, True),
         ("Llama", {"attn_implementation": "eager"}, False),
         ("Mistral", {"sliding_window": 4}, False),
         ("Mistral", {"sliding_window": None}, True),
@@ -142,9 +180,10 @@ def test_which_models_take_tries(tiny_model, architecture, settings, expected):
             PolicyScorer(model)(batch)
 
 
-def test_a_prepared_model_is_otherwise_as_it_was(tiny_model):
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_a_prepared_model_is_otherwise_as_it_was(tiny_model, implementation):
     """Padded batches, caches, generation and saving do not see the difference."""
-    plain, prepared = tiny_model("Qwen2"), tiny_model("Qwen2")
+    plain, prepared = tiny_model("Qwen2"), tiny_model("Qwen2", attn_implementation=implementation)
     attention.prepare_for_tries(prepared)
     ids = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -156,4 +195,4 @@ def test_a_prepared_model_is_otherwise_as_it_was(tiny_model):
         for model in (plain, prepared)
     ]
     assert torch.equal(*generated)
-    assert "sdpa_tree" not in prepared.config.to_json_string()
+    assert "_tree" not in prepared.config.to_json_string()

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _PREFILL_TOKENS = 16_384  # new tokens of one prefill forward pass, padding included
 _PREFILL_PADDING = 1_024  # padding of one prefill forward pass
 _MASK_ELEMENTS = 2**26  # elements of one prefill attention mask
+_MASKED = ("sdpa", "sdpa_tree", "flex_tree", "eager")  # attention implementations that take a dense mask
 
 
 class LocalSampler:
@@ -282,7 +283,7 @@ def _takes_a_mask(model: nn.Module) -> bool:
     windowed = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
     positioned = {"position_ids", "past_key_values"} <= set(inspect.signature(model.forward).parameters)
     alibi = getattr(config, "alibi", False) or not positioned
-    if layer_types == {"full_attention"} and not (windowed or alibi) and attention in ("sdpa", "sdpa_tree", "eager"):
+    if layer_types == {"full_attention"} and not (windowed or alibi) and attention in _MASKED:
         return True
     logger.warning(
         "%s (attention %r, layers %s%s%s) cannot be continued from one key-value storage: sampling will recompute the "

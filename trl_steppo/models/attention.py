@@ -1,13 +1,18 @@
 """Attention over a flattened trie: every token attends to its ancestors and to itself.
 
-Each run of the trie (see [`batching.rows`]) is one call of scaled-dot-product attention: its queries against the keys
-of its ancestors and its own. No pair of tokens from different branches is ever computed, and no mask is larger than a
-block of queries against the keys before them.
+Two ways lead there, and the model's own `attn_implementation` chooses between them:
+
+- `sdpa`: each run of the trie (see [`batching.rows`]) is one call of scaled-dot-product attention, its queries against
+  the keys of its ancestors and its own. No pair of tokens from different branches is ever computed, and no mask is
+  larger than a block of queries against the keys before them.
+- `flex_attention`: one call of FlexAttention for all runs, whose block mask leaves out every block of queries and keys
+  that have nothing to do with each other. It learns on a GPU alone; elsewhere such a model attends run by run, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +23,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..errors import ConfigurationError
 
-NAME = "sdpa_tree"
-"""What the attention is called among transformers' attention implementations: `sdpa`, for tries too."""
+NAMES = {"sdpa": "sdpa_tree", "flex_attention": "flex_tree"}
+"""What attention over tries is called among transformers' attention implementations, by what it takes the place of."""
 
 _BLOCK = 1024  # queries of a run with ancestors that are worked on at a time: a mask has so many rows at most
 
@@ -48,26 +53,26 @@ def takes_tries(model: nn.Module) -> bool:
         and not windowed
         and not getattr(config, "alibi", False)
         and bool(getattr(model, "_supports_attention_backend", False))
-        and getattr(config, "_attn_implementation", None) in ("sdpa", NAME)
+        and getattr(config, "_attn_implementation", None) in (*NAMES, *NAMES.values())
         and hasattr(config, "rope_parameters")
     )
 
 
 def prepare_for_tries(model: Any) -> None:
     """
-    Have a model attend by [`tree_attention`], which is `sdpa` wherever no trie is given.
+    Have a model attend by [`run_attention`] or [`block_attention`], which are `sdpa` wherever no trie is given.
 
     Raises:
         ConfigurationError: If its attention cannot be exchanged; see [`takes_tries`].
     """
-    if model.config._attn_implementation == NAME:
+    if model.config._attn_implementation in NAMES.values():
         return
     if not takes_tries(model):
         raise ConfigurationError(
             f"{type(model).__name__} with {model.config._attn_implementation!r} attention cannot attend to a trie of "
             "prefixes; collate with `layout='chains'`"
         )
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(NAMES[model.config._attn_implementation])
 
 
 def forward_arguments(model: Any, runs: Sequence[Run] | None) -> dict[str, Any]:
@@ -76,10 +81,16 @@ def forward_arguments(model: Any, runs: Sequence[Run] | None) -> dict[str, Any]:
         return {}
     prepare_for_tries(model)
     # A mask of four dimensions is handed on as it is: this one only keeps the model from making another.
-    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device), "trie_runs": runs}
+    arguments: dict[str, Any] = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)}
+    if model.config._attn_implementation == NAMES["flex_attention"] and model.device.type == "cuda":
+        return arguments | {"trie_mask": block_mask(runs, model.device)}
+    return arguments | {"trie_runs": runs}
 
 
-def tree_attention(
+# -- a call for each run ----------------------------------------------------------------------------------------------
+
+
+def run_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -130,5 +141,81 @@ def _causal(num_queries: int, num_keys: int, device: torch.device) -> torch.Tens
     return (keys <= queries[:, None])[None, None]
 
 
-AttentionInterface.register(NAME, tree_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+# -- one call for all -------------------------------------------------------------------------------------------------
+
+
+def subtree_ends(runs: Sequence[Run]) -> torch.Tensor:
+    """
+    Where the subtree of each token of a flattened trie ends: a row runs through it depth first, so token k is an
+    ancestor of token q, or q itself, exactly if k <= q < end of k.
+
+    Args:
+        runs (`Sequence[Run]`):
+            The branches, in the order of the row.
+
+    Returns:
+        `torch.Tensor`: (L,), positions in the row.
+    """
+    length = runs[-1].stop
+    ends = torch.full((length,), length)
+    for run in runs:
+        parent = run.ancestors[-1][1] - 1 if run.ancestors else -1
+        closed = ends[parent + 1 : run.start]  # all after the parent that is still open ends here
+        closed[closed == length] = run.start
+    return ends
+
+
+def block_mask(runs: Sequence[Run], device: torch.device) -> Any:
+    """The `BlockMask` of a flattened trie: which blocks of queries and keys have an ancestor in common."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ends = subtree_ends(runs).to(device)
+    length = len(ends)
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (query < ends[key])
+
+    return _compiled(create_block_mask, device)(sees, None, None, length, length, device=device)
+
+
+def block_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    trie_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Args:
+        module, query, key, value, attention_mask, scaling, kwargs:
+            As transformers calls its attention implementations: (1, heads, L, head size).
+        trie_mask (`BlockMask`, *optional*):
+            Of a flattened trie, see [`block_mask`]; `None`: as [`run_attention`].
+
+    Returns:
+        `tuple[torch.Tensor, None]`: (1, L, heads, head size).
+    """
+    if trie_mask is None:
+        return run_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    grouped = query.shape[1] != key.shape[1]
+    attend = _compiled(flex_attention, query.device)
+    output = attend(query, key, value, block_mask=trie_mask, scale=scaling, enable_gqa=grouped)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """FlexAttention is meant to be compiled, and is where it learns."""
+    return _compile_once(function) if device.type == "cuda" else function
+
+
+_compile_once = cache(torch.compile)
+
+AttentionInterface.register(NAMES["sdpa"], run_attention)
+AttentionInterface.register(NAMES["flex_attention"], block_attention)
+for _name in NAMES.values():
+    AttentionMaskInterface.register(_name, sdpa_mask)
