@@ -39,7 +39,9 @@ class HotpotQAArguments:
     )
     model_revision: str = field(default="main", metadata={"help": "Its revision on the hub."})
     dtype: str = field(default="float32", metadata={"help": "Its weights' type: float32, bfloat16, or auto."})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "Its attention: sdpa or eager."})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Its attention: sdpa, flex_attention (for GPUs) or eager."}
+    )
     dataset_name: str = field(
         default="mini_wiki",
         metadata={"help": "`mini_wiki` (built in), a local .jsonl, .json or .parquet file, or a name on the hub."},

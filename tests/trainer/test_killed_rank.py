@@ -30,6 +30,7 @@ def launch(directory: Path, name: str, settings: dict[str, Any]) -> subprocess.P
     scenarios.write_text(json.dumps({name: SETTINGS | settings}))
     script = Path(__file__).with_name("replay_on_ranks.py")
     command = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "zero3_cpu2.yaml")]
+    command += ["--main_process_port", "0"]
     return subprocess.Popen(
         [sys.executable, *command, str(script), str(scenarios), str(directory)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

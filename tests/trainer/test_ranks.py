@@ -96,7 +96,9 @@ ALL = (*SCENARIOS, "saved", "resumed")
 
 
 def by_accelerate(config: str) -> list[str]:
-    return ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    """A launch with one of the shipped files, on a port that is free."""
+    file = str(CONFIGS / f"{config}.yaml")
+    return ["-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", "0"]
 
 
 @pytest.fixture(
