@@ -135,13 +135,16 @@ def runs(request, recorded, tmp_path_factory) -> Path:
     file = root / "scenarios.json"
     file.write_text(json.dumps({name: scenarios[2][name] for name in names}))
     script = Path(__file__).with_name("replay_on_ranks.py")
-    subprocess.run(
+    ranks_run = subprocess.run(
         [sys.executable, *command, str(script), str(file), str(root / "2")],
-        check=True,
         timeout=280,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    if ranks_run.returncode != 0:
+        pytest.fail(f"two ranks ended with {ranks_run.returncode}: {ranks_run.stderr[-4000:]}", pytrace=False)
     return root
 
 
