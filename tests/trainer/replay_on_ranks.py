@@ -1,6 +1,6 @@
 """
-Replays recordings on two ranks: `replay_on_ranks.py SCENARIOS.json OUTPUT_DIR`, by `torchrun`, or by itself: then it
-imports everything once and forks, which takes half as long.
+Replays recordings on two ranks, or plays where there is none: `replay_on_ranks.py SCENARIOS.json OUTPUT_DIR`, by
+`torchrun`, or by itself: then it imports everything once and forks, which takes half as long.
 """
 
 import json
@@ -14,6 +14,25 @@ from typing import Any
 import torch
 from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+
+class Lopsided(Hash):
+    """One step on the first rank and five on the second, where all episodes of the second update fail."""
+
+    episodes = 0
+
+    def reset(self, **row: Any) -> None:
+        super().reset(**row)
+        self.update, self.steps = Lopsided.episodes // 4, 0
+        Lopsided.episodes += 1
+
+    def step(self, response: str) -> tuple[str, float, bool]:
+        self.steps += 1
+        rank = int(os.environ["RANK"])
+        if rank == 1 and self.update == 1:
+            raise OSError("broken")
+        observation, reward, _ = super().step(response)
+        return observation, reward, self.steps == (1, 5)[rank]
 
 
 def replay_all() -> None:
@@ -31,7 +50,7 @@ def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: st
         directory,
         value_model=make_classifier(),
         ref_model=make_model(5),
-        environment_factory=Hash,
+        environment_factory=Hash if "replay_episodes_dir" in settings else Lopsided,
         eval_dataset=prompt_rows(1),  # the second rank has nothing to evaluate
         **settings,
     )

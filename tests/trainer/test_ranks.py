@@ -92,7 +92,7 @@ def recorded(tmp_path_factory) -> Path:
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ALL = (*SCENARIOS, "saved", "resumed")
+ALL = (*SCENARIOS, "saved", "resumed", "live")
 
 
 def by_accelerate(config: str) -> list[str]:
@@ -129,6 +129,13 @@ def runs(request, recorded, tmp_path_factory) -> Path:
     scenarios[2]["saved"] = scenarios[2]["plain"] | SAVED
     checkpoint = str(root / "2" / "saved" / "checkpoint-1")
     scenarios[2]["resumed"] = scenarios[2]["saved"] | {"resume_from_checkpoint": checkpoint}
+    scenarios[2]["live"] = {
+        **SETTINGS,
+        "per_device_train_batch_size": 4,
+        "max_interaction_steps": 6,
+        "response_length": 4,
+        "eval_strategy": "no",
+    }
     for name in names:
         if name in scenarios[1]:
             replay(root / "1" / name, scenarios[1][name])
@@ -193,6 +200,15 @@ def test_two_ranks_resume(runs):
         "rng_state_0.pth",
         "rng_state_1.pth",
     }
+
+
+def test_lopsided_ranks_do_not_wait_for_each_other(runs):
+    """Played, not replayed: one step on the first rank, five on the second, where all episodes of one update fail."""
+    history = json.loads((played(runs, "live") / "trainer_state.json").read_text())["log_history"]
+    updates = [logs for logs in history if "episode" in logs]
+    assert [logs["env/failed_episodes"] for logs in updates] == [0.0, 0.5, 0.0]
+    assert [logs["env/episode_steps"] for logs in updates] == [3.0, 1.0, 3.0]
+    assert all(logs["policy/skipped_steps"] == 0 for logs in updates)
 
 
 def test_what_failed_was_counted_on_all_ranks(runs):
