@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import nn
 from transformers import Trainer
 
@@ -332,7 +332,9 @@ def find_fsdp(accelerator: Accelerator) -> None:
     """Have CPU ranks shard where accelerate was launched with FSDP: it goes on with DDP there without a word."""
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        for part in (state, PartialState()):  # whose values are copied into new instances of the other
+            part.distributed_type = DistributedType.FSDP
 
 
 def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
