@@ -105,7 +105,7 @@ def whole_tensor(tensor: Any) -> Any:
 
 
 def shard_like(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
-    """This rank's shard of a tensor that all ranks hold, cut as FSDP2 has cut a parameter; no rank waits for another."""
+    """This rank's shard of a tensor that all ranks hold, cut as FSDP2 has cut a parameter; without a word to them."""
     from torch.distributed.tensor import distribute_tensor
 
     whole = whole.to(parameter.device)

@@ -484,8 +484,8 @@ class StepPOTrainer(PPOTrainer):
         """
         if self._saves_together:
             raise ConfigurationError(
-                "of networks in shards adapters are merged afterwards, with peft: `AutoPeftModelForCausalLM.from_pretrained("
-                "output_dir).merge_and_unload()`"
+                "adapters of networks in shards are merged afterwards, with peft: "
+                "`AutoPeftModelForCausalLM.from_pretrained(output_dir).merge_and_unload()`"
             )
         if not self.args.should_save:
             return
