@@ -28,6 +28,8 @@ def test_config_names_a_file_that_accelerate_reads(path, capsys):
     assert capsys.readouterr().out.strip() == str(path)
     config = load_config_from_file(str(path))
     assert config.num_processes == (1 if "single" in path.stem else 2 if "cpu2" in path.stem else 8)
+    if "fsdp2" in path.stem:
+        assert config.fsdp_config["fsdp_version"] == 2
     if "zero" in path.stem:
         assert config.deepspeed_config["zero_stage"] == int(path.stem.removeprefix("zero")[0])
 

@@ -74,6 +74,22 @@ def test_zero3_shards_everything_that_is_held():
     assert four.rollout["gathered or cast weights"] == 200.0, "whole for the rollout"
 
 
+def test_fsdp2_shards_float32_weights_and_gathers_them_in_bfloat16():
+    one, four = (plan(SMALL, Setting("fsdp2", n, reference=True, weights="bfloat16")) for n in (1, 4))
+    assert one.held == {
+        "policy's weights": 400.0,
+        "policy's optimizer": 800.0,
+        "critic's weights": 4.0 * 94,
+        "critic's optimizer": 8.0 * 94,
+        "reference": 200.0,  # as it was loaded
+    }
+    assert all(four.held[name] == value / 4 for name, value in one.held.items())
+    assert four.training["gradients"] == 100.0
+    # 24 parameters in the layer, and 76 around it: gathered, their gradients, and one unit's in float32.
+    assert four.training["gathered or cast weights"] == 2 * 2 * (76 + 24) + 4 * 76
+    assert four.rollout["gathered or cast weights"] == 200.0
+
+
 def test_offloading_moves_the_optimizer_to_the_host():
     found = plan(SMALL, Setting("zero3_offload", 2, critic=False))
     assert set(found.held) == {"policy's weights", "communication buffers"}

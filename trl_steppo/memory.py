@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Engine = Literal["single", "ddp", "zero2", "zero3", "zero3_offload"]
+Engine = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
 
 GIB = 2**30
 GPU_SIZES = (24, 40, 80)  # GB, as they are sold
@@ -144,11 +144,12 @@ class Setting:
 
     Args:
         engine (`str`):
-            `"single"`, `"ddp"`, `"zero2"`, `"zero3"` or `"zero3_offload"`, as the shipped accelerate files.
+            `"single"`, `"ddp"`, `"zero2"`, `"zero3"`, `"zero3_offload"` or `"fsdp2"`, as the shipped accelerate files.
         num_gpus (`int`):
             Ranks.
         weights (`str`, *optional*, defaults to `"float32"`):
-            Type that the weights are loaded in; under DeepSpeed with bfloat16 it makes no difference.
+            Type that the weights are loaded in; under DeepSpeed with bfloat16 it makes no difference, and under FSDP2
+            only to those that are not trained.
         bf16 (`bool`, *optional*, defaults to `True`):
             Mixed precision.
         critic, reference (`bool`, *optional*):
@@ -182,11 +183,11 @@ class Setting:
 
     @property
     def shards(self) -> int:
-        return self.num_gpus if self.engine.startswith("zero") else 1
+        return self.num_gpus if self.deepspeed or self.fsdp2 else 1
 
     @property
     def shards_weights(self) -> bool:
-        return self.engine.startswith("zero3")
+        return self.engine.startswith("zero3") or self.fsdp2
 
     @property
     def weight_shards(self) -> int:
@@ -195,6 +196,15 @@ class Setting:
     @property
     def deepspeed(self) -> bool:
         return self.engine.startswith("zero")
+
+    @property
+    def fsdp2(self) -> bool:
+        return self.engine == "fsdp2"
+
+    @property
+    def runs_in_bf16(self) -> bool:
+        """Whether an engine gives the layers bfloat16 weights, instead of casts by autocast."""
+        return self.bf16 and (self.deepspeed or self.fsdp2)
 
 
 @dataclass(frozen=True)
@@ -249,7 +259,12 @@ def plan(shape: Shape, setting: Setting) -> Plan:
     if setting.deepspeed:
         trained = [shape.parameters, backbone][: 1 + setting.critic]
         held["communication buffers"] = sum(min(_BUCKET, parameters) for parameters in trained) * frozen
-    live = min(_LIVE, shape.parameters) * frozen if setting.shards_weights else 0.0
+    gathered = 2.0 if setting.runs_in_bf16 else frozen
+    live = min(_LIVE, shape.parameters) * gathered if setting.shards_weights else 0.0
+    if setting.fsdp2:
+        around, layer = _units(shape)
+        # What is around the layers stays until the end, with its gradients; a unit's gradients are summed in float32.
+        live = 2 * (around + layer) * gathered + max(around, layer) * 4.0
     training = {
         "gradients": max(policy.gradients, critic.gradients),
         "activations": _activations(shape, setting),
@@ -260,7 +275,7 @@ def plan(shape: Shape, setting: Setting) -> Plan:
     rollout = {
         "generation cache": float(setting.cache_tokens * shape.layers * 2 * shape.keys * compute),
         "sampling": float(setting.concurrent_episodes * shape.vocabulary * _SAMPLING_BYTES),
-        "gathered or cast weights": shape.parameters * frozen
+        "gathered or cast weights": shape.parameters * gathered
         if setting.shards_weights
         else _cast_bytes(shape, setting),
     }
@@ -280,10 +295,11 @@ def _network(shape: Shape, setting: Setting, parameters: int, name: str) -> _Net
     trained = parameters
     if setting.lora_rank:
         trained = sum(setting.lora_rank * (a + b) for a, b in shape.linear)
-    weight = _frozen_bytes(setting)
+    weight = 4.0 if setting.fsdp2 and setting.bf16 else _frozen_bytes(setting)  # of those that are trained
     base = 0 if setting.lora_rank and setting.critic_shares_base and name == "critic" else parameters
     adapter = trained if setting.lora_rank else 0
-    weights = (base + adapter) * weight / setting.weight_shards
+    base_weight = _frozen_bytes(setting) if setting.lora_rank else weight
+    weights = (base * base_weight + adapter * weight) / setting.weight_shards
     # Adam's two moments; DeepSpeed keeps a float32 copy of the weights beside them.
     states = trained * (12.0 if setting.deepspeed else 2.0 * weight) / setting.shards
     gradients = trained * weight / setting.shards
@@ -299,9 +315,15 @@ def _frozen_bytes(setting: Setting) -> float:
     return 2.0 if setting.weights == "bfloat16" or (setting.deepspeed and setting.bf16) else 4.0
 
 
+def _units(shape: Shape) -> tuple[float, float]:
+    """Parameters that FSDP2 gathers together: all around the layers, and those of a layer."""
+    layer = sum(a * b for a, b in shape.linear) / shape.layers
+    return shape.parameters - layer * shape.layers, layer
+
+
 def _cast_bytes(shape: Shape, setting: Setting) -> float:
     """Autocast keeps a bfloat16 copy of each weight for as long as it lasts."""
-    casts = setting.bf16 and not setting.deepspeed and setting.weights == "float32"
+    casts = setting.bf16 and not setting.runs_in_bf16 and setting.weights == "float32"
     return shape.parameters * 2.0 if casts else 0.0
 
 
@@ -311,7 +333,7 @@ def _activations(shape: Shape, setting: Setting) -> float:
     inputs and outputs of its linear layers, and queries, keys and values before and after their rotation.
     """
     compute = 2 if setting.bf16 or setting.weights == "bfloat16" else 4
-    stream = 4 if setting.weights == "float32" and not (setting.deepspeed and setting.bf16) else 2
+    stream = 4 if setting.weights == "float32" and not setting.runs_in_bf16 else 2
     H, I = shape.hidden, shape.intermediate  # noqa: E741
     layer = (16 + 2 * stream) * H + compute * (2 * H + 3 * shape.queries + 4 * shape.keys + 4 * I)
     if not setting.gradient_checkpointing:

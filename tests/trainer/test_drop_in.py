@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from tiny import (
     TOKENIZER,
@@ -340,12 +340,41 @@ def test_settings_that_cannot_work(tmp_path, settings, words):
         drop_in(tmp_path, eval_dataset=id_rows(2), settings=settings)
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "MEGATRON_LM"])
-def test_engines_that_this_version_does_not_know(tmp_path, monkeypatch, engine):
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [("FSDP", "FSDP in its version 1; set `fsdp_version: 2`"), ("MEGATRON_LM", "launched with MEGATRON_LM")],
+)
+def test_engines_that_this_version_does_not_know(tmp_path, monkeypatch, engine, words):
     trainer = drop_in(tmp_path)
     monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType[engine])
-    with pytest.raises(ConfigurationError, match=f"launched with {engine}"):
+    with pytest.raises(ConfigurationError, match=words):
         drop_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "settings", "given", "words"),
+    [
+        ({"fsdp_version": 1}, {}, {}, "`fsdp_version: 2`"),
+        ({"reshard_after_forward": False}, {}, {}, "`fsdp_reshard_after_forward` is False"),
+        ({"cpu_offload": True}, {}, {}, "`fsdp_offload_params` is CPUOffloadPolicy.*zero3_offload"),
+        ({"activation_checkpointing": True}, {}, {}, "`gradient_checkpointing`"),
+        ({"cpu_ram_efficient_loading": True}, {}, {}, "`fsdp_cpu_ram_efficient_loading` is True"),
+        ({"ignored_modules": ".*norm"}, {}, {}, "`fsdp_ignored_modules` is '.*norm'"),
+        ({}, {}, {"optimizers": (object(), None)}, "`optimizers` is set, and FSDP2"),
+        ({}, {"critic_shares_base": True}, {}, "two networks cannot share parameters under FSDP2"),
+    ],
+)
+def test_what_fsdp_cannot_do(tmp_path, monkeypatch, plugin, settings, given, words):
+    """With ranks it is no mock: see `test_ranks.py`."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # accelerate writes there
+    found = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **plugin})
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.FSDP,
+        is_fsdp2=found.fsdp_version == 2,
+        state=SimpleNamespace(fsdp_plugin=found),
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        check_distribution(make_config(tmp_path, **settings), accelerator, given.get("optimizers", (None, None)))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two processes learn what one learns from the same episodes, with DDP and with DeepSpeed's ZeRO."""
+"""Two processes learn what one learns from the same episodes, with DDP, FSDP2 and DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -106,8 +106,10 @@ def by_accelerate(config: str) -> list[str]:
     params=[
         pytest.param(([], ALL), id="fork"),
         pytest.param((by_accelerate("zero3_cpu2"), ("plain",)), id="zero3, short"),
+        pytest.param((by_accelerate("fsdp2_cpu2"), ("plain",)), id="fsdp2, short"),
         pytest.param((TORCHRUN, ALL), id="torchrun", marks=pytest.mark.slow),
         pytest.param((by_accelerate("ddp_cpu2"), ALL), id="ddp", marks=pytest.mark.slow),
+        pytest.param((by_accelerate("fsdp2_cpu2"), ALL), id="fsdp2", marks=pytest.mark.slow),
         pytest.param((by_accelerate("zero2_cpu2"), ALL), id="zero2", marks=pytest.mark.slow),
         pytest.param((by_accelerate("zero3_cpu2"), ALL), id="zero3", marks=pytest.mark.slow),
     ],

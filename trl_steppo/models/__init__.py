@@ -16,7 +16,15 @@ from .critic import build_critic, check_critic
 from .dropout import disable_dropout
 from .forward import Critic, PolicyScorer, rows_at_once
 from .reward import score_sequences
-from .sharding import gathered, is_sharded, whole_shape, whole_state_dict
+from .sharding import (
+    gathered,
+    is_sharded,
+    shard_like,
+    take_shards,
+    whole_shape,
+    whole_state_dict,
+    whole_tensor,
+)
 
 __all__ = [
     "MINI_WIKI_POLICY",
@@ -37,9 +45,12 @@ __all__ = [
     "rows_at_once",
     "saved_with_adapter",
     "score_sequences",
+    "shard_like",
+    "take_shards",
     "takes_tries",
     "whole_shape",
     "whole_state_dict",
+    "whole_tensor",
 ]
 
 MINI_WIKI_POLICY = str(Path(__file__).parent / "mini_wiki")

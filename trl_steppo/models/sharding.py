@@ -1,21 +1,32 @@
-"""Models whose parameters DeepSpeed's ZeRO-3 keeps in shards: seeing them whole for a while.
+"""Models whose parameters DeepSpeed's ZeRO-3 or FSDP2 keeps in shards: seeing them whole for a while.
 
-Everything here is collective: all ranks must come by, in the same order. For models that are not sharded it does
-nothing, and deepspeed is not imported.
+Reading is collective: all ranks must come by, in the same order. For models that are not sharded it does nothing, and
+deepspeed is not imported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether this rank holds no more than a shard of a parameter."""
+    return _in_zero(parameter) or _in_fsdp(parameter)
+
+
+def _in_zero(parameter: torch.Tensor) -> bool:
     """Whether ZeRO-3 holds a parameter; its own shape then says nothing."""
     return hasattr(parameter, "ds_id")
+
+
+def _in_fsdp(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a `DTensor`, as FSDP2's parameters, their gradients and their optimizer's states are."""
+    return hasattr(tensor, "full_tensor")
 
 
 def whole_shape(parameter: torch.Tensor) -> list[int]:
@@ -25,8 +36,8 @@ def whole_shape(parameter: torch.Tensor) -> list[int]:
 
 @contextmanager
 def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Within, every rank holds these parameters whole, to read."""
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    """Within, every rank holds those of these parameters whole that ZeRO-3 shards, to read."""
+    sharded = [parameter for parameter in parameters if _in_zero(parameter)]
     if not sharded:
         yield
         return
@@ -56,7 +67,7 @@ def read_together(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None
     Have ZeRO-3 gather parameters of modules within `module` around its own forward and backward pass: for those that
     it reads itself, without a call of the module that owns them.
     """
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    sharded = [parameter for parameter in parameters if _in_zero(parameter)]
     if sharded:
         import deepspeed
 
@@ -82,6 +93,28 @@ def whole_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]
     state: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         with gathered([tensor]):
+            whole = whole_tensor(tensor.detach())
             if keep:
-                state[name] = tensor.detach().cpu().clone()
+                state[name] = whole.cpu().clone()
     return state if keep else None
+
+
+def whole_tensor(tensor: Any) -> Any:
+    """The whole of a tensor that FSDP2 shards; anything else as it is."""
+    return tensor.full_tensor() if _in_fsdp(tensor) else tensor
+
+
+def shard_like(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """This rank's shard of a tensor that all ranks hold, cut as FSDP2 has cut a parameter; without a word to them."""
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = whole.to(parameter.device)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def take_shards(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook before loading: of the whole tensors of a state dict, a module in FSDP2's shards takes its shards."""
+    for name, parameter in module.named_parameters(recurse=False):
+        whole = state_dict.get(prefix + name)
+        if whole is not None and _in_fsdp(parameter) and not _in_fsdp(whole):
+            state_dict[prefix + name] = shard_like(whole, parameter)

@@ -40,25 +40,20 @@ def refuse_unsupported(args: StepPOConfig) -> None:
 
 def check_distribution(args: StepPOConfig, accelerator: Accelerator, optimizers: tuple[Any, Any]) -> None:
     """Engines that this version does not know, and what those that it knows cannot do."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise ConfigurationError(
             f"accelerate was launched with {accelerator.distributed_type.value}, and this version trains in one "
-            "process, with DDP, or with DeepSpeed's ZeRO; choose one of these (`trl-steppo config`)"
+            "process, with DDP, with FSDP2, or with DeepSpeed's ZeRO; choose one of these (`trl-steppo config`)"
         )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _check_fsdp(args, accelerator, optimizers)
+        return
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     stage = accelerator.deepspeed_plugin.zero_stage
     if stage == 0:
         raise ConfigurationError("DeepSpeed's stage 0 shards nothing; choose stage 2 or 3, or DDP without DeepSpeed")
-    if any(given is not None for given in optimizers):
-        raise ConfigurationError(
-            "`optimizers` is set, and DeepSpeed has an engine with an optimizer of its own for each network; leave it "
-            "out, and set `optim`, `learning_rate` and `critic_learning_rate`"
-        )
-    if args.critic_shares_base:
-        raise ConfigurationError(
-            "`critic_shares_base` is set, and two DeepSpeed engines cannot share parameters; leave it out"
-        )
+    _check_apart_in_shards(args, optimizers, "DeepSpeed")
     if stage == 3 and not args.ds3_gather_for_generation:
         raise ConfigurationError(
             "`ds3_gather_for_generation` is False: layers would be gathered for every token, by all ranks together, "
@@ -69,6 +64,45 @@ def check_distribution(args: StepPOConfig, accelerator: Accelerator, optimizers:
     if mismatches:
         raise ConfigurationError(
             "the DeepSpeed configuration contradicts the run's settings; write 'auto' there:\n" + "\n".join(mismatches)
+        )
+
+
+def _check_fsdp(args: StepPOConfig, accelerator: Accelerator, optimizers: tuple[Any, Any]) -> None:
+    """FSDP's version 1, and settings of accelerate's that would change what version 2 does here."""
+    if not accelerator.is_fsdp2:
+        raise ConfigurationError(
+            "accelerate was launched with FSDP in its version 1; set `fsdp_version: 2` in the configuration's "
+            "`fsdp_config` (`trl-steppo config fsdp2`)"
+        )
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    plugin: Any = accelerator.state.fsdp_plugin
+    for name, is_usual, why in (
+        ("reshard_after_forward", plugin.reshard_after_forward, "weights are gathered again in the backward pass"),
+        ("offload_params", not isinstance(plugin.cpu_offload, CPUOffloadPolicy), "`zero3_offload` has that"),
+        ("activation_checkpointing", not plugin.activation_checkpointing, "set the run's `gradient_checkpointing`"),
+        ("cpu_ram_efficient_loading", not plugin.cpu_ram_efficient_loading, "every rank copies its model's weights"),
+        ("ignored_modules", plugin.ignored_modules is None, "every parameter is kept in shards"),
+    ):
+        if not is_usual:
+            raise ConfigurationError(
+                f"`fsdp_{name}` is {getattr(plugin, name.replace('offload_params', 'cpu_offload'))!r} in the "
+                f"configuration's `fsdp_config`, which has no effect here: {why}; leave it out (`trl-steppo config "
+                "fsdp2`)"
+            )
+    _check_apart_in_shards(args, optimizers, "FSDP2")
+
+
+def _check_apart_in_shards(args: StepPOConfig, optimizers: tuple[Any, Any], engine: str) -> None:
+    """What networks in shards of their own cannot share."""
+    if any(given is not None for given in optimizers):
+        raise ConfigurationError(
+            f"`optimizers` is set, and {engine} has shards with an optimizer of their own for each network; leave it "
+            "out, and set `optim`, `learning_rate` and `critic_learning_rate`"
+        )
+    if args.critic_shares_base:
+        raise ConfigurationError(
+            f"`critic_shares_base` is set, and two networks cannot share parameters under {engine}; leave it out"
         )
 
 

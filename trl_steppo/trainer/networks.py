@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,12 +13,12 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import nn
 from transformers import Trainer
 
 from ..errors import CheckpointError, ConfigurationError
-from ..models import gathered, is_sharded
+from ..models import gathered, is_sharded, shard_like, take_shards, whole_tensor
 from .checkpoints import load_tensors
 from .steppo_config import StepPOConfig
 
@@ -61,7 +62,7 @@ class Network:
         Returns:
             `float` or `None`: The gradient's norm before clipping; `None` where it is not a number, and nothing moved.
         """
-        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), max_grad_norm or math.inf))
+        norm = self._clip(max_grad_norm or math.inf)
         finite = agree(math.isfinite(norm))
         before()
         if finite:
@@ -70,6 +71,10 @@ class Network:
             self.accelerator.scaler.update()  # with fp16 a step is skipped so that the next has a smaller scale
         self.optimizer.zero_grad()
         return norm if finite else None
+
+    def _clip(self, max_norm: float) -> float:
+        """Scale the gradient down to a norm, and tell the one that it had."""
+        return float(self.accelerator.clip_grad_norm_(self.module.parameters(), max_norm))
 
     def whole(self) -> AbstractContextManager[Any]:
         """
@@ -80,15 +85,71 @@ class Network:
 
     def save_state(self, directory: Path, *, is_writer: bool) -> None:
         """Write the optimizer's and the schedule's state."""
+        state = self._optimizer_state(keep=is_writer)
         if is_writer:
-            torch.save(self.optimizer.state_dict(), directory / "optimizer.pt")
+            torch.save(state, directory / "optimizer.pt")
             torch.save(self.scheduler.state_dict(), directory / "scheduler.pt")
 
     def load_state(self, directory: Path) -> None:
         """Read what [`save_state`] wrote."""
         self.optimizer.zero_grad()  # of an update that was broken off
-        self.optimizer.load_state_dict(load_tensors(directory / "optimizer.pt"))
+        self._load_optimizer_state(load_tensors(directory / "optimizer.pt"))
         self.scheduler.load_state_dict(load_tensors(directory / "scheduler.pt"))
+
+    def _optimizer_state(self, *, keep: bool) -> dict[str, Any]:
+        """The optimizer's state, of which ranks that do not keep it need not hold all."""
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return state
+
+    def _load_optimizer_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class Fsdp2Network(Network):
+    """
+    A network under FSDP2: between passes a rank holds its shards of weights, gradients and the optimizer's state, and
+    nothing else. On the disk they are whole, so that any number of ranks, and DDP, can go on from them.
+    """
+
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()  # every pass ends in shards: gradients that wait for the last one would be whole
+
+    def _clip(self, max_norm: float) -> float:
+        self.accelerator.unscale_gradients(self.optimizer)
+        return float(whole_tensor(nn.utils.clip_grad_norm_(self.module.parameters(), max_norm)))
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        from torch.distributed.fsdp import FSDPModule
+
+        root: Any = self.module
+        root._get_fsdp_state()._lazy_init()  # or the first layer to run would take itself for the root
+        root.set_reshard_after_forward(False)
+        units = [module for module in root.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
+            root.set_reshard_after_forward(True)
+
+    def _optimizer_state(self, *, keep: bool) -> dict[str, Any]:
+        state = super()._optimizer_state(keep=keep)
+        for of_parameter in state["state"].values():
+            for name, value in of_parameter.items():
+                whole = whole_tensor(value)
+                of_parameter[name] = whole.cpu() if keep and torch.is_tensor(whole) else None
+        return state
+
+    def _load_optimizer_state(self, state: dict[str, Any]) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, of_parameter in state["state"].items():
+            for name, value in of_parameter.items():
+                if torch.is_tensor(value) and value.shape == parameters[index].shape:
+                    of_parameter[name] = shard_like(value, parameters[index])
+        super()._load_optimizer_state(state)
 
 
 class DeepSpeedNetwork(Network):
@@ -188,7 +249,8 @@ def build_networks(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         found = _build_engines(args, accelerator, networks, decay_parameter_names)
         return found[0], found[1] if critic is not None else None
-    networks = [network.to(accelerator.device) for network in networks]
+    if not accelerator.is_fsdp2:  # which moves shards, where no device need hold all
+        networks = [network.to(accelerator.device) for network in networks]
     if given is not None:
         _check_optimizer(args, given, policy, critic)
         scheduler = given_scheduler if given_scheduler is not None else make_scheduler(args, given)
@@ -201,8 +263,14 @@ def build_networks(
     else:
         found = []
         for network, learning_rate in zip(networks, _learning_rates(args), strict=False):
+            if accelerator.is_fsdp2:
+                shard(network, accelerator)
             optimizer = make_optimizer(args, network, learning_rate, set(decay_parameter_names(network)))
             scheduler = make_scheduler(args, optimizer)
+            if accelerator.is_fsdp2:
+                prepared_optimizer = accelerator.prepare_optimizer(optimizer)
+                found.append(Fsdp2Network(network, prepared_optimizer, scheduler, accelerator))
+                continue
             module, optimizer = accelerator.prepare(network, optimizer)
             found.append(Network(module, optimizer, scheduler, accelerator))
     return found[0], found[1] if critic is not None else None
@@ -243,7 +311,9 @@ def _build_engines(
 
 
 def build_reference(accelerator: Accelerator, scorer: nn.Module) -> nn.Module:
-    """Place a frozen network on the device, in the policy's numerics; under ZeRO-3, in shards."""
+    """Place a frozen network on the device, in the policy's numerics; under ZeRO-3 and FSDP2, in shards."""
+    if accelerator.is_fsdp2:
+        return shard(scorer, accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
         from trl.models.utils import prepare_deepspeed
 
@@ -256,6 +326,51 @@ def build_reference(accelerator: Accelerator, scorer: nn.Module) -> nn.Module:
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         scorer = scorer.to(dtypes.get(accelerator.mixed_precision, torch.float32))
     return scorer.to(accelerator.device)
+
+
+def find_fsdp(accelerator: Accelerator) -> None:
+    """Have CPU ranks shard where accelerate was launched with FSDP: it goes on with DDP there without a word."""
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        for part in (state, PartialState()):  # whose values are copied into new instances of the other
+            part.distributed_type = DistributedType.FSDP
+
+
+def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """
+    Have FSDP2 keep a network in shards: every layer by itself, and all that is around the layers together.
+
+    Args:
+        network (`torch.nn.Module`):
+            A [`PolicyScorer`] or a [`Critic`], on any device; changed in place. In mixed precision what is trained
+            becomes float32, and gradients are summed in it.
+        accelerator ([`~accelerate.Accelerator`]):
+            Knows the ranks, their device, and the precision.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if dtype is not None:
+        for parameter in network.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    shared: dict[str, Any] = {
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        "reshard_after_forward": True,
+        # Inputs and outputs stay as they are: temperatures and log-probabilities are float32.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
+        ),
+    }
+    model: Any = network.model
+    layers = set(model._no_split_modules or ())
+    for module in [module for module in network.modules() if type(module).__name__ in layers]:
+        fully_shard(module, **shared)
+    fully_shard(network, **shared)
+    for module in network.modules():
+        module.register_load_state_dict_pre_hook(take_shards)
+    return network
 
 
 def make_optimizer(args: StepPOConfig, network: nn.Module, learning_rate: float, decays: set[str]) -> Any:

@@ -69,7 +69,7 @@ from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names
 from .learner import Learner, Rollout, Scores
 from .metrics import Clock, Means, add_episode_metrics
-from .networks import DeepSpeedNetwork, Network, build_networks, build_reference
+from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
 from .steppo_config import StepPOConfig
@@ -200,6 +200,7 @@ class StepPOTrainer(PPOTrainer):
             callbacks=callbacks,
         )
         self.args: StepPOConfig = args
+        find_fsdp(self.accelerator)
         check_distribution(args, self.accelerator, optimizers)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -216,7 +217,7 @@ class StepPOTrainer(PPOTrainer):
             environment_factory=environment_factory,
             tools=tools,
             reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
-            reward_model=plain_model(self._frozen(reward_model)),
+            reward_model=plain_model(_frozen(reward_model, self.accelerator.device)),
             data_collator=data_collator,
             example_row=self.rows.example,
         )
@@ -463,7 +464,7 @@ class StepPOTrainer(PPOTrainer):
             state = whole_state_dict(self.value_model, keep=self.args.should_save)
             if self.args.should_save:
                 self.value_model.save_pretrained(os.path.join(output_dir, "critic"), state_dict=state)
-        if not self.is_deepspeed_enabled:
+        if not self._saves_together:
             Trainer.save_model(self, output_dir, _internal_call)
             return
         policy: Any = self.model
@@ -481,10 +482,10 @@ class StepPOTrainer(PPOTrainer):
             output_dir (`str`):
                 Where to.
         """
-        if self.is_deepspeed_enabled:
+        if self._saves_together:
             raise ConfigurationError(
-                "under DeepSpeed adapters are merged afterwards, with peft: `AutoPeftModelForCausalLM.from_pretrained("
-                "output_dir).merge_and_unload()`"
+                "adapters of networks in shards are merged afterwards, with peft: "
+                "`AutoPeftModelForCausalLM.from_pretrained(output_dir).merge_and_unload()`"
             )
         if not self.args.should_save:
             return
@@ -494,6 +495,11 @@ class StepPOTrainer(PPOTrainer):
         self.player.tokenizer.save_pretrained(output_dir)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def _saves_together(self) -> bool:
+        """Whether what one rank writes takes all of them."""
+        return self.is_deepspeed_enabled or self.accelerator.is_fsdp2
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """All that `train(resume_from_checkpoint=...)` needs; see [`checkpoints`]."""
@@ -509,7 +515,7 @@ class StepPOTrainer(PPOTrainer):
             manifest,
             is_writer=self.args.should_save,
             gather=gather_object,
-            writes_together=self.is_deepspeed_enabled,
+            writes_together=self._saves_together,
         ) as partial:
             self._write_checkpoint(partial)
         if self.args.push_to_hub:
@@ -654,7 +660,7 @@ class StepPOTrainer(PPOTrainer):
             assert self.policy_adapter is not None
             reference = AdapterReference(scorer, model, self.policy_adapter, args.ref_adapter_name)
         elif args.uses_reference:
-            self.ref_model = self._frozen(ref_model)
+            self.ref_model = _frozen(ref_model)
             reference = build_reference(self.accelerator, PolicyScorer(plain_model(self.ref_model)))
         policy, critic = build_networks(
             args,
@@ -699,13 +705,6 @@ class StepPOTrainer(PPOTrainer):
         if self.policy_adapter is None:
             return critic
         return add_adapter(critic, critic_adapter(model.peft_config[self.policy_adapter]))
-
-    def _frozen(self, model: Any) -> Any:
-        """A model that is only read."""
-        if model is None:
-            return None
-        disable_dropout(model)
-        return model.to(self.accelerator.device).eval().requires_grad_(False)
 
     # -- a run and its updates ----------------------------------------------------------------------------------------
 
@@ -845,6 +844,14 @@ class StepPOTrainer(PPOTrainer):
 
     def _runtime(self) -> dict[str, float]:
         return speed_metrics("train", self._start, self._num_played(), self.state.global_step - self._first_step)
+
+
+def _frozen(model: Any, device: torch.device | None = None) -> Any:
+    """A model that is only read, on a device if one is given."""
+    if model is None:
+        return None
+    disable_dropout(model)
+    return (model if device is None else model.to(device)).eval().requires_grad_(False)
 
 
 def _finished(means: dict[str, float]) -> dict[str, float]:
