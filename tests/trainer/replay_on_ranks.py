@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows
+from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
@@ -22,6 +23,17 @@ def replay_all() -> None:
     for name, settings in scenarios.items():
         checkpoint = settings.pop("resume_from_checkpoint", None)
         replay(output / name, {**settings, "ddp_backend": "gloo"}, checkpoint)
+
+
+class CountPasses(TrainerCallback):
+    """Backward passes of both networks: micro-batches, the empty ones among them."""
+
+    count = 0
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.count += 1
+
+    on_optimizer_step = on_substep_end
 
 
 def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: str | None = None) -> None:
@@ -35,8 +47,11 @@ def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: st
         eval_dataset=prompt_rows(1),  # the second rank has nothing to evaluate
         **settings,
     )
+    passes = CountPasses()
+    trainer.add_callback(passes)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model()
+    (directory / f"passes_{trainer.accelerator.process_index}.txt").write_text(str(passes.count))
     if trainer.accelerator.num_processes > 1:  # every rank has the same weights
         with trainer.learner.policy.whole():
             weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])

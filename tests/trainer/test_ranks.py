@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import distance, make_episode, make_model, make_trainer, weights
 
 from trl_steppo import Episode, StopReason
+from trl_steppo.batching import micro_batches, step_ids
 from trl_steppo.cli import CONFIGS
 from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
 
@@ -176,6 +177,25 @@ def test_two_ranks_log_what_one_logs(runs, name):
         assert compared <= set(two)
         for key in compared:
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5, nan_ok=True), (one["step"], key)
+
+
+def test_ranks_share_the_work_of_an_update(runs, recorded):
+    """Long episodes were played by one rank. Cut into micro-batches there, they would be as many on both."""
+    played(runs, "uneven")
+    done = [int((runs / "2" / "uneven" / f"passes_{rank}.txt").read_text()) for rank in range(2)]
+    apart = 0
+    for update in range(SCENARIOS["uneven"]["max_steps"]):
+        files = [episode_file(recorded / "uneven" / "2", update, rank) for rank in range(2)]
+        apart += max(num_micro_batches([e for e in load_episodes(file) if e.valid]) for file in files)
+    both_networks = 2 * SETTINGS["num_ppo_epochs"]
+    assert done[0] == done[1]
+    assert done[0] <= 0.6 * both_networks * apart
+
+
+def num_micro_batches(episodes: list[Episode]) -> int:
+    sequences = [[step_ids(step) for step in episode.steps] for episode in episodes]
+    bounds = {"max_episodes": 1, "max_tokens": SETTINGS["max_tokens_per_micro_batch"]}
+    return len(micro_batches(range(len(episodes)), sequences, layout="trie", **bounds))
 
 
 def test_two_ranks_resume(runs):
