@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -39,10 +40,12 @@ class CountPasses(TrainerCallback):
 def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: str | None = None) -> None:
     # ZeRO-3 would shard the next run's models while their weights are drawn, and draw others.
     unset_hf_deepspeed_config()
+    networks: dict[str, Any] = {"value_model": make_classifier(), "ref_model": make_model(5)}
+    if settings.pop("lora", False):  # the critic has an adapter, too; the reference is the policy's base
+        networks = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
     trainer = make_trainer(
         directory,
-        value_model=make_classifier(),
-        ref_model=make_model(5),
+        **networks,
         environment_factory=Hash,
         eval_dataset=prompt_rows(1),  # the second rank has nothing to evaluate
         **settings,
