@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from trl_steppo.cli import CONFIGS, main
-from trl_steppo.dry_run import SCRIPT_SETTINGS
+from trl_steppo.dry_run import SCRIPT_SETTINGS, read_recipe
+from trl_steppo.launch_file import check_launch
+from trl_steppo.trainer.steppo_config import StepPOConfig
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +81,73 @@ def test_check_names_what_is_wrong(line, said, tmp_path, capsys):
     recipe.write_text(f"model_name_or_path: mini_wiki\noutput_dir: runs/x\n{line}\n")
     assert main(["check", str(recipe)]) == 1
     assert said in capsys.readouterr().err
+
+
+BATCH = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 4\ntotal_episodes: 640\n"
+DEEPSPEED = {"distributed_type": "DEEPSPEED", "num_processes": 8}
+
+
+@pytest.mark.parametrize(
+    ("line", "file", "said"),
+    [
+        ("bf16: false", {"mixed_precision": "bf16"}, "the run would be in bf16"),
+        ("bf16: true", {"mixed_precision": "fp16"}, "the file's has no effect"),
+        ("bf16: true", {"mixed_precision": False}, "'no' there, and the recipe asks for 'bf16'"),
+        ("", {"use_cpu": True, "mixed_precision": "bf16"}, "asks for 'no'"),
+        ("", {"deepspeed_config": {"zero_stage": 3}}, "`deepspeed_config` has no effect"),
+        (
+            "",
+            {**DEEPSPEED, "deepspeed_config": {"gradient_accumulation_steps": 1}},
+            "is 1 there, .* is 4 in",
+        ),
+        ("", {**DEEPSPEED, "deepspeed_config": {"gradient_clipping": 0.5}}, "is 0.5 there, and max_grad_norm is 1.0"),
+        ("", {**DEEPSPEED, "deepspeed_config": {"zero_stage": 0}}, "stage 0 shards nothing"),
+        ("critic_shares_base: true", {**DEEPSPEED, "deepspeed_config": {"zero_stage": 2}}, "`critic_shares_base`"),
+        ("ds3_gather_for_generation: false", {**DEEPSPEED, "deepspeed_config": {"zero_stage": 3}}, "ds3_gather"),
+        ("critic_warmup_updates: 10", {"num_processes": 8}, "leaves 10 updates"),
+        ("", {"distributed_type": "MEGATRON_LM"}, "MEGATRON_LM"),
+    ],
+)
+def test_check_finds_what_contradicts_the_accelerate_file(line, file, said, tmp_path, capsys):
+    recipe, config_file = tmp_path / "recipe.yaml", tmp_path / "accelerate.yaml"
+    recipe.write_text(f"model_name_or_path: mini_wiki\n{BATCH}{line}\n")
+    config_file.write_text(yaml.safe_dump(file))
+    assert main(["check", str(recipe), "--config_file", str(config_file)]) == 1
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_check_reads_deepspeed_s_own_file(tmp_path, capsys):
+    recipe, config_file, deepspeed = (tmp_path / name for name in ("recipe.yaml", "accelerate.yaml", "ds.json"))
+    recipe.write_text(f"model_name_or_path: mini_wiki\n{BATCH}")
+    deepspeed.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 48}))
+    config_file.write_text(
+        yaml.safe_dump({**DEEPSPEED, "deepspeed_config": {"deepspeed_config_file": str(deepspeed)}})
+    )
+    assert main(["check", str(recipe), "--config_file", str(config_file)]) == 1
+    assert "`train_batch_size` is 48 there, and the batch of 8 processes is 64" in capsys.readouterr().err
+
+
+def test_check_names_a_file_that_is_not_there(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: mini_wiki\n")
+    assert main(["check", str(recipe), "--config_file", "zero9"]) == 1
+    assert "none of ddp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml")])
+def test_shipped_files_contradict_no_recipe(name, tmp_path):
+    for path in RECIPES:
+        own, _ = read_recipe(path)
+        if "zero" in name and own.get("critic_shares_base"):
+            continue
+        args = StepPOConfig(**own | {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False})
+        assert check_launch(own, args, name).startswith("launch: ")
+
+
+def test_check_says_what_is_launched(tmp_path):
+    args = StepPOConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8, total_episodes=1000)
+    line = check_launch({}, args, "zero3")
+    assert line == "launch: 8 processes, 64 episodes an update, 16 updates, 24 episodes more than `total_episodes`"
 
 
 def test_the_script_s_settings_are_known():

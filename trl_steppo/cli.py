@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import StepPOError
-
-CONFIGS = Path(__file__).parent / "configs"
+from .launch_file import CONFIGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="a dry run of a recipe: its settings, and one small update")
     check.add_argument("config", help="a YAML file of settings, as `--config` takes it")
     check.add_argument("--dataset-name", help="rows to play instead of the recipe's; `mini_wiki` is built in")
+    check.add_argument(
+        "--config_file", help="the accelerate file it will be launched with: a shipped one's name, or a path"
+    )
     check.set_defaults(run=run_check)
 
     args = parser.parse_args(argv)
@@ -121,7 +123,7 @@ def run_check(args: argparse.Namespace) -> int:
     """See [`trl_steppo.dry_run`]."""
     from .dry_run import dry_run
 
-    for line in dry_run(Path(args.config), dataset_name=args.dataset_name):
+    for line in dry_run(Path(args.config), dataset_name=args.dataset_name, config_file=args.config_file):
         print(line)
     return 0
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from .errors import ConfigurationError, DataError, StepPOError
 from .inference.base import Sample, SamplingParams
+from .launch_file import check_launch
 from .memory import SHAPES, load_config
 from .types import StopReason, TokenIds
 
@@ -85,7 +86,7 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, script
 
 
-def dry_run(path: Path, *, dataset_name: str | None = None) -> Iterator[str]:
+def dry_run(path: Path, *, dataset_name: str | None = None, config_file: str | None = None) -> Iterator[str]:
     """
     Try a recipe of `examples/hotpotqa_steppo.py` out; what is found is given line by line.
 
@@ -94,13 +95,17 @@ def dry_run(path: Path, *, dataset_name: str | None = None) -> Iterator[str]:
             The recipe.
         dataset_name (`str`, *optional*):
             Rows to play instead of the recipe's.
+        config_file (`str`, *optional*):
+            The accelerate file it will be launched with: a shipped one's name, or a path.
 
     Raises:
-        ConfigurationError, DataError: If settings contradict each other, or rows are not what they should be.
+        ConfigurationError, DataError: If settings contradict each other, or those of the accelerate file, or rows are
+            not what they should be.
     """
     from .trainer.steppo_config import StepPOConfig
 
     own, script = read_recipe(path)
+    recipe = dict(own)
     with tempfile.TemporaryDirectory() as directory:
         own |= {"output_dir": directory, "use_cpu": True}
         args = StepPOConfig(**own)  # finds what contradicts, and what has no effect
@@ -111,6 +116,8 @@ def dry_run(path: Path, *, dataset_name: str | None = None) -> Iterator[str]:
             f"optimizer steps; {args.advantage_estimator}, {args.importance_sampling_level} ratio, averaged over "
             f"{args.aggregation}s"
         )
+        if config_file is not None:
+            yield check_launch(recipe, args, config_file)
         config, found = _config(str(script.get("model_name_or_path", "mini_wiki")))
         yield found
         tokenizer, found = _tokenizer(str(script.get("model_name_or_path", "mini_wiki")))

@@ -1,12 +1,24 @@
-"""Mini-batches are a seeded split; micro-batches hold every step once, within their bounds."""
+"""Mini-batches are a seeded split; micro-batches hold every step once, within their bounds; ranks share evenly."""
 
 from __future__ import annotations
+
+import itertools
+import random
 
 import numpy as np
 import pytest
 from test_rows import random_forest
 
-from trl_steppo.batching import LayoutName, chains, micro_batches, mini_batches, row_per_step, share_prefixes
+from trl_steppo.batching import (
+    LayoutName,
+    chains,
+    divide,
+    longest_first,
+    micro_batches,
+    mini_batches,
+    row_per_step,
+    share_prefixes,
+)
 
 LAYOUTS = {"trie": share_prefixes, "chains": chains, "rows": row_per_step}
 
@@ -92,3 +104,34 @@ def test_micro_batches_cover_within_bounds(layout: LayoutName, max_tokens):
                 assert len(sequences) == 1 or LAYOUTS[layout](sequences).input_ids.size <= max_tokens
         again = micro_batches(chosen[::-1], episodes, layout=layout, max_episodes=3, max_tokens=max_tokens)
         assert sorted(map(sorted, again)) == sorted(map(sorted, groups)) or layout != "trie"
+
+
+@pytest.mark.parametrize("num_shares", [1, 2, 3])
+def test_longest_first_is_within_its_bound(num_shares):
+    """Against the best of all ways to deal up to seven units out."""
+    for seed in range(40):
+        rng = random.Random(seed)
+        costs = [rng.randint(1, 30) for _ in range(seed % 8)]
+        shares = longest_first(costs, num_shares)
+        assert shares == longest_first(costs, num_shares)
+        assert sorted(unit for share in shares for unit in share) == list(range(len(costs)))
+        best = min(
+            max(sum(c for c, share in zip(costs, dealt, strict=True) if share == n) for n in range(num_shares))
+            for dealt in itertools.product(range(num_shares), repeat=len(costs))
+        )
+        largest = max(sum(costs[unit] for unit in share) for share in shares)
+        assert best <= largest <= (4 / 3 - 1 / (3 * num_shares)) * best
+
+
+def test_longest_first_can_miss_the_best():
+    """The case in which the bound is reached: 7 instead of 6."""
+    assert longest_first([3, 3, 2, 2, 2], 2) == [[0, 2, 4], [1, 3]]
+
+
+def test_episodes_of_a_row_stay_together_where_they_share_prefixes():
+    episodes = [append_only(0, 4), append_only(100, 3), append_only(0, 3), append_only(200, 2)]
+    rows = [7, 8, 7, 9]
+    assert divide(range(4), episodes, rows, layout="trie", num_ranks=2) == [[0, 2], [1, 3]]  # 40, and 30 + 20
+    assert divide(range(4), episodes, rows, layout="chains", num_ranks=2) == [[0, 3], [1, 2]]  # 40 + 20, and 30 + 30
+    assert divide([3, 1], episodes, rows, layout="trie", num_ranks=3) == [[1], [3], []]
+    assert divide([], episodes, rows, layout="trie", num_ranks=2) == [[], []]

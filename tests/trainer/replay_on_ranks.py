@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows
+from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
@@ -43,19 +45,35 @@ def replay_all() -> None:
         replay(output / name, {**settings, "ddp_backend": "gloo"}, checkpoint)
 
 
+class CountPasses(TrainerCallback):
+    """Backward passes of both networks: micro-batches, the empty ones among them."""
+
+    count = 0
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.count += 1
+
+    on_optimizer_step = on_substep_end
+
+
 def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: str | None = None) -> None:
     # ZeRO-3 would shard the next run's models while their weights are drawn, and draw others.
     unset_hf_deepspeed_config()
+    networks: dict[str, Any] = {"value_model": make_classifier(), "ref_model": make_model(5)}
+    if settings.pop("lora", False):  # the critic has an adapter, too; the reference is the policy's base
+        networks = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
     trainer = make_trainer(
         directory,
-        value_model=make_classifier(),
-        ref_model=make_model(5),
+        **networks,
         environment_factory=Hash if "replay_episodes_dir" in settings else Lopsided,
         eval_dataset=prompt_rows(1),  # the second rank has nothing to evaluate
         **settings,
     )
+    passes = CountPasses()
+    trainer.add_callback(passes)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model()
+    (directory / f"passes_{trainer.accelerator.process_index}.txt").write_text(str(passes.count))
     if trainer.accelerator.num_processes > 1:  # every rank has the same weights
         with trainer.learner.policy.whole():
             weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])

@@ -14,7 +14,7 @@ from tiny import distance, make_classifier, make_episode, make_model, make_train
 from trl_steppo import Episode, StepPOTrainer
 from trl_steppo.losses import clipped_value_loss, kl_estimate
 from trl_steppo.trainer.credit import Credit, assign_credit
-from trl_steppo.trainer.learner import Rollout, Scores
+from trl_steppo.trainer.exchange import Rollout, Scores
 from trl_steppo.trainer.metrics import Means
 from trl_steppo.trainer.steppo_trainer import _group_indices
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from replay_on_ranks import replay
 from safetensors.torch import load_file
 from tiny import distance, make_episode, make_model, make_trainer, weights
 
 from trl_steppo import Episode, StopReason
+from trl_steppo.batching import micro_batches, step_ids
 from trl_steppo.cli import CONFIGS
 from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
 
@@ -38,6 +40,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "token_ppo": {"advantage_estimator": "token_gae", "importance_sampling_level": "token"},
     "failures": {"loss_aggregation": "episode"},
     "uneven": {"max_steps": 10, "learning_rate": 0.03},
+    "lora": {"lora": True},
 }
 SAVED: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1}
 
@@ -105,7 +108,7 @@ def by_accelerate(config: str) -> list[str]:
     scope="module",
     params=[
         pytest.param(([], ALL), id="fork"),
-        pytest.param((by_accelerate("zero3_cpu2"), ("plain",)), id="zero3, short"),
+        pytest.param((by_accelerate("zero3_cpu2"), ("plain", "lora")), id="zero3, short"),
         pytest.param((by_accelerate("fsdp2_cpu2"), ("plain",)), id="fsdp2, short"),
         pytest.param((TORCHRUN, ALL), id="torchrun", marks=pytest.mark.slow),
         pytest.param((by_accelerate("ddp_cpu2"), ALL), id="ddp", marks=pytest.mark.slow),
@@ -164,14 +167,15 @@ def played(runs: Path, name: str) -> Path:
 
 
 def load(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
+    adapter = directory / "adapter_model.safetensors"
+    return load_file(adapter if adapter.is_file() else directory / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_ranks_learn_what_one_learns(runs, name):
     one, two = runs / "1" / name, played(runs, name)
-    start = {key: tensor for key, tensor in weights(make_model()).items() if key in load(one)}
-    assert distance(load(one), start) > 5e-3
+    start = weights(make_model()) | {n: torch.zeros_like(t) for n, t in load(one).items() if "lora_B" in n}
+    assert distance({n: t for n, t in load(one).items() if n in start}, start) > 5e-3
     assert distance(load(one), load(two)) < 1e-5
     assert distance(load(one / "critic"), load(two / "critic")) < 1e-5
 
@@ -190,6 +194,38 @@ def test_two_ranks_log_what_one_logs(runs, name):
         assert compared <= set(two)
         for key in compared:
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5, nan_ok=True), (one["step"], key)
+
+
+def test_an_adapter_of_two_ranks_loads_with_plain_peft(runs):
+    one, two = runs / "1" / "lora", played(runs, "lora")
+    assert load(one).keys() == load(two).keys()
+    assert not (two / "model.safetensors").exists()
+    ids = torch.arange(12)[None]
+    base, *adapted = (
+        model(input_ids=ids).logits.detach()
+        for model in (make_model(), *(PeftModel.from_pretrained(make_model(), directory) for directory in (one, two)))
+    )
+    assert float((adapted[0] - base).abs().max()) > 1e-2
+    assert torch.allclose(adapted[0], adapted[1], atol=1e-4)
+
+
+def test_ranks_share_the_work_of_an_update(runs, recorded):
+    """Long episodes were played by one rank. Cut into micro-batches there, they would be as many on both."""
+    played(runs, "uneven")
+    done = [int((runs / "2" / "uneven" / f"passes_{rank}.txt").read_text()) for rank in range(2)]
+    apart = 0
+    for update in range(SCENARIOS["uneven"]["max_steps"]):
+        files = [episode_file(recorded / "uneven" / "2", update, rank) for rank in range(2)]
+        apart += max(num_micro_batches([e for e in load_episodes(file) if e.valid]) for file in files)
+    both_networks = 2 * SETTINGS["num_ppo_epochs"]
+    assert done[0] == done[1]
+    assert done[0] <= 0.6 * both_networks * apart
+
+
+def num_micro_batches(episodes: list[Episode]) -> int:
+    sequences = [[step_ids(step) for step in episode.steps] for episode in episodes]
+    bounds = {"max_episodes": 1, "max_tokens": SETTINGS["max_tokens_per_micro_batch"]}
+    return len(micro_batches(range(len(episodes)), sequences, layout="trie", **bounds))
 
 
 def test_two_ranks_resume(runs):

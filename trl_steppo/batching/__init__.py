@@ -1,7 +1,7 @@
 """Episodes -> StepBatch: steps share prefixes in rows, and become step-major tensors."""
 
 from .collator import LayoutName, StepBatch, StepRolloutCollator, num_unique_tokens, step_ids
-from .micro_batches import Part, micro_batches, mini_batches
+from .micro_batches import Part, divide, longest_first, micro_batches, mini_batches
 from .rows import Layout, Run, Trie, chains, row_per_step, share_prefixes
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "StepRolloutCollator",
     "Trie",
     "chains",
+    "divide",
+    "longest_first",
     "micro_batches",
     "mini_batches",
     "num_unique_tokens",

@@ -93,6 +93,70 @@ def micro_batches(
     return groups
 
 
+def divide(
+    chosen: Sequence[int],
+    sequences: Sequence[Sequence[np.ndarray]],
+    rows: Sequence[int],
+    *,
+    layout: LayoutName,
+    num_ranks: int,
+) -> list[list[int]]:
+    """
+    Divide episodes among ranks so that each has about as many tokens to forward. The episodes of a dataset row stay
+    together where they share prefixes.
+
+    Args:
+        chosen (`Sequence[int]`):
+            The episodes to divide.
+        sequences (`Sequence[Sequence[np.ndarray]]`):
+            For every episode, the token ids of its steps, prompt and response.
+        rows (`Sequence[int]`):
+            For every episode, the dataset row it was played from.
+        layout (`str`):
+            How they will be laid out; see [`StepRolloutCollator`].
+        num_ranks (`int`):
+            Number of shares; some are empty if there is less to divide.
+
+    Returns:
+        `list[list[int]]`: The episodes of each rank.
+    """
+    units: dict[int, list[int]] = {}
+    for index in chosen:
+        units.setdefault(rows[index] if layout == "trie" else index, []).append(index)
+    members = list(units.values())
+    costs = [_size_of(layout).with_more([ids for i in unit for ids in sequences[i]]) for unit in members]
+    return [[index for unit in share for index in members[unit]] for share in longest_first(costs, num_ranks)]
+
+
+def longest_first(costs: Sequence[int], num_shares: int) -> list[list[int]]:
+    """
+    Deal units out, the most costly first, each to the share that has the least so far. No share costs more than
+    4/3 − 1/(3·`num_shares`) times what the largest must (Graham 1969, "Bounds on multiprocessing timing anomalies").
+
+    Args:
+        costs (`Sequence[int]`):
+            Of each unit.
+        num_shares (`int`):
+            Number of shares.
+
+    Returns:
+        `list[list[int]]`: The units of each share.
+
+    Example:
+    ```python
+    >>> longest_first([1, 5, 4, 2], 2)
+    [[1, 0], [2, 3]]
+    ```
+    """
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [0] * num_shares
+    for unit in sorted(range(len(costs)), key=lambda unit: -costs[unit]):
+        least = loads.index(min(loads))
+        shares[least].append(unit)
+        loads[least] += costs[unit]
+    return shares
+
+
 class _Size(Protocol):
     """Tokens that a group of sequences takes in a layout."""
 

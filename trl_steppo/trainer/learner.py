@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..batching import LayoutName, Part, StepBatch, StepRolloutCollator, micro_batches, mini_batches, step_ids
+from ..batching import LayoutName, Part, StepBatch, StepRolloutCollator, divide, micro_batches, mini_batches
 from ..losses import (
     aggregate,
     aggregation_count,
@@ -29,39 +27,10 @@ from ..masked import masked_sum
 from ..models import rows_at_once
 from ..types import Episode
 from .credit import Credit
+from .exchange import Lesson, Rollout, Scores, Steps, lesson_of_all_ranks, own_lesson
 from .metrics import Clock, Means
 from .networks import Network, end_update
 from .steppo_config import StepPOConfig
-
-
-@dataclass
-class Rollout:
-    """The valid episodes of one update on this rank, and the tensors that describe all their steps."""
-
-    episodes: Sequence[Episode]
-    batch: StepBatch
-    sequences: list[list[np.ndarray]]  # of each episode, its steps' tokens
-    first_step: list[int]  # number of each episode's first step in `batch`
-
-
-@dataclass
-class Scores:
-    """
-    What the networks say before the update, step-major over the rollout.
-
-    Args:
-        old_logprobs, ref_logprobs (`torch.Tensor`, *optional*):
-            (N, A). Without `old_logprobs`, the training pass gives them: nothing has moved before its only step.
-        values (`torch.Tensor`, *optional*):
-            (N,) for `step_gae`, (N, A) for `token_gae`.
-        bootstrap_values (`torch.Tensor`, *optional*):
-            (E,), 0 where an episode terminated.
-    """
-
-    old_logprobs: torch.Tensor | None
-    ref_logprobs: torch.Tensor | None
-    values: torch.Tensor | None
-    bootstrap_values: torch.Tensor | None
 
 
 class Learner:
@@ -122,14 +91,8 @@ class Learner:
 
     def prepare(self, episodes: Sequence[Episode]) -> Rollout:
         """Lay out the valid episodes of an update (there may be none on this rank)."""
-        num_steps = [len(episode.steps) for episode in episodes]
         batch = self.collator(episodes) if episodes else StepBatch.empty()
-        return Rollout(
-            episodes,
-            batch.to(self.accelerator.device),
-            [[step_ids(step) for step in episode.steps] for episode in episodes],
-            list(accumulate(num_steps, initial=0))[:-1],
-        )
+        return Rollout(Steps.of(episodes), batch.to(self.accelerator.device))
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Scores:
@@ -147,11 +110,11 @@ class Learner:
         values = self._zero_values(batch) if self.critic is not None else None
         bootstrap = torch.zeros(batch.num_episodes, device=device) if self.critic is not None else None
         with self._evaluating():
-            longest = max((len(ids) for sequences in rollout.sequences for ids in sequences), default=1)
+            longest = max((len(ids) for sequences in rollout.steps.sequences for ids in sequences), default=1)
             at_once = rows_at_once(args.local_rollout_forward_batch_size, longest, device)
-            for parts in self._micro_batches(rollout, range(len(rollout.episodes)), at_once):
+            for parts in self._micro_batches(rollout.steps, range(len(rollout.episodes)), at_once):
                 if old is not None or ref is not None:
-                    micro, steps = self._collate(rollout, parts, self.collator)
+                    micro, steps = self._collate(rollout.steps, parts, self.collator)
                     width = micro.action_mask.shape[1]
                     if old is not None:
                         old[steps, :width] = self._forward(self.policy.module, micro)[0]
@@ -166,7 +129,7 @@ class Learner:
     ) -> None:
         """Fill in the values of a micro-batch's states, and of those after its truncated episodes."""
         assert self.critic is not None
-        micro, steps = self._collate(rollout, parts, self.scoring_value_collator)
+        micro, steps = self._collate(rollout.steps, parts, self.scoring_value_collator)
         positions = micro.value_positions if values.dim() == 1 else micro.logit_positions
         ended = micro.bootstrap_positions >= 0
         reads = torch.cat([positions.flatten(), micro.bootstrap_positions[ended]])
@@ -201,16 +164,21 @@ class Learner:
         stats.add("policy/skipped_steps", 0.0, share)
         if self.critic is not None:
             stats.add("critic/skipped_steps", 0.0, share)
+        lesson = (own_lesson if args.max_tokens_per_micro_batch is None else lesson_of_all_ranks)(
+            rollout, scores, credit
+        )
         for epoch in range(max(policy_epochs, critic_epochs)):
-            for chosen in mini_batches(len(rollout.episodes), args.num_mini_batches, seed=seed * 1_009 + epoch):
+            splits = [mini_batches(n, args.num_mini_batches, seed=seed * 1_009 + epoch) for n in lesson.num_episodes]
+            for of_ranks in zip(*splits, strict=True):
+                chosen, mine = of_ranks[lesson.rank], self._share(lesson, of_ranks)
                 if epoch < policy_epochs:
-                    loss_of = partial(self._policy_loss, scores, credit, stats)
+                    loss_of = partial(self._policy_loss, lesson, stats)
                     denominator = self._policy_denominator(rollout, chosen)
-                    self._train(self.policy, rollout, chosen, denominator, "policy", loss_of, stats)
+                    self._train(self.policy, lesson, mine, denominator, "policy", loss_of, stats)
                 if epoch < critic_epochs and self.critic is not None:
-                    loss_of = partial(self._value_loss, scores, credit, stats)
+                    loss_of = partial(self._value_loss, lesson, stats)
                     denominator = self._value_denominator(rollout, chosen)
-                    self._train(self.critic, rollout, chosen, denominator, "critic", loss_of, stats)
+                    self._train(self.critic, lesson, mine, denominator, "critic", loss_of, stats)
         self.end_update()
         return stats
 
@@ -218,10 +186,25 @@ class Learner:
         """On to the learning rates of the next update."""
         end_update([self.policy] + ([self.critic] if self.critic is not None else []))
 
+    def _share(self, lesson: Lesson, chosen: Sequence[Sequence[int]]) -> list[int]:
+        """What this rank forwards of the episodes that each rank of a lesson has chosen of its own."""
+        if len(chosen) == 1:
+            return list(chosen[0])
+        starts = accumulate(lesson.num_episodes, initial=0)
+        everything = [start + index for start, of_rank in zip(starts, chosen, strict=False) for index in of_rank]
+        shares = divide(
+            everything,
+            lesson.steps.sequences,
+            [episode.row_index for episode in lesson.steps.episodes],
+            layout=self.layout,
+            num_ranks=len(chosen),
+        )
+        return shares[lesson.rank]
+
     def _train(
         self,
         network: Network,
-        rollout: Rollout,
+        lesson: Lesson,
         chosen: Sequence[int],
         denominator: float,
         name: str,
@@ -231,12 +214,12 @@ class Learner:
         """One optimizer step of one network on one mini-batch."""
         if not denominator:
             return
-        micros = self._micro_batches(rollout, chosen, self.args.per_device_train_batch_size)
+        micros = self._micro_batches(lesson.steps, chosen, self.args.per_device_train_batch_size)
         collator = self.collator if network is self.policy else self.value_collator
         finite = True
         network.module.train()
         for number, parts in enumerate(micros):
-            micro, steps = self._collate(rollout, parts, collator)
+            micro, steps = self._collate(lesson.steps, parts, collator)
             if network is self.policy:
                 self.tokens_forwarded += micro.input_ids.numel()
             is_last = number == len(micros) - 1
@@ -263,9 +246,10 @@ class Learner:
             stats.add("loss/kl_avg", 0.0, share)
 
     def _policy_loss(
-        self, scores: Scores, credit: Credit, stats: Means, micro: StepBatch, steps: torch.Tensor, denominator: float
+        self, lesson: Lesson, stats: Means, micro: StepBatch, steps: torch.Tensor, denominator: float
     ) -> torch.Tensor:
         args, mask = self.args, self._policy_mask(micro)
+        scores, credit = lesson.scores, lesson.credit
         width = mask.shape[1]
         logprobs, entropy = self._forward(self.policy.module, micro, entropy="train" if args.entropy_coef else "track")
         old = logprobs.detach() if scores.old_logprobs is None else scores.old_logprobs[steps, :width]
@@ -308,8 +292,9 @@ class Learner:
         return loss
 
     def _value_loss(
-        self, scores: Scores, credit: Credit, stats: Means, micro: StepBatch, steps: torch.Tensor, denominator: float
+        self, lesson: Lesson, stats: Means, micro: StepBatch, steps: torch.Tensor, denominator: float
     ) -> torch.Tensor:
+        scores, credit = lesson.scores, lesson.credit
         assert self.critic is not None
         assert scores.values is not None
         assert credit.returns is not None
@@ -329,14 +314,14 @@ class Learner:
 
     # -- what both share ----------------------------------------------------------------------------------------------
 
-    def _micro_batches(self, rollout: Rollout, chosen: Sequence[int], max_episodes: int) -> list[list[Part]]:
+    def _micro_batches(self, steps: Steps, chosen: Sequence[int], max_episodes: int) -> list[list[Part]]:
         """
         Groups of steps that are forwarded together. As many on every rank (the last ones may be empty), because
         forward and backward passes are what the ranks do together.
         """
         groups = micro_batches(
             chosen,
-            rollout.sequences,
+            steps.sequences,
             layout=self.layout,
             max_episodes=max_episodes,
             max_tokens=self.args.max_tokens_per_micro_batch,
@@ -344,13 +329,13 @@ class Learner:
         return groups + [[]] * (self._largest(len(groups)) - len(groups))
 
     def _collate(
-        self, rollout: Rollout, parts: list[Part], collator: StepRolloutCollator
+        self, steps: Steps, parts: list[Part], collator: StepRolloutCollator
     ) -> tuple[StepBatch, torch.Tensor]:
-        """A micro-batch with its rows, and the numbers of its steps in the rollout."""
+        """A micro-batch with its rows, and the numbers of its steps."""
         device = self.accelerator.device
-        numbers = [rollout.first_step[index] + t for index, steps in parts for t in steps]
-        episodes = [rollout.episodes[index] for index, _ in parts]
-        batch = collator(episodes, steps=[steps for _, steps in parts]) if parts else StepBatch.empty()
+        numbers = [steps.first_step[index] + t for index, of_episode in parts for t in of_episode]
+        episodes = [steps.episodes[index] for index, _ in parts]
+        batch = collator(episodes, steps=[taken for _, taken in parts]) if parts else StepBatch.empty()
         return batch.to(device), torch.tensor(numbers, dtype=torch.long, device=device)
 
     def _forward(self, module: nn.Module | None, *args: Any, **kwargs: Any) -> Any:

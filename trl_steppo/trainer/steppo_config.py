@@ -108,7 +108,10 @@ class StepPOConfig(PPOConfig):
         prefix_sharing (`bool`, *optional*, defaults to `True`):
             Whether steps that continue one another are forwarded as one row. The loss and its gradients are the same.
         max_tokens_per_micro_batch (`int`, *optional*):
-            Size of a forward pass in tokens, padding included, instead of `per_device_train_batch_size` episodes.
+            Size of a forward pass in tokens, padding included, instead of `per_device_train_batch_size` episodes. With
+            more than one rank, the ranks then hand each other their episodes before the update, so that each has
+            about as many tokens to forward; the episodes of a row stay together where they share prefixes. The loss
+            and its gradients are the same.
         max_staleness (`int`, *optional*, defaults to `0`):
             0: rollouts and updates alternate.
 

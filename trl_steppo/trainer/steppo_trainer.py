@@ -67,7 +67,8 @@ from .checks import (
 )
 from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names
-from .learner import Learner, Rollout, Scores
+from .exchange import Rollout, Scores
+from .learner import Learner
 from .metrics import Clock, Means, add_episode_metrics
 from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp
 from .player import EpisodePlayer

@@ -1,0 +1,134 @@
+"""What a recipe and the accelerate file that it is launched with say against each other."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from .trainer.steppo_config import StepPOConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
+    """
+    Compare a recipe with an accelerate file.
+
+    Args:
+        recipe (`dict[str, Any]`):
+            The settings of `StepPOConfig` that the recipe itself has.
+        args ([`StepPOConfig`]):
+            The same, with the defaults.
+        name (`str`):
+            A shipped file's name, or a path.
+
+    Returns:
+        `str`: What is launched, in a line.
+
+    Raises:
+        ConfigurationError: If there is no such file, or it contradicts the recipe; the message names all that does.
+    """
+    from accelerate import DistributedType
+
+    from .trainer.checks import check_distribution
+
+    file = _read(name)
+    kind = str(file.get("distributed_type", "NO"))
+    found = list(_contradictions(recipe, args, file, kind))
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):  # as the run itself would find at its start
+        accelerator: Any = SimpleNamespace(
+            distributed_type=DistributedType(kind),
+            deepspeed_plugin=SimpleNamespace(zero_stage=_deepspeed(file)["stage"]),
+        )
+        try:
+            check_distribution(args, accelerator, (None, None))
+        except ConfigurationError as error:
+            found.append(str(error))
+    if found:
+        raise ConfigurationError(f"the recipe and {name} contradict each other:\n" + "\n".join(found))
+    num_processes, batch, updates = _sizes(args, file)
+    line = f"launch: {num_processes} processes, {batch} episodes an update, {updates} updates"
+    beyond = updates * batch - args.total_episodes if args.total_episodes is not None else 0
+    return line + (f", {beyond} episodes more than `total_episodes`" if beyond > 0 else "")
+
+
+def _read(name: str) -> dict[str, Any]:
+    import yaml
+
+    path = CONFIGS / f"{name}.yaml"
+    path = path if path.is_file() else Path(name)
+    if not path.is_file():
+        shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        raise ConfigurationError(f"`--config_file` is {name!r}, which is no file, and none of {shipped}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} holds a {type(content).__name__}; `accelerate config` writes a mapping")
+    return content
+
+
+def _contradictions(recipe: dict[str, Any], args: StepPOConfig, file: dict[str, Any], kind: str) -> Iterator[str]:
+    given = file.get("mixed_precision")
+    given = "no" if given is False else given  # as YAML reads it without quotes
+    own = _precision(recipe, on_cpu=bool(file.get("use_cpu")))
+    if given is not None and given != own:
+        outcome = f"the run would be in {given}" if own == "no" else "the file's has no effect"
+        yield f"`mixed_precision` is {given!r} there, and the recipe asks for {own!r}: {outcome}; leave it out there"
+    for section, needed in (("deepspeed_config", "DEEPSPEED"), ("fsdp_config", "FSDP")):
+        if file.get(section) and kind != needed:
+            yield f"`{section}` has no effect there with `distributed_type` {kind}; remove it, or choose {needed}"
+    if kind == "DEEPSPEED":
+        if args.deepspeed is not None:
+            yield "`deepspeed` is set in the recipe, and `deepspeed_config` there; remove one of the two"
+        num_processes, batch, _ = _sizes(args, file)
+        for name, setting, value in (
+            ("gradient_accumulation_steps", "gradient_accumulation_steps", args.gradient_accumulation_steps),
+            ("gradient_clipping", "max_grad_norm", args.max_grad_norm),
+            ("train_micro_batch_size_per_gpu", "per_device_train_batch_size", args.per_device_train_batch_size),
+            ("train_batch_size", f"the batch of {num_processes} processes", batch),
+        ):
+            there = _deepspeed(file).get(name, "auto")
+            if there not in ("auto", value):
+                yield f"`{name}` is {there} there, and {setting} is {value} in the recipe; write 'auto' there"
+    updates = _sizes(args, file)[2]
+    if 0 < updates <= args.critic_warmup_updates:
+        yield (
+            f"`critic_warmup_updates` is {args.critic_warmup_updates} in the recipe, and `num_processes` leaves "
+            f"{updates} updates; lower one of the two, or raise `total_episodes`"
+        )
+
+
+def _precision(recipe: dict[str, Any], *, on_cpu: bool) -> str:
+    """What the recipe has a run compute in; see `bf16` of [`StepPOConfig`]."""
+    if recipe.get("fp16"):
+        return "fp16"
+    bf16 = recipe.get("bf16")
+    return "bf16" if (not on_cpu if bf16 is None else bf16) else "no"
+
+
+def _deepspeed(file: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's settings by its own names, of the file or of the one that it points to, and its `stage`."""
+    section = file.get("deepspeed_config") or {}
+    other = section.get("deepspeed_config_file")
+    if other is None:
+        return {**section, "stage": section.get("zero_stage", 2)}
+    content: dict[str, Any] = json.loads(Path(other).read_text())
+    return {**content, "stage": content.get("zero_optimization", {}).get("stage", 0)}
+
+
+def _sizes(args: StepPOConfig, file: dict[str, Any]) -> tuple[int, int, int]:
+    """Processes, episodes of an update, and updates (0 where the number of rows decides)."""
+    num_processes = int(file.get("num_processes") or 1)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
+    if args.max_steps > 0:
+        return num_processes, batch, args.max_steps
+    return num_processes, batch, math.ceil((args.total_episodes or 0) / batch)
