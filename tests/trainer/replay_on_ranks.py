@@ -17,6 +17,8 @@ from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from trl_steppo.trainer.networks import Fsdp2Network
+
 
 class Lopsided(Hash):
     """One step on the first rank and five on the second, where all episodes of the second update fail."""
@@ -69,6 +71,9 @@ def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: st
         eval_dataset=prompt_rows(1),  # the second rank has nothing to evaluate
         **settings,
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # which accelerate leaves to DDP on a CPU
+        assert isinstance(trainer.learner.policy, Fsdp2Network)
+        assert isinstance(trainer.learner.critic, Fsdp2Network)
     passes = CountPasses()
     trainer.add_callback(passes)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)

@@ -361,9 +361,9 @@ def _read_safetensors(directory: Path) -> dict[str, torch.Tensor]:
 
 def _fit(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether the names are the model's; of tensors that it holds under several names, one is enough."""
-    own = model.state_dict()
-    stored = {own[name].data_ptr() for name in weights if name in own}
-    return all(name in own for name in weights) and all(t.data_ptr() in stored for t in own.values())
+    own = model.state_dict(keep_vars=True)
+    stored = {id(own[name]) for name in weights if name in own}
+    return all(name in own for name in weights) and all(id(tensor) in stored for tensor in own.values())
 
 
 def load_tensors(path: Path) -> Any:
