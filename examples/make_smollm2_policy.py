@@ -50,6 +50,7 @@ def main(args: Arguments) -> None:
         raise SystemExit(f"--gguf_file: there is no file {path}")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    del loaded.config.quantization_config  # what follows is plain float32
     model = LlamaForCausalLM(loaded.config)  # one that remembers nothing of the file it came from
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
