@@ -23,6 +23,7 @@ SEARCH = {
 USER = {"role": "user", "content": "Where is the Eiffel tower?"}
 CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": "Eiffel"}}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+WRITTEN_CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "Eiffel"}}\n</tool_call><|im_end|>'
 ANSWERS = [
     {"role": "tool", "name": "search", "content": "In Paris."},
     {"role": "tool", "name": "search", "content": ""},
@@ -143,22 +144,16 @@ def test_a_template_that_knows_no_tools_is_told_in_text():
     assert json.dumps(SEARCH) in prompt
     assert '<tool_call>\n{"name": "search", "arguments": {"query": ...}}\n</tool_call>\n' in prompt
     assert chat.decode(chat.render([USER])) == prompt.replace("Be brief.\n\n", "")
-    response = sampled(
-        chat, '<tool_call>\n{"name": "search", "arguments": {"query": "Eiffel"}}\n</tool_call><|im_end|>'
-    )
+    response = sampled(chat, WRITTEN_CALL)
     assert chat.parse(response).message == CALLING
 
 
 def test_what_is_appended_to_tools_in_text_equals_rendering_the_whole_conversation():
     chat = ChatFormat(make_tokenizer(KNOWS_NO_TOOLS), tools=[SEARCH])
     prompt, appended = chat.render([USER]), chat.append(ANSWERS, tool_call_names=["search"])
-    response = sampled(
-        chat, '<tool_call>\n{"name": "search", "arguments": {"query": "Eiffel"}}\n</tool_call><|im_end|>'
-    )
+    response = sampled(chat, WRITTEN_CALL)
     assert chat.render([USER, CALLING, *ANSWERS]) == [*prompt, *response, *appended]
-    assert "user\n<tool_response>\nIn Paris.\n</tool_response>\n<tool_response>\n\n</tool_resp" in chat.decode(
-        appended
-    )
+    assert "user\n<tool_response>\nIn Paris.\n</tool_response>\n<tool_response>\n\n</tool" in chat.decode(appended)
 
 
 def test_without_tools_such_a_template_is_left_as_it_is():

@@ -40,8 +40,8 @@ class Environment(Protocol):
     `reset(**row)` receives every column of the dataset row (`prompt` included) and may return text that is appended to
     the prompt's last user message. Optional: `get_reward() -> float`, called once at the end and added to the last
     step; `state_key() -> Hashable`, which groups steps for `gigpo`; `state_prompt(observation)`, which rewrites the
-    prompt for every step; `metrics() -> dict`; `close()`. Other public methods are refused: they would look like tools,
-    which this form does not have.
+    prompt for every step; `metrics() -> dict`; `close()`. Other public methods are refused: they would look like
+    tools, which this form does not have.
 
     Example:
     ```python
@@ -111,7 +111,7 @@ class Playable(Protocol):
         ...
 
     async def state_prompt(self, observation: str | list[Message]) -> str | list[Message] | None:
-        """The prompt of the state that `observation` led to; `None` where it is the row's with all that was appended."""
+        """The whole prompt of the state that `observation` led to; `None`: the one before, with all that followed."""
         ...
 
     async def get_reward(self) -> float:

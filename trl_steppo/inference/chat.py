@@ -62,8 +62,8 @@ _TOOLS_IN_TEXT = """\
 {%- elif message.tool_calls -%}
 {%- set calls = namespace(text=message.content or '') -%}
 {%- for call in message.tool_calls -%}
-{%- set calls.text = calls.text + ('\\n' if calls.text else '') + '<tool_call>\\n{"name": ' + (call.function.name | tojson)
-  + ', "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' -%}
+{%- set calls.text = calls.text + ('\\n' if calls.text else '') + '<tool_call>\\n{"name": '
+  + (call.function.name | tojson) + ', "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' -%}
 {%- endfor -%}
 {%- set text.messages = text.messages + [{'role': message.role, 'content': calls.text}] -%}
 {%- else -%}
@@ -72,7 +72,7 @@ _TOOLS_IN_TEXT = """\
 {%- endfor -%}
 {%- set messages = text.messages -%}
 """
-"""Stands before a template that knows no tools: it rewrites the messages into some without tools, calls and answers."""
+"""Stands before a template that knows no tools: rewrites the messages into some without tools, calls and answers."""
 
 _LEAVES_OUT = {"user": "leaves out what was said", "tool": "leaves out tool calls or the tools' answers"}
 

@@ -39,8 +39,9 @@ class EpisodeLimits:
             Tokens of a state.
         max_episode_tokens (`int`, *optional*):
             Tokens of the whole episode: the first prompt, the responses and the observations; where an environment
-            rewrites the prompt, of each state with its response. A response gets what is left of it; one that is cut by that, and not by its own budget, is played and then ends the episode as
-            truncated, even if it called no tool.
+            rewrites the prompt, of each state with its response. A response gets what is left of it; one that is cut
+            by that, and not by its own budget, is played and then ends the episode as truncated, even if it called no
+            tool.
         max_episode_s (`float`, *optional*):
             Time. A step that is not answered by then does not count. `get_reward` may take as long again.
     """
