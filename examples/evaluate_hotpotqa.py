@@ -174,7 +174,9 @@ class ServedModel:
 def read_calls(text: str, tool_calls: Sequence[Mapping[str, Any]]) -> tuple[Response, Message, list[str]]:
     """A response whose calls the server has read, their arguments as JSON text."""
     calls: list[Message] = []
-    good, bad, malformed = [], [], []
+    good: list[str] = []
+    bad: list[str] = []
+    malformed: list[str] = []
     for call in tool_calls:
         name, written = call["function"]["name"], call["function"]["arguments"]
         try:
