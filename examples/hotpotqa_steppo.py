@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from trl_steppo import StepPOConfig, StepPOTrainer
-from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
+from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset, valid_calls
+from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
 from trl_steppo.models import MINI_WIKI_POLICY
 
 RECIPES = Path(__file__).parent / "configs"
@@ -55,11 +56,27 @@ class HotpotQAArguments:
     lora_target_modules: str = field(default="all-linear", metadata={"help": "The layers they stand in."})
     num_passages: int = field(default=3, metadata={"help": "Most passages that a search returns."})
     reward: Literal["exact_match", "f1"] = field(default="exact_match", metadata={"help": "What an answer is paid."})
+    valid_call_reward: float = field(
+        default=0.0, metadata={"help": "What the share of responses that make a valid tool call is paid beside it."}
+    )
+    system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "First message of every prompt."})
+    state: Literal["chat", "rewritten"] = field(
+        default="chat", metadata={"help": "How the state is shown: a growing chat, or the paper's rewritten prompt."}
+    )
+    force_first_search: bool = field(
+        default=False, metadata={"help": "Begin with what a search for the question finds, as the paper does."}
+    )
 
 
 def main(script_args: HotpotQAArguments, training_args: StepPOConfig) -> None:
     """Build everything, train, save."""
-    data = hotpotqa_dataset(script_args.dataset_name, eval_dataset_name=script_args.eval_dataset_name)
+    data = hotpotqa_dataset(
+        script_args.dataset_name,
+        eval_dataset_name=script_args.eval_dataset_name,
+        system_prompt=script_args.system_prompt,
+    )
+    if script_args.valid_call_reward:
+        training_args.reward_weights = [script_args.valid_call_reward]
     is_built_in = script_args.model_name_or_path == "mini_wiki"
     name = MINI_WIKI_POLICY if is_built_in else script_args.model_name_or_path
     model = AutoModelForCausalLM.from_pretrained(
@@ -76,8 +93,14 @@ def main(script_args: HotpotQAArguments, training_args: StepPOConfig) -> None:
         eval_dataset=data.eval_dataset,
         peft_config=make_adapter(script_args) if script_args.use_peft else None,
         environment_factory=partial(
-            HotpotQAEnvironment, data.retriever, top_k=script_args.num_passages, reward=script_args.reward
+            HotpotQAEnvironment,
+            data.retriever,
+            top_k=script_args.num_passages,
+            reward=script_args.reward,
+            state=script_args.state,
+            force_first_search=script_args.force_first_search,
         ),
+        reward_funcs=[valid_calls] if script_args.valid_call_reward else None,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
@@ -101,7 +124,7 @@ def with_default_config(arguments: list[str]) -> list[str]:
     if "--config" in names:
         return arguments
     if "--model_name_or_path" in names:
-        recipes = ", ".join(sorted(path.name for path in RECIPES.glob("hotpotqa_*.yaml")))
+        recipes = ", ".join(sorted(path.name for path in RECIPES.glob("[!m]*.yaml")))
         raise SystemExit(
             "--model_name_or_path needs a --config: the learning rate of the built-in small model would destroy "
             f"another one. Recipes for real models in {RECIPES.name}/: {recipes}"

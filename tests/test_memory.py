@@ -9,6 +9,7 @@ from trl_steppo.memory import SHAPES, Setting, Shape, load_config, plan, shape_o
 
 # As their model cards and checkpoints have it.
 PARAMETERS = {
+    "SmolLM2-135M": 134_515_008,
     "Qwen2.5-0.5B": 494_032_768,
     "Qwen2.5-3B": 3_085_938_688,
     "Qwen3-1.7B": 1_720_574_976,

@@ -24,7 +24,8 @@ from .types import StopReason, TokenIds
 
 SCRIPT_SETTINGS = {
     *("model_name_or_path", "model_revision", "dtype", "attn_implementation", "dataset_name", "eval_dataset_name"),
-    *("num_passages", "reward", "use_peft", "lora_r", "lora_alpha", "lora_target_modules"),
+    *("num_passages", "reward", "valid_call_reward", "system_prompt", "state", "force_first_search"),
+    *("use_peft", "lora_r", "lora_alpha", "lora_target_modules"),
 }
 """What `examples/hotpotqa_steppo.py` takes beside the fields of `StepPOConfig`."""
 
@@ -122,7 +123,8 @@ def dry_run(path: Path, *, dataset_name: str | None = None, config_file: str | N
         yield found
         tokenizer, found = _tokenizer(str(script.get("model_name_or_path", "mini_wiki")))
         yield found
-        data, found = _data(dataset_name, str(script.get("dataset_name", "mini_wiki")))
+        prompt = {name: script[name] for name in ("system_prompt",) if name in script}
+        data, found = _data(dataset_name, str(script.get("dataset_name", "mini_wiki")), prompt)
         yield found
         yield from _play(own, script, config, tokenizer, data)
 
@@ -160,18 +162,18 @@ def _tokenizer(name: str) -> tuple[Any, str]:
     return AutoTokenizer.from_pretrained(MINI_WIKI_POLICY), "tokenizer: the built-in one"
 
 
-def _data(given: str | None, of_recipe: str) -> tuple[Any, str]:
+def _data(given: str | None, of_recipe: str, prompt: dict[str, str]) -> tuple[Any, str]:
     from .environments.hotpotqa import hotpotqa_dataset
 
     if given is not None:
-        return hotpotqa_dataset(given), f"rows: of {given}"
+        return hotpotqa_dataset(given, **prompt), f"rows: of {given}"
     try:
-        return hotpotqa_dataset(of_recipe), f"rows: of {of_recipe}"
+        return hotpotqa_dataset(of_recipe, **prompt), f"rows: of {of_recipe}"
     except (OSError, DataError, ConnectionError, ValueError) as error:
         if Path(of_recipe).suffix:
             raise
         found = f"rows: {of_recipe} cannot be had here ({type(error).__name__}); tried with the mini wiki"
-        return hotpotqa_dataset("mini_wiki"), found
+        return hotpotqa_dataset("mini_wiki", **prompt), found
 
 
 def _adapter(script: dict[str, Any]) -> Any:
@@ -185,7 +187,7 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
     """One update of two rows, and one evaluation."""
     from transformers import AutoModelForCausalLM
 
-    from .environments.hotpotqa import HotpotQAEnvironment
+    from .environments.hotpotqa import HotpotQAEnvironment, valid_calls
     from .trainer.steppo_config import StepPOConfig
     from .trainer.steppo_trainer import StepPOTrainer
 
@@ -223,7 +225,10 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
             data.retriever,
             top_k=int(script.get("num_passages", 3)),
             reward=script.get("reward", "exact_match"),
+            state=script.get("state", "chat"),
+            force_first_search=bool(script.get("force_first_search", False)),
         ),
+        reward_funcs=[valid_calls] if script.get("valid_call_reward") else None,
     )
     trainer.sampler = trainer.player.sampler = ScriptedSampler(tokenizer)  # type: ignore[assignment]
     trainer.train()

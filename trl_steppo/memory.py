@@ -23,6 +23,17 @@ _SAMPLING_BYTES = 24  # of a logit in sampling: in float32, its log-probability,
 
 _QWEN: dict[str, Any] = {"vocab_size": 151_936, "tie_word_embeddings": True}
 SHAPES: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "model_type": "llama",
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1_536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8_192,
+        "tie_word_embeddings": True,
+    },
     "Qwen2.5-0.5B": {
         "model_type": "qwen2",
         "hidden_size": 896,

@@ -113,6 +113,18 @@ def test_an_episode_of_tool_calls():
     assert playable.metrics() == {"notes": 2.0}
 
 
+def test_calls_beyond_the_limit_are_answered_and_not_run():
+    environment = Notebook()
+    response = calling(*[("write", {"text": str(number)}) for number in range(4)])
+    (outcome,), _ = play(make_playable(environment, max_tool_calls=2), response)
+    assert [message["content"] for message in outcome.observation] == [
+        "1 notes",
+        "2 notes",
+        *["Error: not run: a response may make 2 tool calls"] * 2,
+    ]
+    assert outcome.metrics == {"tool_calls": 4, **dict.fromkeys(MISTAKES, 0), "refused_tool_calls": 2}
+
+
 def test_an_environments_sync_methods_all_run_in_one_thread():
     environment = Notebook()
     play(make_playable(environment), *[calling(("write", {"text": "x"}), ("write", {"text": "y"}))] * 2)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +23,7 @@ SEARCH = {
 USER = {"role": "user", "content": "Where is the Eiffel tower?"}
 CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": "Eiffel"}}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+WRITTEN_CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "Eiffel"}}\n</tool_call><|im_end|>'
 ANSWERS = [
     {"role": "tool", "name": "search", "content": "In Paris."},
     {"role": "tool", "name": "search", "content": ""},
@@ -30,7 +33,7 @@ DROPS_EARLIER_REPLIES = (
     "{% if m.role != 'assistant' or loop.last %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-DROPS_TOOL_CALLS = (
+KNOWS_NO_TOOLS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -133,10 +136,28 @@ def test_a_template_that_rewrites_history_will_do_for_a_single_turn():
     assert chat.decode(chat.render([USER])) == "user\nWhere is the Eiffel tower?\nassistant\n"
 
 
-def test_a_template_that_drops_tool_calls_is_refused_with_tools():
-    ChatFormat(make_tokenizer(DROPS_TOOL_CALLS))
-    with pytest.raises(ChatTemplateError, match="leaves out tool calls"):
-        ChatFormat(make_tokenizer(DROPS_TOOL_CALLS), tools=[SEARCH])
+def test_a_template_that_knows_no_tools_is_told_in_text():
+    chat = ChatFormat(make_tokenizer(KNOWS_NO_TOOLS), tools=[SEARCH])
+    system = {"role": "system", "content": "Be brief."}
+    prompt = chat.decode(chat.render([system, USER]))
+    assert prompt.startswith("system\nBe brief.\n\nTools")
+    assert json.dumps(SEARCH) in prompt
+    assert '<tool_call>\n{"name": "search", "arguments": {"query": ...}}\n</tool_call>\n' in prompt
+    assert chat.decode(chat.render([USER])) == prompt.replace("Be brief.\n\n", "")
+    response = sampled(chat, WRITTEN_CALL)
+    assert chat.parse(response).message == CALLING
+
+
+def test_what_is_appended_to_tools_in_text_equals_rendering_the_whole_conversation():
+    chat = ChatFormat(make_tokenizer(KNOWS_NO_TOOLS), tools=[SEARCH])
+    prompt, appended = chat.render([USER]), chat.append(ANSWERS, tool_call_names=["search"])
+    response = sampled(chat, WRITTEN_CALL)
+    assert chat.render([USER, CALLING, *ANSWERS]) == [*prompt, *response, *appended]
+    assert "user\n<tool_response>\nIn Paris.\n</tool_response>\n<tool_response>\n\n</tool" in chat.decode(appended)
+
+
+def test_without_tools_such_a_template_is_left_as_it_is():
+    assert ChatFormat(make_tokenizer(KNOWS_NO_TOOLS)).template == KNOWS_NO_TOOLS
 
 
 def test_a_turn_without_an_end_is_refused():

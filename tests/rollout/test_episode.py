@@ -140,6 +140,35 @@ def test_a_text_observation_becomes_a_user_message_and_the_state_key_is_kept(cha
     assert episode.steps[1].prompt_ids == chat.render(said)
 
 
+def test_a_rewritten_prompt_is_what_the_environment_says_and_sampled_ids_stay_as_they_are(chat):
+    class Notes(LookEnvironment):
+        def state_prompt(self, observation):
+            seen = "" if observation == "" else observation[0]["content"]
+            return [{"role": "user", "content": f"Notes: {seen}"}]
+
+    episode, sampler = play(chat, [LOOK, LOOK, LOOK], Notes(reset=lambda: " Go on."), max_interaction_steps=3)
+    notes = [{"role": "user", "content": "Notes: nothing here"}]
+    prompts = [chat.render([{"role": "user", "content": "Notes:  Go on."}]), chat.render(notes), chat.render(notes)]
+    assert [step.prompt_ids for step in episode.steps] == prompts
+    assert [sampler.asked[5, 1, index][0] for index in range(3)] == prompts
+    assert [chat.decode(step.response_ids) + END for step in episode.steps] == [LOOK] * 3
+    assert episode.final_prompt_ids == chat.render(notes)
+
+
+def test_a_rewritten_prompt_may_be_left_to_the_chat(chat):
+    class Sometimes(LookEnvironment):
+        def state_prompt(self, observation):
+            return "Begin." if observation == "" else None
+
+    episode, _ = play(chat, [LOOK, STOP], Sometimes())
+    first, second = episode.steps
+    assert first.prompt_ids == chat.encode_text("Begin.")
+    after = chat.append(first.observation, tool_call_names=["look"])
+    assert second.prompt_ids == [*first.prompt_ids, *first.response_ids, *after]
+    broken, _ = play(chat, [STOP], type("Broken", (LookEnvironment,), {"state_prompt": lambda self, observation: 3})())
+    assert "TypeError: state_prompt() returned int" in broken.error
+
+
 # -- budgets ----------------------------------------------------------------------------------------------------------
 
 

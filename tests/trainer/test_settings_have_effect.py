@@ -7,6 +7,7 @@ field without an entry fails `test_every_field_is_covered`.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import threading
 import time
@@ -33,6 +34,7 @@ from tiny import (
 from transformers import TrainingArguments
 
 from trl_steppo import Episode, StepPOConfig, StepPOTrainer, StopReason
+from trl_steppo.environments.base import Response
 from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
 
@@ -411,7 +413,7 @@ EFFECTS: dict[str, Effect] = {
 }
 
 OWN_TESTS = {
-    *("replay_episodes_dir", "max_failed_updates", "max_staleness", "seed"),  # below
+    *("replay_episodes_dir", "max_failed_updates", "max_staleness", "seed", "max_tool_calls"),  # below
     *("model_adapter_name", "ref_adapter_name", "critic_shares_base"),  # test_adapters.py
 }
 WITHOUT_EFFECT = {
@@ -431,6 +433,23 @@ def test_every_field_is_covered():
     expected = {f.name for f in fields(StepPOConfig)} - upstream | changed
     assert set(EFFECTS) | OWN_TESTS | WITHOUT_EFFECT == expected
     assert not set(EFFECTS) & (OWN_TESTS | WITHOUT_EFFECT)
+
+
+def test_max_tool_calls(tmp_path):
+    class Look:
+        def reset(self, **row: Any) -> None: ...
+
+        def look(self) -> str:
+            """Look."""
+            return "nothing"
+
+        def get_reward(self) -> float:
+            return 0.0
+
+    playable = make_trainer(tmp_path, environment_factory=Look, max_tool_calls=1).player._make_playable({})
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    outcome = asyncio.run(playable.step(Response("", {"role": "assistant", "content": "", "tool_calls": [call] * 3})))
+    assert (outcome.metrics["tool_calls"], outcome.metrics["refused_tool_calls"]) == (3, 2)
 
 
 @functools.cache

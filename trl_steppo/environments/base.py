@@ -13,7 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 Message = dict[str, Any]
 
-RESERVED_NAMES = frozenset({"reset", "step", "get_reward", "step_reward", "done", "state_key", "metrics", "close"})
+RESERVED_NAMES = frozenset(
+    {"reset", "step", "get_reward", "step_reward", "done", "state_key", "state_prompt", "metrics", "close"}
+)
 """Public names of an environment that are never tools. All but `reset` are optional:
 
 | name | when it is used |
@@ -22,6 +24,8 @@ RESERVED_NAMES = frozenset({"reset", "step", "get_reward", "step_reward", "done"
 | `step(response)` | for each response, in the form that takes the whole response |
 | `step_reward()`, `done` | after each step, in the form with tools; `done` is an attribute, a property or a method |
 | `state_key()` | before each step is played: the state the response was written in |
+| `state_prompt(observation)` | after `reset` (with `""`) and each step: the whole prompt of the state, text or \
+messages, instead of the row's prompt to which everything is appended; `None`: that one all the same |
 | `get_reward()` | once, at the end |
 | `metrics()` | after it: scores to log, by name |
 | `close()` | when the episode is over, however it ended |
@@ -35,8 +39,9 @@ class Environment(Protocol):
 
     `reset(**row)` receives every column of the dataset row (`prompt` included) and may return text that is appended to
     the prompt's last user message. Optional: `get_reward() -> float`, called once at the end and added to the last
-    step; `state_key() -> Hashable`, which groups steps for `gigpo`; `metrics() -> dict`; `close()`. Other public
-    methods are refused: they would look like tools, which this form does not have.
+    step; `state_key() -> Hashable`, which groups steps for `gigpo`; `state_prompt(observation)`, which rewrites the
+    prompt for every step; `metrics() -> dict`; `close()`. Other public methods are refused: they would look like
+    tools, which this form does not have.
 
     Example:
     ```python
@@ -62,7 +67,8 @@ class ToolEnvironment(Protocol):
 
     Methods may be sync or async. An episode ends when a response calls no tool, or when `done` becomes true. Optional:
     `get_reward() -> float`, called once at the end and added to the last step; `step_reward() -> float` and `done`
-    (attribute or method), read after each step; `state_key() -> Hashable`; `metrics() -> dict`; `close()`.
+    (attribute or method), read after each step; `state_key() -> Hashable`; `state_prompt(observation)`;
+    `metrics() -> dict`; `close()`.
 
     When one response holds several calls, an environment's sync methods run one after another, in the order they were
     called, all in one thread: they share the environment's state. Async ones run concurrently.
@@ -102,6 +108,10 @@ class Playable(Protocol):
 
     async def step(self, response: Response) -> Outcome:
         """Answer one response. Raises only if the environment itself broke."""
+        ...
+
+    async def state_prompt(self, observation: str | list[Message]) -> str | list[Message] | None:
+        """The whole prompt of the state that `observation` led to; `None`: the one before, with all that followed."""
         ...
 
     async def get_reward(self) -> float:

@@ -27,7 +27,10 @@ T = TypeVar("T")
 Tool = Callable[..., Any]
 JsonSchema = dict[str, Any]
 
-MISTAKES = ("malformed_tool_calls", "unknown_tools", "wrong_arguments", "tool_errors", "tool_timeouts")
+MISTAKES = (
+    *("malformed_tool_calls", "unknown_tools", "wrong_arguments", "tool_errors", "tool_timeouts"),
+    "refused_tool_calls",
+)
 """Counters of what went wrong in an episode, beside `tool_calls`, which counts every call that could be read."""
 
 
@@ -37,6 +40,7 @@ def make_playable(
     *,
     tool_timeout_s: float | None = 60.0,
     environment_timeout_s: float | None = None,
+    max_tool_calls: int | None = None,
 ) -> Playable:
     """
     Make what a user wrote playable.
@@ -52,6 +56,8 @@ def make_playable(
         environment_timeout_s (`float`, *optional*):
             Time limit of each of the environment's other calls (`reset`, `step`, `get_reward`, ...); `None`:
             `tool_timeout_s`.
+        max_tool_calls (`int`, *optional*):
+            Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
 
     Raises:
         ConfigurationError: the environment has no `reset`; a tool has no docstring or no type hints; two tools share a
@@ -63,7 +69,13 @@ def make_playable(
     if environment is not None and callable(getattr(environment, "step", None)):
         _refuse_tools_beside_step(environment, tools)
         return ResponsePlayable(environment, environment_timeout_s=limit_s)
-    return ToolPlayable(environment, tools, tool_timeout_s=tool_timeout_s, environment_timeout_s=limit_s)
+    return ToolPlayable(
+        environment,
+        tools,
+        tool_timeout_s=tool_timeout_s,
+        environment_timeout_s=limit_s,
+        max_tool_calls=max_tool_calls,
+    )
 
 
 def _refuse_tools_beside_step(environment: Any, tools: Sequence[Tool]) -> None:
@@ -101,6 +113,15 @@ class _EnvironmentCalls:
         if extra is not None and not isinstance(extra, str):
             raise TypeError(f"reset() returned {type(extra).__name__}; it returns text for the prompt, or None")
         return extra
+
+    async def state_prompt(self, observation: str | list[Message]) -> str | list[Message] | None:
+        """The state's whole prompt; `None` without a `state_prompt`. A `TypeError` for one of another form."""
+        if not self._defines("state_prompt"):
+            return None
+        prompt = await self._call("state_prompt", observation)
+        if prompt is not None and not isinstance(prompt, str | list):
+            raise TypeError(f"state_prompt() returned {type(prompt).__name__}; it returns text, messages or None")
+        return prompt
 
     async def get_reward(self) -> float:
         """The reward at the end; 0.0 without a `get_reward`. Reads the environment's scores, too."""
@@ -170,6 +191,8 @@ class ToolPlayable(_EnvironmentCalls):
             Time limit of one tool call; `None`: none.
         environment_timeout_s (`float`, *optional*):
             Time limit of each of the environment's other calls; `None`: none.
+        max_tool_calls (`int`, *optional*):
+            Most tool calls of one response that are run; `None`: all.
 
     Raises:
         ConfigurationError: a tool has no docstring or no type hints, or two tools share a name.
@@ -182,9 +205,11 @@ class ToolPlayable(_EnvironmentCalls):
         *,
         tool_timeout_s: float | None = None,
         environment_timeout_s: float | None = None,
+        max_tool_calls: int | None = None,
     ) -> None:
         super().__init__(environment, environment_timeout_s)
         self._tool_timeout_s = tool_timeout_s
+        self._max_tool_calls = max_tool_calls
         self._methods = {} if environment is None else _public_methods(environment)
         self._functions = _by_name(tools, taken=self._methods)
         self._schemas = {name: _schema(name, tool) for name, tool in {**self._methods, **self._functions}.items()}
@@ -197,8 +222,12 @@ class ToolPlayable(_EnvironmentCalls):
         counts = Counter(dict.fromkeys(("tool_calls", *MISTAKES), 0))
         counts.update(tool_calls=len(calls), malformed_tool_calls=len(response.malformed))
         calls, malformed = (calls, response.malformed) if self.tools else ([], ())
+        calls, refused = calls[: self._max_tool_calls], calls[len(calls[: self._max_tool_calls]) :]
+        counts.update(refused_tool_calls=len(refused))
         answers = await asyncio.gather(*(self._answer(one["name"], one["arguments"], counts) for one in calls))
         observation = [_message(one["name"], answer) for one, answer in zip(calls, answers, strict=True)]
+        too_many = f"Error: not run: a response may make {self._max_tool_calls} tool calls"
+        observation += [_message(one["name"], too_many) for one in refused]
         observation += [_message("error", f"Error: malformed tool call: {reason}") for reason in malformed]
         done = await self._is_done() or not observation
         return Outcome(observation, await self._step_reward(), done, state_key, dict(counts))

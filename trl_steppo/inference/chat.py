@@ -32,6 +32,48 @@ _FOLLOW_UP: dict[str, Message] = {
     "user": {"role": "user", "content": _PROBE},
     "tool": {"role": "tool", "name": _PROBE, "content": _PROBE},
 }
+_TOOLS_IN_TEXT = """\
+{%- set text = namespace(messages=[], tools='') -%}
+{%- if tools -%}
+{%- set text.tools = 'Tools, as JSON schemas:' -%}
+{%- for tool in tools -%}{%- set text.tools = text.tools + '\\n' + (tool | tojson) -%}{%- endfor -%}
+{%- set text.tools = text.tools + '\\n\\nTo call a tool, write its name and arguments as JSON, like this:' -%}
+{%- for tool in tools -%}
+{%- set text.tools = text.tools + '\\n<tool_call>\\n{"name": ' + (tool.function.name | tojson) + ', "arguments": {' -%}
+{%- for name in tool.function.parameters.properties -%}
+{%- set text.tools = text.tools + (name | tojson) + ': ...' + ('' if loop.last else ', ') -%}
+{%- endfor -%}
+{%- set text.tools = text.tools + '}}\\n</tool_call>' -%}
+{%- endfor -%}
+{%- if messages[0].role != 'system' -%}
+{%- set text.messages = [{'role': 'system', 'content': text.tools}] -%}
+{%- endif -%}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'system' and loop.first and text.tools -%}
+{%- set text.messages = [{'role': 'system', 'content': message.content + '\\n\\n' + text.tools}] -%}
+{%- elif message.role == 'tool' -%}
+{%- set answer = '<tool_response>\\n' + message.content + '\\n</tool_response>' -%}
+{%- if loop.previtem is defined and loop.previtem.role == 'tool' -%}
+{%- set answer = text.messages[-1].content + '\\n' + answer -%}
+{%- set text.messages = text.messages[:-1] -%}
+{%- endif -%}
+{%- set text.messages = text.messages + [{'role': 'user', 'content': answer}] -%}
+{%- elif message.tool_calls -%}
+{%- set calls = namespace(text=message.content or '') -%}
+{%- for call in message.tool_calls -%}
+{%- set calls.text = calls.text + ('\\n' if calls.text else '') + '<tool_call>\\n{"name": '
+  + (call.function.name | tojson) + ', "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' -%}
+{%- endfor -%}
+{%- set text.messages = text.messages + [{'role': message.role, 'content': calls.text}] -%}
+{%- else -%}
+{%- set text.messages = text.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = text.messages -%}
+"""
+"""Stands before a template that knows no tools: rewrites the messages into some without tools, calls and answers."""
+
 _LEAVES_OUT = {"user": "leaves out what was said", "tool": "leaves out tool calls or the tools' answers"}
 
 
@@ -67,7 +109,9 @@ class ChatFormat:
     A tokenizer's chat template, used append-only.
 
     A template that renders earlier messages differently when later ones follow (Qwen3 drops earlier thinking) is
-    replaced by TRL's training variant of it; the tokenizer itself is left as it is.
+    replaced by TRL's training variant of it; the tokenizer itself is left as it is. A template that knows no tools is
+    told in text: their schemas stand in the system message, calls in the response as Hermes writes them, answers in a
+    user message.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -81,8 +125,8 @@ class ChatFormat:
 
     Raises:
         ChatTemplateError: the tokenizer has no chat template; the template cannot be appended to and TRL has no
-            training variant; it does not end an assistant turn with a token of its own; or `tools` are given and it
-            cannot render them, or nobody knows how to parse its tool calls.
+            training variant; it does not end an assistant turn with a token of its own; or `tools` are given and
+            nobody knows how to parse its tool calls.
 
     Example:
     ```python
@@ -244,18 +288,31 @@ class ChatFormat:
         template = self._tokenizer.get_chat_template(None, self.tools or None)
         if not self._multi_turn:
             return template
-        candidates = [candidate for candidate in (template, self._training_template()) if candidate is not None]
+        candidates = [
+            candidate if self._shows_tools(candidate) else _TOOLS_IN_TEXT + candidate
+            for candidate in (template, self._training_template())
+            if candidate is not None
+        ]
         # Tools are answered by tool messages: better if user messages can follow as well, but they need not.
         for kinds in (("tool", "user"), ("tool",)) if self.tools else (("user",),):
             for candidate in candidates:
                 if not any(self._find_problem(candidate, kind) for kind in kinds):
                     return candidate
-        problem = self._find_problem(template, "tool" if self.tools else "user")
+        problem = self._find_problem(candidates[0], "tool" if self.tools else "user")
         raise ChatTemplateError(
             f"the chat template of {self._name()} cannot be used for multi-turn training, and TRL has no training "
             f"variant of it that can: {problem}. Set `tokenizer.chat_template` to one that renders each message the "
             "same way whatever follows it"
         )
+
+    def _shows_tools(self, template: str) -> bool:
+        """Whether the tools make a difference to a prompt, where there are any."""
+        messages = [{"role": "system", "content": "dummy"}, _USER]  # some show them only in a system message
+        try:
+            bare = self._text(messages, template=template)
+            return not self.tools or self._text(messages, tools=self.tools, template=template) != bare
+        except Exception:  # whatever jinja code raises: a template that refuses a system message has no place for them
+            return True
 
     def _training_template(self) -> str | None:
         from trl.chat_template_utils import get_training_chat_template

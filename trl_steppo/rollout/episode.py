@@ -38,9 +38,10 @@ class EpisodeLimits:
         max_prompt_length (`int`, *optional*):
             Tokens of a state.
         max_episode_tokens (`int`, *optional*):
-            Tokens of the whole episode: the first prompt, the responses and the observations. A response gets what is
-            left of it; one that is cut by that, and not by its own budget, is played and then ends the episode as
-            truncated, even if it called no tool.
+            Tokens of the whole episode: the first prompt, the responses and the observations; where an environment
+            rewrites the prompt, of each state with its response. A response gets what is left of it; one that is cut
+            by that, and not by its own budget, is played and then ends the episode as truncated, even if it called no
+            tool.
         max_episode_s (`float`, *optional*):
             Time. A step that is not answered by then does not count. `get_reward` may take as long again.
     """
@@ -143,8 +144,9 @@ class _Ending:
 
 @dataclass(frozen=True)
 class _Played:
-    """A step, as lengths into the ids that the whole episode shares."""
+    """A step, as lengths into the ids that it shares with all steps since the prompt was last rewritten."""
 
+    run_index: int
     prompt_length: int
     sample: Sample
     outcome: Outcome
@@ -152,7 +154,10 @@ class _Played:
 
 @dataclass
 class _Play:
-    """One episode while it is being played. `ids` is always the state after the last step in `played`."""
+    """
+    One episode while it is being played. `ids` is always the state after the last step in `played`; `runs` are the ids
+    that grew until the environment rewrote the prompt.
+    """
 
     env: Playable | None
     sampler: Sampler
@@ -164,6 +169,7 @@ class _Play:
     episode_id: str
     pacer: InFlight | None
     ids: list[int] = field(default_factory=list)
+    runs: list[TokenIds] = field(default_factory=list)
     played: list[_Played] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     scores: dict[str, float] = field(default_factory=dict)
@@ -196,13 +202,14 @@ class _Play:
 
     def episode(self) -> Episode:
         buffer = TokenIds(self._all_ids())
+        buffers = [*self.runs, buffer]
         ending = self.ending
         truncated = self.error is None and ending is not None and ending.truncated
         return Episode(
             self.episode_id,
             row_index=self.seeds[1],
             generation_index=self.seeds[2],
-            steps=tuple(self._step(buffer, index) for index in range(len(self.played))),
+            steps=tuple(self._step(buffers, index) for index in range(len(self.played))),
             terminated=self.error is None and not truncated,
             truncated=truncated,
             final_prompt_ids=buffer[: len(self.ids)] if truncated and ending and ending.has_next_state else None,
@@ -224,7 +231,7 @@ class _Play:
 
     async def _play(self) -> _Ending:
         extra = await self.env.reset(self.row) if self.env is not None else None
-        self.ids = self._first_prompt(extra)
+        self.ids = self._first_prompt(await self._rewritten(""), extra)
         while True:
             over = self._over_budget()
             if over is not None:
@@ -240,12 +247,12 @@ class _Play:
         sample = await self._sample(params)
         self.stage = f"environment step {self.step_index}"
         outcome = await self._answer(sample)
-        self.played.append(_Played(len(self.ids), sample, outcome))
+        self.played.append(_Played(len(self.runs), len(self.ids), sample, outcome))
         self.counts.update(outcome.metrics)
         cut = sample.stop_reason is StopReason.LENGTH and params.max_new_tokens < self.sampling.max_new_tokens
         if not outcome.done:
             self.stage = f"observation of step {self.step_index - 1}"
-            self._append(sample, outcome)
+            await self._proceed(sample, outcome)
         if cut:
             return _Ending(StopReason.MAX_EPISODE_TOKENS, has_next_state=not outcome.done)
         return _Ending(StopReason.ENVIRONMENT) if outcome.done else None
@@ -267,14 +274,23 @@ class _Play:
         outcome = await self.env.step(Response(chat.decode(response_ids), parsed.message, parsed.malformed))
         return replace(outcome, done=True) if "input_ids" in self.row else outcome
 
-    def _append(self, sample: Sample, outcome: Outcome) -> None:
+    async def _proceed(self, sample: Sample, outcome: Outcome) -> None:
+        """To the next state."""
         chat = self._chat("a second step")
+        response_ids = TokenIds(sample.token_ids).tolist()
+        prompt = await self._rewritten(outcome.observation)
+        if prompt is not None:
+            self.runs.append(TokenIds([*self.ids, *response_ids]))
+            self.ids = chat.prepare(prompt)
+            return
         messages = _as_messages(outcome.observation)
         names = [message.get("name", "") for message in messages if message.get("role") == "tool"]
-        response_ids = TokenIds(sample.token_ids).tolist()
         observed = chat.close(response_ids) + chat.append(messages, tool_call_names=names)
         # A new list: the sampler may have kept the old one.
         self.ids = [*self.ids, *response_ids, *observed]
+
+    async def _rewritten(self, observation: str | list[Message]) -> str | list[Message] | None:
+        return await self.env.state_prompt(observation) if self.env is not None else None
 
     async def _finish(self) -> None:
         if self.env is None:
@@ -294,7 +310,9 @@ class _Play:
             raise DataError(f"{purpose} needs a chat format, and this rollout has none")
         return self.chat
 
-    def _first_prompt(self, extra: str | None) -> list[int]:
+    def _first_prompt(self, rewritten: str | list[Message] | None, extra: str | None) -> list[int]:
+        if rewritten is not None:
+            return self._chat("an environment").prepare(rewritten, extra)
         if "input_ids" in self.row:
             ids = [int(token_id) for token_id in self.row["input_ids"]]
             return ids + self._chat("text from reset()").encode_text(extra, add_special_tokens=False) if extra else ids
@@ -331,15 +349,21 @@ class _Play:
     # -- the result ---------------------------------------------------------------------------------------------------
 
     def _all_ids(self) -> list[int]:
-        """The state after the last step, or its prompt and response where nothing follows them: holds every id."""
+        """
+        The state after the last step, or its prompt and response where nothing follows them: holds every id since the
+        prompt was last rewritten.
+        """
         if not self.played:
             return self.ids
         last = self.played[-1]
+        if last.run_index < len(self.runs):  # the prompt was rewritten after it
+            return self.ids
         ends_at = last.prompt_length + len(last.sample.token_ids)
         return self.ids if len(self.ids) >= ends_at else [*self.ids, *last.sample.token_ids]
 
-    def _step(self, buffer: TokenIds, index: int) -> Step:
+    def _step(self, buffers: list[TokenIds], index: int) -> Step:
         played = self.played[index]
+        buffer = buffers[played.run_index]
         sample, outcome = played.sample, played.outcome
         is_last = index == len(self.played) - 1
         return Step(

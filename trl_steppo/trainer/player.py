@@ -83,7 +83,7 @@ class EpisodePlayer:
         checked_weights(self.reward_funcs, args.reward_weights)
         has_input_ids = _check_columns(columns)
         environment = environment_factory() if environment_factory is not None else None
-        example = make_playable(environment, self.tools, tool_timeout_s=args.tool_timeout_s)
+        example = self._playable(environment)
         self._check_reward_source(environment)
         multi_turn = not has_input_ids and bool(environment_factory or self.tools) and args.max_interaction_steps > 1
         needs_chat = not has_input_ids or bool(example.tools) or environment_factory is not None
@@ -188,7 +188,15 @@ class EpisodePlayer:
         if self.environment_factory is None and not self.tools:
             return None  # one step, which only `reward_funcs` and `reward_model` judge
         environment = self.environment_factory() if self.environment_factory is not None else None
-        return make_playable(environment, self.tools, tool_timeout_s=self.args.tool_timeout_s)
+        return self._playable(environment)
+
+    def _playable(self, environment: Any) -> Playable:
+        return make_playable(
+            environment,
+            self.tools,
+            tool_timeout_s=self.args.tool_timeout_s,
+            max_tool_calls=self.args.max_tool_calls,
+        )
 
     def _score(self, episodes: list[Episode], rows: Sequence[Mapping[str, Any]], trainer_state: Any) -> list[Episode]:
         if self.reward_funcs:

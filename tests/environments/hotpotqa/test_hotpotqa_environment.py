@@ -148,3 +148,49 @@ def test_scripted_play_of_the_mini_wiki(wiki: MiniWiki) -> None:
         if row["relations"][0] in TEMPTING_RELATION:
             relations = [TEMPTING_RELATION[row["relations"][0]], *row["relations"][1:]]
             assert play(row, *wiki.follow(row["path"][0], relations)) == 0.0
+
+
+# -- two ways to show the state ---------------------------------------------------------------------------------------
+
+ROW = {"question": "Which dog?", "answer": "Dog", "prompt": [{"role": "system", "content": "Search."}]}
+
+
+def test_a_rewritten_state_shows_what_was_found_and_what_went_wrong() -> None:
+    environment = HotpotQAEnvironment(BM25Retriever(PASSAGES), top_k=1, state="rewritten")
+    assert environment.reset(**ROW) is None
+    system, user = environment.state_prompt("")
+    assert system == ROW["prompt"][0]
+    assert user["content"] == (
+        "Question:\nWhich dog?\n\nSearches so far:\nNone\n\nPassages:\nNone\n\nLast errors:\nNone"
+    )
+    for query in ("dog", "foxes", "a dog"):
+        environment.search(query)
+    observation = [{"role": "tool", "name": "x", "content": f"Error: {number}"} for number in range(5)]
+    (_, user) = environment.state_prompt([{"role": "tool", "name": "search", "content": "[1] ..."}, *observation])
+    assert user["content"] == (
+        "Question:\nWhich dog?\n\nSearches so far:\ndog\nfoxes\na dog\n\n"
+        "Passages:\n[1] Dog: An animal.\n[2] Silent Foxes: A band.\n\n"
+        "Last errors:\nError: 2\nError: 3\nError: 4"
+    )
+
+
+@pytest.mark.parametrize("state", ["chat", "rewritten"])
+def test_the_first_search_is_forced(state: str) -> None:
+    environment = HotpotQAEnvironment(BM25Retriever(PASSAGES), top_k=1, state=state, force_first_search=True)
+    extra = environment.reset(**ROW)
+    shown = extra if state == "chat" else environment.state_prompt("")[1]["content"]
+    assert "[1] Dog: An animal." in shown
+    assert (extra is None) == (state == "rewritten")
+    assert environment.state_key() == ("Dog",)
+
+
+def test_what_is_shown_needs_a_question() -> None:
+    environment = HotpotQAEnvironment(BM25Retriever(PASSAGES), state="rewritten")
+    with pytest.raises(DataError, match="no column `question`"):
+        environment.reset(answer="Dog", id="row-7")
+    with pytest.raises(ConfigurationError, match="state is 'rebuilt'"):
+        HotpotQAEnvironment(BM25Retriever(PASSAGES), state="rebuilt")  # type: ignore[arg-type]
+
+
+def test_the_chat_state_is_no_rewritten_one() -> None:
+    assert not hasattr(HotpotQAEnvironment(BM25Retriever(PASSAGES)), "state_prompt")

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from trl_steppo.environments.hotpotqa import exact_match, f1, normalize_answer
+from trl_steppo.environments.hotpotqa import exact_match, f1, normalize_answer, valid_calls
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,17 @@ def test_f1_matches_a_restatement_on_random_texts() -> None:
         assert f1(prediction, answer) == pytest.approx(_restated_f1(prediction, answer)), (prediction, answer)
         scores.append(f1(prediction, answer))
     assert {0.0, 1.0} < set(scores)  # partial scores occurred as well
+
+
+def test_valid_calls_are_counted_by_response():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "search"}}]}
+    found, failed = {"role": "tool", "content": "[1] Dog"}, {"role": "tool", "content": "Error: unknown tool"}
+    said = {"role": "assistant", "content": "a dog"}
+    episodes = [
+        [call, found, call, found],
+        [call, found, said],
+        [call, found, failed, call, found],
+        [said],
+        [said, failed],
+    ]
+    assert valid_calls(completions=episodes, answer=["x"] * 5) == [1.0, 0.5, 0.5, 0.0, 0.0]

@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any, Literal
 
 from ...errors import ConfigurationError, DataError
+from ..base import Message
 from .retrieval import Passage, Retriever
 from .scoring import exact_match, f1
 
 _ANSWERED = "Answered."
+_NUM_ERRORS = 3  # that a rewritten prompt shows, as in the paper
 _SCORES: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": f1}
 
 
@@ -22,6 +24,10 @@ class HotpotQAEnvironment:
     without one scores 0. Give the trainer a factory: every episode in flight needs an environment of its own, and all
     of them may share one retriever.
 
+    The state is shown as a chat to which everything is appended, or, as in the paper (arXiv 2604.18401), as one prompt
+    that is rewritten for every step: the row's system message, then the question, the searches so far, the distinct
+    passages they found and the last errors. What the model wrote is not in it.
+
     Args:
         retriever ([`Retriever`]):
             What `search` asks.
@@ -29,6 +35,10 @@ class HotpotQAEnvironment:
             Passages that a search returns at most.
         reward (`str`, *optional*, defaults to `"exact_match"`):
             What `get_reward` returns for the answer: `"exact_match"` or `"f1"`.
+        state (`str`, *optional*, defaults to `"chat"`):
+            How the state is shown: `"chat"` or `"rewritten"`.
+        force_first_search (`bool`, *optional*, defaults to `False`):
+            Whether every episode begins with what a search for the question itself finds. It takes no step.
 
     Example:
     ```python
@@ -42,25 +52,39 @@ class HotpotQAEnvironment:
     """
 
     def __init__(
-        self, retriever: Retriever, top_k: int = 3, reward: Literal["exact_match", "f1"] = "exact_match"
+        self,
+        retriever: Retriever,
+        top_k: int = 3,
+        reward: Literal["exact_match", "f1"] = "exact_match",
+        *,
+        state: Literal["chat", "rewritten"] = "chat",
+        force_first_search: bool = False,
     ) -> None:
         if top_k < 1:
             raise ConfigurationError(f"top_k is {top_k}; a search has to return at least 1 passage")
         if reward not in _SCORES:
             raise ConfigurationError(f"reward is {reward!r}; it has to be one of {', '.join(map(repr, _SCORES))}")
+        if state not in ("chat", "rewritten"):
+            raise ConfigurationError(f"state is {state!r}; it has to be one of 'chat', 'rewritten'")
         self._retriever = retriever
         self._top_k = top_k
         self._reward = reward
         # Attributes and not methods: TRL's trainers, too, play this class, and offer every public method as a tool.
         self.metrics: Callable[[], dict[str, float]] = partial(self._metrics)
         self.state_key: Callable[[], Hashable] = partial(self._state_key)
+        if state == "rewritten":
+            self.state_prompt: Callable[[str | list[Message]], list[Message]] = partial(self._state_prompt)
+        self._rewrites = state == "rewritten"
+        self._force_first_search = force_first_search
         self.done = False
         self._right_answer = ""
         self._given_answer: str | None = None
-        self._num_searches = 0
-        self._seen_titles: set[str] = set()
+        self._row: dict[str, Any] = {}
+        self._searches: list[str] = []
+        self._passages: dict[Passage, None] = {}
+        self._errors: list[str] = []
 
-    def reset(self, answer: str | None = None, **row: Any) -> None:
+    def reset(self, answer: str | None = None, **row: Any) -> str | None:
         """Start an episode from a dataset row; its `answer` is what the model has to find."""
         if not isinstance(answer, str) or not answer.strip():
             raise DataError(
@@ -70,8 +94,13 @@ class HotpotQAEnvironment:
         self.done = False
         self._right_answer = answer
         self._given_answer = None
-        self._num_searches = 0
-        self._seen_titles = set()
+        self._row, self._searches, self._passages, self._errors = row, [], {}, []
+        if (self._force_first_search or self._rewrites) and "question" not in row:
+            raise DataError(f"the row {row.get('id', '')!r} has no column `question` to search for or to show")
+        if not self._force_first_search:
+            return None
+        found = self.search(row["question"])
+        return None if self._rewrites else f"\n\n{found}"
 
     def search(self, query: str) -> str:
         """
@@ -86,8 +115,8 @@ class HotpotQAEnvironment:
         if self.done:
             return _ANSWERED
         passages = self._retriever.search(str(query), self._top_k)
-        self._num_searches += 1
-        self._seen_titles.update(passage.title for passage in passages)
+        self._searches.append(str(query))
+        self._passages |= dict.fromkeys(passages)
         return format_passages(passages)
 
     def answer(self, text: str) -> str:
@@ -114,12 +143,26 @@ class HotpotQAEnvironment:
             "exact_match": self._score(exact_match),
             "f1": self._score(f1),
             "answered": float(self._given_answer is not None),
-            "num_searches": float(self._num_searches),
+            "num_searches": float(len(self._searches)),
         }
 
     def _state_key(self) -> Hashable:
         # What is known, however it was found: two orders of the same searches are one state.
-        return tuple(sorted(self._seen_titles))
+        return tuple(sorted({passage.title for passage in self._passages}))
+
+    def _state_prompt(self, observation: str | list[Message]) -> list[Message]:
+        answers = [] if isinstance(observation, str) else [message["content"] for message in observation]
+        self._errors += [answer for answer in answers if answer.startswith("Error:")]
+        parts = {
+            "Question": self._row["question"],
+            "Searches so far": "\n".join(self._searches),
+            "Passages": format_passages(list(self._passages)) if self._passages else "",
+            "Last errors": "\n".join(self._errors[-_NUM_ERRORS:]),
+        }
+        content = "\n\n".join(f"{name}:\n{text or 'None'}" for name, text in parts.items())
+        prompt = self._row.get("prompt")
+        system = [message for message in prompt if message["role"] == "system"] if isinstance(prompt, list) else []
+        return [*system, {"role": "user", "content": content}]
 
     def _score(self, score: Callable[[str, str], float]) -> float:
         return 0.0 if self._given_answer is None else score(self._given_answer, self._right_answer)

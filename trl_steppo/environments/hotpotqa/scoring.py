@@ -1,10 +1,17 @@
-"""How HotpotQA scores an answer: exact match and token F1 after a normalization, as its official evaluation does."""
+"""
+How HotpotQA scores an answer: exact match and token F1 after a normalization, as its official evaluation does. And how
+well an episode keeps to the form of a tool call.
+"""
 
 from __future__ import annotations
 
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ..base import Message
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -73,3 +80,29 @@ def f1(prediction: str, answer: str) -> float:
         return 0.0
     precision, recall = num_shared / len(given_words), num_shared / len(right_words)
     return 2 * precision * recall / (precision + recall)
+
+
+def valid_calls(completions: Sequence[Sequence[Message]], **columns: Any) -> list[float]:
+    """
+    A reward function: the share of an episode's responses whose tool calls all ran.
+
+    A response without a call is not valid, nor is one with a call that is malformed, unknown, refused or failed.
+
+    Args:
+        completions (`Sequence[Sequence[dict]]`):
+            For each episode its messages, responses and tool answers.
+
+    Returns:
+        `list[float]`: Between 0.0 and 1.0, one for each episode.
+    """
+    return [_valid_share(messages) for messages in completions]
+
+
+def _valid_share(messages: Sequence[Message]) -> float:
+    valid: list[bool] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            valid.append(bool(message.get("tool_calls")))
+        elif message["content"].startswith("Error:"):
+            valid[-1] = False
+    return sum(valid) / len(valid)

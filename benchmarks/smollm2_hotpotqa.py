@@ -1,0 +1,178 @@
+"""
+A real pretrained model on real questions, on a CPU: SmolLM2-135M-Instruct under StepPO and token-level PPO, on
+the same seeds.
+
+Both are paid the answer's exact match and 0.2 times the share of valid calls (`valid_calls`). A run is
+`examples/hotpotqa_steppo.py` with `examples/configs/smollm2-135m-cpu.yaml`, in a process of its own; one that is
+already in `--runs_dir` is not repeated. `--quick` plays the built-in policy on the built-in wiki: that it runs.
+
+    python examples/make_smollm2_policy.py --output_dir models/SmolLM2-135M-Instruct
+    python benchmarks/smollm2_hotpotqa.py --rows ROWS.jsonl [--json FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from scipy.stats import bootstrap
+
+from trl_steppo.rollout import load_episodes
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+METHODS = {
+    "steppo": [],
+    "token_ppo": ["--advantage_estimator", "token_gae", "--importance_sampling_level", "token"],
+}
+CURVES = {
+    "valid_call_rate": "rewards/valid_calls",
+    "exact_match": "env/exact_match",
+    "f1": "env/f1",
+    "steps": "env/episode_steps",
+    "kl_to_start": "objective/kl",
+    "explained_variance": "critic/explained_variance",
+    "entropy": "policy/entropy_avg",
+}
+PHASES = ("rollout_s", "forward_s", "train_s", "update_s")
+WINDOW = 3  # updates at the start and at the end whose episodes are compared
+
+
+@dataclass
+class SmolLM2Arguments(BenchmarkArguments):
+    """
+    Args:
+        rows (`str`, *optional*):
+            File of rows in the schema of `hotpotqa/hotpot_qa`. Needed without `--quick`.
+        model_dir (`str`, *optional*, defaults to `"models/SmolLM2-135M-Instruct"`):
+            What `examples/make_smollm2_policy.py` made.
+        seeds (`list[int]`, *optional*, defaults to `[1]`):
+            Seeds of each method.
+        updates (`int`, *optional*, defaults to `12`):
+            Updates of a run.
+        episodes (`int`, *optional*, defaults to `8`):
+            Episodes of an update.
+        parallel (`int`, *optional*, defaults to `2`):
+            Runs at a time, of one thread each.
+        runs_dir (`str`, *optional*, defaults to `"runs/smollm2"`):
+            Where the runs are; those of `--quick` in its folder `quick`.
+    """
+
+    rows: str | None = field(default=None, metadata={"help": "File of rows in the schema of hotpotqa/hotpot_qa."})
+    model_dir: str = field(
+        default="models/SmolLM2-135M-Instruct", metadata={"help": "What examples/make_smollm2_policy.py made."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [1], metadata={"help": "Seeds of each method."})
+    updates: int = field(default=12, metadata={"help": "Updates of a run."})
+    episodes: int = field(default=8, metadata={"help": "Episodes of an update."})
+    parallel: int = field(default=2, metadata={"help": "Runs at a time, of one thread each."})
+    runs_dir: str = field(default="runs/smollm2", metadata={"help": "Where the runs are, or will be."})
+
+
+def run(method: str, seed: int, output_dir: Path, args: SmolLM2Arguments) -> None:
+    """One run of the example, unless it is there already."""
+    if (output_dir / "seconds.txt").is_file():
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    model, rows = ("mini_wiki", "mini_wiki") if args.quick else (args.model_dir, str(args.rows))
+    flags = {
+        "config": EXAMPLES / "configs" / "smollm2-135m-cpu.yaml",
+        "model_name_or_path": model,
+        "dataset_name": rows,
+        "per_device_train_batch_size": args.episodes,
+        "total_episodes": args.episodes * (2 if args.quick else args.updates),
+        "dump_episodes_dir": output_dir / "episodes",
+        "output_dir": output_dir,
+        "seed": seed,
+    }
+    command = [sys.executable, str(EXAMPLES / "hotpotqa_steppo.py"), *METHODS[method]]
+    start = time.perf_counter()
+    with (output_dir / "log.txt").open("w") as log:
+        subprocess.run(
+            [*command, *(str(part) for name, value in flags.items() for part in (f"--{name}", value))],
+            check=True,
+            env={**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+        )
+    (output_dir / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}\n")
+
+
+def read_run(output_dir: Path) -> dict[str, Any]:
+    """What a run shows: its curves, how sure the change of the valid-call rate is, and where the time went."""
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    updates = [logs for logs in history if "env/exact_match" in logs]
+    shares = [
+        [episode.metrics["rewards/valid_calls"] for episode in load_episodes(path) if episode.valid]
+        for path in sorted((output_dir / "episodes").glob("*.jsonl"))
+    ]
+    window = min(WINDOW, len(shares) // 2)
+    first, last = ([share for update in part for share in update] for part in (shares[:window], shares[-window:]))
+    return {
+        "curves": {name: [logs.get(metric) for logs in updates] for name, metric in CURVES.items()},
+        "valid_call_rate": {"first": interval(first), "last": interval(last), "gain": interval(last, first)},
+        "seconds_per_update": {name: mean(logs.get(f"perf/{name}", 0.0) for logs in updates) for name in PHASES},
+        "seconds": float((output_dir / "seconds.txt").read_text()),
+    }
+
+
+def interval(values: list[float], baseline: list[float] | None = None) -> list[float]:
+    """
+    The mean of `values`, less that of `baseline`, between the ends of its 95 % interval over episodes: [low, mean,
+    high]. By the percentile bootstrap, whose ends stay where the data can be; it knows nothing of other seeds.
+    """
+    samples = [np.asarray(sample) for sample in (values, baseline) if sample is not None]
+
+    def difference(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
+        means = [np.mean(part, axis=axis) for part in parts]
+        return means[0] - means[1] if len(means) > 1 else means[0]
+
+    found = bootstrap(samples, difference, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return [float(found.low), float(difference(*samples)), float(found.high)]
+
+
+def shown(bounds: list[float]) -> str:
+    """An interval for people."""
+    low, middle, high = bounds
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def main(args: SmolLM2Arguments) -> None:
+    if not args.quick and (args.rows is None or not Path(args.model_dir).is_dir()):
+        raise SystemExit("name real rows with --rows, and a model of examples/make_smollm2_policy.py with --model_dir")
+    root = Path(args.runs_dir) / ("quick" if args.quick else "")
+    runs = {(method, seed): root / f"{method}_seed{seed}" for seed in args.seeds for method in METHODS}
+    with ThreadPoolExecutor(args.parallel) as pool:
+        list(pool.map(lambda item: run(*item[0], item[1], args), runs.items()))
+    figures: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in METHODS}
+    for (method, seed), output_dir in runs.items():
+        figures[method][seed] = read_run(output_dir)
+    print_table(
+        f"Valid-call rate in the first and last {WINDOW} updates (95 % intervals over episodes), seconds an update",
+        ["method", "seed", "first", "last", "gain", "EM, last", "s"],
+        [
+            [
+                method,
+                str(seed),
+                *(shown(found["valid_call_rate"][part]) for part in ("first", "last", "gain")),
+                f"{mean(found['curves']['exact_match'][-WINDOW:]):.2f}",
+                f"{found['seconds_per_update']['update_s']:.0f}",
+            ]
+            for method, by_seed in figures.items()
+            for seed, found in by_seed.items()
+        ],
+    )
+    write_record(args.json, {"runs": figures, "updates": 2 if args.quick else args.updates, "episodes": args.episodes})
+
+
+if __name__ == "__main__":
+    main(parse_arguments(SmolLM2Arguments))
