@@ -55,20 +55,20 @@ class HotpotQAEnvironment:
         self.metrics: Callable[[], dict[str, float]] = partial(self._metrics)
         self.state_key: Callable[[], Hashable] = partial(self._state_key)
         self.done = False
-        self._right_answer = ""
+        self._right_answers: list[str] = []
         self._given_answer: str | None = None
         self._num_searches = 0
         self._seen_titles: set[str] = set()
 
-    def reset(self, answer: str | None = None, **row: Any) -> None:
-        """Start an episode from a dataset row; its `answer` is what the model has to find."""
+    def reset(self, answer: str | None = None, answer_aliases: Sequence[str] | None = None, **row: Any) -> None:
+        """Start an episode from a dataset row; its `answer`, or one of `answer_aliases`, is what has to be found."""
         if not isinstance(answer, str) or not answer.strip():
             raise DataError(
                 f"the row {row.get('id', '')!r} has the answer {answer!r}; `HotpotQAEnvironment` scores against a "
                 "column `answer` that holds text"
             )
         self.done = False
-        self._right_answer = answer
+        self._right_answers = [answer, *(answer_aliases or [])]
         self._given_answer = None
         self._num_searches = 0
         self._seen_titles = set()
@@ -122,7 +122,8 @@ class HotpotQAEnvironment:
         return tuple(sorted(self._seen_titles))
 
     def _score(self, score: Callable[[str, str], float]) -> float:
-        return 0.0 if self._given_answer is None else score(self._given_answer, self._right_answer)
+        given = self._given_answer
+        return 0.0 if given is None else max(score(given, right) for right in self._right_answers)
 
 
 def format_passages(passages: Sequence[Passage]) -> str:
