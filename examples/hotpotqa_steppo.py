@@ -42,7 +42,7 @@ class HotpotQAArguments:
     attn_implementation: str = field(default="sdpa", metadata={"help": "Its attention: sdpa or eager."})
     dataset_name: str = field(
         default="mini_wiki",
-        metadata={"help": "`mini_wiki`, a .jsonl, .json or .parquet file, a name on the hub, or a prepared directory."},
+        metadata={"help": "`mini_wiki`, a .json, .jsonl or .parquet file, a name on the hub, a prepared directory."},
     )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "File to evaluate on. None: a part of a local file, or the validation split."}
