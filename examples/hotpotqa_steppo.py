@@ -45,7 +45,7 @@ class HotpotQAArguments:
     )
     dataset_name: str = field(
         default="mini_wiki",
-        metadata={"help": "`mini_wiki` (built in), a local .jsonl, .json or .parquet file, or a name on the hub."},
+        metadata={"help": "`mini_wiki`, a .json, .jsonl or .parquet file, a name on the hub, a prepared directory."},
     )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "File to evaluate on. None: a part of a local file, or the validation split."}

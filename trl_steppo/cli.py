@@ -49,12 +49,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     check.set_defaults(run=run_check)
 
+    _add_hotpotqa(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
     except (StepPOError, OSError, ValueError, TypeError) as error:  # transformers checks settings by the last two
         print(f"trl-steppo {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _add_hotpotqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    hotpotqa = commands.add_parser("hotpotqa", help="data sets of multi-hop questions")
+    tasks = hotpotqa.add_subparsers(dest="task", required=True)
+    prepare = tasks.add_parser(
+        "prepare", help="questions, corpus and search index in one directory; a run takes it as --dataset_name"
+    )
+    prepare.add_argument("directory", help="where to write; run it again after a stop, and it goes on")
+    prepare.add_argument(
+        "--dataset", choices=["hotpotqa", "2wikimultihopqa", "musique"], default="hotpotqa", help="which questions"
+    )
+    prepare.add_argument(
+        "--train", nargs="+", default=[], metavar="NAME", help="training rows from elsewhere: files, or a hub id"
+    )
+    prepare.add_argument("--validation", nargs="+", default=[], metavar="NAME", help="evaluation rows from elsewhere")
+    prepare.add_argument("--revision", help="of data sets on the hub")
+    prepare.add_argument("--aliases", metavar="FILE", help="2WikiMultiHopQA's id_aliases.json")
+    prepare.add_argument("--eval-share", type=float, default=0.1, help="of training files without --validation")
+    prepare.add_argument("--seed", type=int, default=0, help="which of their rows")
+    prepare.add_argument("--title-weight", type=int, default=3, help="BM25: how often a title's words count")
+    prepare.add_argument("--k1", type=float, default=1.5, help="BM25: how slowly repetition saturates")
+    prepare.add_argument("--b", type=float, default=0.75, help="BM25: how much long passages are marked down")
+    prepare.add_argument("--dense", metavar="MODEL", help="an encoder: searches then compare embeddings")
+    prepare.add_argument(
+        "--check-counts",
+        action=argparse.BooleanOptionalAction,
+        help="numbers other than the full data set's are an error; by default for its own place on the hub",
+    )
+    prepare.set_defaults(run=prepare_hotpotqa)
 
 
 def show_config(args: argparse.Namespace) -> int:
@@ -125,6 +156,28 @@ def run_check(args: argparse.Namespace) -> int:
 
     for line in dry_run(Path(args.config), dataset_name=args.dataset_name, config_file=args.config_file):
         print(line)
+    return 0
+
+
+def prepare_hotpotqa(args: argparse.Namespace) -> int:
+    """See [`trl_steppo.environments.hotpotqa.prepare`]."""
+    from .environments.hotpotqa import prepare
+
+    prepare(
+        args.directory,
+        args.dataset,
+        train=args.train,
+        validation=args.validation,
+        revision=args.revision,
+        aliases_file=args.aliases,
+        eval_share=args.eval_share,
+        seed=args.seed,
+        title_weight=args.title_weight,
+        k1=args.k1,
+        b=args.b,
+        dense_model=args.dense,
+        check_counts=args.check_counts,
+    )
     return 0
 
 

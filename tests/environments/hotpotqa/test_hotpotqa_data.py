@@ -112,7 +112,8 @@ def test_evaluation_rows_may_come_from_elsewhere(tmp_path: Path) -> None:
 def test_hub_names_use_the_distractor_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def load_dataset(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, config: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
+        assert revision is None
         calls.append((name, config, split))
         return datasets.Dataset.from_list(ROWS[:5] if split == "train" else ROWS[5:])
 
@@ -149,7 +150,9 @@ def _broken(**changes: Any) -> dict[str, Any]:
         (_broken(answer=None), "row 1: the column 'answer' has to hold text, not None"),
         (_broken(question=7), "row 1: the column 'question' has to hold text, not 7"),
         (_broken(context={"title": [], "sentences": []}), "row 1: `context` is empty"),
-        (_broken(context=[["Book", ["Text."]]]), "row 1: `context` has to hold the lists"),
+        (_broken(context=7), "row 1: `context` has to hold the lists"),
+        (_broken(context=[["Book"]]), "row 1: `context` has to be a list of pairs"),
+        (_broken(answer_aliases=["Nobody", 7]), "row 1: `answer_aliases` has to be a list of texts"),
         (_broken(context={"title": ["Book"], "sentences": []}), "row 1: `context` has to hold a list of titles"),
         (_broken(context={"title": ["Book"], "sentences": ["Text."]}), "row 1: `context` has to hold a list of"),
         (_broken(context={"title": ["Book"], "sentences": [[1]]}), "row 1: the sentences of 'Book'"),

@@ -54,14 +54,32 @@ def test_scores(prediction: str, answer: str, em: float, score: float) -> None:
     assert f1(answer, prediction) == pytest.approx(score)
 
 
+# -- HotpotQA's definition, read again: no code or regular expression of ours -----------------------------------------
+
+
+def _words(text: str) -> list[str]:
+    """
+    Lower case; no ASCII punctuation; articles out, which stand between characters that no word has; split at white
+    space. A word there is what `\\w` means: letters, digits and the underscore, which went as punctuation.
+    """
+    kept = "".join(char for char in text.lower() if char not in string.punctuation)
+    pieces, piece = [], ""
+    for char in kept:
+        if char.isalnum():
+            piece += char
+        else:
+            pieces += [piece, char]
+            piece = ""
+    return "".join(" " if piece in ("a", "an", "the") else piece for piece in [*pieces, piece]).split()
+
+
+def _restated_em(prediction: str, answer: str) -> float:
+    return 1.0 if _words(prediction) == _words(answer) else 0.0
+
+
 def _restated_f1(prediction: str, answer: str) -> float:
-    """The same by other means: words crossed out one by one, no regular expression, no counter."""
-
-    def words(text: str) -> list[str]:
-        kept = "".join(char for char in text.lower() if char not in string.punctuation)
-        return [word for word in kept.split() if word not in ("a", "an", "the")]
-
-    given, right = words(prediction), words(answer)
+    """Words crossed out one by one; yes, no and noanswer are right or wrong as a whole."""
+    given, right = _words(prediction), _words(answer)
     if given != right and any(side in (["yes"], ["no"], ["noanswer"]) for side in (given, right)):
         return 0.0
     left, shared = list(right), 0
@@ -72,15 +90,25 @@ def _restated_f1(prediction: str, answer: str) -> float:
     return 2 * shared / (len(given) + len(right)) if shared else 0.0
 
 
-def test_f1_matches_a_restatement_on_random_texts() -> None:
+def test_scores_are_those_of_the_definition_on_ten_thousand_random_pairs() -> None:
     rng = Random(0)
-    pieces = ["The", "a", "an", "cat", "Cat,", "dog", "yes", "no", "no.", "noanswer", "été", "1940", "--", "(a)", ""]
-    scores = []
-    for _ in range(3000):
-        prediction, answer = (" ".join(rng.choices(pieces, k=rng.randrange(5))) for _ in range(2))
+    pieces = [
+        *("The", "a", "an", "AN", "the", "a.", "th-e", "(a)", "–the", "the–end", "a\u00a0b", "theatre", "\ta\n"),
+        *("cat", "Cat,", "dog", "1940", "1,940", "--", "!?", "_", "“cat”", "", " "),
+        *("yes", "Yes.", "no", "no,", "noanswer", "NoAnswer", "no answer"),
+        *("été", "e\u0301te\u0301", "Straße", "İzmir", "ΣΑΣ", "東京", "🦊", "½", "٣", "M.", "U.S."),
+    ]
+    seen_em, seen_f1 = set(), set()
+    for _ in range(10_000):
+        answer = " ".join(rng.choices(pieces, k=rng.randrange(5)))
+        changed = answer if rng.random() < 0.3 else " ".join(rng.choices(pieces, k=rng.randrange(5)))
+        prediction = changed + rng.choice(["", "", ".", " the", "a"])
+        assert exact_match(prediction, answer) == _restated_em(prediction, answer), (prediction, answer)
         assert f1(prediction, answer) == pytest.approx(_restated_f1(prediction, answer)), (prediction, answer)
-        scores.append(f1(prediction, answer))
-    assert {0.0, 1.0} < set(scores)  # partial scores occurred as well
+        seen_em.add(exact_match(prediction, answer))
+        seen_f1.add(f1(prediction, answer))
+    assert seen_em == {0.0, 1.0}
+    assert {0.0, 1.0} < seen_f1  # partial scores occurred as well
 
 
 def test_valid_calls_are_counted_by_response():

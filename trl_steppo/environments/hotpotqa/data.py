@@ -1,15 +1,17 @@
-"""HotpotQA rows, from the mini wiki, a local file or the hub, as data sets to train on and a corpus to search."""
+"""Questions from the mini wiki, local files, the hub or a prepared directory: data sets, and a corpus to search."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import ConfigurationError, DataError
+from .layouts import in_common_layout, read_aliases
 from .mini_wiki import make_mini_wiki
+from .prepared import is_prepared, open_prepared
 from .retrieval import BM25Retriever, Passage, Retriever
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ SYSTEM_PROMPT = "Search the wiki step by step, then answer."
 """Short, because a small model reads it in every step."""
 
 _HOTPOTQA = "hotpotqa/hotpot_qa"
+_HUB_FILE = "hf://"
 _FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -56,11 +59,13 @@ def hotpotqa_dataset(
     Make the training rows, the evaluation rows and the retriever of a data set.
 
     The evaluation rows are the validation split of the mini wiki or of a hub data set. A local file has one split: its
-    rows are dealt by `seed`, `eval_share` of them for evaluation, unless `eval_dataset_name` names other rows.
+    rows are dealt by `seed`, `eval_share` of them for evaluation, unless `eval_dataset_name` names other rows. A
+    directory of `trl-steppo hotpotqa prepare` has both, and an index that is opened instead of made: for the full data
+    sets that is seconds instead of minutes, and one copy in a machine's memory for all of its ranks.
 
     Args:
         dataset_name (`str`, *optional*, defaults to `"mini_wiki"`):
-            `"mini_wiki"`, a local `.json`, `.jsonl` or `.parquet` file, or a name on the hub.
+            `"mini_wiki"`, a local `.json`, `.jsonl` or `.parquet` file, a name on the hub, or a prepared directory.
         eval_dataset_name (`str`, *optional*):
             Where the evaluation rows come from, if from elsewhere; named as `dataset_name`.
         eval_share (`float`, *optional*, defaults to `0.1`):
@@ -82,11 +87,19 @@ def hotpotqa_dataset(
     {'role': 'system', 'content': 'Search the wiki step by step, then answer.'}
     ```
     """
+    if is_prepared(Path(dataset_name)):
+        if eval_dataset_name is not None:
+            raise ConfigurationError(
+                f"{dataset_name} is prepared with evaluation rows and a corpus of its own; leave out the "
+                f"`eval_dataset_name` {eval_dataset_name!r}, or prepare both together"
+            )
+        train, evaluation, retriever = open_prepared(Path(dataset_name))
+        return HotpotQAData(_with_prompts(train, system_prompt), _with_prompts(evaluation, system_prompt), retriever)
     train = load_rows(dataset_name, "train", mini_wiki_seed=mini_wiki_seed)
     passages = dict.fromkeys(make_corpus(train.select_columns("context")))
     train = _with_prompts(train, system_prompt)
-    if eval_dataset_name is None and _is_file(dataset_name):
-        train, evaluation = _split_rows(train, eval_share, seed, dataset_name)
+    if eval_dataset_name is None and is_file(dataset_name):
+        train, evaluation = split_rows(train, eval_share, seed, dataset_name)
     else:
         evaluation = load_rows(eval_dataset_name or dataset_name, "validation", mini_wiki_seed=mini_wiki_seed)
         passages |= dict.fromkeys(make_corpus(evaluation.select_columns("context")))
@@ -96,17 +109,30 @@ def hotpotqa_dataset(
     return HotpotQAData(train, evaluation, BM25Retriever(passages))
 
 
-def load_rows(dataset_name: str, split: str, *, mini_wiki_seed: int = 0) -> Dataset:
+def load_rows(
+    dataset_name: str | Sequence[str],
+    split: str,
+    *,
+    mini_wiki_seed: int = 0,
+    revision: str | None = None,
+    aliases_file: str | None = None,
+) -> Dataset:
     """
-    Load rows in the schema of `hotpotqa/hotpot_qa` (distractor) and check them.
+    Load rows in the schema of `hotpotqa/hotpot_qa` (distractor), or in a layout that [`in_common_layout`] knows, and
+    check them.
 
     Args:
-        dataset_name (`str`):
-            `"mini_wiki"`, a local `.json`, `.jsonl` or `.parquet` file, or a name on the hub.
+        dataset_name (`str` or `Sequence[str]`):
+            `"mini_wiki"`, a local `.json`, `.jsonl` or `.parquet` file (or several, which together are one), a name on
+            the hub, or a file there, `hf://datasets/OWNER/NAME/FILE`.
         split (`str`):
-            `"train"` or `"validation"`. A local file is one split: all its rows are returned for either.
+            `"train"` or `"validation"`. A file is one split: all its rows are returned for either.
         mini_wiki_seed (`int`, *optional*, defaults to `0`):
             Which mini wiki it is.
+        revision (`str`, *optional*):
+            Revision of a data set on the hub.
+        aliases_file (`str`, *optional*):
+            2WikiMultiHopQA's `id_aliases.json`, with the other names of its answers.
 
     Returns:
         `datasets.Dataset`: At least the columns `id`, `question`, `answer` and `context`.
@@ -115,19 +141,29 @@ def load_rows(dataset_name: str, split: str, *, mini_wiki_seed: int = 0) -> Data
 
     if split not in ("train", "validation"):
         raise ConfigurationError(f"split is {split!r}; HotpotQA has the splits 'train' and 'validation'")
-    if dataset_name == MINI_WIKI:
+    names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
+    if len(names) != 1 and not (names and all(map(is_file, names))):
+        raise ConfigurationError(f"rows come from one data set or from one or more local files, not from {names}")
+    source = " ".join(names)
+    if source == MINI_WIKI:
         wiki = make_mini_wiki(mini_wiki_seed)
         return Dataset.from_list(wiki.train if split == "train" else wiki.validation)
-    if not _is_file(dataset_name):
-        rows = _load_from_hub(dataset_name, split)
-        check_rows(rows, f"{dataset_name} ({split})")
-        return rows
-    records = list(_read_file(Path(dataset_name)))
-    check_rows(records, dataset_name)
+    found: Iterable[Any]
+    if is_file(names[0]):
+        found = (row for name in names for row in _read_file(Path(name)))
+    else:
+        found = rows = _load_from_hub(source, split, revision)
+        source = f"{source} ({split})"
+        if "context" in rows.features and isinstance(rows[:1]["context"][0], Mapping):
+            check_rows(rows, source)
+            return rows  # as it is: it stays on the disk
+    aliases = read_aliases(Path(aliases_file)) if aliases_file is not None else None
+    records = [in_common_layout(row, f"{source}, row {i}", aliases) for i, row in enumerate(found)]
+    check_rows(records, source)
     try:
         return Dataset.from_list(records)
     except Exception as error:  # pyarrow's errors have no common root, and each means a column of mixed types
-        raise DataError(f"{dataset_name}: a column holds values of different types: {error}") from error
+        raise DataError(f"{source}: a column holds values of different types: {error}") from error
 
 
 def make_corpus(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
@@ -176,11 +212,14 @@ def _check_row(row: Any, where: str) -> None:
         if column not in row:
             raise DataError(
                 f"{where}: the column {column!r} is missing (there are {', '.join(map(str, row)) or 'none'}); rows "
-                f"have to be in the schema of {_HOTPOTQA} on the hub, which differs from that of the original files"
+                f"have to be in the schema of {_HOTPOTQA} on the hub, or in that of the original files of HotpotQA, "
+                "2WikiMultiHopQA or MuSiQue"
             )
     for column in ("id", "question", "answer"):
         if not isinstance(row[column], str) or not row[column].strip():
             raise DataError(f"{where}: the column {column!r} has to hold text, not {row[column]!r:.80}")
+    if not _is_list_of(row.get("answer_aliases") or [], str):
+        raise DataError(f"{where}: `answer_aliases` has to be a list of texts, not {row['answer_aliases']!r:.80}")
     _check_context(row["context"], where)
 
 
@@ -204,7 +243,10 @@ def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def _is_file(dataset_name: str) -> bool:
+def is_file(dataset_name: str) -> bool:
+    """Whether a data set's name is that of a local file, there or not."""
+    if dataset_name.startswith(_HUB_FILE):
+        return False
     return Path(dataset_name).suffix.lower() in _FILE_SUFFIXES or Path(dataset_name).is_file()
 
 
@@ -250,12 +292,15 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: this is not a Parquet file: {error}") from error
 
 
-def _load_from_hub(dataset_name: str, split: str) -> Dataset:
+def _load_from_hub(dataset_name: str, split: str, revision: str | None) -> Dataset:
     from datasets import load_dataset
 
     config = "distractor" if dataset_name == _HOTPOTQA else None
     try:
-        return load_dataset(dataset_name, config, split=split)
+        if dataset_name.startswith(_HUB_FILE):
+            builder = "parquet" if dataset_name.endswith(".parquet") else "json"
+            return load_dataset(builder, data_files=dataset_name, split="train")
+        return load_dataset(dataset_name, config, split=split, revision=revision)
     except (OSError, ValueError) as error:  # not found, no connection, no such split
         raise DataError(
             f"{dataset_name}: the split {split!r} could not be loaded from the hub: {error}. Without a connection use "
@@ -263,8 +308,8 @@ def _load_from_hub(dataset_name: str, split: str) -> Dataset:
         ) from error
 
 
-def _split_rows(rows: Dataset, eval_share: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
-    """Training and evaluation rows. Dealt, because files are often sorted; each side stays in the file's order."""
+def split_rows(rows: Dataset, eval_share: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
+    """Training and evaluation rows of a file. Dealt, because files are often sorted; each side stays in its order."""
     if not 0 < eval_share < 1:
         raise ConfigurationError(f"eval_share is {eval_share}; it has to be between 0 and 1, both excluded")
     if len(rows) < 2:
@@ -279,4 +324,5 @@ def _with_prompts(rows: Dataset, system_prompt: str) -> Dataset:
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     prompts = [[*system, {"role": "user", "content": question}] for question in rows["question"][:]]
     # The context stays behind: an environment gets every column of its row, and the corpus has the paragraphs.
-    return rows.remove_columns("context").add_column("prompt", prompts)
+    kept = rows.remove_columns("context") if "context" in rows.column_names else rows
+    return kept.add_column("prompt", prompts)

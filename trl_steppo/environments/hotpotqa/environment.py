@@ -77,22 +77,22 @@ class HotpotQAEnvironment:
         self._rewrites = state == "rewritten"
         self._force_first_search = force_first_search
         self.done = False
-        self._right_answer = ""
+        self._right_answers: list[str] = []
         self._given_answer: str | None = None
         self._row: dict[str, Any] = {}
         self._searches: list[str] = []
         self._passages: dict[Passage, None] = {}
         self._errors: list[str] = []
 
-    def reset(self, answer: str | None = None, **row: Any) -> str | None:
-        """Start an episode from a dataset row; its `answer` is what the model has to find."""
+    def reset(self, answer: str | None = None, answer_aliases: Sequence[str] | None = None, **row: Any) -> str | None:
+        """Start an episode from a dataset row; its `answer`, or one of `answer_aliases`, is what has to be found."""
         if not isinstance(answer, str) or not answer.strip():
             raise DataError(
                 f"the row {row.get('id', '')!r} has the answer {answer!r}; `HotpotQAEnvironment` scores against a "
                 "column `answer` that holds text"
             )
         self.done = False
-        self._right_answer = answer
+        self._right_answers = [answer, *(answer_aliases or [])]
         self._given_answer = None
         self._row, self._searches, self._passages, self._errors = row, [], {}, []
         if (self._force_first_search or self._rewrites) and "question" not in row:
@@ -165,7 +165,8 @@ class HotpotQAEnvironment:
         return [*system, {"role": "user", "content": content}]
 
     def _score(self, score: Callable[[str, str], float]) -> float:
-        return 0.0 if self._given_answer is None else score(self._given_answer, self._right_answer)
+        given = self._given_answer
+        return 0.0 if given is None else max(score(given, right) for right in self._right_answers)
 
 
 def format_passages(passages: Sequence[Passage]) -> str:

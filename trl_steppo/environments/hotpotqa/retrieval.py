@@ -1,19 +1,31 @@
-"""Retrieval: what a search query finds. BM25 over titles and texts, in memory."""
+"""Retrieval: what a search query finds. BM25 over titles and texts, in memory or in files that processes share."""
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import bm25s
 import numpy as np
+from tqdm.auto import tqdm
 
 from ...errors import ConfigurationError, DataError
 
 _WORD = re.compile(r"[^\W_]+")
+
+INDEX = "index.json"
+"""What an index says about itself."""
+
+_WORDS = "words.arrow"
+_TOKENIZER = 1
+"""Counted up when [`tokenize`] changes: words of an index made before would not be found any more."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,18 @@ class Retriever(Protocol):
         """The `k` best passages, best first; fewer, or none, where no more match."""
         ...
 
+    def search_many(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        """The same for several queries at once."""
+        ...
+
+
+class Vocabulary(Protocol):
+    """Ids of words; a `dict` is one."""
+
+    def get(self, word: str, /) -> int | None:
+        """The id, or `None` for an unknown word."""
+        ...
+
 
 class BM25Retriever:
     """
@@ -47,15 +71,20 @@ class BM25Retriever:
     A title counts `title_weight` times, because a search for a title should find its passage before those that mention
     it. No word is dropped as a stop word: titles such as "The Who" consist of them. Accents and case are ignored.
 
+    [`~BM25Retriever.save`] writes the index into a directory. [`~BM25Retriever.open`] maps it into memory, where all
+    processes of a machine that open it share its pages; a search then finds what it would have found before.
+
     Args:
         passages (`Iterable[Passage]`):
-            The corpus. Passages that score the same are found in this order.
+            The corpus. Passages that score the same are found in this order. A sequence is used as it is.
         title_weight (`int`, *optional*, defaults to `3`):
             How many times the words of a title are counted, at least 1.
         k1 (`float`, *optional*, defaults to `1.5`):
             How slowly the repetition of a word saturates.
         b (`float`, *optional*, defaults to `0.75`):
             How much long passages are marked down, from 0 to 1.
+        show_progress (`bool`, *optional*, defaults to `False`):
+            Show bars while the index is made.
 
     Example:
     ```python
@@ -66,22 +95,32 @@ class BM25Retriever:
     """
 
     def __init__(
-        self, passages: Iterable[Passage], *, title_weight: int = 3, k1: float = 1.5, b: float = 0.75
+        self,
+        passages: Iterable[Passage],
+        *,
+        title_weight: int = 3,
+        k1: float = 1.5,
+        b: float = 0.75,
+        show_progress: bool = False,
     ) -> None:
-        if title_weight < 1:
-            raise ConfigurationError(f"title_weight is {title_weight}; a title has to count at least once")
-        self._passages = list(passages)
-        self._vocabulary: dict[str, int] = {}
-        documents = [
-            self._learn(tokenize(passage.title) * title_weight + tokenize(passage.text)) for passage in self._passages
-        ]
-        if not self._vocabulary:
+        check_bm25_settings(title_weight=title_weight, k1=k1, b=b)
+        self._settings = {"title_weight": title_weight, "k1": k1, "b": b}
+        self._passages = passages if isinstance(passages, Sequence) else list(passages)
+        words: dict[str, int] = {}
+
+        def learn(passage: Passage) -> array[int]:
+            found = tokenize(passage.title) * title_weight + tokenize(passage.text)
+            return array("i", (words.setdefault(word, len(words)) for word in found))
+
+        documents = [learn(p) for p in tqdm(self._passages, "Reading passages", disable=not show_progress)]
+        if not words:
             raise DataError(f"the corpus has {len(self._passages)} passages and no word; there is nothing to search")
+        self._vocabulary: Vocabulary = words
         # "lucene" scores every match above 0, so that 0 means that no word of the query occurs.
         self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
         # Ids of our own in first-seen order: the library numbers words in the order of a set, which differs between
         # processes, and with it the rounding of sums and the order of near ties.
-        self._index.index((documents, self._vocabulary), create_empty_token=False, show_progress=False)
+        self._index.index((documents, words), create_empty_token=False, show_progress=show_progress)
 
     def __len__(self) -> int:
         return len(self._passages)
@@ -99,15 +138,140 @@ class BM25Retriever:
         Returns:
             `list[Passage]`: Best first. Empty where no word of the query occurs in the corpus.
         """
-        if k < 1:
-            raise ConfigurationError(f"k is {k}; a search has to ask for at least 1 passage")
-        word_ids = sorted({self._vocabulary[word] for word in tokenize(query) if word in self._vocabulary})
+        check_num_passages(k)
+        found = (self._vocabulary.get(word) for word in set(tokenize(query)))
+        word_ids = sorted(word_id for word_id in found if word_id is not None)
         if not word_ids:
             return []
         return [self._passages[i] for i in _best(self._index.get_scores_from_ids(word_ids), k)]
 
-    def _learn(self, words: Sequence[str]) -> list[int]:
-        return [self._vocabulary.setdefault(word, len(self._vocabulary)) for word in words]
+    def search_many(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        """
+        Search for several queries, one after the other.
+
+        Args:
+            queries (`Sequence[str]`):
+                Any texts.
+            k (`int`):
+                How many passages to return at most for each, at least 1.
+
+        Returns:
+            `list[list[Passage]]`: What [`~BM25Retriever.search`] returns for each.
+        """
+        return [self.search(query, k) for query in queries]
+
+    def save(self, directory: Path) -> None:
+        """
+        Write the index, but not the passages.
+
+        Args:
+            directory (`Path`):
+                A directory that nothing reads yet; it is made if it is not there.
+        """
+        if not isinstance(self._vocabulary, dict):
+            raise ConfigurationError("this index was opened from files; copy those instead of saving it")
+        words = self._vocabulary
+        self._index.vocab_dict = {}  # ours is searched without being read as a whole
+        self._index.save(directory, show_progress=False)
+        _MappedVocabulary.write(directory / _WORDS, words)
+        about = {"tokenizer": _TOKENIZER, "num_passages": len(self), **self._settings}
+        (directory / INDEX).write_text(json.dumps(about) + "\n")
+
+    @classmethod
+    def open(cls, directory: Path, passages: Sequence[Passage], **settings: float) -> BM25Retriever:
+        """
+        Map an index of [`~BM25Retriever.save`] into memory.
+
+        Args:
+            directory (`Path`):
+                Where it was written.
+            passages (`Sequence[Passage]`):
+                The corpus that it was made of, such as a [`MappedCorpus`].
+            settings (`float`):
+                `title_weight`, `k1`, `b`: what it has to have been made with; those left out may be anything.
+
+        Returns:
+            [`BM25Retriever`]: Ready to search.
+
+        Raises:
+            DataError: If the index was made with other settings or of another corpus.
+        """
+        about = check_index(directory, tokenizer=_TOKENIZER, num_passages=len(passages), **settings)
+        retriever = cls.__new__(cls)
+        retriever._settings = {name: about[name] for name in ("title_weight", "k1", "b")}
+        retriever._passages = passages
+        retriever._vocabulary = _MappedVocabulary(directory / _WORDS)
+        retriever._index = bm25s.BM25.load(directory, mmap=True, load_vocab=False, show_progress=False)
+        return retriever
+
+
+class _MappedVocabulary:
+    """Words in the order of the alphabet with their ids, in a file of which a look-up reads a few pages."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self._words, self._ids = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0).columns
+
+    @staticmethod
+    def write(path: Path, words: dict[str, int]) -> None:
+        import pyarrow as pa
+
+        in_order = sorted(words)
+        columns = [pa.array(in_order, pa.large_string()), pa.array([words[word] for word in in_order], pa.int32())]
+        batch = pa.record_batch(columns, ["word", "id"])
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+
+    def get(self, word: str, /) -> int | None:
+        i = bisect_left(self._words, word, key=lambda scalar: scalar.as_py())
+        found = i < len(self._words) and self._words[i].as_py() == word
+        return self._ids[i].as_py() if found else None
+
+
+def check_bm25_settings(*, title_weight: int, k1: float, b: float) -> None:
+    """Raise a `ConfigurationError` for settings that cannot work; see [`BM25Retriever`] for what they mean."""
+    if title_weight < 1:
+        raise ConfigurationError(f"title_weight is {title_weight}; a title has to count at least once")
+    if k1 < 0:
+        raise ConfigurationError(f"k1 is {k1}; it has to be at least 0")
+    if not 0 <= b <= 1:
+        raise ConfigurationError(f"b is {b}; it has to be between 0 and 1")
+
+
+def check_num_passages(k: int) -> None:
+    """Raise a `ConfigurationError` for a search that asks for no passage."""
+    if k < 1:
+        raise ConfigurationError(f"k is {k}; a search has to ask for at least 1 passage")
+
+
+def check_index(directory: Path, **wanted: Any) -> dict[str, Any]:
+    """
+    What an index says about itself.
+
+    Args:
+        directory (`Path`):
+            Where it was written.
+        wanted (`Any`):
+            Settings that it has to have been made with.
+
+    Returns:
+        `dict[str, Any]`: All of its settings.
+
+    Raises:
+        DataError: If there is none, or one was made with another setting.
+    """
+    path = directory / INDEX
+    if not path.is_file():
+        raise DataError(f"{directory}: there is no index here ({INDEX} is missing); make one")
+    about: dict[str, Any] = json.loads(path.read_text())
+    for name, value in wanted.items():
+        if about.get(name) != value:
+            raise DataError(
+                f"{directory}: the index was made with {name} = {about.get(name)!r}, and {value!r} is wanted; make it "
+                f"again, or ask for what it was made with"
+            )
+    return about
 
 
 def tokenize(text: str) -> list[str]:
