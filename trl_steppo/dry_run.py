@@ -103,6 +103,7 @@ def dry_run(path: Path, *, dataset_name: str | None = None, config_file: str | N
         ConfigurationError, DataError: If settings contradict each other, or those of the accelerate file, or rows are
             not what they should be.
     """
+    from .environments.hotpotqa import SYSTEM_PROMPT
     from .trainer.steppo_config import StepPOConfig
 
     own, script = read_recipe(path)
@@ -123,8 +124,8 @@ def dry_run(path: Path, *, dataset_name: str | None = None, config_file: str | N
         yield found
         tokenizer, found = _tokenizer(str(script.get("model_name_or_path", "mini_wiki")))
         yield found
-        prompt = {name: script[name] for name in ("system_prompt",) if name in script}
-        data, found = _data(dataset_name, str(script.get("dataset_name", "mini_wiki")), prompt)
+        system_prompt = str(script.get("system_prompt", SYSTEM_PROMPT))
+        data, found = _data(dataset_name, str(script.get("dataset_name", "mini_wiki")), system_prompt)
         yield found
         yield from _play(own, script, config, tokenizer, data)
 
@@ -162,18 +163,18 @@ def _tokenizer(name: str) -> tuple[Any, str]:
     return AutoTokenizer.from_pretrained(MINI_WIKI_POLICY), "tokenizer: the built-in one"
 
 
-def _data(given: str | None, of_recipe: str, prompt: dict[str, str]) -> tuple[Any, str]:
+def _data(given: str | None, of_recipe: str, system_prompt: str) -> tuple[Any, str]:
     from .environments.hotpotqa import hotpotqa_dataset
 
     if given is not None:
-        return hotpotqa_dataset(given, **prompt), f"rows: of {given}"
+        return hotpotqa_dataset(given, system_prompt=system_prompt), f"rows: of {given}"
     try:
-        return hotpotqa_dataset(of_recipe, **prompt), f"rows: of {of_recipe}"
+        return hotpotqa_dataset(of_recipe, system_prompt=system_prompt), f"rows: of {of_recipe}"
     except (OSError, DataError, ConnectionError, ValueError) as error:
         if Path(of_recipe).suffix:
             raise
         found = f"rows: {of_recipe} cannot be had here ({type(error).__name__}); tried with the mini wiki"
-        return hotpotqa_dataset("mini_wiki", **prompt), found
+        return hotpotqa_dataset("mini_wiki", system_prompt=system_prompt), found
 
 
 def _adapter(script: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """HotpotQA: a search environment, retrieval, the official scores, data, and a mini wiki that needs no download."""
 
 from .corpus import MappedCorpus, write_corpus
-from .data import HotpotQAData, hotpotqa_dataset, load_rows, make_corpus
+from .data import SYSTEM_PROMPT, HotpotQAData, hotpotqa_dataset, load_rows, make_corpus
 from .dense import DenseRetriever
 from .environment import HotpotQAEnvironment
 from .mini_wiki import MiniWiki, make_mini_wiki
@@ -11,6 +11,7 @@ from .retrieval import BM25Retriever, Passage, Retriever
 from .scoring import exact_match, f1, normalize_answer, valid_calls
 
 __all__ = [
+    "SYSTEM_PROMPT",
     "BM25Retriever",
     "DenseRetriever",
     "HotpotQAData",
