@@ -240,6 +240,19 @@ def test_two_ranks_resume(runs):
     }
 
 
+def test_one_rank_goes_on_from_two(runs, recorded):
+    """From a checkpoint after the first of three updates, with the optimizer's state."""
+    saved = played(runs, "saved")
+    if not (saved / "checkpoint-1" / "optimizer.pt").is_file():
+        pytest.skip("DeepSpeed's shards are for as many ranks as wrote them")
+    settings = (
+        SETTINGS | SAVED | {"replay_episodes_dir": str(recorded / "plain" / "1"), "per_device_train_batch_size": 8}
+    )
+    replay(runs / "1" / "resumed", settings, str(saved / "checkpoint-1"))
+    for name in ("", "critic"):
+        assert distance(load(saved / name), load(runs / "1" / "resumed" / name)) < 1e-5
+
+
 def test_lopsided_ranks_do_not_wait_for_each_other(runs):
     """Played, not replayed: one step on the first rank, five on the second, where all episodes of one update fail."""
     history = json.loads((played(runs, "live") / "trainer_state.json").read_text())["log_history"]

@@ -136,18 +136,19 @@ class Fsdp2Network(Network):
             root.set_reshard_after_forward(True)
 
     def _optimizer_state(self, *, keep: bool) -> dict[str, Any]:
-        state = super()._optimizer_state(keep=keep)
-        for of_parameter in state["state"].values():
-            for name, value in of_parameter.items():
-                whole = whole_tensor(value)
-                of_parameter[name] = whole.cpu() if keep and torch.is_tensor(whole) else None
-        return state
+        state = super()._optimizer_state(keep=keep)  # whose inner dicts are the optimizer's own
+        whole: dict[int, dict[str, Any]] = {}
+        for index, of_parameter in state["state"].items():
+            gathered_state = {name: whole_tensor(value) for name, value in of_parameter.items()}
+            if keep:
+                whole[index] = {n: v.cpu() if torch.is_tensor(v) else v for n, v in gathered_state.items()}
+        return {**state, "state": whole}
 
     def _load_optimizer_state(self, state: dict[str, Any]) -> None:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, of_parameter in state["state"].items():
             for name, value in of_parameter.items():
-                if torch.is_tensor(value) and value.shape == parameters[index].shape:
+                if torch.is_tensor(value) and value.dim():  # the count of steps has no dimension
                     of_parameter[name] = shard_like(value, parameters[index])
         super()._load_optimizer_state(state)
 
