@@ -136,6 +136,7 @@ def runs(request, recorded, tmp_path_factory) -> Path:
     scenarios[2]["resumed"] = scenarios[2]["saved"] | {"resume_from_checkpoint": checkpoint}
     scenarios[2]["live"] = {
         **SETTINGS,
+        "lopsided": True,
         "per_device_train_batch_size": 4,
         "max_interaction_steps": 6,
         "response_length": 4,
