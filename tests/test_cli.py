@@ -14,6 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from trl_steppo.cli import CONFIGS, main
 from trl_steppo.dry_run import SCRIPT_SETTINGS, read_recipe
+from trl_steppo.errors import ConfigurationError
 from trl_steppo.launch_file import check_launch
 from trl_steppo.trainer.steppo_config import StepPOConfig
 
@@ -138,7 +139,7 @@ def test_check_names_a_file_that_is_not_there(tmp_path, capsys):
 def test_shipped_files_contradict_no_recipe(name, tmp_path):
     for path in RECIPES:
         own, _ = read_recipe(path)
-        if "zero" in name and own.get("critic_shares_base"):
+        if ("zero" in name or "fsdp" in name) and own.get("critic_shares_base"):
             continue
         args = StepPOConfig(**own | {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False})
         assert check_launch(own, args, name).startswith("launch: ")
@@ -159,3 +160,26 @@ def test_the_script_s_settings_are_known():
         check=True,
     ).stdout
     assert all(f"--{name}" in help_text for name in SCRIPT_SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("section", "match"),
+    [
+        ({}, "version 1"),
+        ({"fsdp_version": 2}, "fsdp_cpu_ram_efficient_loading"),
+        ({"fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": False, "fsdp_offload_params": True}, "offload"),
+    ],
+)
+def test_check_refuses_what_fsdp_would(section, match, tmp_path):
+    file = tmp_path / "launch.yaml"
+    file.write_text(json.dumps({"distributed_type": "FSDP", "fsdp_config": section, "num_processes": 2}))
+    args = StepPOConfig(output_dir=str(tmp_path), use_cpu=True, total_episodes=64)
+    with pytest.raises(ConfigurationError, match=match):
+        check_launch({}, args, str(file))
+
+
+def test_check_takes_what_accelerate_writes_by_default(tmp_path):
+    file = tmp_path / "launch.yaml"
+    file.write_text("distributed_type: 'NO'\nmixed_precision: 'no'\nnum_processes: 1\n")
+    args = StepPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert check_launch({}, args, str(file)).endswith("as many updates as the rows give")

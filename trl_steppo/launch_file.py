@@ -42,10 +42,12 @@ def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
     file = _read(name)
     kind = str(file.get("distributed_type", "NO"))
     found = list(_contradictions(recipe, args, file, kind))
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):  # as the run itself would find at its start
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # as the run itself would find at its start
         accelerator: Any = SimpleNamespace(
             distributed_type=DistributedType(kind),
             deepspeed_plugin=SimpleNamespace(zero_stage=_deepspeed(file)["stage"]),
+            is_fsdp2=int((file.get("fsdp_config") or {}).get("fsdp_version", 1)) == 2,
+            state=SimpleNamespace(fsdp_plugin=_fsdp_plugin(file)),
         )
         try:
             check_distribution(args, accelerator, (None, None))
@@ -54,7 +56,8 @@ def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
     if found:
         raise ConfigurationError(f"the recipe and {name} contradict each other:\n" + "\n".join(found))
     num_processes, batch, updates = _sizes(args, file)
-    line = f"launch: {num_processes} processes, {batch} episodes an update, {updates} updates"
+    counted = f"{updates} updates" if updates else "as many updates as the rows give"
+    line = f"launch: {num_processes} processes, {batch} episodes an update, {counted}"
     beyond = updates * batch - args.total_episodes if args.total_episodes is not None else 0
     return line + (f", {beyond} episodes more than `total_episodes`" if beyond > 0 else "")
 
@@ -79,8 +82,9 @@ def _read(name: str) -> dict[str, Any]:
 def _contradictions(recipe: dict[str, Any], args: StepPOConfig, file: dict[str, Any], kind: str) -> Iterator[str]:
     given = file.get("mixed_precision")
     given = "no" if given is False else given  # as YAML reads it without quotes
-    own = _precision(recipe, on_cpu=bool(file.get("use_cpu")))
-    if given is not None and given != own:
+    own = _precision(recipe, on_cpu=bool(file.get("use_cpu") or recipe.get("use_cpu")))
+    is_named = bool(recipe.get("fp16")) or recipe.get("bf16") is not None
+    if given is not None and given != own and (is_named or own == "no"):
         outcome = f"the run would be in {given}" if own == "no" else "the file's has no effect"
         yield f"`mixed_precision` is {given!r} there, and the recipe asks for {own!r}: {outcome}; leave it out there"
     for section, needed in (("deepspeed_config", "DEEPSPEED"), ("fsdp_config", "FSDP")):
@@ -123,6 +127,20 @@ def _deepspeed(file: dict[str, Any]) -> dict[str, Any]:
         return {**section, "stage": section.get("zero_stage", 2)}
     content: dict[str, Any] = json.loads(Path(other).read_text())
     return {**content, "stage": content.get("zero_optimization", {}).get("stage", 0)}
+
+
+def _fsdp_plugin(file: dict[str, Any]) -> SimpleNamespace:
+    """What accelerate would make of the file's `fsdp_config`, with the defaults of its launcher."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    section = file.get("fsdp_config") or {}
+    return SimpleNamespace(
+        reshard_after_forward=section.get("fsdp_reshard_after_forward", True),
+        cpu_offload=CPUOffloadPolicy() if section.get("fsdp_offload_params") else None,
+        activation_checkpointing=section.get("fsdp_activation_checkpointing", False),
+        cpu_ram_efficient_loading=section.get("fsdp_cpu_ram_efficient_loading", True),
+        ignored_modules=section.get("fsdp_ignored_modules"),
+    )
 
 
 def _sizes(args: StepPOConfig, file: dict[str, Any]) -> tuple[int, int, int]:

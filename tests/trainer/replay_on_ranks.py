@@ -64,10 +64,11 @@ def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: st
     networks: dict[str, Any] = {"value_model": make_classifier(), "ref_model": make_model(5)}
     if settings.pop("lora", False):  # the critic has an adapter, too; the reference is the policy's base
         networks = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
+    environment = Lopsided if settings.pop("lopsided", False) else Hash
     trainer = make_trainer(
         directory,
         **networks,
-        environment_factory=Hash if "replay_episodes_dir" in settings else Lopsided,
+        environment_factory=environment,
         eval_dataset=prompt_rows(1),  # the second rank has nothing to evaluate
         **settings,
     )

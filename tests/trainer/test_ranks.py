@@ -136,6 +136,7 @@ def runs(request, recorded, tmp_path_factory) -> Path:
     scenarios[2]["resumed"] = scenarios[2]["saved"] | {"resume_from_checkpoint": checkpoint}
     scenarios[2]["live"] = {
         **SETTINGS,
+        "lopsided": True,
         "per_device_train_batch_size": 4,
         "max_interaction_steps": 6,
         "response_length": 4,
@@ -238,6 +239,19 @@ def test_two_ranks_resume(runs):
         "rng_state_0.pth",
         "rng_state_1.pth",
     }
+
+
+def test_one_rank_goes_on_from_two(runs, recorded):
+    """From a checkpoint after the first of three updates, with the optimizer's state."""
+    saved = played(runs, "saved")
+    if not (saved / "checkpoint-1" / "optimizer.pt").is_file():
+        pytest.skip("DeepSpeed's shards are for as many ranks as wrote them")
+    settings = (
+        SETTINGS | SAVED | {"replay_episodes_dir": str(recorded / "plain" / "1"), "per_device_train_batch_size": 8}
+    )
+    replay(runs / "1" / "resumed", settings, str(saved / "checkpoint-1"))
+    for name in ("", "critic"):
+        assert distance(load(saved / name), load(runs / "1" / "resumed" / name)) < 1e-5
 
 
 def test_lopsided_ranks_do_not_wait_for_each_other(runs):

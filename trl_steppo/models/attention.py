@@ -200,6 +200,12 @@ def block_attention(
     """
     if trie_mask is None:
         return run_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    changed = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if changed:
+        raise ConfigurationError(
+            f"{type(module).__name__} changes its attention by {', '.join(changed)}, which is not built for tries; "
+            "set `attn_implementation` to 'eager'"
+        )
     from torch.nn.attention.flex_attention import flex_attention
 
     grouped = query.shape[1] != key.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import PreTrainedModel
@@ -74,8 +75,10 @@ def _check_fsdp(args: StepPOConfig, accelerator: Accelerator, optimizers: tuple[
             "accelerate was launched with FSDP in its version 1; set `fsdp_version: 2` in the configuration's "
             "`fsdp_config` (`trl-steppo config fsdp2`)"
         )
-    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise ConfigurationError(f"torch {torch.__version__} is too old for FSDP2 here; upgrade it (2.13 will do)")
     plugin: Any = accelerator.state.fsdp_plugin
     for name, is_usual, why in (
         ("reshard_after_forward", plugin.reshard_after_forward, "weights are gathered again in the backward pass"),

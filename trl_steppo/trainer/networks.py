@@ -123,31 +123,31 @@ class Fsdp2Network(Network):
         from torch.distributed.fsdp import FSDPModule
 
         root: Any = self.module
-        root._get_fsdp_state()._lazy_init()  # or the first layer to run would take itself for the root
         root.set_reshard_after_forward(False)
-        units = [module for module in root.modules() if isinstance(module, FSDPModule)]
-        for unit in units:
-            unit.unshard()
+        for unit in root.modules():
+            if isinstance(unit, FSDPModule):
+                unit.unshard()
         try:
             yield
         finally:
-            for unit in units:
-                unit.reshard()
             root.set_reshard_after_forward(True)
+            # Shards again; and forgotten is what was forwarded, which other ranks have not, and would prefetch apart.
+            root.reset_iter_state()
 
     def _optimizer_state(self, *, keep: bool) -> dict[str, Any]:
-        state = super()._optimizer_state(keep=keep)
-        for of_parameter in state["state"].values():
-            for name, value in of_parameter.items():
-                whole = whole_tensor(value)
-                of_parameter[name] = whole.cpu() if keep and torch.is_tensor(whole) else None
-        return state
+        state = super()._optimizer_state(keep=keep)  # whose inner dicts are the optimizer's own
+        whole: dict[int, dict[str, Any]] = {}
+        for index, of_parameter in state["state"].items():
+            gathered_state = {name: whole_tensor(value) for name, value in of_parameter.items()}
+            if keep:
+                whole[index] = {n: v.cpu() if torch.is_tensor(v) else v for n, v in gathered_state.items()}
+        return {**state, "state": whole}
 
     def _load_optimizer_state(self, state: dict[str, Any]) -> None:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, of_parameter in state["state"].items():
             for name, value in of_parameter.items():
-                if torch.is_tensor(value) and value.shape == parameters[index].shape:
+                if torch.is_tensor(value) and value.dim():  # the count of steps has no dimension
                     of_parameter[name] = shard_like(value, parameters[index])
         super()._load_optimizer_state(state)
 
@@ -370,6 +370,10 @@ def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     fully_shard(network, **shared)
     for module in network.modules():
         module.register_load_state_dict_pre_hook(take_shards)
+    # Now, while adapters are on: or the first layer to run would take itself for the root, and only what happens to be
+    # on in the first pass would be trained in float32.
+    sharded: Any = network
+    sharded._get_fsdp_state()._lazy_init()
     return network
 
 

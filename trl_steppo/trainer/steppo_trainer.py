@@ -209,6 +209,8 @@ class StepPOTrainer(PPOTrainer):
         self.rows = RowStream(train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
         self._derive_sizes()
         self.clock = Clock()
+        self._build_learner(model, ref_model, value_model, optimizers)
+        # After it: what a model's attention can take is settled there.
         self.sampler = LocalSampler(plain_model(model), cache_tokens=args.rollout_cache_tokens)
         self.player = EpisodePlayer(
             args,
@@ -222,7 +224,6 @@ class StepPOTrainer(PPOTrainer):
             data_collator=data_collator,
             example_row=self.rows.example,
         )
-        self._build_learner(model, ref_model, value_model, optimizers)
         self.progress = Progress()
 
     # -- the story ----------------------------------------------------------------------------------------------------
