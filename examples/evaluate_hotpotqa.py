@@ -52,7 +52,7 @@ class Arguments:
     model_name_or_path: str = field(
         metadata={"help": "`mini_wiki` (built in), a directory, a name on the hub, or the server's name for it."}
     )
-    datasets: list[str] = field(metadata={"help": "`mini_wiki`, or .jsonl, .json and .parquet files."})
+    datasets: list[str] = field(metadata={"help": "`mini_wiki`, files of rows, prepared directories."})
     output_dir: str = field(metadata={"help": "Where the scores go."})
     base_url: str | None = field(default=None, metadata={"help": "An OpenAI-compatible server. None: in-process."})
     dtype: str = field(default="float32", metadata={"help": "The weights' type: float32, bfloat16, or auto."})
@@ -267,7 +267,8 @@ def main(args: Arguments) -> None:
         table.add_column(column, justify="left" if column == "data set" else "right")
     summary: dict[str, dict[str, float]] = {}
     for dataset in args.datasets:
-        data = hotpotqa_dataset(dataset, eval_dataset_name=dataset, system_prompt=args.system_prompt)
+        rows = None if Path(dataset).is_dir() else dataset  # a prepared directory has its evaluation rows
+        data = hotpotqa_dataset(dataset, eval_dataset_name=rows, system_prompt=args.system_prompt)
         lines = evaluate(args, dataset, data, model)
         if not lines:
             raise SystemExit(f"{dataset}: every question failed; the errors are above")

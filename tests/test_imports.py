@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
         "report",
         "configs",
         "memory",
+        "launch_file",
         "dry_run",
         "cli",
         "__init__",

@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     memory = commands.add_parser("memory", help="what a run needs of each GPU's memory, from the model's shape alone")
     memory.add_argument("model", help="Qwen2.5-3B, Qwen3-1.7B, Qwen3-4B (built in), a directory, or a name on the hub")
-    memory.add_argument("--engine", nargs="+", default=["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"])
+    engines = ["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
+    memory.add_argument("--engine", nargs="+", choices=engines, default=engines)
     memory.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 4, 8])
     memory.add_argument(
         "--weights", choices=["float32", "bfloat16"], default="float32", help="what they are loaded as"
