@@ -15,7 +15,7 @@ import trl_steppo
 PACKAGE = Path(trl_steppo.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"types", "errors", "masked"},
+    {"types", "errors", "masked", "durable"},
     {"environments", "inference", "batching", "advantages", "losses", "models"},
     {"gateway"},
     {"rollout"},

@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import ConfigurationError, DataError, StepPOError
 from .inference.base import Sample, SamplingParams
-from .launch_file import check_launch
+from .launch_file import check_launch, read_mapping
 from .memory import SHAPES, load_config
 from .types import StopReason, TokenIds
 
@@ -65,16 +65,9 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ConfigurationError: If the file is no mapping, or names a setting that neither knows.
     """
-    import yaml
-
     from .trainer.steppo_config import StepPOConfig
 
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} holds a {type(content).__name__}; a recipe is a mapping of settings")
+    content = read_mapping(path, "a recipe is a mapping of settings")
     fields = {field.name for field in dataclasses.fields(StepPOConfig)}
     own = {name: value for name, value in content.items() if name in fields}
     script = {name: value for name, value in content.items() if name in SCRIPT_SETTINGS}

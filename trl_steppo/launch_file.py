@@ -63,19 +63,24 @@ def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    import yaml
-
     path = CONFIGS / f"{name}.yaml"
     path = path if path.is_file() else Path(name)
     if not path.is_file():
         shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
         raise ConfigurationError(f"`--config_file` is {name!r}, which is no file, and none of {shipped}")
+    return read_mapping(path, "`accelerate config` writes a mapping")
+
+
+def read_mapping(path: Path, expected: str) -> dict[str, Any]:
+    """A YAML file's settings. A `ConfigurationError` where it holds something else than the `expected` mapping."""
+    import yaml
+
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} holds a {type(content).__name__}; `accelerate config` writes a mapping")
+        raise ConfigurationError(f"{path} holds a {type(content).__name__}; {expected}")
     return content
 
 

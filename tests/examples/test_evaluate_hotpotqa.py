@@ -1,25 +1,17 @@
 """The evaluation script, in this process and against a server of the same protocol."""
 
-import importlib.util
 import json
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate_hotpotqa.py"
+from scripts import load_script
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_hotpotqa", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evaluate_hotpotqa")
 
 
 def make_args(script, directory, **settings):

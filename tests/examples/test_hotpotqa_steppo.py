@@ -1,6 +1,5 @@
 """The example script, run as a user runs it, on a handful of episodes."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,19 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "hotpotqa_steppo.py"
 REAL_ROWS = ROOT.parent / "shared" / "data" / "hotpotqa_distractor_60.jsonl"
 SHORT = ["--total_episodes", "8", "--per_device_train_batch_size", "4", "--num_mini_batches", "1"]
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("hotpotqa_steppo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_script(*arguments):
@@ -36,7 +28,7 @@ def read_history(output_dir):
 
 
 def test_without_flags_it_takes_the_built_in_recipe():
-    script = load_script()
+    script = load_script("hotpotqa_steppo")
     assert script.with_default_config(["--seed", "3"]) == [
         "--config",
         str(script.RECIPES / "mini_wiki.yaml"),
@@ -48,7 +40,7 @@ def test_without_flags_it_takes_the_built_in_recipe():
 
 def test_a_model_without_a_recipe_is_refused():
     with pytest.raises(SystemExit, match=r"--config.*hotpotqa_qwen2\.5_0\.5b\.yaml"):
-        load_script().with_default_config(["--model_name_or_path", "Qwen/Qwen2.5-3B-Instruct"])
+        load_script("hotpotqa_steppo").with_default_config(["--model_name_or_path", "Qwen/Qwen2.5-3B-Instruct"])
 
 
 def test_one_switch_makes_it_token_level_ppo(tmp_path):
@@ -75,7 +67,7 @@ def test_real_rows_load_and_play(tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "examples" / "configs").glob("*.yaml")))
 def test_every_recipe_is_a_valid_configuration(recipe):
-    script = load_script()
+    script = load_script("hotpotqa_steppo")
     parser = script.TrlParser((script.HotpotQAArguments, script.StepPOConfig))
     script_args, training_args = parser.parse_args_and_config(["--config", str(script.RECIPES / recipe)])
     assert script_args.model_name_or_path

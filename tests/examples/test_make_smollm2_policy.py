@@ -1,23 +1,16 @@
 """A real pretrained model out of the package that carries it."""
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "make_smollm2_policy.py"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("make_smollm2_policy", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_smollm2_policy")
 
 
 def test_what_is_missing_is_named(script, tmp_path, monkeypatch):

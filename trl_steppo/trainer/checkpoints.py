@@ -7,7 +7,6 @@ disk. Its manifest names every file with its size, the parameters of the network
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ..durable import sync
 from ..errors import CheckpointError
 from ..models import is_peft_model, whole_shape
 
@@ -186,15 +186,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def _sync(directory: Path) -> None:
     """All of it to the disk: a power cut must not leave a checkpoint of empty files."""
     for path in [*directory.rglob("*"), directory]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _replace(directory: Path, partial: Path) -> None:
@@ -204,7 +196,7 @@ def _replace(directory: Path, partial: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         directory.rename(replaced)
     partial.rename(directory)
-    _sync_one(directory.parent)
+    sync(directory.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -249,8 +249,10 @@ def build_networks(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         found = _build_engines(args, accelerator, networks, decay_parameter_names)
         return found[0], found[1] if critic is not None else None
-    if not accelerator.is_fsdp2:  # which moves shards, where no device need hold all
-        networks = [network.to(accelerator.device) for network in networks]
+    if accelerator.is_fsdp2:
+        found = _build_shards(args, accelerator, networks, decay_parameter_names)
+        return found[0], found[1] if critic is not None else None
+    networks = [network.to(accelerator.device) for network in networks]
     if given is not None:
         _check_optimizer(args, given, policy, critic)
         scheduler = given_scheduler if given_scheduler is not None else make_scheduler(args, given)
@@ -263,14 +265,8 @@ def build_networks(
     else:
         found = []
         for network, learning_rate in zip(networks, _learning_rates(args), strict=False):
-            if accelerator.is_fsdp2:
-                shard(network, accelerator)
             optimizer = make_optimizer(args, network, learning_rate, set(decay_parameter_names(network)))
             scheduler = make_scheduler(args, optimizer)
-            if accelerator.is_fsdp2:
-                prepared_optimizer = accelerator.prepare_optimizer(optimizer)
-                found.append(Fsdp2Network(network, prepared_optimizer, scheduler, accelerator))
-                continue
             module, optimizer = accelerator.prepare(network, optimizer)
             found.append(Network(module, optimizer, scheduler, accelerator))
     return found[0], found[1] if critic is not None else None
@@ -279,6 +275,22 @@ def build_networks(
 def _learning_rates(args: StepPOConfig) -> tuple[float, float]:
     """Of the policy and of the critic."""
     return args.learning_rate, args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
+
+
+def _build_shards(
+    args: StepPOConfig,
+    accelerator: Accelerator,
+    networks: list[nn.Module],
+    decay_parameter_names: Callable[[nn.Module], list[str]],
+) -> list[Network]:
+    """Networks in FSDP2's shards, which go to the device by themselves: it need not hold all."""
+    found: list[Network] = []
+    for network, learning_rate in zip(networks, _learning_rates(args), strict=False):
+        shard(network, accelerator)
+        optimizer = make_optimizer(args, network, learning_rate, set(decay_parameter_names(network)))
+        scheduler = make_scheduler(args, optimizer)
+        found.append(Fsdp2Network(network, accelerator.prepare_optimizer(optimizer), scheduler, accelerator))
+    return found
 
 
 def _build_engines(

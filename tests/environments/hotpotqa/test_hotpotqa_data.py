@@ -25,8 +25,8 @@ REAL_ROWS = Path(__file__).parents[4] / "shared" / "data" / "hotpotqa_distractor
 needs_real_rows = pytest.mark.skipif(not REAL_ROWS.is_file(), reason=f"needs the real HotpotQA rows, {REAL_ROWS.name}")
 
 
-def _row(number: int) -> dict[str, Any]:
-    return {
+def make_row(number: int, **changes: Any) -> dict[str, Any]:
+    row = {
         "id": f"row-{number}",
         "question": f"Who wrote book {number}?",
         "answer": f"Writer {number}",
@@ -38,12 +38,13 @@ def _row(number: int) -> dict[str, Any]:
             "sentences": [[f"Book {number} is long.", f" Writer {number} wrote it."], ["Paper is thin."]],
         },
     }
+    return {**row, **changes}
 
 
-ROWS = [_row(number) for number in range(10)]
+ROWS = [make_row(number) for number in range(10)]
 
 
-def _write(path: Path, rows: list[Any]) -> str:
+def write_rows(path: Path, rows: list[Any]) -> str:
     if path.suffix == ".parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
     elif path.suffix == ".json":
@@ -55,7 +56,7 @@ def _write(path: Path, rows: list[Any]) -> str:
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_a_local_file_gives_its_rows_for_either_split(tmp_path: Path, suffix: str) -> None:
-    name = _write(tmp_path / f"rows{suffix}", ROWS)
+    name = write_rows(tmp_path / f"rows{suffix}", ROWS)
     assert load_rows(name, "train").to_list() == ROWS
     assert load_rows(name, "validation").to_list() == ROWS
 
@@ -87,7 +88,7 @@ def test_the_mini_wiki_is_the_default() -> None:
 
 
 def test_a_local_file_is_dealt_by_the_seed(tmp_path: Path) -> None:
-    name = _write(tmp_path / "rows.jsonl", ROWS)
+    name = write_rows(tmp_path / "rows.jsonl", ROWS)
     train, evaluation, retriever = hotpotqa_dataset(name, eval_share=0.3, seed=0)
     assert (len(train), len(evaluation)) == (7, 3)
     assert sorted([*train["id"], *evaluation["id"]]) == [row["id"] for row in ROWS]
@@ -100,8 +101,8 @@ def test_a_local_file_is_dealt_by_the_seed(tmp_path: Path) -> None:
 
 
 def test_evaluation_rows_may_come_from_elsewhere(tmp_path: Path) -> None:
-    name = _write(tmp_path / "train.jsonl", ROWS[:6])
-    eval_name = _write(tmp_path / "eval.json", ROWS[6:])
+    name = write_rows(tmp_path / "train.jsonl", ROWS[:6])
+    eval_name = write_rows(tmp_path / "eval.json", ROWS[6:])
     data = hotpotqa_dataset(name, eval_dataset_name=eval_name)
     assert (len(data.train_dataset), data.eval_dataset["id"]) == (6, [row["id"] for row in ROWS[6:]])
     assert len(data.retriever) == 11
@@ -161,7 +162,7 @@ def _broken(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_broken_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
-    name = _write(tmp_path / "rows.jsonl", [ROWS[0], row])
+    name = write_rows(tmp_path / "rows.jsonl", [ROWS[0], row])
     with pytest.raises(DataError, match=f"rows.jsonl, {message}"):
         load_rows(name, "train")
 
@@ -188,10 +189,10 @@ def test_other_mistakes_are_named(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "missing.jsonl"), "train")
     with pytest.raises(ConfigurationError, match="split is 'test'"):
         load_rows("mini_wiki", "test")
-    name = _write(tmp_path / "mixed.jsonl", [{**ROWS[0], "level": 1}, {**ROWS[1], "level": "hard"}])
+    name = write_rows(tmp_path / "mixed.jsonl", [{**ROWS[0], "level": 1}, {**ROWS[1], "level": "hard"}])
     with pytest.raises(DataError, match=r"mixed\.jsonl: a column holds values of different types"):
         load_rows(name, "train")
-    name = _write(tmp_path / "one.jsonl", ROWS[:1])
+    name = write_rows(tmp_path / "one.jsonl", ROWS[:1])
     with pytest.raises(DataError, match="one row cannot be split"):
         hotpotqa_dataset(name)
     with pytest.raises(ConfigurationError, match="eval_share is 1"):

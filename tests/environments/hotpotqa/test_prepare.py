@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
+from test_hotpotqa_data import REAL_ROWS, ROWS, make_row, write_rows
 
 from trl_steppo.cli import main
 from trl_steppo.environments.hotpotqa import (
@@ -27,34 +28,6 @@ from trl_steppo.environments.hotpotqa import (
 )
 from trl_steppo.errors import ConfigurationError, DataError
 
-REAL_ROWS = Path(__file__).parents[4] / "shared" / "data" / "hotpotqa_distractor_60.jsonl"
-
-
-def _row(number: int, **changes: Any) -> dict[str, Any]:
-    row = {
-        "id": f"row-{number}",
-        "question": f"Who wrote book {number}?",
-        "answer": f"Writer {number}",
-        "context": {
-            "title": [f"Book {number}", "Paper"],
-            "sentences": [[f"Book {number} is long.", f" Writer {number} wrote it."], ["Paper is thin."]],
-        },
-    }
-    return {**row, **changes}
-
-
-ROWS = [_row(number) for number in range(10)]
-
-
-def _write(path: Path, rows: list[Any]) -> str:
-    if path.suffix == ".parquet":
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
 
 def _prepare(directory: Path, rows: str, **settings: Any) -> list[str]:
     said: list[str] = []
@@ -64,7 +37,7 @@ def _prepare(directory: Path, rows: str, **settings: Any) -> list[str]:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> str:
-    return _write(tmp_path / "rows.jsonl", ROWS)
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
 @pytest.fixture
@@ -86,8 +59,8 @@ def test_a_prepared_directory_gives_what_the_rows_give(prepared: Path, rows: str
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_the_command_reads_several_files(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = [_write(tmp_path / f"part{i}{suffix}", ROWS[i : i + 3]) for i in (0, 3)]
-    evaluation = _write(tmp_path / f"eval{suffix}", ROWS[6:])
+    parts = [write_rows(tmp_path / f"part{i}{suffix}", ROWS[i : i + 3]) for i in (0, 3)]
+    evaluation = write_rows(tmp_path / f"eval{suffix}", ROWS[6:])
     directory = tmp_path / "prepared"
     command = ["hotpotqa", "prepare", str(directory), "--train", *parts, "--validation", evaluation]
     assert main(command) == 0
@@ -136,9 +109,9 @@ MUSIQUE = {
 def test_2wikimultihopqa_keeps_the_answers_aliases(tmp_path: Path, as_text: bool) -> None:
     columns = ("context", "supporting_facts", "evidences")
     row = {**TWO_WIKI, **({column: json.dumps(TWO_WIKI[column]) for column in columns} if as_text else {})}
-    rows = _write(tmp_path / "dev.json", [row, {**row, "_id": "other", "answer_id": None}])
+    rows = write_rows(tmp_path / "dev.json", [row, {**row, "_id": "other", "answer_id": None}])
     entries = [{"Q_id": "Q30", "aliases": ["USA", "U.S."], "demonyms": ["American"]}]
-    aliases = _write(tmp_path / "id_aliases.jsonl", entries)
+    aliases = write_rows(tmp_path / "id_aliases.jsonl", entries)
     command = ["hotpotqa", "prepare", str(tmp_path / "p"), "--dataset", "2wikimultihopqa", "--validation", rows]
     assert main([*command, "--aliases", aliases]) == 0
     _, evaluation, retriever = open_prepared(tmp_path / "p")
@@ -159,7 +132,7 @@ def test_2wikimultihopqa_keeps_the_answers_aliases(tmp_path: Path, as_text: bool
 
 
 def test_musique_keeps_the_answers_aliases(tmp_path: Path) -> None:
-    rows = _write(tmp_path / "dev.jsonl", [MUSIQUE])
+    rows = write_rows(tmp_path / "dev.jsonl", [MUSIQUE])
     prepare(tmp_path / "p", "musique", validation=[rows], show_progress=False, report=lambda line: None)
     _, evaluation, retriever = open_prepared(tmp_path / "p")
     assert evaluation[0]["answer_aliases"] == ["USA", "U.S."]
@@ -180,13 +153,13 @@ def test_musique_keeps_the_answers_aliases(tmp_path: Path) -> None:
 )
 def test_broken_rows_of_other_layouts_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"dev.jsonl, row 0.*{message}"):
-        load_rows(_write(tmp_path / "dev.jsonl", [row]), "validation")
+        load_rows(write_rows(tmp_path / "dev.jsonl", [row]), "validation")
 
 
 def test_a_broken_file_of_aliases_is_named(tmp_path: Path) -> None:
-    aliases = _write(tmp_path / "aliases.jsonl", [{"Q_id": "Q30"}])
+    aliases = write_rows(tmp_path / "aliases.jsonl", [{"Q_id": "Q30"}])
     with pytest.raises(DataError, match=r"aliases\.jsonl, line 1: .*Q_id, aliases and demonyms"):
-        load_rows(_write(tmp_path / "dev.json", [TWO_WIKI]), "validation", aliases_file=aliases)
+        load_rows(write_rows(tmp_path / "dev.json", [TWO_WIKI]), "validation", aliases_file=aliases)
 
 
 # -- nothing half-written is used -------------------------------------------------------------------------------------
@@ -261,22 +234,22 @@ def _files(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (_row(10, answer=""), "row 10: the column 'answer' has to hold text"),
-        (_row(10, context={"title": [], "sentences": []}), "row 10: `context` is empty"),
-        (_row(3), "row 10: the id 'row-3' is that of row 3 already"),
+        (make_row(10, answer=""), "row 10: the column 'answer' has to hold text"),
+        (make_row(10, context={"title": [], "sentences": []}), "row 10: `context` is empty"),
+        (make_row(3), "row 10: the id 'row-3' is that of row 3 already"),
     ],
 )
 def test_a_broken_row_leaves_nothing(
     tmp_path: Path, row: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = _write(tmp_path / "rows.jsonl", [*ROWS, row])
+    rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, row])
     assert main(["hotpotqa", "prepare", str(tmp_path / "p"), "--train", rows]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
 
 
 def test_a_corrupted_parquet_file_is_named(tmp_path: Path, rows: str) -> None:
-    path = Path(_write(tmp_path / "rows.parquet", ROWS))
+    path = Path(write_rows(tmp_path / "rows.parquet", ROWS))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"rows\.parquet: this is not a Parquet file"):
@@ -311,7 +284,7 @@ def test_other_settings_are_named(tmp_path: Path, rows: str, prepared: Path) -> 
     before = _files(prepared)
     with pytest.raises(ConfigurationError, match=r"'title_weight': 3.*now .*'title_weight': 5.*another directory"):
         _prepare(prepared, rows, title_weight=5)
-    _write(tmp_path / "rows.jsonl", ROWS[:5])
+    write_rows(tmp_path / "rows.jsonl", ROWS[:5])
     with pytest.raises(ConfigurationError, match=r"train = \['rows.jsonl sha256:"):
         _prepare(prepared, rows)
     assert _files(prepared) == before

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...durable import sync
 from ...errors import ConfigurationError, DataError
 from .corpus import MappedCorpus, write_corpus
 from .data import is_file, load_rows, make_corpus, split_rows
@@ -259,7 +260,7 @@ def _in_the_making(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[
             raise ConfigurationError(f"{directory} is being prepared by another process; wait for it") from error
         yield partial, _leftover(partial, settings)
         os.replace(partial, directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         os.close(descriptor)
 
@@ -293,20 +294,11 @@ def _stage(
     (partial / name).mkdir()
     manifest.counts.update(write(partial))
     for path in sorted((partial / name).iterdir()):
-        _sync(path)
+        sync(path)
         manifest.files[f"{name}/{path.name}"] = mark_of(path)
-    _sync(partial / name)
+    sync(partial / name)
     temporary = partial / f"{MANIFEST}.partial"
     temporary.write_text(manifest.to_json())
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, partial / MANIFEST)
-    _sync(partial)
-
-
-def _sync(path: Path) -> None:
-    """What was written is on the disk afterwards."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(partial)
