@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
+from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_steppo.models import MINI_WIKI_POLICY
-
-from scripts import load_script
 
 
 def test_only_responses_are_imitated() -> None:
@@ -19,7 +18,8 @@ def test_only_responses_are_imitated() -> None:
     assert text.startswith('<tool_call>\n{"name": "search"')
     assert text.endswith("</tool_call><|im_end|>")
     assert "Search, then answer." in tokenizer.decode(example["input_ids"])
-    assert "Search, then answer." not in text and "[1]" not in text
+    assert "Search, then answer." not in text
+    assert "[1]" not in text
 
 
 def test_saves_a_model_that_was_trained(tmp_path) -> None:
