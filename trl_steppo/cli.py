@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _add_hotpotqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_hotpotqa(commands: argparse._SubParsersAction[_Parser]) -> None:
     hotpotqa = commands.add_parser("hotpotqa", help="data sets of multi-hop questions")
     tasks = hotpotqa.add_subparsers(dest="task", required=True)
     prepare = tasks.add_parser(
