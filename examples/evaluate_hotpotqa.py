@@ -64,6 +64,9 @@ class Arguments:
     max_tool_calls: int | None = field(default=None, metadata={"help": "Most tool calls of a response that are run."})
     num_passages: int = field(default=3, metadata={"help": "Most passages that a search returns."})
     system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "First message of every prompt."})
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": "Extra arguments of the chat template, as JSON."}
+    )
     state: Literal["chat", "rewritten"] = field(default="chat", metadata={"help": "How the state is shown."})
     force_first_search: bool = field(
         default=False, metadata={"help": "Begin with what a search for the question finds."}
@@ -72,6 +75,18 @@ class Arguments:
 
 Row = Mapping[str, Any]
 Scores = dict[str, Any]
+
+
+def read_template_kwargs(args: Arguments) -> dict[str, Any]:
+    """The extra arguments of the chat template."""
+    given = args.chat_template_kwargs or "{}"
+    try:
+        kwargs = json.loads(given)
+    except ValueError as error:
+        raise SystemExit(f"--chat_template_kwargs is {given!r}, which is no JSON: {error}") from error
+    if not isinstance(kwargs, dict):
+        raise SystemExit(f"--chat_template_kwargs is {given!r}; it has to be a JSON object")
+    return kwargs
 
 
 # -- a model in this process ------------------------------------------------------------------------------------------
@@ -85,6 +100,7 @@ class LocalModel:
         dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
         self.args = args
+        self.template_kwargs = read_template_kwargs(args)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.sampler = LocalSampler(model.to("cuda") if torch.cuda.is_available() else model)
 
@@ -95,7 +111,7 @@ class LocalModel:
             [EpisodeRequest(row, index) for index, row in enumerate(rows)],
             lambda row: make(),
             self.sampler,
-            chat=ChatFormat(self.tokenizer, tools=make().tools),
+            chat=ChatFormat(self.tokenizer, tools=make().tools, chat_template_kwargs=self.template_kwargs),
             limits=EpisodeLimits(args.max_interaction_steps, args.max_prompt_length),
             sampling=SamplingParams(max_new_tokens=args.response_length, temperature=0.0),
             run_seed=0,
@@ -118,6 +134,8 @@ class ServedModel:
         except ImportError as error:
             raise SystemExit('--base_url needs the client: pip install "trl-steppo[openai]"') from error
         self.args = args
+        kwargs = read_template_kwargs(args)
+        self.extra_body = {"chat_template_kwargs": kwargs} if kwargs else None  # only some servers know the name
         self.client_class = AsyncOpenAI
 
     def play(self, rows: Sequence[Row], make: Callable[[], Playable]) -> list[Scores]:
@@ -162,6 +180,7 @@ class ServedModel:
             tools=list(env.tools),
             temperature=0.0,
             max_tokens=self.args.response_length,
+            extra_body=self.extra_body,
         )
         message = completion.choices[0].message
         text = message.content or ""

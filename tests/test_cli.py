@@ -62,10 +62,23 @@ def test_memory_of_a_model_that_is_not_there(capsys, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_check_passes_on_every_recipe(recipe, capsys):
-    assert main(["check", str(recipe), "--dataset-name", "mini_wiki"]) == 0, capsys.readouterr().err
+    assert main(["check", str(recipe), "--dataset_name", "mini_wiki"]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "without contradiction" in out
-    assert "one update: env/reward" in out
+    (update,) = (line for line in out.splitlines() if line.startswith("one update: "))
+    logs = {name: float(value) for name, value in (item.split() for item in update[12:].split(", "))}
+    assert logs["env/reward"] > 0
+    assert all(value > 0 for name, value in logs.items() if name.endswith("grad_norm"))
+
+
+@pytest.mark.parametrize("estimator", ["step_gae", "grpo"])
+def test_the_dry_run_s_rewards_differ(estimator, tmp_path, capsys):
+    """Of the two episodes of the trial, or of each group, one answers right."""
+    recipe = tmp_path / "recipe.yaml"
+    group = "num_generations: 2\n" if estimator == "grpo" else ""
+    recipe.write_text(f"model_name_or_path: mini_wiki\nadvantage_estimator: {estimator}\n{group}")
+    assert main(["check", str(recipe), "--dataset-name", "mini_wiki"]) == 0, capsys.readouterr().err
+    assert "env/reward 0.5, env/episode_steps 2, env/tool_errors 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import StepPOError
 from .launch_file import CONFIGS
 
 
+class _Parser(argparse.ArgumentParser):
+    """Options are written with underscores, or with hyphens, as in TRL's scripts."""
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        hyphenated = [name.replace("_", "-") for name in names if name.startswith("--") and "_" in name]
+        return super().add_argument(*names, *hyphenated, **settings)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; errors that name their cure are printed without a traceback."""
-    parser = argparse.ArgumentParser(prog="trl-steppo", description="Step-level PPO for LLM agents.")
+    parser = _Parser(prog="trl-steppo", description="Step-level PPO for LLM agents.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     config = commands.add_parser(
@@ -30,21 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory.add_argument(
         "--weights", choices=["float32", "bfloat16"], default="float32", help="what they are loaded as"
     )
-    memory.add_argument("--no-bf16", dest="bf16", action="store_false", help="no mixed precision")
-    memory.add_argument("--no-critic", dest="critic", action="store_false", help="an estimator without a critic")
+    memory.add_argument("--no_bf16", dest="bf16", action="store_false", help="no mixed precision")
+    memory.add_argument("--no_critic", dest="critic", action="store_false", help="an estimator without a critic")
     memory.add_argument("--reference", action="store_true", help="with a KL term")
-    memory.add_argument("--lora-rank", type=int, default=0, help="adapters on all linear layers; 0: none")
-    memory.add_argument("--critic-shares-base", action="store_true")
-    memory.add_argument("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false")
-    memory.add_argument("--micro-batch-tokens", type=int, default=16_384, help="max_tokens_per_micro_batch")
-    memory.add_argument("--cache-tokens", type=int, default=262_144, help="rollout_cache_tokens")
-    memory.add_argument("--concurrent-episodes", type=int, default=64)
+    memory.add_argument("--lora_rank", type=int, default=0, help="adapters on all linear layers; 0: none")
+    memory.add_argument("--critic_shares_base", action="store_true")
+    memory.add_argument("--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false")
+    memory.add_argument("--micro_batch_tokens", type=int, default=16_384, help="max_tokens_per_micro_batch")
+    memory.add_argument("--cache_tokens", type=int, default=262_144, help="rollout_cache_tokens")
+    memory.add_argument("--concurrent_episodes", type=int, default=64)
     memory.add_argument("--details", action="store_true", help="a table for each engine, by what the memory is for")
     memory.set_defaults(run=show_memory)
 
     check = commands.add_parser("check", help="a dry run of a recipe: its settings, and one small update")
     check.add_argument("config", help="a YAML file of settings, as `--config` takes it")
-    check.add_argument("--dataset-name", help="rows to play instead of the recipe's; `mini_wiki` is built in")
+    check.add_argument("--dataset_name", help="rows to play instead of the recipe's; `mini_wiki` is built in")
     check.add_argument(
         "--config_file", help="the accelerate file it will be launched with: a shipped one's name, or a path"
     )
@@ -59,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _add_hotpotqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_hotpotqa(commands: argparse._SubParsersAction[_Parser]) -> None:
     hotpotqa = commands.add_parser("hotpotqa", help="data sets of multi-hop questions")
     tasks = hotpotqa.add_subparsers(dest="task", required=True)
     prepare = tasks.add_parser(
@@ -75,17 +84,19 @@ def _add_hotpotqa(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     prepare.add_argument("--validation", nargs="+", default=[], metavar="NAME", help="evaluation rows from elsewhere")
     prepare.add_argument("--revision", help="of data sets on the hub")
     prepare.add_argument("--aliases", metavar="FILE", help="2WikiMultiHopQA's id_aliases.json")
-    prepare.add_argument("--eval-share", type=float, default=0.1, help="of training files without --validation")
+    prepare.add_argument("--eval_share", type=float, default=0.1, help="of training files without --validation")
     prepare.add_argument("--seed", type=int, default=0, help="which of their rows")
-    prepare.add_argument("--title-weight", type=int, default=3, help="BM25: how often a title's words count")
+    prepare.add_argument("--title_weight", type=int, default=3, help="BM25: how often a title's words count")
     prepare.add_argument("--k1", type=float, default=1.5, help="BM25: how slowly repetition saturates")
     prepare.add_argument("--b", type=float, default=0.75, help="BM25: how much long passages are marked down")
     prepare.add_argument("--dense", metavar="MODEL", help="an encoder: searches then compare embeddings")
     prepare.add_argument(
-        "--check-counts",
-        action=argparse.BooleanOptionalAction,
+        "--check_counts",
+        action="store_true",
+        default=None,
         help="numbers other than the full data set's are an error; by default for its own place on the hub",
     )
+    prepare.add_argument("--no_check_counts", dest="check_counts", action="store_false", help="they never are")
     prepare.set_defaults(run=prepare_hotpotqa)
 
 

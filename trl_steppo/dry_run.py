@@ -2,7 +2,8 @@
 A recipe tried out before a GPU is: its settings, its rows, its environment, and one small update.
 
 The model is of the recipe's architecture, with two narrow layers and random weights; what it would say is scripted, so
-that searches and answers really happen. What cannot be had without a network is replaced, and said so.
+that searches and answers really happen, and some answers are right. What cannot be had without a network is replaced,
+and said so.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError, DataError, StepPOError
 from .inference.base import Sample, SamplingParams
 from .launch_file import check_launch, read_mapping
 from .memory import SHAPES, load_config
 from .types import StopReason, TokenIds
+
+if TYPE_CHECKING:
+    from .trainer.data_stream import RowStream
 
 SCRIPT_SETTINGS = {
     *("model_name_or_path", "model_revision", "dtype", "attn_implementation", "dataset_name", "eval_dataset_name"),
@@ -33,10 +37,20 @@ _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 
 
 class ScriptedSampler:
-    """Searches for the question, then answers."""
+    """
+    Searches, then answers; in every other episode, of a batch as of a group, with the row's `answer`, so that rewards
+    differ and there is something to learn from.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's.
+        rows ([`RowStream`]):
+            Where the answers stand.
+    """
+
+    def __init__(self, tokenizer: Any, rows: RowStream) -> None:
         self.tokenizer = tokenizer
+        self.rows = rows
         self.policy_version = 0
         self.sampled_tokens = self.prefilled_tokens = 0
         self.forward_s = 0.0
@@ -44,10 +58,11 @@ class ScriptedSampler:
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
-        step = order[-1] if order else 0
+        row_index, generation_index, step_index = order
         call: dict[str, Any] = {"name": "search", "arguments": {"query": "who"}}
-        if step > 0:
-            call = {"name": "answer", "arguments": {"text": "yes"}}
+        if step_index > 0:
+            knows = (row_index + generation_index) % 2 == 0
+            call = {"name": "answer", "arguments": {"text": self.rows[row_index]["answer"] if knows else "unknown"}}
         text = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + list(params.stop_token_ids)[:1]
         self.sampled_tokens += len(ids)
@@ -224,7 +239,7 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         ),
         reward_funcs=[valid_calls] if script.get("valid_call_reward") else None,
     )
-    trainer.sampler = trainer.player.sampler = ScriptedSampler(tokenizer)  # type: ignore[assignment]
+    trainer.sampler = trainer.player.sampler = ScriptedSampler(tokenizer, trainer.rows)  # type: ignore[assignment]
     trainer.train()
     logs: dict[str, float] = {}
     for entry in trainer.state.log_history:
@@ -238,5 +253,6 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         "loss/policy_avg",
         "loss/value_avg",
         "policy/grad_norm",
+        "critic/grad_norm",
     )
     yield "one update: " + ", ".join(f"{name} {logs[name]:.3g}" for name in shown if name in logs)

@@ -51,6 +51,15 @@ def test_other_settings_are_refused(script, tmp_path):
         script.check_settings(make_args(script, tmp_path, num_passages=2))
 
 
+def test_the_chat_template_gets_its_arguments(script, tmp_path):
+    asked = make_args(script, tmp_path, chat_template_kwargs='{"enable_thinking": true}')
+    assert script.read_template_kwargs(asked) == {"enable_thinking": True}
+    assert script.LocalModel(asked).template_kwargs == {"enable_thinking": True}
+    for wrong in ("enable_thinking", "[1]"):
+        with pytest.raises(SystemExit, match="JSON"):
+            script.read_template_kwargs(make_args(script, tmp_path, chat_template_kwargs=wrong))
+
+
 # -- a server ---------------------------------------------------------------------------------------------------------
 
 
@@ -96,11 +105,15 @@ def server():
 @pytest.mark.parametrize("as_text", [False, True])
 def test_a_server_plays_the_same_episodes(script, tmp_path, server, as_text):
     Handler.as_text = as_text
-    script.main(make_args(script, tmp_path, base_url=server, model_name_or_path="served", max_questions=2))
+    kwargs = None if as_text else '{"enable_thinking": true}'
+    args = make_args(script, tmp_path, base_url=server, model_name_or_path="served", chat_template_kwargs=kwargs)
+    args.max_questions = 2
+    script.main(args)
     for line in read_lines(tmp_path):
         assert (line["steps"], line["tool_errors"], line["answered"], line["exact_match"]) == (3, 1, 1.0, 0.0)
     last = max(Handler.asked, key=lambda body: len(body["messages"]))
     assert (last["temperature"], last["max_tokens"], last["model"]) == (0.0, 40, "served")
+    assert last.get("chat_template_kwargs") == (None if as_text else {"enable_thinking": True})
     assert [tool["function"]["name"] for tool in last["tools"]] == ["answer", "search"]
     roles = ["system", "user", *["assistant", "user" if as_text else "tool"] * 2]
     assert [message["role"] for message in last["messages"]] == roles

@@ -72,3 +72,10 @@ def test_every_recipe_is_a_valid_configuration(recipe):
     script_args, training_args = parser.parse_args_and_config(["--config", str(script.RECIPES / recipe)])
     assert script_args.model_name_or_path
     assert training_args.output_dir.startswith("runs/")
+    thinks = {"enable_thinking": True} if "qwen3_1.7b" in recipe else None
+    assert training_args.chat_template_kwargs == thinks
+    if "qwen" in recipe:  # what the paper's environment is
+        paper = ("rewritten", True, "exact_match", 5)
+        given = (script_args.state, script_args.force_first_search, script_args.reward, script_args.num_passages)
+        assert given == paper
+        assert (training_args.max_tool_calls, training_args.max_prompt_length) == (4, 10240)

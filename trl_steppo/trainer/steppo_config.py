@@ -108,7 +108,8 @@ class StepPOConfig(PPOConfig):
         > Parameters that control batching
 
         prefix_sharing (`bool`, *optional*, defaults to `True`):
-            Whether steps that continue one another are forwarded as one row. The loss and its gradients are the same.
+            Whether tokens that steps begin with in common, as those of an episode, of a group or of a branch do, are
+            forwarded once. The loss and its gradients are the same.
         max_tokens_per_micro_batch (`int`, *optional*):
             Size of a forward pass in tokens, padding included, instead of `per_device_train_batch_size` episodes. With
             more than one rank, the ranks then hand each other their episodes before the update, so that each has
@@ -215,7 +216,7 @@ class StepPOConfig(PPOConfig):
 
     # Batching
     prefix_sharing: bool = field(
-        default=True, metadata={"help": "Forward steps that continue one another as one row."}
+        default=True, metadata={"help": "Forward what steps, branches and members of a group begin with once."}
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None, metadata={"help": "Size of a forward pass in tokens instead of episodes."}

@@ -315,7 +315,7 @@ def test_an_evaluation_set_beside_a_prepared_directory_is_refused(prepared: Path
 
 def test_counts_are_checked(tmp_path: Path, rows: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["hotpotqa", "prepare", str(tmp_path / "p"), "--train", rows]
-    assert main([*command, "--check-counts"]) == 1
+    assert main([*command, "--check_counts"]) == 1
     assert "9 train instead of 90,447, 1 validation instead of 7,405, 11 passages instead of 509,308" in (
         capsys.readouterr().err
     )
@@ -331,7 +331,7 @@ def test_counts_of_the_hub_s_own_rows_are_checked(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings: dict[str, Any] = {"revision": "v1", "show_progress": False, "report": lambda line: None}
-    with pytest.raises(DataError, match=r"6 train instead of 90,447.*--no-check-counts"):
+    with pytest.raises(DataError, match=r"6 train instead of 90,447.*--no_check_counts"):
         prepare(tmp_path / "p", **settings)
     hub = "hotpotqa/hotpot_qa"
     assert calls == [(hub, "distractor", "train", "v1"), (hub, "distractor", "validation", "v1")]

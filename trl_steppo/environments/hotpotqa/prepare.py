@@ -243,7 +243,7 @@ def _check_counts(counts: dict[str, int], expected: dict[str, int], dataset: str
     if differing:
         raise DataError(
             f"{dataset}: there are {', '.join(differing)}; if this is not meant to be the full data set, switch the "
-            "check off (--no-check-counts)"
+            "check off (--no_check_counts)"
         )
 
 

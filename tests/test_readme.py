@@ -1,0 +1,99 @@
+"""What the README and the pages of docs/ tell readers to run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from trl_steppo.cli import main
+from trl_steppo.models import MINI_WIKI_POLICY
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def run_snippet(containing: str, names: dict[str, Any], **changes: str) -> dict[str, Any]:
+    """Run the one snippet with a text in it, in its own namespace, with some of its text changed."""
+    (code,) = (snippet for snippet in SNIPPETS if containing in snippet)
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def test_every_snippet_is_run_here():
+    assert len(SNIPPETS) == 3
+
+
+def test_an_environment_with_a_tool_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = run_snippet("class PhoneBook", {})["trainer"]
+    updates = [logs for logs in trainer.state.log_history if "env/reward" in logs]
+    assert trainer.state.global_step == 2
+    assert sum(logs["env/tool_calls"] for logs in updates) > 0
+    assert all(logs["env/failed_episodes"] == 0 for logs in updates)
+
+
+def test_an_environment_that_takes_the_response_runs(tmp_path, monkeypatch):
+    """With a model that is at hand, for one update."""
+    monkeypatch.chdir(tmp_path)
+    changes = {
+        '"Qwen/Qwen2.5-0.5B-Instruct"': repr(str(MINI_WIKI_POLICY)),
+        'output_dir="runs/guess"': 'output_dir="runs/guess", use_cpu=True, max_steps=1, per_device_train_batch_size=2',
+    }
+    trainer = run_snippet("class GuessNumber", {}, **changes)["trainer"]
+    assert trainer.state.global_step == 1
+
+
+def test_a_plain_config_with_adapters_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(MINI_WIKI_POLICY)
+    rows = Dataset.from_list([{"input_ids": tokenizer(f"Question {i}")["input_ids"]} for i in range(4)])
+    names = {
+        "tokenizer": tokenizer,
+        "policy": AutoModelForCausalLM.from_pretrained(MINI_WIKI_POLICY),
+        "reward_model": AutoModelForSequenceClassification.from_pretrained(MINI_WIKI_POLICY, num_labels=1),
+        "value_model": AutoModelForSequenceClassification.from_pretrained(MINI_WIKI_POLICY, num_labels=1),
+        "rows": rows,
+        "eval_rows": rows,
+    }
+    short = 'output_dir="runs/ppo", max_steps=1, response_length=4, per_device_train_batch_size=4'
+    trainer = run_snippet("PPOConfig(", names, **{'output_dir="runs/ppo"': short})["trainer"]
+    assert trainer.state.global_step == 1
+
+
+def commands(page: Path, program: str) -> list[list[str]]:
+    """The words of each command of a page's shell blocks that begins with a program's name."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_flags_of_the_command_exist(page, capsys):
+    for words in commands(page, "trl-steppo "):
+        subcommand = [word for word in words[1:3] if word in ("hotpotqa", "prepare", "check", "memory", "config")]
+        with pytest.raises(SystemExit):
+            main([*subcommand, "--help"])
+        known = set(re.findall(r"--[a-z0-9_]+", capsys.readouterr().out))
+        assert {word for word in words if word.startswith("--")} <= known, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_commands_name_exist(page):
+    for path in re.findall(r"\b(?:examples|benchmarks)/(?!test_)[\w./-]+\.(?:py|yaml|json)\b", page.read_text()):
+        assert (ROOT / path).is_file(), path
+
+
+def test_links_lead_to_files():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), target
