@@ -18,6 +18,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -33,11 +34,10 @@ from _intervals import (
     interval,
     probability_of_improvement,
 )
-from _plots import plot_task
+from _plots import plot_axes, plot_task
 from _record import BenchmarkArguments, current_commit, parse_arguments, print_table, write_record
 from _runs import EXAMPLES, Run, example_run, play, refuse_failures, updates_of
 
-RATES = (2e-4, 4e-4, 8e-4)
 CRITIC_OVER_POLICY = 2.5
 TUNING_SEEDS = (101, 102)
 
@@ -81,7 +81,7 @@ EVERY_RUN = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1_00
 QUICK = {"total_episodes": 64, "per_device_train_batch_size": 32}  # that it runs, not that it learns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """
     What is trained on.
@@ -99,8 +99,10 @@ class Task:
             The environment's score.
         flags (`Mapping[str, Any]`):
             The script's flags.
+        rates (`tuple[float, ...]`):
+            The grid of learning rates, the same for every method.
         tuned_on (`str`):
-            Name of the task whose tuning decides the learning rates.
+            Name of the task whose tuning decides among them.
         result_seeds (`Mapping[str, int]`):
             Number of seeds of each method.
     """
@@ -111,21 +113,47 @@ class Task:
     group_config: str | None
     score: str
     flags: Mapping[str, Any]
+    rates: tuple[float, ...]
     tuned_on: str
     result_seeds: Mapping[str, int]
 
 
 MINI_WIKI = Task(
-    "mini_wiki",
-    "hotpotqa_steppo.py",
-    "mini_wiki.yaml",
-    "mini_wiki_group.yaml",
-    "exact_match",
-    {"total_episodes": 2560},
-    "mini_wiki",
-    {method: 8 if method in MAIN else 4 for method in METHODS},
+    name="mini_wiki",
+    script="hotpotqa_steppo.py",
+    config="mini_wiki.yaml",
+    group_config="mini_wiki_group.yaml",
+    score="exact_match",
+    flags={"total_episodes": 2560},
+    rates=(2e-4, 4e-4, 8e-4),
+    tuned_on="mini_wiki",
+    result_seeds={method: 8 if method in MAIN else 4 for method in METHODS},
 )
-TASKS = {"mini_wiki": [MINI_WIKI]}
+
+
+def rooms(num_rooms: int, num_words: int) -> Task:
+    """The rooms of one size."""
+    return Task(
+        name=f"rooms_h{num_rooms}_l{num_words}",
+        script="rooms_steppo.py",
+        config="rooms.yaml",
+        group_config=None,
+        score="score",
+        flags={"num_rooms": num_rooms, "num_words": num_words},
+        rates=(5e-4, 1e-3, 2e-3),
+        tuned_on="rooms_h6_l32",
+        result_seeds=dict.fromkeys(MAIN, 3),
+    )
+
+
+# One axis at a time, around the game that the rates are tuned on
+ROOMS_BY_STEPS = {steps: rooms(steps, 32) for steps in (3, 6, 12)}
+ROOMS_BY_TOKENS = {tokens: rooms(6, tokens) for tokens in (8, 32, 128)}
+ROOMS_AXES = {"steps of an episode (H), L = 32": ROOMS_BY_STEPS, "tokens of a response (L), H = 6": ROOMS_BY_TOKENS}
+TASKS = {
+    "mini_wiki": [MINI_WIKI],
+    "rooms": list({task.name: task for axis in ROOMS_AXES.values() for task in axis.values()}.values()),
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -299,25 +327,39 @@ class Store:
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def tuning_cells(task: str, methods: Iterable[str]) -> list[Cell]:
+def tuning_cells(task: Task, methods: Iterable[str]) -> list[Cell]:
     """The grid, the same for every method."""
-    return [Cell(task, "tuning", method, rate, seed) for seed in TUNING_SEEDS for rate in RATES for method in methods]
+    return [
+        Cell(task.name, "tuning", method, rate, seed)
+        for seed in TUNING_SEEDS
+        for rate in task.rates
+        for method in methods
+    ]
 
 
-def choose_rates(records: Mapping[Cell, Record]) -> dict[str, float]:
+def choose_rates(grid: Iterable[Cell], areas: Mapping[Cell, float]) -> dict[str, float]:
     """
     The learning rate of each method: the one whose area under the learning curve is the largest in the mean over the
-    tuning seeds. Methods whose grid is not complete have none yet.
+    tuning seeds.
+
+    Args:
+        grid (`Iterable[Cell]`):
+            The runs of the tuning.
+        areas (`Mapping[Cell, float]`):
+            The areas of those that are done.
+
+    Returns:
+        `dict[str, float]`: Without the methods whose grid is not complete.
     """
-    areas: dict[str, dict[float, list[float]]] = {}
-    for cell, record in records.items():
-        areas.setdefault(cell.method, {}).setdefault(cell.learning_rate, []).append(record.area)
-    complete = {
-        method: by_rate
-        for method, by_rate in areas.items()
-        if sum(len(found) for found in by_rate.values()) == len(RATES) * len(TUNING_SEEDS)
+    of_method: dict[str, dict[float, list[float | None]]] = {}
+    for cell in grid:
+        of_method.setdefault(cell.method, {}).setdefault(cell.learning_rate, []).append(areas.get(cell))
+    means = {
+        method: {rate: mean(area for area in by_seed if area is not None) for rate, by_seed in by_rate.items()}
+        for method, by_rate in of_method.items()
+        if None not in chain(*by_rate.values())
     }
-    return {method: max(by_rate, key=lambda rate: mean(by_rate[rate])) for method, by_rate in complete.items()}
+    return {method: max(by_rate, key=by_rate.__getitem__) for method, by_rate in means.items()}
 
 
 def result_cells(task: Task, methods: Iterable[str], rates: Mapping[str, float]) -> list[Cell]:
@@ -368,12 +410,12 @@ def run_study(args: StudyArguments, store: Store) -> tuple[dict[str, dict[str, f
     rates: dict[str, dict[str, float]] = {}
     for group, methods in stages(args):
         tasks = {task.name: task for task in TASKS[group]}
-        for tuned_on in dict.fromkeys(task.tuned_on for task in tasks.values()):
-            able = [method for method in methods if tasks[tuned_on].result_seeds.get(method)]
-            grid = tuning_cells(tuned_on, able)
-            if "tuning" in args.phases:
-                failed += play_cells(grid, tasks, store, args)
-            rates.setdefault(group, {}).update(choose_rates(store.records(grid)))
+        tuned_on = tasks[TASKS[group][0].tuned_on]
+        grid = tuning_cells(tuned_on, [method for method in methods if tuned_on.result_seeds.get(method)])
+        if "tuning" in args.phases:
+            failed += play_cells(grid, tasks, store, args)
+        areas = {cell: record.area for cell, record in store.records(grid).items()}
+        rates.setdefault(group, {}).update(choose_rates(grid, areas))
         if "result" in args.phases:
             cells = [cell for task in tasks.values() for cell in result_cells(task, methods, rates[group])]
             failed += play_cells(sorted(cells, key=lambda cell: cell.seed), tasks, store, args)
@@ -513,9 +555,15 @@ def gather(store: Store, rates: Mapping[str, Mapping[str, float]]) -> dict[str, 
 
 
 def draw(figures: Mapping[str, Any], directory: Path) -> None:
-    """An image for each task."""
+    """An image for each task, and one of the rooms' axes."""
     for name, found in figures.items():
         plot_task(directory / f"{name}.png", name, found)
+    axes = {
+        label: {value: figures[task.name]["summaries"] for value, task in by_value.items() if task.name in figures}
+        for label, by_value in ROOMS_AXES.items()
+    }
+    if all(axes.values()):
+        plot_axes(directory / "rooms.png", axes)
 
 
 def in_short(args: StudyArguments) -> StudyArguments:
@@ -532,7 +580,7 @@ def in_short(args: StudyArguments) -> StudyArguments:
 
 def play_in_short(args: StudyArguments, store: Store) -> tuple[dict[str, dict[str, float]], list[Run]]:
     """One short run of each method, at the middle of the grid."""
-    rates = dict.fromkeys(args.methods, RATES[1])
+    rates = dict.fromkeys(args.methods, MINI_WIKI.rates[1])
     cells = [Cell("mini_wiki", "result", method, rate, 1) for method, rate in rates.items()]
     return {"mini_wiki": rates}, play_cells(cells, {"mini_wiki": MINI_WIKI}, store, args)
 
