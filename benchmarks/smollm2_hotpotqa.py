@@ -7,6 +7,8 @@ Both are paid the answer's exact match and 0.2 times the share of valid calls (`
 already in `--runs_dir` is not repeated. `--quick` plays the built-in policy on the built-in wiki: that it runs.
 
     python examples/make_smollm2_policy.py --output_dir models/SmolLM2-135M-Instruct
+    python examples/warm_start.py --model_name_or_path models/SmolLM2-135M-Instruct \\
+        --config examples/configs/smollm2-135m-cpu.yaml --output_dir models/SmolLM2-135M-warm
     python benchmarks/smollm2_hotpotqa.py --rows ROWS.jsonl [--json FILE]
 """
 
@@ -47,8 +49,8 @@ class SmolLM2Arguments(BenchmarkArguments):
     Args:
         rows (`str`, *optional*):
             File of rows in the schema of `hotpotqa/hotpot_qa`. Needed without `--quick`.
-        model_dir (`str`, *optional*, defaults to `"models/SmolLM2-135M-Instruct"`):
-            What `examples/make_smollm2_policy.py` made.
+        model_dir (`str`, *optional*, defaults to `"models/SmolLM2-135M-warm"`):
+            What `examples/warm_start.py` made.
         seeds (`list[int]`, *optional*, defaults to `[1]`):
             Seeds of each method.
         updates (`int`, *optional*, defaults to `12`):
@@ -63,7 +65,7 @@ class SmolLM2Arguments(BenchmarkArguments):
 
     rows: str | None = field(default=None, metadata={"help": "File of rows in the schema of hotpotqa/hotpot_qa."})
     model_dir: str = field(
-        default="models/SmolLM2-135M-Instruct", metadata={"help": "What examples/make_smollm2_policy.py made."}
+        default="models/SmolLM2-135M-warm", metadata={"help": "What examples/warm_start.py made."}
     )
     seeds: list[int] = field(default_factory=lambda: [1], metadata={"help": "Seeds of each method."})
     updates: int = field(default=12, metadata={"help": "Updates of a run."})
@@ -127,7 +129,7 @@ def shown(bounds: list[float]) -> str:
 
 def main(args: SmolLM2Arguments) -> None:
     if not args.quick and (args.rows is None or not Path(args.model_dir).is_dir()):
-        raise SystemExit("name real rows with --rows, and a model of examples/make_smollm2_policy.py with --model_dir")
+        raise SystemExit("name real rows with --rows, and a model of examples/warm_start.py with --model_dir")
     root = Path(args.runs_dir) / ("quick" if args.quick else "")
     runs = {
         (method, seed): run_of(method, seed, root / f"{method}_seed{seed}", args)

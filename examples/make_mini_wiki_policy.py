@@ -135,10 +135,16 @@ def script(wiki: MiniWiki, row: dict[str, Any], args: Arguments, rng: random.Ran
     return [("search", path[0]), ("answer", other)]
 
 
-def play(chat: ChatFormat, environment: HotpotQAEnvironment, row: dict[str, Any], calls: list[tuple[str, str]]) -> Any:
+def play(
+    chat: ChatFormat,
+    environment: HotpotQAEnvironment,
+    row: dict[str, Any],
+    calls: list[tuple[str, str]],
+    system_prompt: str = SYSTEM_PROMPT,
+) -> tuple[list[int], list[bool]]:
     """The ids of a demonstration, and which of them are responses."""
     environment.reset(**row)
-    ids = chat.render([{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": row["question"]}])
+    ids = chat.render([{"role": "system", "content": system_prompt}, {"role": "user", "content": row["question"]}])
     is_response = [False] * len(ids)
     for tool, argument in calls:
         arguments = {"query" if tool == "search" else "text": argument}
