@@ -64,9 +64,7 @@ class SmolLM2Arguments(BenchmarkArguments):
     """
 
     rows: str | None = field(default=None, metadata={"help": "File of rows in the schema of hotpotqa/hotpot_qa."})
-    model_dir: str = field(
-        default="models/SmolLM2-135M-warm", metadata={"help": "What examples/warm_start.py made."}
-    )
+    model_dir: str = field(default="models/SmolLM2-135M-warm", metadata={"help": "What examples/warm_start.py made."})
     seeds: list[int] = field(default_factory=lambda: [1], metadata={"help": "Seeds of each method."})
     updates: int = field(default=12, metadata={"help": "Updates of a run."})
     episodes: int = field(default=8, metadata={"help": "Episodes of an update."})

@@ -139,7 +139,7 @@ def rooms(num_rooms: int, num_words: int) -> Task:
         config="rooms.yaml",
         group_config=None,
         score="score",
-        flags={"num_rooms": num_rooms, "num_words": num_words},
+        flags={"max_interaction_steps": num_rooms, "response_length": num_words},
         rates=(5e-4, 1e-3, 2e-3),
         tuned_on="rooms_h6_l32",
         result_seeds=dict.fromkeys(MAIN, 3),

@@ -1,20 +1,20 @@
 """
 Train an agent that goes through rooms: a small game whose number of steps and whose responses' length are settings.
 
-    accelerate launch examples/rooms_steppo.py --num_rooms 12 --num_words 32
+    accelerate launch examples/rooms_steppo.py --max_interaction_steps 12 --response_length 32
 
 trains the built-in policy of the game, on a CPU, in minutes (`examples/configs/rooms.yaml`). The same with token-level
 PPO:
 
     accelerate launch examples/rooms_steppo.py --advantage_estimator token_gae --importance_sampling_level token
 
-Any setting of `StepPOConfig` is a flag; `response_length` and `max_interaction_steps` follow from the game.
+Any setting of `StepPOConfig` is a flag. An episode has as many rooms as `max_interaction_steps`, and a response as
+many tokens as `response_length`.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
@@ -28,19 +28,9 @@ from trl_steppo.models import ROOMS_POLICY
 RECIPE = Path(__file__).parent / "configs" / "rooms.yaml"
 
 
-@dataclass
-class RoomsArguments:
-    """How long the game is."""
-
-    num_rooms: int = field(default=6, metadata={"help": "Steps of an episode."})
-    num_words: int = field(default=32, metadata={"help": "Tokens of a response, its end of turn included."})
-
-
-def main(script_args: RoomsArguments, training_args: StepPOConfig) -> None:
+def main(training_args: StepPOConfig) -> None:
     """Build everything, train, save."""
-    data = make_rooms(script_args.num_rooms, script_args.num_words)
-    training_args.response_length = script_args.num_words
-    training_args.max_interaction_steps = script_args.num_rooms
+    data = make_rooms(training_args.max_interaction_steps, training_args.response_length)
     trainer = StepPOTrainer(
         args=training_args,
         processing_class=AutoTokenizer.from_pretrained(ROOMS_POLICY),
@@ -60,5 +50,5 @@ def with_default_config(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((RoomsArguments, StepPOConfig))  # type: ignore[arg-type]
+    parser = TrlParser((StepPOConfig,))  # type: ignore[arg-type]
     main(*parser.parse_args_and_config(with_default_config(sys.argv[1:])))

@@ -19,15 +19,15 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_recipe_is_a_valid_configuration():
     script = load_script("rooms_steppo")
-    parser = script.TrlParser((script.RoomsArguments, script.StepPOConfig))
-    script_args, training_args = parser.parse_args_and_config(script.with_default_config(["--num_rooms", "3"]))
-    assert (script_args.num_rooms, script_args.num_words) == (3, 32)
-    assert training_args.output_dir == "runs/rooms"
+    parser = script.TrlParser((script.StepPOConfig,))
+    (args,) = parser.parse_args_and_config(script.with_default_config(["--max_interaction_steps", "3"]))
+    assert (args.max_interaction_steps, args.response_length, args.output_dir) == (3, 32, "runs/rooms")
     assert script.with_default_config(["--config=my.yaml"]) == ["--config=my.yaml"]
 
 
 def test_a_run_plays_the_game_that_is_asked_for(tmp_path):
-    flags = ["--num_rooms", "3", "--num_words", "8", "--total_episodes", "8", "--per_device_train_batch_size", "4"]
+    game = ["--max_interaction_steps", "3", "--response_length", "8"]
+    flags = [*game, "--total_episodes", "8", "--per_device_train_batch_size", "4"]
     more = ["--num_mini_batches", "2", "--output_dir", str(tmp_path), "--eval_on_start", "false"]
     command = [sys.executable, str(ROOT / "examples" / "rooms_steppo.py"), *flags, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
