@@ -72,7 +72,7 @@ ABLATION = {
     "without step ratio": "without_step_ratio",
     "without both": "token_ppo",
 }
-PHASES = ("tuning", "result")
+PHASES = ("tuning", "result", "summary")
 
 _GROUPS = {"main": MAIN, "others": OTHERS}
 
@@ -220,7 +220,7 @@ class StudyArguments(BenchmarkArguments):
         methods (`list[str]`, *optional*, defaults to all):
             Names of methods; `main` and `others` stand for several.
         phases (`list[str]`, *optional*, defaults to both):
-            `tuning`, `result`. With neither of a phase to do, what is there is summed up.
+            `tuning`, `result`; `summary` alone plays nothing. What is there is summed up in any case.
         parallel (`int`, *optional*):
             Runs at a time, of one thread each. `None`: one for each core.
         results_dir (`str`, *optional*, defaults to `"benchmarks/results/step_vs_token"`):
@@ -234,7 +234,9 @@ class StudyArguments(BenchmarkArguments):
         default_factory=lambda: ["main", "others"],
         metadata={"help": "Methods; `main` and `others` stand for several."},
     )
-    phases: list[str] = field(default_factory=lambda: list(PHASES), metadata={"help": "tuning, result."})
+    phases: list[str] = field(
+        default_factory=lambda: list(PHASES), metadata={"help": "tuning, result; summary alone plays nothing."}
+    )
     parallel: int | None = field(default=None, metadata={"help": "Runs at a time. None: one for each core."})
     results_dir: str = field(
         default="benchmarks/results/step_vs_token", metadata={"help": "Where a file of each run is kept."}
@@ -391,9 +393,9 @@ def stages(args: StudyArguments) -> list[tuple[str, tuple[str, ...]]]:
 def play_cells(cells: Sequence[Cell], tasks: Mapping[str, Task], store: Store, args: StudyArguments) -> list[Run]:
     """Play those that are not done, and keep what they show."""
     extra = QUICK if args.quick else {}
-    runs = {
-        run_of(tasks[cell.task], cell, Path(args.runs_dir), extra): cell for cell in cells if not store.holds(cell)
-    }
+    planned = {run_of(tasks[cell.task], cell, Path(args.runs_dir), extra): cell for cell in cells}
+    refuse_other_settings(planned, store)
+    runs = {run: cell for run, cell in planned.items() if not store.holds(cell)}
 
     def keep(run: Run) -> None:
         cell = runs[run]
@@ -404,22 +406,46 @@ def play_cells(cells: Sequence[Cell], tasks: Mapping[str, Task], store: Store, a
     return play(runs, parallel=args.parallel or os.cpu_count() or 1, num_threads=1, on_finish=keep)
 
 
-def run_study(args: StudyArguments, store: Store) -> tuple[dict[str, dict[str, float]], list[Run]]:
-    """Play everything that is asked for and not done. Returns each task's learning rates, and the runs that failed."""
+def refuse_other_settings(planned: Mapping[Run, Cell], store: Store) -> None:
+    """Raise if what is kept was played with other settings than what would be played now."""
+    for run, cell in planned.items():
+        if store.holds(cell) and settings_in(store.read(cell).command) != settings_in(run.command):
+            raise SystemExit(
+                f"{store.path(cell)} was played with other settings than those of this study; remove it, or name "
+                f"another --results_dir\nthere: {store.read(cell).command}\nhere:  {run.command}"
+            )
+
+
+def settings_in(command: str) -> str:
+    """A run's command without the place it writes to, which comes last."""
+    return command.partition(" --output_dir ")[0]
+
+
+def tuning_of(group: str, methods: Iterable[str] = METHODS) -> list[Cell]:
+    """The grid of some of the methods that a task is played with."""
+    by_name = {task.name: task for task in TASKS[group]}
+    task = by_name[TASKS[group][0].tuned_on]
+    return tuning_cells(task, [method for method in methods if method in task.result_seeds])
+
+
+def chosen_rates(group: str, store: Store) -> dict[str, float]:
+    """The rates of all methods that are tuned."""
+    grid = tuning_of(group)
+    return choose_rates(grid, {cell: record.area for cell, record in store.records(grid).items()})
+
+
+def run_study(args: StudyArguments, store: Store) -> list[Run]:
+    """Play everything that is asked for and not done. Returns the runs that failed."""
     failed: list[Run] = []
-    rates: dict[str, dict[str, float]] = {}
     for group, methods in stages(args):
         tasks = {task.name: task for task in TASKS[group]}
-        tuned_on = tasks[TASKS[group][0].tuned_on]
-        grid = tuning_cells(tuned_on, [method for method in methods if tuned_on.result_seeds.get(method)])
         if "tuning" in args.phases:
-            failed += play_cells(grid, tasks, store, args)
-        areas = {cell: record.area for cell, record in store.records(grid).items()}
-        rates.setdefault(group, {}).update(choose_rates(grid, areas))
+            failed += play_cells(tuning_of(group, methods), tasks, store, args)
         if "result" in args.phases:
-            cells = [cell for task in tasks.values() for cell in result_cells(task, methods, rates[group])]
+            rates = chosen_rates(group, store)
+            cells = [cell for task in tasks.values() for cell in result_cells(task, methods, rates)]
             failed += play_cells(sorted(cells, key=lambda cell: cell.seed), tasks, store, args)
-    return rates, failed
+    return failed
 
 
 # -- what it shows ----------------------------------------------------------------------------------------------------
@@ -479,10 +505,11 @@ def shown(bounds: Interval, digits: int = 3) -> str:
     return f"{estimate} ({low} to {high})"
 
 
-def print_summaries(task: str, summaries: Mapping[str, Summary]) -> None:
-    """The table of one task."""
+def print_summaries(task: Task, summaries: Mapping[str, Summary]) -> None:
+    """The tables of one task; a rate at an end of the grid is marked, as a better one may lie beyond."""
+    ends = (min(task.rates), max(task.rates))
     print_table(
-        f"{task}: interquartile means (95 % intervals over seeds)",
+        f"{task.name}: interquartile means (95 % intervals over seeds)",
         ["method", "greedy, end", "sampled, end", "area"],
         [
             [method, shown(found.final_greedy), shown(found.final_sampled), shown(found.area)]
@@ -490,12 +517,12 @@ def print_summaries(task: str, summaries: Mapping[str, Summary]) -> None:
         ],
     )
     print_table(
-        f"{task}: episodes to token PPO's final score, how likely a StepPO run has the larger area, and the cost",
+        f"{task.name}: episodes to token PPO's final score, how likely a StepPO run has the larger area, the cost",
         ["method", "rate", "seeds", "episodes", "StepPO larger", "s"],
         [
             [
                 method,
-                f"{found.learning_rate:g}",
+                f"{found.learning_rate:g}{' (end)' if found.learning_rate in ends else ''}",
                 str(found.num_seeds),
                 "-" if found.episodes_to_token_ppo is None else f"{found.episodes_to_token_ppo:.0f}",
                 shown(found.steppo_beats_it, 2),
@@ -548,7 +575,7 @@ def gather(store: Store, rates: Mapping[str, Mapping[str, float]]) -> dict[str, 
                 records.setdefault(cell.method, []).append(record)
             if records:
                 summaries = summarize(records, chosen)
-                print_summaries(task.name, summaries)
+                print_summaries(task, summaries)
                 print_ablation(task.name, summaries)
                 figures[task.name] = figures_of(records, summaries)
     return figures
@@ -578,17 +605,21 @@ def in_short(args: StudyArguments) -> StudyArguments:
     )
 
 
-def play_in_short(args: StudyArguments, store: Store) -> tuple[dict[str, dict[str, float]], list[Run]]:
-    """One short run of each method, at the middle of the grid."""
-    rates = dict.fromkeys(args.methods, MINI_WIKI.rates[1])
+def play_in_short(args: StudyArguments, store: Store, rates: Mapping[str, float]) -> list[Run]:
+    """One short run of each method."""
     cells = [Cell("mini_wiki", "result", method, rate, 1) for method, rate in rates.items()]
-    return {"mini_wiki": rates}, play_cells(cells, {"mini_wiki": MINI_WIKI}, store, args)
+    return play_cells(cells, {"mini_wiki": MINI_WIKI}, store, args)
 
 
 def main(args: StudyArguments) -> None:
     args = in_short(args) if args.quick else args
     store = Store(Path(args.results_dir))
-    rates, failed = (play_in_short if args.quick else run_study)(args, store)
+    if args.quick:
+        rates = {"mini_wiki": dict.fromkeys(args.methods, MINI_WIKI.rates[1])}
+        failed = play_in_short(args, store, rates["mini_wiki"])
+    else:
+        failed = run_study(args, store)
+        rates = {group: chosen_rates(group, store) for group in TASKS}
     figures = gather(store, rates)
     draw(figures, store.root)
     write_record(args.json, {**figures.get("mini_wiki", {}), "tasks": figures, "rates": rates})

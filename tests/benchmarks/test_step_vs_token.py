@@ -165,14 +165,15 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "play", pretend)
     monkeypatch.setattr(study, "record_of", lambda run, score: RECORD)
+    monkeypatch.setattr(study, "settings_in", lambda command: "")
     store = Store(tmp_path / "results")
     args = StudyArguments(tasks=["mini_wiki"], methods=["token_ppo"], runs_dir=str(tmp_path / "runs"))
     for seed in (101, 102):
         store.write(Cell("mini_wiki", "tuning", "token_ppo", 4e-4, seed), replace(RECORD, sampled=[0.9, 0.9]))
     store.write(Cell("mini_wiki", "result", "token_ppo", 4e-4, 2), RECORD)
 
-    only_tuning, failed = study.run_study(replace(args, phases=["tuning"]), store)
-    assert (only_tuning, failed) == ({"mini_wiki": {"token_ppo": 4e-4}}, [])
+    assert study.run_study(replace(args, phases=["tuning"]), store) == []
+    assert study.chosen_rates("mini_wiki", store) == {"token_ppo": 4e-4}
     assert len(played) == 4
     assert not any("lr0.0004" in name for name in played)
 
@@ -182,6 +183,17 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
     played.clear()
     study.run_study(args, store)
     assert played == []
+
+
+def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
+    store, args = Store(tmp_path), StudyArguments(runs_dir="elsewhere")
+    mine, tasks = cell(4e-4, 1, phase="result"), {"mini_wiki": study.MINI_WIKI}
+    command = study.run_of(study.MINI_WIKI, mine, Path("runs"), {}).command
+    store.write(mine, replace(RECORD, command=command))
+    assert study.play_cells([mine], tasks, store, args) == []
+    store.write(mine, replace(RECORD, command=command.replace("--total_episodes 2560", "--total_episodes 512")))
+    with pytest.raises(SystemExit, match=r"seed1\.json was played with other settings"):
+        study.play_cells([mine], tasks, store, args)
 
 
 # -- what it shows ----------------------------------------------------------------------------------------------------
