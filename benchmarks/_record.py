@@ -68,7 +68,7 @@ def write_record(path: str | None, figures: Mapping[str, Any]) -> None:
         **figures,
         "command": shlex.join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
+        "commit": current_commit(),
         "versions": {"python": sys.version.split()[0], **{name: metadata.version(name) for name in _PACKAGES}},
         "machine": {"cpus": os.cpu_count(), "torch_threads": torch.get_num_threads(), "load": os.getloadavg()[0]},
     }
@@ -76,7 +76,7 @@ def write_record(path: str | None, figures: Mapping[str, Any]) -> None:
     Path(path).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _commit() -> str | None:
+def current_commit() -> str | None:
     """The commit that was measured, with a mark if the code was changed since."""
     here = Path(__file__).parent
     try:

@@ -8,18 +8,13 @@ Each run is a process of its own, as a user starts it. A run that is already in 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from _runs import LAUNCHER, Run, example_run, play, refuse_failures, updates_of
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "hotpotqa_steppo.py"
 TOKEN_LEVEL = ["--advantage_estimator", "token_gae", "--importance_sampling_level", "token"]
 METHODS = {
     "steppo": [],
@@ -43,28 +38,18 @@ class MiniWikiArguments(BenchmarkArguments):
     runs_dir: str = field(default="runs/benchmark", metadata={"help": "Where the runs are, or will be."})
 
 
-def run(method: str, seed: int, output_dir: Path, *, quick: bool) -> None:
-    """One run of the example, unless it is there already."""
-    if (output_dir / "seconds.txt").is_file():
-        return
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(EXAMPLE)]
-    flags = ["--seed", str(seed), "--output_dir", str(output_dir), "--num_sample_generations", "0"]
-    start = time.perf_counter()
-    subprocess.run(
-        [*command, *flags, *METHODS[method], *(QUICK if quick else [])],
-        check=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    (output_dir / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}\n")
+def run_of(method: str, seed: int, output_dir: Path, *, quick: bool) -> Run:
+    """One run of the example."""
+    flags = {"seed": seed, "num_sample_generations": 0}
+    switches = [*METHODS[method], *(QUICK if quick else [])]
+    return example_run("hotpotqa_steppo.py", output_dir, flags, switches=switches, launcher=LAUNCHER)
 
 
-def read_run(output_dir: Path) -> dict[str, float]:
+def read_run(run: Run) -> dict[str, float]:
     """What a run shows: greedy exact match before and after, and how it was spent."""
-    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    history = run.history()
     evaluations = [logs["eval_exact_match"] for logs in history if "eval_exact_match" in logs]
-    updates = [logs for logs in history if "loss/policy_avg" in logs or "loss/value_avg" in logs]
+    updates = updates_of(history)
     middle = updates[len(updates) // 3 : 2 * len(updates) // 3] or updates
     explained = [logs["critic/explained_variance"] for logs in middle if "critic/explained_variance" in logs]
     return {
@@ -73,19 +58,21 @@ def read_run(output_dir: Path) -> dict[str, float]:
         "sampled_em_last_5_updates": mean(logs["env/exact_match"] for logs in updates[-5:]),
         "explained_variance_mid_run": mean(explained),
         "overhead_fraction": mean(logs["perf/overhead_fraction"] for logs in updates),
-        "seconds": float((output_dir / "seconds.txt").read_text()),
+        "seconds": run.seconds,
     }
 
 
 def main(args: MiniWikiArguments) -> None:
     root = Path(args.runs_dir) / ("quick" if args.quick else "")
-    figures: dict[str, dict[int, dict[str, float]]] = {}
-    for method in list(METHODS)[:2] if args.quick else METHODS:
-        figures[method] = {}
-        for seed in args.seeds[:1] if args.quick else args.seeds:
-            output_dir = root / f"{method}_seed{seed}"
-            run(method, seed, output_dir, quick=args.quick)
-            figures[method][seed] = read_run(output_dir)
+    methods = list(METHODS)[:2] if args.quick else list(METHODS)
+    seeds = args.seeds[:1] if args.quick else args.seeds
+    runs = {
+        (method, seed): run_of(method, seed, root / f"{method}_seed{seed}", quick=args.quick)
+        for method in methods
+        for seed in seeds
+    }
+    refuse_failures(play(runs.values()))
+    figures = {method: {seed: read_run(runs[method, seed]) for seed in seeds} for method in methods}
     columns = list(next(iter(figures["steppo"].values())))
     print_table(
         "Greedy exact match on the mini wiki's 300 validation questions, and what a run takes",

@@ -14,12 +14,6 @@ already in `--runs_dir` is not repeated. `--quick` plays the built-in policy on 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -27,11 +21,11 @@ from typing import Any
 
 import numpy as np
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from _runs import EXAMPLES, Run, example_run, play, refuse_failures, updates_of
 from scipy.stats import bootstrap
 
 from trl_steppo.rollout import load_episodes
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = {
     "steppo": [],
     "token_ppo": ["--advantage_estimator", "token_gae", "--importance_sampling_level", "token"],
@@ -78,11 +72,8 @@ class SmolLM2Arguments(BenchmarkArguments):
     runs_dir: str = field(default="runs/smollm2", metadata={"help": "Where the runs are, or will be."})
 
 
-def run(method: str, seed: int, output_dir: Path, args: SmolLM2Arguments) -> None:
-    """One run of the example, unless it is there already."""
-    if (output_dir / "seconds.txt").is_file():
-        return
-    output_dir.mkdir(parents=True, exist_ok=True)
+def run_of(method: str, seed: int, output_dir: Path, args: SmolLM2Arguments) -> Run:
+    """One run of the example."""
     model, rows = ("mini_wiki", "mini_wiki") if args.quick else (args.model_dir, str(args.rows))
     flags = {
         "config": EXAMPLES / "configs" / "smollm2-135m-cpu.yaml",
@@ -91,29 +82,17 @@ def run(method: str, seed: int, output_dir: Path, args: SmolLM2Arguments) -> Non
         "per_device_train_batch_size": args.episodes,
         "total_episodes": args.episodes * (2 if args.quick else args.updates),
         "dump_episodes_dir": output_dir / "episodes",
-        "output_dir": output_dir,
         "seed": seed,
     }
-    command = [sys.executable, str(EXAMPLES / "hotpotqa_steppo.py"), *METHODS[method]]
-    start = time.perf_counter()
-    with (output_dir / "log.txt").open("w") as log:
-        subprocess.run(
-            [*command, *(str(part) for name, value in flags.items() for part in (f"--{name}", value))],
-            check=True,
-            env={**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-        )
-    (output_dir / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}\n")
+    return example_run("hotpotqa_steppo.py", output_dir, flags, switches=METHODS[method])
 
 
-def read_run(output_dir: Path) -> dict[str, Any]:
+def read_run(run: Run) -> dict[str, Any]:
     """What a run shows: its curves, how sure the change of the valid-call rate is, and where the time went."""
-    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-    updates = [logs for logs in history if "env/exact_match" in logs]
+    updates = updates_of(run.history())
     shares = [
         [episode.metrics["rewards/valid_calls"] for episode in load_episodes(path) if episode.valid]
-        for path in sorted((output_dir / "episodes").glob("*.jsonl"))
+        for path in sorted((run.output_dir / "episodes").glob("*.jsonl"))
     ]
     window = min(WINDOW, len(shares) // 2)
     first, last = ([share for update in part for share in update] for part in (shares[:window], shares[-window:]))
@@ -121,7 +100,7 @@ def read_run(output_dir: Path) -> dict[str, Any]:
         "curves": {name: [logs.get(metric) for logs in updates] for name, metric in CURVES.items()},
         "valid_call_rate": {"first": interval(first), "last": interval(last), "gain": interval(last, first)},
         "seconds_per_update": {name: mean(logs.get(f"perf/{name}", 0.0) for logs in updates) for name in PHASES},
-        "seconds": float((output_dir / "seconds.txt").read_text()),
+        "seconds": run.seconds,
     }
 
 
@@ -150,12 +129,15 @@ def main(args: SmolLM2Arguments) -> None:
     if not args.quick and (args.rows is None or not Path(args.model_dir).is_dir()):
         raise SystemExit("name real rows with --rows, and a model of examples/warm_start.py with --model_dir")
     root = Path(args.runs_dir) / ("quick" if args.quick else "")
-    runs = {(method, seed): root / f"{method}_seed{seed}" for seed in args.seeds for method in METHODS}
-    with ThreadPoolExecutor(args.parallel) as pool:
-        list(pool.map(lambda item: run(item[0][0], item[0][1], item[1], args), runs.items()))
+    runs = {
+        (method, seed): run_of(method, seed, root / f"{method}_seed{seed}", args)
+        for seed in args.seeds
+        for method in METHODS
+    }
+    refuse_failures(play(runs.values(), parallel=args.parallel, num_threads=1))
     figures: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in METHODS}
-    for (method, seed), output_dir in runs.items():
-        figures[method][seed] = read_run(output_dir)
+    for (method, seed), run in runs.items():
+        figures[method][seed] = read_run(run)
     print_table(
         f"Valid-call rate in the first and last {WINDOW} updates (95 % intervals over episodes), seconds an update",
         ["method", "seed", "first", "last", "gain", "EM, last", "s"],

@@ -124,7 +124,8 @@ def with_default_config(arguments: list[str]) -> list[str]:
     if "--config" in names:
         return arguments
     if "--model_name_or_path" in names:
-        recipes = ", ".join(sorted(path.name for path in RECIPES.glob("[!m]*.yaml")))
+        built_in = ("mini_wiki", "rooms")
+        recipes = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml") if not path.name.startswith(built_in)))
         raise SystemExit(
             "--model_name_or_path needs a --config: the learning rate of the built-in small model would destroy "
             f"another one. Recipes for real models in {RECIPES.name}/: {recipes}"

@@ -28,6 +28,7 @@ from .sharding import (
 
 __all__ = [
     "MINI_WIKI_POLICY",
+    "ROOMS_POLICY",
     "AdapterReference",
     "Critic",
     "PolicyScorer",
@@ -55,3 +56,6 @@ __all__ = [
 
 MINI_WIKI_POLICY = str(Path(__file__).parent / "mini_wiki")
 """Directory of the built-in policy, made by `examples/make_mini_wiki_policy.py`."""
+
+ROOMS_POLICY = str(Path(__file__).parent / "rooms")
+"""Directory of the rooms' policy, made by `examples/make_rooms_policy.py`."""

@@ -1,0 +1,88 @@
+"""The figures of the study, from what its record holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from _intervals import Interval
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # after the choice of what draws
+
+
+def plot_task(path: Path, title: str, figures: Mapping[str, Any]) -> None:
+    """
+    Learning curves with their intervals, and the final scores.
+
+    Args:
+        path (`Path`):
+            The image.
+        title (`str`):
+            Above it.
+        figures (`Mapping[str, Any]`):
+            Of one task: `curves` and `summaries`.
+    """
+    figure, (curves, finals) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained")
+    for number, (method, curve) in enumerate(figures["curves"].items()):
+        low, middle, high = _columns(curve["sampled"])
+        curves.plot(curve["episodes"], middle, color=f"C{number}", label=method)
+        curves.fill_between(curve["episodes"], low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        for offset, marker, name in ((-0.12, "o", "final_greedy"), (0.12, "s", "final_sampled")):
+            low, middle, high = _columns([figures["summaries"][method][name]])
+            finals.errorbar(
+                middle, [number + offset], xerr=[middle - low, high - middle], color=f"C{number}", marker=marker
+            )
+    curves.set(xlabel="episodes", ylabel="score of the episodes trained on", title=title)
+    curves.legend(fontsize="small")
+    finals.set_yticks(range(len(figures["curves"])), list(figures["curves"]))
+    finals.invert_yaxis()
+    finals.set(title="final score: greedy (circle), sampled (square)")
+    _save(figure, path)
+
+
+def plot_axes(path: Path, axes: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> None:
+    """
+    Final score and area under the curve as functions of what was varied.
+
+    Args:
+        path (`Path`):
+            The image.
+        axes (`Mapping[str, Mapping[int, Mapping[str, Any]]]`):
+            For each axis, by its label, the summaries of the methods at each of its values.
+    """
+    measures = {"final_greedy": "greedy score at the end", "area": "area under the learning curve"}
+    figure, grid = pyplot.subplots(
+        len(measures), len(axes), figsize=(5 * len(axes), 7), sharey="row", squeeze=False, layout="constrained"
+    )
+    for row, (measure, label) in zip(grid, measures.items(), strict=True):
+        for axis, (varied, by_value) in zip(row, axes.items(), strict=True):
+            methods = list(dict.fromkeys(method for summaries in by_value.values() for method in summaries))
+            for number, method in enumerate(methods):
+                values = [value for value, summaries in by_value.items() if method in summaries]
+                low, middle, high = _columns([by_value[value][method][measure] for value in values])
+                axis.errorbar(
+                    values, middle, yerr=[middle - low, high - middle], color=f"C{number}", marker="o", label=method
+                )
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(list(by_value), [str(value) for value in by_value])
+            axis.minorticks_off()
+            axis.set(xlabel=varied, ylabel=label)
+    grid[0][0].legend(fontsize="small")
+    _save(figure, path)
+
+
+def _columns(intervals: Sequence[Interval]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Low, middle and high; without an interval they are the same."""
+    rows = [[middle if bound is None else bound for bound in (low, middle, high)] for low, middle, high in intervals]
+    low, middle, high = np.asarray(rows, dtype=float).T
+    return low, middle, high
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,630 @@
+"""
+Step-level beside token-level PPO, and beside baselines without a critic: the same episodes, the same budget, learning
+rates tuned in the same way, many seeds.
+
+Each method's learning rate is chosen from the same grid, by the area under the learning curve on seeds of their own;
+the critic's is `CRITIC_OVER_POLICY` times the policy's. Then come the seeds of the result. Two tasks: the mini wiki,
+and the rooms, where the number of steps and the length of a response are set, one axis at a time. Each run is an
+example script in a process of its own; what it showed is kept as a small file in `--results_dir`, and a run whose
+file is there is not repeated, so that a study can be stopped, and go on on another day.
+
+    python benchmarks/step_vs_token.py [--tasks mini_wiki rooms] [--methods main] [--parallel N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from _intervals import (
+    Interval,
+    curve_interval,
+    episodes_ratio,
+    episodes_to_reach,
+    final_sampled,
+    interquartile_mean,
+    interval,
+    probability_of_improvement,
+)
+from _plots import plot_axes, plot_task
+from _record import BenchmarkArguments, current_commit, parse_arguments, print_table, write_record
+from _runs import EXAMPLES, Run, example_run, play, refuse_failures, updates_of
+
+CRITIC_OVER_POLICY = 2.5
+TUNING_SEEDS = (101, 102)
+
+TOKEN_GAE = {"advantage_estimator": "token_gae"}
+TOKEN_RATIO = {"importance_sampling_level": "token"}
+WITH_CRITIC: dict[str, dict[str, Any]] = {
+    "steppo": {},
+    "token_ppo": {**TOKEN_GAE, **TOKEN_RATIO},
+    "token_ppo_gamma_lam_1": {**TOKEN_GAE, **TOKEN_RATIO, "gamma": 1.0, "lam": 1.0},
+    # Averaged over steps as StepPO is: only the credit differs.
+    "without_step_gae": {**TOKEN_GAE, "loss_aggregation": "step"},
+    "without_step_ratio": {**TOKEN_RATIO},
+}
+# Ratios as these methods were published with: per token, but for RLOO, to which a whole response is one action.
+WITHOUT_CRITIC: dict[str, dict[str, Any]] = {
+    "grpo": {"advantage_estimator": "grpo", "num_generations": 8, **TOKEN_RATIO},
+    "rloo": {"advantage_estimator": "rloo", "num_generations": 8},
+    "gigpo": {"advantage_estimator": "gigpo", "num_generations": 8, **TOKEN_RATIO},
+    "reinforce_plus_plus": {
+        "advantage_estimator": "reinforce_plus_plus",
+        "num_generations": 1,
+        "loss_aggregation": "token",
+        **TOKEN_RATIO,
+    },
+}
+METHODS = {**WITH_CRITIC, **WITHOUT_CRITIC}
+MAIN = ("steppo", "token_ppo", "token_ppo_gamma_lam_1")
+OTHERS = tuple(name for name in METHODS if name not in MAIN)
+ABLATION = {
+    "full": "steppo",
+    "without step GAE": "without_step_gae",
+    "without step ratio": "without_step_ratio",
+    "without both": "token_ppo",
+}
+PHASES = ("tuning", "result", "summary")
+
+_GROUPS = {"main": MAIN, "others": OTHERS}
+
+# Evaluated at the start and at the end alone: the curve is that of the episodes trained on.
+EVERY_RUN = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1_000_000, "num_sample_generations": 0}
+QUICK = {"total_episodes": 64, "per_device_train_batch_size": 32}  # that it runs, not that it learns
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """
+    What is trained on.
+
+    Args:
+        name (`str`):
+            Its folder in the results.
+        script (`str`):
+            The example that plays it.
+        config (`str`):
+            The example's configuration, for the methods with a critic.
+        group_config (`str`, *optional*):
+            The same for those without; `None`: they are not run.
+        score (`str`):
+            The environment's score.
+        flags (`Mapping[str, Any]`):
+            The script's flags.
+        rates (`tuple[float, ...]`):
+            The grid of learning rates, the same for every method.
+        tuned_on (`str`):
+            Name of the task whose tuning decides among them.
+        result_seeds (`Mapping[str, int]`):
+            Number of seeds of each method.
+    """
+
+    name: str
+    script: str
+    config: str
+    group_config: str | None
+    score: str
+    flags: Mapping[str, Any]
+    rates: tuple[float, ...]
+    tuned_on: str
+    result_seeds: Mapping[str, int]
+
+
+MINI_WIKI = Task(
+    name="mini_wiki",
+    script="hotpotqa_steppo.py",
+    config="mini_wiki.yaml",
+    group_config="mini_wiki_group.yaml",
+    score="exact_match",
+    flags={"total_episodes": 2560},
+    rates=(2e-4, 4e-4, 8e-4),
+    tuned_on="mini_wiki",
+    result_seeds={method: 8 if method in MAIN else 4 for method in METHODS},
+)
+
+
+def rooms(num_rooms: int, num_words: int) -> Task:
+    """The rooms of one size."""
+    return Task(
+        name=f"rooms_h{num_rooms}_l{num_words}",
+        script="rooms_steppo.py",
+        config="rooms.yaml",
+        group_config=None,
+        score="score",
+        flags={"max_interaction_steps": num_rooms, "response_length": num_words},
+        rates=(5e-4, 1e-3, 2e-3),
+        tuned_on="rooms_h6_l32",
+        result_seeds=dict.fromkeys(MAIN, 3),
+    )
+
+
+# One axis at a time, around the game that the rates are tuned on
+ROOMS_BY_STEPS = {steps: rooms(steps, 32) for steps in (3, 6, 12)}
+ROOMS_BY_TOKENS = {tokens: rooms(6, tokens) for tokens in (8, 32, 128)}
+ROOMS_AXES = {"steps of an episode (H), L = 32": ROOMS_BY_STEPS, "tokens of a response (L), H = 6": ROOMS_BY_TOKENS}
+TASKS = {
+    "mini_wiki": [MINI_WIKI],
+    "rooms": list({task.name: task for axis in ROOMS_AXES.values() for task in axis.values()}.values()),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One run of the study."""
+
+    task: str
+    phase: str
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its name in the phase's folder."""
+        return f"{self.method}_lr{self.learning_rate:g}_seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """
+    What is kept of a run.
+
+    Args:
+        episodes (`list[int]`):
+            Played by the end of each update.
+        sampled (`list[float]`):
+            The mean score of each update's episodes.
+        greedy_start, greedy_end (`float`):
+            The score on the evaluation rows before and after.
+        explained_variance (`list[float | None]`):
+            Of the critic, by update.
+        clip_fraction (`list[float | None]`):
+            Share of ratios beyond the clip range, by update; `None` where the critic was trained alone.
+        seconds (`float`):
+            The whole process.
+        processor, commit, command (`str`):
+            What it ran on, and how.
+    """
+
+    episodes: list[int]
+    sampled: list[float]
+    greedy_start: float
+    greedy_end: float
+    explained_variance: list[float | None]
+    clip_fraction: list[float | None]
+    seconds: float
+    processor: str
+    commit: str | None
+    command: str
+
+    @property
+    def area(self) -> float:
+        """Under the learning curve, over its length."""
+        return mean(self.sampled)
+
+
+@dataclass
+class StudyArguments(BenchmarkArguments):
+    """
+    Args:
+        tasks (`list[str]`, *optional*, defaults to all):
+            `mini_wiki`, `rooms`.
+        methods (`list[str]`, *optional*, defaults to all):
+            Names of methods; `main` and `others` stand for several.
+        phases (`list[str]`, *optional*, defaults to both):
+            `tuning`, `result`; `summary` alone plays nothing. What is there is summed up in any case.
+        parallel (`int`, *optional*):
+            Runs at a time, of one thread each. `None`: one for each core.
+        results_dir (`str`, *optional*, defaults to `"benchmarks/results/step_vs_token"`):
+            Where a small file of each run is kept, and the figures. `--quick` writes to `quick` in `runs_dir`.
+        runs_dir (`str`, *optional*, defaults to `"runs/step_vs_token"`):
+            Where the runs write.
+    """
+
+    tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks, in order."})
+    methods: list[str] = field(
+        default_factory=lambda: ["main", "others"],
+        metadata={"help": "Methods; `main` and `others` stand for several."},
+    )
+    phases: list[str] = field(
+        default_factory=lambda: list(PHASES), metadata={"help": "tuning, result; summary alone plays nothing."}
+    )
+    parallel: int | None = field(default=None, metadata={"help": "Runs at a time. None: one for each core."})
+    results_dir: str = field(
+        default="benchmarks/results/step_vs_token", metadata={"help": "Where a file of each run is kept."}
+    )
+    runs_dir: str = field(default="runs/step_vs_token", metadata={"help": "Where the runs write."})
+
+
+# -- what a run is ----------------------------------------------------------------------------------------------------
+
+
+def run_of(task: Task, cell: Cell, runs_dir: Path, extra: Mapping[str, Any]) -> Run:
+    """The process of a cell, with every setting that differs from the task's configuration as a flag."""
+    with_critic = cell.method in WITH_CRITIC
+    config = task.config if with_critic else task.group_config
+    flags: dict[str, Any] = {
+        "config": os.path.relpath(EXAMPLES / "configs" / str(config)),
+        **task.flags,
+        **EVERY_RUN,
+        "learning_rate": cell.learning_rate,
+        "seed": cell.seed,
+    }
+    if with_critic:
+        flags |= {"critic_learning_rate": cell.learning_rate * CRITIC_OVER_POLICY, "gamma": 0.99, "lam": 0.95}
+    flags |= {**METHODS[cell.method], **extra}
+    return example_run(task.script, runs_dir / cell.task / cell.phase / cell.name, flags)
+
+
+def record_of(run: Run, score: str) -> Record:
+    """What is kept of a finished run."""
+    history = run.history()
+    updates = updates_of(history)
+    greedy = [logs[f"eval_{score}"] for logs in history if f"eval_{score}" in logs]
+    return Record(
+        episodes=[int(logs["episode"]) for logs in updates],
+        sampled=[logs[f"env/{score}"] for logs in updates],
+        greedy_start=greedy[0],
+        greedy_end=greedy[-1],
+        explained_variance=[logs.get("critic/explained_variance") for logs in updates],
+        clip_fraction=[logs.get("policy/clipfrac_avg") for logs in updates],
+        seconds=run.seconds,
+        processor=processor_name(),
+        commit=current_commit(),
+        command=run.command,
+    )
+
+
+def processor_name() -> str:
+    """The processor's model, as the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# -- the files of the runs --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Store:
+    """The directory with a file for each run."""
+
+    root: Path
+
+    def path(self, cell: Cell) -> Path:
+        """Where a run's file is."""
+        return self.root / cell.task / cell.phase / f"{cell.name}.json"
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether the run is done."""
+        return self.path(cell).is_file()
+
+    def read(self, cell: Cell) -> Record:
+        """What is kept of a run."""
+        return Record(**json.loads(self.path(cell).read_text())["record"])
+
+    def write(self, cell: Cell, record: Record) -> None:
+        """Keep it: whole, or not at all."""
+        path = self.path(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps({"run": asdict(cell), "record": asdict(record)}) + "\n")
+        unfinished.replace(path)
+
+    def records(self, cells: Iterable[Cell]) -> dict[Cell, Record]:
+        """Those that are done."""
+        return {cell: self.read(cell) for cell in cells if self.holds(cell)}
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def tuning_cells(task: Task, methods: Iterable[str]) -> list[Cell]:
+    """The grid, the same for every method."""
+    return [
+        Cell(task.name, "tuning", method, rate, seed)
+        for seed in TUNING_SEEDS
+        for rate in task.rates
+        for method in methods
+    ]
+
+
+def choose_rates(grid: Iterable[Cell], areas: Mapping[Cell, float]) -> dict[str, float]:
+    """
+    The learning rate of each method: the one whose area under the learning curve is the largest in the mean over the
+    tuning seeds.
+
+    Args:
+        grid (`Iterable[Cell]`):
+            The runs of the tuning.
+        areas (`Mapping[Cell, float]`):
+            The areas of those that are done.
+
+    Returns:
+        `dict[str, float]`: Without the methods whose grid is not complete.
+    """
+    of_method: dict[str, dict[float, list[float | None]]] = {}
+    for cell in grid:
+        of_method.setdefault(cell.method, {}).setdefault(cell.learning_rate, []).append(areas.get(cell))
+    means = {
+        method: {rate: mean(area for area in by_seed if area is not None) for rate, by_seed in by_rate.items()}
+        for method, by_rate in of_method.items()
+        if None not in chain(*by_rate.values())
+    }
+    return {method: max(by_rate, key=by_rate.__getitem__) for method, by_rate in means.items()}
+
+
+def result_cells(task: Task, methods: Iterable[str], rates: Mapping[str, float]) -> list[Cell]:
+    """Seed by seed, so that methods can be compared before all seeds are done."""
+    cells = [
+        Cell(task.name, "result", method, rates[method], seed)
+        for method in methods
+        if method in rates
+        for seed in range(1, task.result_seeds.get(method, 0) + 1)
+    ]
+    return sorted(cells, key=lambda cell: cell.seed)
+
+
+def stages(args: StudyArguments) -> list[tuple[str, tuple[str, ...]]]:
+    """The parts of the study in the order of their use: the main comparison of every task, then the other methods."""
+    asked = set(args.methods) | {name for group, of in _GROUPS.items() if group in args.methods for name in of}
+    unknown = asked - set(METHODS) - set(_GROUPS)
+    if unknown or set(args.tasks) - set(TASKS) or set(args.phases) - set(PHASES):
+        raise SystemExit(
+            f"choose --methods of {', '.join([*_GROUPS, *METHODS])}; --tasks of {', '.join(TASKS)}; "
+            f"--phases of {', '.join(PHASES)}"
+        )
+    parts = [
+        (task, tuple(name for name in group if name in asked)) for group in _GROUPS.values() for task in args.tasks
+    ]
+    return [(task, methods) for task, methods in parts if methods]
+
+
+def play_cells(cells: Sequence[Cell], tasks: Mapping[str, Task], store: Store, args: StudyArguments) -> list[Run]:
+    """Play those that are not done, and keep what they show."""
+    extra = QUICK if args.quick else {}
+    planned = {run_of(tasks[cell.task], cell, Path(args.runs_dir), extra): cell for cell in cells}
+    refuse_other_settings(planned, store)
+    runs = {run: cell for run, cell in planned.items() if not store.holds(cell)}
+
+    def keep(run: Run) -> None:
+        cell = runs[run]
+        record = record_of(run, tasks[cell.task].score)
+        store.write(cell, record)
+        print(f"{cell.task} {cell.phase} {cell.name}: area {record.area:.3f}, {record.seconds:.0f} s", flush=True)
+
+    return play(runs, parallel=args.parallel or os.cpu_count() or 1, num_threads=1, on_finish=keep)
+
+
+def refuse_other_settings(planned: Mapping[Run, Cell], store: Store) -> None:
+    """Raise if what is kept was played with other settings than what would be played now."""
+    for run, cell in planned.items():
+        if store.holds(cell) and settings_in(store.read(cell).command) != settings_in(run.command):
+            raise SystemExit(
+                f"{store.path(cell)} was played with other settings than those of this study; remove it, or name "
+                f"another --results_dir\nthere: {store.read(cell).command}\nhere:  {run.command}"
+            )
+
+
+def settings_in(command: str) -> str:
+    """A run's command without the place it writes to, which comes last."""
+    return command.partition(" --output_dir ")[0]
+
+
+def tuning_of(group: str, methods: Iterable[str] = METHODS) -> list[Cell]:
+    """The grid of some of the methods that a task is played with."""
+    by_name = {task.name: task for task in TASKS[group]}
+    task = by_name[TASKS[group][0].tuned_on]
+    return tuning_cells(task, [method for method in methods if method in task.result_seeds])
+
+
+def chosen_rates(group: str, store: Store) -> dict[str, float]:
+    """The rates of all methods that are tuned."""
+    grid = tuning_of(group)
+    return choose_rates(grid, {cell: record.area for cell, record in store.records(grid).items()})
+
+
+def run_study(args: StudyArguments, store: Store) -> list[Run]:
+    """Play everything that is asked for and not done. Returns the runs that failed."""
+    failed: list[Run] = []
+    for group, methods in stages(args):
+        tasks = {task.name: task for task in TASKS[group]}
+        if "tuning" in args.phases:
+            failed += play_cells(tuning_of(group, methods), tasks, store, args)
+        if "result" in args.phases:
+            rates = chosen_rates(group, store)
+            cells = [cell for task in tasks.values() for cell in result_cells(task, methods, rates)]
+            failed += play_cells(sorted(cells, key=lambda cell: cell.seed), tasks, store, args)
+    return failed
+
+
+# -- what it shows ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method on one task, summed up over its seeds."""
+
+    learning_rate: float
+    num_seeds: int
+    greedy_start: float
+    final_greedy: Interval
+    final_sampled: Interval
+    area: Interval
+    episodes_to_token_ppo: float | None
+    steppo_beats_it: Interval
+    explained_variance: float | None
+    seconds: float
+
+
+def summarize(records: Mapping[str, Sequence[Record]], rates: Mapping[str, float]) -> dict[str, Summary]:
+    """
+    Args:
+        records (`Mapping[str, Sequence[Record]]`):
+            The runs of each method, for the result.
+        rates (`Mapping[str, float]`):
+            Its learning rate.
+    """
+    areas = {method: [record.area for record in runs] for method, runs in records.items()}
+    curves = {method: [record.sampled for record in runs] for method, runs in records.items()}
+    threshold = (
+        float(interquartile_mean(final_sampled(curves["token_ppo"]))) - 1e-9 if "token_ppo" in curves else np.inf
+    )
+    summaries = {}
+    for method, runs in records.items():
+        episodes = episodes_to_reach(curves[method], runs[0].episodes, threshold)
+        explained = [value for run in runs for value in run.explained_variance if value is not None]
+        summaries[method] = Summary(
+            learning_rate=rates[method],
+            num_seeds=len(runs),
+            greedy_start=mean(run.greedy_start for run in runs),
+            final_greedy=interval([run.greedy_end for run in runs]),
+            final_sampled=interval([float(value) for value in final_sampled(curves[method])]),
+            area=interval(areas[method]),
+            episodes_to_token_ppo=episodes if np.isfinite(episodes) else None,
+            steppo_beats_it=probability_of_improvement(areas.get("steppo", areas[method]), areas[method]),
+            explained_variance=mean(explained) if explained else None,
+            seconds=mean(run.seconds for run in runs),
+        )
+    return summaries
+
+
+def shown(bounds: Interval, digits: int = 3) -> str:
+    """An interval for people."""
+    low, estimate, high = ("-" if bound is None else f"{bound:.{digits}f}" for bound in bounds)
+    return f"{estimate} ({low} to {high})"
+
+
+def print_summaries(task: Task, summaries: Mapping[str, Summary]) -> None:
+    """The tables of one task; a rate at an end of the grid is marked, as a better one may lie beyond."""
+    ends = (min(task.rates), max(task.rates))
+    print_table(
+        f"{task.name}: interquartile means (95 % intervals over seeds)",
+        ["method", "greedy, end", "sampled, end", "area"],
+        [
+            [method, shown(found.final_greedy), shown(found.final_sampled), shown(found.area)]
+            for method, found in summaries.items()
+        ],
+    )
+    print_table(
+        f"{task.name}: episodes to token PPO's final score, how likely a StepPO run has the larger area, the cost",
+        ["method", "rate", "seeds", "episodes", "StepPO larger", "s"],
+        [
+            [
+                method,
+                f"{found.learning_rate:g}{' (end)' if found.learning_rate in ends else ''}",
+                str(found.num_seeds),
+                "-" if found.episodes_to_token_ppo is None else f"{found.episodes_to_token_ppo:.0f}",
+                shown(found.steppo_beats_it, 2),
+                f"{found.seconds:.0f}",
+            ]
+            for method, found in summaries.items()
+        ],
+    )
+
+
+def print_ablation(task: str, summaries: Mapping[str, Summary]) -> None:
+    """The table of the paper's form, of the parts that are there."""
+    parts = {label: summaries[method] for label, method in ABLATION.items() if method in summaries}
+    print_table(
+        f"{task}: what StepPO's parts do",
+        ["StepPO", "greedy, end", "sampled, end", "area"],
+        [
+            [label, shown(found.final_greedy), shown(found.final_sampled), shown(found.area)]
+            for label, found in parts.items()
+        ],
+    )
+
+
+def figures_of(records: Mapping[str, Sequence[Record]], summaries: Mapping[str, Summary]) -> dict[str, Any]:
+    """A task's figures for the record."""
+    ratio: Interval = [None, None, None]
+    if {"steppo", "token_ppo"} <= set(records):
+        curves = {method: [run.sampled for run in records[method]] for method in ("steppo", "token_ppo")}
+        ratio = episodes_ratio(curves["steppo"], curves["token_ppo"], records["steppo"][0].episodes)
+    return {
+        "final_em": {method: found.final_greedy for method, found in summaries.items()},
+        "episodes_ratio": ratio[1],
+        "episodes_ratio_interval": ratio,
+        "summaries": {method: asdict(found) for method, found in summaries.items()},
+        "ablation": {label: asdict(summaries[name]) for label, name in ABLATION.items() if name in summaries},
+        "curves": {
+            method: {"episodes": runs[0].episodes, "sampled": curve_interval([run.sampled for run in runs])}
+            for method, runs in records.items()
+        },
+    }
+
+
+def gather(store: Store, rates: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The figures of every task that has runs for the result, printed as well."""
+    figures: dict[str, Any] = {}
+    for group, chosen in rates.items():
+        for task in TASKS[group]:
+            records: dict[str, list[Record]] = {}
+            for cell, record in store.records(result_cells(task, METHODS, chosen)).items():
+                records.setdefault(cell.method, []).append(record)
+            if records:
+                summaries = summarize(records, chosen)
+                print_summaries(task, summaries)
+                print_ablation(task.name, summaries)
+                figures[task.name] = figures_of(records, summaries)
+    return figures
+
+
+def draw(figures: Mapping[str, Any], directory: Path) -> None:
+    """An image for each task, and one of the rooms' axes."""
+    for name, found in figures.items():
+        plot_task(directory / f"{name}.png", name, found)
+    axes = {
+        label: {value: figures[task.name]["summaries"] for value, task in by_value.items() if task.name in figures}
+        for label, by_value in ROOMS_AXES.items()
+    }
+    if all(axes.values()):
+        plot_axes(directory / "rooms.png", axes)
+
+
+def in_short(args: StudyArguments) -> StudyArguments:
+    """What `--quick` does: no tuning, two methods, one seed, two updates, and nothing kept among the results."""
+    directory = Path(args.runs_dir) / "quick"
+    return replace(
+        args,
+        tasks=["mini_wiki"],
+        methods=["steppo", "token_ppo"],
+        results_dir=str(directory / "results"),
+        runs_dir=str(directory),
+    )
+
+
+def play_in_short(args: StudyArguments, store: Store, rates: Mapping[str, float]) -> list[Run]:
+    """One short run of each method."""
+    cells = [Cell("mini_wiki", "result", method, rate, 1) for method, rate in rates.items()]
+    return play_cells(cells, {"mini_wiki": MINI_WIKI}, store, args)
+
+
+def main(args: StudyArguments) -> None:
+    args = in_short(args) if args.quick else args
+    store = Store(Path(args.results_dir))
+    if args.quick:
+        rates = {"mini_wiki": dict.fromkeys(args.methods, MINI_WIKI.rates[1])}
+        failed = play_in_short(args, store, rates["mini_wiki"])
+    else:
+        failed = run_study(args, store)
+        rates = {group: chosen_rates(group, store) for group in TASKS}
+    figures = gather(store, rates)
+    draw(figures, store.root)
+    write_record(args.json, {**figures.get("mini_wiki", {}), "tasks": figures, "rates": rates})
+    refuse_failures(failed)
+
+
+if __name__ == "__main__":
+    main(parse_arguments(StudyArguments))

@@ -1,0 +1,187 @@
+"""
+Make the built-in policy of the rooms: a tokenizer of whole words and a small Llama, warm-started.
+
+    python examples/make_rooms_policy.py --output_dir trl_steppo/models/rooms
+
+It learns responses of the right form for every length, in which a wrong door, one that tempts, has a larger share than
+the right one. The policy that comes of it reads the sign, and is wrong where it is greedy, so that what a run then
+shows is learning and not sharpening.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from trl_steppo.environments.rooms import (
+    DOORS,
+    MAX_ROOMS,
+    RIGHT_DOOR,
+    SIGNS,
+    TEMPTING_DOOR,
+    VARIANTS,
+    describe,
+    respond,
+    vocabulary,
+)
+
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|> ' + message.role + ' ' + message.content + ' <|im_end|> ' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|> assistant ' }}{%- endif %}"""
+
+
+@dataclass
+class Arguments:
+    """What to make."""
+
+    output_dir: str = field(metadata={"help": "Where to save model and tokenizer."})
+    hidden_size: int = field(default=64, metadata={"help": "Width of the model."})
+    num_layers: int = field(default=2, metadata={"help": "Layers of the model."})
+    num_heads: int = field(default=4, metadata={"help": "Attention heads, each with its own keys and values."})
+    num_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=32, metadata={"help": "Responses of one step."})
+    learning_rate: float = field(default=5e-3, metadata={"help": "Highest learning rate."})
+    door_weight: float = field(default=1.0, metadata={"help": "Weight of the door beside that of the whole response."})
+    share_right: float = field(default=0.3, metadata={"help": "Share of right doors."})
+    share_tempting: float = field(default=0.4, metadata={"help": "Share of the wrong door that tempts."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything."})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    Responses of one length, with what could stand in each place of them.
+
+    Args:
+        ids (`torch.Tensor`):
+            States and responses, without the end of the turn.
+        choices (`torch.Tensor`):
+            (words, 4), the ids that may stand in each place of the response.
+        shares (`torch.Tensor`):
+            (responses, words, 4), how often each of them is to.
+    """
+
+    ids: torch.Tensor
+    choices: torch.Tensor
+    shares: torch.Tensor
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word."""
+    special = [PAD, START, END]
+    backend = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate([*special, *vocabulary()])}, unk_token=PAD)
+    )
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END, pad_token=PAD, unk_token=PAD, extra_special_tokens=[START]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def door_shares(sign: str, args: Arguments) -> list[float]:
+    """How often each door is to be chosen: the right one, the one that tempts, the others."""
+    rest = (1 - args.share_right - args.share_tempting) / (len(DOORS) - 2)
+    share = {RIGHT_DOOR[sign]: args.share_right, TEMPTING_DOOR[sign]: args.share_tempting}
+    return [share.get(door, rest) for door in DOORS]
+
+
+def draw_batch(tokenizer: PreTrainedTokenizerFast, args: Arguments, rng: random.Random) -> Batch:
+    """States with responses of one length."""
+    num_words = rng.choice([4, 8, 8, 16, 32, 32, 64, 128])
+    texts, doors = [], []
+    for _ in range(args.batch_size):
+        num_rooms = rng.randint(1, MAX_ROOMS)
+        room = rng.randrange(num_rooms)
+        sign = rng.choice(SIGNS)
+        state = describe(room, num_rooms, rng.randint(0, room), sign, num_words)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": state}], add_generation_prompt=True, tokenize=False
+        )
+        texts.append(f"{prompt}{respond(rng.choice(DOORS), num_words, rng)}")
+        doors.append(door_shares(sign, args))
+    thought = [[f"{left}{variant}" for variant in VARIANTS] for left in range(num_words - 2, 0, -1)]
+    choices = [*thought, list(DOORS), [END] * len(DOORS)]
+    shares = torch.full((args.batch_size, num_words, len(DOORS)), 1 / len(DOORS))
+    shares[:, -2] = torch.tensor(doors)
+    return Batch(
+        torch.tensor([tokenizer.encode(text) for text in texts]),
+        torch.tensor([tokenizer.convert_tokens_to_ids(words) for words in choices]),
+        shares,
+    )
+
+
+def excess(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    """(responses, words): how far the model is from the shares, as a cross-entropy less that of the shares."""
+    hidden = model.model(input_ids=batch.ids).last_hidden_state[:, -batch.shares.shape[1] :]
+    logprobs = model.lm_head(hidden).log_softmax(-1)
+    chosen = logprobs.gather(-1, batch.choices.expand(len(batch.ids), -1, -1))
+    is_end = batch.choices[:, 0] == batch.choices[:, 1]  # four times the same: nothing to choose
+    entropy = torch.where(is_end, 0.0, -torch.xlogy(batch.shares, batch.shares).sum(-1))
+    return -(batch.shares * chosen).sum(-1) - entropy
+
+
+def main(args: Arguments) -> None:
+    """Make tokenizer and model, warm-start the model, save both."""
+    set_seed(args.seed)
+    rng = random.Random(args.seed)
+    tokenizer = make_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=args.hidden_size * 2,
+            num_hidden_layers=args.num_layers,
+            num_attention_heads=args.num_heads,
+            num_key_value_heads=args.num_heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=args.hidden_size**-0.5,  # the default is made for wide models
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    print(f"{len(tokenizer)} tokens, {model.num_parameters()} parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, total_steps=args.num_steps, pct_start=0.05
+    )
+    for step in range(args.num_steps):
+        far = excess(model, draw_batch(tokenizer, args, rng))
+        loss = far.mean() + args.door_weight * far[:, -2].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == args.num_steps - 1:
+            print(
+                f"step {step}: {far.shape[1]} words, far by {far[:, :-2].mean().item():.4f} in the thought, "
+                f"{far[:, -2].mean().item():.4f} in the door, {far[:, -1].mean().item():.4f} in the end",
+                flush=True,
+            )
+    tokenizer.save_pretrained(args.output_dir)
+    model.save_pretrained(args.output_dir)
+    reloaded, texts = AutoTokenizer.from_pretrained(args.output_dir), [" ".join(vocabulary()), f"{START} user {END}"]
+    if any(reloaded(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts):
+        raise RuntimeError("the tokenizer reads back as another one; the policy would not understand what it reads")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])  # type: ignore[arg-type]

@@ -1,0 +1,54 @@
+"""
+Train an agent that goes through rooms: a small game whose number of steps and whose responses' length are settings.
+
+    accelerate launch examples/rooms_steppo.py --max_interaction_steps 12 --response_length 32
+
+trains the built-in policy of the game, on a CPU, in minutes (`examples/configs/rooms.yaml`). The same with token-level
+PPO:
+
+    accelerate launch examples/rooms_steppo.py --advantage_estimator token_gae --importance_sampling_level token
+
+Any setting of `StepPOConfig` is a flag. An episode has as many rooms as `max_interaction_steps`, and a response as
+many tokens as `response_length`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.environments.rooms import RoomsEnvironment, make_rooms
+from trl_steppo.models import ROOMS_POLICY
+
+RECIPE = Path(__file__).parent / "configs" / "rooms.yaml"
+
+
+def main(training_args: StepPOConfig) -> None:
+    """Build everything, train, save."""
+    data = make_rooms(training_args.max_interaction_steps, training_args.response_length)
+    trainer = StepPOTrainer(
+        args=training_args,
+        processing_class=AutoTokenizer.from_pretrained(ROOMS_POLICY),
+        model=AutoModelForCausalLM.from_pretrained(ROOMS_POLICY),
+        train_dataset=Dataset.from_list(data.train),
+        eval_dataset=Dataset.from_list(data.validation),
+        environment_factory=RoomsEnvironment,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+
+
+def with_default_config(arguments: list[str]) -> list[str]:
+    """Without a config, the example's own."""
+    has_config = any(argument.split("=")[0] == "--config" for argument in arguments)
+    return arguments if has_config else ["--config", str(RECIPE), *arguments]
+
+
+if __name__ == "__main__":
+    parser = TrlParser((StepPOConfig,))  # type: ignore[arg-type]
+    main(*parser.parse_args_and_config(with_default_config(sys.argv[1:])))

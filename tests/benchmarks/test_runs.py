@@ -1,0 +1,94 @@
+"""Runs as processes: resumed, stopped and read."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from _runs import Run, example_run, play, refuse_failures, updates_of
+
+SCRIPT = """
+import json, os, sys, time
+from pathlib import Path
+directory = Path(sys.argv[1])
+(directory.parent / f"{directory.name}.started").open("a").write("x")
+if "fail" in sys.argv:
+    raise SystemExit("broken on purpose")
+if "wait" in sys.argv:
+    time.sleep(60)
+(directory / "threads").write_text(os.environ.get("OMP_NUM_THREADS", ""))
+(directory / "trainer_state.json").write_text(json.dumps({"log_history": [{"perf/update_s": 1.0}, {"x": 2}]}))
+"""
+
+
+@pytest.fixture
+def run_in(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def make(name: str, *arguments: str) -> Run:
+        return Run((str(script), str(tmp_path / name), *arguments), tmp_path / name)
+
+    return make
+
+
+def times_started(run):
+    return len((run.output_dir.parent / f"{run.output_dir.name}.started").read_text())
+
+
+def test_a_finished_run_is_not_repeated(run_in):
+    runs, seen = [run_in("a"), run_in("b")], []
+    assert play(runs, parallel=2, num_threads=1) == []
+    assert play(runs, on_finish=seen.append) == []
+    assert seen == runs
+    assert [times_started(run) for run in runs] == [1, 1]
+    assert (runs[0].output_dir / "threads").read_text() == "1"
+    assert runs[0].seconds > 0
+    assert updates_of(runs[0].history()) == [{"perf/update_s": 1.0}]
+
+
+def test_a_run_that_was_stopped_begins_anew(run_in):
+    run = run_in("a")
+    run.output_dir.mkdir()
+    (run.output_dir / "trainer_state.json").write_text("half of")
+    (run.output_dir / "left-over").touch()
+    assert not run.is_finished
+    play([run])
+    assert run.is_finished
+    assert not (run.output_dir / "left-over").exists()
+
+
+def test_a_failed_run_does_not_stop_the_others(run_in):
+    broken, fine = run_in("a", "fail"), run_in("b")
+    assert play([broken, fine]) == [broken]
+    assert fine.is_finished
+    assert not broken.is_finished
+    assert "broken on purpose" in (broken.output_dir / "log.txt").read_text()
+    with pytest.raises(SystemExit, match=r"a.log\.txt"):
+        refuse_failures([broken])
+
+
+def test_whoever_is_terminated_takes_its_runs_along(run_in, tmp_path):
+    run = run_in("a", "wait")
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(sys.modules[Run.__module__].__file__).parent)!r})
+from _runs import Run, play
+from pathlib import Path
+play([Run({run.arguments!r}, Path({str(run.output_dir)!r}))])
+"""
+    process = subprocess.Popen([sys.executable, "-c", program])
+    while not (tmp_path / "a.started").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    mine = subprocess.run(["pgrep", "-f", str(run.output_dir)], capture_output=True, text=True).stdout
+    assert mine == ""
+    assert not run.is_finished
+
+
+def test_the_command_is_what_a_user_types():
+    run = example_run("hotpotqa_steppo.py", Path("runs/x"), {"seed": 3}, switches=["--gamma", "1"])
+    assert run.command == "python examples/hotpotqa_steppo.py --gamma 1 --seed 3 --output_dir runs/x"

@@ -1,0 +1,255 @@
+"""The study: its plan, its choice of rates, its files, and one short run of it, twice."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import step_vs_token as study
+from _runs import play
+from step_vs_token import Cell, Record, Store, StudyArguments
+from trl import TrlParser
+
+from trl_steppo import StepPOConfig
+
+ROOT = Path(__file__).parents[2]
+RECORD = Record(
+    episodes=[32, 64],
+    sampled=[0.1, 0.3],
+    greedy_start=0.1,
+    greedy_end=0.4,
+    explained_variance=[None, 0.2],
+    clip_fraction=[None, 0.0],
+    seconds=1.5,
+    processor="some",
+    commit=None,
+    command="python some.py",
+)
+
+
+def load_example(name):
+    sys.path.insert(0, str(ROOT / "tests" / "examples"))
+    from scripts import load_script
+
+    return load_script(name)
+
+
+def cell(rate, seed, method="steppo", phase="tuning"):
+    return Cell("mini_wiki", phase, method, rate, seed)
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def settings_of(method, task=study.MINI_WIKI):
+    """The configuration that a run's flags make."""
+    kinds = (load_example("hotpotqa_steppo").HotpotQAArguments,) if task is study.MINI_WIKI else ()
+    run = study.run_of(task, Cell(task.name, "result", method, 4e-4, 7), Path("runs"), {})
+    return TrlParser((*kinds, StepPOConfig)).parse_args_and_config(list(run.arguments[1:]))[-1]
+
+
+@pytest.mark.parametrize("method", study.METHODS)
+def test_every_method_has_settings_without_contradiction(method):
+    settings = settings_of(method)
+    assert (settings.learning_rate, settings.seed, settings.total_episodes) == (4e-4, 7, 2560)
+    assert settings.per_device_train_batch_size == 128
+    assert settings.uses_critic == (method in study.WITH_CRITIC)
+    if settings.uses_critic:
+        assert settings.critic_learning_rate == pytest.approx(1e-3)
+        assert (settings.gamma, settings.lam) == ((1, 1) if method.endswith("_1") else (0.99, 0.95))
+
+
+def test_an_ablation_takes_away_one_part():
+    chosen = {
+        label: (settings.advantage_estimator, settings.importance_sampling_level, settings.aggregation)
+        for label, settings in ((label, settings_of(method)) for label, method in study.ABLATION.items())
+    }
+    assert chosen == {
+        "full": ("step_gae", "step", "step"),
+        "without step GAE": ("token_gae", "step", "step"),
+        "without step ratio": ("step_gae", "token", "step"),
+        "without both": ("token_gae", "token", "token"),
+    }
+
+
+@pytest.mark.parametrize("method", study.MAIN)
+def test_the_rooms_differ_in_their_size_alone(method):
+    sizes = {}
+    for task in study.TASKS["rooms"]:
+        settings = settings_of(method, task)
+        sizes[task.name] = (settings.max_interaction_steps, settings.response_length)
+        assert (settings.total_episodes, settings.per_device_train_batch_size) == (1024, 32)
+    assert sizes == {
+        "rooms_h3_l32": (3, 32),
+        "rooms_h6_l32": (6, 32),
+        "rooms_h12_l32": (12, 32),
+        "rooms_h6_l8": (6, 8),
+        "rooms_h6_l128": (6, 128),
+    }
+
+
+def test_the_main_comparison_comes_first_on_every_task():
+    assert [(task, len(methods)) for task, methods in study.stages(StudyArguments())] == [
+        ("mini_wiki", 3),
+        ("rooms", 3),
+        ("mini_wiki", 6),
+        ("rooms", 6),
+    ]
+    chosen = study.stages(StudyArguments(tasks=["mini_wiki"], methods=["main", "grpo"]))
+    assert chosen == [("mini_wiki", study.MAIN), ("mini_wiki", ("grpo",))]
+
+
+@pytest.mark.parametrize("wrong", [{"tasks": ["maze"]}, {"methods": ["dqn"]}, {"phases": ["end"]}])
+def test_what_there_is_not_cannot_be_chosen(wrong):
+    with pytest.raises(SystemExit, match="choose --methods of main, others, steppo"):
+        study.stages(StudyArguments(**wrong))
+
+
+def test_seeds_of_the_tuning_are_not_those_of_the_result():
+    rates = dict.fromkeys(study.METHODS, 4e-4)
+    cells = study.result_cells(study.MINI_WIKI, study.METHODS, rates)
+    assert not {cell.seed for cell in cells} & set(study.TUNING_SEEDS)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    assert sum(cell.method == "steppo" for cell in cells) == 8
+    assert sum(cell.method == "grpo" for cell in cells) == 4
+
+
+# -- the learning rate ------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_with_the_largest_mean_area_is_chosen():
+    areas = {
+        cell(2e-4, 101): 0.5,
+        cell(2e-4, 102): 0.1,
+        cell(4e-4, 101): 0.3,
+        cell(4e-4, 102): 0.4,
+        cell(8e-4, 101): 0.2,
+        cell(8e-4, 102): 0.2,
+    }
+    assert study.choose_rates(areas, areas) == {"steppo": 4e-4}
+
+
+def test_a_method_whose_grid_is_not_complete_has_no_rate():
+    grid = study.tuning_cells(study.MINI_WIKI, ["steppo", "token_ppo"])
+    areas = dict.fromkeys(grid, 0.5)
+    del areas[Cell("mini_wiki", "tuning", "token_ppo", 8e-4, 102)]
+    assert set(study.choose_rates(grid, areas)) == {"steppo"}
+    assert study.choose_rates(grid, {}) == {}
+
+
+# -- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_reads_back(tmp_path):
+    store, mine = Store(tmp_path), cell(2e-4, 101)
+    assert not store.holds(mine)
+    store.write(mine, RECORD)
+    assert store.path(mine) == tmp_path / "mini_wiki" / "tuning" / "steppo_lr0.0002_seed101.json"
+    assert store.read(mine) == RECORD
+    assert store.records([mine, cell(2e-4, 102)]) == {mine: RECORD}
+    assert RECORD.area == pytest.approx(0.2)
+    assert [path.suffix for path in store.path(mine).parent.iterdir()] == [".json"]
+
+
+def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
+    played = []
+
+    def pretend(runs, on_finish, **settings):
+        for run in runs:
+            played.append(run.output_dir.name)
+            on_finish(run)
+        return []
+
+    monkeypatch.setattr(study, "play", pretend)
+    monkeypatch.setattr(study, "record_of", lambda run, score: RECORD)
+    monkeypatch.setattr(study, "settings_in", lambda command: "")
+    store = Store(tmp_path / "results")
+    args = StudyArguments(tasks=["mini_wiki"], methods=["token_ppo"], runs_dir=str(tmp_path / "runs"))
+    for seed in (101, 102):
+        store.write(Cell("mini_wiki", "tuning", "token_ppo", 4e-4, seed), replace(RECORD, sampled=[0.9, 0.9]))
+    store.write(Cell("mini_wiki", "result", "token_ppo", 4e-4, 2), RECORD)
+
+    assert study.run_study(replace(args, phases=["tuning"]), store) == []
+    assert study.chosen_rates("mini_wiki", store) == {"token_ppo": 4e-4}
+    assert len(played) == 4
+    assert not any("lr0.0004" in name for name in played)
+
+    played.clear()
+    study.run_study(args, store)
+    assert played == [f"token_ppo_lr0.0004_seed{seed}" for seed in (1, 3, 4, 5, 6, 7, 8)]
+    played.clear()
+    study.run_study(args, store)
+    assert played == []
+
+
+def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
+    store, args = Store(tmp_path), StudyArguments(runs_dir="elsewhere")
+    mine, tasks = cell(4e-4, 1, phase="result"), {"mini_wiki": study.MINI_WIKI}
+    command = study.run_of(study.MINI_WIKI, mine, Path("runs"), {}).command
+    store.write(mine, replace(RECORD, command=command))
+    assert study.play_cells([mine], tasks, store, args) == []
+    store.write(mine, replace(RECORD, command=command.replace("--total_episodes 2560", "--total_episodes 512")))
+    with pytest.raises(SystemExit, match=r"seed1\.json was played with other settings"):
+        study.play_cells([mine], tasks, store, args)
+
+
+# -- what it shows ----------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_method_that_is_better(tmp_path):
+    updates = list(range(10, 110, 10))
+    slow = [0.0] * 9 + [1.0]
+    fast = [0.0] * 4 + [1.0] * 6
+    records = {
+        method: [replace(RECORD, episodes=updates, sampled=curve, greedy_end=end + 0.01 * seed) for seed in range(3)]
+        for method, curve, end in (("steppo", fast, 0.8), ("token_ppo", slow, 0.5))
+    }
+    summaries = study.summarize(records, {"steppo": 4e-4, "token_ppo": 2e-4})
+    figures = study.figures_of(records, summaries)
+    assert figures["final_em"]["steppo"][1] == pytest.approx(0.81)
+    assert figures["final_em"]["token_ppo"][0] < 0.51 < figures["final_em"]["token_ppo"][2]
+    assert figures["episodes_ratio"] == pytest.approx(50 / 100)
+    assert summaries["token_ppo"].steppo_beats_it == [1.0, 1.0, 1.0]
+    assert summaries["token_ppo"].episodes_to_token_ppo == 100
+    assert set(figures["ablation"]) == {"full", "without both"}
+    json.dumps(figures, allow_nan=False)
+    study.draw({"mini_wiki": figures}, tmp_path)
+    assert (tmp_path / "mini_wiki.png").stat().st_size > 1000
+
+
+# -- real runs --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_curves_bit_for_bit(tmp_path):
+    task = study.rooms(3, 8)
+    mine = Cell(task.name, "result", "steppo", 1e-3, 3)
+    short = {"total_episodes": 12, "per_device_train_batch_size": 4, "num_mini_batches": 2}
+    runs = [study.run_of(task, mine, tmp_path / name, short) for name in ("a", "b")]
+    assert play(runs, num_threads=1) == []
+    first, second = (study.record_of(run, task.score) for run in runs)
+    varying = {"seconds": 0.0, "command": ""}
+    assert replace(first, **varying) == replace(second, **varying)
+    assert first.episodes == [4, 8, 12]
+    assert len(first.explained_variance) == 3
+    histories = [[untimed(logs) for logs in run.history()] for run in runs]
+    assert histories[0] == histories[1]
+
+
+def untimed(logs):
+    """What a run logged, without what depends on the clock."""
+    timed = ("perf/", "eps", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "train_")
+    return {name: value for name, value in logs.items() if not name.startswith(timed)}
+
+
+@pytest.mark.slow
+def test_the_short_form_of_the_study(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "step_vs_token.py"), "--quick"]
+    flags = ["--runs_dir", str(tmp_path / "runs"), "--json", str(tmp_path / "figures.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, *flags], check=True, cwd=ROOT, env=environment)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures["final_em"]) == {"steppo", "token_ppo"}
+    assert "episodes_ratio" in figures

@@ -1,0 +1,98 @@
+"""The rooms: what is right, what is paid and when, and what a state tells."""
+
+import random
+
+import pytest
+
+from trl_steppo.environments.rooms import (
+    DOORS,
+    MAX_ROOMS,
+    MAX_WORDS,
+    RIGHT_DOOR,
+    SIGNS,
+    TEMPTING_DOOR,
+    RoomsEnvironment,
+    describe,
+    make_rooms,
+    respond,
+    vocabulary,
+)
+from trl_steppo.errors import ConfigurationError
+
+
+def begun(*signs, num_words=8):
+    game = RoomsEnvironment()
+    game.reset(prompt=[], signs=list(signs), num_words=num_words)
+    return game
+
+
+def test_the_score_is_the_share_of_right_doors_and_paid_at_the_end_alone():
+    game = begun("anchor", "bell", "fox", "moon")
+    doors = [RIGHT_DOOR["anchor"], TEMPTING_DOOR["bell"], RIGHT_DOOR["fox"], RIGHT_DOOR["moon"]]
+    answers = [game.step(f"2a 1b {door}") for door in doors]
+    assert answers == [("", 0.0, False)] * 3 + [("", 0.0, True)]
+    assert game.get_reward() == 0.75
+    assert game.metrics() == {"score": 0.75}
+
+
+def test_a_state_tells_all_that_decides_the_rest_of_the_episode():
+    game = begun("anchor", "bell")
+    assert game.state_prompt("") == [{"role": "user", "content": "room 1 of 2 right 0 sign anchor think 6"}]
+    assert game.state_key() == (0, 0, "anchor")
+    game.step(RIGHT_DOOR["anchor"])
+    assert game.state_prompt("") == [{"role": "user", "content": "room 2 of 2 right 1 sign bell think 6"}]
+    assert game.state_key() == (1, 1, "bell")
+
+
+@pytest.mark.parametrize("response", ["", "   ", "2a 1b", "{right} 1b", "{wrong}", "{right} {wrong}"])
+def test_only_the_last_word_counts(response):
+    game = begun("raven")
+    game.step(response.format(right=RIGHT_DOOR["raven"], wrong=TEMPTING_DOOR["raven"]))
+    assert game.get_reward() == 0.0
+
+
+def test_how_the_thought_is_said_does_not_matter():
+    rng = random.Random(0)
+    responses = {respond(RIGHT_DOOR["wolf"], 8, rng) for _ in range(5)}
+    assert len(responses) == 5
+    for response in responses:
+        game = begun("wolf")
+        game.step(response)
+        assert game.get_reward() == 1.0
+
+
+def test_the_doors_are_balanced_and_what_tempts_is_wrong():
+    assert {door: list(RIGHT_DOOR.values()).count(door) for door in DOORS} == dict.fromkeys(DOORS, len(SIGNS) // 4)
+    assert all(RIGHT_DOOR[sign] != TEMPTING_DOOR[sign] for sign in SIGNS)
+    assert len({(RIGHT_DOOR[sign], TEMPTING_DOOR[sign]) for sign in SIGNS}) == 12  # every pair: no rule to guess by
+
+
+def test_rows_follow_from_the_seed():
+    data = make_rooms(3, 8, num_train=20, num_validation=5)
+    assert data == make_rooms(3, 8, num_train=20, num_validation=5)
+    assert data.train != make_rooms(3, 8, seed=1, num_train=20).train
+    assert (len(data.train), len(data.validation)) == (20, 5)
+    assert all(len(row["signs"]) == 3 and row["num_words"] == 8 for row in data.train + data.validation)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((0, 8), "`num_rooms` is 0"),
+        ((MAX_ROOMS + 1, 8), "1 to 16"),
+        ((3, 2), "`num_words` is 2"),
+        ((3, 129), "3 to 128"),
+    ],
+)
+def test_a_game_that_cannot_be_is_refused(size, words):
+    with pytest.raises(ConfigurationError, match=words):
+        make_rooms(*size)
+
+
+def test_every_word_of_the_longest_game_is_in_the_vocabulary():
+    known = vocabulary()
+    assert len(set(known)) == len(known)
+    said = describe(MAX_ROOMS - 1, MAX_ROOMS, MAX_ROOMS - 1, "star", MAX_WORDS)
+    thought = respond("north", MAX_WORDS, random.Random(0)).split()
+    assert len(thought) == MAX_WORDS - 1  # and the end of the turn
+    assert set(said.split()) | set(thought) <= set(known)

@@ -1,0 +1,64 @@
+"""The rooms' example, run as a user runs it, and the policy that comes with it."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from scripts import load_script
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_steppo.environments.rooms import DOORS, RIGHT_DOOR, SIGNS, describe, respond, vocabulary
+from trl_steppo.models import ROOMS_POLICY
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_recipe_is_a_valid_configuration():
+    script = load_script("rooms_steppo")
+    parser = script.TrlParser((script.StepPOConfig,))
+    (args,) = parser.parse_args_and_config(script.with_default_config(["--max_interaction_steps", "3"]))
+    assert (args.max_interaction_steps, args.response_length, args.output_dir) == (3, 32, "runs/rooms")
+    assert script.with_default_config(["--config=my.yaml"]) == ["--config=my.yaml"]
+
+
+def test_a_run_plays_the_game_that_is_asked_for(tmp_path):
+    game = ["--max_interaction_steps", "3", "--response_length", "8"]
+    flags = [*game, "--total_episodes", "8", "--per_device_train_batch_size", "4"]
+    more = ["--num_mini_batches", "2", "--output_dir", str(tmp_path), "--eval_on_start", "false"]
+    command = [sys.executable, str(ROOT / "examples" / "rooms_steppo.py"), *flags, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    updates = [logs for logs in history if "env/score" in logs]
+    assert [logs["episode"] for logs in updates] == [4, 8]
+    assert all(logs["env/episode_steps"] == 3 for logs in updates)
+    assert all(7 <= logs["rollout/response_tokens"] <= 8 for logs in updates)
+    assert 0 <= history[-2]["eval_score"] <= 1
+
+
+def test_the_built_in_policy_writes_the_form_and_prefers_what_tempts():
+    tokenizer, model = AutoTokenizer.from_pretrained(ROOMS_POLICY), AutoModelForCausalLM.from_pretrained(ROOMS_POLICY)
+    assert tokenizer.unk_token_id not in tokenizer(" ".join(vocabulary()))["input_ids"]
+    doors = tokenizer.convert_tokens_to_ids(list(DOORS))
+    for num_words in (8, 32, 128):
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": describe(2, 6, 1, sign, num_words)}],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for sign in SIGNS
+        ]
+        thought = respond("", num_words, random.Random(num_words))
+        ids = torch.tensor([tokenizer.encode(prompt + thought) for prompt in prompts])
+        with torch.no_grad():
+            probabilities = model(ids).logits[:, -1].softmax(-1)[:, doors]
+        assert (probabilities.sum(-1) > 0.98).all()
+        right = [float(probabilities[number, DOORS.index(RIGHT_DOOR[sign])]) for number, sign in enumerate(SIGNS)]
+        assert 0.2 < sum(right) / len(right) < 0.4
+        assert probabilities.argmax(-1).tolist() != [DOORS.index(RIGHT_DOOR[sign]) for sign in SIGNS]

@@ -1,0 +1,163 @@
+"""The rooms: a small game whose number of steps and whose responses' length can be set, apart from each other.
+
+An episode leads through `num_rooms` rooms. Each has a sign and four doors, of which one is right. Which door a sign
+means is the same in every episode, and is what there is to learn. A response has `num_words` tokens: the words of a
+thought that counts down, each of which can be said in four ways; in the last place the door; the end of the turn. The
+score is the share of rooms whose door was right, and is paid at the end of the episode, never before.
+
+What it does to the methods that it is to compare. All see the same states and are paid the same, and a room's share of
+the score shrinks with more rooms for all of them. The right door depends on nothing but the sign in sight, so that a
+longer game is no harder to play; and the policy of the start writes the form without fault and reads the sign, at
+every length, so that a longer response is no harder to write. What grows is the number of steps and of tokens between
+a decision and its pay, and nothing else. The state says how many doors were right so far, and how many rooms are left:
+a critic can know how the episode stands, at each step and at each token. The thought's words neither cost nor earn
+anything, as the many ways to say the same in a language: they are noise to whoever weighs them one by one, on purpose,
+for that is what the length of a response does. The door is the last word, where a token-level method has the shortest
+way to the next state and to the pay. A discount of 1, under which length does not discount, is open to every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from ..errors import ConfigurationError
+
+DOORS = ("north", "east", "south", "west")
+SIGNS = tuple(
+    "anchor arrow bell candle crown feather flame fox key lantern moon raven rose shell star wolf".split()  # noqa: SIM905
+)
+VARIANTS = "abcd"
+"""The ways to say a word of the thought: `7a` as well as `7d`."""
+
+MAX_ROOMS = 16
+MIN_WORDS, MAX_WORDS = 3, 128
+
+RIGHT_DOOR = {sign: DOORS[number % len(DOORS)] for number, sign in enumerate(SIGNS)}
+"""What each sign means."""
+
+TEMPTING_DOOR = {
+    sign: DOORS[(number + 1 + number // len(DOORS) % 3) % len(DOORS)] for number, sign in enumerate(SIGNS)
+}
+"""For each sign the wrong door that the policy of the start prefers."""
+
+
+@dataclass(frozen=True)
+class RoomsData:
+    """
+    Rows to play, with the columns that [`RoomsEnvironment`] takes.
+
+    Args:
+        train (`list[dict]`):
+            To train on.
+        validation (`list[dict]`):
+            To evaluate on.
+    """
+
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+
+
+def make_rooms(
+    num_rooms: int, num_words: int, *, seed: int = 0, num_train: int = 4096, num_validation: int = 64
+) -> RoomsData:
+    """
+    Make the rows of a game.
+
+    Args:
+        num_rooms (`int`):
+            Steps of an episode, at most `MAX_ROOMS`.
+        num_words (`int`):
+            Tokens of a response, its end of turn included, from `MIN_WORDS` to `MAX_WORDS`.
+        seed (`int`, *optional*, defaults to `0`):
+            Which signs hang where.
+        num_train (`int`, *optional*, defaults to `4096`):
+            Rows to train on.
+        num_validation (`int`, *optional*, defaults to `64`):
+            Rows to evaluate on.
+
+    Raises:
+        ConfigurationError: the game cannot have this size.
+    """
+    if not 1 <= num_rooms <= MAX_ROOMS:
+        raise ConfigurationError(f"`num_rooms` is {num_rooms}; set it to 1 to {MAX_ROOMS}")
+    if not MIN_WORDS <= num_words <= MAX_WORDS:
+        raise ConfigurationError(f"`num_words` is {num_words}; set it to {MIN_WORDS} to {MAX_WORDS}")
+    rng = Random(seed)
+
+    def rows(count: int) -> list[dict[str, Any]]:
+        return [
+            {"prompt": _messages(""), "signs": rng.choices(SIGNS, k=num_rooms), "num_words": num_words}
+            for _ in range(count)
+        ]
+
+    return RoomsData(train=rows(num_train), validation=rows(num_validation))
+
+
+class RoomsEnvironment:
+    """
+    One episode of the game; takes the whole response as its action.
+
+    Example:
+    ```python
+    >>> game = RoomsEnvironment()
+    >>> game.reset(signs=["anchor", "bell"], num_words=4)
+    >>> game.state_prompt("")
+    [{'role': 'user', 'content': 'room 1 of 2 right 0 sign anchor think 2'}]
+    >>> game.step("2a 1c north")
+    ('', 0.0, False)
+    ```
+    """
+
+    def reset(self, signs: Sequence[str], num_words: int, **row: Any) -> None:
+        """Stand in the first room."""
+        self._signs, self._num_words = tuple(signs), num_words
+        self._room = self._num_right = 0
+
+    def step(self, response: str) -> tuple[str, float, bool]:
+        """Go through the door that the response names last; a response without one finds none."""
+        words = response.split()
+        self._num_right += bool(words) and words[-1] == RIGHT_DOOR[self._signs[self._room]]
+        self._room += 1
+        return "", 0.0, self._room == len(self._signs)
+
+    def state_prompt(self, observation: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """All there is to know, written anew for each room."""
+        return _messages(
+            describe(self._room, len(self._signs), self._num_right, self._signs[self._room], self._num_words)
+        )
+
+    def state_key(self) -> tuple[int, int, str]:
+        """The state without the thought's length, which is the same in all of them."""
+        return self._room, self._num_right, self._signs[self._room]
+
+    def get_reward(self) -> float:
+        """The score."""
+        return self._num_right / len(self._signs)
+
+    def metrics(self) -> dict[str, float]:
+        """The score by its name."""
+        return {"score": self.get_reward()}
+
+
+def describe(room_index: int, num_rooms: int, num_right: int, sign: str, num_words: int) -> str:
+    """A state in words."""
+    return f"room {room_index + 1} of {num_rooms} right {num_right} sign {sign} think {num_words - 2}"
+
+
+def respond(door: str, num_words: int, rng: Random) -> str:
+    """A response of the right form, with a thought said in some way: one word less than `num_words`, for the end."""
+    return " ".join([*(f"{left}{rng.choice(VARIANTS)}" for left in range(num_words - 2, 0, -1)), door])
+
+
+def vocabulary() -> list[str]:
+    """Every word of the game."""
+    thoughts = [f"{left}{variant}" for left in range(1, MAX_WORDS - 1) for variant in VARIANTS]
+    numbers = [str(number) for number in range(MAX_WORDS - 1)]
+    return [*"room of right sign think user assistant".split(), *DOORS, *SIGNS, *numbers, *thoughts]  # noqa: SIM905
+
+
+def _messages(content: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
