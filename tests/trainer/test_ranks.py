@@ -208,7 +208,11 @@ def test_two_ranks_write_the_episodes_that_one_writes(runs, name):
     assert files
     for file in files:
         for a, b in zip(pq.read_table(one / file).to_pylist(), pq.read_table(two / file).to_pylist(), strict=True):
-            assert (a["episode_id"], a["step_index"], a["response"]) == (b["episode_id"], b["step_index"], b["response"])
+            assert (a["episode_id"], a["step_index"], a["response"]) == (
+                b["episode_id"],
+                b["step_index"],
+                b["response"],
+            )
             for key in ("old_logprobs", "new_logprobs", "value", "advantage"):
                 assert b[key] == (None if a[key] is None else pytest.approx(a[key], rel=1e-3, abs=1e-4, nan_ok=True))
 
