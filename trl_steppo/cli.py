@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     check.set_defaults(run=run_check)
 
+    report = commands.add_parser("report", help="runs as one HTML file: curves, final figures, episodes step by step")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a finished run's output_dir")
+    report.add_argument("--output", default="report.html", metavar="FILE.html", help="plots lie beside it as PNG")
+    report.set_defaults(run=make_report)
+
     _add_hotpotqa(commands)
     args = parser.parse_args(argv)
     try:
@@ -168,6 +173,15 @@ def run_check(args: argparse.Namespace) -> int:
 
     for line in dry_run(Path(args.config), dataset_name=args.dataset_name, config_file=args.config_file):
         print(line)
+    return 0
+
+
+def make_report(args: argparse.Namespace) -> int:
+    """See [`trl_steppo.report`]."""
+    from .report import write_report
+
+    for path in write_report(args.runs, args.output):
+        print(path)
     return 0
 
 

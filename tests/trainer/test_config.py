@@ -74,6 +74,7 @@ def test_added_defaults_are_those_documented():
         "max_failed_updates": 3,
         "dump_episodes_dir": None,
         "replay_episodes_dir": None,
+        "log_episodes": 0,
     }
     assert {name: default(ADDED[name]) for name in expected} == expected
 
@@ -135,6 +136,7 @@ OUT_OF_RANGE = {
     "local_rollout_forward_batch_size": (0,),
     "rollout_cache_tokens": (0,),
     "max_failed_updates": (0,),
+    "log_episodes": (-1,),
     "num_generations": (0,),
     "num_mini_batches": (0,),
     "num_ppo_epochs": (0,),
@@ -293,6 +295,11 @@ class UsersConfig(PPOConfig):
 def test_from_a_users_subclass_of_ppo_config(tmp_path):
     config = StepPOConfig.from_ppo_config(UsersConfig(output_dir=str(tmp_path), use_cpu=True, seed=3))
     assert config.seed == 3
+
+
+def test_serialized_stop_token_is_no_secret(tmp_path):
+    settings = json.loads(make_config(tmp_path, stop_token="eos", hub_token="secret").to_json_string())
+    assert (settings["stop_token"], settings["hub_token"]) == ("eos", "<HUB_TOKEN>")
 
 
 # -- documentation and the command line -------------------------------------------------------------------------------

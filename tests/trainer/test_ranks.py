@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -34,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "max_tokens_per_micro_batch": 70,  # so that the ranks have different numbers of micro-batches
     "eval_strategy": "steps",
     "eval_steps": 1,
+    "log_episodes": 3,
 }
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -195,6 +197,24 @@ def test_two_ranks_log_what_one_logs(runs, name):
         assert compared <= set(two)
         for key in compared:
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5, nan_ok=True), (one["step"], key)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_write_the_episodes_that_one_writes(runs, name):
+    """The first rank's, which are the first of all."""
+    one, two = runs / "1" / name / "episodes", played(runs, name) / "episodes"
+    files = sorted(path.name for path in one.iterdir())
+    assert files == sorted(path.name for path in two.iterdir())
+    assert files
+    for file in files:
+        for a, b in zip(pq.read_table(one / file).to_pylist(), pq.read_table(two / file).to_pylist(), strict=True):
+            assert (a["episode_id"], a["step_index"], a["response"]) == (
+                b["episode_id"],
+                b["step_index"],
+                b["response"],
+            )
+            for key in ("old_logprobs", "new_logprobs", "value", "advantage"):
+                assert b[key] == (None if a[key] is None else pytest.approx(a[key], rel=1e-3, abs=1e-4, nan_ok=True))
 
 
 def test_an_adapter_of_two_ranks_loads_with_plain_peft(runs):

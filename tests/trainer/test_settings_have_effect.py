@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import (
@@ -247,6 +248,16 @@ def check_dump(on: Run, off: Run) -> None:
     assert same(on.policy, off.policy)
 
 
+def check_log_episodes(on: Run, off: Run) -> None:
+    for update, episodes in enumerate(on.updates, start=1):
+        table = pq.read_table(Path(on.trainer.args.output_dir) / "episodes" / f"update_{update:05d}.parquet")
+        assert list(dict.fromkeys(table["episode_id"].to_pylist())) == [e.episode_id for e in episodes[:3]]
+    assert not (Path(off.trainer.args.output_dir) / "episodes").exists()
+    assert on.updates == off.updates
+    assert same(on.policy, off.policy)
+    assert same(on.critic, off.critic)
+
+
 def check_prefix_sharing(on: Run, off: Run) -> None:
     """The setting under test is `False`: more tokens are forwarded, to the same end."""
     assert on.tokens_trained > 1.3 * off.tokens_trained
@@ -400,6 +411,7 @@ EFFECTS: dict[str, Effect] = {
     "stop_token_id": Effect(65, check_stops, {"train_dataset": id_rows(), "response_length": 60}),
     "missing_eos_penalty": Effect(5.0, check_eos_penalty, {"response_length": 60, "total_episodes": 8}),
     "dump_episodes_dir": Effect("DIRECTORY", check_dump),
+    "log_episodes": Effect(3, check_log_episodes),
     "total_episodes": Effect(24, check_total_episodes),
     "num_sample_generations": Effect(2, check_samples),
     # The update

@@ -45,13 +45,17 @@ class RowStream:
         return self._dataset[0]
 
     def __getitem__(self, position: int) -> Mapping[str, Any]:
+        return self._dataset[self.row_number(position)]
+
+    def row_number(self, position: int) -> int:
+        """Which row of the dataset stands at a position of the stream."""
         epoch, index = divmod(position, self.num_rows)
         if epoch != self._epoch:
             # Far apart, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(self.num_rows, generator=generator).tolist()
             self._epoch = epoch
-        return self._dataset[self._order[index]]
+        return self._order[index]
 
 
 def column_names(dataset: Any) -> Sequence[str]:

@@ -110,9 +110,7 @@ class Learner:
         values = self._zero_values(batch) if self.critic is not None else None
         bootstrap = torch.zeros(batch.num_episodes, device=device) if self.critic is not None else None
         with self._evaluating():
-            longest = max((len(ids) for sequences in rollout.steps.sequences for ids in sequences), default=1)
-            at_once = rows_at_once(args.local_rollout_forward_batch_size, longest, device)
-            for parts in self._micro_batches(rollout.steps, range(len(rollout.episodes)), at_once):
+            for parts in self._scoring_batches(rollout, range(len(rollout.episodes))):
                 if old is not None or ref is not None:
                     micro, steps = self._collate(rollout.steps, parts, self.collator)
                     width = micro.action_mask.shape[1]
@@ -123,6 +121,33 @@ class Learner:
                 if values is not None and bootstrap is not None:
                     self._score_values(rollout, parts, values, bootstrap)
         return Scores(old, ref, values, bootstrap)
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout, chosen: Sequence[int]) -> torch.Tensor:
+        """
+        Log-probabilities under the policy as it is now. Every rank must call it.
+
+        Args:
+            rollout ([`Rollout`]):
+                What was played.
+            chosen (`Sequence[int]`):
+                The episodes to forward; there may be none on this rank.
+
+        Returns:
+            `torch.Tensor`: (N, A), 0 in all other episodes.
+        """
+        found = torch.zeros(rollout.batch.action_mask.shape, device=self.accelerator.device)
+        with self._evaluating():
+            for parts in self._scoring_batches(rollout, chosen):
+                micro, steps = self._collate(rollout.steps, parts, self.collator)
+                found[steps, : micro.action_mask.shape[1]] = self._forward(self.policy.module, micro)[0]
+        return found
+
+    def _scoring_batches(self, rollout: Rollout, chosen: Sequence[int]) -> list[list[Part]]:
+        """Micro-batches of a pass without gradients."""
+        longest = max((len(ids) for sequences in rollout.steps.sequences for ids in sequences), default=1)
+        most = rows_at_once(self.args.local_rollout_forward_batch_size, longest, self.accelerator.device)
+        return self._micro_batches(rollout.steps, chosen, most)
 
     def _score_values(
         self, rollout: Rollout, parts: list[Part], values: torch.Tensor, bootstrap: torch.Tensor

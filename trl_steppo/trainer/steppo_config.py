@@ -104,6 +104,10 @@ class StepPOConfig(PPOConfig):
             Where to write every episode played.
         replay_episodes_dir (`str`, *optional*):
             Train on the episodes recorded there instead of playing.
+        log_episodes (`int`, *optional*, defaults to `0`):
+            Number of episodes of each update, of the first rank, that are written to `episodes/` in `output_dir` as
+            parquet: their text, rewards, values, advantages, and log-probabilities before and after the update.
+            `trl-steppo report` shows them. The update is the same.
 
         > Parameters that control batching
 
@@ -213,6 +217,9 @@ class StepPOConfig(PPOConfig):
     replay_episodes_dir: str | None = field(
         default=None, metadata={"help": "Train on the episodes recorded there instead of playing."}
     )
+    log_episodes: int = field(
+        default=0, metadata={"help": "Episodes of each update that are written for `trl-steppo report`."}
+    )
 
     # Batching
     prefix_sharing: bool = field(
@@ -259,6 +266,10 @@ class StepPOConfig(PPOConfig):
         """`num_critic_epochs`, resolved."""
         return self.num_ppo_epochs if self.num_critic_epochs is None else self.num_critic_epochs
 
+    def to_dict(self) -> dict[str, Any]:
+        """As the base class has it, which takes `stop_token` for a secret."""
+        return super().to_dict() | {"stop_token": self.stop_token}
+
     @classmethod
     def from_ppo_config(cls, args: PPOConfig) -> StepPOConfig:
         """
@@ -303,6 +314,7 @@ class StepPOConfig(PPOConfig):
             "local_rollout_forward_batch_size": (1, math.inf, False),
             "rollout_cache_tokens": (1, math.inf, False),
             "max_failed_updates": (1, math.inf, False),
+            "log_episodes": (0, math.inf, False),
             "num_generations": (1, math.inf, False),
             "num_mini_batches": (1, math.inf, False),
             "num_ppo_epochs": (1, math.inf, False),

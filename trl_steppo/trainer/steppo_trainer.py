@@ -67,6 +67,7 @@ from .checks import (
 )
 from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names
+from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores
 from .learner import Learner
 from .metrics import Clock, Means, add_episode_metrics
@@ -77,6 +78,7 @@ from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
 
+SETTINGS_FILE = "steppo_config.json"
 _NUM_SHOWN = 3  # episodes of a printed table
 
 
@@ -224,6 +226,7 @@ class StepPOTrainer(PPOTrainer):
             data_collator=data_collator,
             example_row=self.rows.example,
         )
+        self.episode_log = EpisodeLog(args, self.learner, self.player.decode, self.rows)
         self.progress = Progress()
 
     # -- the story ----------------------------------------------------------------------------------------------------
@@ -264,7 +267,8 @@ class StepPOTrainer(PPOTrainer):
                         continue
                     scores = self._score(rollout)
                     credit = self._assign_credit(rollout, scores)
-                    self._learn(rollout, scores, credit)
+                    with self.episode_log.around(self.state.global_step + 1, episodes, rollout, scores, credit):
+                        self._learn(rollout, scores, credit)
         losses = [logs["loss/policy_avg"] for logs in self.state.log_history if "loss/policy_avg" in logs]
         mean_loss = sum(losses) / len(losses) if losses else float("nan")
         return TrainOutput(self.state.global_step, mean_loss, self._runtime())
@@ -728,6 +732,9 @@ class StepPOTrainer(PPOTrainer):
         self._start, self._first_step = time.time(), self.state.global_step
         if args.loss_aggregation is None:
             logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
+        if args.should_save:
+            os.makedirs(str(args.output_dir), exist_ok=True)
+            Path(str(args.output_dir), SETTINGS_FILE).write_text(args.to_json_string())
         self._event("on_train_begin")
         if args.eval_on_start and self._resumed_from is None:
             self.evaluate()

@@ -1,0 +1,56 @@
+"""Which runs are taken together, and what they are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from synthetic import TOKEN_PPO, write_run
+
+from trl_steppo.report.methods import differing_settings, group_runs
+from trl_steppo.report.runs import load_runs
+
+
+def grouped(*paths: Path) -> dict[str, list[str]]:
+    return {method.name: [run.name for run in method.runs] for method in group_runs(load_runs(paths))}
+
+
+def test_seeds_of_equal_settings_are_one_method(tmp_path):
+    paths = [write_run(tmp_path / f"a{seed}", seed=seed, logging_steps=seed) for seed in (2, 1)]
+    other = write_run(tmp_path / "b", **TOKEN_PPO)
+    assert grouped(*paths, other) == {"StepPO": ["a1", "a2"], "token PPO": ["b"]}
+
+
+def test_what_tells_methods_of_one_algorithm_apart_is_in_their_names(tmp_path):
+    paths = [write_run(tmp_path / str(gamma), gamma=gamma) for gamma in (0.99, 1.0)]
+    assert list(grouped(*paths)) == ["StepPO, gamma=0.99", "StepPO, gamma=1.0"]
+    methods = group_runs(load_runs(paths))
+    assert differing_settings(methods) == {"gamma": [0.99, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "level", "name"),
+    [
+        ("step_gae", "token", "StepPO, token ratio"),
+        ("token_gae", "step", "token PPO, step ratio"),
+        ("grpo", "token", "GRPO"),
+        ("reinforce_plus_plus", "step", "REINFORCE++"),
+    ],
+)
+def test_names(tmp_path, estimator, level, name):
+    path = write_run(tmp_path / "a", advantage_estimator=estimator, importance_sampling_level=level)
+    assert list(grouped(path)) == [name]
+
+
+def test_a_seed_twice_means_that_something_else_differs(tmp_path):
+    """The model, for one, which no setting holds: then the directories' names tell."""
+    paths = [write_run(tmp_path / f"{model}_seed{seed}", seed=seed) for seed in (1, 2) for model in ("small", "large")]
+    assert grouped(*paths) == {
+        "StepPO, small": ["small_seed1", "small_seed2"],
+        "StepPO, large": ["large_seed1", "large_seed2"],
+    }
+
+
+def test_runs_without_settings_are_named_after_their_directories(tmp_path):
+    paths = [write_run(tmp_path / f"old-seed-{seed}", seed=seed, without_settings=True) for seed in (1, 2)]
+    assert grouped(*paths) == {"old": ["old-seed-1", "old-seed-2"]}

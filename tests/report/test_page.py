@@ -1,0 +1,169 @@
+"""The page as a file: what is in it, what is not, and how large it is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic import EVIL, TOKEN_PPO, read_run, write_run
+
+from trl_steppo.cli import main
+from trl_steppo.report import write_report
+from trl_steppo.report.episodes import outcome, sample_episodes
+from trl_steppo.report.methods import group_runs
+from trl_steppo.report.runs import load_runs
+
+
+class Links(HTMLParser):
+    """Everything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        for name, value in attrs:
+            is_link = name in ("src", "href", "xlink:href", "srcset", "data", "action")
+            if is_link and value and not value.startswith(("#", "data:")):
+                self.found.append(value)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, str]:
+    """Pages of runs with episodes, and of one without."""
+    root = tmp_path_factory.mktemp("pages")
+    several = [write_run(root / f"a{s}", seed=s, texts={"response": EVIL, "tokens": [EVIL]}) for s in (1, 2)]
+    several.append(write_run(root / "b", **TOKEN_PPO))
+    found = {}
+    for name, runs in {"several": several, "bare": [write_run(root / "c", episodes=0)]}.items():
+        written = write_report(runs, root / name / "report.html")
+        assert all(path.is_file() for path in written)
+        assert {path.suffix for path in written[1:]} == {".png"}
+        found[name] = written[0].read_text()
+    return found
+
+
+@pytest.mark.parametrize("name", ["several", "bare"])
+def test_nothing_is_loaded_and_no_markup_comes_from_a_model(pages, name):
+    links = Links()
+    links.feed(pages[name])
+    assert links.found == []
+    assert links.scripts == 2, "the data and the viewer"
+    assert "onerror" not in pages[name].replace("\\u003cimg src=x onerror", "")
+    assert not re.search(r"@import|url\((?!#)", pages[name])
+
+
+def test_what_stands_in_it(pages):
+    page = pages["several"]
+    for text in ("StepPO", "token PPO", "Explained variance by step", "Time of an update", "bootstrap interval"):
+        assert text in page
+    assert "Staleness" not in page, "no run has such a metric"
+    assert page.count("<svg") >= 10
+
+
+def test_without_episodes_it_says_how_to_get_them(pages):
+    assert "--log_episodes 8" in pages["bare"]
+    assert 'id="viewer"' not in pages["bare"]
+
+
+def test_staleness_has_a_section_where_it_is_logged(tmp_path):
+    path = write_run(tmp_path / "a", episodes=0)
+    state = path / "trainer_state.json"
+    state.write_text(state.read_text().replace('"env/reward"', '"rollout/staleness": 1.0, "env/reward"'))
+    written = write_report([path], tmp_path / "report.html")
+    assert "Staleness" in written[0].read_text()
+    assert tmp_path / "report_staleness.png" in written
+
+
+def test_outcomes():
+    ended = {"error": None, "score": 0.5}
+    assert outcome({"error": "broken", "score": None}, {}) == "failed"
+    assert outcome(ended, {}) == "right"
+    assert outcome(ended, {"exact_match": 0.0}) == "wrong"
+    assert outcome({"error": None, "score": 0.0}, {}) == "wrong"
+
+
+def test_episodes_of_one_question_share_it_whatever_the_method(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=2, **TOKEN_PPO)]
+    sample = sample_episodes(group_runs(load_runs(runs)), max_bytes=10**6)
+    of_row = {(e["method"], e["question"]) for e in sample.episodes if e["row"] == 4}
+    assert {method for method, _ in of_row} == {0, 1}
+    assert len({question for _, question in of_row}) == 1
+    assert sample.questions[next(iter(of_row))[1]] == "What is number 4?"
+
+
+def test_a_small_sample_has_the_first_and_the_last_update(tmp_path):
+    methods = group_runs([read_run(tmp_path / "a", updates=40)])
+    whole = sample_episodes(methods, max_bytes=10**7)
+    part = sample_episodes(methods, max_bytes=10_000)
+    assert (whole.num_logged, part.num_logged, len(whole.episodes)) == (160, 160, 160)
+    assert 0 < len(part.episodes) < 20
+    assert {1, 40} <= {episode["update"] for episode in part.episodes}
+
+
+def test_long_texts_lose_their_middle_and_are_counted(tmp_path):
+    run = read_run(tmp_path / "a", texts={"response": "x" * 50_000})
+    sample = sample_episodes(group_runs([run]), max_bytes=10**6)
+    assert sample.num_shortened == 1
+    assert "44,000 characters left out" in sample.episodes[0]["steps"][0]["response"]
+
+
+def test_twenty_runs_with_long_texts_stay_below_5_mb(tmp_path):
+    texts = {"response": "word " * 1000, "observation": "page " * 1000}
+    runs = [
+        write_run(
+            tmp_path / f"{name}{seed}", seed=seed, updates=150, logged_updates=30, episodes=8, texts=texts, gamma=gamma
+        )
+        for name, gamma in (("a", 0.9), ("b", 0.95), ("c", 0.99), ("d", 1.0))
+        for seed in range(5)
+    ]
+    page = write_report(runs, tmp_path / "report.html")[0]
+    assert page.stat().st_size < 5_000_000
+    text = page.read_text()
+    assert re.search(r"This page holds [\d]+ of 4800 logged episodes", text)
+
+
+def test_the_command(tmp_path, capsys):
+    run = write_run(tmp_path / "a", updates=2)
+    assert main(["report", str(run), "--output", str(tmp_path / "out" / "page.html")]) == 0
+    printed = capsys.readouterr().out.split()
+    assert printed[0] == str(tmp_path / "out" / "page.html")
+    assert all(Path(path).is_file() for path in printed)
+    assert main(["report", str(tmp_path / "b")]) == 1
+    assert "trainer_state.json" in capsys.readouterr().err
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=250)
+
+
+def test_a_report_loads_no_torch(tmp_path):
+    run = write_run(tmp_path / "a", updates=2)
+    code = """
+import sys
+from trl_steppo.cli import main
+assert main(["report", sys.argv[1], "--output", sys.argv[2]]) == 0
+found = {"torch", "transformers", "trl", "accelerate", "datasets"} & set(sys.modules)
+sys.exit(str(found) if found else 0)
+"""
+    done = run_python(code, str(run), str(tmp_path / "report.html"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_extra_is_named(tmp_path):
+    run = write_run(tmp_path / "a", updates=2)
+    code = """
+import sys
+sys.modules["matplotlib"] = None
+from trl_steppo.cli import main
+sys.exit(main(["report", sys.argv[1]]))
+"""
+    done = run_python(code, str(run))
+    assert done.returncode == 1
+    assert 'pip install "trl_steppo[report]"' in done.stderr

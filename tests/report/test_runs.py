@@ -1,0 +1,62 @@
+"""What is read of a run's directory, and what is said of one that is none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from synthetic import read_run, write_run
+
+from trl_steppo.errors import DataError
+from trl_steppo.report import write_report
+from trl_steppo.report.runs import load_runs
+
+
+def test_a_run(tmp_path):
+    run = read_run(tmp_path / "a", seed=7, updates=3)
+    assert (run.name, run.seed, run.num_updates, run.episodes_per_update) == ("a", 7, 3, 8.0)
+    assert list(run.series("env/exact_match")) == [1, 2, 3]
+    assert list(run.series("loss/policy_avg")) == [1, 3], "what is not a number is left out"
+    assert list(run.episode_files) == [1, 2, 3]
+
+
+def test_a_directory_that_is_no_run(tmp_path):
+    with pytest.raises(DataError, match=r"nothing has no trainer_state\.json"):
+        write_report([tmp_path / "nothing"], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 1, "train_runtime": 1.0}]])
+def test_a_run_that_logged_no_update(tmp_path, history):
+    write_run(tmp_path / "a")
+    (tmp_path / "a" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    with pytest.raises(DataError, match="holds no update"):
+        load_runs([tmp_path / "a"])
+
+
+@pytest.mark.parametrize(("file", "content"), [("trainer_state.json", "{"), ("steppo_config.json", "[]")])
+def test_a_damaged_file_is_named(tmp_path, file, content):
+    write_run(tmp_path / "a")
+    (tmp_path / "a" / file).write_text(content)
+    with pytest.raises(DataError, match=file):
+        load_runs([tmp_path / "a"])
+
+
+def test_a_run_that_is_named_twice(tmp_path):
+    write_run(tmp_path / "a")
+    with pytest.raises(DataError, match="named 2 times"):
+        load_runs([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+
+
+def test_names_are_as_short_as_can_be(tmp_path):
+    paths = [write_run(tmp_path / name) for name in ("x/run", "y/run")]
+    assert [run.name for run in load_runs(paths)] == ["x/run", "y/run"]
+
+
+def test_episodes_that_an_earlier_run_left_behind_are_not_its_own(tmp_path):
+    path = write_run(tmp_path / "a", updates=3)
+    file = path / "episodes" / "update_00001.parquet"
+    file.with_name("update_00009.parquet").write_bytes(file.read_bytes())
+    assert list(load_runs([path])[0].episode_files) == [1, 2, 3]
+    settings = json.loads((path / "steppo_config.json").read_text())
+    (path / "steppo_config.json").write_text(json.dumps(settings | {"log_episodes": 0}))
+    assert load_runs([path])[0].episode_files == {}

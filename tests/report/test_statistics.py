@@ -1,0 +1,71 @@
+"""Several runs as one figure, against values worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trl_steppo.report.methods import Method
+from trl_steppo.report.runs import Run
+from trl_steppo.report.statistics import curve, estimate
+
+
+def method(*series: dict[int, float]) -> Method:
+    runs = []
+    for index, values in enumerate(series):
+        history = [{"step": step, "episode": 4 * step, "m": value} for step, value in values.items()]
+        runs.append(Run(directory=None, name=str(index), history=history))  # type: ignore[arg-type]
+    return Method("m", tuple(runs))
+
+
+def test_one_run_has_no_interval():
+    found = estimate([0.3])
+    assert (found.center, found.low, found.high) == (0.3, None, None)
+
+
+def test_of_fewer_than_four_the_interquartile_mean_is_the_mean():
+    assert estimate([0.0, 0.3, 0.9]).center == pytest.approx(0.4)
+
+
+def test_of_four_it_is_that_of_the_middle_two():
+    assert estimate([-100.0, 1.0, 2.0, 100.0]).center == pytest.approx(1.5)
+
+
+def test_an_interval_holds_its_center_and_lies_within_the_values():
+    found = estimate([0.1, 0.2, 0.4, 0.5, 0.6])
+    assert found.low is not None
+    assert found.high is not None
+    assert 0.1 <= found.low < found.center < found.high <= 0.6
+    assert found == estimate([0.1, 0.2, 0.4, 0.5, 0.6]), "the same at every call"
+
+
+def test_of_two_runs_it_is_their_range():
+    found = estimate([0.0, 1.0])
+    assert (found.low, found.high) == (0.0, 1.0)
+
+
+def test_a_curve_over_episodes():
+    found = curve(method({1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0}), "m")
+    assert found is not None
+    assert found.episodes.tolist() == [4.0, 8.0]
+    assert found.center.tolist() == [0.5, 1.0]
+    assert (found.low[0], found.high[0], found.low[1], found.high[1]) == (0.0, 1.0, 1.0, 1.0)
+
+
+def test_a_run_that_ended_early_leaves_the_others():
+    found = curve(method({1: 0.0, 2: 1.0}, {1: 1.0}), "m")
+    assert found is not None
+    assert found.center.tolist() == [0.5, 1.0]
+    assert np.isnan(found.low[1])
+
+
+def test_long_curves_are_averaged_into_few_points():
+    found = curve(method({step: float(step) for step in range(1, 1001)}), "m")
+    assert found is not None
+    assert found.updates_per_point == 9
+    assert len(found.episodes) <= 120
+    assert found.center[0] == pytest.approx(5.0), "the mean of 1 to 9"
+
+
+def test_a_metric_that_no_run_has():
+    assert curve(method({1: 0.0}), "other") is None

@@ -1,0 +1,183 @@
+"""The page in a browser: a real tiny run is clicked through, and what a model wrote does nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions, Keys
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select, WebDriverWait
+from synthetic import EVIL, TOKEN_PPO, write_run
+
+from trl_steppo.report import write_report
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
+
+from tiny import make_trainer
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None, reason="needs chromium and chromedriver (Debian: chromium, chromium-driver)"
+)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1400,1000"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Chrome]:
+    options = ChromeOptions()
+    assert CHROMIUM is not None
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The viewer as a reader sees it."""
+
+    def __init__(self, browser: Chrome, path: Path) -> None:
+        self.browser = browser
+        browser.get_log("performance")
+        browser.get_log("browser")
+        browser.get(path.as_uri())
+
+    def all(self, selector: str) -> list[Any]:
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector: str) -> Any:
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def choose(self, name: str, value: str) -> None:
+        Select(self.one(f"#{name}")).select_by_value(value)
+
+    @property
+    def position(self) -> str:
+        return self.one("#position").text
+
+    def entries(self, outcome: str = "") -> int:
+        return len(self.all(f"#list .entry{outcome}"))
+
+    def requests(self) -> list[str]:
+        events = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
+        return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+
+    def complaints(self) -> list[Any]:
+        return self.browser.get_log("browser")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """Two methods on the same rows; one of them wrote markup."""
+    root = tmp_path_factory.mktemp("report")
+    runs = [
+        write_run(root / "a", texts={"response": EVIL, "tokens": [EVIL], "observation": EVIL, "prompt": EVIL}),
+        write_run(root / "b", seed=1, **TOKEN_PPO),
+    ]
+    return write_report(runs, root / "report.html")[0]
+
+
+@pytest.fixture
+def page(browser, report) -> Page:
+    return Page(browser, report)
+
+
+def test_nothing_is_requested_and_nothing_breaks(page):
+    page.choose("compare", "1")
+    page.one("#next").click()
+    assert [url for url in page.requests() if not url.startswith(("file:", "data:"))] == []
+    assert page.complaints() == []
+
+
+def test_what_a_model_wrote_is_text(page):
+    assert "trl_steppo report" in page.browser.title
+    response = page.one(".block.response pre")
+    assert response.text.startswith("</script><script>document.title='broken'</script><img src=x")
+    assert page.all("#panes img, #panes script, #list img") == []
+    assert page.complaints() == []
+
+
+def test_filters(page):
+    assert (page.entries(), page.position) == (48, "1 of 48")
+    for outcome, count in (("right", 24), ("wrong", 12), ("failed", 12)):
+        page.choose("filter-outcome", outcome)
+        assert page.entries() == page.entries(f".{outcome}") == count
+    assert "OSError: broken" in page.one("#panes .error").text
+    page.choose("filter-outcome", "right")
+    page.choose("filter-update", "3")
+    assert page.entries() == 4
+    page.choose("filter-method", "1")
+    assert page.entries() == 2
+    assert "token PPO" in page.one("#panes .who").text
+
+
+def test_next_and_previous_by_mouse_and_keyboard(page):
+    assert not page.one("#previous").is_enabled()
+    first = page.one("#panes .episode").get_attribute("data-method")
+    page.one("#next").click()
+    assert page.position == "2 of 48"
+    assert page.one("#panes .episode").get_attribute("data-method") != first, "the other method's on the same question"
+    page.one("body").send_keys(Keys.ARROW_RIGHT)
+    assert page.position == "3 of 48"
+    page.one("body").send_keys(Keys.ARROW_LEFT)
+    page.one("#previous").send_keys(Keys.ENTER)
+    assert page.position == "1 of 48"
+    page.all("#list .entry")[4].send_keys(Keys.ENTER)
+    assert page.position == "5 of 48"
+    assert page.all("#list .entry")[4].get_attribute("aria-current") == "true"
+
+
+def test_the_same_question_side_by_side(page):
+    page.choose("filter-method", "0")
+    page.choose("filter-outcome", "right")
+    page.choose("filter-update", "2")
+    page.choose("compare", "1")
+    panes = page.all("#panes .episode")
+    assert [pane.get_attribute("data-method") for pane in panes] == ["0", "1"]
+    assert len({pane.get_attribute("data-id") for pane in panes}) == 1
+    titles = [pane.find_element(By.TAG_NAME, "h3").text for pane in panes]
+    assert titles[0] == titles[1]
+    page.choose("compare", "0")
+    assert page.entries() == 0
+    assert "under both methods" in page.one("#panes").text
+
+
+def test_a_step_shows_what_the_update_made_of_it(page):
+    page.choose("filter-update", "2")
+    steps = page.all("#panes .step")
+    assert len(steps) == 2
+    shown = dict(
+        zip(
+            [element.text for element in steps[1].find_elements(By.TAG_NAME, "dt")],
+            [element.text for element in steps[1].find_elements(By.TAG_NAME, "dd")],
+            strict=True,
+        )
+    )
+    assert (shown["reward"], shown["value"], shown["return"], shown["raw"]) == ("1", "0.5", "0.9", "+0.4")
+    assert "25 % clipped" in steps[1].text
+    steps[1].find_elements(By.TAG_NAME, "summary")[2].click()
+    WebDriverWait(page.browser, 20).until(lambda _: len(steps[1].find_elements(By.CSS_SELECTOR, "tbody tr")) == 4)
+
+
+def test_a_real_run(browser, tmp_path):
+    """From training to the page."""
+    for name, settings in (("step", {}), ("token", TOKEN_PPO)):
+        make_trainer(tmp_path / name, log_episodes=4, seed=1, **settings).train()
+    page = Page(browser, write_report([tmp_path / "step", tmp_path / "token"], tmp_path / "report.html")[0])
+    assert page.entries() == 16
+    page.choose("compare", "1")
+    assert page.entries() == 8
+    assert len(page.all("#panes .episode")) == 2
+    rows = {pane.find_element(By.TAG_NAME, "h3").text for pane in page.all("#panes .episode")}
+    assert len(rows) == 1
+    assert page.complaints() == []

@@ -1,0 +1,160 @@
+"""What a run writes for `trl-steppo report`: rows that agree with its episodes, its scores and its metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from tiny import TOKENIZER, Hash, make_classifier, make_trainer, mixed_episodes, prompt_rows
+
+from trl_steppo import Episode
+from trl_steppo.rollout import dump_episodes, episode_file
+from trl_steppo.trainer.episode_log import SCHEMA
+
+
+def logged(directory: Path, update: int = 1) -> list[dict[str, Any]]:
+    table = pq.read_table(directory / "episodes" / f"update_{update:05d}.parquet")
+    assert table.schema.equals(SCHEMA)
+    return table.to_pylist()
+
+
+def play(directory: Path, **arguments: Any) -> tuple[Any, list[list[Episode]]]:
+    trainer = make_trainer(directory, **{"log_episodes": 4, **arguments})
+    updates: list[list[Episode]] = []
+    roll_out = trainer._roll_out
+    trainer._roll_out = lambda: updates.append(roll_out()) or updates[-1]
+    trainer.train()
+    return trainer, updates
+
+
+def test_a_row_a_step_with_its_text(tmp_path):
+    _, updates = play(tmp_path)
+    for number, episodes in enumerate(updates, start=1):
+        steps = [(episode, step) for episode in episodes[:4] for step in episode.steps]
+        rows = logged(tmp_path, number)
+        assert len(rows) == len(steps)
+        for row, (episode, step) in zip(rows, steps, strict=True):
+            assert (row["update"], row["episode_id"], row["row_index"]) == (
+                number,
+                episode.episode_id,
+                episode.row_index,
+            )
+            assert (row["step_index"], row["reward"], row["score"]) == (
+                step.step_index,
+                step.reward,
+                episode.episode_return,
+            )
+            assert row["response"] == TOKENIZER.decode(step.response_ids.tolist())
+            assert row["observation"] == "go on"
+            assert len(row["tokens"]) == len(row["new_logprobs"]) == len(step.response_ids)
+
+
+def test_prompts_are_what_is_new_in_them(tmp_path):
+    """Put together again with the responses between them, they are all that the policy has read."""
+    _, updates = play(tmp_path)
+    rows = iter(logged(tmp_path))
+    for episode in updates[0][:4]:
+        text = ""
+        for step in episode.steps:
+            row = next(rows)
+            text += row["prompt"]
+            assert text == TOKENIZER.decode(step.prompt_ids.tolist())
+            text += row["response"]
+
+
+def test_a_rewritten_prompt_is_shown_from_where_it_differs(tmp_path):
+    dump_episodes(episode_file(tmp_path / "recorded", 0, 0), mixed_episodes())
+    arguments = {"replay_episodes_dir": str(tmp_path / "recorded"), "max_steps": 1, "log_episodes": 8}
+    play(tmp_path, **arguments)
+    rows = [row for row in logged(tmp_path) if row["episode_id"] == "d"]
+    assert [row["prompt_kept_tokens"] > 0 for row in rows] == [False, True, False, True]
+    assert rows[2]["prompt_tokens"] == 5
+
+
+@pytest.mark.parametrize("estimator", ["step_gae", "token_gae", "grpo", "reinforce_plus_plus"])
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_what_each_estimator_has(tmp_path, estimator, prefix_sharing):
+    critic = estimator in ("step_gae", "token_gae")
+    play(
+        tmp_path,
+        advantage_estimator=estimator,
+        prefix_sharing=prefix_sharing,
+        log_episodes=8,
+        num_generations=2,
+        **({"value_model": make_classifier()} if critic else {}),
+    )
+    rows = logged(tmp_path)
+    for row in rows:
+        assert (row["value"] is not None) is (row["return"] is not None) is critic
+        assert (row["raw_advantage"] is None) is (estimator == "reinforce_plus_plus")
+        assert row["advantage"] == pytest.approx(sum(row["token_advantages"]) / len(row["tokens"]), abs=1e-6)
+        assert 0.0 <= row["clipped_fraction"] <= 1.0
+        assert row["old_logprobs"] == pytest.approx(row["rollout_logprobs"], abs=1e-4)
+        assert row["new_logprobs"] != row["old_logprobs"], "the update moved the policy"
+    if estimator == "step_gae":  # all episodes of the update are logged, so the whitening can be seen
+        assert sum(row["advantage"] for row in rows) == pytest.approx(0.0, abs=1e-5)
+        for row in rows:
+            assert row["raw_advantage"] == pytest.approx(row["return"] - row["value"], abs=1e-6)
+
+
+def test_log_probabilities_are_those_before_and_after_the_update(tmp_path):
+    """After one update they are what the next one would start from; the critic's warm-up leaves them alone."""
+    play(tmp_path / "trained", num_ppo_epochs=2)
+    play(tmp_path / "warming", critic_warmup_updates=1)
+    assert all(row["new_logprobs"] != row["old_logprobs"] for row in logged(tmp_path / "trained"))
+    for row in logged(tmp_path / "warming"):
+        assert row["new_logprobs"] == pytest.approx(row["old_logprobs"], abs=1e-6)
+        assert row["clipped_fraction"] == 0.0
+
+
+def test_prefix_sharing_changes_nothing(tmp_path):
+    for name, sharing in (("on", True), ("off", False)):
+        play(tmp_path / name, prefix_sharing=sharing, optim="sgd")
+    for on, off in zip(logged(tmp_path / "on"), logged(tmp_path / "off"), strict=True):
+        assert on["new_logprobs"] == pytest.approx(off["new_logprobs"], abs=1e-4)
+        assert on["advantage"] == pytest.approx(off["advantage"], abs=1e-4)
+
+
+def test_failed_episodes_are_there(tmp_path):
+    class Breaks(Hash):
+        """In the first step of odd rows, in the reset of every fourth."""
+
+        def reset(self, **row: Any) -> None:
+            super().reset(**row)
+            if row["number"] % 4 == 0:
+                raise OSError("no world")
+
+        def step(self, response: str) -> tuple[str, float, bool]:
+            if self.row["number"] % 2:
+                raise OSError("world ended")
+            return super().step(response)
+
+    _, updates = play(tmp_path, environment_factory=Breaks, log_episodes=8)
+    rows = logged(tmp_path)
+    by_id = {row["episode_id"]: row for row in rows}
+    assert list(by_id) == [episode.episode_id for episode in updates[0]]
+    for episode in updates[0]:
+        row = by_id[episode.episode_id]
+        assert row["error"] == episode.error
+        assert (row["score"] is None) is (row["advantage"] is None) is not episode.valid
+        assert (row["step_index"] is None) is not episode.steps
+
+
+def test_dataset_rows_are_the_same_whatever_the_seed(tmp_path):
+    rows = prompt_rows()
+    for seed in (1, 2):
+        play(tmp_path / str(seed), seed=seed, train_dataset=rows)
+        for row in logged(tmp_path / str(seed), 2):
+            if row["step_index"] == 0:
+                assert rows[row["dataset_row"]]["prompt"] in row["prompt"]
+
+
+def test_the_settings_are_written_at_the_start(tmp_path):
+    trainer = make_trainer(tmp_path, gamma=0.5, stop_token="eos", train_dataset=prompt_rows())
+    assert not (tmp_path / "steppo_config.json").exists()
+    trainer.train()
+    settings = json.loads((tmp_path / "steppo_config.json").read_text())
+    assert (settings["gamma"], settings["stop_token"], settings["advantage_estimator"]) == (0.5, "eos", "step_gae")

@@ -1,0 +1,117 @@
+"""Runs -> methods: what differs in nothing but its seed is repeated, what differs in more is compared."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .runs import Run
+
+# Settings that change nothing that is learned: what is written and shown, and what is a matter of memory
+_IGNORED = {
+    *("seed", "data_seed", "output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "debug"),
+    *("num_sample_generations", "log_episodes", "dump_episodes_dir", "resume_from_checkpoint", "local_rank"),
+    *("do_train", "do_eval", "do_predict", "per_device_eval_batch_size", "skip_memory_metrics", "ddp_timeout"),
+    *("rollout_cache_tokens", "max_concurrent_episodes", "prefix_sharing", "max_tokens_per_micro_batch"),
+}
+_IGNORED_PREFIXES = ("logging_", "log_level", "log_on", "save_", "eval_", "hub_", "trackio_", "dataloader_")
+
+_NAMES = {
+    "step_gae": ("StepPO", "step"),
+    "token_gae": ("token PPO", "token"),
+    "grpo": ("GRPO", None),
+    "rloo": ("RLOO", None),
+    "gigpo": ("GiGPO", None),
+    "reinforce_plus_plus": ("REINFORCE++", None),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    Runs that repeat each other.
+
+    Args:
+        name (`str`):
+            What it is called in the report.
+        runs (`tuple[Run, ...]`):
+            In the order of their seeds.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+
+def group_runs(runs: Sequence[Run]) -> list[Method]:
+    """
+    Methods, in the order in which their first runs were named.
+
+    Runs of equal settings and equal seed cannot repeat each other: something differs that settings do not hold, the
+    model or the data. Those, and runs without settings, are told apart by their directories' names, up to a seed in
+    them.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((_fingerprint(run), ""), []).append(run)
+    apart: dict[tuple[str, str], list[Run]] = {}
+    for (fingerprint, _), members in groups.items():
+        seeds = [run.seed for run in members]
+        for run in members:
+            is_told_by_name = None in seeds or len(set(seeds)) < len(seeds)
+            apart.setdefault((fingerprint, _family(run.name) if is_told_by_name else ""), []).append(run)
+    members_of = list(apart.values())
+    names = _names(members_of, [family for _, family in apart])
+    ordered = (tuple(sorted(members, key=lambda run: (run.seed or 0, run.name))) for members in members_of)
+    return [Method(name, members) for name, members in zip(names, ordered, strict=True)]
+
+
+def differing_settings(methods: Sequence[Method]) -> dict[str, list[Any]]:
+    """The settings in which methods differ, with the value of each method."""
+    settings = [relevant(method.runs[0]) for method in methods]
+    names = dict.fromkeys(name for one in settings for name in one)
+    values = {name: [one.get(name) for one in settings] for name in names}
+    return {name: of_methods for name, of_methods in values.items() if len(set(map(repr, of_methods))) > 1}
+
+
+def relevant(run: Run) -> dict[str, Any]:
+    """The settings that may change what is learned."""
+    return {
+        name: value
+        for name, value in (run.settings or {}).items()
+        if value is not None and name not in _IGNORED and not name.startswith(_IGNORED_PREFIXES)
+    }
+
+
+def _fingerprint(run: Run) -> str:
+    return json.dumps(relevant(run), sort_keys=True, default=repr)
+
+
+def _family(name: str) -> str:
+    """A directory's name without its seed."""
+    return re.sub(r"[-_.]?seed[-_.=]?\d+", "", name, flags=re.IGNORECASE) or name
+
+
+def _names(groups: Sequence[Sequence[Run]], families: Sequence[str]) -> list[str]:
+    """The algorithm's name, with what tells those of one algorithm apart."""
+    algorithms = [_algorithm(group[0]) for group in groups]
+    names = []
+    for index, (algorithm, family) in enumerate(zip(algorithms, families, strict=True)):
+        same = [i for i, other in enumerate(algorithms) if other == algorithm]
+        differing = differing_settings([Method("", tuple(groups[i])) for i in same])
+        details = [f"{setting}={values[same.index(index)]}" for setting, values in differing.items()]
+        names.append(", ".join(part for part in (algorithm, *details, family) if part))
+    return names
+
+
+def _algorithm(run: Run) -> str:
+    """What people call it; empty without settings."""
+    settings = run.settings or {}
+    estimator = settings.get("advantage_estimator")
+    if estimator not in _NAMES:
+        return ""
+    name, usual_level = _NAMES[estimator]
+    level = settings.get("importance_sampling_level")
+    return name if usual_level in (None, level) else f"{name}, {level} ratio"

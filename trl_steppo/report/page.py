@@ -1,0 +1,180 @@
+"""The HTML file: one page that loads nothing, and runs no script but its own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from .. import __version__
+from .episodes import Sample, embedded_json, sample_episodes
+from .methods import Method, differing_settings, group_runs
+from .plots import (
+    GRID,
+    INK,
+    METHOD_COLORS,
+    PHASE_COLORS,
+    Chart,
+    Curves,
+    charts_of,
+    curves_of,
+    panel_svg,
+    phases_of,
+    save_png,
+    score_metrics,
+)
+from .runs import Run, load_runs
+from .statistics import CONFIDENCE, estimate_of_runs
+
+_MAX_BYTES = 4_800_000
+_MAX_EPISODE_BYTES = 2_500_000
+_LAST = 5  # updates that a final figure is the mean of
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of the table: the last value of a metric, or the mean of its last few."""
+
+    title: str
+    metric: str
+    last: int = _LAST
+
+
+def write_page(directories: Sequence[str | Path], output: Path) -> list[Path]:
+    """See [`write_report`][trl_steppo.report.write_report]."""
+    runs = load_runs(directories)
+    methods = group_runs(runs)
+    charts = charts_of(methods)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    curves = curves_of(charts, methods)
+    page = _content(runs, methods, charts, curves)
+    room = min(_MAX_EPISODE_BYTES, _MAX_BYTES - len(_render(page, methods, Sample()).encode()))
+    sample = sample_episodes(methods, max_bytes=room)
+    output.write_text(_render(page, methods, sample), encoding="utf-8")
+    written = [output]
+    for chart in charts:
+        path = output.with_name(f"{output.stem}_{chart.slug}.png")
+        save_png(chart, methods, curves, path)
+        written.append(path)
+    return written
+
+
+def _content(
+    runs: Sequence[Run], methods: Sequence[Method], charts: Sequence[Chart], curves: Curves
+) -> dict[str, Any]:
+    """All but the episodes."""
+    return {
+        "version": __version__,
+        "methods": methods,
+        "charts": [
+            {
+                "slug": chart.slug,
+                "title": chart.title,
+                "text": chart.text,
+                "panels": [
+                    {
+                        "title": panel.title,
+                        "metric": panel.metric,
+                        "svg": Markup(panel_svg(panel, methods, curves)),
+                        "summary": _summary(panel.metric, methods, curves),
+                    }
+                    for panel in chart.panels
+                ],
+            }
+            for chart in charts
+        ],
+        "table": _table(methods),
+        "settings": differing_settings(methods),
+        "runs": runs,
+        "without_settings": [run.name for run in runs if run.settings is None],
+        "without_episodes": [run.name for run in runs if not run.episode_files],
+        "has_intervals": any(len(method.runs) > 1 for method in methods),
+        "confidence": CONFIDENCE,
+        "last": _LAST,
+        "updates_per_point": max((found.updates_per_point for found in curves.values()), default=1),
+        "colors": {"method": METHOD_COLORS, "phase": PHASE_COLORS, "ink": INK, "grid": GRID},
+    }
+
+
+def _render(page: dict[str, Any], methods: Sequence[Method], sample: Sample) -> str:
+    script = (_HERE / "viewer.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    data = {"methods": [m.name for m in methods], "questions": sample.questions, "episodes": sample.episodes}
+    return environment.get_template("page.html.jinja").render(
+        **page,
+        sample=sample,
+        data=embedded_json(data),
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=digest,
+    )
+
+
+def _table(methods: Sequence[Method]) -> dict[str, Any]:
+    """Final figures of each method; a column that no method has is left out."""
+    metrics = {name for method in methods for run in method.runs for name in run.metrics}
+    score, sampled = score_metrics(metrics)
+    name = sampled.rsplit("/", 1)[-1].replace("_", " ")
+    columns = [
+        Column(f"{name}, greedy", score, last=1),
+        Column(f"{name}, sampled", sampled),
+        Column("steps", "env/episode_steps"),
+        Column("response tokens", "rollout/episode_response_tokens"),
+        Column("explained variance", "critic/explained_variance"),
+        Column("clipped", "policy/clipfrac_avg"),
+        Column("failed episodes", "env/failed_episodes"),
+        Column("seconds per update", "perf/update_s", last=0),
+    ]
+    columns = [column for column in columns if column.metric in metrics]
+    rows = [[estimate_of_runs(method, _final(column)) for column in columns] for method in methods]
+    episodes = [max(run.num_updates * run.episodes_per_update for run in method.runs) for method in methods]
+    return {"columns": [column.title for column in columns], "rows": rows, "episodes": episodes}
+
+
+def _final(column: Column) -> Callable[[Run], float | None]:
+    """Of a run: the mean of the last values; of all where `last` is 0."""
+
+    def figure(run: Run) -> float | None:
+        found = run.series(column.metric)
+        values = [found[step] for step in sorted(found)][-column.last :]
+        return sum(values) / len(values) if values else None
+
+    return figure
+
+
+def _summary(metric: str, methods: Sequence[Method], curves: Curves) -> str:
+    """A panel in words, for those who do not see it."""
+    if not metric:
+        parts = [
+            f"{method.name}: " + ", ".join(f"{name} {seconds:.2g} s" for name, seconds in phases_of(method).items())
+            for method in methods
+        ]
+        return "; ".join(parts)
+    parts = []
+    for method in methods:
+        found = curves.get((method.name, metric))
+        if found is not None:
+            parts.append(f"{method.name} from {_number(found.center[0])} to {_number(found.center[-1])}")
+    return "; ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,321 @@
+"""Charts of methods: what is in them, and how they are drawn, as PNG and as SVG that takes the page's colours."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .methods import Method
+from .statistics import Curve, curve
+
+Curves = Mapping[tuple[str, str], Curve]
+"""By a method's name and a metric; those without a value are absent."""
+
+# On paper and on a light page; on a dark one. Told apart by those who see red and green alike, too.
+METHOD_COLORS = (
+    ("#0b66c3", "#6db3ff"),
+    ("#c2540a", "#ff9f52"),
+    ("#0a7d5a", "#45d3a4"),
+    ("#8b3fd1", "#c9a2ff"),
+    ("#b3195e", "#ff86b8"),
+    ("#7a5a00", "#e3bd57"),
+    ("#00758a", "#57cfe3"),
+    ("#59636e", "#b4bec9"),
+)
+PHASE_COLORS = (
+    ("#2f6f9f", "#7db9e6"),
+    ("#8fb8d8", "#3f6f96"),
+    ("#d98a3d", "#f0b27a"),
+    ("#8f6fb5", "#b9a0dd"),
+    ("#4f9a7c", "#7fcfae"),
+    ("#a0a8b1", "#6c7680"),
+)
+INK = ("#3d4650", "#c3ccd6")
+GRID = ("#e3e7ec", "#333c46")
+_LINES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """
+    One pair of axes.
+
+    Args:
+        title (`str`):
+            Stands above it.
+        metric (`str`):
+            Its metric, drawn over episodes; empty for the time by phase.
+    """
+
+    title: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """
+    A section's plots.
+
+    Args:
+        slug (`str`):
+            Its PNG's name.
+        title, text (`str`):
+            Stand above it.
+        panels (`tuple[Panel, ...]`):
+            At least one.
+    """
+
+    slug: str
+    title: str
+    text: str
+    panels: tuple[Panel, ...]
+
+
+def charts_of(methods: Sequence[Method]) -> list[Chart]:
+    """The charts that the runs logged something for."""
+    metrics = {name for method in methods for run in method.runs for name in run.metrics}
+    by_step = sorted(
+        (name for name in metrics if re.fullmatch(r"critic/explained_variance/step_\d+", name)),
+        key=lambda name: int(name.rsplit("_", 1)[1]),
+    )
+    staleness = sorted(name for name in metrics if "staleness" in name)
+    score, sampled = score_metrics(metrics)
+    charts = [
+        Chart(
+            "scores",
+            "What the agents learn",
+            "Sampled scores are those of the training episodes, at the temperature of training; greedy ones are of "
+            "the evaluation data.",
+            (
+                Panel(f"{_words(score)}, greedy evaluation", score),
+                Panel(f"{_words(sampled)}, sampled", sampled),
+                Panel("Reward of an episode, sampled", "env/reward" if sampled != "env/reward" else ""),
+                Panel("F1, sampled", "env/f1"),
+            ),
+        ),
+        Chart(
+            "policy",
+            "Policy and clipping",
+            "The ratio is that of the new over the old probability of a step or a token, over the optimizer steps of "
+            "an update; clipped is what lies beyond the clip range.",
+            (
+                Panel("Share that is clipped", "policy/clipfrac_avg"),
+                Panel("Mean ratio", "val/ratio"),
+                Panel("Approximate KL, old to new", "policy/approxkl_avg"),
+                Panel("Entropy of a token", "policy/entropy_avg"),
+                Panel("Policy loss", "loss/policy_avg"),
+                Panel("Gradient norm", "policy/grad_norm"),
+            ),
+        ),
+        Chart(
+            "critic",
+            "Critic",
+            "Explained variance is 1 − Var(G − V) / Var(G), of the returns G that were observed and the values V "
+            "before the update: 1 is a perfect critic, 0 one that says the mean.",
+            (
+                Panel("Value loss", "loss/value_avg"),
+                Panel("Explained variance", "critic/explained_variance"),
+                Panel("Share of values that are clipped", "val/clipfrac_avg"),
+            ),
+        ),
+        Chart(
+            "critic_by_step",
+            "Explained variance by step",
+            "The same for the values of the first, second, … step of an episode alone.",
+            tuple(Panel(f"Step {int(name.rsplit('_', 1)[1]) + 1}", name) for name in by_step),
+        ),
+        Chart(
+            "steps",
+            "Steps and episodes",
+            "How long the agents act and write, and how their episodes end.",
+            (
+                Panel("Steps of an episode", "env/episode_steps"),
+                Panel("Tokens of a response", "rollout/response_tokens"),
+                Panel("Response tokens of an episode", "rollout/episode_response_tokens"),
+                Panel("Episodes that a budget cut", "env/truncated"),
+                Panel("Responses that the length cut", "rollout/length_stopped"),
+                Panel("Episodes that failed", "env/failed_episodes"),
+            ),
+        ),
+        Chart(
+            "staleness",
+            "Staleness",
+            "Updates between the weights that sampled a step and those that train on it.",
+            tuple(Panel(_words(name), name) for name in staleness),
+        ),
+    ]
+    kept = [_with_data(chart, metrics) for chart in charts]
+    time = Chart("time", "Time of an update", "Mean seconds of an update by phase.", (Panel("Seconds by phase", ""),))
+    return [chart for chart in kept if chart.panels] + ([time] if "perf/update_s" in metrics else [])
+
+
+def score_metrics(metrics: set[str]) -> tuple[str, str]:
+    """The greedy score and the sampled one: exact match where it is scored, else the reward."""
+    for name in ("exact_match", "success", "reward"):
+        if f"env/{name}" in metrics:
+            return f"eval_{name}", f"env/{name}"
+    return "eval_reward", "objective/scores"
+
+
+def phases_of(method: Method) -> dict[str, float]:
+    """Mean seconds of an update by phase, over its runs; what is in no phase is `other`."""
+    means: dict[str, list[float]] = {}
+    for run in method.runs:
+        names = sorted(
+            name for name in run.metrics if re.fullmatch(r"perf/\w+_s", name) and name != "perf/tokens_per_s"
+        )
+        of_run = {name: float(np.mean(list(found.values()))) for name in names if (found := run.series(name))}
+        total = of_run.pop("perf/update_s", 0.0)
+        of_run["perf/other_s"] = max(0.0, total - sum(of_run.values()))
+        for name, seconds in of_run.items():
+            means.setdefault(name, []).append(seconds)
+    order = ("rollout", "forward", "train")
+    short = {name.removeprefix("perf/").removesuffix("_s"): values for name, values in means.items()}
+    ranked = sorted(short, key=lambda n: (n == "other", order.index(n) if n in order else len(order), n))
+    return {name: sum(short[name]) / len(method.runs) for name in ranked}
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def curves_of(charts: Sequence[Chart], methods: Sequence[Method]) -> Curves:
+    """All that the charts show, worked out once."""
+    metrics = {panel.metric for chart in charts for panel in chart.panels}
+    found = {(method.name, metric): curve(method, metric) for method in methods for metric in sorted(metrics)}
+    return {key: one for key, one in found.items() if one is not None}
+
+
+def save_png(chart: Chart, methods: Sequence[Method], curves: Curves, path: Path) -> None:
+    """All panels of a chart in one picture, on white."""
+    columns = min(3, len(chart.panels))
+    rows = -(-len(chart.panels) // columns)
+    with matplotlib.rc_context(_style(INK[0], GRID[0])):
+        figure = Figure(figsize=(4.2 * columns, 3.0 * rows + 0.5), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for panel, ax in zip(chart.panels, axes, strict=False):
+            _draw(
+                ax, panel, methods, curves, [light for light, _ in METHOD_COLORS], [light for light, _ in PHASE_COLORS]
+            )
+            ax.set_title(panel.title, loc="left")
+        for ax in axes[len(chart.panels) :]:
+            ax.set_visible(False)
+        if chart.slug != "time":
+            handles, labels = axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def panel_svg(panel: Panel, methods: Sequence[Method], curves: Curves) -> str:
+    """One panel as inline SVG, in the page's variables for colours: `--ink`, `--method-0`, `--phase-0`, ..."""
+    method_colors = [f"#fe01{index:02x}" for index in range(len(METHOD_COLORS))]
+    phase_colors = [f"#fe02{index:02x}" for index in range(len(PHASE_COLORS))]
+    ink, grid = "#fe0300", "#fe0301"
+    with matplotlib.rc_context(_style(ink, grid) | {"svg.hashsalt": panel.title + panel.metric}):
+        height = 2.6 if panel.metric else 0.8 + 0.42 * len(methods)
+        figure = Figure(figsize=(4.2 if panel.metric else 8.4, height), layout="constrained")
+        _draw(figure.subplots(), panel, methods, curves, method_colors, phase_colors)
+        buffer = io.StringIO()
+        nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every panel; what is referred to has a hash for a name
+    svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg)
+    svg = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--font)", svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    named = {ink: "var(--ink)", grid: "var(--grid)"}
+    named |= {color: f"var(--method-{index})" for index, color in enumerate(method_colors)}
+    named |= {color: f"var(--phase-{index})" for index, color in enumerate(phase_colors)}
+    return re.sub("#fe0[123][0-9a-f]{2}", lambda found: named[found[0]], svg)
+
+
+def _style(ink: str, grid: str) -> dict[str, Any]:
+    return {
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": grid,
+        "axes.titlesize": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": grid,
+        "grid.linewidth": 0.6,
+        "xtick.color": grid,
+        "ytick.color": grid,
+        "xtick.labelcolor": ink,
+        "ytick.labelcolor": ink,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "path.simplify_threshold": 0.4,
+    }
+
+
+def _draw(
+    ax: Axes,
+    panel: Panel,
+    methods: Sequence[Method],
+    curves: Curves,
+    colors: Sequence[str],
+    phase_colors: Sequence[str],
+) -> None:
+    if panel.metric:
+        _draw_curves(ax, panel, methods, curves, colors)
+    else:
+        _draw_phases(ax, methods, phase_colors)
+
+
+def _draw_curves(ax: Axes, panel: Panel, methods: Sequence[Method], curves: Curves, colors: Sequence[str]) -> None:
+    for index, method in enumerate(methods):
+        found = curves.get((method.name, panel.metric))
+        color, line = colors[index % len(colors)], _LINES[index // len(colors) % len(_LINES)]
+        if found is None:
+            ax.plot([], [], color=color, linestyle=line, label=method.name)
+            continue
+        marker = "o" if len(found.episodes) < 15 else None
+        ax.plot(
+            found.episodes, found.center, color=color, linestyle=line, marker=marker, markersize=3, label=method.name
+        )
+        if np.isfinite(found.low).any():
+            ax.fill_between(found.episodes, found.low, found.high, color=color, alpha=0.18, linewidth=0)
+    ax.set_xlabel("episodes")
+    ax.margins(x=0.02)
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+
+
+def _draw_phases(ax: Axes, methods: Sequence[Method], colors: Sequence[str]) -> None:
+    by_method = [phases_of(method) for method in methods]
+    names = list(dict.fromkeys(name for phases in by_method for name in phases))
+    names.sort(key=lambda name: name == "other")
+    left = np.zeros(len(methods))
+    for index, name in enumerate(names):
+        seconds = np.array([phases.get(name, 0.0) for phases in by_method])
+        ax.barh(range(len(methods)), seconds, left=left, height=0.6, color=colors[index % len(colors)], label=name)
+        left += seconds
+    ax.set_yticks(range(len(methods)), [method.name for method in methods])
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel("seconds")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, fontsize=8, columnspacing=1, handlelength=1)
+
+
+def _with_data(chart: Chart, metrics: set[str]) -> Chart:
+    return Chart(chart.slug, chart.title, chart.text, tuple(p for p in chart.panels if p.metric in metrics))
+
+
+def _words(metric: str) -> str:
+    """A metric's name as a title."""
+    words = metric.removeprefix("eval_").rsplit("/", 1)[-1].replace("_", " ")
+    return words[:1].upper() + words[1:]

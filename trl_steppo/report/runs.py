@@ -1,0 +1,131 @@
+"""What a finished run left in its `output_dir`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A finished run.
+
+    Args:
+        directory (`Path`):
+            Its `output_dir`.
+        name (`str`):
+            Short, and no other run's.
+        history (`list[dict]`):
+            What it logged, in order.
+        settings (`dict[str, Any]`, *optional*):
+            Its `StepPOConfig`. `None`: it wrote none.
+        episode_files (`dict[int, Path]`, *optional*):
+            Its logged episodes, by update.
+    """
+
+    directory: Path
+    name: str
+    history: list[dict[str, Any]]
+    settings: dict[str, Any] | None = None
+    episode_files: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int | None:
+        return None if self.settings is None else self.settings.get("seed")
+
+    @property
+    def metrics(self) -> set[str]:
+        """The names of all that it logged."""
+        return {name for logs in self.history for name in logs}
+
+    @property
+    def num_updates(self) -> int:
+        return max(logs["step"] for logs in self.history)
+
+    @property
+    def episodes_per_update(self) -> float:
+        """What `episode` counts, over the updates."""
+        last = next(logs for logs in reversed(self.history) if "episode" in logs)
+        return last["episode"] / last["step"]
+
+    def series(self, metric: str) -> dict[int, float]:
+        """A metric by update, without what is not a finite number."""
+        found = {logs["step"]: float(logs[metric]) for logs in self.history if metric in logs}
+        return {step: value for step, value in found.items() if math.isfinite(value)}
+
+
+def load_runs(directories: Sequence[str | Path]) -> list[Run]:
+    """
+    Read runs.
+
+    Args:
+        directories (`Sequence[str | Path]`):
+            The `output_dir` of each.
+
+    Raises:
+        DataError: If one of them is no finished run, or is named twice.
+    """
+    paths = [Path(directory) for directory in directories]
+    resolved = [path.resolve() for path in paths]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise DataError(f"{path} is named {resolved.count(path)} times; name every run once")
+    names = _short_names(resolved)
+    return [_load(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _load(directory: Path, name: str) -> Run:
+    file = directory / "trainer_state.json"
+    if not file.is_file():
+        raise DataError(
+            f"{directory} has no trainer_state.json, so it is not the `output_dir` of a finished run; a run writes "
+            "it when it ends"
+        )
+    state = _read_json(file)
+    history = [logs for logs in state.get("log_history") or [] if "step" in logs]
+    if not any("episode" in logs for logs in history):
+        raise DataError(
+            f"{file} holds no update: the run ended before its first log; train longer, or set `logging_steps` to 1"
+        )
+    settings_file = directory / "steppo_config.json"
+    settings = _read_json(settings_file) if settings_file.is_file() else None
+    run = Run(directory, name, history, settings)
+    run.episode_files.update(_episode_files(run))
+    return run
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds a {type(content).__name__}; a run writes a mapping there")
+    return content
+
+
+def _episode_files(run: Run) -> Iterator[tuple[int, Path]]:
+    """Those of this run: an earlier one in the same directory may have left others behind."""
+    if run.settings is not None and not run.settings.get("log_episodes"):
+        return
+    for path in sorted((run.directory / "episodes").glob("update_*.parquet")):
+        number = path.stem.removeprefix("update_")
+        if number.isdecimal() and int(number) <= run.num_updates:
+            yield int(number), path
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as tell all of them apart."""
+    most = max((len(path.parts) for path in paths), default=1)
+    for count in range(1, most):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]

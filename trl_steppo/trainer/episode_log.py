@@ -1,0 +1,238 @@
+"""A few episodes of every update on disk, with all that the update knew of them: what `trl-steppo report` shows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ..durable import sync
+from ..losses import importance_ratio
+from ..types import Episode, Step, TokenIds
+from .credit import Credit
+from .data_stream import RowStream
+from .exchange import Rollout, Scores
+from .learner import Learner
+from .steppo_config import StepPOConfig
+
+FOLDER = "episodes"
+
+SCHEMA = pa.schema(
+    [
+        # The episode; the same in all of its rows
+        ("update", pa.int64()),
+        ("episode_id", pa.string()),
+        ("row_index", pa.int64()),
+        ("dataset_row", pa.int64()),  # which row of the dataset this is, whatever the seed of its order
+        ("generation_index", pa.int64()),
+        ("terminated", pa.bool_()),
+        ("truncated", pa.bool_()),
+        ("stop_reason", pa.string()),
+        ("error", pa.string()),
+        ("score", pa.float64()),
+        ("metrics", pa.string()),  # as JSON
+        # The step; null in the one row of an episode that failed before its first step
+        ("step_index", pa.int64()),
+        ("prompt", pa.string()),  # what is new in it
+        ("prompt_tokens", pa.int64()),
+        ("prompt_kept_tokens", pa.int64()),  # that the prompt and the response before it began with, too
+        ("response", pa.string()),
+        ("observation", pa.string()),
+        ("response_stop_reason", pa.string()),
+        ("reward", pa.float64()),
+        ("tokens", pa.list_(pa.string())),
+        ("rollout_logprobs", pa.list_(pa.float32())),
+        # What the update made of it; null in episodes that failed
+        ("old_logprobs", pa.list_(pa.float32())),
+        ("new_logprobs", pa.list_(pa.float32())),  # after the update
+        ("token_advantages", pa.list_(pa.float32())),
+        ("value", pa.float64()),  # of the state, read at the last prompt token; null without a critic
+        ("return", pa.float64()),
+        ("raw_advantage", pa.float64()),  # before whitening; over a step's tokens its mean
+        ("advantage", pa.float64()),
+        ("clipped_fraction", pa.float64()),  # of its tokens: ratios after the update beyond the clip range
+    ]
+)
+
+
+class EpisodeLog:
+    """
+    Writes the first `log_episodes` episodes of each update, of the first rank: `episodes/update_00012.parquet` in
+    `output_dir` holds those of the update that is logged as step 12, one row a step. Runs of one seed log the same
+    dataset rows.
+
+    Args:
+        args ([`StepPOConfig`]):
+            `log_episodes`, and the settings of the loss.
+        learner ([`Learner`]):
+            Gives log-probabilities.
+        decode (`Callable[[Sequence[int]], str]`):
+            Token ids to text.
+        rows ([`RowStream`]):
+            Where the episodes' rows are from.
+    """
+
+    def __init__(
+        self, args: StepPOConfig, learner: Learner, decode: Callable[[Sequence[int]], str], rows: RowStream
+    ) -> None:
+        self.args = args
+        self.learner = learner
+        self.decode = decode
+        self.rows = rows
+
+    @contextmanager
+    def around(
+        self, update: int, episodes: Sequence[Episode], rollout: Rollout, scores: Scores, credit: Credit
+    ) -> Iterator[None]:
+        """
+        Around the learning from a rollout. All ranks come by: under engines that shard the policy, log-probabilities
+        take all of them.
+
+        Args:
+            update (`int`):
+                1-based, as updates are logged.
+            episodes (`Sequence[Episode]`):
+                All that were played on this rank, the failed ones among them.
+            rollout ([`Rollout`]), scores ([`Scores`]), credit ([`Credit`]):
+                What is learned.
+        """
+        if not self.args.log_episodes:
+            yield
+            return
+        is_writer = self.learner.accelerator.is_main_process
+        logged = episodes[: self.args.log_episodes] if is_writer else []
+        chosen = range(sum(episode.valid for episode in logged))  # of the rollout, which has the valid ones in order
+        old = scores.old_logprobs
+        if old is None:
+            old = self._logprobs(rollout, chosen)
+        yield
+        new = self._logprobs(rollout, chosen)
+        if is_writer:
+            judged = iter([_judged_steps(self.args, rollout, index, scores, credit, old, new) for index in chosen])
+            rows = []
+            for episode in logged:
+                of_steps = next(judged) if episode.valid else [{}] * len(episode.steps)
+                rows += self._rows(update, episode, of_steps)
+            _write(Path(str(self.args.output_dir)) / FOLDER / f"update_{update:05d}.parquet", rows)
+
+    def _logprobs(self, rollout: Rollout, chosen: Sequence[int]) -> torch.Tensor:
+        with self.learner.clock.measure("log_episodes_s"):
+            return self.learner.logprobs(rollout, chosen)
+
+    def _rows(self, update: int, episode: Episode, judged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        shared = {
+            "update": update,
+            "episode_id": episode.episode_id,
+            "row_index": episode.row_index,
+            "dataset_row": self.rows.row_number(episode.row_index),
+            "generation_index": episode.generation_index,
+            "terminated": episode.terminated,
+            "truncated": episode.truncated,
+            "stop_reason": None if episode.stop_reason is None else episode.stop_reason.value,
+            "error": episode.error,
+            "score": episode.episode_return if episode.valid else None,
+            "metrics": json.dumps(dict(episode.metrics)),
+        }
+        if not episode.steps:
+            return [shared]
+        before: list[int] = []
+        rows = []
+        for step, of_step in zip(episode.steps, judged, strict=True):
+            rows.append({**shared, **self._played(step, before), **of_step})
+            before = step.prompt_ids.tolist() + step.response_ids.tolist()
+        return rows
+
+    def _played(self, step: Step, before: Sequence[int]) -> dict[str, Any]:
+        """What was read, written and answered in a step; `before` is what the policy had in view until then."""
+        kept = _num_shared(before, step.prompt_ids)
+        return {
+            "step_index": step.step_index,
+            "prompt": self.decode(step.prompt_ids[kept:]),
+            "prompt_tokens": len(step.prompt_ids),
+            "prompt_kept_tokens": kept,
+            "response": self.decode(step.response_ids),
+            "observation": _text(step.observation),
+            "response_stop_reason": step.stop_reason.value,
+            "reward": step.reward,
+            "tokens": [self.decode([token_id]) for token_id in step.response_ids],
+            "rollout_logprobs": list(step.rollout_logprobs),
+        }
+
+
+def _judged_steps(
+    args: StepPOConfig,
+    rollout: Rollout,
+    index: int,
+    scores: Scores,
+    credit: Credit,
+    old: torch.Tensor,
+    new: torch.Tensor,
+) -> list[dict[str, Any]]:
+    """What an update made of the steps of one episode of its rollout."""
+    first = rollout.steps.first_step[index]
+    mask = rollout.batch.action_mask
+    advantages = credit.advantages
+    raw: torch.Tensor | None = None
+    if scores.values is not None and credit.returns is not None:
+        raw = credit.returns - scores.values
+    elif args.advantage_estimator != "reinforce_plus_plus":  # the one without a critic that whitens
+        raw = advantages
+    ratio = importance_ratio(new, old, mask, args.importance_sampling_level)
+    high = args.cliprange if args.cliprange_high is None else args.cliprange_high
+    clipped = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - args.cliprange))
+    found = []
+    for number in range(first, first + len(rollout.episodes[index].steps)):
+        counts = mask[number]
+        found.append(
+            {
+                "old_logprobs": old[number][counts].tolist(),
+                "new_logprobs": new[number][counts].tolist(),
+                "token_advantages": advantages[number][counts].tolist(),
+                "value": _first(scores.values, number),
+                "return": _first(credit.returns, number),
+                "raw_advantage": None if raw is None else _mean(raw[number], counts),
+                "advantage": _mean(advantages[number], counts),
+                "clipped_fraction": _mean(clipped[number].float(), counts),
+            }
+        )
+    return found
+
+
+def _first(values: torch.Tensor | None, number: int) -> float | None:
+    """A step's own number, or that of its first action token, which is read at the same place."""
+    return None if values is None else float(values[number].flatten()[0])
+
+
+def _mean(values: torch.Tensor, counts: torch.Tensor) -> float:
+    return float(values[counts].mean() if values.dim() else values)
+
+
+def _num_shared(before: Sequence[int], prompt_ids: TokenIds) -> int:
+    """How many tokens two sequences have in common from their start on."""
+    pairs = zip(before, prompt_ids.tolist(), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(prompt_ids)))
+
+
+def _text(observation: str | list[dict[str, Any]]) -> str:
+    if isinstance(observation, str):
+        return observation
+    return "\n".join(str(message.get("content", "")) for message in observation)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A file that is there is complete: it appears under its name when all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
