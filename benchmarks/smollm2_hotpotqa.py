@@ -14,7 +14,9 @@ already in `--runs_dir` is not repeated. `--quick` plays the built-in policy on 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,6 +26,7 @@ from _record import BenchmarkArguments, parse_arguments, print_table, write_reco
 from _runs import EXAMPLES, Run, example_run, play, refuse_failures, updates_of
 from scipy.stats import bootstrap
 
+from trl_steppo import Episode
 from trl_steppo.rollout import load_episodes
 
 METHODS = {
@@ -40,6 +43,7 @@ CURVES = {
     "entropy": "policy/entropy_avg",
 }
 PHASES = ("rollout_s", "forward_s", "train_s", "update_s")
+GAINS = ("first", "last", "gain", "gain_same_questions")
 WINDOW = 3  # updates at the start and at the end whose episodes are compared
 
 
@@ -90,18 +94,37 @@ def run_of(method: str, seed: int, output_dir: Path, args: SmolLM2Arguments) -> 
 def read_run(run: Run) -> dict[str, Any]:
     """What a run shows: its curves, how sure the change of the valid-call rate is, and where the time went."""
     updates = updates_of(run.history())
-    shares = [
-        [episode.metrics["rewards/valid_calls"] for episode in load_episodes(path) if episode.valid]
-        for path in sorted((run.output_dir / "episodes").glob("*.jsonl"))
-    ]
+    played = [load_episodes(path) for path in sorted((run.output_dir / "episodes").glob("*.jsonl"))]
+    shares = [[valid_share(episode) for episode in episodes if episode.valid] for episodes in played]
     window = min(WINDOW, len(shares) // 2)
     first, last = ([share for update in part for share in update] for part in (shares[:window], shares[-window:]))
+    gains = gains_of_questions(chain(*played))
     return {
         "curves": {name: [logs.get(metric) for logs in updates] for name, metric in CURVES.items()},
-        "valid_call_rate": {"first": interval(first), "last": interval(last), "gain": interval(last, first)},
+        "valid_call_rate": {
+            "first": interval(first),
+            "last": interval(last),
+            "gain": interval(last, first),
+            "gain_same_questions": interval(gains) if len(gains) > 1 else None,
+            "questions_played_again": len(gains),
+        },
         "seconds_per_update": {name: mean(logs.get(f"perf/{name}", 0.0) for logs in updates) for name in PHASES},
         "seconds": run.seconds,
     }
+
+
+def valid_share(episode: Episode) -> float:
+    """The share of an episode's responses that made a valid call."""
+    return episode.metrics["rewards/valid_calls"]
+
+
+def gains_of_questions(episodes: Iterable[Episode]) -> list[float]:
+    """For each question that was played more than once: its last share of valid calls less its first."""
+    of_question: dict[tuple[int, ...], list[float]] = {}
+    for episode in episodes:
+        if episode.valid:
+            of_question.setdefault(tuple(episode.steps[0].prompt_ids), []).append(valid_share(episode))
+    return [shares[-1] - shares[0] for shares in of_question.values() if len(shares) > 1]
 
 
 def interval(values: list[float], baseline: list[float] | None = None) -> list[float]:
@@ -119,8 +142,10 @@ def interval(values: list[float], baseline: list[float] | None = None) -> list[f
     return [float(found.low), float(difference(*samples)), float(found.high)]
 
 
-def shown(bounds: list[float]) -> str:
+def shown(bounds: list[float] | None) -> str:
     """An interval for people."""
+    if bounds is None:
+        return "-"
     low, middle, high = bounds
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
@@ -139,13 +164,14 @@ def main(args: SmolLM2Arguments) -> None:
     for (method, seed), run in runs.items():
         figures[method][seed] = read_run(run)
     print_table(
-        f"Valid-call rate in the first and last {WINDOW} updates (95 % intervals over episodes), seconds an update",
-        ["method", "seed", "first", "last", "gain", "EM, last", "s"],
+        f"Valid-call rate in the first and last {WINDOW} updates, its gain, and that on the questions played twice "
+        "(95 % intervals over episodes); seconds an update",
+        ["method", "seed", "first", "last", "gain", "same questions", "EM, last", "s"],
         [
             [
                 method,
                 str(seed),
-                *(shown(found["valid_call_rate"][part]) for part in ("first", "last", "gain")),
+                *(shown(found["valid_call_rate"][part]) for part in GAINS),
                 f"{mean(found['curves']['exact_match'][-WINDOW:]):.2f}",
                 f"{found['seconds_per_update']['update_s']:.0f}",
             ]
