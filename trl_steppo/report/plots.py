@@ -239,7 +239,7 @@ def panel_svg(panel: Panel, methods: Sequence[Method], curves: Curves) -> str:
     return re.sub("#fe0[123][0-9a-f]{2}", lambda found: named[found[0]], svg)
 
 
-def _style(ink: str, grid: str) -> dict[str, Any]:
+def _style(ink: str, grid: str) -> Any:  # rc parameters, whose type differs between versions of matplotlib
     return {
         "svg.fonttype": "none",
         "font.size": 9,
