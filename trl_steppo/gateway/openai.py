@@ -12,12 +12,24 @@ from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, p
 
 
 class Function(Body):
-    """A tool's schema."""
+    """A tool's schema; `return` as transformers writes it."""
 
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    returns: Annotated[dict[str, Any] | None, Field(alias="return")] = None
     strict: bool | None = None
+
+    def schema_dict(self) -> dict[str, Any]:
+        """As a chat template shows it."""
+        fields = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "return": self.returns,
+            "strict": self.strict,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class Tool(Body):
@@ -140,7 +152,7 @@ class ChatBody(_Sampling):
         return ModelRequest(
             self.model,
             messages=tuple(_messages(self.messages)),
-            tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
+            tools=tuple({"type": "function", "function": tool.function.schema_dict()} for tool in tools),
             wishes=Wishes(
                 self.max_completion_tokens or self.max_tokens,
                 self.temperature,

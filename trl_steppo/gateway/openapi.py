@@ -51,7 +51,7 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
         "info": {
             "title": "trl_steppo gateway",
             "version": "1",
-            "description": "Serves a policy to agents, one key an episode, and records every step as the exact tokens.",
+            "description": "Serves a policy to agents, one key an episode, and records every step as exact tokens.",
         },
         "paths": paths,
         "components": {

@@ -1,4 +1,4 @@
-"""OpenAI's responses: pure translation between its bodies and our own. Nothing is kept for a later call to refer to."""
+"""OpenAI's responses: pure translation between its bodies and our own. No call can refer to an earlier one."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 An agent is one of
 
-- a function, plain or async: `agent(row, *, base_url, api_key) -> float | None`. What it returns is the episode's reward,
-  added to its last step; `None`: it has posted its rewards, or reward functions judge.
-- a command, as text or a list: a process for each episode, which reads the row from its standard input, as JSON, and finds
-  the address and its key in the environment (`OPENAI_BASE_URL`, `OPENAI_API_KEY`, `ANTHROPIC_BASE_URL`,
+- a function, plain or async: `agent(row, *, base_url, api_key) -> float | None`. What it returns is the episode's
+  reward, added to its last step; `None`: it has posted its rewards, or reward functions judge.
+- a command, as text or a list: a process for each episode, which reads the row from its standard input, as JSON, and
+  finds the address and its key in the environment (`OPENAI_BASE_URL`, `OPENAI_API_KEY`, `ANTHROPIC_BASE_URL`,
   `ANTHROPIC_API_KEY`, `STEPPO_SESSION_URL`). If the last line that it writes to its standard output is a number, that
   is the reward.
 
@@ -233,7 +233,7 @@ class _FunctionRun:
         return await self._thread.run(run, None, "the agent")
 
     async def end(self) -> None:
-        """Let go of it: an async one is cancelled; a thread that hangs is left behind, and its key is worth nothing."""
+        """Let go of it: an async one is cancelled; a thread that hangs is left behind, its key worth nothing."""
         if self._cancel is not None:
             self._cancel()
         self._thread.end()
