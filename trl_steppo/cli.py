@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     check.set_defaults(run=run_check)
 
+    _add_gateway(commands)
     _add_hotpotqa(commands)
     args = parser.parse_args(argv)
     try:
@@ -57,6 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StepPOError, OSError, ValueError, TypeError) as error:  # transformers checks settings by the last two
         print(f"trl-steppo {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _add_gateway(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    gateway = commands.add_parser(
+        "gateway", help="serve a model to agents over the OpenAI and Anthropic APIs, and record what it says"
+    )
+    gateway.add_argument("--model", required=True, help="`mini_wiki` (built in), a directory, or a name on the hub")
+    gateway.add_argument("--host", default="127.0.0.1", help="address to listen on; by default this machine's own")
+    gateway.add_argument("--port", type=int, default=8000, help="0: any free one")
+    gateway.add_argument("--directory", default="runs/gateway", help="where sessions are kept, and the admin's key")
+    gateway.add_argument("--dtype", default="auto", help="the weights' type: auto, float32, bfloat16")
+    gateway.add_argument("--response-length", type=int, default=512, help="most tokens of one response")
+    gateway.add_argument("--temperature", type=float, default=1.0)
+    gateway.add_argument("--max-interaction-steps", type=int, default=5, help="most steps of a session")
+    gateway.set_defaults(run=run_gateway)
 
 
 def _add_hotpotqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -157,6 +173,23 @@ def run_check(args: argparse.Namespace) -> int:
 
     for line in dry_run(Path(args.config), dataset_name=args.dataset_name, config_file=args.config_file):
         print(line)
+    return 0
+
+
+def run_gateway(args: argparse.Namespace) -> int:
+    """See [`trl_steppo.serve`]."""
+    from .serve import serve
+
+    serve(
+        args.model,
+        host=args.host,
+        port=args.port,
+        directory=Path(args.directory),
+        dtype=args.dtype,
+        response_length=args.response_length,
+        temperature=args.temperature,
+        max_interaction_steps=args.max_interaction_steps,
+    )
     return 0
 
 

@@ -124,9 +124,10 @@ def main() -> None:
     parser.add_argument("--token-s", type=float, default=0.0)
     args = parser.parse_args()
     server = start(Policy(echo, token_s=args.token_s), port=args.port, store=args.store)
-    signal.signal(signal.SIGTERM, lambda *_: server.close())
+    signal.signal(signal.SIGTERM, lambda *_: server.stop())
     print("ready", flush=True)
     server.wait()
+    server.close()
 
 
 if __name__ == "__main__":

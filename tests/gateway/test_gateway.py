@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import stat
 import threading
 import time
@@ -507,14 +508,34 @@ def test_odd_bodies_are_the_clients_mistake(client, path, content):
     assert client.http.post(path, content=content).status_code == 400
 
 
-def test_odd_paths_and_headers_are_no_failure_of_ours(client):
-    for path in ("/%00", "/v1/chat/completions/", "/v1//models", "/sessions/%2e%2e/finish", "/" + "a" * 8000, "/%ff"):
-        assert client.http.get(path).status_code < 500
-        assert client.post(path, {}).status_code < 500
-    for headers in ({"content-length": "-5"}, {"content-type": "\xff"}, {"authorization": "Bearer"}, {"x": "y" * 9000}):
-        response = client.http.get("/v1/models", headers={k: v.encode("latin-1") for k, v in headers.items()})
-        assert response.status_code < 500
+@pytest.mark.parametrize("path", ["/%00", "/v1/chat/completions/", "/v1//models", "/sessions/%2e%2e/finish", "/%ff"])
+def test_odd_paths_are_no_failure_of_ours(client, path):
+    assert client.http.get(path).status_code < 500
+    assert client.post(path, {}).status_code < 500
     assert client.http.put("/v1/models").status_code == 405
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"content-length: -5",
+        b"content-length: 5, 6",
+        b"authorization: Bearer",
+        b"authorization: \xff\xfe",
+        b"x: " + b"y" * 70000,
+    ]
+    + [
+        b"transfer-encoding: chunked\r\ncontent-length: 5",
+        b": nameless",
+        b"authorization: Bearer a\r\nauthorization: b",
+    ],
+    ids=lambda header: header[:20].decode("latin-1"),
+)
+def test_odd_headers_are_no_failure_of_ours(server, header):
+    with socket.create_connection((server.host, server.port), timeout=5) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n" + header + b"\r\n\r\n")
+        status = connection.recv(4096).split(b" ")[1:2]
+    assert status in ([b"400"], [b"401"], [b"431"], [])  # the last: hung up
 
 
 def test_it_listens_on_this_machine_alone(server):

@@ -135,13 +135,17 @@ class GatewayServer:
         self.call(self.gateway.port.pause())
 
     def wait(self) -> None:
-        """Until it is closed, or told to end by a signal."""
+        """Until it is told to stop."""
         while self._thread.is_alive():
             self._thread.join(0.5)
 
+    def stop(self) -> None:
+        """Have it end soon; from a signal's handler, say."""
+        self._server.should_exit = True
+
     def close(self) -> None:
         """Serve no longer. What was recorded is in the store."""
-        self._server.should_exit = True
+        self.stop()
         if self._thread.is_alive():
             self._thread.join()
         self.store.close()
