@@ -11,6 +11,7 @@ the key that its client is given. Any setting of `StepPOConfig` is a flag.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,8 @@ async def answer_question(client: AsyncOpenAI, question: str) -> str:
         model=OpenAIChatCompletionsModel(model="policy", openai_client=client),
         tool_use_behavior=StopAtTools(stop_at_tool_names=["answer"]),
     )
-    try:
+    with suppress(BadRequestError, MaxTurnsExceeded, ModelBehaviorError):  # out of steps, or a tool that is not there
         await Runner.run(agent, question)
-    except (BadRequestError, MaxTurnsExceeded, ModelBehaviorError):
-        pass  # it ran out of steps, or called what does not exist
     return given[0] if given else ""
 
 

@@ -523,8 +523,6 @@ def test_odd_paths_are_no_failure_of_ours(client, path):
         b"authorization: Bearer",
         b"authorization: \xff\xfe",
         b"x: " + b"y" * 70000,
-    ]
-    + [
         b"transfer-encoding: chunked\r\ncontent-length: 5",
         b": nameless",
         b"authorization: Bearer a\r\nauthorization: b",

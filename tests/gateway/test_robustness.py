@@ -1,4 +1,4 @@
-"""Many sessions at once, clients that go away, samplers that fail, a gateway that is killed: no step is lost or mixed."""
+"""Many sessions, clients that go away, samplers that fail, a gateway that is killed: no step is lost or mixed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,8 @@ def kill_and_go_on(directory: Path, num_kills: int, seed: int) -> None:
     rng = random.Random(seed)
     command = [sys.executable, str(HERE / "gateway_policy.py"), "--port", str(port)]
     command += ["--store", str(directory / "s.sqlite"), "--token-s", "0.002"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
+    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
     def launch() -> subprocess.Popen[str]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -144,7 +144,8 @@ def kill_and_go_on(directory: Path, num_kills: int, seed: int) -> None:
                 continue
             assert response.status_code == 200, response.text
             said.append(response.json()["choices"][0]["message"]["content"])
-            messages += [{"role": "assistant", "content": said[-1]}, {"role": "user", "content": f"{name} {len(said)}"}]
+            messages.append({"role": "assistant", "content": said[-1]})
+            messages.append({"role": "user", "content": f"{name} {len(said)}"})
         return said
 
     async def run() -> list[tuple[dict[str, Any], list[str]]]:
@@ -163,9 +164,7 @@ def kill_and_go_on(directory: Path, num_kills: int, seed: int) -> None:
             await asyncio.sleep(0.2)
             stop.set()
             said = await asyncio.gather(*talks)
-            recorded = [
-                (await http.get(f"/sessions/{one['id']}/episode", headers=admin)).json() for one in opened
-            ]
+            recorded = [(await http.get(f"/sessions/{one['id']}/episode", headers=admin)).json() for one in opened]
             return list(zip(recorded, said, strict=True))
 
     try:
@@ -210,9 +209,22 @@ def test_memory_does_not_grow_with_finished_sessions():
         server.close()
 
 
-@pytest.mark.parametrize("num_cases", [5, pytest.param(250, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
+def caller(operation: Any, key: str, check: Any) -> Any:
+    """Calls the gateway with a case that was made up; the session that it is for lasts."""
+    own = ADMIN if "admin" in operation.definition.raw["summary"] else key
+    headers = {"authorization": f"Bearer {'another' if operation.path.endswith(('/finish', '/abort')) else own}"}
+
+    def call(case: Any) -> None:
+        if "session_id" in (case.path_parameters or {}):
+            case.path_parameters["session_id"] = "current"
+        case.call_and_validate(checks=[check], headers=headers, timeout=20)
+
+    return call
+
+
+@pytest.mark.parametrize("num_cases", [7, pytest.param(350, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
 def test_requests_made_from_its_own_description_never_break_it(num_cases):
-    """`num_cases` for each of its 18 operations and 20 bodies of schemathesis' own phases."""
+    """`num_cases` for each of its operations: no failure of ours, and an answer within 20 s."""
     schemathesis = pytest.importorskip("schemathesis", reason="needs the extra `dev`")
     from hypothesis import HealthCheck, Phase, given, settings
     from schemathesis.checks import not_a_server_error
@@ -222,21 +234,9 @@ def test_requests_made_from_its_own_description_never_break_it(num_cases):
         _, key = server.call(server.gateway.open_session(make_spec(max_interaction_steps=10**6)))
         schema = schemathesis.openapi.from_url(f"{server.origin}/openapi.json")
         operations = [result.ok() for result in schema.get_all_operations()]
-        assert len(operations) >= 15
+        assert len(operations) == 15
         for operation in operations:
-            token = ADMIN if "admin" in str(operation.definition.raw.get("summary", "")) else key
-
-            def try_one(case: Any, token: str = token) -> None:
-                headers = {"authorization": f"Bearer {token}"}
-                if case.path_parameters and "session_id" in case.path_parameters:
-                    case.path_parameters["session_id"] = "current"
-                if case.path.endswith(("/finish", "/abort")):
-                    headers = {"authorization": "Bearer another"}  # the session is to last
-                start_s = time.monotonic()
-                case.call_and_validate(checks=[not_a_server_error], headers=headers, timeout=20)
-                assert time.monotonic() - start_s < 20
-
-            run = given(case=operation.as_strategy())(try_one)
+            run = given(case=operation.as_strategy())(caller(operation, key, not_a_server_error))
             checked = settings(
                 max_examples=num_cases,
                 deadline=None,

@@ -174,7 +174,7 @@ def message_stream(answer: Answer) -> Iterator[bytes]:
     yield send("message_start", message=opening)
     for index, block in enumerate(_content(answer)):
         kind = block["type"]
-        empty = {**block, **({"input": {}} if kind == "tool_use" else {kind: ""})}
+        empty: dict[str, Any] = {**block, ("input" if kind == "tool_use" else kind): {} if kind == "tool_use" else ""}
         yield send("content_block_start", index=index, content_block=empty)
         text = dumps(block["input"]) if kind == "tool_use" else block[kind]
         name = {"tool_use": "input_json_delta", "text": "text_delta", "thinking": "thinking_delta"}[kind]
