@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ async def talk(http: httpx.AsyncClient, key: str, name: str, num_steps: int, rng
             assert response.status_code in (429, 502), response.text
             continue
         if rng.random() < 0.05:
-            again = await http.post("/v1/chat/completions", json=body, headers=headers)
-            assert again.content == response.content
+            with suppress(httpx.TransportError):
+                again = await http.post("/v1/chat/completions", json=body, headers=headers)
+                assert again.content == response.content
         message = response.json()["choices"][0]["message"]
         said.append(message["content"])
         messages += [message, {"role": "user", "content": f"{name} {len(said)}"}]

@@ -89,6 +89,7 @@ class GatewayServer:
             server_header=False,
             date_header=False,
             lifespan="off",
+            timeout_keep_alive=75,  # longer than clients keep connections, so that none is closed while it is used
             timeout_graceful_shutdown=1,
             backlog=_BACKLOG,
         )

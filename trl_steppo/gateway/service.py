@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ConfigurationError, DataError
 from ..inference.base import Sample, SamplingParams, step_seed
-from ..types import Episode, StopReason
+from ..types import Episode, StopReason, TokenIds
 from .conversation import Answer, ModelRequest, RequestError
 from .monitor import Monitor
 from .sampling import SamplingPort
@@ -396,7 +396,7 @@ class Gateway:
     ) -> RecordedStep:
         chat, placement = self.formats.of(request.tools), flight.placement
         name = secrets.token_hex(12)
-        read = read_response(chat, request, prompt_ids, list(sample.token_ids), name=name)
+        read = read_response(chat, request, prompt_ids, TokenIds(sample.token_ids).tolist(), name=name)
         logprobs = sample.logprobs[: len(read.response_ids)]
         stop_reason = StopReason.STOP if read.stop_sequence is not None else sample.stop_reason
         finish = "length" if stop_reason is StopReason.LENGTH else "tool_calls" if read.tool_calls else "stop"
