@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,18 +118,28 @@ def make_spec(**changes: Any) -> SessionSpec:
     return SessionSpec(EpisodeLimits(**limits), sampling, **changes)
 
 
-def main() -> None:
-    """Serve until a signal ends it; told to be killed, it goes on from its store."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--token-s", type=float, default=0.0)
-    args = parser.parse_args()
-    server = start(Policy(echo, token_s=args.token_s), port=args.port, store=args.store)
+def serve(port: int, store: Path) -> None:
+    """Serve until a signal ends it; after a kill, the next one goes on from its store."""
+    server = start(Policy(echo, token_s=0.002), port=port, store=store)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     print("ready", flush=True)
     server.wait()
     server.close()
+
+
+def main() -> None:
+    """Start a process that serves, whenever a line comes in; imports are done once, and it is there at once."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--store", type=Path, required=True)
+    args = parser.parse_args()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for _ in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            serve(args.port, args.store)
+            os._exit(0)
+        print(pid, flush=True)
 
 
 if __name__ == "__main__":

@@ -117,15 +117,20 @@ def kill_and_go_on(directory: Path, num_kills: int, seed: int) -> None:
         port = probe.getsockname()[1]
     rng = random.Random(seed)
     command = [sys.executable, str(HERE / "gateway_policy.py"), "--port", str(port)]
-    command += ["--store", str(directory / "s.sqlite"), "--token-s", "0.002"]
+    command += ["--store", str(directory / "s.sqlite")]
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    nursery = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
+    )
 
-    def launch() -> subprocess.Popen[str]:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        return process
+    def launch() -> int:
+        assert nursery.stdin is not None
+        assert nursery.stdout is not None
+        nursery.stdin.write("\n")
+        lines = {nursery.stdout.readline().strip(), nursery.stdout.readline().strip()}
+        assert "ready" in lines
+        return int((lines - {"ready"}).pop())
 
     process = launch()
     origin = f"http://127.0.0.1:{port}"
@@ -160,8 +165,7 @@ def kill_and_go_on(directory: Path, num_kills: int, seed: int) -> None:
             talks = [asyncio.create_task(chat_on(http, one, f"s{i}")) for i, one in enumerate(opened)]
             for _ in range(num_kills):
                 await asyncio.sleep(0.1 + rng.random() * 0.4)
-                process.kill()
-                process.wait()
+                os.kill(process, signal.SIGKILL)
                 process = await asyncio.to_thread(launch)
             await asyncio.sleep(0.2)
             stop.set()
@@ -178,8 +182,9 @@ def kill_and_go_on(directory: Path, num_kills: int, seed: int) -> None:
                 state = step["prompt_ids"] + step["response_ids"]
                 assert after["prompt_ids"][: len(state)] == state
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=20)
+        os.kill(process, signal.SIGKILL)
+        nursery.kill()
+        nursery.wait()
 
 
 def test_a_killed_gateway_has_lost_nothing(tmp_path):

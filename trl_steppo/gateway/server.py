@@ -39,7 +39,9 @@ class GatewayServer:
         port (`int`, *optional*, defaults to `0`):
             Port to listen on; 0: any free one.
         store (`Path`, *optional*):
-            The file that keeps sessions; in memory if not given. Sessions that were running there go on.
+            The file that keeps sessions; in memory if not given.
+        restores (`bool`, *optional*, defaults to `True`):
+            Whether sessions that were running there go on.
         admin_key (`str`, *optional*):
             Lets its owner open sessions over HTTP.
         default ([`SessionSpec`], *optional*):
@@ -62,6 +64,7 @@ class GatewayServer:
         host: str = "127.0.0.1",
         port: int = 0,
         store: Path | None = None,
+        restores: bool = True,
         admin_key: str | None = None,
         default: SessionSpec | None = None,
         model_name: str = "policy",
@@ -79,7 +82,8 @@ class GatewayServer:
             admin_key=admin_key,
             model_name=model_name,
         )
-        self.gateway.restore()
+        if restores:
+            self.gateway.restore()
         app = make_app(self.gateway, default=default, max_body_bytes=max_body_bytes)
         # Neither uvicorn's access log nor its headers: the one is long, the others name versions.
         config = uvicorn.Config(

@@ -92,11 +92,11 @@ class Store:
 
         return self._submit(run)
 
-    def keep_named(self, prefix: str) -> Future[Any]:
-        """Forget all sessions whose name does not begin with `prefix`."""
+    def keep_finished(self, prefix: str) -> Future[Any]:
+        """Forget all sessions but the finished ones whose name begins with `prefix`."""
 
         def run(connection: sqlite3.Connection) -> None:
-            where = "substr(name, 1, ?) <> ?"
+            where = "is_over = 0 OR substr(name, 1, ?) <> ?"
             found = (len(prefix), prefix)
             connection.execute(f"DELETE FROM steps WHERE session IN (SELECT id FROM sessions WHERE {where})", found)
             connection.execute(f"DELETE FROM sessions WHERE {where}", found)

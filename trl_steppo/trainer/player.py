@@ -184,7 +184,7 @@ class EpisodePlayer:
         else:
             server = self._gateway()
             if resumes:
-                server.store.keep_named(id_prefix).result()
+                server.store.keep_finished(id_prefix).result()
             episodes = play_agents(
                 requests,
                 self.agent,
@@ -200,7 +200,7 @@ class EpisodePlayer:
     def begin(self, *, is_resumed: bool) -> None:
         """A run begins: what agents did in another one is forgotten."""
         if self.agent is not None and not is_resumed:
-            self._gateway().store.keep_named(_NO_NAME).result()
+            self._gateway().store.keep_finished(_NO_NAME).result()
 
     def close(self) -> None:
         """A run is over: the gateway serves no longer. It will again if it is needed."""
@@ -243,6 +243,7 @@ class EpisodePlayer:
             self._server = GatewayServer(
                 ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs),
                 store=Path(str(self.args.output_dir)) / "gateway" / f"rank{self.args.process_index:03d}.sqlite",
+                restores=False,  # the agents of another process are gone
             ).start()
         return self._server
 
