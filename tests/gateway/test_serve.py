@@ -56,7 +56,8 @@ tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [tool]}
 httpx.post(server.base_url + "/chat/completions", json=body, headers={"x-api-key": key}).raise_for_status()
 server.close()
-sys.exit(str([name for name in ("torch", "trl", "accelerate") if name in sys.modules]) if "torch" in sys.modules else 0)
+found = [name for name in ("torch", "trl", "accelerate") if name in sys.modules]
+sys.exit(str(found) if found else 0)
 """
     paths = os.pathsep.join([str(Path(__file__).parent), ENVIRONMENT["PYTHONPATH"]])
     environment = {**ENVIRONMENT, "PYTHONPATH": paths}
