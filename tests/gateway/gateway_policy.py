@@ -137,7 +137,10 @@ def main() -> None:
     for _ in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            serve(args.port, args.store)
+            try:
+                serve(args.port, args.store)
+            except BaseException as error:
+                print(f"failed: {error}", flush=True)
             os._exit(0)
         print(pid, flush=True)
 

@@ -188,6 +188,15 @@ def test_completions_continue_text(client):
     assert two.prompt_ids.tolist() == [*one.prompt_ids, *one.response_ids, *TOKENIZER.encode(" and then")]
 
 
+def test_completions_take_token_ids(client):
+    ids = TOKENIZER.encode("Once")
+    client.post("/v1/completions", {"model": "m", "prompt": ids})
+    refused = client.post("/v1/completions", {"model": "m", "prompt": [len(TOKENIZER)]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+    (step,) = client.episode().steps
+    assert step.prompt_ids.tolist() == ids
+
+
 def test_a_stop_text_cuts_the_recorded_response_where_sampling_would_have_ended(server):
     server.resume(Engine(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
     client = Client(server)

@@ -166,6 +166,8 @@ def kill_and_go_on(directory: Path, num_kills: int, seed: int) -> None:
             for _ in range(num_kills):
                 await asyncio.sleep(0.1 + rng.random() * 0.4)
                 os.kill(process, signal.SIGKILL)
+                while Path(f"/proc/{process}").exists():  # until its port is free
+                    await asyncio.sleep(0.005)
                 process = await asyncio.to_thread(launch)
             await asyncio.sleep(0.2)
             stop.set()

@@ -62,6 +62,7 @@ class _Flight:
     task: asyncio.Task[Answer] | None = None
     num_waiting: int = 0
     is_recording: bool = False  # from here on it is recorded, whoever goes away
+    is_given_up: bool = False  # nobody waits for it any more
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ class Gateway:
             return Reply(session.steps[recorded].answer)
         flights = self._flights.setdefault(session.session_id, {})
         flight = flights.get(retry.name)
-        if flight is None:
+        if flight is None or flight.is_given_up:
             notes = self._check_wishes(session, request)
             flight = self._start(session, request, retry, flights)
         else:
@@ -333,10 +334,13 @@ class Gateway:
         finally:
             flight.num_waiting -= 1
             if flight.num_waiting == 0 and not flight.is_recording and not flight.task.done():
+                flight.is_given_up = True
                 flight.task.cancel()
 
     def _end(self, session: Session, flight: _Flight, task: asyncio.Task[Answer]) -> None:
-        self._flights.get(session.session_id, {}).pop(flight.name, None)
+        flights = self._flights.get(session.session_id, {})
+        if flights.get(flight.name) is flight:
+            del flights[flight.name]
         session.last_active = time.monotonic()
         if task.cancelled() or task.exception() is not None:
             return

@@ -58,6 +58,7 @@ class ChatFormats:
         self._tokenizer = tokenizer
         self._template_kwargs = chat_template_kwargs
         self._formats: OrderedDict[bytes, ChatFormat] = OrderedDict()
+        self.num_ids = len(tokenizer)
 
     def of(self, tools: Sequence[dict[str, Any]]) -> ChatFormat:
         """The format that shows these tools. A `RequestError` if the template cannot."""
@@ -112,6 +113,9 @@ def place(request: ModelRequest, session: Session, formats: ChatFormats) -> Plac
 def _place_text(request: ModelRequest, session: Session, formats: ChatFormats) -> Placement:
     chat = formats.of(())
     if isinstance(request.prompt, tuple):
+        if max(request.prompt) >= formats.num_ids:
+            problem = f"`prompt` has the token id {max(request.prompt)}; the tokenizer has {formats.num_ids}"
+            raise RequestError(400, problem, param="prompt")
         return Placement(None, list(request.prompt), "", _history(session, None, False), None)
     assert request.prompt is not None
     keys = text_keys(request.prompt, session.text_lengths)
