@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import random
 import resource
@@ -196,6 +197,7 @@ def resident_mb() -> float:
 
 def main(args: BenchmarkArguments) -> None:
     """Measure, print, write."""
+    logging.getLogger("trl_steppo.gateway").setLevel(logging.ERROR)  # samplers fail here on purpose
     num_sessions, num_steps = (60, 3) if args.quick else (300, 5)
     num_finished, repeats = (500, 1) if args.quick else (10_000, 5)
     formats = ChatFormats(AutoTokenizer.from_pretrained(MINI_WIKI_POLICY))
