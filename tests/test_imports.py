@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "memory",
         "launch_file",
         "dry_run",
+        "serve",
         "cli",
         "__init__",
     },  # on top of everything: commands, and the lazy names
@@ -135,6 +136,8 @@ def test_one_module_imports_the_experimental_ppo():
         "from trl_steppo import Step, Episode, StopReason",
         "import trl_steppo.environments",
         "import trl_steppo.environments.tools",
+        "from trl_steppo.gateway import Gateway, GatewayServer, SessionSpec",
+        "import trl_steppo.rollout",
     ],
 )
 def test_light_imports_load_no_torch(statement):

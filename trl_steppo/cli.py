@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("--output", default="report.html", metavar="FILE.html", help="plots lie beside it as PNG")
     report.set_defaults(run=make_report)
 
+    _add_gateway(commands)
     _add_hotpotqa(commands)
     args = parser.parse_args(argv)
     try:
@@ -71,6 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StepPOError, OSError, ValueError, TypeError) as error:  # transformers checks settings by the last two
         print(f"trl-steppo {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _add_gateway(commands: argparse._SubParsersAction[_Parser]) -> None:
+    gateway = commands.add_parser(
+        "gateway", help="serve a model to agents over the OpenAI and Anthropic APIs, and record what it says"
+    )
+    gateway.add_argument("--model", required=True, help="`mini_wiki` (built in), a directory, or a name on the hub")
+    gateway.add_argument("--host", default="127.0.0.1", help="address to listen on; by default this machine's own")
+    gateway.add_argument("--port", type=int, default=8000, help="0: any free one")
+    gateway.add_argument("--directory", default="runs/gateway", help="where sessions are kept, and the admin's key")
+    gateway.add_argument("--dtype", default="auto", help="the weights' type: auto, float32, bfloat16")
+    gateway.add_argument("--response_length", type=int, default=512, help="most tokens of one response")
+    gateway.add_argument("--temperature", type=float, default=1.0)
+    gateway.add_argument("--max_interaction_steps", type=int, default=5, help="most steps of a session")
+    gateway.set_defaults(run=run_gateway)
 
 
 def _add_hotpotqa(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -182,6 +198,23 @@ def make_report(args: argparse.Namespace) -> int:
 
     for path in write_report(args.runs, args.output):
         print(path)
+    return 0
+
+
+def run_gateway(args: argparse.Namespace) -> int:
+    """See [`trl_steppo.serve`]."""
+    from .serve import serve
+
+    serve(
+        args.model,
+        host=args.host,
+        port=args.port,
+        directory=Path(args.directory),
+        dtype=args.dtype,
+        response_length=args.response_length,
+        temperature=args.temperature,
+        max_interaction_steps=args.max_interaction_steps,
+    )
     return 0
 
 

@@ -29,6 +29,32 @@ class StopReason(str, Enum):
     ERROR = "error"  # ... because its environment or its agent broke
 
 
+@dataclass(frozen=True)
+class EpisodeLimits:
+    """
+    Budgets of an episode. Beyond one the episode ends as truncated, with the budget's own stop reason; if not a single
+    step fits it fails, with an error that says so.
+
+    Args:
+        max_interaction_steps (`int`, *optional*, defaults to `5`):
+            Steps.
+        max_prompt_length (`int`, *optional*):
+            Tokens of a state.
+        max_episode_tokens (`int`, *optional*):
+            Tokens of the whole episode: the first prompt, the responses and the observations; where an environment
+            rewrites the prompt, of each state with its response. A response gets what is left of it; one that is cut
+            by that, and not by its own budget, is played and then ends the episode as truncated, even if it called no
+            tool.
+        max_episode_s (`float`, *optional*):
+            Time. A step that is not answered by then does not count. `get_reward` may take as long again.
+    """
+
+    max_interaction_steps: int = 5
+    max_prompt_length: int | None = None
+    max_episode_tokens: int | None = None
+    max_episode_s: float | None = None
+
+
 class TokenIds(Sequence[int]):
     """
     Immutable token ids in compact storage. A slice shares the storage, so the growing prompts of an append-only

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,6 +38,13 @@ class SamplingParams:
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+
+
+def step_seed(run_seed: int, row_index: int, generation_index: int, step_index: int) -> int:
+    """The seed of one response: 63 bits that are the same on every machine and in every order of execution."""
+    numbers = (run_seed, row_index, generation_index, step_index)
+    packed = struct.pack("<4Q", *(number & 0xFFFF_FFFF_FFFF_FFFF for number in numbers))
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True)

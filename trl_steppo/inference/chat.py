@@ -288,22 +288,26 @@ class ChatFormat:
         template = self._tokenizer.get_chat_template(None, self.tools or None)
         if not self._multi_turn:
             return template
-        candidates = [
-            candidate if self._shows_tools(candidate) else _TOOLS_IN_TEXT + candidate
-            for candidate in (template, self._training_template())
-            if candidate is not None
-        ]
+        own = self._telling_tools(template)
         # Tools are answered by tool messages: better if user messages can follow as well, but they need not.
         for kinds in (("tool", "user"), ("tool",)) if self.tools else (("user",),):
-            for candidate in candidates:
-                if not any(self._find_problem(candidate, kind) for kind in kinds):
-                    return candidate
-        problem = self._find_problem(candidates[0], "tool" if self.tools else "user")
+            if self._takes(own, kinds):
+                return own
+            training = self._training_template()  # which loads TRL, so it comes second
+            if training is not None and self._takes(self._telling_tools(training), kinds):
+                return self._telling_tools(training)
+        problem = self._find_problem(own, "tool" if self.tools else "user")
         raise ChatTemplateError(
             f"the chat template of {self._name()} cannot be used for multi-turn training, and TRL has no training "
             f"variant of it that can: {problem}. Set `tokenizer.chat_template` to one that renders each message the "
             "same way whatever follows it"
         )
+
+    def _telling_tools(self, template: str) -> str:
+        return template if self._shows_tools(template) else _TOOLS_IN_TEXT + template
+
+    def _takes(self, template: str, kinds: Sequence[str]) -> bool:
+        return not any(self._find_problem(template, kind) for kind in kinds)
 
     def _shows_tools(self, template: str) -> bool:
         """Whether the tools make a difference to a prompt, where there are any."""

@@ -1,19 +1,25 @@
-"""A row -> an Episode: our own loop, and what is done to episodes before they are trained on."""
+"""A row -> an Episode: our own loop, an external agent, and what is done to episodes before they are trained on."""
 
-from .episode import EpisodeLimits, run_episode, step_seed
+from ..inference.base import step_seed
+from ..types import EpisodeLimits
+from .agent import Agent, check_agent, play_agents
+from .episode import run_episode
 from .pacing import InFlight
 from .play import EpisodeRequest, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
 from .rewards import checked_weights, score_episodes
 
 __all__ = [
+    "Agent",
     "EpisodeLimits",
     "EpisodeRequest",
     "InFlight",
+    "check_agent",
     "checked_weights",
     "dump_episodes",
     "episode_file",
     "load_episodes",
+    "play_agents",
     "play_episodes",
     "run_episode",
     "score_episodes",

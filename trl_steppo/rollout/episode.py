@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import struct
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,48 +13,15 @@ from typing import Any
 from ..environments.base import Message, Outcome, Playable, Response
 from ..environments.tools import CallTimeoutError, within
 from ..errors import DataError
-from ..inference.base import Sample, Sampler, SamplingParams
+from ..inference.base import Sample, Sampler, SamplingParams, step_seed
 from ..inference.chat import ChatFormat
-from ..types import Episode, Step, StopReason, TokenIds
+from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds
 from .pacing import InFlight
 
 logger = logging.getLogger(__name__)
 
 _EPISODE = "the episode"
 _EMPTY_PROMPT: list[Message] = [{"role": "user", "content": ""}]  # GRPOTrainer's, for rows that leave it to `reset`
-
-
-@dataclass(frozen=True)
-class EpisodeLimits:
-    """
-    Budgets of an episode. Beyond one the episode ends as truncated, with the budget's own stop reason; if not a single
-    step fits it fails, with an error that says so.
-
-    Args:
-        max_interaction_steps (`int`, *optional*, defaults to `5`):
-            Steps.
-        max_prompt_length (`int`, *optional*):
-            Tokens of a state.
-        max_episode_tokens (`int`, *optional*):
-            Tokens of the whole episode: the first prompt, the responses and the observations; where an environment
-            rewrites the prompt, of each state with its response. A response gets what is left of it; one that is cut
-            by that, and not by its own budget, is played and then ends the episode as truncated, even if it called no
-            tool.
-        max_episode_s (`float`, *optional*):
-            Time. A step that is not answered by then does not count. `get_reward` may take as long again.
-    """
-
-    max_interaction_steps: int = 5
-    max_prompt_length: int | None = None
-    max_episode_tokens: int | None = None
-    max_episode_s: float | None = None
-
-
-def step_seed(run_seed: int, row_index: int, generation_index: int, step_index: int) -> int:
-    """The seed of one response: 63 bits that are the same on every machine and in every order of execution."""
-    numbers = (run_seed, row_index, generation_index, step_index)
-    packed = struct.pack("<4Q", *(number & 0xFFFF_FFFF_FFFF_FFFF for number in numbers))
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
 async def run_episode(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,8 +12,8 @@ from ..environments.base import Playable
 from ..environments.tools import DaemonThread
 from ..inference.base import Sampler, SamplingParams
 from ..inference.chat import ChatFormat
-from ..types import Episode
-from .episode import EpisodeLimits, failed_episode, run_episode
+from ..types import Episode, EpisodeLimits
+from .episode import failed_episode, run_episode
 from .pacing import InFlight
 
 T = TypeVar("T")
@@ -82,7 +82,8 @@ def play_episodes(
     rollout = _Rollout(
         make_playable, sampler, chat, limits, sampling, run_seed, in_flight, id_prefix, on_episode or (lambda: None)
     )
-    return run_coroutine(rollout.play(requests, max_concurrent_episodes or len(requests)))
+    num_players = max_concurrent_episodes or len(requests)
+    return run_coroutine(rollout.play(requests, num_players))
 
 
 @dataclass(frozen=True)
@@ -98,30 +99,18 @@ class _Rollout:
     on_episode: Callable[[], None]
 
     async def play(self, requests: Sequence[EpisodeRequest], num_players: int) -> list[Episode]:
-        """Each player takes the next request when it is done with one, so that between the two it stays away."""
-        results: dict[int, Episode] = {}
-        waiting = iter(enumerate(requests))
         maker = DaemonThread("make_playable")
-        num_players = min(num_players, len(requests))
-        for _ in range(num_players):
-            self.in_flight.away()
-        self.sampler.pace(self.in_flight.settled)
         try:
-            await asyncio.gather(*(self._player(waiting, results, maker) for _ in range(num_players)))
+            return await play_concurrently(
+                requests,
+                lambda request: self._play_one(request, maker),
+                self.sampler,
+                self.in_flight,
+                num_players=num_players,
+                on_episode=self.on_episode,
+            )
         finally:
-            self.sampler.pace(None)
             maker.end()
-        return [results[index] for index in range(len(requests))]
-
-    async def _player(
-        self, waiting: Iterator[tuple[int, EpisodeRequest]], results: dict[int, Episode], maker: DaemonThread
-    ) -> None:
-        try:
-            for index, request in waiting:
-                results[index] = await self._play_one(request, maker)
-                self.on_episode()
-        finally:
-            self.in_flight.back()
 
     async def _play_one(self, request: EpisodeRequest, maker: DaemonThread) -> Episode:
         episode_id = f"{self.id_prefix}{request.row_index}-{request.generation_index}"
@@ -149,6 +138,41 @@ class _Rollout:
             episode_id=episode_id,
             pacer=self.in_flight,
         )
+
+
+async def play_concurrently(
+    requests: Sequence[EpisodeRequest],
+    play_one: Callable[[EpisodeRequest], Awaitable[Episode]],
+    sampler: Sampler,
+    in_flight: InFlight,
+    *,
+    num_players: int,
+    on_episode: Callable[[], None],
+) -> list[Episode]:
+    """
+    Play all requests, `num_players` at a time. Each player takes the next one when it is done with one, so that
+    between the two it stays away from the sampler.
+    """
+    results: dict[int, Episode] = {}
+    waiting = iter(enumerate(requests))
+
+    async def player() -> None:
+        try:
+            for index, request in waiting:
+                results[index] = await play_one(request)
+                on_episode()
+        finally:
+            in_flight.back()
+
+    num_players = min(num_players, len(requests))
+    for _ in range(num_players):
+        in_flight.away()
+    sampler.pace(in_flight.settled)
+    try:
+        await asyncio.gather(*(player() for _ in range(num_players)))
+    finally:
+        sampler.pace(None)
+    return [results[index] for index in range(len(requests))]
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,12 +15,25 @@ from ..errors import ConfigurationError, DataError
 from ..inference.base import Sampler, SamplingParams
 from ..inference.chat import ChatFormat
 from ..models import score_sequences
-from ..rollout import EpisodeLimits, EpisodeRequest, checked_weights, play_episodes, score_episodes
+from ..rollout import (
+    Agent,
+    EpisodeLimits,
+    EpisodeRequest,
+    check_agent,
+    checked_weights,
+    play_agents,
+    play_episodes,
+    score_episodes,
+)
 from ..types import Episode, StopReason
 from .steppo_config import StepPOConfig
 
+if TYPE_CHECKING:
+    from ..gateway import GatewayServer
+
 RewardFunc = Callable[..., Any]
 
+_NO_NAME = "\0"  # no episode's name begins like this
 _EVAL_EPISODES = 256  # of an evaluation at a time, whose dataset may be large
 
 
@@ -48,6 +62,8 @@ class EpisodePlayer:
             Makes `input_ids` of rows, as `PPOTrainer`'s.
         example_row (`dict`, *optional*):
             What `data_collator` is tried on.
+        agent (`Callable`, `str` or `Sequence[str]`, *optional*):
+            Plays the rows instead, through a gateway ([`~rollout.agent`]).
 
     Raises:
         ConfigurationError, DataError: If these do not fit together; every mistake that can be seen before the first
@@ -67,6 +83,7 @@ class EpisodePlayer:
         reward_model: nn.Module | None = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         example_row: Mapping[str, Any] | None = None,
+        agent: Agent | None = None,
     ) -> None:
         self.args = args
         self.tokenizer = tokenizer
@@ -77,15 +94,20 @@ class EpisodePlayer:
         self.reward_funcs = list(reward_funcs or ())
         self.reward_model = reward_model
         self.data_collator = data_collator
+        self.agent = agent
+        self._server: GatewayServer | None = None
+        if agent is not None:
+            self._check_agent()
         if data_collator is not None:
             columns = [*columns, *self._collated([EpisodeRequest(example_row or {}, 0)])[0].row]
         _check_environment_factory(environment_factory)
         checked_weights(self.reward_funcs, args.reward_weights)
-        has_input_ids = _check_columns(columns)
+        has_input_ids = agent is None and _check_columns(columns)
         environment = environment_factory() if environment_factory is not None else None
         example = self._playable(environment)
         self._check_reward_source(environment)
-        multi_turn = not has_input_ids and bool(environment_factory or self.tools) and args.max_interaction_steps > 1
+        has_turns = agent is not None or bool(environment_factory or self.tools)
+        multi_turn = not has_input_ids and has_turns and args.max_interaction_steps > 1
         needs_chat = not has_input_ids or bool(example.tools) or environment_factory is not None
         self.chat = (
             ChatFormat(
@@ -121,6 +143,7 @@ class EpisodePlayer:
         id_prefix: str = "",
         trainer_state: Any = None,
         on_episode: Callable[[], None] | None = None,
+        resumes: bool = False,
     ) -> list[Episode]:
         """
         Play the requested episodes and score those that did not fail.
@@ -136,6 +159,9 @@ class EpisodePlayer:
                 Passed to reward functions.
             on_episode (`Callable`, *optional*):
                 Called whenever an episode has ended.
+            resumes (`bool`, *optional*, defaults to `False`):
+                Whether episodes that an agent has played already, before this process, are taken from the gateway's
+                store.
 
         Returns:
             `list[Episode]`: One for each request, in order; failed ones have an `error`.
@@ -145,19 +171,42 @@ class EpisodePlayer:
         if self.data_collator is not None:
             requests = self._collated(requests)
         sampling = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0) if greedy else self.sampling
-        episodes = play_episodes(
-            requests,
-            self._make_playable,
-            self.sampler,
-            chat=self.chat,
-            limits=self.limits,
-            sampling=sampling,
-            run_seed=self.args.seed,
-            max_concurrent_episodes=self.args.max_concurrent_episodes or max(_EVAL_EPISODES, self._update_episodes),
-            id_prefix=id_prefix,
-            on_episode=on_episode,
-        )
+        common: dict[str, Any] = {
+            "limits": self.limits,
+            "sampling": sampling,
+            "run_seed": self.args.seed,
+            "max_concurrent_episodes": self.args.max_concurrent_episodes or max(_EVAL_EPISODES, self._update_episodes),
+            "id_prefix": id_prefix,
+            "on_episode": on_episode,
+        }
+        if self.agent is None:
+            episodes = play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
+        else:
+            server = self._gateway()
+            if resumes:
+                server.store.keep_finished(id_prefix).result()
+            episodes = play_agents(
+                requests,
+                self.agent,
+                server,
+                self.sampler,
+                idle_s=self.args.tool_timeout_s,
+                needs_reward=not self.reward_funcs and self.reward_model is None,
+                resumes=resumes,
+                **common,
+            )
         return self._score(episodes, [request.row for request in requests], trainer_state)
+
+    def begin(self, *, is_resumed: bool) -> None:
+        """A run begins: what agents did in another one is forgotten."""
+        if self.agent is not None and not is_resumed:
+            self._gateway().store.keep_finished(_NO_NAME).result()
+
+    def close(self) -> None:
+        """A run is over: the gateway serves no longer. It will again if it is needed."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
@@ -183,6 +232,29 @@ class EpisodePlayer:
             kept = [int(token_id) for token_id, counts in zip(ids, mask, strict=True) if counts]
             collated.append(replace(request, row={**request.row, "input_ids": kept}))
         return collated
+
+    def _gateway(self) -> GatewayServer:
+        """This rank's own, on a free port."""
+        if self._server is None:
+            from ..gateway import GatewayServer
+            from ..gateway.tokens import ChatFormats
+
+            template_kwargs: Any = self.args.chat_template_kwargs
+            self._server = GatewayServer(
+                ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs),
+                store=Path(str(self.args.output_dir)) / "gateway" / f"rank{self.args.process_index:03d}.sqlite",
+                restores=False,  # the agents of another process are gone
+            ).start()
+        return self._server
+
+    def _check_agent(self) -> None:
+        check_agent(self.agent)
+        for name in ("environment_factory", "tools", "data_collator"):
+            if getattr(self, name):
+                raise ConfigurationError(
+                    f"`agent` and `{name}` are both given; an agent brings its own tools and makes its own prompts: "
+                    "leave one of them out"
+                )
 
     def _make_playable(self, row: Mapping[str, Any]) -> Playable | None:
         if self.environment_factory is None and not self.tools:
@@ -232,6 +304,8 @@ class EpisodePlayer:
         return _add_to_last_step(episode, -self.args.missing_eos_penalty)
 
     def _check_reward_source(self, environment: Any) -> None:
+        if self.agent is not None:
+            return  # whether it pays shows when it has played
         pays = any(callable(getattr(environment, name, None)) for name in ("step", "step_reward", "get_reward"))
         if not (pays or self.reward_funcs or self.reward_model is not None):
             raise ConfigurationError(

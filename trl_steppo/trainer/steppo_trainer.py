@@ -43,7 +43,7 @@ from ..models import (
     takes_tries,
     whole_state_dict,
 )
-from ..rollout import EpisodeRequest, dump_episodes, episode_file, load_episodes
+from ..rollout import Agent, EpisodeRequest, dump_episodes, episode_file, load_episodes
 from ..types import Episode
 from .callbacks import StepPOProgressCallback, print_episodes
 from .checkpoints import (
@@ -127,6 +127,10 @@ class StepPOTrainer(PPOTrainer):
             Functions the model may call, sync or async, shared by all episodes.
         reward_funcs (`Callable` or `list[Callable]`, *optional*):
             Score finished episodes, as in `GRPOTrainer`; their sum lands on the last step.
+        agent (`Callable`, `str` or `Sequence[str]`, *optional*):
+            Plays the rows instead of an environment: any agent that speaks the OpenAI or Anthropic API, as a function
+            `agent(row, *, base_url, api_key) -> float | None`, sync or async, or as a command that is run for each
+            episode; see [`rollout.agent`].
 
     Raises:
         ConfigurationError, DataError: If arguments or settings do not fit together; the message names them and the
@@ -178,6 +182,7 @@ class StepPOTrainer(PPOTrainer):
         environment_factory: Callable[[], Any] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+        agent: Agent | None = None,
     ) -> None:
         args = args if isinstance(args, StepPOConfig) else StepPOConfig.from_ppo_config(args)
         refuse_unsupported(args)
@@ -225,6 +230,7 @@ class StepPOTrainer(PPOTrainer):
             reward_model=plain_model(_frozen(reward_model, self.accelerator.device)),
             data_collator=data_collator,
             example_row=self.rows.example,
+            agent=agent,
         )
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode, self.rows)
         self.progress = Progress()
@@ -282,7 +288,9 @@ class StepPOTrainer(PPOTrainer):
             else:
                 self.sampler.policy_version = update
                 with self._generating():
-                    episodes = self.player.play(self._requests(), trainer_state=self.state, id_prefix=f"{update}/")
+                    episodes = self.player.play(
+                        self._requests(), trainer_state=self.state, id_prefix=f"{update}/", resumes=True
+                    )
             if args.dump_episodes_dir is not None:
                 dump_episodes(episode_file(args.dump_episodes_dir, update, rank), episodes)
         if self._shows_samples() and self.eval_dataset is None and self.accelerator.is_main_process:
@@ -724,6 +732,7 @@ class StepPOTrainer(PPOTrainer):
         self._resumed_from = None
         if resume_from_checkpoint is not None:
             self._resume(resume_from_checkpoint)
+        self.player.begin(is_resumed=self._resumed_from is not None)
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = math.ceil(args.num_train_epochs)
         self.state.train_batch_size = args.per_device_train_batch_size
@@ -741,7 +750,11 @@ class StepPOTrainer(PPOTrainer):
         self._event("on_epoch_begin")
         if self._resumed_from is not None:
             self._load_rng_state(str(self._resumed_from))
-        yield
+        try:
+            yield
+        except BaseException:
+            self.player.close()
+            raise
         if self.progress.unlogged:
             self.log(_averaged(self.progress.unlogged))
             self.progress.unlogged.clear()
@@ -753,6 +766,7 @@ class StepPOTrainer(PPOTrainer):
         self._event("on_train_end")
         if args.should_save:
             self.state.save_to_json(os.path.join(str(args.output_dir), "trainer_state.json"))
+        self.player.close()
         self.is_in_train = False
 
     @contextmanager

@@ -1,0 +1,579 @@
+"""The gateway over HTTP: what is recorded, what is refused, and what a client sees."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("starlette", reason="needs the extra `gateway`")
+from gateway_policy import ADMIN, END, TOKENIZER, Policy, call, echo, make_spec, start
+
+from trl_steppo.gateway import GatewayServer, SessionSpec
+from trl_steppo.gateway.sampling import Engine
+from trl_steppo.types import Episode, StopReason
+
+USER = {"role": "user", "content": "hello"}
+SEARCH = {
+    "type": "function",
+    "function": {"name": "search", "parameters": {"type": "object", "properties": {"query": {"type": "string"}}}},
+}
+
+
+class Client:
+    """One session of a gateway, over HTTP."""
+
+    def __init__(self, server: GatewayServer, spec: SessionSpec | None = None) -> None:
+        self.server = server
+        self.session, self.key = server.call(server.gateway.open_session(spec or make_spec()))
+        self.http = httpx.Client(base_url=server.origin, headers={"authorization": f"Bearer {self.key}"}, timeout=20)
+
+    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        return self.http.post(path, json=body, headers=headers)
+
+    def chat(self, messages: list[Any], **body: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", {"model": "m", "messages": messages, **body})
+
+    def say(self, messages: list[Any], **body: Any) -> dict[str, Any]:
+        response = self.chat(messages, **body)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["message"]
+
+    def episode(self) -> Episode:
+        self.server.call(self.server.gateway.finish(self.session))
+        return self.session.episode()
+
+
+@pytest.fixture
+def policy() -> Policy:
+    return Policy(echo)
+
+
+@pytest.fixture
+def server(policy: Policy) -> Iterator[GatewayServer]:
+    server = start(policy)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def client(server: GatewayServer) -> Client:
+    return Client(server)
+
+
+def text(ids: Any) -> str:
+    return TOKENIZER.decode(list(ids))
+
+
+# -- what is recorded -------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_that_goes_on_keeps_the_recorded_ids(client, policy):
+    messages = [USER]
+    for turn in range(3):
+        reply = client.say(messages)
+        messages += [reply, {"role": "user", "content": f"and {turn}?"}]
+    first, second, third = client.episode().steps
+    assert second.prompt_ids[: len(first.prompt_ids)] == first.prompt_ids
+    assert third.prompt_ids.tolist()[: len(second.prompt_ids) + len(second.response_ids)] == [
+        *second.prompt_ids,
+        *second.response_ids,
+    ]
+    assert [ids for ids, _, _ in policy.asked] == [step.prompt_ids.tolist() for step in (first, second, third)]
+    assert text(third.prompt_ids) == TOKENIZER.apply_chat_template(
+        messages[:-2], add_generation_prompt=True, tokenize=False
+    )
+    assert [step.observation for step in (first, second, third)] == ["and 0?", "and 1?", ""]
+    assert first.rollout_logprobs == tuple(-float(i) for i in range(len(first.response_ids)))
+
+
+def test_what_was_sampled_is_not_tokenized_again(server):
+    """Ids that the tokenizer would never make of their text stay as they were sampled."""
+
+    class Odd(Policy):
+        async def sample(self, prompt_ids, params, *, episode_id, order=()):
+            sample = await super().sample(prompt_ids, params, episode_id=episode_id, order=order)
+            odd = [TOKENIZER.convert_tokens_to_ids("<tool_call>"), *sample.token_ids]
+            return type(sample)(type(sample.token_ids)(odd), (-1.0,) * len(odd), sample.stop_reason, 0)
+
+    server.resume(Engine(Odd(lambda prompt, order: "x</tool_call>")))
+    client = Client(server)
+    reply = client.say([USER])
+    client.say([USER, reply, USER])
+    first, second = client.episode().steps
+    assert second.prompt_ids.tolist()[: len(first.prompt_ids) + len(first.response_ids)] == [
+        *first.prompt_ids,
+        *first.response_ids,
+    ]
+
+
+def test_only_new_tokens_are_tokenized(client, server):
+    messages: list[Any] = [USER]
+    counts = []
+    for _ in range(8):
+        reply = client.say(messages)
+        messages += [reply, {"role": "user", "content": "more"}]
+        counts.append(len(client.session.steps[-1].new_ids))
+    assert len(set(counts[1:])) == 1
+
+
+def test_tool_calls_and_their_answers(server):
+    def script(prompt: str, order: tuple[int, ...]) -> str:
+        return "let me see " + call("search", query="Bonn") if order[2] == 0 else "It is Bonn."
+
+    server.resume(Engine(Policy(script)))
+    client = Client(server)
+    completion = client.chat([USER], tools=[SEARCH]).json()
+    (choice,) = completion["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    (made,) = choice["message"]["tool_calls"]
+    assert choice["message"]["content"] == "let me see"
+    assert (made["function"]["name"], json.loads(made["function"]["arguments"])) == ("search", {"query": "Bonn"})
+    answer = {"role": "tool", "tool_call_id": made["id"], "content": "Bonn is a city."}
+    assert client.say([USER, choice["message"], answer], tools=[SEARCH])["content"] == "It is Bonn."
+    first, second = client.episode().steps
+    assert first.observation == [{"role": "tool", "name": "search", "content": "Bonn is a city."}]
+    assert second.prompt_ids.tolist()[: len(first.prompt_ids) + len(first.response_ids)] == [
+        *first.prompt_ids,
+        *first.response_ids,
+    ]
+
+
+def test_a_rewritten_history_opens_a_branch_and_is_told(client, server, caplog):
+    caplog.set_level(logging.INFO, logger="trl_steppo.gateway")
+    reply = client.say([USER])
+    client.say([USER, reply, USER])
+    changed = {"role": "assistant", "content": "I never said that"}
+    client.say([USER, changed, USER])  # rewritten
+    client.say([{"role": "user", "content": "a summary"}])  # a sub-agent's, or after a compaction
+    client.say([USER, reply, {"role": "user", "content": "again"}])  # from a response that was continued already
+    episode = client.episode()
+    assert [step.history for step in client.session.steps] == ["first", "continued", "rewritten", "branch", "branch"]
+    assert episode.metrics == {"branches": 2.0, "rewritten_histories": 1.0}
+    assert "I never said that" in text(episode.steps[2].prompt_ids)
+    assert episode.steps[4].prompt_ids[: len(episode.steps[0].prompt_ids)] == episode.steps[0].prompt_ids
+    assert "I never said that" in caplog.text
+    assert "steppo_gateway_mismatches_total 1.0" in httpx.get(f"{server.origin}/metrics").text
+
+
+@pytest.mark.parametrize("field", ["content", "tool_calls"])
+def test_clients_may_write_what_was_said_in_their_own_way(server, field):
+    server.resume(Engine(Policy(lambda prompt, order: " hm " + call("search", query="ä", k=1))))
+    client = Client(server)
+    reply = client.say([USER], tools=[SEARCH])
+    if field == "content":
+        reply["content"] = [{"type": "text", "text": "hm "}]
+    else:
+        reply["tool_calls"][0]["id"] = "my-own"
+        reply["tool_calls"][0]["function"]["arguments"] = '{"k":1,\n"query":"ä"}'
+    answer = {"role": "tool", "tool_call_id": reply["tool_calls"][0]["id"], "content": "x"}
+    client.say([USER, reply, answer], tools=[SEARCH])
+    assert [step.history for step in client.session.steps] == ["first", "continued"]
+
+
+def test_completions_continue_text(client):
+    first = client.post("/v1/completions", {"model": "m", "prompt": "Once"}).json()["choices"][0]["text"]
+    client.post("/v1/completions", {"model": "m", "prompt": f"Once{first} and then"})
+    one, two = client.episode().steps
+    assert text(one.prompt_ids) == "Once"
+    assert two.prompt_ids.tolist() == [*one.prompt_ids, *one.response_ids, *TOKENIZER.encode(" and then")]
+
+
+def test_completions_take_token_ids(client):
+    ids = TOKENIZER.encode("Once")
+    client.post("/v1/completions", {"model": "m", "prompt": ids})
+    refused = client.post("/v1/completions", {"model": "m", "prompt": [len(TOKENIZER)]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+    (step,) = client.episode().steps
+    assert step.prompt_ids.tolist() == ids
+
+
+def test_a_stop_text_cuts_the_recorded_response_where_sampling_would_have_ended(server):
+    server.resume(Engine(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
+    client = Client(server)
+    completion = client.chat([USER], stop=["Observation:"]).json()
+    assert completion["choices"][0]["message"]["content"] == "Thought: yes\n"
+    (step,) = client.episode().steps
+    assert text(step.response_ids) == "Thought: yes\nObservation:"
+    assert step.stop_reason is StopReason.STOP
+    assert len(step.rollout_logprobs) == len(step.response_ids)
+
+
+def test_logprobs_are_the_recorded_ones(client):
+    completion = client.chat([USER], logprobs=True).json()
+    tokens = completion["choices"][0]["logprobs"]["content"]
+    (step,) = client.episode().steps
+    assert tuple(token["logprob"] for token in tokens) == step.rollout_logprobs
+    assert "".join(token["token"] for token in tokens) == text(step.response_ids)
+
+
+def test_rewards_land_on_their_steps(client):
+    reply = client.chat([USER]).json()
+    message = reply["choices"][0]["message"]
+    client.say([USER, message, USER])
+    assert client.post("/sessions/current/reward", {"reward": 1.0}).json() == {"step": 1, "reward": 1.0}
+    assert client.post("/sessions/current/reward", {"reward": 0.5, "step": reply["id"]}).status_code == 200
+    assert client.post("/sessions/current/reward", {"reward": 0.25, "step": 0, "state_key": "s"}).status_code == 200
+    assert client.post("/sessions/current/reward", {"reward": 0.25, "step": 2}).status_code == 404
+    done = client.post("/sessions/current/finish", {"reward": 2.0, "metrics": {"exact_match": 1.0}})
+    assert done.status_code == 200
+    episode = client.session.episode()
+    assert [step.reward for step in episode.steps] == [0.25, 3.0]
+    assert episode.steps[0].info == {"state_key": "s"}
+    assert (episode.terminated, episode.metrics) == (True, {"exact_match": 1.0})
+    assert client.chat([USER]).status_code == 401  # its key is nobody's now
+
+
+def test_an_aborted_session_is_a_failed_episode(client):
+    client.say([USER])
+    client.post("/sessions/current/abort", {"error": "no such file"})
+    assert client.session.episode().error == "no such file"
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_ends_the_episode_as_truncated(server):
+    client = Client(server, make_spec(max_interaction_steps=2))
+    messages = [USER]
+    for _ in range(2):
+        messages += [client.say(messages), USER]
+    refused = client.chat(messages)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "episode_over")
+    assert client.chat([USER]).status_code == 400
+    episode = client.episode()
+    assert (episode.truncated, episode.stop_reason) == (True, StopReason.MAX_INTERACTION_STEPS)
+    assert len(episode.steps) == 2
+    assert episode.final_prompt_ids[: len(episode.steps[1].prompt_ids)] == episode.steps[1].prompt_ids
+    assert text(episode.final_prompt_ids).endswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
+    assert episode.steps[1].observation == "hello"
+
+
+def test_a_first_prompt_over_its_budget_is_an_error_that_says_so(server):
+    client = Client(server, make_spec(max_prompt_length=5))
+    assert client.chat([USER]).status_code == 400
+    assert "`max_prompt_length` is 5" in client.episode().error
+
+
+def test_tokens_of_the_episode_cut_a_response(server):
+    client = Client(server, make_spec(max_episode_tokens=60))
+    long = client.chat([USER]).json()
+    prompt = long["usage"]["prompt_tokens"]
+    server.resume(Engine(Policy(lambda prompt, order: "x" * 100)))
+    cut = Client(server, make_spec(max_episode_tokens=prompt + 10))
+    choice = cut.chat([USER]).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    episode = cut.episode()
+    assert (episode.stop_reason, len(episode.steps[0].response_ids)) == (StopReason.MAX_EPISODE_TOKENS, 10)
+
+
+# -- half steps, retries, pauses --------------------------------------------------------------------------------------
+
+
+def test_a_failing_sampler_leaves_nothing_behind(client, policy):
+    policy.failures = 1
+    assert client.chat([USER]).status_code == 502
+    assert client.session.steps == []
+    assert client.say([USER])["content"].startswith("0:")
+    assert len(client.episode().steps) == 1
+
+
+def test_a_retry_is_recorded_once_and_gets_the_same(client, policy):
+    first, second = client.chat([USER]), client.chat([USER])
+    assert first.content == second.content
+    assert len(policy.asked) == len(client.session.steps) == 1
+    streams = [client.chat([USER], stream=True).content for _ in range(2)]
+    assert streams[0] == streams[1]
+    assert len(client.session.steps) == 2  # another body
+    other = client.post("/v1/chat/completions", {"model": "m", "messages": [USER]}, **{"idempotency-key": "b"})
+    assert other.json()["id"] != first.json()["id"]
+    again = client.post("/v1/chat/completions", {"model": "m", "messages": [USER]}, **{"x-stainless-retry-count": "1"})
+    assert again.content == first.content  # a client that says so is believed, however long ago it was
+    assert len(client.episode().steps) == 3
+
+
+def test_retries_in_flight_share_one_step(client, policy, server):
+    server.call(hold(policy))
+    replies: list[bytes] = []
+    threads = [threading.Thread(target=lambda: replies.append(client.chat([USER]).content)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: server.gateway.monitor.retries._value.get() == 2)
+    server.call(let_go(policy))
+    for thread in threads:
+        thread.join()
+    assert len(set(replies)) == 1
+    assert len(replies) == 3
+    assert len(client.episode().steps) == 1
+
+
+def test_a_client_that_goes_away_leaves_nothing_behind(client, policy, server):
+    server.call(hold(policy))
+    with pytest.raises(httpx.ReadTimeout):
+        client.http.post("/v1/chat/completions", json={"model": "m", "messages": [USER]}, timeout=0.5)
+    wait_until(lambda: server.gateway.num_in_flight(client.session) == 0)
+    server.call(let_go(policy))
+    assert client.session.steps == []
+    client.say([USER])
+    assert [step.step_index for step in client.episode().steps] == [0]
+
+
+def test_requests_wait_while_weights_change(client, policy, server):
+    server.pause()
+    assert client.http.get("/healthz").json() == {"status": "paused"}
+    replies: list[int] = []
+    thread = threading.Thread(target=lambda: replies.append(client.chat([USER]).status_code))
+    thread.start()
+    time.sleep(0.2)
+    assert policy.asked == []
+    server.resume(Engine(policy))
+    thread.join()
+    assert replies == [200]
+
+
+def test_a_pause_that_is_too_long_tells_when_to_try_again(policy):
+    server = start(policy, max_wait_s=0.05)
+    try:
+        server.pause()
+        client = Client(server)
+        refused = client.chat([USER])
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+        assert client.session.steps == []
+    finally:
+        server.close()
+
+
+def test_a_pause_waits_for_what_is_in_flight(client, policy, server):
+    server.call(hold(policy))
+    thread = threading.Thread(target=client.chat, args=([USER],))
+    thread.start()
+    wait_until(lambda: policy.asked)
+    paused = server.submit(server.gateway.port.pause())
+    time.sleep(0.1)
+    assert not paused.done()
+    server.call(let_go(policy))
+    paused.result(timeout=10)
+    thread.join()
+    assert len(client.session.steps) == 1
+
+
+async def hold(policy: Policy) -> None:
+    policy.gate = asyncio.Event()
+
+
+async def let_go(policy: Policy) -> None:
+    assert policy.gate is not None
+    policy.gate.set()
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_runs_own_sampling_holds_and_the_client_is_told_once(client, policy):
+    asked = {"temperature": 0.3, "seed": 5, "max_tokens": 9000, "tool_choice": "required", "tools": [SEARCH]}
+    first, second = client.chat([USER], **asked), client.chat([USER, {"role": "user", "content": "b"}], **asked)
+    for field in ("temperature", "seed", "200 tokens", "tool_choice"):
+        assert field in first.headers["x-steppo-note"]
+    assert "x-steppo-note" not in second.headers
+    params = policy.asked[0][1]
+    assert (params.temperature, params.max_new_tokens) == (1.0, 200)
+    assert client.chat([USER], max_completion_tokens=4).json()["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/chat/completions", {"top_p": 0.9}, "top_p"),
+        ("/v1/chat/completions", {"top_k": 5}, "top_k"),
+        ("/v1/chat/completions", {"n": 2}, "n"),
+        ("/v1/chat/completions", {"presence_penalty": 0.1}, "presence_penalty"),
+        ("/v1/chat/completions", {"frequency_penalty": -0.1}, "frequency_penalty"),
+        ("/v1/chat/completions", {"logit_bias": {"5": 1.0}}, "logit_bias"),
+        ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
+        ("/v1/chat/completions", {"no_such_field": 1}, "no_such_field"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0"),
+        ("/v1/responses", {"input": "x", "messages": None, "previous_response_id": "resp_1"}, "previous_response_id"),
+        ("/v1/messages", {"max_tokens": 5, "top_k": 3}, "top_k"),
+        ("/v1/messages", {"max_tokens": 5, "container": "c"}, "container"),
+    ],
+)
+def test_what_cannot_be_scored_or_is_not_supported_is_refused_by_name(client, path, body, field):
+    whole = {name: value for name, value in {"model": "m", "messages": [USER], **body}.items() if value is not None}
+    refused = client.post(path, whole)
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert field in error["message"]
+    if path == "/v1/messages":
+        assert refused.json()["type"] == "error"
+        assert error["type"] == "invalid_request_error"
+    else:
+        assert error["param"].startswith(field)
+    assert client.session.steps == []
+
+
+def test_outside_of_training_clients_choose(server, policy):
+    client = Client(server, make_spec(training=False))
+    client.say([USER], temperature=0.3, top_p=0.9, top_k=4, seed=11)
+    params = policy.asked[0][1]
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.3, 0.9, 4, 11)
+
+
+# -- security ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"x-api-key": "wrong"}, {"x-api-key": ""}])
+def test_without_a_key_there_is_401_and_nothing_else(server, headers):
+    Client(server)
+    for method, path in [
+        *(("POST", f"/v1/{name}") for name in ("chat/completions", "completions", "responses", "messages")),
+        ("GET", "/v1/models"),
+        ("POST", "/sessions"),
+        ("POST", "/sessions/current/finish"),
+        ("GET", "/sessions/current/episode"),
+    ]:
+        refused = httpx.request(method, server.origin + path, headers=headers, content=b"{")
+        assert refused.status_code == 401
+        assert "not valid" in refused.json()["error"]["message"]
+
+
+def test_a_foreign_key_is_no_key(server):
+    one, two = Client(server), Client(server)
+    one.say([USER])
+    session = one.session.session_id
+    for path in ("reward", "finish", "abort"):
+        assert two.post(f"/sessions/{session}/{path}", {"reward": 9.0}).status_code == 401
+    assert two.http.get(f"/sessions/{session}/episode").status_code == 401
+    assert one.http.get(f"/sessions/{session}").json()["steps"] == 1
+
+
+def test_the_admins_key_opens_reads_and_removes_sessions(server):
+    admin = httpx.Client(base_url=server.origin, headers={"authorization": f"Bearer {ADMIN}"})
+    opened = admin.post("/sessions", json={"max_interaction_steps": 1, "name": "a"}).json()
+    body = {"model": "m", "messages": [USER]}
+    own = {"authorization": f"Bearer {opened['api_key']}"}
+    assert httpx.post(f"{opened['base_url']}/chat/completions", json=body, headers=own).status_code == 200
+    path = f"/sessions/{opened['id']}"
+    admin.post(f"{path}/finish", json={"reward": 1.5})
+    recorded = admin.get(f"{path}/episode").json()
+    assert (recorded["episode_id"], recorded["steps"][0]["reward"]) == ("a", 1.5)
+    assert admin.delete(path).status_code == 200
+    assert admin.get(f"{path}/episode").status_code == 404
+
+
+def test_a_body_over_the_limit_is_413(policy):
+    server = start(policy, max_body_bytes=1000)
+    try:
+        client = Client(server)
+        assert client.chat([{"role": "user", "content": "x" * 2000}]).status_code == 413
+        chunks = (b"x" * 600 for _ in range(3))
+        assert client.http.post("/v1/chat/completions", content=chunks).status_code == 413
+    finally:
+        server.close()
+
+
+def test_keys_are_nowhere_but_with_their_owners(tmp_path, policy, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    server = start(policy, store=tmp_path / "store" / "s.sqlite")
+    try:
+        client = Client(server)
+        client.say([USER])
+        client.chat([USER], nonsense=1)
+        policy.failures = 1
+        client.chat([USER, USER])
+        metrics = client.http.get("/metrics").text
+        secret = client.key.encode()
+        for file in (tmp_path / "store").iterdir():
+            assert secret not in file.read_bytes()
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert client.key not in metrics + caplog.text + "".join(capfd.readouterr())
+        assert ADMIN not in metrics + caplog.text
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a":' * 5000, b'{"model": "\\ud800"}', b'{"model": NaN}'],
+    ids=["empty", "cut", "list", "null", "no text", "deep", "half a character", "NaN"],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/sessions/current/reward"])
+def test_odd_bodies_are_the_clients_mistake(client, path, content):
+    assert client.http.post(path, content=content).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/%00", "/v1/chat/completions/", "/v1//models", "/sessions/%2e%2e/finish", "/%ff"])
+def test_odd_paths_are_no_failure_of_ours(client, path):
+    assert client.http.get(path).status_code < 500
+    assert client.post(path, {}).status_code < 500
+    assert client.http.put("/v1/models").status_code == 405
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"content-length: -5",
+        b"content-length: 5, 6",
+        b"authorization: Bearer",
+        b"authorization: \xff\xfe",
+        b"x: " + b"y" * 70000,
+        b"transfer-encoding: chunked\r\ncontent-length: 5",
+        b": nameless",
+        b"authorization: Bearer a\r\nauthorization: b",
+    ],
+    ids=lambda header: header[:20].decode("latin-1"),
+)
+def test_odd_headers_are_no_failure_of_ours(server, header):
+    with socket.create_connection((server.host, server.port), timeout=5) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n" + header + b"\r\n\r\n")
+        status = connection.recv(4096).split(b" ")[1:2]
+    assert status in ([b"400"], [b"401"], [b"431"], [])  # the last: hung up
+
+
+def test_it_listens_on_this_machine_alone(server):
+    assert server.host == "127.0.0.1"
+
+
+# -- the store --------------------------------------------------------------------------------------------------------
+
+
+def test_a_restarted_gateway_goes_on(tmp_path, policy):
+    path = tmp_path / "s.sqlite"
+    server = start(policy, store=path)
+    client = Client(server)
+    reply = client.say([USER])
+    client.post("/sessions/current/reward", {"reward": 0.5})
+    before = client.session.episode()
+    server.close()
+    server = start(policy, store=path, port=server.port)
+    try:
+        restored = server.gateway.find(client.session.session_id)
+        assert restored.episode() == before
+        assert client.chat([USER]).json()["choices"][0]["message"] == reply  # a retry, too
+        client.say([USER, reply, USER])
+        assert [step.history for step in restored.steps] == ["first", "continued"]
+        assert restored.steps[1].parent == 0
+    finally:
+        server.close()
+
+
+def test_the_response_ends_with_the_end_of_its_turn(client):
+    client.say([USER])
+    (step,) = client.episode().steps
+    assert text(step.response_ids).endswith(END)
+    assert step.stop_reason is StopReason.STOP

@@ -1,0 +1,204 @@
+"""Rows played by agents that we do not control: functions, coroutines, processes, and those that break."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason="needs the extra `gateway`")
+import httpx
+from scripted import ScriptedSampler, make_tokenizer
+
+from trl_steppo.errors import ConfigurationError
+from trl_steppo.gateway import GatewayServer
+from trl_steppo.gateway.tokens import ChatFormats
+from trl_steppo.inference.base import SamplingParams
+from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, check_agent, play_agents
+from trl_steppo.types import StopReason
+
+PROMPT = [{"role": "user", "content": "Find it."}]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[GatewayServer]:
+    server = GatewayServer(ChatFormats(make_tokenizer())).start()
+    yield server
+    server.close()
+
+
+def ask(base_url: str, api_key: str, *, times: int = 1) -> int:
+    """A conversation of so many turns; the status of the last."""
+    messages: list[Any] = list(PROMPT)
+    headers = {"authorization": f"Bearer {api_key}"}
+    status = 0
+    for _ in range(times):
+        body = {"model": "m", "messages": messages}
+        response = httpx.post(f"{base_url}/chat/completions", json=body, headers=headers, timeout=20)
+        status = response.status_code
+        if status != 200:
+            break
+        messages += [response.json()["choices"][0]["message"], *PROMPT]
+    return status
+
+
+def good(row: Any, *, base_url: str, api_key: str) -> float:
+    ask(base_url, api_key, times=2)
+    return 1.5
+
+
+def play(server, chat, agent, *, rows=1, sampler=None, **settings):
+    settings = {"limits": EpisodeLimits(), "sampling": SamplingParams(max_new_tokens=100), "run_seed": 0, **settings}
+    sampler = sampler or ScriptedSampler(chat, lambda order: f"step {order[2]}<|im_end|>")
+    requests = [EpisodeRequest({"index": index}, row_index=index) for index in range(rows)]
+    return play_agents(requests, agent, server, sampler, **settings)
+
+
+def test_functions_and_coroutines_play(server, chat):
+    async def waits(row, *, base_url, api_key):
+        await asyncio.sleep(0.01)
+        return await asyncio.to_thread(good, row, base_url=base_url, api_key=api_key)
+
+    for agent in (good, waits):
+        sampler = ScriptedSampler(chat, lambda order: f"step {order[2]}<|im_end|>")
+        episodes = play(server, chat, agent, rows=3, sampler=sampler, id_prefix="0/")
+        assert [episode.episode_id for episode in episodes] == ["0/0-0", "0/1-0", "0/2-0"]
+        assert [episode.error for episode in episodes] == [None] * 3
+        assert [[step.reward for step in episode.steps] for episode in episodes] == [[0.0, 1.5]] * 3
+        assert all(episode.terminated for episode in episodes)
+        assert sorted(sampler.asked) == [(row, 0, step) for row in range(3) for step in range(2)]
+        assert sampler.paced == [True, False]
+    assert play(server, chat, good, rows=0) == []
+
+
+def test_one_that_breaks_costs_its_own_episode(server, chat):
+    keys = []
+
+    def agent(row, *, base_url, api_key):
+        keys.append(api_key)
+        if row["index"] == 1:
+            ask(base_url, api_key)
+            raise OSError(f"broken with {api_key}")
+        if row["index"] == 2:
+            sys.exit(3)
+        if row["index"] == 3:
+            return float("nan")
+        if row["index"] == 4:
+            ask(base_url, api_key)
+            return None
+        return good(row, base_url=base_url, api_key=api_key)
+
+    episodes = play(server, chat, agent, rows=6)
+    assert [episode.valid for episode in episodes] == [True, False, False, False, False, True]
+    assert "OSError: broken with [key]" in episodes[1].error
+    assert len(episodes[1].steps) == 1
+    assert "SystemExit: 3" in episodes[2].error
+    assert "finite number" in episodes[3].error
+    assert "neither returned nor posted a reward" in episodes[4].error
+    assert not any(key in str(episode) for key in keys for episode in episodes)
+
+
+def test_one_that_hangs_costs_its_own_episode(server, chat):
+    release = threading.Event()
+
+    async def agent(row, *, base_url, api_key):
+        if row["index"] == 1:
+            await asyncio.to_thread(ask, base_url, api_key)
+            release.wait(30)  # holds its own loop
+        return await asyncio.to_thread(good, row, base_url=base_url, api_key=api_key)
+
+    start = time.monotonic()
+    episodes = play(server, chat, agent, rows=3, idle_s=0.5)
+    release.set()
+    assert time.monotonic() - start < 10
+    assert [episode.valid for episode in episodes] == [True, False, True]
+    assert "asked for nothing in 0.5 s" in episodes[1].error
+
+
+def test_time_is_up(server, chat):
+    """A step that is not answered by then does not count, as in our own loop."""
+
+    def agent(row, *, base_url, api_key):
+        ask(base_url, api_key, times=2)
+        time.sleep(5)
+
+    (episode,) = play(server, chat, agent, limits=EpisodeLimits(max_episode_s=1.5))
+    assert (episode.truncated, episode.stop_reason) == (True, StopReason.MAX_EPISODE_S)
+    assert len(episode.steps) == 1
+    whole = [*episode.steps[0].prompt_ids, *episode.steps[0].response_ids]
+    assert episode.final_prompt_ids.tolist()[: len(whole)] == whole
+
+
+def test_an_agent_that_asks_for_more_than_its_budget_is_cut(server, chat):
+    def agent(row, *, base_url, api_key):
+        status = ask(base_url, api_key, times=9)
+        if status != 200:
+            raise RuntimeError("no more")
+        return 1.0
+
+    (episode,) = play(server, chat, agent, limits=EpisodeLimits(max_interaction_steps=2), needs_reward=False)
+    assert (episode.valid, episode.stop_reason) == (True, StopReason.MAX_INTERACTION_STEPS)
+    assert len(episode.steps) == 2
+
+
+SCRIPT = """
+import json, os, sys, urllib.request
+row = json.load(sys.stdin)
+def post(url, body):
+    headers = {"x-api-key": os.environ["OPENAI_API_KEY"], "content-type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    return json.load(urllib.request.urlopen(request))
+assert os.environ["ANTHROPIC_API_KEY"] == os.environ["OPENAI_API_KEY"]
+assert os.environ["OPENAI_BASE_URL"] == os.environ["ANTHROPIC_BASE_URL"] + "/v1"
+body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+post(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body)
+if row["index"] == 0:
+    print("some words"); print(2.5)
+elif row["index"] == 1:
+    post(os.environ["STEPPO_SESSION_URL"] + "/reward", {"reward": 0.5})
+elif row["index"] == 2:
+    sys.exit("out of " + os.environ["OPENAI_API_KEY"])
+else:
+    import time; time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_commands_play(server, chat, tmp_path, as_text):
+    script = tmp_path / "agent.py"
+    script.write_text(SCRIPT)
+    command: Any = [sys.executable, str(script)]
+    episodes = play(server, chat, shlex.join(command) if as_text else command, rows=4, idle_s=5)
+    assert [episode.valid for episode in episodes] == [True, True, False, False]
+    assert [episode.episode_return for episode in episodes[:2]] == [2.5, 0.5]
+    assert "exit status 1: out of [key]" in episodes[2].error
+    assert "asked for nothing" in episodes[3].error
+
+
+def test_a_command_that_is_not_there_fails_its_episodes(server, chat):
+    (episode,) = play(server, chat, ["/no/such/agent"])
+    assert "FileNotFoundError" in episode.error
+
+
+def test_finished_episodes_are_taken_from_the_store(server, chat):
+    first = play(server, chat, good, rows=2, id_prefix="7/", resumes=True)
+
+    def never(row, *, base_url, api_key):
+        raise AssertionError
+
+    assert play(server, chat, never, rows=2, id_prefix="7/", resumes=True) == first
+    server.store.keep_finished("8/").result()
+    (one, _) = play(server, chat, never, rows=2, id_prefix="7/", resumes=True)
+    assert not one.valid
+
+
+@pytest.mark.parametrize("agent", [5, "", [], ["a", 5], lambda row: 1.0, lambda row, base_url: 1.0])
+def test_what_is_no_agent_is_found_out(agent):
+    with pytest.raises(ConfigurationError, match="`agent`"):
+        check_agent(agent)

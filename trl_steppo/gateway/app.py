@@ -1,0 +1,480 @@
+"""The gateway over HTTP: routes, keys, limits; what is refused is refused in the API's own words."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from ..types import Episode
+from . import anthropic, openai, responses
+from .bodies import Body, read_body
+from .conversation import Answer, ModelRequest, RequestError, request_key
+from .monitor import CONTENT_TYPE
+from .openapi import Operation, document
+from .service import Gateway, Reply, Retry, unauthorized
+from .sessions import Session, SessionSpec
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 32 * 2**20
+_MOST_NOTES = 10
+
+Handler = Callable[[Request], Awaitable[Response]]
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+
+
+# -- bodies of our own ------------------------------------------------------------------------------------------------
+
+
+class RewardBody(Body):
+    """`POST /sessions/{session_id}/reward`: what a step is paid, instead of what it was told before."""
+
+    reward: Number
+    step: Annotated[int, Field(ge=0)] | str | None = None
+    state_key: str | int | None = None
+    observation: str | list[dict[str, Any]] | None = None
+
+
+class FinishBody(Body):
+    """`POST /sessions/{session_id}/finish`: the episode is over; `reward` is added to its last step."""
+
+    reward: Number | None = None
+    metrics: dict[str, Number] | None = None
+    observation: str | list[dict[str, Any]] | None = None
+
+
+class AbortBody(Body):
+    """`POST /sessions/{session_id}/abort`: the episode failed, and trains nothing."""
+
+    error: str = "aborted by the agent"
+
+
+class OpenBody(Body):
+    """`POST /sessions`: a new session. Budgets and sampling that are left out are the gateway's own."""
+
+    name: str | None = None
+    training: bool | None = None
+    max_interaction_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_prompt_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_episode_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_episode_s: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    response_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    row_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    generation_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+
+    def spec(self, default: SessionSpec) -> SessionSpec:
+        """The gateway's own settings with these instead."""
+        limits = ("max_interaction_steps", "max_prompt_length", "max_episode_tokens", "max_episode_s")
+        sampling = {"max_new_tokens": self.response_length, "temperature": self.temperature}
+        own = {
+            "training": self.training,
+            "run_seed": self.seed,
+            "row_index": self.row_index,
+            "generation_index": self.generation_index,
+        }
+        return replace(
+            default,
+            limits=_with(default.limits, {name: getattr(self, name) for name in limits}),
+            sampling=_with(default.sampling, sampling),
+            **{name: value for name, value in own.items() if value is not None},
+        )
+
+
+def _with(settings: Any, changes: dict[str, Any]) -> Any:
+    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
+
+
+# -- the APIs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Api:
+    """One way to ask the model: its path, its body, and how its responses are written."""
+
+    path: str
+    body: type[Any]
+    summary: str
+    whole: Callable[[Answer, Any], dict[str, Any]]
+    stream: Callable[[Answer, Any], Iterator[bytes]]
+
+
+def _include_usage(body: Any) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+APIS = (
+    Api(
+        "/v1/chat/completions",
+        openai.ChatBody,
+        "OpenAI: chat completions",
+        lambda answer, body: openai.chat_completion(answer),
+        lambda answer, body: openai.chat_stream(answer, include_usage=_include_usage(body)),
+    ),
+    Api(
+        "/v1/completions",
+        openai.CompletionBody,
+        "OpenAI: completions",
+        lambda answer, body: openai.completion(answer),
+        lambda answer, body: openai.completion_stream(answer, include_usage=_include_usage(body)),
+    ),
+    Api(
+        "/v1/responses",
+        responses.ResponsesBody,
+        "OpenAI: responses",
+        responses.response,
+        responses.response_stream,
+    ),
+    Api(
+        "/v1/messages",
+        anthropic.MessagesBody,
+        "Anthropic: messages",
+        lambda answer, body: anthropic.message(answer),
+        lambda answer, body: anthropic.message_stream(answer),
+    ),
+)
+
+
+class _Delivery(Response):
+    """Sends what a client asked for, and finds out whether it was still there."""
+
+    def __init__(
+        self,
+        chunks: Iterable[bytes],
+        gone: asyncio.Future[None],
+        on_gone: Callable[[], Awaitable[None]],
+        *,
+        media_type: str,
+        headers: dict[str, str],
+        length: int | None = None,
+    ) -> None:
+        self.status_code, self.media_type, self.background = 200, media_type, None
+        self.init_headers({**headers, **({"content-length": str(length)} if length is not None else {})})
+        self._chunks, self._gone, self._on_gone = chunks, gone, on_gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if not self._gone.done():
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            for chunk in self._chunks:
+                if self._gone.done():
+                    await self._on_gone()
+                    return
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await asyncio.sleep(0)  # lets a disconnection be heard of
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except OSError:
+            await self._on_gone()
+        finally:
+            self._gone.cancel()
+
+
+class _Routes:
+    """The handlers of one gateway."""
+
+    def __init__(self, gateway: Gateway, default: SessionSpec, max_body_bytes: int) -> None:
+        self.gateway = gateway
+        self.default = default
+        self.max_body_bytes = max_body_bytes
+
+    def model(self, api: Api) -> Handler:
+        async def handle(request: Request) -> Response:
+            session = self.gateway.session_of(_key(request))
+            raw = await self._read(request)
+            body = read_body(api.body, raw)
+            retry = Retry(
+                request_key(api.path, raw),
+                is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
+                idempotency_key=request.headers.get("idempotency-key"),
+            )
+            gone = asyncio.ensure_future(_disconnected(request))
+            try:
+                reply = await self._respond(session, body.request(), retry, gone)
+            except BaseException:
+                gone.cancel()
+                raise
+            return self._deliver(api, session, body, reply, gone)
+
+        return handle
+
+    async def _respond(
+        self, session: Session, request: ModelRequest, retry: Retry, gone: asyncio.Future[None]
+    ) -> Reply:
+        """The reply, for as long as the client is there to hear it."""
+        asked = asyncio.ensure_future(self.gateway.respond(session, request, retry))
+        try:
+            await asyncio.wait({asked, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done():
+                asked.cancel()
+                raise RequestError(499, "the client went away", code="client_closed_request")
+            return asked.result()
+        finally:
+            if not asked.done():
+                asked.cancel()
+
+    def _deliver(self, api: Api, session: Session, body: Any, reply: Reply, gone: asyncio.Future[None]) -> Response:
+        async def on_gone() -> None:
+            await self.gateway.mark_undelivered(session, reply.answer)
+
+        headers = {"x-request-id": reply.answer.answer_id}
+        if reply.notes:
+            headers["x-steppo-note"] = "; ".join(reply.notes[:_MOST_NOTES])
+        if body.stream:
+            headers["cache-control"] = "no-cache"
+            chunks: Iterable[bytes] = api.stream(reply.answer, body)
+            return _Delivery(chunks, gone, on_gone, media_type="text/event-stream", headers=headers)
+        whole = json.dumps(api.whole(reply.answer, body), separators=(",", ":")).encode()
+        return _Delivery([whole], gone, on_gone, media_type="application/json", headers=headers, length=len(whole))
+
+    async def models(self, request: Request) -> Response:
+        self.gateway.session_of(_key(request))
+        return _json({"object": "list", "data": [self._model(self.gateway.model_name)]})
+
+    async def one_model(self, request: Request) -> Response:
+        self.gateway.session_of(_key(request))
+        return _json(self._model(request.path_params["model"]))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.gateway.started, "owned_by": "trl-steppo"}
+
+    # -- sessions -----------------------------------------------------------------------------------------------------
+
+    async def open_session(self, request: Request) -> Response:
+        self.gateway.check_admin(_key(request))
+        body = read_body(OpenBody, await self._read(request) or b"{}")
+        session, key = await self.gateway.open_session(body.spec(self.default), name=body.name)
+        base = str(request.base_url).rstrip("/")
+        return _json({"id": session.session_id, "api_key": key, "base_url": f"{base}/v1"}, status=201)
+
+    async def reward(self, request: Request) -> Response:
+        session = self._own_session(request)
+        body = read_body(RewardBody, await self._read(request))
+        step: int | str | None = body.step
+        if isinstance(step, str):  # an id as any of the APIs gives it
+            step = step.split("-", 1)[-1].split("_", 1)[-1]
+        index = await self.gateway.set_reward(
+            session, body.reward, step=step, state_key=body.state_key, observation=body.observation
+        )
+        return _json({"step": index, "reward": body.reward})
+
+    async def finish(self, request: Request) -> Response:
+        session = self._own_session(request)
+        body = read_body(FinishBody, await self._read(request) or b"{}")
+        await self.gateway.finish(session, reward=body.reward, metrics=body.metrics, observation=body.observation)
+        return _json(_status(session))
+
+    async def abort(self, request: Request) -> Response:
+        session = self._own_session(request)
+        body = read_body(AbortBody, await self._read(request) or b"{}")
+        await self.gateway.finish(session, error=body.error or "aborted by the agent")
+        return _json(_status(session))
+
+    async def session(self, request: Request) -> Response:
+        return _json(_status(self._own_session(request)))
+
+    async def episode(self, request: Request) -> Response:
+        self.gateway.check_admin(_key(request))
+        return _json(_episode(self.gateway.find(request.path_params["session_id"]).episode()))
+
+    async def remove(self, request: Request) -> Response:
+        self.gateway.check_admin(_key(request))
+        session = self.gateway.find(request.path_params["session_id"])
+        await self.gateway.finish(session)
+        await self.gateway.collect(session, keep=False)
+        return _json({"id": session.session_id, "removed": True})
+
+    def _own_session(self, request: Request) -> Session:
+        """The session in the path, for its own key and the admin's; `current` is the key's own."""
+        key, session_id = _key(request), request.path_params["session_id"]
+        try:
+            session = self.gateway.session_of(key)
+        except RequestError:
+            self.gateway.check_admin(key)
+            return self.gateway.find(session_id)
+        if session_id not in ("current", session.session_id):
+            raise unauthorized()
+        return session
+
+    # -- operators ----------------------------------------------------------------------------------------------------
+
+    async def health(self, request: Request) -> Response:
+        return _json({"status": "paused" if self.gateway.port.is_paused else "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self.gateway.monitor.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def _read(self, request: Request) -> bytes:
+        """The body, as long as it is not too long."""
+        too_large = RequestError(413, f"a body has at most {self.max_body_bytes} bytes", code="body_too_large")
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > self.max_body_bytes:
+            raise too_large
+        parts, length = [], 0
+        async for part in request.stream():
+            length += len(part)
+            if length > self.max_body_bytes:
+                raise too_large
+            parts.append(part)
+        return b"".join(parts)
+
+
+def make_app(
+    gateway: Gateway, *, default: SessionSpec | None = None, max_body_bytes: int = MAX_BODY_BYTES
+) -> Starlette:
+    """
+    The ASGI application of a gateway.
+
+    Args:
+        gateway ([`Gateway`]):
+            What it serves.
+        default ([`SessionSpec`], *optional*):
+            What a session is allowed that is opened over HTTP, where its body does not say.
+        max_body_bytes (`int`, *optional*):
+            Longest body.
+    """
+    routes = _Routes(gateway, default or SessionSpec(), max_body_bytes)
+    session = "/sessions/{session_id}"
+    operations: list[tuple[Operation, Handler]] = [
+        *((Operation("POST", api.path, api.summary, api.body, streams=True), routes.model(api)) for api in APIS),
+        (Operation("GET", "/v1/models", "The policy"), routes.models),
+        (Operation("GET", "/v1/models/{model}", "The policy, under any name"), routes.one_model),
+        (Operation("POST", "/sessions", "A new session", OpenBody, is_admin=True, status=201), routes.open_session),
+        (Operation("GET", session, "How a session stands"), routes.session),
+        (Operation("DELETE", session, "Forget a session", is_admin=True), routes.remove),
+        (Operation("POST", f"{session}/reward", "Pay a step", RewardBody), routes.reward),
+        (Operation("POST", f"{session}/finish", "End the episode", FinishBody), routes.finish),
+        (Operation("POST", f"{session}/abort", "Fail the episode", AbortBody), routes.abort),
+        (Operation("GET", f"{session}/episode", "What was recorded", is_admin=True), routes.episode),
+        (Operation("GET", "/healthz", "Whether it serves", is_open=True), routes.health),
+        (Operation("GET", "/metrics", "For Prometheus", is_open=True, media_type="text/plain"), routes.metrics),
+    ]
+    described = json.dumps(document([operation for operation, _ in operations])).encode()
+
+    async def openapi(request: Request) -> Response:
+        return Response(described, media_type="application/json")
+
+    table = [
+        Route(_starlette_path(op.path), _watched(gateway, op.path, handler), methods=[op.method])
+        for op, handler in operations
+    ]
+    return Starlette(
+        routes=[*table, Route("/openapi.json", openapi)],
+        exception_handlers={HTTPException: _on_http_error, RequestError: _on_request_error},  # type: ignore[dict-item]
+    )
+
+
+def _starlette_path(path: str) -> str:
+    return path.replace("{model}", "{model:path}")
+
+
+def _watched(gateway: Gateway, route: str, handler: Handler) -> Handler:
+    """A handler that is counted and timed, and whose failures are ours alone to see."""
+
+    async def handle(request: Request) -> Response:
+        start = time.perf_counter()
+        try:
+            response = await handler(request)
+        except RequestError as error:
+            response = _error(request, error)
+        except Exception:
+            logger.exception("a request to %s failed", route)
+            response = _error(request, RequestError(500, "the gateway failed; its log says how", code="internal"))
+        gateway.monitor.requests.labels(route, str(response.status_code)).inc()
+        gateway.monitor.request_s.labels(route).observe(time.perf_counter() - start)
+        return response
+
+    return handle
+
+
+def _key(request: Request) -> str | None:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return token.strip()
+    return request.headers.get("x-api-key")
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _json(data: Any, *, status: int = 200) -> Response:
+    return Response(json.dumps(data), status_code=status, media_type="application/json")
+
+
+def _error(request: Request, error: RequestError) -> Response:
+    write = anthropic.error_body if request.url.path == "/v1/messages" else openai.error_body
+    response = _json(write(error), status=error.status)
+    if error.retry_after_s is not None:
+        response.headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if error.status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    return response
+
+
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    """No such path, no such method."""
+    response = _error(request, RequestError(error.status_code, error.detail))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_request_error(request: Request, error: RequestError) -> Response:
+    return _error(request, error)
+
+
+def _status(session: Session) -> dict[str, Any]:
+    visible = session.visible()
+    return {
+        "id": session.session_id,
+        "steps": len(visible),
+        "is_over": session.is_over or session.ended_early,
+        "stop_reason": session.notes.stop_reason,
+        "error": session.notes.error,
+        "max_interaction_steps": session.spec.limits.max_interaction_steps,
+    }
+
+
+def _episode(episode: Episode) -> dict[str, Any]:
+    """An episode with all its ids."""
+    final = episode.final_prompt_ids
+    return {
+        "episode_id": episode.episode_id,
+        "terminated": episode.terminated,
+        "truncated": episode.truncated,
+        "stop_reason": None if episode.stop_reason is None else episode.stop_reason.value,
+        "error": episode.error,
+        "metrics": dict(episode.metrics),
+        "final_prompt_ids": None if final is None else final.tolist(),
+        "steps": [
+            {
+                "prompt_ids": step.prompt_ids.tolist(),
+                "response_ids": step.response_ids.tolist(),
+                "rollout_logprobs": list(step.rollout_logprobs),
+                "reward": step.reward,
+                "step_index": step.step_index,
+                "policy_version": step.policy_version,
+                "temperature": step.temperature,
+                "stop_reason": step.stop_reason.value,
+                "observation": step.observation,
+                "info": dict(step.info),
+            }
+            for step in episode.steps
+        ],
+    }

@@ -1,0 +1,93 @@
+"""What the bodies of all APIs have in common: how they are read, and how a mistake in one is told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .conversation import Message, RequestError
+
+B = TypeVar("B", bound="Body")
+
+
+class Body(BaseModel):
+    """A body of which every field is known: one that is not is refused by its name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Part(Body):
+    """A part of a message's content: text. `cache_control` is taken and has no effect."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    citations: list[Any] | None = None
+    cache_control: dict[str, Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
+Content = str | list[Part]
+
+
+def read_body(kind: type[B], body: bytes) -> B:
+    """
+    A body as its API describes it.
+
+    Raises:
+        RequestError: It is not; names the first field that is wrong.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = ".".join(str(part) for part in first["loc"] if not _names_a_type(part)) or None
+        what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
+        raise RequestError(400, f"`{param}`: {what}" if param else what, param=param) from None
+
+
+def _names_a_type(part: Any) -> bool:
+    """Whether a part of a field's place is no field, but which of several types was tried."""
+    return isinstance(part, str) and (part in ("str", "none") or "[" in part or part[:1].isupper())
+
+
+def text_of(content: Content | None) -> str:
+    """The text of a message; its parts stand on lines of their own."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(part.text for part in content)
+
+
+def arguments_of(text: str, param: str) -> dict[str, Any]:
+    """The arguments of a tool call that a client sends back."""
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestError(400, f"`{param}` is no JSON object", param=param)
+    return arguments
+
+
+def call_message(content: str, calls: list[tuple[str, dict[str, Any]]]) -> Message:
+    """An assistant's message in our own form."""
+    message: Message = {"role": "assistant", "content": content}
+    if calls:
+        message["tool_calls"] = [
+            {"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls
+        ]
+    return message
+
+
+def dumps(value: Any) -> str:
+    """JSON for a client. In ASCII: a model may escape half a character in a tool call, which no encoding has."""
+    return json.dumps(value)
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+    return (f"event: {name}\n" if name is not None else "").encode() + f"data: {text}\n\n".encode()

@@ -1,0 +1,354 @@
+"""OpenAI's chat completions and completions: pure translation between their bodies and our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .bodies import Body, Content, arguments_of, call_message, dumps, event, text_of
+from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces
+
+
+class Function(Body):
+    """A tool's schema; `return` as transformers writes it."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    returns: Annotated[dict[str, Any] | None, Field(alias="return")] = None
+    strict: bool | None = None
+
+    def schema_dict(self) -> dict[str, Any]:
+        """As a chat template shows it."""
+        fields = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "return": self.returns,
+            "strict": self.strict,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class Tool(Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class CalledFunction(Body):
+    """Which tool was called, and with what."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(Body):
+    """A tool call that a client sends back."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class ChatMessage(Body):
+    """One message of a conversation. What a model thought before is taken and has no effect."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class StreamOptions(Body):
+    """How a stream ends."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class ResponseFormat(Body):
+    """Only text: a grammar would change what is sampled."""
+
+    type: Literal["text"]
+
+
+class NamedFunction(Body):
+    """A tool's name."""
+
+    name: str
+
+
+class ToolChoice(Body):
+    """One tool that a client would like called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class _Sampling(Body):
+    """What both APIs say of sampling; what cannot be sampled, or not be scored, may only be left at its default."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts that end a response."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in stop if text)
+
+
+class ChatBody(_Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def request(self) -> ModelRequest:
+        """In our own form."""
+        tools = () if self.tool_choice == "none" else self.tools or ()
+        ignored = {
+            "tool_choice": self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice),
+            "parallel_tool_calls": self.parallel_tool_calls is False,
+            "reasoning_effort": self.reasoning_effort is not None,
+            "verbosity": self.verbosity is not None,
+        }
+        return ModelRequest(
+            self.model,
+            messages=tuple(_messages(self.messages)),
+            tools=tuple({"type": "function", "function": tool.function.schema_dict()} for tool in tools),
+            wishes=Wishes(
+                self.max_completion_tokens or self.max_tokens,
+                self.temperature,
+                self.top_p,
+                self.top_k,
+                self.seed,
+                self.stop_texts(),
+            ),
+            logprobs=bool(self.logprobs),
+            ignored=tuple(name for name, is_ignored in ignored.items() if is_ignored),
+        )
+
+
+class CompletionBody(_Sampling):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[Annotated[int, Field(ge=0, lt=2**31)]] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    echo: Literal[False] | None = None
+    suffix: None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
+
+    def request(self) -> ModelRequest:
+        """In our own form."""
+        prompt = self.prompt
+        given: str | tuple[int, ...]
+        if isinstance(prompt, str):
+            given = prompt
+        elif prompt and isinstance(prompt[0], str):
+            given = prompt[0]
+        else:
+            given = tuple(int(token_id) for token_id in prompt)
+        if not given:
+            raise RequestError(400, "`prompt` is empty; there is nothing to continue", param="prompt")
+        return ModelRequest(
+            self.model,
+            prompt=given,
+            wishes=Wishes(self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed, self.stop_texts()),
+            logprobs=self.logprobs is not None,
+        )
+
+
+def _messages(messages: list[ChatMessage]) -> Iterator[Message]:
+    names: dict[str, str] = {}
+    for index, message in enumerate(messages):
+        content = text_of(message.content)
+        if message.role == "assistant":
+            calls = []
+            for number, call in enumerate(message.tool_calls or ()):
+                param = f"messages.{index}.tool_calls.{number}.function.arguments"
+                calls.append((call.function.name, arguments_of(call.function.arguments, param)))
+                names[call.id or ""] = call.function.name
+            yield call_message(content, calls)
+        elif message.role == "tool":
+            name = names.get(message.tool_call_id or "", message.name or "")
+            yield {"role": "tool", "name": name, "content": content}
+        else:
+            yield {"role": "system" if message.role == "developer" else message.role, "content": content}
+
+
+# -- chat completions -------------------------------------------------------------------------------------------------
+
+
+def chat_completion(answer: Answer) -> dict[str, Any]:
+    """A whole response."""
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": answer.text if answer.text or not answer.tool_calls else None,
+        "refusal": None,
+    }
+    if answer.tool_calls:
+        message["tool_calls"] = [_tool_call(call) for call in answer.tool_calls]
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": _logprobs(answer)}
+    return {**_chat_head(answer, "chat.completion"), "choices": [choice], "usage": usage(answer)}
+
+
+def chat_stream(answer: Answer, *, include_usage: bool) -> Iterator[bytes]:
+    """The same response as a stream."""
+    head = _chat_head(answer, "chat.completion.chunk")
+    if include_usage:
+        head["usage"] = None
+
+    def chunk(delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
+        return event({**head, "choices": [choice]})
+
+    yield chunk({"role": "assistant", "content": "" if not answer.tool_calls else None}, None, _logprobs(answer))
+    for piece in pieces(answer.reasoning):
+        yield chunk({"reasoning_content": piece})
+    for piece in pieces(answer.text):
+        yield chunk({"content": piece})
+    for index, call in enumerate(answer.tool_calls):
+        whole = _tool_call(call)
+        opening = {**whole, "index": index, "function": {"name": call["name"], "arguments": ""}}
+        yield chunk({"tool_calls": [opening]})
+        for piece in pieces(whole["function"]["arguments"]):
+            yield chunk({"tool_calls": [{"index": index, "function": {"arguments": piece}}]})
+    yield chunk({}, answer.finish_reason)
+    if include_usage:
+        yield event({**head, "choices": [], "usage": usage(answer)})
+    yield event("[DONE]")
+
+
+def _chat_head(answer: Answer, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{answer.answer_id}",
+        "object": kind,
+        "created": answer.created,
+        "model": answer.model,
+        "system_fingerprint": None,
+    }
+
+
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": call["name"], "arguments": dumps(call["arguments"])}
+    return {"id": call["id"], "type": "function", "function": function}
+
+
+def _logprobs(answer: Answer) -> dict[str, Any] | None:
+    if not answer.tokens:
+        return None
+    content = [
+        {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
+        for token, logprob in zip(answer.tokens, answer.logprobs, strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def usage(answer: Answer) -> dict[str, Any]:
+    """Tokens read and written."""
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": answer.kept_tokens},
+    }
+
+
+# -- completions ------------------------------------------------------------------------------------------------------
+
+
+def completion(answer: Answer) -> dict[str, Any]:
+    """A whole response."""
+    choice = _text_choice(answer.text, answer.finish_reason, _text_logprobs(answer))
+    return {**_text_head(answer), "choices": [choice], "usage": usage(answer)}
+
+
+def completion_stream(answer: Answer, *, include_usage: bool) -> Iterator[bytes]:
+    """The same response as a stream."""
+    head = _text_head(answer)
+    if include_usage:
+        head["usage"] = None
+    for piece in pieces(answer.text):
+        yield event({**head, "choices": [_text_choice(piece, None, None)]})
+    yield event({**head, "choices": [_text_choice("", answer.finish_reason, _text_logprobs(answer))]})
+    if include_usage:
+        yield event({**head, "choices": [], "usage": usage(answer)})
+    yield event("[DONE]")
+
+
+def _text_head(answer: Answer) -> dict[str, Any]:
+    return {
+        "id": f"cmpl-{answer.answer_id}",
+        "object": "text_completion",
+        "created": answer.created,
+        "model": answer.model,
+    }
+
+
+def _text_choice(text: str, finish_reason: str | None, logprobs: Any) -> dict[str, Any]:
+    return {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": logprobs}
+
+
+def _text_logprobs(answer: Answer) -> dict[str, Any] | None:
+    if not answer.tokens:
+        return None
+    offsets, length = [], 0
+    for token in answer.tokens:
+        offsets.append(length)
+        length += len(token)
+    return {
+        "tokens": list(answer.tokens),
+        "token_logprobs": list(answer.logprobs),
+        "top_logprobs": None,
+        "text_offset": offsets,
+    }
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """A refusal as OpenAI writes it."""
+    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}

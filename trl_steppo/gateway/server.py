@@ -1,0 +1,193 @@
+"""A gateway that serves: in a thread of a trainer's process, with an event loop of its own, or by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+
+from ..errors import ConfigurationError
+from .app import MAX_BODY_BYTES, make_app
+from .monitor import Monitor
+from .sampling import Engine, SamplingPort
+from .service import Gateway
+from .sessions import SessionSpec
+from .store import Store
+from .tokens import ChatFormats
+
+T = TypeVar("T")
+
+_START_S = 30.0
+_BACKLOG = 2048
+
+
+class GatewayServer:
+    """
+    A gateway on a port, which serves until it is closed. It starts paused: `resume` gives it an engine.
+
+    Args:
+        formats ([`ChatFormats`]):
+            Messages to ids and back.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`):
+            Address to listen on: only this machine's own processes reach the default.
+        port (`int`, *optional*, defaults to `0`):
+            Port to listen on; 0: any free one.
+        store (`Path`, *optional*):
+            The file that keeps sessions; in memory if not given.
+        restores (`bool`, *optional*, defaults to `True`):
+            Whether sessions that were running there go on.
+        admin_key (`str`, *optional*):
+            Lets its owner open sessions over HTTP.
+        default ([`SessionSpec`], *optional*):
+            What those are allowed.
+        model_name (`str`, *optional*, defaults to `"policy"`):
+            What `/v1/models` calls the policy.
+        max_wait_s (`float`, *optional*, defaults to `20.0`):
+            How long a request waits while the gateway is paused.
+        max_body_bytes (`int`, *optional*):
+            Longest body.
+
+    Raises:
+        ConfigurationError: The port cannot be had.
+    """
+
+    def __init__(
+        self,
+        formats: ChatFormats,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        store: Path | None = None,
+        restores: bool = True,
+        admin_key: str | None = None,
+        default: SessionSpec | None = None,
+        model_name: str = "policy",
+        max_wait_s: float = 20.0,
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
+        self._socket = _listen(host, port)
+        self.host, self.port = self._socket.getsockname()[:2]
+        self.store = Store(store)
+        self.gateway = Gateway(
+            formats,
+            SamplingPort(max_wait_s=max_wait_s),
+            store=self.store,
+            monitor=Monitor(),
+            admin_key=admin_key,
+            model_name=model_name,
+        )
+        if restores:
+            self.gateway.restore()
+        app = make_app(self.gateway, default=default, max_body_bytes=max_body_bytes)
+        # Neither uvicorn's access log nor its headers: the one is long, the others name versions.
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            lifespan="off",
+            timeout_keep_alive=75,  # longer than clients keep connections, so that none is closed while it is used
+            timeout_graceful_shutdown=1,
+            backlog=_BACKLOG,
+        )
+        self._server = uvicorn.Server(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._serve, name="gateway", daemon=True)
+
+    @property
+    def origin(self) -> str:
+        """Its address, without a path."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
+    def base_url(self) -> str:
+        """What OpenAI's clients call `base_url`."""
+        return f"{self.origin}/v1"
+
+    def start(self) -> GatewayServer:
+        """Serve, in a thread; returns when it does."""
+        self._thread.start()
+        deadline = time.monotonic() + _START_S
+        while not self._server.started:
+            if time.monotonic() > deadline or not self._thread.is_alive():
+                raise ConfigurationError(f"the gateway on {self.origin} did not start; the log says why")
+            time.sleep(0.005)
+        return self
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine of the gateway's in its loop, and wait for it; from any other thread."""
+        return self.submit(coroutine).result()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Any:
+        """The same without waiting: a `concurrent.futures.Future`."""
+        assert self._loop is not None, "the server was started"
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def resume(self, engine: Engine) -> None:
+        """Let requests through to this engine."""
+        self.call(self.gateway.port.resume(engine))
+
+    def pause(self) -> None:
+        """Hold requests from now on, and wait for those that were let through."""
+        self.call(self.gateway.port.pause())
+
+    def wait(self) -> None:
+        """Until it is told to stop."""
+        while self._thread.is_alive():
+            self._thread.join(0.5)
+
+    def stop(self) -> None:
+        """Have it end soon; from a signal's handler, say."""
+        self._server.should_exit = True
+
+    def close(self) -> None:
+        """Serve no longer. What was recorded is in the store."""
+        self.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.store.close()
+
+    def _serve(self) -> None:
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._server.serve(sockets=[self._socket])
+
+        loop = _new_loop()
+        try:
+            loop.run_until_complete(serve())
+        finally:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            loop.run_until_complete(asyncio.sleep(0))
+            loop.close()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"the gateway cannot listen on {host}:{port}: {error}; choose another port"
+        ) from error
+    return listener

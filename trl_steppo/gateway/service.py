@@ -1,0 +1,530 @@
+"""The gateway without HTTP: one request of a session in, one recorded step and its answer out."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+import sqlite3
+import time
+from array import array
+from collections.abc import Coroutine, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..errors import ConfigurationError, DataError
+from ..inference.base import Sample, SamplingParams, step_seed
+from ..types import Episode, StopReason, TokenIds
+from .conversation import Answer, ModelRequest, RequestError
+from .monitor import Monitor
+from .sampling import SamplingPort
+from .sessions import Notes, RecordedStep, Session, SessionSpec, budget_error, conversation_key, key_digest
+from .store import Store, StoredSession
+from .tokens import ChatFormats, Placement, place, read_response, token_texts
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 60  # characters of a difference that are logged
+
+
+@dataclass(frozen=True)
+class Retry:
+    """
+    What a client says of a request beside its body.
+
+    Args:
+        request (`str`):
+            The request's key; retries have the same.
+        is_retry (`bool`):
+            Whether it says that it has asked this before.
+        idempotency_key (`str`, *optional*):
+            Two requests with different ones are not the same, whatever their bodies.
+    """
+
+    request: str
+    is_retry: bool = False
+    idempotency_key: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name under which its step is recorded."""
+        return self.request if self.idempotency_key is None else f"{self.request}/{key_digest(self.idempotency_key)}"
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A request on its way; retries wait for the same one."""
+
+    name: str
+    placement: Placement
+    seed_index: int
+    task: asyncio.Task[Answer] | None = None
+    num_waiting: int = 0
+    is_recording: bool = False  # from here on it is recorded, whoever goes away
+    is_given_up: bool = False  # nobody waits for it any more
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, and what its client has to be told beside it."""
+
+    answer: Answer
+    notes: tuple[str, ...] = ()
+
+
+class Gateway:
+    """
+    Sessions, and what their agents ask. All methods run in one event loop.
+
+    Args:
+        formats ([`ChatFormats`]):
+            Messages to ids and back.
+        port ([`SamplingPort`]):
+            Where responses come from.
+        store ([`Store`], *optional*):
+            Where sessions are kept; in memory if not given.
+        monitor ([`Monitor`], *optional*):
+            Counts.
+        admin_key (`str`, *optional*):
+            Who has it may make sessions and read all of them over HTTP; without one, nobody may.
+        model_name (`str`, *optional*, defaults to `"policy"`):
+            What `/v1/models` calls the policy. Requests may call it anything.
+    """
+
+    def __init__(
+        self,
+        formats: ChatFormats,
+        port: SamplingPort,
+        *,
+        store: Store | None = None,
+        monitor: Monitor | None = None,
+        admin_key: str | None = None,
+        model_name: str = "policy",
+    ) -> None:
+        self.formats = formats
+        self.port = port
+        self.store = store or Store()
+        self.monitor = monitor or Monitor()
+        self.model_name = model_name
+        self.started = int(time.time())
+        self._admin_digest = None if admin_key is None else key_digest(admin_key)
+        self._sessions: dict[str, Session] = {}
+        self._by_digest: dict[str, Session] = {}
+        self._flights: dict[str, dict[str, _Flight]] = {}
+        self._logged: set[str] = set()
+        self.monitor.watch(num_sessions=lambda: len(self._sessions), is_paused=lambda: self.port.is_paused)
+
+    # -- who is who ---------------------------------------------------------------------------------------------------
+
+    def session_of(self, key: str | None) -> Session:
+        """
+        The session of a key.
+
+        Raises:
+            RequestError: It is nobody's.
+        """
+        digest = key_digest(key or "")
+        session = self._by_digest.get(digest)
+        if session is None or not hmac.compare_digest(session.digest, digest):
+            raise unauthorized()
+        session.last_active = time.monotonic()
+        return session
+
+    def check_admin(self, key: str | None) -> None:
+        """Raises a `RequestError` for any key but the admin's."""
+        if self._admin_digest is None or not hmac.compare_digest(self._admin_digest, key_digest(key or "")):
+            raise unauthorized()
+
+    # -- sessions -----------------------------------------------------------------------------------------------------
+
+    async def open_session(self, spec: SessionSpec, *, name: str | None = None) -> tuple[Session, str]:
+        """A new session and its key, which is not kept."""
+        session_id, key = secrets.token_hex(8), f"sk-steppo-{secrets.token_urlsafe(32)}"
+        session = Session(session_id, name or session_id, key_digest(key), spec)
+        self._add(session)
+        notes = asdict(session.notes)
+        await _written(self.store.add_session(session_id, session.name, session.digest, spec.to_json(), notes))
+        return session, key
+
+    def restore(self) -> int:
+        """Take up the sessions that were running when the store was last used; how many there are."""
+        found = self.store.running()
+        for one in found:
+            self._add(restored(one))
+        return len(found)
+
+    def finished_episode(self, name: str) -> Episode | None:
+        """What a session of this name left in the store, if it ended."""
+        for one in self.store.named(name):
+            if one.is_over:
+                return restored(one).episode()
+        return None
+
+    async def set_reward(
+        self,
+        session: Session,
+        reward: float,
+        *,
+        step: int | str | None = None,
+        state_key: Any = None,
+        observation: Any = None,
+    ) -> int:
+        """What a step is paid, instead of what it was told to be paid before; the step's index."""
+        position = session.position_of(step)
+        session.notes.rewards[str(position)] = reward
+        if state_key is not None:
+            session.notes.state_keys[str(position)] = state_key
+        if observation is not None:
+            session.notes.observations[str(position)] = observation
+        await self._save(session)
+        return session.visible().index(position)
+
+    async def finish(
+        self,
+        session: Session,
+        *,
+        reward: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+        observation: Any = None,
+        error: str | None = None,
+        out_of_time: bool = False,
+    ) -> None:
+        """The episode is over: its key is nobody's from now on."""
+        if reward is not None:
+            session.notes.final_reward = reward
+        session.notes.metrics |= metrics or {}
+        visible = session.visible()
+        if observation is not None and visible:
+            session.notes.observations[str(visible[-1])] = observation
+        if error is not None:
+            session.notes.error = error
+        if out_of_time:
+            self._end_by_time(session)
+        if not session.is_over:
+            session.is_over = True
+            self._by_digest.pop(session.digest, None)
+            await self._land(session)
+            self._sessions.pop(session.session_id, None)
+            self._flights.pop(session.session_id, None)
+            self.port.release(session.session_id)
+            self.monitor.episodes.labels("error" if session.notes.error else session.notes.stop_reason or "end").inc()
+        await self._save(session)
+
+    async def collect(self, session: Session, *, keep: bool = True) -> Episode:
+        """The episode of a finished session, which stays in the store if it is to be kept there."""
+        if not keep:
+            await _written(self.store.remove(session.session_id))
+        return session.episode()
+
+    def find(self, session_id: str) -> Session:
+        """The session of that id, for the admin; from the store if it is over. A `RequestError` if there is none."""
+        if session_id in self._sessions:
+            return self._sessions[session_id]
+        stored = self.store.session(session_id)
+        if stored is None:
+            raise RequestError(404, f"there is no session {session_id!r}", param="session_id")
+        return restored(stored)
+
+    def num_in_flight(self, session: Session) -> int:
+        """How many of its requests are on their way."""
+        return len(self._flights.get(session.session_id, ()))
+
+    async def mark_undelivered(self, session: Session, answer: Answer) -> None:
+        """The client went away while it was told; a retry will be told again."""
+        position = next(p for p, step in enumerate(session.steps) if step.answer.answer_id == answer.answer_id)
+        if position not in session.notes.undelivered and not session.is_over:
+            self.monitor.undelivered.inc()
+            session.notes.undelivered.append(position)
+            await self._save(session)
+
+    def _add(self, session: Session) -> None:
+        self._sessions[session.session_id] = session
+        self._by_digest[session.digest] = session
+
+    async def _save(self, session: Session) -> None:
+        saved = self.store.set_notes(session.session_id, asdict(session.notes), is_over=session.is_over)
+        await _written(saved)
+
+    async def _land(self, session: Session) -> None:
+        """No request of a finished session is left: those that are being recorded are, the others are given up."""
+        flights = list(self._flights.get(session.session_id, {}).values())
+        tasks = [flight.task for flight in flights if flight.task is not None]
+        for flight in flights:
+            if flight.task is not None and not flight.is_recording:
+                flight.task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _end_by_time(self, session: Session) -> None:
+        """Time is up: before the step that is being sampled, or else before the one that waits to be answered."""
+        flights = list(self._flights.get(session.session_id, {}).values())
+        if flights and session.visible():
+            place_of = flights[-1].placement
+            session.end_by(StopReason.MAX_EPISODE_S, place_of.parent, place_of.new_ids, place_of.observed)
+        else:
+            session.end_by_time()
+
+    # -- a request ----------------------------------------------------------------------------------------------------
+
+    async def respond(self, session: Session, request: ModelRequest, retry: Retry) -> Reply:
+        """
+        Answer a request by a new step, or a retry by the step that it got.
+
+        Raises:
+            RequestError: The request cannot be answered as it is; the episode is over; the sampler failed.
+        """
+        recorded = self._recorded(session, retry)
+        if recorded is not None:
+            self.monitor.retries.inc()
+            await self._redeliver(session, recorded)
+            return Reply(session.steps[recorded].answer)
+        flights = self._flights.setdefault(session.session_id, {})
+        flight = flights.get(retry.name)
+        if flight is None or flight.is_given_up:
+            notes = self._check_wishes(session, request)
+            flight = self._start(session, request, retry, flights)
+        else:
+            self.monitor.retries.inc()
+            notes = ()
+        return Reply(await self._wait_for(session, flight), notes)
+
+    def _recorded(self, session: Session, retry: Retry) -> int | None:
+        """The recorded step of a retry: the last one's, or any for a client that says that it is a retry."""
+        positions = range(len(session.steps) - 1, -1, -1)
+        for position in positions if retry.is_retry else positions[:1]:
+            if session.steps[position].request == retry.name:
+                return position
+        return None
+
+    async def _redeliver(self, session: Session, position: int) -> None:
+        if position in session.notes.undelivered:
+            session.notes.undelivered.remove(position)
+            await self._save(session)
+
+    def _start(self, session: Session, request: ModelRequest, retry: Retry, flights: dict[str, _Flight]) -> _Flight:
+        """Prepare a step: nothing is recorded yet."""
+        if session.ended_early:
+            raise budget_error(session)
+        placement = place(request, session, self.formats)
+        prompt_ids = [*session.state_ids(placement.parent), *placement.new_ids]
+        over = session.check_budget(len(prompt_ids), len(flights))
+        if over is not None:
+            session.end_by(over, placement.parent, placement.new_ids, placement.observed)
+            raise budget_error(session)
+        if placement.history == "rewritten":
+            self._report_mismatch(session, prompt_ids)
+        taken = {step.seed_index for step in session.steps} | {flight.seed_index for flight in flights.values()}
+        flight = _Flight(retry.name, placement, next(i for i in range(len(taken) + 1) if i not in taken))
+        flights[retry.name] = flight
+        flight.task = asyncio.ensure_future(self._fly(session, request, flight, prompt_ids))
+        flight.task.add_done_callback(lambda task: self._end(session, flight, task))
+        return flight
+
+    async def _wait_for(self, session: Session, flight: _Flight) -> Answer:
+        """Several may wait; when the last one goes away, what it waited for is given up."""
+        assert flight.task is not None
+        flight.num_waiting += 1
+        try:
+            return await asyncio.shield(flight.task)
+        except asyncio.CancelledError:
+            if flight.task.cancelled():  # by us, not the one who waits
+                raise unauthorized() from None
+            raise
+        finally:
+            flight.num_waiting -= 1
+            if flight.num_waiting == 0 and not flight.is_recording and not flight.task.done():
+                flight.is_given_up = True
+                flight.task.cancel()
+
+    def _end(self, session: Session, flight: _Flight, task: asyncio.Task[Answer]) -> None:
+        flights = self._flights.get(session.session_id, {})
+        if flights.get(flight.name) is flight:
+            del flights[flight.name]
+        session.last_active = time.monotonic()
+        if task.cancelled() or task.exception() is not None:
+            return
+        if flight.num_waiting == 0:
+            _in_background(self.mark_undelivered(session, task.result()))
+
+    async def _fly(self, session: Session, request: ModelRequest, flight: _Flight, prompt_ids: list[int]) -> Answer:
+        placement, spec = flight.placement, session.spec
+        params = self._params(session, request, len(prompt_ids), flight.seed_index)
+        sample = await self._sample(session, prompt_ids, params, flight.seed_index)
+        step = self._record(session, request, flight, prompt_ids, params, sample)
+        flight.is_recording = True
+        async with session.recording:  # steps are in the store in the order in which they are in memory
+            try:
+                await _written(self.store.add_step(session.session_id, len(session.steps), step.to_json()))
+            except sqlite3.Error as error:
+                logger.error("a step of session %s cannot be recorded", session.session_id, exc_info=True)
+                raise RequestError(502, "the step cannot be recorded", code="store") from error
+            session.commit(step)
+        own_budget = min(spec.sampling.max_new_tokens, request.wishes.max_tokens or spec.sampling.max_new_tokens)
+        if step.stop_reason is StopReason.LENGTH and params.max_new_tokens < own_budget:
+            session.notes.cut = True
+            await self._save(session)
+        self.monitor.steps.labels(placement.history).inc()
+        self.monitor.tokens.labels("kept").inc(len(prompt_ids) - len(placement.new_ids))
+        self.monitor.tokens.labels("tokenized").inc(len(placement.new_ids))
+        self.monitor.tokens.labels("sampled").inc(len(step.response_ids))
+        return step.answer
+
+    async def _sample(
+        self, session: Session, prompt_ids: list[int], params: SamplingParams, seed_index: int
+    ) -> Sample:
+        order = (session.spec.row_index, session.spec.generation_index, seed_index)
+        try:
+            sample = await self.port.sample(prompt_ids, params, session_id=session.session_id, order=order)
+        except RequestError:
+            raise
+        except (ConfigurationError, DataError) as error:  # more than the engine can take
+            raise RequestError(400, str(error)) from error
+        except Exception as error:
+            self.monitor.upstream_failures.inc()
+            logger.warning("sampling for session %s failed", session.session_id, exc_info=True)
+            raise RequestError(502, f"sampling failed: {type(error).__name__}", code="upstream") from error
+        if not len(sample.token_ids):
+            self.monitor.upstream_failures.inc()
+            raise RequestError(502, "the sampler returned an empty response", code="upstream")
+        return sample
+
+    def _record(
+        self,
+        session: Session,
+        request: ModelRequest,
+        flight: _Flight,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        sample: Sample,
+    ) -> RecordedStep:
+        chat, placement = self.formats.of(request.tools), flight.placement
+        name = secrets.token_hex(12)
+        read = read_response(chat, request, prompt_ids, TokenIds(sample.token_ids).tolist(), name=name)
+        logprobs = sample.logprobs[: len(read.response_ids)]
+        stop_reason = StopReason.STOP if read.stop_sequence is not None else sample.stop_reason
+        finish = "length" if stop_reason is StopReason.LENGTH else "tool_calls" if read.tool_calls else "stop"
+        answer = Answer(
+            answer_id=name,
+            created=int(time.time()),
+            model=request.model,
+            text=read.text,
+            tool_calls=read.tool_calls,
+            reasoning=read.reasoning,
+            finish_reason=finish,
+            stop_sequence=read.stop_sequence,
+            prompt_tokens=len(prompt_ids),
+            kept_tokens=len(prompt_ids) - len(placement.new_ids),
+            completion_tokens=len(read.response_ids),
+            tokens=token_texts(chat, read.response_ids, self.formats) if request.logprobs else (),
+            logprobs=tuple(logprobs) if request.logprobs else (),
+        )
+        key, text_length = conversation_key(placement.key, request.prompt, answer)
+        return RecordedStep(
+            seed_index=flight.seed_index,
+            parent=placement.parent,
+            new_ids=array("i", placement.new_ids),
+            response_ids=array("i", read.response_ids),
+            logprobs=array("d", logprobs),
+            stop_reason=stop_reason,
+            policy_version=sample.policy_version,
+            temperature=params.temperature,
+            observed=placement.observed,
+            history=placement.history,
+            key=key,
+            text_length=text_length,
+            request=flight.name,
+            answer=answer,
+        )
+
+    # -- sampling settings --------------------------------------------------------------------------------------------
+
+    def _params(self, session: Session, request: ModelRequest, prompt_length: int, seed_index: int) -> SamplingParams:
+        spec, wishes = session.spec, request.wishes
+        sampling, limits = spec.sampling, spec.limits
+        budget = min(sampling.max_new_tokens, wishes.max_tokens or sampling.max_new_tokens)
+        if limits.max_episode_tokens is not None:
+            budget = min(budget, limits.max_episode_tokens - prompt_length)
+        seed = step_seed(spec.run_seed, spec.row_index, spec.generation_index, seed_index)
+        stop = sampling.stop_token_ids or self.formats.of(request.tools).stop_token_ids
+        params = replace(sampling, max_new_tokens=budget, stop_token_ids=stop, seed=seed)
+        if spec.training:
+            return params
+        wished = {name: getattr(wishes, name) for name in ("temperature", "top_p", "top_k", "seed")}
+        return replace(params, **{name: value for name, value in wished.items() if value is not None})
+
+    def _check_wishes(self, session: Session, request: ModelRequest) -> tuple[str, ...]:
+        """What of the client's wishes does not hold, for it to be told once; what would falsify scores is refused."""
+        wishes, sampling = request.wishes, session.spec.sampling
+        found = {name: f"{name} is not used" for name in request.ignored}
+        if wishes.max_tokens is not None and wishes.max_tokens > sampling.max_new_tokens:
+            found["max_tokens"] = f"a response has at most {sampling.max_new_tokens} tokens"
+        if session.spec.training:
+            restricts = (("top_p", (wishes.top_p or 1.0) < 1.0), ("top_k", (wishes.top_k or 0) > 0))
+            for name, is_restricted in restricts:
+                if is_restricted:
+                    raise RequestError(
+                        400,
+                        f"`{name}` restricts sampling, so that a training session could not score its steps exactly; "
+                        "leave it out",
+                        param=name,
+                    )
+            if wishes.temperature is not None and wishes.temperature != sampling.temperature:
+                found["temperature"] = f"temperature is {sampling.temperature:g}, as the run samples"
+            if wishes.seed is not None:
+                found["seed"] = "seed is the run's own"
+        news = {name: text for name, text in found.items() if name not in session.told}
+        session.told |= set(news)
+        for name, text in news.items():
+            if name not in self._logged:
+                self._logged.add(name)
+                logger.warning("a client asks for another `%s`: %s (told once)", name, text)
+        return tuple(news.values())
+
+    def _report_mismatch(self, session: Session, prompt_ids: list[int]) -> None:
+        self.monitor.mismatches.inc()
+        recorded = self.formats.decode(session.state_ids(len(session.steps) - 1))
+        found = self.formats.decode(prompt_ids)
+        pairs = enumerate(zip(recorded, found, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(recorded), len(found)))
+        start = max(0, at - _SHOWN // 3)
+        logger.info(
+            "session %s rewrote its history, which opens a branch: recorded %r, now %r",
+            session.session_id,
+            recorded[start : at + _SHOWN],
+            found[start : at + _SHOWN],
+        )
+
+
+def restored(stored: StoredSession) -> Session:
+    """A session as it was when the store last heard of it."""
+    session = Session(
+        stored.session_id,
+        stored.name,
+        stored.key_digest,
+        SessionSpec.from_json(stored.spec),
+        Notes(**stored.notes),
+        is_over=stored.is_over,
+    )
+    for step in stored.steps:
+        session.commit(RecordedStep.from_json(step))
+    return session
+
+
+def unauthorized() -> RequestError:
+    """One answer for all wrong, missing, foreign and finished keys."""
+    return RequestError(401, "this key is not valid here", code="invalid_api_key")
+
+
+async def _written(future: Any) -> None:
+    """Wait until something is in the store. Who stops waiting does not keep it from being written."""
+    await asyncio.shield(asyncio.wrap_future(future))
+
+
+_background: set[asyncio.Future[Any]] = set()
+
+
+def _in_background(coroutine: Coroutine[Any, Any, Any]) -> None:
+    task = asyncio.ensure_future(coroutine)
+    _background.add(task)
+    task.add_done_callback(_background.discard)

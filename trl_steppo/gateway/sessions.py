@@ -1,0 +1,426 @@
+"""One session is one episode: what was recorded of it, what may still be asked, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import time
+from array import array
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..inference.base import SamplingParams
+from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds
+from .conversation import Answer, Message, RequestError, next_key, text_keys
+
+Observation = str | list[Message]
+
+
+def key_digest(key: str) -> str:
+    """What is kept of a key: enough to know it again, not enough to use it."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """
+    What an episode is allowed.
+
+    Args:
+        limits ([`EpisodeLimits`], *optional*):
+            Its budgets.
+        sampling ([`SamplingParams`], *optional*):
+            How its responses are sampled. Stop tokens: those of the chat template where there are none here.
+        training (`bool`, *optional*, defaults to `True`):
+            Whether `sampling` holds whatever a client asks for, so that every step can be scored exactly. If not,
+            clients choose within it.
+        run_seed, row_index, generation_index (`int`, *optional*):
+            Where the episode stands in its run: they seed its responses.
+    """
+
+    limits: EpisodeLimits = field(default_factory=EpisodeLimits)
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=512))
+    training: bool = True
+    run_seed: int = 0
+    row_index: int = 0
+    generation_index: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For the store."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SessionSpec:
+        """What [`to_json`] gave."""
+        sampling = {**data["sampling"], "stop_token_ids": tuple(data["sampling"]["stop_token_ids"])}
+        rest = {name: value for name, value in data.items() if name not in ("limits", "sampling")}
+        return cls(limits=EpisodeLimits(**data["limits"]), sampling=SamplingParams(**sampling), **rest)
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """
+    One step, as what it adds to the one it continues.
+
+    Args:
+        seed_index (`int`):
+            What its response was seeded with, beside the episode's place in the run.
+        parent (`int`, *optional*):
+            Position of the step that it continues.
+        new_ids (`array`):
+            The prompt behind that step's response; all of it where there is no parent.
+        response_ids (`array`), logprobs (`array`):
+            What was sampled.
+        stop_reason, policy_version, temperature:
+            As in [`Step`].
+        observed (`str` or `list[dict]`):
+            What the parent was answered.
+        history (`str`):
+            See [`~gateway.tokens.Placement`].
+        key (`str`):
+            Of the conversation with its response.
+        text_length (`int`, *optional*):
+            Characters of prompt and response, where the prompt was text.
+        request (`str`):
+            Which request it answers.
+        answer ([`Answer`]):
+            What the client is told of it.
+    """
+
+    seed_index: int
+    parent: int | None
+    new_ids: array[int]
+    response_ids: array[int]
+    logprobs: array[float]
+    stop_reason: StopReason
+    policy_version: int
+    temperature: float
+    observed: Observation
+    history: str
+    key: str
+    text_length: int | None
+    request: str
+    answer: Answer
+
+    def to_json(self) -> dict[str, Any]:
+        """For the store, bit for bit; log-probabilities are in it once."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        packed = {name: _pack(data[name]) for name in ("new_ids", "response_ids", "logprobs")}
+        answer = {name: value for name, value in vars(self.answer).items() if name != "logprobs"}
+        return {**data, **packed, "stop_reason": self.stop_reason.value, "answer": answer}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RecordedStep:
+        """What [`to_json`] gave."""
+        ids = {name: _unpack("i", data[name]) for name in ("new_ids", "response_ids")}
+        logprobs = _unpack("d", data["logprobs"])
+        answer = dict(data["answer"])
+        answer |= {"tokens": tuple(answer["tokens"]), "tool_calls": tuple(answer["tool_calls"])}
+        rest = {
+            "logprobs": logprobs,
+            "stop_reason": StopReason(data["stop_reason"]),
+            "answer": Answer(**answer, logprobs=tuple(logprobs) if answer["tokens"] else ()),
+        }
+        return cls(**{**data, **ids, **rest})
+
+
+def _pack(values: array[Any]) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def _unpack(kind: str, text: str) -> array[Any]:
+    values: array[Any] = array(kind)
+    values.frombytes(base64.b64decode(text))
+    return values
+
+
+@dataclass
+class Notes:
+    """
+    What is known of a session beside its steps, which is written whole whenever it changes. Keys of dictionaries are
+    positions of steps, as text, because JSON has no other keys.
+    """
+
+    created: float = field(default_factory=time.time)
+    rewards: dict[str, float] = field(default_factory=dict)
+    state_keys: dict[str, Any] = field(default_factory=dict)
+    observations: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    final_reward: float = 0.0
+    undelivered: list[int] = field(default_factory=list)  # whose client went away before it was told
+    unanswered: list[int] = field(default_factory=list)  # whose client was still at work when time was up
+    stop_reason: str | None = None  # of an episode that a budget cut
+    cut: bool = False  # the last response, by the episode's budget of tokens
+    final_parent: int | None = None  # the state after the last step: this step's, with its response,
+    final_new_ids: list[int] | None = None  # and this
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a step lies in the buffer of its branch."""
+
+    branch: int
+    prompt_length: int
+    end: int
+
+
+class Session:
+    """
+    One episode's record. Steps are added whole, by [`commit`]; nothing else changes them.
+
+    Args:
+        session_id (`str`):
+            Unique, and no secret.
+        name (`str`):
+            The episode's id.
+        digest (`str`):
+            Of its key ([`key_digest`]).
+        spec ([`SessionSpec`]):
+            What it is allowed.
+        notes ([`Notes`], *optional*):
+            What is known already.
+        is_over (`bool`, *optional*, defaults to `False`):
+            Whether it is finished.
+    """
+
+    def __init__(
+        self,
+        session_id: str,
+        name: str,
+        digest: str,
+        spec: SessionSpec,
+        notes: Notes | None = None,
+        *,
+        is_over: bool = False,
+    ) -> None:
+        self.session_id = session_id
+        self.name = name
+        self.digest = digest
+        self.spec = spec
+        self.notes = notes or Notes()
+        self.steps: list[RecordedStep] = []
+        self.by_key: dict[bytes, int] = {}  # the step whose response ends the conversation of this key
+        self.text_lengths: set[int] = set()
+        self.is_over = is_over
+        self.recording = asyncio.Lock()
+        self.told: set[str] = set()  # of its wishes that do not hold
+        self.last_active = time.monotonic()
+        self._branches: list[array[int]] = []
+        self._places: list[_Place] = []
+        self._children: dict[int, int] = {}  # the first of each
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def commit(self, step: RecordedStep) -> int:
+        """Add a step that is in the store; its position."""
+        position = len(self.steps)
+        branch = self._branch_behind(step.parent)
+        buffer = self._branches[branch]
+        buffer.extend(step.new_ids)
+        prompt_length = len(buffer)
+        buffer.extend(step.response_ids)
+        self._places.append(_Place(branch, prompt_length, len(buffer)))
+        self.steps.append(step)
+        self.by_key[bytes.fromhex(step.key)] = position
+        if step.text_length is not None:
+            self.text_lengths.add(step.text_length)
+        if step.parent is not None:
+            self._children.setdefault(step.parent, position)
+        return position
+
+    def _branch_behind(self, parent: int | None) -> int:
+        """A buffer that ends with a step's response: its own while nothing follows there, else a copy."""
+        if parent is None:
+            self._branches.append(array("i"))
+            return len(self._branches) - 1
+        place = self._places[parent]
+        if len(self._branches[place.branch]) == place.end:
+            return place.branch
+        self._branches.append(self._branches[place.branch][: place.end])
+        return len(self._branches) - 1
+
+    def state_ids(self, position: int | None) -> list[int]:
+        """The ids up to the end of a step's response."""
+        if position is None:
+            return []
+        place = self._places[position]
+        return self._branches[place.branch][: place.end].tolist()
+
+    def has_child(self, position: int) -> bool:
+        """Whether a step was continued."""
+        return position in self._children
+
+    def visible(self) -> list[int]:
+        """The positions of the steps that count: not those whose client never learned of them, or did not go on."""
+        left_out = {p for p in self.notes.undelivered if not self.has_child(p)} | set(self.notes.unanswered)
+        return [position for position in range(len(self.steps)) if position not in left_out]
+
+    def position_of(self, step: int | str | None) -> int:
+        """
+        The step of that index or that answer's id; the last one where none is named.
+
+        Raises:
+            RequestError: There is no such step.
+        """
+        visible = self.visible()
+        if step is None and visible:
+            return visible[-1]
+        if isinstance(step, int) and 0 <= step < len(visible):
+            return visible[step]
+        if isinstance(step, str):
+            found = [p for p in visible if self.steps[p].answer.answer_id == step]
+            if found:
+                return found[0]
+        what = "any step yet" if step is None else f"the step {step!r}"
+        raise RequestError(404, f"this session does not have {what}; it has {len(visible)}", param="step")
+
+    # -- budgets ------------------------------------------------------------------------------------------------------
+
+    def check_budget(self, prompt_length: int, num_in_flight: int) -> StopReason | None:
+        """
+        Which budget is used up before the next step, if one is.
+
+        Raises:
+            RequestError: It would be, once the requests in flight are answered.
+        """
+        limits, num_steps = self.spec.limits, len(self.visible())
+        if limits.max_episode_s is not None and self.age_s() > limits.max_episode_s:
+            return StopReason.MAX_EPISODE_S
+        if self.notes.cut:
+            return StopReason.MAX_EPISODE_TOKENS
+        if num_steps >= limits.max_interaction_steps:
+            return StopReason.MAX_INTERACTION_STEPS
+        if num_steps + num_in_flight >= limits.max_interaction_steps:
+            raise RequestError(429, "this episode's last steps are being sampled", code="steps", retry_after_s=1.0)
+        if limits.max_prompt_length is not None and prompt_length > limits.max_prompt_length:
+            return StopReason.MAX_PROMPT_LENGTH
+        if limits.max_episode_tokens is not None and prompt_length >= limits.max_episode_tokens:
+            return StopReason.MAX_EPISODE_TOKENS
+        return None
+
+    def age_s(self) -> float:
+        """Seconds since it was made, restarts included."""
+        return time.time() - self.notes.created
+
+    def end_by(self, budget: StopReason, parent: int | None, new_ids: list[int], observed: Observation) -> None:
+        """A budget cut the episode before a step that would have continued `parent`."""
+        if self.ended_early:
+            return
+        if not self.visible():
+            self.notes.error = (
+                f"the first prompt has {len(new_ids)} tokens; `{budget.value}` is "
+                f"{getattr(self.spec.limits, budget.value)}, and no step fits"
+            )
+            return
+        self.notes.stop_reason = budget.value
+        self.notes.final_parent, self.notes.final_new_ids = parent, list(new_ids)
+        if parent is not None and not self.has_child(parent):
+            self.notes.observations.setdefault(str(parent), observed)
+
+    def end_by_time(self) -> None:
+        """
+        Time was up while the client was at work. As in the rollout's own loop, a step that is not answered by then
+        does not count: the state before it is the last.
+        """
+        visible = self.visible()
+        if visible and not self.ended_early and not self.is_over:
+            last = visible[-1]
+            if str(last) in self.notes.rewards:
+                self.notes.stop_reason = StopReason.MAX_EPISODE_S.value
+                return
+            self.notes.unanswered.append(last)
+            step = self.steps[last]
+            visible = self.visible()
+            if visible:
+                self.notes.observations.setdefault(str(step.parent), step.observed)
+                self.end_by(StopReason.MAX_EPISODE_S, step.parent, step.new_ids.tolist(), step.observed)
+        if not visible and self.notes.error is None:
+            self.notes.error = f"the episode took longer than {self.spec.limits.max_episode_s:g} s, without one step"
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether a budget or an error ended it, so that nothing more may be asked."""
+        return self.notes.stop_reason is not None or self.notes.error is not None
+
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def episode(self) -> Episode:
+        """The record as an episode, as the rollout's own loop would have made it."""
+        notes, visible = self.notes, self.visible()
+        error = notes.error if visible or notes.error else "the agent asked for no step"
+        reason = StopReason(notes.stop_reason) if notes.stop_reason else StopReason.ENVIRONMENT
+        if reason is StopReason.ENVIRONMENT and notes.cut:
+            reason = StopReason.MAX_EPISODE_TOKENS
+        truncated = error is None and reason is not StopReason.ENVIRONMENT
+        buffers = [TokenIds(branch) for branch in self._branches]
+        steps = tuple(
+            self._step(buffers, position, index, is_last=index == len(visible) - 1)
+            for index, position in enumerate(visible)
+        )
+        final = None
+        if truncated and notes.final_new_ids is not None:
+            final = TokenIds([*self.state_ids(notes.final_parent), *notes.final_new_ids])
+        return Episode(
+            self.name,
+            row_index=self.spec.row_index,
+            generation_index=self.spec.generation_index,
+            steps=steps,
+            terminated=error is None and not truncated,
+            truncated=truncated,
+            final_prompt_ids=final,
+            error=error,
+            metrics=self._metrics(visible),
+            stop_reason=StopReason.ERROR if error is not None else reason,
+        )
+
+    def _step(self, buffers: list[TokenIds], position: int, index: int, *, is_last: bool) -> Step:
+        recorded, place, name = self.steps[position], self._places[position], str(position)
+        buffer = buffers[place.branch]
+        child = self._children.get(position)
+        observed = self.steps[child].observed if child is not None else ""
+        return Step(
+            prompt_ids=buffer[: place.prompt_length],
+            response_ids=buffer[place.prompt_length : place.end],
+            rollout_logprobs=tuple(recorded.logprobs),
+            reward=self.notes.rewards.get(name, 0.0) + (self.notes.final_reward if is_last else 0.0),
+            step_index=index,
+            policy_version=recorded.policy_version,
+            temperature=recorded.temperature,
+            stop_reason=recorded.stop_reason,
+            observation=self.notes.observations.get(name, observed),
+            info={"state_key": self.notes.state_keys[name]} if name in self.notes.state_keys else {},
+        )
+
+    def _metrics(self, visible: list[int]) -> dict[str, float]:
+        """The agent's own, and what is worth knowing of how its steps hang together; nothing where they just grow."""
+        counts = {
+            "branches": sum(self.steps[position].history == "branch" for position in visible),
+            "rewritten_histories": sum(self.steps[position].history == "rewritten" for position in visible),
+            "undelivered_steps": len(self.steps) - len(visible),
+        }
+        return {**{name: float(count) for name, count in counts.items() if count}, **self.notes.metrics}
+
+
+def conversation_key(
+    prompt_key: bytes | None, prompt: str | tuple[int, ...] | None, answer: Answer
+) -> tuple[str, int | None]:
+    """The key of a conversation with its answer, and its length where it is text."""
+    if prompt_key is not None:
+        return next_key(prompt_key, answer.message).hex(), None
+    if isinstance(prompt, str):
+        text = prompt + answer.text
+        return text_keys(text, [len(text)])[len(text)].hex(), len(text)
+    return hashlib.blake2b(answer.answer_id.encode(), digest_size=16).hexdigest(), None
+
+
+def budget_error(session: Session) -> RequestError:
+    """What a client is told that asks for more than its episode has."""
+    reason = session.notes.stop_reason or "error"
+    return RequestError(
+        400,
+        f"this episode is over ({reason}): no further step is sampled; end the agent's run",
+        code="episode_over",
+    )

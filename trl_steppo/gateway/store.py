@@ -1,0 +1,195 @@
+"""Sessions and their steps on the disk: what a client has seen is there after a kill or a power cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..durable import sync
+from ..errors import CheckpointError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS sessions (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, key_digest TEXT NOT NULL, spec TEXT NOT NULL, notes TEXT NOT NULL,
+    is_over INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX IF NOT EXISTS sessions_by_name ON sessions (name);
+CREATE TABLE IF NOT EXISTS steps (
+    session TEXT NOT NULL, position INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (session, position)
+) WITHOUT ROWID;
+"""
+_MOST_AT_ONCE = 512  # writes of one transaction
+
+
+@dataclass(frozen=True)
+class StoredSession:
+    """One session as it is on the disk; `steps` in order."""
+
+    session_id: str
+    name: str
+    key_digest: str
+    spec: dict[str, Any]
+    notes: dict[str, Any]
+    is_over: bool
+    steps: tuple[dict[str, Any], ...]
+
+
+class Store:
+    """
+    A database that one thread writes: what came in while it was busy goes into one transaction, with one sync.
+
+    Args:
+        path (`Path`, *optional*):
+            The database's file, for its owner's eyes alone; `None`: in memory.
+
+    Raises:
+        CheckpointError: It cannot be opened, or is no database of ours.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._jobs: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], Future[Any]] | None]
+        self._jobs = queue.SimpleQueue()
+        opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._work, args=(opened,), name="gateway store", daemon=True)
+        self._thread.start()
+        try:
+            opened.result()
+        except (sqlite3.Error, OSError) as error:
+            raise CheckpointError(f"the gateway's store {path} cannot be opened: {error}") from error
+
+    def add_session(
+        self, session_id: str, name: str, key_digest: str, spec: dict[str, Any], notes: dict[str, Any]
+    ) -> Future[Any]:
+        """A new session."""
+        row = (session_id, name, key_digest, json.dumps(spec), json.dumps(notes))
+        return self._write("INSERT INTO sessions (id, name, key_digest, spec, notes) VALUES (?, ?, ?, ?, ?)", row)
+
+    def add_step(self, session_id: str, position: int, body: dict[str, Any]) -> Future[Any]:
+        """A whole step, or nothing."""
+        return self._write("INSERT INTO steps VALUES (?, ?, ?)", (session_id, position, json.dumps(body)))
+
+    def set_notes(self, session_id: str, notes: dict[str, Any], *, is_over: bool) -> Future[Any]:
+        """What is known of a session beside its steps."""
+        row = (json.dumps(notes), is_over, session_id)
+        return self._write("UPDATE sessions SET notes = ?, is_over = ? WHERE id = ?", row)
+
+    def remove(self, session_id: str) -> Future[Any]:
+        """Forget a session."""
+
+        def run(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM steps WHERE session = ?", (session_id,))
+            connection.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+
+        return self._submit(run)
+
+    def keep_finished(self, prefix: str) -> Future[Any]:
+        """Forget all sessions but the finished ones whose name begins with `prefix`."""
+
+        def run(connection: sqlite3.Connection) -> None:
+            where = "is_over = 0 OR substr(name, 1, ?) <> ?"
+            found = (len(prefix), prefix)
+            connection.execute(f"DELETE FROM steps WHERE session IN (SELECT id FROM sessions WHERE {where})", found)
+            connection.execute(f"DELETE FROM sessions WHERE {where}", found)
+
+        return self._submit(run)
+
+    def named(self, name: str) -> list[StoredSession]:
+        """The sessions of one name, oldest first."""
+        return self._submit(lambda connection: list(_load(connection, "name = ?", (name,)))).result()
+
+    def session(self, session_id: str) -> StoredSession | None:
+        """The session of that id."""
+        found = self._submit(lambda connection: list(_load(connection, "id = ?", (session_id,)))).result()
+        return found[0] if found else None
+
+    def running(self) -> list[StoredSession]:
+        """The sessions that are not over."""
+        return self._submit(lambda connection: list(_load(connection, "is_over = 0", ()))).result()
+
+    def close(self) -> None:
+        """Write what is left, and close."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _write(self, statement: str, row: Sequence[Any]) -> Future[Any]:
+        return self._submit(lambda connection: connection.execute(statement, row))
+
+    def _submit(self, job: Callable[[sqlite3.Connection], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    # -- the writing thread -------------------------------------------------------------------------------------------
+
+    def _work(self, opened: Future[None]) -> None:
+        try:
+            connection = self._open()
+        except BaseException as error:
+            opened.set_exception(error)
+            return
+        opened.set_result(None)
+        is_open = True
+        while is_open:
+            jobs = [self._jobs.get()]
+            while len(jobs) < _MOST_AT_ONCE and not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            _run_together(connection, [job for job in jobs if job is not None])
+            is_open = None not in jobs
+        connection.close()
+
+    def _open(self) -> sqlite3.Connection:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            sync(self.path.parent)
+        connection = sqlite3.connect(self.path or ":memory:", isolation_level=None)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.executescript(_SCHEMA)
+        return connection
+
+
+def _run_together(
+    connection: sqlite3.Connection, jobs: Sequence[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]]
+) -> None:
+    """In one transaction; a job that fails takes none of the others along."""
+    outcomes: list[tuple[Future[Any], Any, Exception | None]] = []
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        for job, future in jobs:
+            connection.execute("SAVEPOINT job")
+            try:
+                outcomes.append((future, job(connection), None))
+            except Exception as error:
+                connection.execute("ROLLBACK TO job")
+                outcomes.append((future, None, error))
+            connection.execute("RELEASE job")
+        connection.execute("COMMIT")
+    except sqlite3.Error as error:  # a full disk, say: none of it is there
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        outcomes = [(future, None, error) for _, future in jobs]
+    for future, result, problem in outcomes:
+        with suppress(InvalidStateError):  # nobody waits for it any more
+            if problem is not None:
+                future.set_exception(problem)
+            else:
+                future.set_result(result)
+
+
+def _load(connection: sqlite3.Connection, where: str, values: Sequence[Any]) -> Iterator[StoredSession]:
+    columns = "id, name, key_digest, spec, notes, is_over"
+    for row in connection.execute(f"SELECT {columns} FROM sessions WHERE {where} ORDER BY rowid", values).fetchall():
+        found = connection.execute("SELECT body FROM steps WHERE session = ? ORDER BY position", (row[0],))
+        steps = tuple(json.loads(body) for (body,) in found)
+        yield StoredSession(row[0], row[1], row[2], json.loads(row[3]), json.loads(row[4]), bool(row[5]), steps)

@@ -1,0 +1,198 @@
+"""A request's place in what a session has recorded: kept ids stay as they are, only what is new is tokenized."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import ChatTemplateError
+from ..inference.chat import ChatFormat
+from .conversation import Message, ModelRequest, RequestError, prefix_keys, stops_at, text_keys, tools_key
+from .sessions import Session
+
+_MOST_FORMATS = 64
+
+History = Literal["first", "continued", "branch", "rewritten"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """
+    Where a request stands.
+
+    Args:
+        parent (`int`, *optional*):
+            Position of the recorded step that it continues; `None`: of none.
+        new_ids (`list[int]`):
+            What follows that step's response; the whole prompt where there is none.
+        observed (`str` or `list[dict]`):
+            What the step was answered.
+        history (`str`):
+            `"first"` of its session; `"continued"`: it goes on from a response; `"branch"`: it starts anew, or from a
+            response that others continue already; `"rewritten"`: it says that the model said what was not recorded.
+        key (`bytes`, *optional*):
+            Of the conversation up to here; `None` where the prompt is no messages.
+    """
+
+    parent: int | None
+    new_ids: list[int]
+    observed: str | list[Message]
+    history: History
+    key: bytes | None
+
+
+class ChatFormats:
+    """
+    A tokenizer's chat format for every set of tools.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with a chat template.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+            Passed on to the template.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._template_kwargs = chat_template_kwargs
+        self._formats: OrderedDict[bytes, ChatFormat] = OrderedDict()
+        self.num_ids = len(tokenizer)
+
+    def of(self, tools: Sequence[dict[str, Any]]) -> ChatFormat:
+        """The format that shows these tools. A `RequestError` if the template cannot."""
+        key = tools_key(tools)
+        if key not in self._formats:
+            try:
+                chat = ChatFormat(self._tokenizer, tools=tools, chat_template_kwargs=self._template_kwargs)
+            except Exception as error:  # whatever jinja code raises about the client's tools
+                raise RequestError(400, f"these tools cannot be shown: {error}", param="tools") from error
+            self._formats[key] = chat
+            if len(self._formats) > _MOST_FORMATS:
+                self._formats.popitem(last=False)
+        self._formats.move_to_end(key)
+        return self._formats[key]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def place(request: ModelRequest, session: Session, formats: ChatFormats) -> Placement:
+    """
+    Find the longest recorded history that a request continues, and tokenize what it adds.
+
+    Raises:
+        RequestError: The messages cannot be rendered.
+    """
+    if request.messages is None:
+        return _place_text(request, session, formats)
+    chat = formats.of(request.tools)
+    messages = request.messages
+    keys = prefix_keys(request.tools, messages)
+    known = (n for n in range(len(messages), 0, -1) if keys[n] in session.by_key)
+    count = next(known, 0)
+    parent = session.by_key[keys[count]] if count else None
+    added = list(messages[count:])
+    invented = bool(session.steps) and any(message["role"] == "assistant" for message in added)
+    try:
+        if parent is not None:
+            response_ids = session.steps[parent].response_ids
+            try:
+                new_ids = chat.close(response_ids) + chat.append(added, tool_call_names=_tool_names(added))
+            except ChatTemplateError:  # such messages change how those before them are rendered
+                parent, invented, new_ids = None, True, chat.render(messages)
+        else:
+            new_ids = chat.render(messages)
+    except Exception as error:  # whatever jinja code raises
+        raise RequestError(400, f"the messages cannot be rendered: {error}", param="messages") from error
+    return Placement(parent, new_ids, _observation(added), _history(session, parent, invented), keys[-1])
+
+
+def _place_text(request: ModelRequest, session: Session, formats: ChatFormats) -> Placement:
+    chat = formats.of(())
+    if isinstance(request.prompt, tuple):
+        if max(request.prompt) >= formats.num_ids:
+            problem = f"`prompt` has the token id {max(request.prompt)}; the tokenizer has {formats.num_ids}"
+            raise RequestError(400, problem, param="prompt")
+        return Placement(None, list(request.prompt), "", _history(session, None, False), None)
+    assert request.prompt is not None
+    keys = text_keys(request.prompt, session.text_lengths)
+    known = [length for length, key in keys.items() if key in session.by_key]
+    if not known:
+        new_ids = chat.encode_text(request.prompt)
+        if not new_ids:
+            raise RequestError(400, "the prompt is empty; there is nothing to continue", param="prompt")
+        return Placement(None, new_ids, "", _history(session, None, False), None)
+    length = max(known)
+    parent, added = session.by_key[keys[length]], request.prompt[length:]
+    new_ids = chat.encode_text(added, add_special_tokens=False) if added else []
+    return Placement(parent, new_ids, added, _history(session, parent, False), None)
+
+
+def _history(session: Session, parent: int | None, invented: bool) -> History:
+    if not session.steps:
+        return "first"
+    if invented:
+        return "rewritten"
+    if parent is None or session.has_child(parent):
+        return "branch"
+    return "continued"
+
+
+def _tool_names(messages: Sequence[Message]) -> list[str]:
+    return [message.get("name", "") for message in messages if message["role"] == "tool"]
+
+
+def _observation(messages: list[Message]) -> str | list[Message]:
+    """As the rollout's own loop records it: text where that is all."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"]
+    return messages
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A response as text and tool calls: its ids, cut behind a stop text, and that text."""
+
+    response_ids: list[int]
+    text: str
+    tool_calls: tuple[dict[str, Any], ...]
+    reasoning: str
+    stop_sequence: str | None
+
+
+def read_response(
+    chat: ChatFormat, request: ModelRequest, prompt_ids: Sequence[int], ids: list[int], *, name: str
+) -> Reading:
+    """
+    What the client is shown of a response. Without tools in the request it is the response's text, as it is; a tool
+    call that cannot be read is shown as the text that it is, too.
+    """
+    stop = stops_at(ids, request.wishes.stop, chat.decode)
+    stop_sequence = None
+    if stop is not None:
+        ids, stop_sequence = ids[: stop[0]], stop[1]
+    text = chat.decode(ids)
+    shown = text if stop_sequence is None else text[: text.index(stop_sequence)]
+    if not request.tools:
+        return Reading(ids, shown, (), "", stop_sequence)
+    if stop_sequence is not None and shown:
+        parsed = chat.parse(chat.encode_text(shown, add_special_tokens=False), prompt_ids)
+    else:
+        parsed = chat.parse(ids, prompt_ids)
+    if stop_sequence is not None and not shown:
+        return Reading(ids, "", (), "", stop_sequence)
+    calls = tuple(
+        {"id": f"call_{name}_{index}", **one["function"]}
+        for index, one in enumerate(parsed.message.get("tool_calls") or ())
+    )
+    content = shown if parsed.malformed else parsed.message.get("content") or ""
+    reasoning = "" if parsed.malformed else parsed.message.get("reasoning_content", "")
+    return Reading(ids, content, calls, reasoning, stop_sequence)
+
+
+def token_texts(chat: ChatFormat, ids: Sequence[int], formats: ChatFormats) -> tuple[str, ...]:
+    """The text of each token."""
+    return tuple(formats.decode([token_id]) for token_id in ids)

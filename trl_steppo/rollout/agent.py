@@ -1,0 +1,310 @@
+"""Plays rows with an agent that we do not control: it speaks the OpenAI or Anthropic API to a gateway.
+
+An agent is one of
+
+- a function, plain or async: `agent(row, *, base_url, api_key) -> float | None`. What it returns is the episode's
+  reward, added to its last step; `None`: it has posted its rewards, or reward functions judge.
+- a command, as text or a list: a process for each episode, which reads the row from its standard input, as JSON, and
+  finds the address and its key in the environment (`OPENAI_BASE_URL`, `OPENAI_API_KEY`, `ANTHROPIC_BASE_URL`,
+  `ANTHROPIC_API_KEY`, `STEPPO_SESSION_URL`). If the last line that it writes to its standard output is a number, that
+  is the reward.
+
+Each runs in a thread or a process of its own: one that raises, dies or hangs costs its own episode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+import math
+import os
+import shlex
+import signal
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..environments.tools import DaemonThread
+from ..errors import ConfigurationError
+from ..gateway.sampling import Engine
+from ..gateway.sessions import Session, SessionSpec
+from ..inference.base import Sampler, SamplingParams
+from ..types import Episode, EpisodeLimits
+from .episode import describe
+from .pacing import InFlight
+from .play import EpisodeRequest, play_concurrently, run_coroutine
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:  # starlette and uvicorn come with the extra `gateway`
+    from ..gateway import Gateway, GatewayServer
+
+Agent = Callable[..., Any] | str | Sequence[str]
+T = TypeVar("T")
+
+_STDERR_SHOWN = 2_000  # characters of what a failed process wrote
+_LOOKS_S = 0.25  # between looks whether an agent hangs
+_DIES_S = 2.0  # from a polite end to an impolite one
+
+
+def check_agent(agent: Any) -> None:
+    """Raises a `ConfigurationError` for anything that is no agent."""
+    is_command = isinstance(agent, str | list | tuple) and bool(agent) and all(isinstance(word, str) for word in agent)
+    if is_command:
+        return
+    if not callable(agent):
+        raise ConfigurationError(
+            f"`agent` is {agent!r:.100}; pass a function `agent(row, *, base_url, api_key)`, or a command to run"
+        )
+    try:
+        inspect.signature(agent).bind({}, base_url="", api_key="")
+    except TypeError as error:
+        raise ConfigurationError(
+            f"`agent` cannot be called as agent(row, base_url=..., api_key=...): {error}; take these arguments"
+        ) from error
+    except ValueError:  # a callable without a signature is tried
+        return
+
+
+def play_agents(
+    requests: Sequence[EpisodeRequest],
+    agent: Agent,
+    server: GatewayServer,
+    sampler: Sampler,
+    *,
+    limits: EpisodeLimits,
+    sampling: SamplingParams,
+    run_seed: int,
+    max_concurrent_episodes: int | None = None,
+    grace_s: float = 0.25,
+    idle_s: float | None = 60.0,
+    id_prefix: str = "",
+    needs_reward: bool = True,
+    resumes: bool = False,
+    on_episode: Callable[[], None] | None = None,
+) -> list[Episode]:
+    """
+    Play all requested episodes, each by an agent and in a session of its own, and wait for them.
+
+    Args:
+        requests (`Sequence[EpisodeRequest]`):
+            What to play.
+        agent (`Callable`, `str` or `Sequence[str]`):
+            Who plays; see the module.
+        server ([`~gateway.GatewayServer`]):
+            A started gateway; it is given `sampler` for as long as this takes, and is paused afterwards.
+        sampler ([`Sampler`]):
+            The policy.
+        limits, sampling, run_seed, max_concurrent_episodes, grace_s, id_prefix, on_episode:
+            See [`play_episodes`].
+        idle_s (`float`, *optional*, defaults to `60.0`):
+            How long an agent may ask for nothing; one that takes longer is given up. `None`: as long as it likes.
+        needs_reward (`bool`, *optional*, defaults to `True`):
+            Whether an agent that neither returns nor posts a reward has failed.
+        resumes (`bool`, *optional*, defaults to `False`):
+            Whether episodes of the same names that the gateway's store holds, whole, are taken from there, and new
+            ones are kept there.
+
+    Returns:
+        `list[Episode]`: in the order of the requests.
+    """
+    in_flight = InFlight(grace_s=grace_s)
+    rollout = _AgentRollout(agent, server, limits, sampling, run_seed, idle_s, id_prefix, needs_reward, resumes)
+
+    async def play() -> list[Episode]:
+        server.resume(Engine(sampler, asyncio.get_running_loop(), in_flight))
+        try:
+            return await play_concurrently(
+                requests,
+                rollout.play_one,
+                sampler,
+                in_flight,
+                num_players=max_concurrent_episodes or len(requests),
+                on_episode=on_episode or (lambda: None),
+            )
+        finally:
+            await asyncio.wrap_future(server.submit(server.gateway.port.pause()))
+
+    return run_coroutine(play())
+
+
+@dataclass(frozen=True)
+class _AgentRollout:
+    agent: Agent
+    server: GatewayServer
+    limits: EpisodeLimits
+    sampling: SamplingParams
+    run_seed: int
+    idle_s: float | None
+    id_prefix: str
+    needs_reward: bool
+    resumes: bool
+
+    @property
+    def gateway(self) -> Gateway:
+        return self.server.gateway
+
+    async def play_one(self, request: EpisodeRequest) -> Episode:
+        name = f"{self.id_prefix}{request.row_index}-{request.generation_index}"
+        if self.resumes:
+            found = self.gateway.finished_episode(name)
+            if found is not None:
+                return found
+        spec = SessionSpec(
+            self.limits,
+            self.sampling,
+            run_seed=self.run_seed,
+            row_index=request.row_index,
+            generation_index=request.generation_index,
+        )
+        session, key = await self._at_gateway(self.gateway.open_session(spec, name=name))
+        ending = await self._run(session, key, request.row)
+        await self._at_gateway(self.gateway.finish(session, **ending))
+        return await self._at_gateway(self.gateway.collect(session, keep=self.resumes))
+
+    async def _run(self, session: Session, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the agent to its end; how its session is to be finished."""
+        run = _FunctionRun(self.agent) if callable(self.agent) else _ProcessRun(self.agent)
+        task = asyncio.ensure_future(run.start(row, self.server, session.session_id, key))
+        try:
+            ending = await self._watch(task, session)
+        finally:
+            await run.end()
+            if not task.done():
+                task.cancel()
+            task.add_done_callback(_forget)
+        if ending is not None:
+            return ending
+        error = task.exception()
+        if error is not None:
+            # A budget that is used up reaches an agent as an error, which it may well not catch.
+            return {} if session.ended_early else {"error": describe(error, "the agent").replace(key, "[key]")}
+        return self._judge(session, task.result())
+
+    def _judge(self, session: Session, reward: Any) -> dict[str, Any]:
+        if reward is None:
+            has_reward = bool(session.notes.rewards) or session.is_over or session.ended_early
+            missing = self.needs_reward and not has_reward
+            return {"error": "the agent neither returned nor posted a reward"} if missing else {}
+        try:
+            number = float(reward)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            return {"error": f"the agent returned {reward!r:.100}; a reward is a finite number, or None"}
+        return {"reward": number}
+
+    async def _watch(self, task: asyncio.Future[Any], session: Session) -> dict[str, Any] | None:
+        """Wait for the agent; how its session is to be finished if it takes too long, else `None`."""
+        while True:
+            remaining = None if self.limits.max_episode_s is None else self.limits.max_episode_s - session.age_s()
+            looks_s = _LOOKS_S if remaining is None else max(0.0, min(_LOOKS_S, remaining))
+            await asyncio.wait({task}, timeout=looks_s)
+            if task.done():
+                return None
+            if remaining is not None and remaining <= 0:
+                return {"out_of_time": True}
+            idle_s = time.monotonic() - session.last_active
+            if self.idle_s is not None and idle_s > self.idle_s and not self.gateway.num_in_flight(session):
+                return {"error": f"the agent asked for nothing in {self.idle_s:g} s, and was given up"}
+
+    async def _at_gateway(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(self.server.submit(coroutine))
+
+
+class _FunctionRun:
+    """An agent in a thread, with an event loop of its own if it is async."""
+
+    def __init__(self, agent: Callable[..., Any]) -> None:
+        self._agent = agent
+        self._thread = DaemonThread("agent")
+        self._cancel: Callable[[], None] | None = None
+
+    async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> Any:
+        def run() -> Any:
+            result = self._agent(row, base_url=server.base_url, api_key=key)
+            return self._run_async(result) if inspect.isawaitable(result) else result
+
+        return await self._thread.run(run, None, "the agent")
+
+    async def end(self) -> None:
+        """Let go of it: an async one is cancelled; a thread that hangs is left behind, its key worth nothing."""
+        if self._cancel is not None:
+            self._cancel()
+        self._thread.end()
+
+    def _run_async(self, awaitable: Awaitable[Any]) -> Any:
+        async def run() -> Any:
+            task = asyncio.ensure_future(awaitable)
+            loop = asyncio.get_running_loop()
+
+            def cancel() -> None:
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(task.cancel)
+
+            self._cancel = cancel
+            return await task
+
+        try:
+            return asyncio.run(run())
+        finally:
+            self._cancel = None
+
+
+class _ProcessRun:
+    """An agent in a process, with all that it starts in one group."""
+
+    def __init__(self, command: str | Sequence[str]) -> None:
+        self._words = shlex.split(command) if isinstance(command, str) else list(command)
+        self._process: Process | None = None
+
+    async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> float | None:
+        environment = {
+            **os.environ,
+            "OPENAI_BASE_URL": server.base_url,
+            "OPENAI_API_KEY": key,
+            "ANTHROPIC_BASE_URL": server.origin,
+            "ANTHROPIC_API_KEY": key,
+            "STEPPO_SESSION_URL": f"{server.origin}/sessions/{session_id}",
+        }
+        self._process = await asyncio.create_subprocess_exec(
+            *self._words, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, start_new_session=True
+        )
+        out, errors = await self._process.communicate(json.dumps(row, default=repr).encode())
+        if self._process.returncode:
+            tail = errors.decode(errors="replace").replace(key, "[key]")[-_STDERR_SHOWN:].strip()
+            raise RuntimeError(f"exit status {self._process.returncode}: {tail}")
+        return _last_number(out.decode(errors="replace"))
+
+    async def end(self) -> None:
+        """End it and all that it started."""
+        process = self._process
+        if process is None:
+            return
+        for how, patience_s in ((signal.SIGTERM, _DIES_S), (signal.SIGKILL, _DIES_S)):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, how)
+            if process.returncode is not None:
+                return
+            with suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(process.wait(), patience_s)
+
+
+def _last_number(text: str) -> float | None:
+    """The number on the last line that says anything, if there is one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        return float(lines[-1]) if lines else None
+    except ValueError:
+        return None
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    """Look at the outcome of an agent that was given up, so that asyncio does not report it."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,93 @@
+"""`trl-steppo gateway`: a model behind a gateway, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import threading
+from pathlib import Path
+
+from .errors import ConfigurationError
+from .gateway import GatewayServer, SessionSpec
+from .gateway.sampling import Engine
+from .gateway.tokens import ChatFormats
+from .inference.base import SamplingParams
+from .types import EpisodeLimits
+
+
+def serve(
+    model_name: str,
+    *,
+    host: str,
+    port: int,
+    directory: Path,
+    dtype: str = "auto",
+    response_length: int = 512,
+    temperature: float = 1.0,
+    max_interaction_steps: int = 5,
+) -> None:
+    """
+    Serve a model until a signal ends it. Sessions are opened with the admin's key, which is written to a file that its
+    owner alone may read; those that were running when the gateway was last stopped go on.
+
+    Args:
+        model_name (`str`):
+            `"mini_wiki"`, a directory, or a name on the hub.
+        host (`str`), port (`int`):
+            Where to listen.
+        directory (`Path`):
+            Where sessions are kept, and the key.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            The weights' type.
+        response_length, temperature, max_interaction_steps:
+            What a session is allowed that does not say.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .inference.local import LocalSampler
+    from .models import MINI_WIKI_POLICY
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigurationError(f"`--dtype` is {dtype!r}; it is auto, or a type of torch such as bfloat16")
+    name = MINI_WIKI_POLICY if model_name == "mini_wiki" else model_name
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    key_file, admin_key = directory / "admin_key", f"sk-admin-{secrets.token_urlsafe(32)}"
+    server = GatewayServer(
+        ChatFormats(AutoTokenizer.from_pretrained(name)),
+        host=host,
+        port=port,
+        store=directory / "sessions.sqlite",
+        admin_key=admin_key,
+        default=SessionSpec(
+            EpisodeLimits(max_interaction_steps=max_interaction_steps),
+            SamplingParams(response_length, temperature=temperature),
+        ),
+        model_name=model_name,
+    )
+    write_key(key_file, admin_key)
+    server.start()
+    server.resume(Engine(LocalSampler(model), _loop_in_a_thread()))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: server.stop())
+    print(f"serving {model_name} on {server.base_url}; the admin's key is in {key_file}", flush=True)
+    server.wait()
+    server.close()
+
+
+def write_key(path: Path, key: str) -> None:
+    """Write a key where its owner alone can read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(key + "\n")
+
+
+def _loop_in_a_thread() -> asyncio.AbstractEventLoop:
+    """Where a model's forward passes do not hold up the gateway."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="sampler", daemon=True).start()
+    return loop
