@@ -11,12 +11,15 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from trl_steppo import StepPOConfig
 from trl_steppo.cli import main
 from trl_steppo.models import MINI_WIKI_POLICY
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+
+COMMANDS = ("hotpotqa", "prepare", "check", "memory", "config", "report", "gateway")
 
 
 def run_snippet(containing: str, names: dict[str, Any], **changes: str) -> dict[str, Any]:
@@ -30,7 +33,7 @@ def run_snippet(containing: str, names: dict[str, Any], **changes: str) -> dict[
 
 
 def test_every_snippet_is_run_here():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
 
 
 def test_an_environment_with_a_tool_runs_as_it_stands(tmp_path, monkeypatch):
@@ -70,6 +73,29 @@ def test_a_plain_config_with_adapters_runs(tmp_path, monkeypatch):
     assert trainer.state.global_step == 1
 
 
+def test_an_agent_of_ones_own_runs(tmp_path):
+    pytest.importorskip("openai")
+
+    async def my_agent(client: Any, question: str) -> str:
+        messages = [{"role": "user", "content": question}]
+        completion = await client.chat.completions.create(model="policy", messages=messages)
+        return completion.choices[0].message.content
+
+    names = {
+        "my_agent": my_agent,
+        "tokenizer": AutoTokenizer.from_pretrained(MINI_WIKI_POLICY),
+        "model": AutoModelForCausalLM.from_pretrained(MINI_WIKI_POLICY),
+        "rows": Dataset.from_list([{"prompt": "?", "question": f"Who is {name}?", "answer": name} for name in "abcd"]),
+        "config": StepPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, max_steps=1, per_device_train_batch_size=4, response_length=8
+        ),
+    }
+    trainer = run_snippet("agent=agent", names)["trainer"]
+    trainer.train()
+    (failed,) = (logs["env/failed_episodes"] for logs in trainer.state.log_history if "env/failed_episodes" in logs)
+    assert failed == 0
+
+
 def commands(page: Path, program: str) -> list[list[str]]:
     """The words of each command of a page's shell blocks that begins with a program's name."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -80,7 +106,7 @@ def commands(page: Path, program: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_flags_of_the_command_exist(page, capsys):
     for words in commands(page, "trl-steppo "):
-        subcommand = [word for word in words[1:3] if word in ("hotpotqa", "prepare", "check", "memory", "config")]
+        subcommand = [word for word in words[1:3] if word in COMMANDS]
         with pytest.raises(SystemExit):
             main([*subcommand, "--help"])
         known = set(re.findall(r"--[a-z0-9_]+", capsys.readouterr().out))
