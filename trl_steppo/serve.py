@@ -8,6 +8,7 @@ import secrets
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigurationError
 from .gateway import GatewayServer, SessionSpec
@@ -53,7 +54,7 @@ def serve(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigurationError(f"`--dtype` is {dtype!r}; it is auto, or a type of torch such as bfloat16")
     name = MINI_WIKI_POLICY if model_name == "mini_wiki" else model_name
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     key_file, admin_key = directory / "admin_key", f"sk-admin-{secrets.token_urlsafe(32)}"
     server = GatewayServer(

@@ -82,7 +82,7 @@ class OpenBody(Body):
         """The gateway's own settings with these instead."""
         limits = ("max_interaction_steps", "max_prompt_length", "max_episode_tokens", "max_episode_s")
         sampling = {"max_new_tokens": self.response_length, "temperature": self.temperature}
-        own = {
+        own: dict[str, Any] = {
             "training": self.training,
             "run_seed": self.seed,
             "row_index": self.row_index,
@@ -218,7 +218,8 @@ class _Routes:
         """The reply, for as long as the client is there to hear it."""
         asked = asyncio.ensure_future(self.gateway.respond(session, request, retry))
         try:
-            await asyncio.wait({asked, gone}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {asked, gone}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not asked.done():
                 asked.cancel()
                 raise RequestError(499, "the client went away", code="client_closed_request")
