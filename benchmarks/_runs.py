@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _record import current_commit
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LAUNCHER = ("-m", "accelerate.commands.launch", "--num_processes", "1")
 
 _SECONDS = "seconds.txt"  # written when a run is over, and well: its mark
+_COMMIT = "commit.txt"  # written when it starts: figures may be read under another
 _POLL_S = 0.2
 
 
@@ -47,6 +50,12 @@ class Run:
     def seconds(self) -> float:
         """What it took."""
         return float((self.output_dir / _SECONDS).read_text())
+
+    @property
+    def commit(self) -> str | None:
+        """The code it ran."""
+        path = self.output_dir / _COMMIT
+        return (path.read_text().strip() or None) if path.is_file() else None
 
     @property
     def command(self) -> str:
@@ -155,6 +164,7 @@ def updates_of(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _start(run: Run, num_threads: int | None) -> subprocess.Popen[bytes]:
     shutil.rmtree(run.output_dir, ignore_errors=True)
     run.output_dir.mkdir(parents=True)
+    (run.output_dir / _COMMIT).write_text(f"{current_commit() or ''}\n")
     threads = {} if num_threads is None else {"OMP_NUM_THREADS": str(num_threads)}
     with (run.output_dir / "log.txt").open("w") as log:
         return subprocess.Popen(

@@ -14,6 +14,7 @@ already in `--runs_dir` is not repeated. `--quick` plays the built-in policy on 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -38,6 +39,8 @@ CURVES = {
     "exact_match": "env/exact_match",
     "f1": "env/f1",
     "steps": "env/episode_steps",
+    "searches": "env/num_searches",
+    "answered": "env/answered",
     "kl_to_start": "objective/kl",
     "explained_variance": "critic/explained_variance",
     "entropy": "policy/entropy_avg",
@@ -110,6 +113,7 @@ def read_run(run: Run) -> dict[str, Any]:
         },
         "seconds_per_update": {name: mean(logs.get(f"perf/{name}", 0.0) for logs in updates) for name in PHASES},
         "seconds": run.seconds,
+        "commit": run.commit,
     }
 
 
@@ -179,7 +183,18 @@ def main(args: SmolLM2Arguments) -> None:
             for seed, found in by_seed.items()
         ],
     )
-    write_record(args.json, {"runs": figures, "updates": 2 if args.quick else args.updates, "episodes": args.episodes})
+    rows = None if args.quick else Path(str(args.rows)).read_bytes()
+    write_record(
+        args.json,
+        {
+            "runs": figures,
+            "updates": 2 if args.quick else args.updates,
+            "episodes": args.episodes,
+            "parallel": args.parallel,
+            "rows_sha256": None if rows is None else hashlib.sha256(rows).hexdigest(),
+            "rows": None if rows is None else len(rows.splitlines()),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from _intervals import (
     probability_of_improvement,
 )
 from _plots import plot_axes, plot_task
-from _record import BenchmarkArguments, current_commit, parse_arguments, print_table, write_record
+from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 from _runs import EXAMPLES, Run, example_run, play, refuse_failures, updates_of
 
 CRITIC_OVER_POLICY = 2.5
@@ -278,7 +278,7 @@ def record_of(run: Run, score: str) -> Record:
         clip_fraction=[logs.get("policy/clipfrac_avg") for logs in updates],
         seconds=run.seconds,
         processor=processor_name(),
-        commit=current_commit(),
+        commit=run.commit,
         command=run.command,
     )
 
