@@ -143,7 +143,7 @@ def _config(name: str) -> tuple[Any, str]:
     from .models import MINI_WIKI_POLICY
 
     name = MINI_WIKI_POLICY if name == "mini_wiki" else name
-    shape = next((known for known in SHAPES if name.split("/")[-1].split("-Instruct")[0] == known), name)
+    shape = next((known for known in SHAPES if f"{name.split('/')[-1]}-".startswith(f"{known}-")), name)
     try:
         config = load_config(shape)
     except OSError as error:
