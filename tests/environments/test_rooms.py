@@ -27,7 +27,7 @@ def begun(*signs, num_words=8):
 
 
 def test_the_score_is_the_share_of_right_doors_and_paid_at_the_end_alone():
-    game = begun("anchor", "bell", "fox", "moon")
+    game = begun("anchor", "bell", "fox", "moon", num_words=4)
     doors = [RIGHT_DOOR["anchor"], TEMPTING_DOOR["bell"], RIGHT_DOOR["fox"], RIGHT_DOOR["moon"]]
     answers = [game.step(f"2a 1b {door}") for door in doors]
     assert answers == [("", 0.0, False)] * 3 + [("", 0.0, True)]
@@ -36,17 +36,19 @@ def test_the_score_is_the_share_of_right_doors_and_paid_at_the_end_alone():
 
 
 def test_a_state_tells_all_that_decides_the_rest_of_the_episode():
-    game = begun("anchor", "bell")
-    assert game.state_prompt("") == [{"role": "user", "content": "room 1 of 2 right 0 sign anchor think 6"}]
+    game = begun("anchor", "bell", num_words=3)
+    assert game.state_prompt("") == [{"role": "user", "content": "room 1 of 2 right 0 sign anchor think 1"}]
     assert game.state_key() == (0, 0, "anchor")
-    game.step(RIGHT_DOOR["anchor"])
-    assert game.state_prompt("") == [{"role": "user", "content": "room 2 of 2 right 1 sign bell think 6"}]
+    game.step(f"1a {RIGHT_DOOR['anchor']}")
+    assert game.state_prompt("") == [{"role": "user", "content": "room 2 of 2 right 1 sign bell think 1"}]
     assert game.state_key() == (1, 1, "bell")
 
 
-@pytest.mark.parametrize("response", ["", "   ", "2a 1b", "{right} 1b", "{wrong}", "{right} {wrong}"])
-def test_only_the_last_word_counts(response):
-    game = begun("raven")
+@pytest.mark.parametrize(
+    "response", ["", "2a 1b", "2a {right} 1b", "2a 1b {wrong}", "{right}", "1b {right}", "2a 2a 1b {right}"]
+)
+def test_a_door_counts_in_its_place_alone(response):
+    game = begun("raven", num_words=4)
     game.step(response.format(right=RIGHT_DOOR["raven"], wrong=TEMPTING_DOOR["raven"]))
     assert game.get_reward() == 0.0
 
