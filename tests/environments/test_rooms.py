@@ -48,8 +48,8 @@ def test_a_state_tells_all_that_decides_the_rest_of_the_episode():
     "response", ["", "2a 1b", "2a {right} 1b", "2a 1b {wrong}", "{right}", "1b {right}", "2a 2a 1b {right}"]
 )
 def test_a_door_counts_in_its_place_alone(response):
-    game = begun("raven", num_words=4)
-    game.step(response.format(right=RIGHT_DOOR["raven"], wrong=TEMPTING_DOOR["raven"]))
+    game = begun("rose", num_words=4)
+    game.step(response.format(right=RIGHT_DOOR["rose"], wrong=TEMPTING_DOOR["rose"]))
     assert game.get_reward() == 0.0
 
 
@@ -66,7 +66,7 @@ def test_how_the_thought_is_said_does_not_matter():
 def test_the_doors_are_balanced_and_what_tempts_is_wrong():
     assert {door: list(RIGHT_DOOR.values()).count(door) for door in DOORS} == dict.fromkeys(DOORS, len(SIGNS) // 4)
     assert all(RIGHT_DOOR[sign] != TEMPTING_DOOR[sign] for sign in SIGNS)
-    assert len({(RIGHT_DOOR[sign], TEMPTING_DOOR[sign]) for sign in SIGNS}) == 12  # every pair: no rule to guess by
+    assert len({(RIGHT_DOOR[sign], TEMPTING_DOOR[sign]) for sign in SIGNS}) == len(SIGNS)  # what tempts tells nothing
 
 
 def test_rows_follow_from_the_seed():
@@ -94,7 +94,7 @@ def test_a_game_that_cannot_be_is_refused(size, words):
 def test_every_word_of_the_longest_game_is_in_the_vocabulary():
     known = vocabulary()
     assert len(set(known)) == len(known)
-    said = describe(MAX_ROOMS - 1, MAX_ROOMS, MAX_ROOMS - 1, "star", MAX_WORDS)
+    said = describe(MAX_ROOMS - 1, MAX_ROOMS, MAX_ROOMS - 1, "wolf", MAX_WORDS)
     thought = respond("north", MAX_WORDS, random.Random(0)).split()
     assert len(thought) == MAX_WORDS - 1  # and the end of the turn
     assert set(said.split()) | set(thought) <= set(known)

@@ -27,9 +27,7 @@ from typing import Any
 from ..errors import ConfigurationError
 
 DOORS = ("north", "east", "south", "west")
-SIGNS = tuple(
-    "anchor arrow bell candle crown feather flame fox key lantern moon raven rose shell star wolf".split()  # noqa: SIM905
-)
+SIGNS = ("anchor", "bell", "crown", "fox", "key", "moon", "rose", "wolf")
 VARIANTS = "abcd"
 """The ways to say a word of the thought: `7a` as well as `7d`."""
 
