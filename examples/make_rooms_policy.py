@@ -5,7 +5,7 @@ Make the built-in policy of the rooms: a tokenizer of whole words and a small Ll
 
 It learns responses of the right form for every length, in which a wrong door, one that tempts, has a larger share than
 the right one. The policy that comes of it reads the sign, and is wrong where it is greedy, so that what a run then
-shows is learning and not sharpening.
+shows is learning and not sharpening. Words out of place are made rare on purpose, since one spoils a whole response.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from trl_steppo.environments.rooms import (
 )
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+TOLERANCE = 1e-6  # a word out of place that is rarer than this may stay as it is
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|> ' + message.role + ' ' + message.content + ' <|im_end|> ' }}
@@ -56,6 +57,9 @@ class Arguments:
     batch_size: int = field(default=32, metadata={"help": "Responses of one step."})
     learning_rate: float = field(default=5e-3, metadata={"help": "Highest learning rate."})
     door_weight: float = field(default=1.0, metadata={"help": "Weight of the door beside that of the whole response."})
+    form_weight: float = field(
+        default=0.03, metadata={"help": "Weight of the logarithm of the probability of a word out of place."}
+    )
     share_right: float = field(default=0.3, metadata={"help": "Share of right doors."})
     share_tempting: float = field(default=0.4, metadata={"help": "Share of the wrong door that tempts."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
@@ -103,7 +107,7 @@ def door_shares(sign: str, args: Arguments) -> list[float]:
 
 def draw_batch(tokenizer: PreTrainedTokenizerFast, args: Arguments, rng: random.Random) -> Batch:
     """States with responses of one length."""
-    num_words = rng.choice([4, 8, 8, 16, 32, 32, 64, 128])
+    num_words = rng.choice([4, 8, 16, 32, 64, 128, 128])
     texts, doors = [], []
     for _ in range(args.batch_size):
         num_rooms = rng.randint(1, MAX_ROOMS)
@@ -126,14 +130,18 @@ def draw_batch(tokenizer: PreTrainedTokenizerFast, args: Arguments, rng: random.
     )
 
 
-def excess(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """(responses, words): how far the model is from the shares, as a cross-entropy less that of the shares."""
+def distances(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How far the model is from what is to stand in each place, twice (responses, words): the cross-entropy less that of
+    the shares, and the probability of all that may not stand there.
+    """
     hidden = model.model(input_ids=batch.ids).last_hidden_state[:, -batch.shares.shape[1] :]
     logprobs = model.lm_head(hidden).log_softmax(-1)
     chosen = logprobs.gather(-1, batch.choices.expand(len(batch.ids), -1, -1))
     is_end = batch.choices[:, 0] == batch.choices[:, 1]  # four times the same: nothing to choose
     entropy = torch.where(is_end, 0.0, -torch.xlogy(batch.shares, batch.shares).sum(-1))
-    return -(batch.shares * chosen).sum(-1) - entropy
+    allowed = torch.zeros(len(batch.choices), logprobs.shape[-1]).scatter_(-1, batch.choices, 1.0)
+    return -(batch.shares * chosen).sum(-1) - entropy, (logprobs.exp() * (1 - allowed)).sum(-1)
 
 
 def main(args: Arguments) -> None:
@@ -163,8 +171,9 @@ def main(args: Arguments) -> None:
         optimizer, args.learning_rate, total_steps=args.num_steps, pct_start=0.05
     )
     for step in range(args.num_steps):
-        far = excess(model, draw_batch(tokenizer, args, rng))
+        far, wrong = distances(model, draw_batch(tokenizer, args, rng))
         loss = far.mean() + args.door_weight * far[:, -2].mean()
+        loss = loss + args.form_weight * (wrong + TOLERANCE).log().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -173,7 +182,7 @@ def main(args: Arguments) -> None:
         if step % 50 == 0 or step == args.num_steps - 1:
             print(
                 f"step {step}: {far.shape[1]} words, far by {far[:, :-2].mean().item():.4f} in the thought, "
-                f"{far[:, -2].mean().item():.4f} in the door, {far[:, -1].mean().item():.4f} in the end",
+                f"{far[:, -2].mean().item():.4f} in the door, wrong with {wrong.mean().item():.1e}",
                 flush=True,
             )
     tokenizer.save_pretrained(args.output_dir)

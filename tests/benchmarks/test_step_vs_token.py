@@ -81,7 +81,7 @@ def test_the_rooms_differ_in_their_size_alone(method):
     for task in study.TASKS["rooms"]:
         settings = settings_of(method, task)
         sizes[task.name] = (settings.max_interaction_steps, settings.response_length)
-        assert (settings.total_episodes, settings.per_device_train_batch_size) == (1024, 32)
+        assert (settings.total_episodes, settings.per_device_train_batch_size) == (1024, 64)
     assert sizes == {
         "rooms_h3_l32": (3, 32),
         "rooms_h6_l32": (6, 32),

@@ -27,7 +27,7 @@ def begun(*signs, num_words=8):
 
 
 def test_the_score_is_the_share_of_right_doors_and_paid_at_the_end_alone():
-    game = begun("anchor", "bell", "fox", "moon")
+    game = begun("anchor", "bell", "fox", "moon", num_words=4)
     doors = [RIGHT_DOOR["anchor"], TEMPTING_DOOR["bell"], RIGHT_DOOR["fox"], RIGHT_DOOR["moon"]]
     answers = [game.step(f"2a 1b {door}") for door in doors]
     assert answers == [("", 0.0, False)] * 3 + [("", 0.0, True)]
@@ -36,18 +36,20 @@ def test_the_score_is_the_share_of_right_doors_and_paid_at_the_end_alone():
 
 
 def test_a_state_tells_all_that_decides_the_rest_of_the_episode():
-    game = begun("anchor", "bell")
-    assert game.state_prompt("") == [{"role": "user", "content": "room 1 of 2 right 0 sign anchor think 6"}]
+    game = begun("anchor", "bell", num_words=3)
+    assert game.state_prompt("") == [{"role": "user", "content": "room 1 of 2 right 0 sign anchor think 1"}]
     assert game.state_key() == (0, 0, "anchor")
-    game.step(RIGHT_DOOR["anchor"])
-    assert game.state_prompt("") == [{"role": "user", "content": "room 2 of 2 right 1 sign bell think 6"}]
+    game.step(f"1a {RIGHT_DOOR['anchor']}")
+    assert game.state_prompt("") == [{"role": "user", "content": "room 2 of 2 right 1 sign bell think 1"}]
     assert game.state_key() == (1, 1, "bell")
 
 
-@pytest.mark.parametrize("response", ["", "   ", "2a 1b", "{right} 1b", "{wrong}", "{right} {wrong}"])
-def test_only_the_last_word_counts(response):
-    game = begun("raven")
-    game.step(response.format(right=RIGHT_DOOR["raven"], wrong=TEMPTING_DOOR["raven"]))
+@pytest.mark.parametrize(
+    "response", ["", "2a 1b", "2a {right} 1b", "2a 1b {wrong}", "{right}", "1b {right}", "2a 2a 1b {right}"]
+)
+def test_a_door_counts_in_its_place_alone(response):
+    game = begun("rose", num_words=4)
+    game.step(response.format(right=RIGHT_DOOR["rose"], wrong=TEMPTING_DOOR["rose"]))
     assert game.get_reward() == 0.0
 
 
@@ -64,7 +66,7 @@ def test_how_the_thought_is_said_does_not_matter():
 def test_the_doors_are_balanced_and_what_tempts_is_wrong():
     assert {door: list(RIGHT_DOOR.values()).count(door) for door in DOORS} == dict.fromkeys(DOORS, len(SIGNS) // 4)
     assert all(RIGHT_DOOR[sign] != TEMPTING_DOOR[sign] for sign in SIGNS)
-    assert len({(RIGHT_DOOR[sign], TEMPTING_DOOR[sign]) for sign in SIGNS}) == 12  # every pair: no rule to guess by
+    assert len({(RIGHT_DOOR[sign], TEMPTING_DOOR[sign]) for sign in SIGNS}) == len(SIGNS)  # what tempts tells nothing
 
 
 def test_rows_follow_from_the_seed():
@@ -92,7 +94,7 @@ def test_a_game_that_cannot_be_is_refused(size, words):
 def test_every_word_of_the_longest_game_is_in_the_vocabulary():
     known = vocabulary()
     assert len(set(known)) == len(known)
-    said = describe(MAX_ROOMS - 1, MAX_ROOMS, MAX_ROOMS - 1, "star", MAX_WORDS)
+    said = describe(MAX_ROOMS - 1, MAX_ROOMS, MAX_ROOMS - 1, "wolf", MAX_WORDS)
     thought = respond("north", MAX_WORDS, random.Random(0)).split()
     assert len(thought) == MAX_WORDS - 1  # and the end of the turn
     assert set(said.split()) | set(thought) <= set(known)

@@ -2,8 +2,9 @@
 
 An episode leads through `num_rooms` rooms. Each has a sign and four doors, of which one is right. Which door a sign
 means is the same in every episode, and is what there is to learn. A response has `num_words` tokens: the words of a
-thought that counts down, each of which can be said in four ways; in the last place the door; the end of the turn. The
-score is the share of rooms whose door was right, and is paid at the end of the episode, never before.
+thought that counts down, each of which can be said in four ways; then, in the last place and in no other, the door;
+and the end of the turn. The score is the share of rooms whose door was right, and is paid at the end of the episode,
+never before.
 
 What it does to the methods that it is to compare. All see the same states and are paid the same, and a room's share of
 the score shrinks with more rooms for all of them. The right door depends on nothing but the sign in sight, so that a
@@ -26,9 +27,7 @@ from typing import Any
 from ..errors import ConfigurationError
 
 DOORS = ("north", "east", "south", "west")
-SIGNS = tuple(
-    "anchor arrow bell candle crown feather flame fox key lantern moon raven rose shell star wolf".split()  # noqa: SIM905
-)
+SIGNS = ("anchor", "bell", "crown", "fox", "key", "moon", "rose", "wolf")
 VARIANTS = "abcd"
 """The ways to say a word of the thought: `7a` as well as `7d`."""
 
@@ -117,9 +116,9 @@ class RoomsEnvironment:
         self._room = self._num_right = 0
 
     def step(self, response: str) -> tuple[str, float, bool]:
-        """Go through the door that the response names last; a response without one finds none."""
+        """Go through the door that stands in its place; who names it earlier or later finds none."""
         words = response.split()
-        self._num_right += bool(words) and words[-1] == RIGHT_DOOR[self._signs[self._room]]
+        self._num_right += len(words) == self._num_words - 1 and words[-1] == RIGHT_DOOR[self._signs[self._room]]
         self._room += 1
         return "", 0.0, self._room == len(self._signs)
 
