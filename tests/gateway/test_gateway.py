@@ -577,3 +577,13 @@ def test_the_response_ends_with_the_end_of_its_turn(client):
     (step,) = client.episode().steps
     assert text(step.response_ids).endswith(END)
     assert step.stop_reason is StopReason.STOP
+
+
+@pytest.mark.parametrize(("num_gone", "num_steps"), [(1, 1), (2, 0)])
+def test_a_step_is_undelivered_only_if_nobody_was_told(server: GatewayServer, client: Client, num_gone, num_steps):
+    """It may come out late that a client went away: when its retry has long been answered."""
+    assert client.say([USER]) == client.say([USER])
+    (step,) = client.session.steps
+    for _ in range(num_gone):
+        server.call(server.gateway.take_back(client.session, step.answer))
+    assert len(client.session.visible()) == num_steps

@@ -230,7 +230,7 @@ class _Routes:
 
     def _deliver(self, api: Api, session: Session, body: Any, reply: Reply, gone: asyncio.Future[None]) -> Response:
         async def on_gone() -> None:
-            await self.gateway.mark_undelivered(session, reply.answer)
+            await self.gateway.take_back(session, reply.answer)
 
         headers = {"x-request-id": reply.answer.answer_id}
         if reply.notes:

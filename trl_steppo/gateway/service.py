@@ -230,8 +230,15 @@ class Gateway:
         """How many of its requests are on their way."""
         return len(self._flights.get(session.session_id, ()))
 
-    async def mark_undelivered(self, session: Session, answer: Answer) -> None:
-        """The client went away while it was told; a retry will be told again."""
+    async def take_back(self, session: Session, answer: Answer) -> None:
+        """A client went away while it was told. Another, or its own retry, may have been told meanwhile."""
+        session.hand_outs[answer.answer_id] -= 1
+        await self._mark_undelivered(session, answer)
+
+    async def _mark_undelivered(self, session: Session, answer: Answer) -> None:
+        """Nobody was told of a step; a retry will be."""
+        if session.hand_outs[answer.answer_id] > 0:
+            return
         position = next(p for p, step in enumerate(session.steps) if step.answer.answer_id == answer.answer_id)
         if position not in session.notes.undelivered and not session.is_over:
             self.monitor.undelivered.inc()
@@ -277,8 +284,10 @@ class Gateway:
         recorded = self._recorded(session, retry)
         if recorded is not None:
             self.monitor.retries.inc()
+            answer = session.steps[recorded].answer
+            session.hand_outs[answer.answer_id] += 1
             await self._redeliver(session, recorded)
-            return Reply(session.steps[recorded].answer)
+            return Reply(answer)
         flights = self._flights.setdefault(session.session_id, {})
         flight = flights.get(retry.name)
         if flight is None or flight.is_given_up:
@@ -287,7 +296,9 @@ class Gateway:
         else:
             self.monitor.retries.inc()
             notes = ()
-        return Reply(await self._wait_for(session, flight), notes)
+        answer = await self._wait_for(session, flight)
+        session.hand_outs[answer.answer_id] += 1
+        return Reply(answer, notes)
 
     def _recorded(self, session: Session, retry: Retry) -> int | None:
         """The recorded step of a retry: the last one's, or any for a client that says that it is a retry."""
@@ -345,7 +356,7 @@ class Gateway:
         if task.cancelled() or task.exception() is not None:
             return
         if flight.num_waiting == 0:
-            _in_background(self.mark_undelivered(session, task.result()))
+            _in_background(self._mark_undelivered(session, task.result()))
 
     async def _fly(self, session: Session, request: ModelRequest, flight: _Flight, prompt_ids: list[int]) -> Answer:
         placement, spec = flight.placement, session.spec

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import time
 from array import array
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -207,6 +208,7 @@ class Session:
         self.is_over = is_over
         self.recording = asyncio.Lock()
         self.told: set[str] = set()  # of its wishes that do not hold
+        self.hand_outs: Counter[str] = Counter()  # of an answer, by its id: how many clients may have it
         self.last_active = time.monotonic()
         self._branches: list[array[int]] = []
         self._places: list[_Place] = []
