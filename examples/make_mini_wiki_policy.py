@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from small_policies import descend, small_config
 from tokenizers import pre_tokenizers, trainers
 from transformers import AutoTokenizer, HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
@@ -189,6 +190,19 @@ def batches(
             )
 
 
+def losses(model: Qwen2ForCausalLM, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[torch.Tensor]:
+    """Of one batch after the other, under the model as it is by then."""
+    for step, (ids, weights) in enumerate(batches):
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+        read = weights[:, 1:] > 0
+        of_tokens = torch.nn.functional.cross_entropy(model.lm_head(hidden[read]), ids[:, 1:][read], reduction="none")
+        loss = (of_tokens * weights[:, 1:][read]).sum() / weights[:, 1:].sum()
+        if step % 100 == 0:
+            of_responses = of_tokens[weights[:, 1:][read] == 1.0].mean()
+            print(f"step {step}: loss {loss.item():.4f}, of responses {of_responses.item():.4f}", flush=True)
+        yield loss
+
+
 def main(args: Arguments) -> None:
     """Make tokenizer and model, warm-start the model, save both."""
     set_seed(args.seed)
@@ -205,42 +219,14 @@ def main(args: Arguments) -> None:
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.output_dir)
     examples = demonstrations(worlds, tokenizer, args, rng)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            intermediate_size=args.hidden_size * 2,
-            num_hidden_layers=args.num_layers,
-            num_attention_heads=args.num_heads,
-            num_key_value_heads=args.num_heads,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            initializer_range=args.hidden_size**-0.5,  # the default is made for wide models
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = Qwen2ForCausalLM(Qwen2Config(**small_config(args, tokenizer, max_position_embeddings=2048)))
     print(f"{len(tokenizer)} tokens, {model.num_parameters()} parameters, {len(examples)} demonstrations")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=args.num_steps, pct_start=0.05
+    descend(
+        model,
+        losses(model, batches(examples, args, rng)),
+        learning_rate=args.learning_rate,
+        num_steps=args.num_steps,
     )
-    for step, (ids, weights) in enumerate(batches(examples, args, rng)):
-        if step == args.num_steps:
-            break
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
-        read = weights[:, 1:] > 0
-        losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[read]), ids[:, 1:][read], reduction="none")
-        loss = (losses * weights[:, 1:][read]).sum() / weights[:, 1:].sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            of_responses = losses[weights[:, 1:][read] == 1.0].mean()
-            print(f"step {step}: loss {loss.item():.4f}, of responses {of_responses.item():.4f}", flush=True)
     model.save_pretrained(args.output_dir)
     reloaded = AutoTokenizer.from_pretrained(args.output_dir)
     if any(reloaded(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts):

@@ -11,9 +11,12 @@ shows is learning and not sharpening. Words out of place are made rare on purpos
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
+from small_policies import descend, small_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -144,47 +147,30 @@ def distances(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, torc
     return -(batch.shares * chosen).sum(-1) - entropy, (logprobs.exp() * (1 - allowed)).sum(-1)
 
 
-def main(args: Arguments) -> None:
-    """Make tokenizer and model, warm-start the model, save both."""
-    set_seed(args.seed)
-    rng = random.Random(args.seed)
-    tokenizer = make_tokenizer()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            intermediate_size=args.hidden_size * 2,
-            num_hidden_layers=args.num_layers,
-            num_attention_heads=args.num_heads,
-            num_key_value_heads=args.num_heads,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            initializer_range=args.hidden_size**-0.5,  # the default is made for wide models
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    print(f"{len(tokenizer)} tokens, {model.num_parameters()} parameters")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=args.num_steps, pct_start=0.05
-    )
-    for step in range(args.num_steps):
+def losses(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: Arguments, rng: random.Random
+) -> Iterator[torch.Tensor]:
+    """Of one batch after the other, under the model as it is by then."""
+    for step in count():
         far, wrong = distances(model, draw_batch(tokenizer, args, rng))
-        loss = far.mean() + args.door_weight * far[:, -2].mean()
-        loss = loss + args.form_weight * (wrong + TOLERANCE).log().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
         if step % 50 == 0 or step == args.num_steps - 1:
             print(
                 f"step {step}: {far.shape[1]} words, far by {far[:, :-2].mean().item():.4f} in the thought, "
                 f"{far[:, -2].mean().item():.4f} in the door, wrong with {wrong.mean().item():.1e}",
                 flush=True,
             )
+        loss = far.mean() + args.door_weight * far[:, -2].mean()
+        yield loss + args.form_weight * (wrong + TOLERANCE).log().mean()
+
+
+def main(args: Arguments) -> None:
+    """Make tokenizer and model, warm-start the model, save both."""
+    set_seed(args.seed)
+    rng = random.Random(args.seed)
+    tokenizer = make_tokenizer()
+    model = LlamaForCausalLM(LlamaConfig(**small_config(args, tokenizer, max_position_embeddings=256)))
+    print(f"{len(tokenizer)} tokens, {model.num_parameters()} parameters")
+    descend(model, losses(model, tokenizer, args, rng), learning_rate=args.learning_rate, num_steps=args.num_steps)
     tokenizer.save_pretrained(args.output_dir)
     model.save_pretrained(args.output_dir)
     reloaded, texts = AutoTokenizer.from_pretrained(args.output_dir), [" ".join(vocabulary()), f"{START} user {END}"]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .bodies import Body, Content, arguments_of, call_message, dumps, event, text_of
+from .bodies import Body, Content, OpenAIOptions, arguments_of, call_message, dumps, event, text_of
 from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces
 
 
@@ -121,24 +121,17 @@ class _Sampling(Body):
         return tuple(text for text in stop if text)
 
 
-class ChatBody(_Sampling):
+class ChatBody(_Sampling, OpenAIOptions):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    store: bool | None = None
-    metadata: dict[str, str] | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
 
     def request(self) -> ModelRequest:
         """In our own form."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .bodies import Body, Content, arguments_of, call_message, dumps, event, text_of
+from .bodies import Body, Content, OpenAIOptions, arguments_of, call_message, dumps, event, text_of
 from .conversation import Answer, Message, ModelRequest, Wishes, pieces
 
 
@@ -92,7 +92,7 @@ class ResponseToolChoice(Body):
     name: str
 
 
-class ResponsesBody(Body):
+class ResponsesBody(OpenAIOptions):
     """`POST /v1/responses`."""
 
     model: str
@@ -103,21 +103,14 @@ class ResponsesBody(Body):
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     tools: list[ResponseTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | ResponseToolChoice | None = None
-    parallel_tool_calls: bool | None = None
     stream: bool | None = None
     stream_options: dict[str, bool] | None = None
     text: TextOptions | None = None
     reasoning: dict[str, str | None] | None = None
     include: list[str] | None = None
-    store: bool | None = None
-    metadata: dict[str, str] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     user: str | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
 
     def request(self) -> ModelRequest:
         """In our own form."""

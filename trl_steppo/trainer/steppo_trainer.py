@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +263,7 @@ class StepPOTrainer(PPOTrainer):
         """
         if self.state.global_step > 0 and not resume_from_checkpoint:
             raise ConfigurationError("`train()` was called before, and its schedules have ended; make a new trainer")
-        with self._running(resume_from_checkpoint or None):
+        with closing(self.player), self._running(resume_from_checkpoint or None):
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 with self._update():
                     episodes = self._roll_out()
@@ -750,11 +750,7 @@ class StepPOTrainer(PPOTrainer):
         self._event("on_epoch_begin")
         if self._resumed_from is not None:
             self._load_rng_state(str(self._resumed_from))
-        try:
-            yield
-        except BaseException:
-            self.player.close()
-            raise
+        yield
         if self.progress.unlogged:
             self.log(_averaged(self.progress.unlogged))
             self.progress.unlogged.clear()
@@ -766,7 +762,6 @@ class StepPOTrainer(PPOTrainer):
         self._event("on_train_end")
         if args.should_save:
             self.state.save_to_json(os.path.join(str(args.output_dir), "trainer_state.json"))
-        self.player.close()
         self.is_in_train = False
 
     @contextmanager
