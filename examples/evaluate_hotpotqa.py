@@ -38,7 +38,7 @@ from trl_steppo.environments.tools import MISTAKES
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.chat import ChatFormat, parse_hermes
 from trl_steppo.inference.local import LocalSampler
-from trl_steppo.models import MINI_WIKI_POLICY
+from trl_steppo.models import locate_model
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes
 
 SCORES = ("exact_match", "f1", "answered", "steps", "tool_errors")
@@ -96,7 +96,7 @@ class LocalModel:
     """Plays episodes as the trainer's evaluation does."""
 
     def __init__(self, args: Arguments) -> None:
-        name = MINI_WIKI_POLICY if args.model_name_or_path == "mini_wiki" else args.model_name_or_path
+        name = locate_model(args.model_name_or_path)
         dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
         self.args = args

@@ -26,7 +26,7 @@ from trl import TrlParser
 from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset, valid_calls
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
-from trl_steppo.models import MINI_WIKI_POLICY
+from trl_steppo.models import locate_model
 
 RECIPES = Path(__file__).parent / "configs"
 
@@ -36,7 +36,7 @@ class HotpotQAArguments:
     """Which model, what to search, and what to pay for."""
 
     model_name_or_path: str = field(
-        metadata={"help": "The policy: `mini_wiki` (built in), a directory, or a name on the hub."}
+        metadata={"help": "The policy: built in (`mini_wiki`, `mini_wiki_thinking`), a directory, or on the hub."}
     )
     model_revision: str = field(default="main", metadata={"help": "Its revision on the hub."})
     dtype: str = field(default="float32", metadata={"help": "Its weights' type: float32, bfloat16, or auto."})
@@ -77,8 +77,7 @@ def main(script_args: HotpotQAArguments, training_args: StepPOConfig) -> None:
     )
     if script_args.valid_call_reward:
         training_args.reward_weights = [script_args.valid_call_reward]
-    is_built_in = script_args.model_name_or_path == "mini_wiki"
-    name = MINI_WIKI_POLICY if is_built_in else script_args.model_name_or_path
+    name = locate_model(script_args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(
         name,
         revision=script_args.model_revision,

@@ -2,6 +2,7 @@
 Make the built-in policy: a tokenizer and a small Qwen2 model, warm-started on scripted demonstrations.
 
     python examples/make_mini_wiki_policy.py --output_dir trl_steppo/models/mini_wiki
+    python examples/make_mini_wiki_policy.py --thinks true --output_dir trl_steppo/models/mini_wiki_thinking
 
 Most of the demonstrations are bad on purpose: they stop one hop too early, or follow the wrong link. The policy
 that imitates them knows the format and, from looking up single facts, how to read a passage; but its most likely
@@ -16,8 +17,9 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from small_policies import descend, small_config
@@ -87,6 +89,7 @@ class Arguments:
     share_right: float = field(default=0.25, metadata={"help": "Share of right demonstrations."})
     share_early: float = field(default=0.45, metadata={"help": "Share of those that stop too early."})
     top_k: int = field(default=1, metadata={"help": "Passages of a search."})
+    thinks: bool = field(default=False, metadata={"help": "Whether it says what it found and needs before a call."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
 
@@ -116,40 +119,70 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def script(wiki: MiniWiki, row: dict[str, Any], args: Arguments, rng: random.Random) -> list[tuple[str, str]]:
-    """The tool calls of one demonstration, right or wrong, as (tool, argument)."""
+class Call(NamedTuple):
+    """A tool call of a demonstration, and what is said before it."""
+
+    tool: str
+    argument: str
+    thought: str = ""
+
+
+class Walk(NamedTuple):
+    """What a demonstration looks up, (title, relation) by (title, relation), and what it answers in the end."""
+
+    looked_up: list[tuple[str, str]]
+    answer: str
+
+
+def choose_walk(wiki: MiniWiki, row: dict[str, Any], args: Arguments, rng: random.Random) -> Walk:
+    """A demonstration, right or wrong."""
     draw = rng.random()
     relations, path = list(row["relations"]), list(row["path"])
+    whole = list(zip(path, relations, strict=True))
     if draw < args.share_right:
-        return [*(("search", title) for title in path), ("answer", row["answer"])]
+        return Walk(whole, row["answer"])
     if draw < args.share_right + args.share_early:
         stop = rng.randrange(1, len(path)) if len(path) > 1 else 1
         if row["type"] == "comparison":
-            return [("search", path[0]), ("answer", path[0])]
-        titles = path[:stop]
-        return [*(("search", title) for title in titles), ("answer", wiki.facts[titles[-1]][relations[stop - 1]])]
+            return Walk(whole[:1], path[0])
+        return Walk(whole[:stop], wiki.facts[path[stop - 1]][relations[stop - 1]])
     if row["type"] == "bridge" and relations[0] in TEMPTING_RELATION:
-        titles, answer = wiki.follow(path[0], [TEMPTING_RELATION[relations[0]], *relations[1:]])
-        return [*(("search", title) for title in titles), ("answer", answer)]
+        relations = [TEMPTING_RELATION[relations[0]], *relations[1:]]
+        titles, answer = wiki.follow(path[0], relations)
+        return Walk(list(zip(titles, relations, strict=True)), answer)
     # Where no link tempts, something else that the first passage says.
-    other = rng.choice([value for relation, value in wiki.facts[path[0]].items() if relation != relations[0]])
-    return [("search", path[0]), ("answer", other)]
+    relation = rng.choice([relation for relation in wiki.facts[path[0]] if relation != relations[0]])
+    return Walk([(path[0], relation)], wiki.facts[path[0]][relation])
+
+
+def to_calls(wiki: MiniWiki, walk: Walk, *, thinks: bool) -> list[Call]:
+    """The tool calls of a demonstration. One that thinks says first what was found, and what it does about it."""
+    calls, found = [], ""
+    for title, relation in walk.looked_up:
+        calls.append(Call("search", title, f"{found}I need the {_in_words(relation)} of {title}.\n"))
+        found = f"The {_in_words(relation)} of {title} is {wiki.facts[title][relation]}. "
+    calls.append(Call("answer", walk.answer, f"{found}So the answer is {walk.answer}.\n"))
+    return calls if thinks else [Call(call.tool, call.argument) for call in calls]
+
+
+def _in_words(relation: str) -> str:
+    return relation.replace("_in", " city").replace("_", " ")
 
 
 def play(
     chat: ChatFormat,
     environment: HotpotQAEnvironment,
     row: dict[str, Any],
-    calls: list[tuple[str, str]],
+    calls: Sequence[Call],
     system_prompt: str = SYSTEM_PROMPT,
 ) -> tuple[list[int], list[bool]]:
     """The ids of a demonstration, and which of them are responses."""
     environment.reset(**row)
     ids = chat.render([{"role": "system", "content": system_prompt}, {"role": "user", "content": row["question"]}])
     is_response = [False] * len(ids)
-    for tool, argument in calls:
+    for tool, argument, thought in calls:
         arguments = {"query" if tool == "search" else "text": argument}
-        text = "<tool_call>\n" + json.dumps({"name": tool, "arguments": arguments}) + "\n</tool_call>"
+        text = thought + "<tool_call>\n" + json.dumps({"name": tool, "arguments": arguments}) + "\n</tool_call>"
         response = [*chat.encode_text(text, add_special_tokens=False), chat.end_of_turn_id]
         observation = getattr(environment, tool)(argument)
         observed = chat.append([{"role": "tool", "name": tool, "content": observation}], tool_call_names=[tool])
@@ -165,11 +198,12 @@ def demonstrations(worlds: Sequence[MiniWiki], tokenizer: Any, args: Arguments, 
     for wiki in worlds:
         environment = HotpotQAEnvironment(BM25Retriever(wiki.passages), top_k=args.top_k)
         chat = ChatFormat(tokenizer, tools=make_playable(environment).tools)
-        found += [play(chat, environment, row, script(wiki, row, args, rng)) for row in wiki.train]
+        calls_of = partial(to_calls, wiki, thinks=args.thinks)
+        found += [play(chat, environment, row, calls_of(choose_walk(wiki, row, args, rng))) for row in wiki.train]
         for title, facts in wiki.facts.items():
             for relation, value in facts.items():
                 row = {"question": LOOK_UPS[relation].format(x=title), "answer": value}
-                found.append(play(chat, environment, row, [("search", title), ("answer", value)]))
+                found.append(play(chat, environment, row, calls_of(Walk([(title, relation)], value))))
     return found
 
 
@@ -215,6 +249,12 @@ def main(args: Arguments) -> None:
     texts += [json.dumps({"name": "answer", "arguments": {"text": row["answer"]}}) for w in worlds for row in w.train]
     texts += [f"{role}\n{row['question']}" for role in ROLES for w in worlds for row in w.train]
     texts += [f"{role}\n{SYSTEM_PROMPT} Tools: answer search\n[1] [2] [3] No results. Error" for role in ROLES] * 10
+    right = [
+        to_calls(w, Walk(list(zip(r["path"], r["relations"], strict=True)), r["answer"]), thinks=args.thinks)
+        for w in worlds
+        for r in w.train
+    ]
+    texts += [call.thought for calls in right for call in calls if call.thought]
     tokenizer = make_tokenizer(texts, args.vocab_size)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.output_dir)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from make_mini_wiki_policy import play
+from make_mini_wiki_policy import Call, play
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -55,7 +55,7 @@ def demonstrations(tokenizer: Any, system_prompt: str, count: int, seed: int) ->
     chat = ChatFormat(tokenizer, tools=make_playable(environment).tools)
     found = []
     for row in random.Random(seed).sample(wiki.train, count):
-        calls = [*(("search", title) for title in row["path"]), ("answer", row["answer"])]
+        calls = [*(Call("search", title) for title in row["path"]), Call("answer", row["answer"])]
         ids, is_response = play(chat, environment, row, calls, system_prompt)
         labels = [token if counts else IGNORED for token, counts in zip(ids, is_response, strict=True)]
         found.append({"input_ids": ids, "labels": labels})

@@ -140,9 +140,9 @@ def dry_run(path: Path, *, dataset_name: str | None = None, config_file: str | N
 
 def _config(name: str) -> tuple[Any, str]:
     """The policy's configuration, made small."""
-    from .models import MINI_WIKI_POLICY
+    from .models import locate_model
 
-    name = MINI_WIKI_POLICY if name == "mini_wiki" else name
+    name = locate_model(name)
     shape = next((known for known in SHAPES if f"{name.split('/')[-1]}-".startswith(f"{known}-")), name)
     try:
         config = load_config(shape)
@@ -160,15 +160,13 @@ def _config(name: str) -> tuple[Any, str]:
 def _tokenizer(name: str) -> tuple[Any, str]:
     from transformers import AutoTokenizer
 
-    from .models import MINI_WIKI_POLICY
+    from .models import MINI_WIKI_POLICY, locate_model
 
-    if name != "mini_wiki":
-        try:
-            return AutoTokenizer.from_pretrained(name), f"tokenizer: of {name}"
-        except (OSError, ValueError):
-            found = f"tokenizer: that of {name} is not on this machine; tried with the built-in one"
-            return AutoTokenizer.from_pretrained(MINI_WIKI_POLICY), found
-    return AutoTokenizer.from_pretrained(MINI_WIKI_POLICY), "tokenizer: the built-in one"
+    try:
+        return AutoTokenizer.from_pretrained(locate_model(name)), f"tokenizer: of {name}"
+    except (OSError, ValueError):
+        found = f"tokenizer: that of {name} is not on this machine; tried with the built-in one"
+        return AutoTokenizer.from_pretrained(MINI_WIKI_POLICY), found
 
 
 def _data(given: str | None, of_recipe: str, system_prompt: str) -> tuple[Any, str]:

@@ -49,11 +49,11 @@ def serve(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .inference.local import LocalSampler
-    from .models import MINI_WIKI_POLICY
+    from .models import locate_model
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigurationError(f"`--dtype` is {dtype!r}; it is auto, or a type of torch such as bfloat16")
-    name = MINI_WIKI_POLICY if model_name == "mini_wiki" else model_name
+    name = locate_model(model_name)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     key_file, admin_key = directory / "admin_key", f"sk-admin-{secrets.token_urlsafe(32)}"

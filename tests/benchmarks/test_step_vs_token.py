@@ -54,8 +54,8 @@ def settings_of(method, task=study.MINI_WIKI):
 @pytest.mark.parametrize("method", study.METHODS)
 def test_every_method_has_settings_without_contradiction(method):
     settings = settings_of(method)
-    assert (settings.learning_rate, settings.seed, settings.total_episodes) == (4e-4, 7, 2560)
-    assert settings.per_device_train_batch_size == 128
+    assert (settings.learning_rate, settings.seed, settings.total_episodes) == (4e-4, 7, 1536)
+    assert settings.per_device_train_batch_size == 64
     assert settings.uses_critic == (method in study.WITH_CRITIC)
     if settings.uses_critic:
         assert settings.critic_learning_rate == pytest.approx(1e-3)
@@ -72,6 +72,19 @@ def test_an_ablation_takes_away_one_part():
         "without step GAE": ("token_gae", "step", "step"),
         "without step ratio": ("step_gae", "token", "step"),
         "without both": ("token_gae", "token", "token"),
+    }
+
+
+@pytest.mark.parametrize("task", [study.MINI_WIKI, study.rooms(6, 128)], ids=lambda task: task.name)
+def test_the_ratio_of_a_step_is_clipped_by_the_length_of_a_response(task):
+    cliprange = {method: settings_of(method, task).cliprange for method in study.WITH_CRITIC}
+    of_step = study.TOKEN_CLIPRANGE / task.response_tokens
+    assert cliprange == {
+        "steppo": of_step,
+        "token_ppo": 0.2,
+        "token_ppo_gamma_lam_1": 0.2,
+        "without_step_gae": of_step,
+        "without_step_ratio": 0.2,
     }
 
 
@@ -191,7 +204,7 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
     command = study.run_of(study.MINI_WIKI, mine, Path("runs"), {}).command
     store.write(mine, replace(RECORD, command=command))
     assert study.play_cells([mine], tasks, store, args) == []
-    store.write(mine, replace(RECORD, command=command.replace("--total_episodes 2560", "--total_episodes 512")))
+    store.write(mine, replace(RECORD, command=command.replace("--total_episodes 1536", "--total_episodes 512")))
     with pytest.raises(SystemExit, match=r"seed1\.json was played with other settings"):
         study.play_cells([mine], tasks, store, args)
 

@@ -28,6 +28,7 @@ from .sharding import (
 
 __all__ = [
     "MINI_WIKI_POLICY",
+    "MINI_WIKI_THINKING_POLICY",
     "ROOMS_POLICY",
     "AdapterReference",
     "Critic",
@@ -41,6 +42,7 @@ __all__ = [
     "gathered",
     "is_peft_model",
     "is_sharded",
+    "locate_model",
     "plain_model",
     "prepare_for_tries",
     "rows_at_once",
@@ -57,5 +59,13 @@ __all__ = [
 MINI_WIKI_POLICY = str(Path(__file__).parent / "mini_wiki")
 """Directory of the built-in policy, made by `examples/make_mini_wiki_policy.py`."""
 
+MINI_WIKI_THINKING_POLICY = str(Path(__file__).parent / "mini_wiki_thinking")
+"""The same of a policy that says what it found and needs before each call."""
+
 ROOMS_POLICY = str(Path(__file__).parent / "rooms")
 """Directory of the rooms' policy, made by `examples/make_rooms_policy.py`."""
+
+
+def locate_model(name: str) -> str:
+    """The directory of a built-in policy of the mini wiki, by its name; any other name or directory as it is."""
+    return {"mini_wiki": MINI_WIKI_POLICY, "mini_wiki_thinking": MINI_WIKI_THINKING_POLICY}.get(name, name)
