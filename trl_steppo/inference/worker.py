@@ -169,7 +169,8 @@ class WorkerSampler:
     @property
     def process_id(self) -> int:
         """Of the process that samples, or did last."""
-        return int(self._process.pid)
+        assert self._process.pid is not None
+        return self._process.pid
 
     @property
     def sampled_tokens(self) -> int:

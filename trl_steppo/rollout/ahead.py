@@ -42,7 +42,7 @@ class Ahead(Generic[T]):
         """As many updates as are done by now: begin all rollouts that may begin, of those that are left."""
         for coming in range(update, min(update + self.max_staleness + 1, num_updates)):
             if coming not in self._begun:
-                self._begun[coming] = outcome = Future()
+                outcome = self._begun[coming] = Future[T]()
                 threading.Thread(
                     target=self._run, args=(coming, outcome), name=f"rollout {coming}", daemon=True
                 ).start()
