@@ -110,7 +110,7 @@ def test_mistakes_come_back_as_they_are(worker) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_one_that_dies_or_hangs_is_started_again_with_its_weights(model, how) -> None:
-    worker, other = make_worker(model, silent_s=4.0), moved(model)
+    worker, other = make_worker(model, silent_s=2.0), moved(model)
     try:
         worker.update_weights(other.named_parameters(), version=3)
 

@@ -282,10 +282,12 @@ class WorkerSampler:
 
     def _read(self, connection: Connection) -> None:
         """In a thread: what the process says, until it says no more."""
+        hangs = False
         with connection, suppress(EOFError, OSError):
             while connection.poll(self.silent_s):
                 self._take(connection.recv())
-        self._revive()
+            hangs = True
+        self._revive(hangs=hangs)
 
     def _take(self, message: Any) -> None:
         if isinstance(message, _Answer):
@@ -302,15 +304,15 @@ class WorkerSampler:
             if pacing is not None:
                 pacing.when_settled(lambda: self._send(_Go()))
 
-    def _revive(self) -> None:
+    def _revive(self, *, hangs: bool) -> None:
         """The process has died, or does nothing: start another one, and ask it what is not answered."""
         with self._lock:
             if self._is_closed:
                 return
-            died = f"the sampler's process gave no sign of life in {self.silent_s:g} s"
-            if not self._process.is_alive():
-                died = f"the sampler's process died (exit status {self._process.exitcode})"
             _end(self._process)
+            died = f"the sampler's process died (exit status {self._process.exitcode})"
+            if hangs:
+                died = f"the sampler's process gave no sign of life in {self.silent_s:g} s"
             if self.num_restarts >= self.max_restarts:
                 self._fail(
                     RolloutError(
