@@ -5,7 +5,8 @@ StepPOError
 ├── ConfigurationError (ValueError)   a setting, or a pair of settings, that cannot work; raised at construction
 │   └── ChatTemplateError             a chat template that cannot be appended to without rendering history again
 ├── DataError (ValueError)            a dataset row, a file or a list of episodes that is not what it should be
-├── CheckpointError (RuntimeError)    a checkpoint that cannot be written, is damaged, or is of another run
+├── CheckpointError (RuntimeError)    a checkpoint that cannot be written, is damaged, or is of another run; any other
+│                                     file of a run that cannot be written
 └── RolloutError (RuntimeError)       nothing to train on: no valid episode for too many updates, a reward function
                                       that raises, a policy whose logits are not numbers
 ```
@@ -32,7 +33,7 @@ class DataError(StepPOError, ValueError):
 
 
 class CheckpointError(StepPOError, RuntimeError):
-    """A checkpoint that cannot be written, is damaged, or is of another run."""
+    """A checkpoint that cannot be written, is damaged, or is of another run; any other file that cannot be written."""
 
 
 class RolloutError(StepPOError, RuntimeError):

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 from gateway_policy import ADMIN, END, TOKENIZER, Policy, call, echo, make_spec, start
 
+from trl_steppo.errors import ConfigurationError
 from trl_steppo.gateway import GatewayServer, SessionSpec
 from trl_steppo.gateway.sampling import Engine
 from trl_steppo.types import Episode, StopReason
@@ -587,3 +588,16 @@ def test_a_step_is_undelivered_only_if_nobody_was_told(server: GatewayServer, cl
     for _ in range(num_gone):
         server.call(server.gateway.take_back(client.session, step.answer))
     assert len(client.session.visible()) == num_steps
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_gateway_that_cannot_start_leaves_nothing_open(policy, server, monkeypatch):
+    """A port that is taken; a server that ends while it starts."""
+    before = threading.active_count()
+    with pytest.raises(ConfigurationError, match="choose another port"):
+        start(policy, port=server.port)
+    assert threading.active_count() == before
+    monkeypatch.setattr("uvicorn.Server.startup", lambda self, sockets: 1 / 0)
+    with pytest.raises(ConfigurationError, match="did not start"):
+        start(policy)
+    assert threading.active_count() == before

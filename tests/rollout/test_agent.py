@@ -21,6 +21,7 @@ from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, check_agent, play_agents
+from trl_steppo.rollout.agent import without_launcher
 from trl_steppo.types import StopReason
 
 PROMPT = [{"role": "user", "content": "Find it."}]
@@ -155,6 +156,7 @@ def post(url, body):
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     return json.load(urllib.request.urlopen(request))
 assert os.environ["ANTHROPIC_API_KEY"] == os.environ["OPENAI_API_KEY"]
+assert "RANK" not in os.environ and os.environ["OF_THE_USER"] == "kept"
 assert os.environ["OPENAI_BASE_URL"] == os.environ["ANTHROPIC_BASE_URL"] + "/v1"
 body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 post(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body)
@@ -170,7 +172,9 @@ else:
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_commands_play(server, chat, tmp_path, as_text):
+def test_commands_play(server, chat, tmp_path, monkeypatch, as_text):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("OF_THE_USER", "kept")
     script = tmp_path / "agent.py"
     script.write_text(SCRIPT)
     command: Any = [sys.executable, str(script)]
@@ -198,7 +202,97 @@ def test_finished_episodes_are_taken_from_the_store(server, chat):
     assert not one.valid
 
 
-@pytest.mark.parametrize("agent", [5, "", [], ["a", 5], lambda row: 1.0, lambda row, base_url: 1.0])
+def test_an_episode_that_failed_is_played_again(server, chat):
+    played, breaks = [], [True]
+
+    def agent(row, *, base_url, api_key):
+        played.append(row["index"])
+        if row["index"] == 1 and breaks[0]:
+            raise OSError("broken")
+        return good(row, base_url=base_url, api_key=api_key)
+
+    first = play(server, chat, agent, rows=3, id_prefix="9/", resumes=True)
+    assert [episode.valid for episode in first] == [True, False, True]
+    breaks[0] = False
+    again = play(server, chat, agent, rows=3, id_prefix="9/", resumes=True)
+    assert sorted(played) == [0, 1, 1, 2]
+    assert [again[0], again[2]] == [first[0], first[2]]
+    assert again[1].valid
+    assert play(server, chat, agent, rows=3, id_prefix="9/", resumes=True) == again
+    assert len(played) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"limits": EpisodeLimits(max_interaction_steps=4)},
+        {"sampling": SamplingParams(max_new_tokens=100, temperature=0.5, stop_token_ids=(0, 5))},
+        {"sampling": SamplingParams(max_new_tokens=100, stop_token_ids=(0,))},
+        {"run_seed": 1},
+    ],
+    ids=["the same", "limits", "temperature", "stop tokens", "seed"],
+)
+def test_an_episode_of_other_settings_is_played_again(server, chat, request, changes):
+    sampling = SamplingParams(max_new_tokens=100, stop_token_ids=(0, 5))
+    settings = {"id_prefix": f"{request.node.name}/", "resumes": True, "sampling": sampling}
+    played = []
+
+    def agent(row, *, base_url, api_key):
+        played.append(row["index"])
+        return good(row, base_url=base_url, api_key=api_key)
+
+    play(server, chat, agent, **settings)
+    play(server, chat, agent, **{**settings, **changes})
+    assert len(played) == (2 if changes else 1)
+
+
+def test_an_agent_is_none_of_the_launchers_processes():
+    of_launchers = {
+        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"),
+        *("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "FSDP_VERSION"),
+        *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "CROSS_RANK"),
+        *("OMPI_COMM_WORLD_RANK", "PMI_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    }
+    of_the_user = {
+        *("PATH", "HOME", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HOME", "WANDB_API_KEY"),
+        *("DS_API_KEY", "RANKING", "MY_WORLD_SIZE", "MASTER_KEY"),
+    }
+    environment = {name: name.lower() for name in of_launchers | of_the_user}
+    assert without_launcher(environment) == {name: name.lower() for name in of_the_user}
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        ("agent 'with an open quote", "cannot be split into words: No closing quotation; close the quote"),
+        ("", "names no program"),
+        (" \t ", "names no program"),
+        ([], "names no program"),
+        ([" ", "--fast"], "names no program"),
+        ("no-such-program --fast", "there is no program 'no-such-program'"),
+        (["./no-such-program"], "there is no program './no-such-program'.*give its path"),
+        (("no such program",), "there is no program 'no such program'"),
+    ],
+)
+def test_a_command_that_cannot_be_run_is_refused(command, what):
+    with pytest.raises(ConfigurationError, match=f"^`agent` is the command .*{what}") as error:
+        check_agent(command)
+    assert repr(command) in str(error.value)
+
+
+def test_a_file_that_cannot_be_run_is_refused(tmp_path):
+    script = tmp_path / "agent.sh"
+    script.write_text("#!/bin/sh\necho 1\n")
+    with pytest.raises(ConfigurationError, match="make it executable"):
+        check_agent([str(script), "--fast"])
+    script.chmod(0o700)
+    check_agent([str(script), "--fast"])
+    check_agent(f"'{script}' --fast")
+    check_agent((sys.executable, "-m", "agent"))
+
+
+@pytest.mark.parametrize("agent", [5, ["a", 5], lambda row: 1.0, lambda row, base_url: 1.0])
 def test_what_is_no_agent_is_found_out(agent):
     with pytest.raises(ConfigurationError, match="`agent`"):
         check_agent(agent)

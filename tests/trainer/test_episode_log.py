@@ -11,6 +11,10 @@ import pytest
 from tiny import TOKENIZER, Hash, make_classifier, make_trainer, mixed_episodes, prompt_rows
 
 from trl_steppo import Episode
+from trl_steppo.errors import CheckpointError, RolloutError
+from trl_steppo.report.episodes import sample_episodes
+from trl_steppo.report.methods import Method
+from trl_steppo.report.runs import Run
 from trl_steppo.rollout import dump_episodes, episode_file
 from trl_steppo.trainer.episode_log import SCHEMA
 
@@ -141,6 +145,38 @@ def test_failed_episodes_are_there(tmp_path):
         assert row["error"] == episode.error
         assert (row["score"] is None) is (row["advantage"] is None) is not episode.valid
         assert (row["step_index"] is None) is not episode.steps
+
+
+class Broken(Hash):
+    """In its second step."""
+
+    def step(self, response: str) -> tuple[str, float, bool]:
+        if self.row.setdefault("played", 0):
+            raise OSError("world ended")
+        self.row["played"] = 1
+        return "go on", 0.0, False
+
+
+def test_updates_in_which_all_episodes_failed_are_there(tmp_path):
+    """The last one, too, after which the run ends; and the report reads them."""
+    with pytest.raises(RolloutError, match=r"2 updates in a row.*world ended"):
+        play(tmp_path, environment_factory=Broken, max_steps=3, max_failed_updates=2)
+    for update in (1, 2):
+        rows = logged(tmp_path, update)
+        assert [(row["update"], row["step_index"], row["observation"]) for row in rows] == [(update, 0, "go on")] * 4
+        assert all("world ended" in row["error"] for row in rows)
+        assert {row[name] for row in rows for name in ("score", "advantage", "value", "new_logprobs")} == {None}
+    files = {update: tmp_path / "episodes" / f"update_{update:05d}.parquet" for update in (1, 2)}
+    run = Run(tmp_path, "failed", [], None, files)
+    sample = sample_episodes([Method("failed", (run,))], 10**6)
+    assert [episode["outcome"] for episode in sample.episodes] == ["failed"] * 8
+
+
+@pytest.mark.parametrize("environment", [Hash, Broken])
+def test_a_log_that_cannot_be_written_ends_the_run_and_says_how_to_go_on(tmp_path, environment):
+    (tmp_path / "episodes").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"update_00001.*could not be written.*`log_episodes` to 0.*go on"):
+        play(tmp_path, environment_factory=environment)
 
 
 def test_dataset_rows_are_the_same_whatever_the_seed(tmp_path):

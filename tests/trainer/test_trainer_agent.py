@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -10,14 +14,17 @@ from typing import Any
 import httpx
 import pytest
 from tiny import Hash, Look, ScriptedSampler, call, make_trainer, message_rows, same, weights
+from transformers import TrainerCallback
 
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import Response
-from trl_steppo.errors import ConfigurationError
+from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.rollout import load_episodes
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 pytest.importorskip("uvicorn", reason="needs the extra `gateway`")
+from trl_steppo.gateway import GatewayServer
+
 openai = pytest.importorskip("openai", reason="needs the extra `openai`")
 
 
@@ -176,10 +183,100 @@ def test_what_is_no_agent_is_refused(tmp_path):
         make_trainer(tmp_path, agent=lambda row: 0.0)
     with pytest.raises(ConfigurationError, match="`agent` is 5"):
         make_trainer(tmp_path, agent=5)
+    with pytest.raises(ConfigurationError, match="there is no program 'no-such-agent'"):
+        make_trainer(tmp_path, agent="no-such-agent --fast")
 
 
 def test_evaluation_plays_the_agent_greedily(tmp_path):
     trainer = make_trainer(tmp_path, agent=agent_of(Look), eval_dataset=message_rows(3), response_length=200)
     trainer.player.sampler = ScriptedSampler(look_script)
     assert trainer.evaluate()["eval_failed_episodes"] == 0
-    trainer.player.close()
+
+
+# -- how long a gateway is open ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gateways(monkeypatch) -> Iterator[list[GatewayServer]]:
+    """All that were started; in the end nothing of them may be left."""
+    started: list[GatewayServer] = []
+    start = GatewayServer.start
+    monkeypatch.setattr(GatewayServer, "start", lambda server: started.append(server) or start(server))
+    yield started
+    assert started
+    for server in started:
+        with pytest.raises(ConnectionRefusedError), socket.create_connection((server.host, server.port), timeout=5):
+            pass
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("gateway")]
+    assert not [file for file in open_files() if ".sqlite" in file]
+
+
+def open_files() -> list[str]:
+    found = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return found
+
+
+class Raises(TrainerCallback):
+    """At an event, the `count`-th time."""
+
+    def __init__(self, event: str, count: int) -> None:
+        self.count = count
+        setattr(self, event, self.on_it)
+
+    def on_it(self, *args: Any, **kwargs: Any) -> None:
+        self.count -= 1
+        if self.count == 0:
+            raise ArithmeticError("of the callback")
+
+
+def evaluating_trainer(directory: Any, **settings: Any) -> Any:
+    settings = {"eval_dataset": message_rows(2), "max_steps": 2, "response_length": 200, **settings}
+    trainer = make_trainer(directory, agent=agent_of(Look), train_dataset=message_rows(), **settings)
+    trainer.player.sampler = ScriptedSampler(look_script)
+    return trainer
+
+
+def test_one_gateway_serves_a_run(tmp_path, gateways):
+    trainer = evaluating_trainer(tmp_path, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    trainer.train()
+    assert sum("eval_score" in logs or "eval_reward" in logs for logs in trainer.state.log_history) == 3
+    assert len(gateways) == 1
+
+
+@pytest.mark.parametrize(
+    ("event", "count"),
+    [("on_train_begin", 1), ("on_evaluate", 1), ("on_step_end", 1), ("on_evaluate", 2), ("on_train_end", 1)],
+    ids=["begin", "first evaluation", "update", "last evaluation", "end"],
+)
+def test_a_gateway_is_closed_whatever_ends_the_run(tmp_path, gateways, event, count):
+    callback = Raises(event, count)
+    settings = {"eval_strategy": "steps", "eval_steps": 100, "eval_on_start": True}
+    trainer = evaluating_trainer(tmp_path, callbacks=[callback], **settings)
+    with pytest.raises(ArithmeticError):
+        trainer.train()
+    assert len(gateways) == 1
+
+
+def test_evaluation_alone_opens_and_closes_its_own(tmp_path, gateways, capsys):
+    """And leaves no file behind."""
+    trainer = evaluating_trainer(tmp_path)
+    trainer.evaluate()
+    assert len(gateways) == 1
+    trainer.evaluate({"a": message_rows(1), "b": message_rows(2)})
+    trainer.generate_completions()
+    assert "row 1" in capsys.readouterr().out
+    assert not (tmp_path / "gateway").exists()
+    trainer.add_callback(Raises("on_prediction_step", 1))
+    with pytest.raises(ArithmeticError):
+        trainer.evaluate()
+
+
+def test_a_run_whose_store_cannot_be_opened_leaves_nothing_open(tmp_path, gateways):
+    evaluating_trainer(tmp_path / "a").train()
+    store = tmp_path / "b" / "gateway" / "rank000.sqlite"
+    store.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"rank000\.sqlite cannot be opened"):
+        evaluating_trainer(tmp_path / "b").train()

@@ -9,12 +9,13 @@ never before.
 What it does to the methods that it is to compare. All see the same states and are paid the same, and a room's share of
 the score shrinks with more rooms for all of them. The right door depends on nothing but the sign in sight, so that a
 longer game is no harder to play; and the policy of the start writes the form without fault and reads the sign, at
-every length, so that a longer response is no harder to write. What grows is the number of steps and of tokens between
-a decision and its pay, and nothing else. The state says how many doors were right so far, and how many rooms are left:
-a critic can know how the episode stands, at each step and at each token. The thought's words neither cost nor earn
-anything, as the many ways to say the same in a language: they are noise to whoever weighs them one by one, on purpose,
-for that is what the length of a response does. The door is the last word, where a token-level method has the shortest
-way to the next state and to the pay. A discount of 1, under which length does not discount, is open to every method.
+every length. What grows is the number of steps and of tokens between a decision and its pay; and the form that a
+method must not spoil while it learns: in one long response a single word too many costs the room. The state says how
+many doors were right so far, and how many rooms are left: a critic can know how the episode stands, at each step and
+at each token. The thought's words neither cost nor earn anything, as the many ways to say the same in a language: they
+are noise to whoever weighs them one by one, on purpose, for that is what the length of a response does. The door is
+the last word, where a token-level method has the shortest way to the next state and to the pay. A discount of 1, under
+which length does not discount, is open to every method.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@
 | `sampling.py` | requests into a sampler, held while weights change |
 | `service.py` | these put together: one request in, one recorded step out |
 | `app.py`, `openapi.py`, `monitor.py` | HTTP: routes, the document that describes them, metrics |
+| `late.py` | streams that begin before their response is there |
 | `server.py` | a thread that serves |
 
 Nothing here loads torch.

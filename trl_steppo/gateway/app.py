@@ -21,8 +21,9 @@ from starlette.types import Receive, Scope, Send
 
 from ..types import Episode
 from . import anthropic, openai, responses
-from .bodies import Body, read_body
+from .bodies import Body, event, read_body
 from .conversation import Answer, ModelRequest, RequestError, request_key
+from .late import HEARTBEAT_S, LateStream, send_all
 from .monitor import CONTENT_TYPE
 from .openapi import Operation, document
 from .service import Gateway, Reply, Retry, unauthorized
@@ -112,6 +113,7 @@ class Api:
     summary: str
     whole: Callable[[Answer, Any], dict[str, Any]]
     stream: Callable[[Answer, Any], Iterator[bytes]]
+    late_error: Callable[[RequestError], bytes] = lambda error: event(openai.error_body(error))
 
 
 def _include_usage(body: Any) -> bool:
@@ -139,6 +141,7 @@ APIS = (
         "OpenAI: responses",
         responses.response,
         responses.response_stream,
+        responses.error_event,
     ),
     Api(
         "/v1/messages",
@@ -146,6 +149,7 @@ APIS = (
         "Anthropic: messages",
         lambda answer, body: anthropic.message(answer),
         lambda answer, body: anthropic.message_stream(answer),
+        lambda error: event(anthropic.error_body(error), "error"),
     ),
 )
 
@@ -171,13 +175,8 @@ class _Delivery(Response):
         try:
             if not self._gone.done():
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            for chunk in self._chunks:
-                if self._gone.done():
-                    await self._on_gone()
-                    return
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await asyncio.sleep(0)  # lets a disconnection be heard of
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if not await send_all(self._chunks, send, self._gone):
+                await self._on_gone()
         except OSError:
             await self._on_gone()
         finally:
@@ -187,10 +186,11 @@ class _Delivery(Response):
 class _Routes:
     """The handlers of one gateway."""
 
-    def __init__(self, gateway: Gateway, default: SessionSpec, max_body_bytes: int) -> None:
+    def __init__(self, gateway: Gateway, default: SessionSpec, max_body_bytes: int, heartbeat_s: float) -> None:
         self.gateway = gateway
         self.default = default
         self.max_body_bytes = max_body_bytes
+        self.heartbeat_s = heartbeat_s
 
     def model(self, api: Api) -> Handler:
         async def handle(request: Request) -> Response:
@@ -204,29 +204,61 @@ class _Routes:
             )
             gone = asyncio.ensure_future(_disconnected(request))
             try:
-                reply = await self._respond(session, body.request(), retry, gone)
+                asked = await self._respond(session, body.request(), retry, gone, may_be_late=bool(body.stream))
             except BaseException:
                 gone.cancel()
                 raise
-            return self._deliver(api, session, body, reply, gone)
+            if not asked.done():
+                return self._deliver_late(api, session, body, asked, gone)
+            return self._deliver(api, session, body, asked.result(), gone)
 
         return handle
 
     async def _respond(
-        self, session: Session, request: ModelRequest, retry: Retry, gone: asyncio.Future[None]
-    ) -> Reply:
-        """The reply, for as long as the client is there to hear it."""
+        self,
+        session: Session,
+        request: ModelRequest,
+        retry: Retry,
+        gone: asyncio.Future[None],
+        *,
+        may_be_late: bool,
+    ) -> asyncio.Future[Reply]:
+        """
+        The reply, for as long as the client is there to hear it. One that may be late is returned before it is there
+        if it takes long and is being sampled: while requests are held, it may still have to be told to try again.
+        """
         asked = asyncio.ensure_future(self.gateway.respond(session, request, retry))
+        either: set[asyncio.Future[Any]] = {asked, gone}
         try:
-            either: set[asyncio.Future[Any]] = {asked, gone}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not asked.done():
-                asked.cancel()
-                raise RequestError(499, "the client went away", code="client_closed_request")
-            return asked.result()
-        finally:
-            if not asked.done():
-                asked.cancel()
+            while True:
+                await asyncio.wait(
+                    either,
+                    timeout=self.heartbeat_s if may_be_late else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if asked.done():
+                    asked.result()
+                    return asked
+                if gone.done():
+                    raise RequestError(499, "the client went away", code="client_closed_request")
+                if not self.gateway.port.is_paused:
+                    return asked
+        except BaseException:
+            asked.cancel()
+            raise
+
+    def _deliver_late(
+        self, api: Api, session: Session, body: Any, asked: asyncio.Future[Reply], gone: asyncio.Future[None]
+    ) -> Response:
+        return LateStream(
+            asked,
+            gone,
+            write=lambda reply: api.stream(reply.answer, body),
+            write_error=api.late_error,
+            on_gone=lambda reply: self.gateway.take_back(session, reply.answer),
+            heartbeat_s=self.heartbeat_s,
+            headers={"cache-control": "no-cache"},
+        )
 
     def _deliver(self, api: Api, session: Session, body: Any, reply: Reply, gone: asyncio.Future[None]) -> Response:
         async def on_gone() -> None:
@@ -335,7 +367,11 @@ class _Routes:
 
 
 def make_app(
-    gateway: Gateway, *, default: SessionSpec | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    gateway: Gateway,
+    *,
+    default: SessionSpec | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> Starlette:
     """
     The ASGI application of a gateway.
@@ -347,8 +383,10 @@ def make_app(
             What a session is allowed that is opened over HTTP, where its body does not say.
         max_body_bytes (`int`, *optional*):
             Longest body.
+        heartbeat_s (`float`, *optional*, defaults to `3.0`):
+            How long a stream says nothing.
     """
-    routes = _Routes(gateway, default or SessionSpec(), max_body_bytes)
+    routes = _Routes(gateway, default or SessionSpec(), max_body_bytes, heartbeat_s)
     session = "/sessions/{session_id}"
     operations: list[tuple[Operation, Handler]] = [
         *((Operation("POST", api.path, api.summary, api.body, streams=True), routes.model(api)) for api in APIS),

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .bodies import Body, Content, OpenAIOptions, arguments_of, call_message, dumps, event, text_of
-from .conversation import Answer, Message, ModelRequest, Wishes, pieces
+from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces
+from .openai import error_body
 
 
 class InputMessage(Body):
@@ -223,6 +224,13 @@ def response_stream(answer: Answer, body: ResponsesBody) -> Iterator[bytes]:
             yield send("response.output_item.added", output_index=index, item=item)
         yield send("response.output_item.done", output_index=index, item=item)
     yield send(f"response.{whole['status']}", response=whole)
+
+
+def error_event(error: RequestError) -> bytes:
+    """A failure within a stream."""
+    body = error_body(error)
+    shown = {name: body["error"][name] for name in ("code", "message", "param")}
+    return event({"type": "error", "sequence_number": 0, **shown, **body}, "error")
 
 
 _running = {"status": "in_progress"}

@@ -14,6 +14,7 @@ import uvicorn
 
 from ..errors import ConfigurationError
 from .app import MAX_BODY_BYTES, make_app
+from .late import HEARTBEAT_S
 from .monitor import Monitor
 from .sampling import Engine, SamplingPort
 from .service import Gateway
@@ -52,6 +53,8 @@ class GatewayServer:
             How long a request waits while the gateway is paused.
         max_body_bytes (`int`, *optional*):
             Longest body.
+        heartbeat_s (`float`, *optional*, defaults to `3.0`):
+            How long a stream says nothing while its response is sampled.
 
     Raises:
         ConfigurationError: The port cannot be had.
@@ -70,10 +73,15 @@ class GatewayServer:
         model_name: str = "policy",
         max_wait_s: float = 20.0,
         max_body_bytes: int = MAX_BODY_BYTES,
+        heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
-        self._socket = _listen(host, port)
-        self.host, self.port = self._socket.getsockname()[:2]
         self.store = Store(store)
+        try:
+            self._socket = _listen(host, port)
+        except ConfigurationError:
+            self.store.close()
+            raise
+        self.host, self.port = self._socket.getsockname()[:2]
         self.gateway = Gateway(
             formats,
             SamplingPort(max_wait_s=max_wait_s),
@@ -84,7 +92,7 @@ class GatewayServer:
         )
         if restores:
             self.gateway.restore()
-        app = make_app(self.gateway, default=default, max_body_bytes=max_body_bytes)
+        app = make_app(self.gateway, default=default, max_body_bytes=max_body_bytes, heartbeat_s=heartbeat_s)
         # Neither uvicorn's access log nor its headers: the one is long, the others name versions.
         config = uvicorn.Config(
             app,
@@ -113,11 +121,17 @@ class GatewayServer:
         return f"{self.origin}/v1"
 
     def start(self) -> GatewayServer:
-        """Serve, in a thread; returns when it does."""
+        """
+        Serve, in a thread; returns when it does.
+
+        Raises:
+            ConfigurationError: It does not; it is closed.
+        """
         self._thread.start()
         deadline = time.monotonic() + _START_S
         while not self._server.started:
             if time.monotonic() > deadline or not self._thread.is_alive():
+                self.close()
                 raise ConfigurationError(f"the gateway on {self.origin} did not start; the log says why")
             time.sleep(0.005)
         return self
@@ -153,6 +167,7 @@ class GatewayServer:
         self.stop()
         if self._thread.is_alive():
             self._thread.join()
+        self._socket.close()  # which is open still if it never served
         self.store.close()
 
     def _serve(self) -> None:

@@ -154,11 +154,13 @@ class Gateway:
             self._add(restored(one))
         return len(found)
 
-    def finished_episode(self, name: str) -> Episode | None:
-        """What a session of this name left in the store, if it ended."""
+    def finished_episode(self, name: str, spec: SessionSpec) -> Episode | None:
+        """What a session of this name left in the store, if it ended without an error and was allowed the same."""
         for one in self.store.named(name):
-            if one.is_over:
-                return restored(one).episode()
+            if one.is_over and one.spec == spec.to_json():
+                episode = restored(one).episode()
+                if episode.valid:
+                    return episode
         return None
 
     async def set_reward(

@@ -49,8 +49,10 @@ class SessionSpec:
     generation_index: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """For the store."""
-        return asdict(self)
+        """For the store, as it will be read from there."""
+        data = asdict(self)
+        data["sampling"]["stop_token_ids"] = list(self.sampling.stop_token_ids)
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SessionSpec:

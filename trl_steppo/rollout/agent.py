@@ -6,8 +6,8 @@ An agent is one of
   reward, added to its last step; `None`: it has posted its rewards, or reward functions judge.
 - a command, as text or a list: a process for each episode, which reads the row from its standard input, as JSON, and
   finds the address and its key in the environment (`OPENAI_BASE_URL`, `OPENAI_API_KEY`, `ANTHROPIC_BASE_URL`,
-  `ANTHROPIC_API_KEY`, `STEPPO_SESSION_URL`). If the last line that it writes to its standard output is a number, that
-  is the reward.
+  `ANTHROPIC_API_KEY`, `STEPPO_SESSION_URL`), which is the trainer's without the variables of its launcher. If the last
+  line that it writes to its standard output is a number, that is the reward.
 
 Each runs in a thread or a process of its own: one that raises, dies or hangs costs its own episode.
 """
@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import time
 from asyncio.subprocess import PIPE, Process
@@ -51,11 +52,25 @@ _STDERR_SHOWN = 2_000  # characters of what a failed process wrote
 _LOOKS_S = 0.25  # between looks whether an agent hangs
 _DIES_S = 2.0  # from a polite end to an impolite one
 
+# What torchrun, accelerate, DeepSpeed and MPI tell their own processes.
+_LAUNCHER_VARIABLES = frozenset(
+    [
+        *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "NODE_RANK", "CROSS_RANK", "CROSS_SIZE"),
+        *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "LOCAL_SIZE"),
+        *("MASTER_ADDR", "MASTER_PORT", "FORK_LAUNCHED", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ]
+)
+_LAUNCHER_PREFIXES = (
+    *("ACCELERATE_", "TORCHELASTIC_", "PET_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "DEEPSPEED_"),
+    *("DS_ACCELERATOR", "DS_BUILD_", "DS_ENV_FILE", "DS_SKIP_"),  # not all of `DS_`: an agent's own keys begin so, too
+    *("OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_"),
+)
+
 
 def check_agent(agent: Any) -> None:
-    """Raises a `ConfigurationError` for anything that is no agent."""
-    is_command = isinstance(agent, str | list | tuple) and bool(agent) and all(isinstance(word, str) for word in agent)
-    if is_command:
+    """Raises a `ConfigurationError` for anything that is no agent, and for a command that cannot be run here."""
+    if isinstance(agent, str | list | tuple) and all(isinstance(word, str) for word in agent):
+        _check_command(agent)
         return
     if not callable(agent):
         raise ConfigurationError(
@@ -69,6 +84,48 @@ def check_agent(agent: Any) -> None:
         ) from error
     except ValueError:  # a callable without a signature is tried
         return
+
+
+def _check_command(command: str | Sequence[str]) -> None:
+    try:
+        words = command_words(command)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"`agent` is the command {command!r:.200}, which cannot be split into words: {error}; close the quote, or "
+            "pass a list of words"
+        ) from error
+    if not words or not words[0].strip():
+        raise ConfigurationError(
+            f"`agent` is the command {command!r:.200}, which names no program; pass one, with its arguments"
+        )
+    if shutil.which(words[0]) is None:
+        raise ConfigurationError(
+            f"`agent` is the command {command!r:.200}, but there is no program {words[0]!r} that could be run from "
+            f"{os.getcwd()}; give its path, make it executable, or put it on PATH"
+        )
+
+
+def command_words(command: str | Sequence[str]) -> list[str]:
+    """A command's program and arguments. Raises a `ValueError` for text with an open quote."""
+    return shlex.split(command) if isinstance(command, str) else list(command)
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """
+    An environment without what a launcher told its own process.
+
+    An agent is none of the trainer's ranks: if it uses torch, accelerate or transformers itself, it must neither take
+    itself for one nor wait for the others. Devices, threads and everything else stay as they are.
+
+    Args:
+        environment (`Mapping[str, str]`):
+            Names and values, as in `os.environ`.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
 
 
 def play_agents(
@@ -107,8 +164,8 @@ def play_agents(
         needs_reward (`bool`, *optional*, defaults to `True`):
             Whether an agent that neither returns nor posts a reward has failed.
         resumes (`bool`, *optional*, defaults to `False`):
-            Whether episodes of the same names that the gateway's store holds, whole, are taken from there, and new
-            ones are kept there.
+            Whether episodes are kept in the gateway's store, and those of the same names that it holds are taken from
+            there: whole ones without an error, which were played within the same limits, sampling and seed.
 
     Returns:
         `list[Episode]`: in the order of the requests.
@@ -151,10 +208,6 @@ class _AgentRollout:
 
     async def play_one(self, request: EpisodeRequest) -> Episode:
         name = f"{self.id_prefix}{request.row_index}-{request.generation_index}"
-        if self.resumes:
-            found = self.gateway.finished_episode(name)
-            if found is not None:
-                return found
         spec = SessionSpec(
             self.limits,
             self.sampling,
@@ -162,6 +215,9 @@ class _AgentRollout:
             row_index=request.row_index,
             generation_index=request.generation_index,
         )
+        found = self.gateway.finished_episode(name, spec) if self.resumes else None
+        if found is not None:
+            return found
         session, key = await self._at_gateway(self.gateway.open_session(spec, name=name))
         ending = await self._run(session, key, request.row)
         await self._at_gateway(self.gateway.finish(session, **ending))
@@ -260,12 +316,12 @@ class _ProcessRun:
     """An agent in a process, with all that it starts in one group."""
 
     def __init__(self, command: str | Sequence[str]) -> None:
-        self._words = shlex.split(command) if isinstance(command, str) else list(command)
+        self._words = command_words(command)
         self._process: Process | None = None
 
     async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> float | None:
         environment = {
-            **os.environ,
+            **without_launcher(os.environ),
             "OPENAI_BASE_URL": server.base_url,
             "OPENAI_API_KEY": key,
             "ANTHROPIC_BASE_URL": server.origin,

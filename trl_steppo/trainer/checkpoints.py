@@ -21,6 +21,7 @@ from torch import nn
 from ..durable import sync
 from ..errors import CheckpointError
 from ..models import is_peft_model, whole_shape
+from .exchange import Caught, caught, first_failure
 
 MANIFEST = "checkpoint.json"
 _FORMAT = 1
@@ -97,30 +98,30 @@ def written_whole(
     """
     partial = directory.with_name(f"{directory.name}.partial")
 
-    def fail_together(error: Exception | None) -> None:
-        errors = [found for found in gather([None if error is None else str(error)]) if found is not None]
-        if not errors:
+    def fail_together(found: Caught) -> None:
+        failure = first_failure(found, gather)
+        if failure is None:
             return
         if is_writer:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(_cannot_write(directory, errors[0])) from error
+        raise CheckpointError(_cannot_write(directory, failure)) from found.error
 
-    with _caught() as caught:
+    with caught() as found:
         if is_writer:
             _remove_leftovers(directory.parent)
             partial.mkdir(parents=True)
-    fail_together(caught.error)
-    with _caught() as caught:
+    fail_together(found)
+    with caught() as found:
         yield partial
-    if caught.error is not None and writes_together:
-        raise CheckpointError(_cannot_write(directory, caught.error)) from caught.error
-    fail_together(caught.error)
-    with _caught() as caught:
+    if found.error is not None and writes_together:
+        raise CheckpointError(_cannot_write(directory, found.error)) from found.error
+    fail_together(found)
+    with caught() as found:
         if is_writer:
             write_manifest(partial, manifest)
             _sync(partial)
             _replace(directory, partial)
-    fail_together(caught.error)
+    fail_together(found)
 
 
 def _cannot_write(directory: Path, error: object) -> str:
@@ -128,21 +129,6 @@ def _cannot_write(directory: Path, error: object) -> str:
         f"{directory} could not be written: {error}. Earlier checkpoints are untouched: make room (or mend what the "
         "message says), and go on with `resume_from_checkpoint`"
     )
-
-
-@dataclass
-class _Caught:
-    error: Exception | None = None
-
-
-@contextmanager
-def _caught() -> Iterator[_Caught]:
-    """Keeps an exception for later; libraries wrap "no space left" in exceptions of their own, so any."""
-    caught = _Caught()
-    try:
-        yield caught
-    except Exception as error:
-        caught.error = error
 
 
 def rotate(output_dir: Path, limit: int | None, *, keep: set[str]) -> None:

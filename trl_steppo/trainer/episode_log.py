@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import torch
 
 from ..durable import sync
+from ..errors import CheckpointError
 from ..losses import importance_ratio
 from ..types import Episode, Step, TokenIds
 from .credit import Credit
 from .data_stream import RowStream
-from .exchange import Rollout, Scores
+from .exchange import Rollout, Scores, caught, first_failure
 from .learner import Learner
 from .steppo_config import StepPOConfig
 
@@ -106,21 +107,41 @@ class EpisodeLog:
         if not self.args.log_episodes:
             yield
             return
-        is_writer = self.learner.accelerator.is_main_process
-        logged = episodes[: self.args.log_episodes] if is_writer else []
+        logged = self._logged(episodes)
         chosen = range(sum(episode.valid for episode in logged))  # of the rollout, which has the valid ones in order
         old = scores.old_logprobs
         if old is None:
             old = self._logprobs(rollout, chosen)
         yield
         new = self._logprobs(rollout, chosen)
-        if is_writer:
-            judged = iter([_judged_steps(self.args, rollout, index, scores, credit, old, new) for index in chosen])
+        judged = (_judged_steps(self.args, rollout, index, scores, credit, old, new) for index in chosen)
+        self._write(update, logged, judged)
+
+    def failed(self, update: int, episodes: Sequence[Episode]) -> None:
+        """Of an update in which no episode of any rank is valid, so that nothing is learned. All ranks come by."""
+        if self.args.log_episodes:
+            self._write(update, self._logged(episodes), iter(()))
+
+    def _logged(self, episodes: Sequence[Episode]) -> Sequence[Episode]:
+        """Which of this rank's episodes are logged."""
+        return episodes[: self.args.log_episodes] if self.learner.accelerator.is_main_process else []
+
+    def _write(self, update: int, episodes: Sequence[Episode], judged: Iterator[list[dict[str, Any]]]) -> None:
+        """What the first rank cannot write fails on all ranks: none is left waiting for it."""
+        path = Path(str(self.args.output_dir)) / FOLDER / f"update_{update:05d}.parquet"
+        with caught() as found:
             rows = []
-            for episode in logged:
+            for episode in episodes:
                 of_steps = next(judged) if episode.valid else [{}] * len(episode.steps)
                 rows += self._rows(update, episode, of_steps)
-            _write(Path(str(self.args.output_dir)) / FOLDER / f"update_{update:05d}.parquet", rows)
+            if self.learner.accelerator.is_main_process:
+                _write(path, rows)
+        failure = first_failure(found)
+        if failure is not None:
+            raise CheckpointError(
+                f"{path} could not be written: {failure}. Make room (or mend what the message says), or set "
+                "`log_episodes` to 0; then go on from the last checkpoint with `resume_from_checkpoint`"
+            ) from found.error
 
     def _logprobs(self, rollout: Rollout, chosen: Sequence[int]) -> torch.Tensor:
         with self.learner.clock.measure("log_episodes_s"):

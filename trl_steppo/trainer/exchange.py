@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
@@ -96,6 +97,29 @@ class Lesson:
     credit: Credit
     num_episodes: list[int]
     rank: int
+
+
+@dataclass
+class Caught:
+    """What a block raised, if it did."""
+
+    error: Exception | None = None
+
+
+@contextmanager
+def caught() -> Iterator[Caught]:
+    """Keeps an exception for later; libraries wrap "no space left" in exceptions of their own, so any."""
+    found = Caught()
+    try:
+        yield found
+    except Exception as error:
+        found.error = error
+
+
+def first_failure(found: Caught, gather: Callable[[list[Any]], list[Any]] = gather_object) -> str | None:
+    """What the first rank caught that caught anything, told to all of them. Every rank must call it."""
+    failures = gather([None if found.error is None else str(found.error)])
+    return next((failure for failure in failures if failure is not None), None)
 
 
 def own_lesson(rollout: Rollout, scores: Scores, credit: Credit) -> Lesson:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,31 +183,39 @@ class EpisodePlayer:
         if self.agent is None:
             episodes = play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
         else:
-            server = self._gateway()
-            if resumes:
-                server.store.keep_finished(id_prefix).result()
-            episodes = play_agents(
-                requests,
-                self.agent,
-                server,
-                self.sampler,
-                idle_s=self.args.tool_timeout_s,
-                needs_reward=not self.reward_funcs and self.reward_model is None,
-                resumes=resumes,
-                **common,
-            )
+            with self._serving() as server:
+                if resumes:
+                    server.store.keep_finished(id_prefix).result()
+                episodes = play_agents(
+                    requests,
+                    self.agent,
+                    server,
+                    self.sampler,
+                    idle_s=self.args.tool_timeout_s,
+                    needs_reward=not self.reward_funcs and self.reward_model is None,
+                    resumes=resumes,
+                    **common,
+                )
         return self._score(episodes, [request.row for request in requests], trainer_state)
 
-    def begin(self, *, is_resumed: bool) -> None:
-        """A run begins: what agents did in another one is forgotten."""
-        if self.agent is not None and not is_resumed:
-            self._gateway().store.keep_finished(_NO_NAME).result()
+    @contextmanager
+    def running(self, *, is_resumed: bool) -> Iterator[None]:
+        """
+        Around a run. Where an agent plays, one gateway serves it from beginning to end, and keeps its episodes on the
+        disk. Outside a run, each [`play`] has a gateway of its own, which keeps nothing.
 
-    def close(self) -> None:
-        """A run is over: the gateway serves no longer. It will again if it is needed."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        Args:
+            is_resumed (`bool`):
+                Whether the run goes on; what agents did in another one is forgotten.
+        """
+        if self.agent is None:
+            yield
+            return
+        path = Path(str(self.args.output_dir)) / "gateway" / f"rank{self.args.process_index:03d}.sqlite"
+        with self._serving(path) as server:
+            if not is_resumed:
+                server.store.keep_finished(_NO_NAME).result()
+            yield
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
@@ -233,19 +242,23 @@ class EpisodePlayer:
             collated.append(replace(request, row={**request.row, "input_ids": kept}))
         return collated
 
-    def _gateway(self) -> GatewayServer:
-        """This rank's own, on a free port."""
-        if self._server is None:
-            from ..gateway import GatewayServer
-            from ..gateway.tokens import ChatFormats
+    @contextmanager
+    def _serving(self, store: Path | None = None) -> Iterator[GatewayServer]:
+        """This rank's gateway, on a free port: the one that serves already, or else one for as long as the block."""
+        if self._server is not None:
+            yield self._server
+            return
+        from ..gateway import GatewayServer
+        from ..gateway.tokens import ChatFormats
 
-            template_kwargs: Any = self.args.chat_template_kwargs
-            self._server = GatewayServer(
-                ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs),
-                store=Path(str(self.args.output_dir)) / "gateway" / f"rank{self.args.process_index:03d}.sqlite",
-                restores=False,  # the agents of another process are gone
-            ).start()
-        return self._server
+        template_kwargs: Any = self.args.chat_template_kwargs
+        formats = ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs)
+        # The agents of another process are gone, so none of its sessions goes on.
+        with closing(GatewayServer(formats, store=store, restores=False)) as self._server:
+            try:
+                yield self._server.start()
+            finally:
+                self._server = None
 
     def _check_agent(self) -> None:
         check_agent(self.agent)

@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +263,14 @@ class StepPOTrainer(PPOTrainer):
         """
         if self.state.global_step > 0 and not resume_from_checkpoint:
             raise ConfigurationError("`train()` was called before, and its schedules have ended; make a new trainer")
-        with closing(self.player), self._running(resume_from_checkpoint or None):
+        checkpoint = resume_from_checkpoint or None
+        with self.player.running(is_resumed=checkpoint is not None), self._running(checkpoint):
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 with self._update():
                     episodes = self._roll_out()
                     rollout = self._collate(episodes)
                     if rollout is None:
-                        self.learner.end_update()
+                        self._skip(episodes)
                         continue
                     scores = self._score(rollout)
                     credit = self._assign_credit(rollout, scores)
@@ -306,13 +307,22 @@ class StepPOTrainer(PPOTrainer):
         for error, count in errors.most_common(3):
             logger.warning(f"update {self.state.global_step + 1}: {count} of {len(episodes)} episodes failed: {error}")
         num_valid = self.learner.reduce(torch.tensor([float(len(valid))], device=self.accelerator.device))
-        self.progress.failed_updates = 0 if float(num_valid) else self.progress.failed_updates + 1
+        if not float(num_valid):
+            return None
+        self.progress.failed_updates = 0
+        return self.learner.prepare(valid)
+
+    def _skip(self, episodes: Sequence[Episode]) -> None:
+        """An update without a valid episode: nothing is learned. Too many of them end the run."""
+        self.episode_log.failed(self.state.global_step + 1, episodes)
+        self.progress.failed_updates += 1
         if self.progress.failed_updates >= self.args.max_failed_updates:
+            error = next((episode.error for episode in episodes if not episode.valid), "on another rank")
             raise RolloutError(
                 f"{self.progress.failed_updates} updates in a row had no valid episode (`max_failed_updates`); the "
-                f"last error was: {next(iter(errors), 'on another rank')}"
+                f"last error was: {error}"
             )
-        return self.learner.prepare(valid) if float(num_valid) else None
+        self.learner.end_update()
 
     def _score(self, rollout: Rollout) -> Scores:
         """Log-probabilities and values under the weights before the update."""
@@ -732,7 +742,6 @@ class StepPOTrainer(PPOTrainer):
         self._resumed_from = None
         if resume_from_checkpoint is not None:
             self._resume(resume_from_checkpoint)
-        self.player.begin(is_resumed=self._resumed_from is not None)
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = math.ceil(args.num_train_epochs)
         self.state.train_batch_size = args.per_device_train_batch_size

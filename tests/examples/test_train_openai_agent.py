@@ -1,0 +1,107 @@
+"""The agent of the OpenAI Agents SDK: it plays as it is written, and trains as a user trains it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette", reason="needs the extra `gateway`")
+pytest.importorskip("agents", reason="needs the extra `agents`")
+from safetensors.torch import load_file
+from scripts import load_script
+from transformers import AutoTokenizer
+
+from trl_steppo.dry_run import ScriptedSampler
+from trl_steppo.gateway import GatewayServer
+from trl_steppo.gateway.tokens import ChatFormats
+from trl_steppo.inference.base import Sample, SamplingParams
+from trl_steppo.models import MINI_WIKI_POLICY
+from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, load_episodes, play_agents
+from trl_steppo.types import StopReason, TokenIds
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = AutoTokenizer.from_pretrained(MINI_WIKI_POLICY)
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("train_openai_agent")
+
+
+class CallsNothing(ScriptedSampler):
+    """Calls a tool that is not there."""
+
+    async def sample(self, prompt_ids, params, *, episode_id, order=()):
+        ids = TOKENIZER('<tool_call>\n{"name": "who", "arguments": {}}\n</tool_call>')["input_ids"]
+        ids += list(params.stop_token_ids)[:1]
+        return Sample(TokenIds(ids), (-1.0,) * len(ids), StopReason.STOP, 0)
+
+
+def play(script, sampler, *, steps=5):
+    """The first four questions, as the trainer plays them."""
+    server = GatewayServer(ChatFormats(TOKENIZER)).start()
+    requests = [EpisodeRequest(script.DATA.train_dataset[index], index) for index in range(4)]
+    try:
+        return play_agents(
+            requests,
+            script.play,
+            server,
+            sampler,
+            limits=EpisodeLimits(max_interaction_steps=steps),
+            sampling=SamplingParams(max_new_tokens=60),
+            run_seed=0,
+            idle_s=200,
+        )
+    finally:
+        server.close()
+
+
+def test_the_agent_searches_answers_and_is_scored(script):
+    """The policy knows the answers of every other row."""
+    episodes = play(script, ScriptedSampler(TOKENIZER, script.DATA.train_dataset))
+    assert [episode.error for episode in episodes] == [None] * 4
+    assert [episode.episode_return for episode in episodes] == [1.0, 0.0, 1.0, 0.0]
+    assert all(len(episode.steps) == 2 and episode.terminated for episode in episodes)
+    for episode in episodes:
+        assert episode.steps[0].observation == [{"role": "tool", "name": "search", "content": "No results."}]
+        question = script.DATA.train_dataset[episode.row_index]["question"]
+        assert question in TOKENIZER.decode(episode.steps[0].prompt_ids.tolist())
+
+
+def test_an_agent_that_goes_wrong_has_not_failed(script):
+    """It is cut by its budget, or calls what is not there: wrong answers, which are learned from."""
+    cut = play(script, ScriptedSampler(TOKENIZER, script.DATA.train_dataset), steps=1)
+    lost = play(script, CallsNothing(TOKENIZER, script.DATA.train_dataset))
+    for episodes, reason in ((cut, StopReason.MAX_INTERACTION_STEPS), (lost, StopReason.ENVIRONMENT)):
+        assert [(e.error, e.episode_return, e.stop_reason) for e in episodes] == [(None, 0.0, reason)] * 4
+
+
+def test_the_recipe_is_a_valid_configuration(script):
+    parser = script.TrlParser((script.StepPOConfig,))
+    (args,) = parser.parse_args_and_config(script.with_default_config(["--seed", "3"]))
+    assert (args.seed, args.max_interaction_steps, args.output_dir) == (3, 5, "runs/mini_wiki_agent")
+    assert script.with_default_config(["--config=my.yaml"]) == ["--config=my.yaml"]
+
+
+def test_three_updates_train_it(tmp_path):
+    flags = ["--total_episodes", "24", "--per_device_train_batch_size", "8", "--num_mini_batches", "2"]
+    flags += ["--eval_on_start", "false", "--eval_strategy", "no", "--tool_timeout_s", "200", "--use_cpu", "true"]
+    flags += ["--output_dir", str(tmp_path), "--dump_episodes_dir", str(tmp_path / "dumped")]
+    command = [sys.executable, str(ROOT / "examples" / "train_openai_agent.py"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    updates = [logs for logs in history if "env/reward" in logs]
+    assert [logs["episode"] for logs in updates] == [8, 16, 24]
+    played = [e for file in sorted((tmp_path / "dumped").iterdir()) for e in load_episodes(file)]
+    assert [episode.error for episode in played] == [None] * 24
+    observed = [str(step.observation) for episode in played for step in episode.steps]
+    assert any("'content': '[1] " in text for text in observed), "a passage was found"
+    assert any(logs["env/reward"] > 0 for logs in updates[1:]), "the first update is the critic's"
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (MINI_WIKI_POLICY, tmp_path))
+    assert any(not after[name].equal(tensor) for name, tensor in before.items()), "the policy has moved"
+    assert (tmp_path / "critic" / "model.safetensors").is_file()
