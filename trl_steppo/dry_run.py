@@ -237,7 +237,7 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         ),
         reward_funcs=[valid_calls] if script.get("valid_call_reward") else None,
     )
-    trainer.sampler = trainer.player.sampler = ScriptedSampler(tokenizer, trainer.rows)  # type: ignore[assignment]
+    trainer.sampler = trainer.player.sampler = ScriptedSampler(tokenizer, trainer.rows)
     trainer.train()
     logs: dict[str, float] = {}
     for entry in trainer.state.log_history:

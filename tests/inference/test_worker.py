@@ -44,7 +44,9 @@ def worker(shared_worker: WorkerSampler, model: PreTrainedModel) -> WorkerSample
 
 def make_worker(model: PreTrainedModel, **kwargs: object) -> WorkerSampler:
     names = [name for name, _ in model.named_parameters()]
-    return WorkerSampler(copy.deepcopy(model), trained=names, **kwargs)  # type: ignore[arg-type]
+    worker = WorkerSampler(copy.deepcopy(model), trained=names, **kwargs)  # type: ignore[arg-type]
+    worker.start()
+    return worker
 
 
 async def respond(

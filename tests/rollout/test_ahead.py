@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_none_is_older_than_is_asked_and_each_is_played_once_and_in_time(max_sta
         time.sleep(pause)
         return update, began_at
 
-    ahead = Ahead(play, max_staleness)
+    ahead = Ahead(lambda update: partial(play, update), max_staleness)
     for update in range(num_updates):
         ahead.begin(update, num_updates)
         of_update, began_at = ahead.take(update)
@@ -34,7 +35,7 @@ def test_none_is_older_than_is_asked_and_each_is_played_once_and_in_time(max_sta
 
 def test_rollouts_overlap_what_is_done_meanwhile():
     second_began = threading.Event()
-    ahead = Ahead(lambda update: second_began.set() if update == 1 else None, max_staleness=1)
+    ahead = Ahead(lambda update: second_began.set if update == 1 else bool, max_staleness=1)
     ahead.begin(0, 2)
     ahead.take(0)
     assert second_began.wait(10)  # without anybody asking for it
@@ -46,7 +47,7 @@ def test_an_error_reaches_who_waits_for_its_rollout_alone():
             raise ValueError("made to fail")
         return update
 
-    ahead = Ahead(play, max_staleness=2)
+    ahead = Ahead(lambda update: partial(play, update), max_staleness=2)
     ahead.begin(0, 3)
     assert ahead.take(0) == 0
     with pytest.raises(ValueError, match="made to fail"):
@@ -56,7 +57,7 @@ def test_an_error_reaches_who_waits_for_its_rollout_alone():
 
 def test_nothing_is_begun_beyond_the_last_update():
     played = []
-    ahead = Ahead(played.append, max_staleness=8)
+    ahead = Ahead(lambda update: partial(played.append, update), max_staleness=8)
     ahead.begin(0, 2)
     for update in range(2):
         ahead.take(update)

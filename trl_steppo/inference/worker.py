@@ -131,7 +131,7 @@ class WorkerSampler:
             How often a process that died, or was given up, is started again.
 
     Raises:
-        RolloutError: The process cannot be started; from `sample`, it died too often.
+        RolloutError: From `sample`, if the process died too often, or was closed.
     """
 
     def __init__(
@@ -162,9 +162,8 @@ class WorkerSampler:
         self._taken = threading.Event()  # the process has taken the newest weights
         self._taken.set()
         self._pacing: _Pacing | None = None
-        self._is_closed = False
         self._failure: RolloutError | None = None
-        self._start()
+        self._is_closed = True
 
     @property
     def process_id(self) -> int:
@@ -224,6 +223,31 @@ class WorkerSampler:
             self._pacing = _Pacing(settled, asyncio.get_running_loop()) if settled is not None else None
             self._send(_Pace(settled is not None))
 
+    # -- a run --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """
+        Start the process; it may be started again when it was closed. It begins with the weights that the model has,
+        or that it was given last.
+
+        Raises:
+            RolloutError: It does not start.
+        """
+        with self._lock:
+            self._failure, self.num_restarts = None, 0
+            self._start()
+            self._is_closed = False
+            self._send_weights()
+
+    def close(self) -> None:
+        """End the process. Those who still wait for a response are told."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._fail(RolloutError("the sampler was closed"))
+        _end(self._process)
+
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
@@ -244,15 +268,11 @@ class WorkerSampler:
             for name, weight in weights:
                 self._news[name].copy_(weight.detach())
             self.policy_version = version
-            self._taken.clear()
-            self._send(_Weights(version))
+            self._send_weights()
 
-    def close(self) -> None:
-        """End the process. Those who still wait for a response are told."""
-        with self._lock:
-            self._is_closed = True
-            self._fail(RolloutError("the sampler was closed"))
-        _end(self._process)
+    def _send_weights(self) -> None:
+        self._taken.clear()
+        self._send(_Weights(self.policy_version))
 
     # -- the process --------------------------------------------------------------------------------------------------
 
@@ -333,8 +353,7 @@ class WorkerSampler:
                 return
             if self._pacing is not None:
                 self._send(_Pace(True))
-            self._taken.clear()
-            self._send(_Weights(self.policy_version))
+            self._send_weights()
             for _, (ask, _) in sorted(self._pending.items()):
                 self._send(ask)
 

@@ -19,23 +19,24 @@ class Ahead(Generic[T]):
     waited for.
 
     Args:
-        play (`Callable[[int], T]`):
-            Plays the rollout of an update; called in a thread. What it raises, [`take`] raises.
+        prepare (`Callable[[int], Callable[[], T]]`):
+            For an update, what plays its rollout. Called in the caller's thread, what it returns in another one; what
+            that raises, [`take`] raises.
         max_staleness (`int`):
             How many updates before its own a rollout may begin, at least 1.
 
     Example:
     ```python
-    >>> ahead = Ahead(play, max_staleness=1)
+    >>> ahead = Ahead(lambda update: partial(play, rows_of(update)), max_staleness=1)
     >>> for update in range(num_updates):
     ...     ahead.begin(update, num_updates)
     ...     learn(ahead.take(update))
     ```
     """
 
-    def __init__(self, play: Callable[[int], T], max_staleness: int) -> None:
+    def __init__(self, prepare: Callable[[int], Callable[[], T]], max_staleness: int) -> None:
         self.max_staleness = max_staleness
-        self._play = play
+        self._prepare = prepare
         self._begun: dict[int, Future[T]] = {}
 
     def begin(self, update: int, num_updates: int) -> None:
@@ -44,7 +45,7 @@ class Ahead(Generic[T]):
             if coming not in self._begun:
                 outcome = self._begun[coming] = Future[T]()
                 threading.Thread(
-                    target=self._run, args=(coming, outcome), name=f"rollout {coming}", daemon=True
+                    target=_run, args=(self._prepare(coming), outcome), name=f"rollout {coming}", daemon=True
                 ).start()
 
     def take(self, update: int) -> T:
@@ -56,8 +57,9 @@ class Ahead(Generic[T]):
         """Rollouts that are done, and wait for their update."""
         return sum(outcome.done() for outcome in self._begun.values())
 
-    def _run(self, update: int, outcome: Future[T]) -> None:
-        try:
-            outcome.set_result(self._play(update))
-        except BaseException as error:
-            outcome.set_exception(error)
+
+def _run(play: Callable[[], T], outcome: Future[T]) -> None:
+    try:
+        outcome.set_result(play())
+    except BaseException as error:
+        outcome.set_exception(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +45,7 @@ class Engine(Protocol):
         ...
 
     def running(self, version: int) -> AbstractContextManager[None]:
-        """Around all that samples, from the policy as it is at its beginning, after so many updates; not nested."""
+        """Around all that samples; from the policy as it is at the beginning, after so many updates."""
         ...
 
     def sampling(self) -> AbstractContextManager[None]:
@@ -110,34 +110,31 @@ class InWorker:
     """
 
     def __init__(self, args: StepPOConfig, accelerator: Accelerator, model: Any, twin: Any) -> None:
-        self._args = args
-        self._accelerator = accelerator
         self._model = plain_model(model)
-        self._twin = twin
-        self._sampler: WorkerSampler | None = None
-
-    @property
-    def sampler(self) -> WorkerSampler:
-        assert self._sampler is not None, "only within `running`"
-        return self._sampler
+        device = accelerator.device
+        self.sampler = WorkerSampler(
+            twin,
+            trained=[name for name, _ in self._trained()],
+            device=None if device.type == "cpu" else device,
+            cache_tokens=args.rollout_cache_tokens,
+            autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision),
+            is_paced=args.max_staleness == 0,
+        )
+        self._is_running = False
 
     @contextmanager
     def running(self, version: int) -> Iterator[None]:
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._accelerator.mixed_precision)
-        device = self._accelerator.device
-        with closing(
-            WorkerSampler(
-                self._twin,
-                trained=[name for name, _ in self._trained()],
-                device=None if device.type == "cpu" else device,
-                cache_tokens=self._args.rollout_cache_tokens,
-                autocast=mixed,
-                is_paced=self._args.max_staleness == 0,
-            )
-        ) as self._sampler:
+        if self._is_running:
+            yield
+            return
+        self.sampler.start()
+        self._is_running = True
+        try:
             self.take_weights(version)
             yield
-        self._sampler = None
+        finally:
+            self._is_running = False
+            self.sampler.close()
 
     def sampling(self) -> AbstractContextManager[None]:
         return nullcontext()

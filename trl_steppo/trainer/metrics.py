@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..batching import StepBatch
-from ..losses import Level, importance_ratio, kl_estimate
+from ..losses import Level, importance_ratio
 from ..types import Episode, StopReason
 
 
@@ -64,10 +64,8 @@ def add_age_metrics(
 ) -> None:
     """
     How far what was sampled is from what trains. `rollout/staleness`: updates that the weights are ahead of those that
-    sampled a step; `rollout/staleness_K`: share of the steps where it is K. `rollout/mismatch_kl`: KL of the sampler's
-    distribution from the trainer's before the update, per action token (the k3 estimator): of age and numerics
-    together. `rollout/correction_ratio_pK`: percentiles over action tokens of the ratio that `rollout_correction`
-    bounds, the mean over ranks.
+    sampled a step; `rollout/staleness_K`: share of the steps where it is K. `rollout/correction_ratio_pK`: percentiles
+    over action tokens of the ratio that `rollout_correction` bounds, the mean over ranks.
 
     Args:
         means ([`Means`]):
@@ -88,8 +86,6 @@ def add_age_metrics(
     for age in range(max_staleness + 1):
         means.add(f"rollout/staleness_{age}", (staleness == age).sum(), staleness.numel())
     mask = batch.action_mask
-    kl = kl_estimate(batch.rollout_logprobs, old_logprobs, mask, "k3")
-    means.add("rollout/mismatch_kl", kl.sum(), mask.sum())
     ratios = importance_ratio(old_logprobs, batch.rollout_logprobs, mask, level)[mask].double()
     for percentile in (5, 50, 95) if ratios.numel() else ():
         means.add(f"rollout/correction_ratio_p{percentile:02d}", ratios.quantile(percentile / 100))
