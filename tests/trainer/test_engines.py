@@ -85,6 +85,20 @@ def test_rollouts_ahead_are_never_too_old_and_no_row_is_lost(tmp_path, max_stale
         assert entry["rollout/correction_ratio_p05"] <= entry["rollout/correction_ratio_p95"]
 
 
+def test_a_run_that_goes_on_plays_what_was_in_flight_again_and_each_row_once(tmp_path) -> None:
+    settings = {"max_staleness": 1, "save_strategy": "steps", "save_steps": 1}
+    run(tmp_path, **settings)
+    again = str(tmp_path / "again")
+    trainer = make_trainer(
+        tmp_path, train_dataset=message_rows(), total_episodes=8 * UPDATES, dump_episodes_dir=again, **settings
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # while update 3 was being played, or was
+    assert trainer.state.global_step == UPDATES
+    played = [load_episodes(episode_file(again, update, 0)) for update in (2, 3)]
+    assert [episode.row_index for episodes in played for episode in episodes] == list(range(16, 32))
+    assert {step.policy_version for episode in played[0] for step in episode.steps} == {2}
+
+
 def test_an_evaluation_alone_starts_a_process_and_ends_it(tmp_path) -> None:
     trainer = make_trainer(
         tmp_path, train_dataset=message_rows(), eval_dataset=message_rows(), use_rollout_worker=True
