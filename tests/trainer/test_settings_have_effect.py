@@ -36,7 +36,7 @@ from transformers import TrainingArguments
 
 from trl_steppo import Episode, StepPOConfig, StepPOTrainer, StopReason
 from trl_steppo.environments.base import Response
-from trl_steppo.errors import ConfigurationError, RolloutError
+from trl_steppo.errors import RolloutError
 from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
 
 # -- one run, and what can be seen of it ------------------------------------------------------------------------------
