@@ -18,7 +18,7 @@ test:  ## all tests that take less than 30 s each
 	$(PYTHON) -m pytest
 
 test-slow:  ## the long ones, in full
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m slow -n 0
 
 bench:  ## every benchmark in its short form, figures to benchmarks/results/quick/
 	mkdir -p benchmarks/results/quick

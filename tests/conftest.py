@@ -18,7 +18,7 @@ VOCABULARY = 64
 torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """
     A causal language model of an architecture ("Llama", "Qwen2", ...), 32 wide, with 2 layers, 4 query heads over 2

@@ -85,7 +85,7 @@ def test_the_dry_run_s_rewards_differ(estimator, tmp_path, capsys):
     ("line", "said"),
     [
         ("learning_rat: 1.0e-6", "`learning_rate` meant"),
-        ("max_staleness: 1", "max_staleness"),
+        ("max_staleness: -1", "max_staleness"),
         ("kl_loss_estimator: k9", "kl_loss_estimator"),
         ("num_mini_batches: 1000", "num_mini_batches"),
     ],

@@ -220,6 +220,10 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         "logging_steps": 1,
         "push_to_hub": False,
         "deepspeed": None,
+        # A script samples here; what the run would correct is corrected all the same.
+        "max_staleness": 0,
+        "use_rollout_worker": False,
+        "rollout_correction": StepPOConfig(**own).correction,
     }
     trainer = StepPOTrainer(
         args=StepPOConfig(**{**own, **small}),
@@ -237,7 +241,7 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         ),
         reward_funcs=[valid_calls] if script.get("valid_call_reward") else None,
     )
-    trainer.sampler = trainer.player.sampler = ScriptedSampler(tokenizer, trainer.rows)  # type: ignore[assignment]
+    trainer.sampler = trainer.player.sampler = ScriptedSampler(tokenizer, trainer.rows)
     trainer.train()
     logs: dict[str, float] = {}
     for entry in trainer.state.log_history:

@@ -36,7 +36,7 @@ from transformers import TrainingArguments
 
 from trl_steppo import Episode, StepPOConfig, StepPOTrainer, StopReason
 from trl_steppo.environments.base import Response
-from trl_steppo.errors import ConfigurationError, RolloutError
+from trl_steppo.errors import RolloutError
 from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
 
 # -- one run, and what can be seen of it ------------------------------------------------------------------------------
@@ -425,7 +425,8 @@ EFFECTS: dict[str, Effect] = {
 }
 
 OWN_TESTS = {
-    *("replay_episodes_dir", "max_failed_updates", "max_staleness", "seed", "max_tool_calls"),  # below
+    *("replay_episodes_dir", "max_failed_updates", "seed", "max_tool_calls"),  # below
+    *("max_staleness", "use_rollout_worker"),  # test_engines.py
     *("model_adapter_name", "ref_adapter_name", "critic_shares_base"),  # test_adapters.py
 }
 WITHOUT_EFFECT = {
@@ -544,8 +545,3 @@ def test_max_failed_updates(tmp_path, limit):
     with pytest.raises(RolloutError):
         trainer.train()
     assert trainer.state.global_step == limit - 1
-
-
-def test_max_staleness_other_than_0_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="`max_staleness`"):
-        make_trainer(tmp_path, max_staleness=1)

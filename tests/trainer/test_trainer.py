@@ -287,7 +287,14 @@ def test_trainer_state_holds_the_documented_metrics(tmp_path):
         *("critic/skipped_steps", "policy/skipped_steps", "policy/grad_norm", "loss/kl_avg"),
         *("rollout/response_tokens", "rollout/prompt_tokens", "rollout/length_stopped", "rollout/mismatch_kl"),
         *("rollout/episode_response_tokens", "rollout/correction_weight"),
-        *("perf/rollout_s", "perf/forward_s", "perf/train_s", "perf/update_s", "perf/overhead_fraction"),
+        *(
+            "perf/rollout_s",
+            "perf/sync_s",
+            "perf/forward_s",
+            "perf/train_s",
+            "perf/update_s",
+            "perf/overhead_fraction",
+        ),
         *("perf/tokens_per_s", "perf/sampled_tokens", "perf/prefilled_tokens", "perf/tokens_forwarded"),
         "perf/unique_tokens",
     }

@@ -99,6 +99,15 @@ def whole_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]
     return state if keep else None
 
 
+def whole_parameters(
+    named: Iterable[tuple[str, torch.nn.Parameter]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters with their names, each whole until the next one is asked for. All ranks go through all of them."""
+    for name, parameter in named:
+        with gathered([parameter]):
+            yield name, whole_tensor(parameter.detach())
+
+
 def whole_tensor(tensor: Any) -> Any:
     """The whole of a tensor that FSDP2 shards; anything else as it is."""
     return tensor.full_tensor() if _in_fsdp(tensor) else tensor

@@ -3,6 +3,7 @@
 from ..inference.base import step_seed
 from ..types import EpisodeLimits
 from .agent import Agent, check_agent, play_agents
+from .ahead import Ahead
 from .episode import run_episode
 from .pacing import InFlight
 from .play import EpisodeRequest, play_episodes
@@ -11,6 +12,7 @@ from .rewards import checked_weights, score_episodes
 
 __all__ = [
     "Agent",
+    "Ahead",
     "EpisodeLimits",
     "EpisodeRequest",
     "InFlight",

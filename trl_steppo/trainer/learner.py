@@ -100,10 +100,7 @@ class Learner:
         args, batch = self.args, rollout.batch
         shape, device = batch.action_mask.shape, self.accelerator.device
         needs_old = (
-            args.num_ppo_epochs > 1
-            or args.num_mini_batches > 1
-            or args.kl_coef != 0.0
-            or args.rollout_correction in ("truncate", "mask")
+            args.num_ppo_epochs > 1 or args.num_mini_batches > 1 or args.kl_coef != 0.0 or args.correction != "none"
         )
         old = torch.zeros(shape, device=device) if needs_old else None
         ref = torch.zeros(shape, device=device) if self.reference is not None else None
@@ -279,12 +276,12 @@ class Learner:
         logprobs, entropy = self._forward(self.policy.module, micro, entropy="train" if args.entropy_coef else "track")
         old = logprobs.detach() if scores.old_logprobs is None else scores.old_logprobs[steps, :width]
         weights = None
-        if args.rollout_correction in ("truncate", "mask"):
+        if args.correction != "none":
             weights = correction_weights(
                 old,
                 micro.rollout_logprobs,
                 micro.action_mask,
-                mode=args.rollout_correction,
+                mode=args.correction,
                 level=args.importance_sampling_level,
                 cap=args.rollout_correction_cap,
             )

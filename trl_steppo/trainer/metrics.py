@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from accelerate.utils import gather_object
 
+from ..batching import StepBatch
+from ..losses import Level, importance_ratio
 from ..types import Episode, StopReason
 
 
@@ -55,6 +57,38 @@ class Clock:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - start
+
+
+def add_age_metrics(
+    means: Means, batch: StepBatch, old_logprobs: torch.Tensor, *, level: Level, version: int, max_staleness: int
+) -> None:
+    """
+    How far what was sampled is from what trains. `rollout/staleness`: updates that the weights are ahead of those that
+    sampled a step; `rollout/staleness_K`: share of the steps where it is K. `rollout/correction_ratio_pK`: percentiles
+    over action tokens of the ratio that `rollout_correction` bounds, the mean over ranks.
+
+    Args:
+        means ([`Means`]):
+            Where to.
+        batch ([`StepBatch`]):
+            This rank's steps.
+        old_logprobs (`torch.Tensor` of shape `(N, A)`):
+            By the trainer, before the update.
+        level (`str`):
+            `"step"` or `"token"`, as of the importance ratio.
+        version (`int`):
+            Updates applied to the weights that train.
+        max_staleness (`int`):
+            Largest K.
+    """
+    staleness = version - batch.policy_versions
+    means.add("rollout/staleness", staleness.sum(), staleness.numel())
+    for age in range(max_staleness + 1):
+        means.add(f"rollout/staleness_{age}", (staleness == age).sum(), staleness.numel())
+    mask = batch.action_mask
+    ratios = importance_ratio(old_logprobs, batch.rollout_logprobs, mask, level)[mask].double()
+    for percentile in (5, 50, 95) if ratios.numel() else ():
+        means.add(f"rollout/correction_ratio_p{percentile:02d}", ratios.quantile(percentile / 100))
 
 
 def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_id: int | None = None) -> None:

@@ -136,28 +136,29 @@ class EpisodePlayer:
             max_episode_s=args.max_episode_s,
         )
 
+    def prepare(self, requests: Sequence[EpisodeRequest]) -> list[EpisodeRequest]:
+        """Requests as [`play`] takes them: with the `input_ids` that `data_collator` makes, if there is one."""
+        return self._collated(requests) if self.data_collator is not None and requests else list(requests)
+
     def play(
         self,
         requests: Sequence[EpisodeRequest],
         *,
         greedy: bool = False,
         id_prefix: str = "",
-        trainer_state: Any = None,
         on_episode: Callable[[], None] | None = None,
         resumes: bool = False,
     ) -> list[Episode]:
         """
-        Play the requested episodes and score those that did not fail.
+        Play the requested episodes, which [`score`] then scores. May be called from any thread, and by several.
 
         Args:
             requests (`Sequence[EpisodeRequest]`):
-                Rows, with their positions in the data stream.
+                Of [`prepare`]: rows, with their positions in the data stream.
             greedy (`bool`, *optional*, defaults to `False`):
                 Whether to take the most likely tokens, as evaluation does.
             id_prefix (`str`, *optional*):
                 Put before each episode's id.
-            trainer_state (`TrainerState`, *optional*):
-                Passed to reward functions.
             on_episode (`Callable`, *optional*):
                 Called whenever an episode has ended.
             resumes (`bool`, *optional*, defaults to `False`):
@@ -169,8 +170,6 @@ class EpisodePlayer:
         """
         if not requests:
             return []
-        if self.data_collator is not None:
-            requests = self._collated(requests)
         sampling = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0) if greedy else self.sampling
         common: dict[str, Any] = {
             "limits": self.limits,
@@ -181,22 +180,20 @@ class EpisodePlayer:
             "on_episode": on_episode,
         }
         if self.agent is None:
-            episodes = play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
-        else:
-            with self._serving() as server:
-                if resumes:
-                    server.store.keep_finished(id_prefix).result()
-                episodes = play_agents(
-                    requests,
-                    self.agent,
-                    server,
-                    self.sampler,
-                    idle_s=self.args.tool_timeout_s,
-                    needs_reward=not self.reward_funcs and self.reward_model is None,
-                    resumes=resumes,
-                    **common,
-                )
-        return self._score(episodes, [request.row for request in requests], trainer_state)
+            return play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
+        with self._serving() as server:
+            if resumes:
+                server.store.keep_finished(id_prefix).result()
+            return play_agents(
+                requests,
+                self.agent,
+                server,
+                self.sampler,
+                idle_s=self.args.tool_timeout_s,
+                needs_reward=not self.reward_funcs and self.reward_model is None,
+                resumes=resumes,
+                **common,
+            )
 
     @contextmanager
     def running(self, *, is_resumed: bool) -> Iterator[None]:
@@ -262,6 +259,11 @@ class EpisodePlayer:
 
     def _check_agent(self) -> None:
         check_agent(self.agent)
+        if self.args.samples_in_worker:
+            raise ConfigurationError(
+                f"`agent` is given, and `max_staleness` is {self.args.max_staleness}, `use_rollout_worker` "
+                f"{self.args.use_rollout_worker}; agents play between updates: leave them out"
+            )
         for name in ("environment_factory", "tools", "data_collator"):
             if getattr(self, name):
                 raise ConfigurationError(
@@ -283,13 +285,24 @@ class EpisodePlayer:
             max_tool_calls=self.args.max_tool_calls,
         )
 
-    def _score(self, episodes: list[Episode], rows: Sequence[Mapping[str, Any]], trainer_state: Any) -> list[Episode]:
+    def score(
+        self, requests: Sequence[EpisodeRequest], episodes: list[Episode], *, trainer_state: Any = None
+    ) -> list[Episode]:
+        """
+        Add what reward functions and the reward model pay to the last steps of episodes that did not fail.
+
+        Args:
+            requests (`Sequence[EpisodeRequest]`), episodes (`list[Episode]`):
+                What was played, and what came of it.
+            trainer_state (`TrainerState`, *optional*):
+                Passed to reward functions.
+        """
         if self.reward_funcs:
             episodes = score_episodes(
                 self.reward_funcs,
                 self.args.reward_weights,
                 episodes,
-                rows,
+                [request.row for request in requests],
                 chat=self.chat,
                 decode=None if self.chat is not None else self.decode,
                 extra={"trainer_state": trainer_state},

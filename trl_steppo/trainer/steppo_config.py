@@ -52,7 +52,8 @@ class StepPOConfig(PPOConfig):
         rollout_correction (`str`, *optional*):
             Importance weights of the trainer's probabilities over the sampler's: `"none"`, `"truncate"` (weights are
             cut at `rollout_correction_cap`) or `"mask"` (what lies beyond it is left out), per step or token as
-            `importance_sampling_level` says. `None`: off, since the in-process sampler uses the trainer's weights.
+            `importance_sampling_level` says. `None`: `"truncate"` with `max_staleness`, else off, since the sampler
+            then has the trainer's weights and numerics.
         rollout_correction_cap (`float`, *optional*, defaults to `2.0`):
             Largest weight.
 
@@ -119,8 +120,15 @@ class StepPOConfig(PPOConfig):
             more than one rank, the ranks then hand each other their episodes before the update, so that each has
             about as many tokens to forward; the episodes of a row stay together where they share prefixes. The loss
             and its gradients are the same.
+
+        > Parameters that control where and when responses are sampled
+
         max_staleness (`int`, *optional*, defaults to `0`):
-            0: rollouts and updates alternate.
+            How many updates before its own an update's rollout may begin, so that none of its steps is older. 0:
+            rollouts and updates alternate. More: rollouts are played while the trainer updates, by a sampler in a
+            process of its own; this many of them at a time.
+        use_rollout_worker (`bool`, *optional*, defaults to `False`):
+            Whether the policy is sampled from in a process of its own with `max_staleness=0`, too.
 
     > [!NOTE]
     > *Changed* defaults, as in the paper (arXiv 2604.18401): `kl_coef` 0.0 (was 0.05), `lam` 1.0 (0.95), `gamma` 0.99
@@ -163,7 +171,7 @@ class StepPOConfig(PPOConfig):
     rollout_correction: Literal["none", "truncate", "mask"] | None = field(
         default=None,
         metadata={
-            "help": "Importance weights of the trainer's probabilities over the sampler's. None: off in-process."
+            "help": "Importance weights of the trainer's probabilities over the sampler's. None: with max_staleness."
         },
     )
     rollout_correction_cap: float = field(default=2.0, metadata={"help": "Largest weight of rollout_correction."})
@@ -228,7 +236,14 @@ class StepPOConfig(PPOConfig):
     max_tokens_per_micro_batch: int | None = field(
         default=None, metadata={"help": "Size of a forward pass in tokens instead of episodes."}
     )
-    max_staleness: int = field(default=0, metadata={"help": "0: rollouts and updates alternate."})
+
+    # Where and when responses are sampled
+    max_staleness: int = field(
+        default=0, metadata={"help": "Updates a rollout may begin before its own. 0: rollouts and updates alternate."}
+    )
+    use_rollout_worker: bool = field(
+        default=False, metadata={"help": "Sample in a process of its own with max_staleness=0, too."}
+    )
 
     # Fields that the command line gives as JSON
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # unannotated upstream
@@ -260,6 +275,16 @@ class StepPOConfig(PPOConfig):
     def aggregation(self) -> Literal["step", "episode", "token"]:
         """`loss_aggregation`, resolved."""
         return self.loss_aggregation or ("token" if self.advantage_estimator == "token_gae" else "step")
+
+    @property
+    def correction(self) -> Literal["none", "truncate", "mask"]:
+        """`rollout_correction`, resolved."""
+        return self.rollout_correction or ("truncate" if self.max_staleness else "none")
+
+    @property
+    def samples_in_worker(self) -> bool:
+        """Whether the policy is sampled from in a process of its own."""
+        return self.use_rollout_worker or self.max_staleness > 0
 
     @property
     def critic_epochs(self) -> int:
@@ -342,11 +367,6 @@ class StepPOConfig(PPOConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(f"`{name}` is {getattr(self, name)!r}; choose one of {allowed}")
-        if self.max_staleness > 0:
-            raise ConfigurationError(
-                f"`max_staleness` is {self.max_staleness}, but this version alternates rollouts and updates; "
-                "set it to 0"
-            )
 
     def _check_combinations(self) -> None:
         estimator = self.advantage_estimator
@@ -401,9 +421,15 @@ class StepPOConfig(PPOConfig):
                 ("gamma",),
             ),
             (self.kl_coef == 0, "`kl_coef`=0", ("kl_estimator",)),
+            (
+                self.replay_episodes_dir is not None,
+                f"`replay_episodes_dir`={self.replay_episodes_dir!r}",
+                ("max_staleness", "use_rollout_worker"),
+            ),
+            (self.max_staleness > 0, f"`max_staleness`={self.max_staleness}", ("use_rollout_worker",)),
             (self.kl_loss_coef == 0, "`kl_loss_coef`=0", ("kl_loss_estimator",)),
             (
-                self.rollout_correction in (None, "none"),
+                self.correction == "none",
                 f"`rollout_correction`={self.rollout_correction!r}",
                 ("rollout_correction_cap",),
             ),

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
-from ..inference.local import LocalSampler
 from ..losses import kl_estimate
 from ..models import (
     AdapterReference,
@@ -43,7 +43,7 @@ from ..models import (
     takes_tries,
     whole_state_dict,
 )
-from ..rollout import Agent, EpisodeRequest, dump_episodes, episode_file, load_episodes
+from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes
 from ..types import Episode
 from .callbacks import StepPOProgressCallback, print_episodes
 from .checkpoints import (
@@ -67,10 +67,11 @@ from .checks import (
 )
 from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names
+from .engines import Engine, InProcess, InWorker
 from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores
 from .learner import Learner
-from .metrics import Clock, Means, add_episode_metrics
+from .metrics import Clock, Means, add_age_metrics, add_episode_metrics
 from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
@@ -217,8 +218,7 @@ class StepPOTrainer(PPOTrainer):
         self._derive_sizes()
         self.clock = Clock()
         self._build_learner(model, ref_model, value_model, optimizers)
-        # After it: what a model's attention can take is settled there.
-        self.sampler = LocalSampler(plain_model(model), cache_tokens=args.rollout_cache_tokens)
+        self.sampler = self.engine.sampler
         self.player = EpisodePlayer(
             args,
             processing_class,
@@ -264,7 +264,12 @@ class StepPOTrainer(PPOTrainer):
         if self.state.global_step > 0 and not resume_from_checkpoint:
             raise ConfigurationError("`train()` was called before, and its schedules have ended; make a new trainer")
         checkpoint = resume_from_checkpoint or None
-        with self.player.running(is_resumed=checkpoint is not None), self._running(checkpoint):
+        self._set_out(checkpoint)
+        with (
+            self.player.running(is_resumed=checkpoint is not None),
+            self.engine.running(self.state.global_step),
+            self._running(),
+        ):
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 with self._update():
                     episodes = self._roll_out()
@@ -286,17 +291,28 @@ class StepPOTrainer(PPOTrainer):
         with self.clock.measure("rollout_s"):
             if args.replay_episodes_dir is not None:
                 episodes = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
+            elif args.max_staleness:
+                self.ahead.begin(update, self.state.max_steps)
+                episodes = self._judge(*self.ahead.take(update))
             else:
-                self.sampler.policy_version = update
                 with self._generating():
-                    episodes = self.player.play(
-                        self._requests(), trainer_state=self.state, id_prefix=f"{update}/", resumes=True
-                    )
+                    episodes = self._judge(*self._rollout(update)())
             if args.dump_episodes_dir is not None:
                 dump_episodes(episode_file(args.dump_episodes_dir, update, rank), episodes)
         if self._shows_samples() and self.eval_dataset is None and self.accelerator.is_main_process:
             print_episodes(episodes[:_NUM_SHOWN], self.player.decode, f"episodes sampled in update {update + 1}")
         return episodes
+
+    def _rollout(self, update: int) -> Callable[[], tuple[list[EpisodeRequest], list[Episode]]]:
+        """What plays the episodes of an update on this rank, and does not need this thread any more."""
+        requests = self.player.prepare(self._requests(update))
+        play = partial(self.player.play, requests, id_prefix=f"{update}/", resumes=True)
+        return lambda: (requests, play())
+
+    def _judge(self, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
+        """With the rewards of reward functions and the reward model."""
+        with self._scoring():
+            return self.player.score(requests, episodes, trainer_state=self.state)
 
     def _collate(self, episodes: Sequence[Episode]) -> Rollout | None:
         """Lay out the valid episodes; `None` where no rank has one."""
@@ -327,7 +343,17 @@ class StepPOTrainer(PPOTrainer):
     def _score(self, rollout: Rollout) -> Scores:
         """Log-probabilities and values under the weights before the update."""
         with self.clock.measure("forward_s"):
-            return self.learner.score(rollout)
+            scores = self.learner.score(rollout)
+        if self.args.max_staleness and scores.old_logprobs is not None:
+            add_age_metrics(
+                self._means,
+                rollout.batch,
+                scores.old_logprobs,
+                level=self.args.importance_sampling_level,
+                version=self.state.global_step,
+                max_staleness=self.args.max_staleness,
+            )
+        return scores
 
     def _assign_credit(self, rollout: Rollout, scores: Scores) -> Credit:
         """Rewards and values to advantages and returns."""
@@ -431,28 +457,28 @@ class StepPOTrainer(PPOTrainer):
             print_episodes(episodes, self.player.decode, "episodes played greedily")
 
     def _play_greedily(self, requests: Sequence[EpisodeRequest], id_prefix: str) -> list[Episode]:
-        self.sampler.policy_version = self.state.global_step
+        requests = self.player.prepare(requests)
         with self._generating():
-            return self.player.play(
+            episodes = self.player.play(
                 requests,
                 greedy=True,
                 id_prefix=id_prefix,
-                trainer_state=self.state,
                 on_episode=lambda: self._event("on_prediction_step"),
             )
+        return self._judge(requests, episodes)
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Around everything that samples; all ranks come by, those with nothing to play among them."""
-        reward_model = self.player.reward_model
-        self.sampler.reset_cache()  # of other weights
-        with (
-            self.learner.policy.whole(),
-            gathered(reward_model.parameters() if reward_model is not None else ()),
-            self.accelerator.autocast(),  # the numerics of the policy's forward passes in training
-        ):
+        """Around every rollout that is waited for; all ranks come by, those with nothing to play among them."""
+        with self.engine.running(self.state.global_step), self.engine.sampling():
             yield
-        self.sampler.reset_cache()
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Around the reward model's forward passes; all ranks come by."""
+        reward_model = self.player.reward_model
+        with gathered(reward_model.parameters() if reward_model is not None else ()), self.accelerator.autocast():
+            yield
 
     def get_train_dataloader(self) -> Any:
         """Raises: rows are drawn from a seeded stream and played one by one (`self.rows`)."""
@@ -597,7 +623,6 @@ class StepPOTrainer(PPOTrainer):
             load_weights(self.model, directory)
             if self.value_model is not None:
                 load_weights(self.value_model, directory / "critic")
-        self.sampler.reset_cache()
 
     def _load_best_model(self) -> None:
         """The networks of the checkpoint with the best metric."""
@@ -667,6 +692,7 @@ class StepPOTrainer(PPOTrainer):
                 self.value_model = value_model if value_model is not None else self._build_critic(model)
             if needs_copy:
                 ref_model = copy.deepcopy(model)
+            twin = copy.deepcopy(plain_model(model)).cpu() if args.samples_in_worker else None
         if args.uses_critic:
             check_trainable(self.value_model, "value_model")
             check_apart(model, self.value_model)
@@ -707,6 +733,12 @@ class StepPOTrainer(PPOTrainer):
             self.clock,
             self._event,
         )
+        # Last: what a model's attention can take is settled by now.
+        self.engine: Engine = (
+            InProcess(args, self.accelerator, policy, model)
+            if twin is None
+            else InWorker(args, self.accelerator, model, twin)
+        )
 
     def _layout(self, models: Sequence[Any]) -> LayoutName:
         """The layout of rows that saves the most and that all networks can take."""
@@ -732,9 +764,8 @@ class StepPOTrainer(PPOTrainer):
 
     # -- a run and its updates ----------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _running(self, resume_from_checkpoint: str | bool | None) -> Iterator[None]:
-        """Everything around the updates: callbacks, first and last evaluation, the state on disk."""
+    def _set_out(self, resume_from_checkpoint: str | bool | None) -> None:
+        """The state of a run that begins, or goes on."""
         args = self.args
         assert args.num_total_batches is not None
         self.is_in_train = True
@@ -747,6 +778,12 @@ class StepPOTrainer(PPOTrainer):
         self.state.train_batch_size = args.per_device_train_batch_size
         self.state.compute_steps(args, args.num_total_batches)
         self.control.should_training_stop = False
+        self.ahead = Ahead(self._rollout, args.max_staleness)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Everything around the updates: callbacks, first and last evaluation, the state on disk."""
+        args = self.args
         self._start, self._first_step = time.time(), self.state.global_step
         if args.loss_aggregation is None:
             logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
@@ -794,6 +831,8 @@ class StepPOTrainer(PPOTrainer):
         update_s = time.perf_counter() - start
         model_s = self.clock.seconds["model_s"] + self.sampler.forward_s - sampling
         self.state.global_step += 1
+        with self.clock.measure("sync_s"):
+            self.engine.take_weights(self.state.global_step)
         assert args.batch_size is not None
         self.progress.num_rows_played += args.batch_size // args.num_generations
         epoch_before = math.floor(self.state.epoch or 0.0)
@@ -839,12 +878,14 @@ class StepPOTrainer(PPOTrainer):
             self._save_checkpoint(self.learner.policy.module, trial=None)
             self._event("on_save")
 
-    def _requests(self) -> list[EpisodeRequest]:
-        """This rank's rows of this update; a row's episodes stay together."""
+    def _requests(self, update: int) -> list[EpisodeRequest]:
+        """This rank's rows of an update that is still to come; a row's episodes stay together."""
         args, rank = self.args, self.accelerator.process_index
         assert args.batch_size is not None
-        rows_per_rank = args.batch_size // args.num_generations // self.accelerator.num_processes
-        first = self.progress.num_rows_played + rank * rows_per_rank
+        rows_per_update = args.batch_size // args.num_generations
+        rows_per_rank = rows_per_update // self.accelerator.num_processes
+        before = (update - self.state.global_step) * rows_per_update
+        first = self.progress.num_rows_played + before + rank * rows_per_rank
         return [
             EpisodeRequest(self.rows[position], position, generation)
             for position in range(first, first + rows_per_rank)

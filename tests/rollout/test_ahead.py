@@ -1,0 +1,64 @@
+"""Rollouts that begin before their updates: never too early, each once, whatever they take."""
+
+import random
+import threading
+import time
+from functools import partial
+
+import pytest
+
+from trl_steppo.rollout.ahead import Ahead
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2, 4])
+def test_none_is_older_than_is_asked_and_each_is_played_once_and_in_time(max_staleness):
+    num_updates, done, played = 60, [0], []
+    rng, lock = random.Random(max_staleness), threading.Lock()
+
+    def play(update):
+        began_at = done[0]
+        with lock:
+            played.append(update)
+            pause = rng.random() * 0.01
+        time.sleep(pause)
+        return update, began_at
+
+    ahead = Ahead(lambda update: partial(play, update), max_staleness)
+    for update in range(num_updates):
+        ahead.begin(update, num_updates)
+        of_update, began_at = ahead.take(update)
+        assert of_update == update
+        assert began_at == max(0, update - max_staleness)
+        done[0] += 1
+    assert sorted(played) == list(range(num_updates))
+
+
+def test_rollouts_overlap_what_is_done_meanwhile():
+    second_began = threading.Event()
+    ahead = Ahead(lambda update: second_began.set if update == 1 else bool, max_staleness=1)
+    ahead.begin(0, 2)
+    ahead.take(0)
+    assert second_began.wait(10)  # without anybody asking for it
+
+
+def test_an_error_reaches_who_waits_for_its_rollout_alone():
+    def play(update):
+        if update == 1:
+            raise ValueError("made to fail")
+        return update
+
+    ahead = Ahead(lambda update: partial(play, update), max_staleness=2)
+    ahead.begin(0, 3)
+    assert ahead.take(0) == 0
+    with pytest.raises(ValueError, match="made to fail"):
+        ahead.take(1)
+    assert ahead.take(2) == 2
+
+
+def test_nothing_is_begun_beyond_the_last_update():
+    played = []
+    ahead = Ahead(lambda update: partial(played.append, update), max_staleness=8)
+    ahead.begin(0, 2)
+    for update in range(2):
+        ahead.take(update)
+    assert sorted(played) == [0, 1]

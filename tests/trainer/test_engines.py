@@ -1,0 +1,119 @@
+"""Sampling in a process of its own, and rollouts that begin before their updates."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_trainer, message_rows, same, weights
+from transformers import TrainerCallback
+
+from trl_steppo.errors import ConfigurationError
+from trl_steppo.rollout import episode_file, load_episodes
+
+UPDATES = 4
+
+
+def run(directory: Path, **settings: Any) -> Any:
+    episodes = str(directory / "episodes")
+    trainer = make_trainer(
+        directory, train_dataset=message_rows(), total_episodes=8 * UPDATES, dump_episodes_dir=episodes, **settings
+    )
+    trainer.train()
+    return trainer
+
+
+def logs_of(directory: Path) -> list[dict[str, Any]]:
+    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    timed = ("perf/", "eps", "eval_runtime", "eval_samples", "train_")
+    return [{name: value for name, value in logs.items() if not name.startswith(timed)} for logs in history]
+
+
+def test_a_process_of_its_own_trains_the_same_weights_bit_by_bit(tmp_path) -> None:
+    settings = {"eval_dataset": message_rows(), "eval_strategy": "steps", "eval_steps": 2}
+    inside = run(tmp_path / "inside", **settings)
+    outside = run(tmp_path / "outside", use_rollout_worker=True, **settings)
+    for update in range(UPDATES):
+        files = [episode_file(tmp_path / name / "episodes", update, 0) for name in ("inside", "outside")]
+        assert load_episodes(files[0]) == load_episodes(files[1])
+    assert same(weights(inside.model), weights(outside.model))
+    assert logs_of(tmp_path / "inside") == logs_of(tmp_path / "outside")
+
+
+class Kill(TrainerCallback):
+    """Kills the sampler's process in the middle of the run."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            os.kill(self.trainer.sampler.process_id, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_rollouts_ahead_are_never_too_old_and_no_row_is_lost(tmp_path, max_staleness) -> None:
+    kill = Kill()
+    trainer = make_trainer(
+        tmp_path,
+        train_dataset=message_rows(),
+        total_episodes=8 * UPDATES,
+        dump_episodes_dir=str(tmp_path / "episodes"),
+        max_staleness=max_staleness,
+        callbacks=[kill],
+    )
+    kill.trainer = trainer
+    trainer.train()
+    assert trainer.sampler.num_restarts == 1
+    for update in range(UPDATES):
+        episodes = load_episodes(episode_file(tmp_path / "episodes", update, 0))
+        assert [episode.row_index for episode in episodes] == list(range(8 * update, 8 * update + 8))
+        assert all(episode.valid for episode in episodes)
+        ages = {update - step.policy_version for episode in episodes for step in episode.steps}
+        assert ages <= set(range(max_staleness + 1))
+    logs = [logs for logs in logs_of(tmp_path) if "episode" in logs]
+    assert [entry["episode"] for entry in logs] == [8, 16, 24, 32]
+    assert logs[0]["rollout/staleness"] == 0
+    for entry in logs:
+        shares = [entry[f"rollout/staleness_{age}"] for age in range(max_staleness + 1)]
+        assert sum(shares) == pytest.approx(1)
+        assert entry["rollout/staleness"] == pytest.approx(sum(age * share for age, share in enumerate(shares)))
+        assert entry["rollout/correction_ratio_p05"] <= entry["rollout/correction_ratio_p95"]
+
+
+def test_a_run_that_goes_on_plays_what_was_in_flight_again_and_each_row_once(tmp_path) -> None:
+    settings = {"max_staleness": 1, "save_strategy": "steps", "save_steps": 1}
+    run(tmp_path, **settings)
+    again = str(tmp_path / "again")
+    trainer = make_trainer(
+        tmp_path, train_dataset=message_rows(), total_episodes=8 * UPDATES, dump_episodes_dir=again, **settings
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # while update 3 was being played, or was
+    assert trainer.state.global_step == UPDATES
+    played = [load_episodes(episode_file(again, update, 0)) for update in (2, 3)]
+    assert [episode.row_index for episodes in played for episode in episodes] == list(range(16, 32))
+    assert {step.policy_version for episode in played[0] for step in episode.steps} == {2}
+
+
+def test_an_evaluation_alone_starts_a_process_and_ends_it(tmp_path) -> None:
+    trainer = make_trainer(
+        tmp_path, train_dataset=message_rows(), eval_dataset=message_rows(), use_rollout_worker=True
+    )
+    inside = make_trainer(tmp_path, train_dataset=message_rows(), eval_dataset=message_rows())
+    metrics, expected = trainer.evaluate(), inside.evaluate()
+    assert metrics["eval_reward"] == expected["eval_reward"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(trainer.sampler.process_id, 0)
+
+
+def test_settings_that_exclude_each_other(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match="`use_rollout_worker`=True has no effect together with `max_stale"):
+        make_trainer(tmp_path, max_staleness=1, use_rollout_worker=True)
+    with pytest.raises(ConfigurationError, match="`max_staleness`=1 has no effect together with `replay"):
+        make_trainer(tmp_path, max_staleness=1, replay_episodes_dir=str(tmp_path))
+    with pytest.raises(ConfigurationError, match="agents play between updates"):
+        make_trainer(tmp_path, max_staleness=1, environment_factory=None, agent=lambda row, *, base_url, api_key: 1.0)

@@ -1,0 +1,65 @@
+"""Rollouts of coming updates, played while the trainer updates."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """
+    Plays each update's rollout in a thread of its own, a bounded number of updates before it is needed.
+
+    Update `u` trains on what began when `u − max_staleness` updates were done. So no step of it is older than
+    `max_staleness` updates, whatever the environments' times, without one ever being thrown away: what is slow is
+    waited for.
+
+    Args:
+        prepare (`Callable[[int], Callable[[], T]]`):
+            For an update, what plays its rollout. Called in the caller's thread, what it returns in another one; what
+            that raises, [`take`] raises.
+        max_staleness (`int`):
+            How many updates before its own a rollout may begin, at least 1.
+
+    Example:
+    ```python
+    >>> ahead = Ahead(lambda update: partial(play, rows_of(update)), max_staleness=1)
+    >>> for update in range(num_updates):
+    ...     ahead.begin(update, num_updates)
+    ...     learn(ahead.take(update))
+    ```
+    """
+
+    def __init__(self, prepare: Callable[[int], Callable[[], T]], max_staleness: int) -> None:
+        self.max_staleness = max_staleness
+        self._prepare = prepare
+        self._begun: dict[int, Future[T]] = {}
+
+    def begin(self, update: int, num_updates: int) -> None:
+        """As many updates as are done by now: begin all rollouts that may begin, of those that are left."""
+        for coming in range(update, min(update + self.max_staleness + 1, num_updates)):
+            if coming not in self._begun:
+                outcome = self._begun[coming] = Future[T]()
+                threading.Thread(
+                    target=_run, args=(self._prepare(coming), outcome), name=f"rollout {coming}", daemon=True
+                ).start()
+
+    def take(self, update: int) -> T:
+        """What was played for an update, as soon as all of it was; it is handed out once."""
+        return self._begun.pop(update).result()
+
+    @property
+    def num_waiting(self) -> int:
+        """Rollouts that are done, and wait for their update."""
+        return sum(outcome.done() for outcome in self._begun.values())
+
+
+def _run(play: Callable[[], T], outcome: Future[T]) -> None:
+    try:
+        outcome.set_result(play())
+    except BaseException as error:
+        outcome.set_exception(error)
