@@ -169,9 +169,9 @@ def next_key(key: bytes, message: Message) -> bytes:
     return _digest(key, _canonical(comparable(message)))
 
 
-def prefix_keys(tools: Iterable[Mapping[str, Any]], messages: Sequence[Message]) -> list[bytes]:
-    """The keys of the first 0, 1, ... all messages."""
-    keys = [tools_key(tools)]
+def prefix_keys(key: bytes, messages: Sequence[Message]) -> list[bytes]:
+    """The keys of the first 0, 1, ... all messages behind a conversation of this key."""
+    keys = [key]
     for message in messages:
         keys.append(next_key(keys[-1], message))
     return keys
@@ -207,8 +207,7 @@ def _digest(key: bytes, text: str) -> bytes:
     return hashlib.blake2b(key + text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 # -- stop texts -------------------------------------------------------------------------------------------------------

@@ -362,7 +362,7 @@ class Gateway:
 
     async def _fly(self, session: Session, request: ModelRequest, flight: _Flight, prompt_ids: list[int]) -> Answer:
         placement, spec = flight.placement, session.spec
-        params = self._params(session, request, len(prompt_ids), flight.seed_index)
+        params = self._params(session, request, flight, len(prompt_ids))
         sample = await self._sample(session, prompt_ids, params, flight.seed_index)
         step = self._record(session, request, flight, prompt_ids, params, sample)
         flight.is_recording = True
@@ -411,7 +411,8 @@ class Gateway:
         params: SamplingParams,
         sample: Sample,
     ) -> RecordedStep:
-        chat, placement = self.formats.of(request.tools), flight.placement
+        placement = flight.placement
+        chat = placement.chat
         name = secrets.token_hex(12)
         read = read_response(chat, request, prompt_ids, TokenIds(sample.token_ids).tolist(), name=name)
         logprobs = sample.logprobs[: len(read.response_ids)]
@@ -452,14 +453,14 @@ class Gateway:
 
     # -- sampling settings --------------------------------------------------------------------------------------------
 
-    def _params(self, session: Session, request: ModelRequest, prompt_length: int, seed_index: int) -> SamplingParams:
+    def _params(self, session: Session, request: ModelRequest, flight: _Flight, prompt_length: int) -> SamplingParams:
         spec, wishes = session.spec, request.wishes
         sampling, limits = spec.sampling, spec.limits
         budget = min(sampling.max_new_tokens, wishes.max_tokens or sampling.max_new_tokens)
         if limits.max_episode_tokens is not None:
             budget = min(budget, limits.max_episode_tokens - prompt_length)
-        seed = step_seed(spec.run_seed, spec.row_index, spec.generation_index, seed_index)
-        stop = sampling.stop_token_ids or self.formats.of(request.tools).stop_token_ids
+        seed = step_seed(spec.run_seed, spec.row_index, spec.generation_index, flight.seed_index)
+        stop = sampling.stop_token_ids or flight.placement.chat.stop_token_ids
         params = replace(sampling, max_new_tokens=budget, stop_token_ids=stop, seed=seed)
         if spec.training:
             return params

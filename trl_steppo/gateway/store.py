@@ -162,29 +162,27 @@ class Store:
 def _run_together(
     connection: sqlite3.Connection, jobs: Sequence[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]]
 ) -> None:
-    """In one transaction; a job that fails takes none of the others along."""
-    outcomes: list[tuple[Future[Any], Any, Exception | None]] = []
+    """In one transaction; or, where one of them fails, each in its own, so that it takes none of the others along."""
     try:
         connection.execute("BEGIN IMMEDIATE")
-        for job, future in jobs:
-            connection.execute("SAVEPOINT job")
-            try:
-                outcomes.append((future, job(connection), None))
-            except Exception as error:
-                connection.execute("ROLLBACK TO job")
-                outcomes.append((future, None, error))
-            connection.execute("RELEASE job")
+        results = [job(connection) for job, _ in jobs]
         connection.execute("COMMIT")
-    except sqlite3.Error as error:  # a full disk, say: none of it is there
+    except Exception as error:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-        outcomes = [(future, None, error) for _, future in jobs]
-    for future, result, problem in outcomes:
-        with suppress(InvalidStateError):  # nobody waits for it any more
-            if problem is not None:
-                future.set_exception(problem)
-            else:
-                future.set_result(result)
+        if len(jobs) == 1:
+            _tell(jobs[0][1].set_exception, error)
+        else:
+            for job in jobs:
+                _run_together(connection, [job])
+    else:
+        for (_, future), result in zip(jobs, results, strict=True):
+            _tell(future.set_result, result)
+
+
+def _tell(tell: Callable[[Any], None], outcome: Any) -> None:
+    with suppress(InvalidStateError):  # nobody waits for it any more
+        tell(outcome)
 
 
 def _load(connection: sqlite3.Connection, where: str, values: Sequence[Any]) -> Iterator[StoredSession]:

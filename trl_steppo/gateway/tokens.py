@@ -34,6 +34,8 @@ class Placement:
             response that others continue already; `"rewritten"`: it says that the model said what was not recorded.
         key (`bytes`, *optional*):
             Of the conversation up to here; `None` where the prompt is no messages.
+        chat ([`~inference.chat.ChatFormat`]):
+            How its messages are rendered.
     """
 
     parent: int | None
@@ -41,6 +43,7 @@ class Placement:
     observed: str | list[Message]
     history: History
     key: bytes | None
+    chat: ChatFormat
 
 
 class ChatFormats:
@@ -60,9 +63,9 @@ class ChatFormats:
         self._formats: OrderedDict[bytes, ChatFormat] = OrderedDict()
         self.num_ids = len(tokenizer)
 
-    def of(self, tools: Sequence[dict[str, Any]]) -> ChatFormat:
-        """The format that shows these tools. A `RequestError` if the template cannot."""
-        key = tools_key(tools)
+    def of(self, tools: Sequence[dict[str, Any]], *, key: bytes | None = None) -> ChatFormat:
+        """The format that shows these tools, whose key may be known; a `RequestError` if the template cannot."""
+        key = tools_key(tools) if key is None else key
         if key not in self._formats:
             try:
                 chat = ChatFormat(self._tokenizer, tools=tools, chat_template_kwargs=self._template_kwargs)
@@ -88,9 +91,9 @@ def place(request: ModelRequest, session: Session, formats: ChatFormats) -> Plac
     """
     if request.messages is None:
         return _place_text(request, session, formats)
-    chat = formats.of(request.tools)
     messages = request.messages
-    keys = prefix_keys(request.tools, messages)
+    keys = prefix_keys(tools_key(request.tools), messages)
+    chat = formats.of(request.tools, key=keys[0])
     known = (n for n in range(len(messages), 0, -1) if keys[n] in session.by_key)
     count = next(known, 0)
     parent = session.by_key[keys[count]] if count else None
@@ -107,7 +110,7 @@ def place(request: ModelRequest, session: Session, formats: ChatFormats) -> Plac
             new_ids = chat.render(messages)
     except Exception as error:  # whatever jinja code raises
         raise RequestError(400, f"the messages cannot be rendered: {error}", param="messages") from error
-    return Placement(parent, new_ids, _observation(added), _history(session, parent, invented), keys[-1])
+    return Placement(parent, new_ids, _observation(added), _history(session, parent, invented), keys[-1], chat)
 
 
 def _place_text(request: ModelRequest, session: Session, formats: ChatFormats) -> Placement:
@@ -116,7 +119,7 @@ def _place_text(request: ModelRequest, session: Session, formats: ChatFormats) -
         if max(request.prompt) >= formats.num_ids:
             problem = f"`prompt` has the token id {max(request.prompt)}; the tokenizer has {formats.num_ids}"
             raise RequestError(400, problem, param="prompt")
-        return Placement(None, list(request.prompt), "", _history(session, None, False), None)
+        return Placement(None, list(request.prompt), "", _history(session, None, False), None, chat)
     assert request.prompt is not None
     keys = text_keys(request.prompt, session.text_lengths)
     known = [length for length, key in keys.items() if key in session.by_key]
@@ -124,11 +127,11 @@ def _place_text(request: ModelRequest, session: Session, formats: ChatFormats) -
         new_ids = chat.encode_text(request.prompt)
         if not new_ids:
             raise RequestError(400, "the prompt is empty; there is nothing to continue", param="prompt")
-        return Placement(None, new_ids, "", _history(session, None, False), None)
+        return Placement(None, new_ids, "", _history(session, None, False), None, chat)
     length = max(known)
     parent, added = session.by_key[keys[length]], request.prompt[length:]
     new_ids = chat.encode_text(added, add_special_tokens=False) if added else []
-    return Placement(parent, new_ids, added, _history(session, parent, False), None)
+    return Placement(parent, new_ids, added, _history(session, parent, False), None, chat)
 
 
 def _history(session: Session, parent: int | None, invented: bool) -> History:
