@@ -220,6 +220,8 @@ def main(args: BenchmarkArguments) -> None:
         TemporaryDirectory() as directory,
         closing(GatewayServer(formats, store=Path(directory) / "sessions.sqlite")) as server,
     ):
+        gc.collect()
+        gc.freeze()  # as `trl-steppo gateway` does
         figures = measure(server.start(), formats.of(()), args)
     rows = [[name, json.dumps(value)] for name, value in figures.items()]
     print_table(f"{figures['sessions']} sessions of {figures['steps']} steps at once", ["figure", "value"], rows)
