@@ -197,6 +197,8 @@ def test_finished_episodes_are_taken_from_the_store(server, chat):
         raise AssertionError
 
     assert play(server, chat, never, rows=2, id_prefix="7/", resumes=True) == first
+    server.store.keep_finished("6/", "7/").result()
+    assert play(server, chat, never, rows=2, id_prefix="7/", resumes=True) == first
     server.store.keep_finished("8/").result()
     (one, _) = play(server, chat, never, rows=2, id_prefix="7/", resumes=True)
     assert not one.valid

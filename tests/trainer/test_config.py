@@ -131,6 +131,7 @@ OUT_OF_RANGE = {
     "max_episode_s": (0.0,),
     "tool_timeout_s": (0.0,),
     "max_tool_calls": (0,),
+    "max_concurrent_tool_calls": (0,),
     "max_concurrent_episodes": (0,),
     "max_tokens_per_micro_batch": (0,),
     "local_rollout_forward_batch_size": (0,),

@@ -141,8 +141,11 @@ class GatewayServer:
         return self.submit(coroutine).result()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Any:
-        """The same without waiting: a `concurrent.futures.Future`."""
+        """The same without waiting: a `concurrent.futures.Future`. A `RuntimeError` when it is closed."""
         assert self._loop is not None, "the server was started"
+        if self._loop.is_closed():  # a rollout that nobody waits for any more
+            coroutine.close()
+            raise RuntimeError("the gateway is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def resume(self, engine: Engine) -> None:

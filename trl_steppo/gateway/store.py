@@ -92,14 +92,20 @@ class Store:
 
         return self._submit(run)
 
-    def keep_finished(self, prefix: str) -> Future[Any]:
-        """Forget all sessions but the finished ones whose name begins with `prefix`."""
+    def keep_finished(self, *prefixes: str) -> Future[Any]:
+        """Forget all sessions but the finished ones whose names begin with one of these."""
+        begins = " OR ".join(["substr(name, 1, ?) = ?"] * len(prefixes)) or "0"
+        values = [value for prefix in prefixes for value in (len(prefix), prefix)]
+        return self._forget(f"is_over = 0 OR NOT ({begins})", values)
 
+    def forget(self, prefix: str) -> Future[Any]:
+        """Forget all sessions whose names begin like this."""
+        return self._forget("substr(name, 1, ?) = ?", [len(prefix), prefix])
+
+    def _forget(self, where: str, values: Sequence[Any]) -> Future[Any]:
         def run(connection: sqlite3.Connection) -> None:
-            where = "is_over = 0 OR substr(name, 1, ?) <> ?"
-            found = (len(prefix), prefix)
-            connection.execute(f"DELETE FROM steps WHERE session IN (SELECT id FROM sessions WHERE {where})", found)
-            connection.execute(f"DELETE FROM sessions WHERE {where}", found)
+            connection.execute(f"DELETE FROM steps WHERE session IN (SELECT id FROM sessions WHERE {where})", values)
+            connection.execute(f"DELETE FROM sessions WHERE {where}", values)
 
         return self._submit(run)
 

@@ -143,6 +143,7 @@ def play_agents(
     id_prefix: str = "",
     needs_reward: bool = True,
     resumes: bool = False,
+    overlaps: bool = False,
     on_episode: Callable[[], None] | None = None,
 ) -> list[Episode]:
     """
@@ -154,7 +155,8 @@ def play_agents(
         agent (`Callable`, `str` or `Sequence[str]`):
             Who plays; see the module.
         server ([`~gateway.GatewayServer`]):
-            A started gateway; it is given `sampler` for as long as this takes, and is paused afterwards.
+            A started gateway; it is given `sampler` for as long as this takes, and is paused afterwards, unless
+            `overlaps`.
         sampler ([`Sampler`]):
             The policy.
         limits, sampling, run_seed, max_concurrent_episodes, grace_s, id_prefix, on_episode:
@@ -166,6 +168,9 @@ def play_agents(
         resumes (`bool`, *optional*, defaults to `False`):
             Whether episodes are kept in the gateway's store, and those of the same names that it holds are taken from
             there: whole ones without an error, which were played within the same limits, sampling and seed.
+        overlaps (`bool`, *optional*, defaults to `False`):
+            Whether other rollouts, with the same sampler, are played at the same time: one that can be called from any
+            event loop, and takes new weights by itself.
 
     Returns:
         `list[Episode]`: in the order of the requests.
@@ -174,7 +179,7 @@ def play_agents(
     rollout = _AgentRollout(agent, server, limits, sampling, run_seed, idle_s, id_prefix, needs_reward, resumes)
 
     async def play() -> list[Episode]:
-        server.resume(Engine(sampler, asyncio.get_running_loop(), in_flight))
+        server.resume(Engine(sampler) if overlaps else Engine(sampler, asyncio.get_running_loop(), in_flight))
         try:
             return await play_concurrently(
                 requests,
@@ -185,7 +190,8 @@ def play_agents(
                 on_episode=on_episode or (lambda: None),
             )
         finally:
-            await asyncio.wrap_future(server.submit(server.gateway.port.pause()))
+            if not overlaps:
+                await asyncio.wrap_future(server.submit(server.gateway.port.pause()))
 
     return run_coroutine(play())
 

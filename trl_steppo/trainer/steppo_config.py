@@ -86,6 +86,9 @@ class StepPOConfig(PPOConfig):
             the model; an environment that does costs its own episode.
         max_tool_calls (`int`, *optional*):
             Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
+        max_concurrent_tool_calls (`int`, *optional*):
+            Most calls of one tool that run at a time, over all episodes of a rank; others wait for their turn, which
+            is not part of their `tool_timeout_s`. `None`: as many as come.
         max_concurrent_episodes (`int`, *optional*):
             Most episodes played at once on a rank. `None`: all of an update; in an evaluation at most 256, or as many
             as in an update if that is more (`per_device_eval_batch_size` has no effect).
@@ -203,6 +206,9 @@ class StepPOConfig(PPOConfig):
         default=60.0, metadata={"help": "Most seconds of one call of a tool or of an environment's method."}
     )
     max_tool_calls: int | None = field(default=None, metadata={"help": "Most tool calls of a response that are run."})
+    max_concurrent_tool_calls: int | None = field(
+        default=None, metadata={"help": "Most calls of one tool at a time on a rank. None: as many as come."}
+    )
     max_concurrent_episodes: int | None = field(
         default=None, metadata={"help": "Most episodes played at once on a rank. None: all of an update."}
     )
@@ -334,6 +340,7 @@ class StepPOConfig(PPOConfig):
             "max_episode_s": (0, math.inf, True),
             "tool_timeout_s": (0, math.inf, True),
             "max_tool_calls": (1, math.inf, False),
+            "max_concurrent_tool_calls": (1, math.inf, False),
             "max_concurrent_episodes": (1, math.inf, False),
             "max_tokens_per_micro_batch": (1, math.inf, False),
             "local_rollout_forward_batch_size": (1, math.inf, False),

@@ -266,7 +266,7 @@ class StepPOTrainer(PPOTrainer):
         checkpoint = resume_from_checkpoint or None
         self._set_out(checkpoint)
         with (
-            self.player.running(is_resumed=checkpoint is not None),
+            self.player.running(resumed_at=None if checkpoint is None else self.state.global_step),
             self.engine.running(self.state.global_step),
             self._running(),
         ):
@@ -306,7 +306,7 @@ class StepPOTrainer(PPOTrainer):
     def _rollout(self, update: int) -> Callable[[], tuple[list[EpisodeRequest], list[Episode]]]:
         """What plays the episodes of an update on this rank, and does not need this thread any more."""
         requests = self.player.prepare(self._requests(update))
-        play = partial(self.player.play, requests, id_prefix=f"{update}/", resumes=True)
+        play = partial(self.player.play, requests, update=update)
         return lambda: (requests, play())
 
     def _judge(self, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
