@@ -3,12 +3,12 @@ Asynchronous beside synchronous training, where tools take their time.
 
     python benchmarks/async.py [--max_staleness 2] --json benchmarks/results/async.json
 
-The mini wiki, whose `search` takes 0, 0.2 or 1 s in the mean (log-normal, with a tail), the same for the same question and
-step in every run. For each latency one run that updates between its rollouts, and one whose rollouts begin up to
+The mini wiki, whose `search` takes 0, 0.2 or 1 s in the mean (log-normal, with a tail), the same for the same question
+and step in every run. For each latency one run that updates between its rollouts, and one whose rollouts begin up to
 `--max_staleness` updates ahead, sampled in a process of its own; every process computes with one thread. From the
 synchronous run: the time of a rollout (R) and of an update (U), and the processor time of a rollout (c). With k
-rollouts in flight on one machine no run can be faster, over the synchronous one, than (R + U) / max(R / k, c + U), if the
-two processes share what they compute with; where each has a core to itself, max(c, U) stands in for c + U, and both
+rollouts in flight on one machine no run can be faster, over the synchronous one, than (R + U) / max(R / k, c + U), if
+the two processes share what they compute with; where each has a core to itself, max(c, U) stands in for c + U. Both
 bounds are shown. First and last updates do not count: there is less in flight.
 
 Then rollouts alone: tokens a second at a latency of 1 s over those at 0, with 512 episodes in flight.
@@ -20,7 +20,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
@@ -70,10 +70,10 @@ class SlowWiki(HotpotQAEnvironment):
         super().__init__(retriever, top_k=1)
         self._latency_s = latency_s
 
-    def reset(self, **row: Any) -> str | None:
+    def reset(self, answer: str | None = None, answer_aliases: Sequence[str] | None = None, **row: Any) -> str | None:
         """Begin with a row."""
         self._rng = random.Random(str(row["question"]))
-        return super().reset(**row)
+        return super().reset(answer, answer_aliases, **row)
 
     async def search(self, query: str) -> str:  # type: ignore[override]
         """
@@ -149,6 +149,7 @@ def time_run(latency_s: float, num_updates: int, *, margin: int, **settings: Any
     """Train, with `margin` updates that do not count at either end."""
     with TemporaryDirectory() as directory:
         trainer = make_trainer(directory, latency_s, num_updates + 2 * margin, **settings)
+        trainer.remove_callback(PrinterCallback)
         ends, cpu_s = Ends(), list[float]()
         trainer.add_callback(ends)
         trainer.player.play = timed(trainer.player.play, cpu_s)  # type: ignore[method-assign]

@@ -829,7 +829,11 @@ class StepPOTrainer(PPOTrainer):
         self._event("on_step_begin")
         yield
         update_s = time.perf_counter() - start
-        model_s = self.clock.seconds["model_s"] + self.sampler.forward_s - sampling
+        model_s, rollout_s = self.clock.seconds["model_s"], max(self.clock.seconds["rollout_s"], 1e-9)
+        if args.max_staleness:  # sampling goes on all the time, and takes none of this process's
+            rollout_s = update_s
+        else:
+            model_s += self.sampler.forward_s - sampling
         self.state.global_step += 1
         with self.clock.measure("sync_s"):
             self.engine.take_weights(self.state.global_step)
@@ -844,7 +848,7 @@ class StepPOTrainer(PPOTrainer):
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
             "perf/overhead_fraction": 1.0 - model_s / update_s,
-            "perf/tokens_per_s": (self.sampler.sampled_tokens - sampled) / max(self.clock.seconds["rollout_s"], 1e-9),
+            "perf/tokens_per_s": (self.sampler.sampled_tokens - sampled) / rollout_s,
             "perf/sampled_tokens": self.sampler.sampled_tokens - sampled,
             "perf/prefilled_tokens": self.sampler.prefilled_tokens - prefilled,
         }
