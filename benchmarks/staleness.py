@@ -97,11 +97,7 @@ def main(args: StalenessArguments) -> None:
         f"StepPO on the mini wiki, {len(cells)} seeds: interquartile means (95 % intervals)",
         ["", "greedy, end", "sampled, end", "area", "s"],
         [
-            [
-                name,
-                *(shown(found[key]) for key in ("final_greedy", "final_sampled", "area")),
-                f"{found['seconds']:.0f}",
-            ]  # type: ignore[arg-type]
+            [name, shown(found.final_greedy), shown(found.final_sampled), shown(found.area), f"{found.seconds:.0f}"]
             for name, found in summaries.items()
         ],
     )
