@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, message_rows, same, weights
 from transformers import TrainerCallback
 
@@ -50,6 +51,15 @@ def test_a_process_of_its_own_trains_the_same_weights_bit_by_bit(tmp_path) -> No
         assert load_episodes(files[0]) == load_episodes(files[1])
     assert same(weights(inside.model), weights(outside.model))
     assert logs_of(tmp_path / "inside") == logs_of(tmp_path / "outside")
+
+
+def test_of_adapters_only_those_are_sent_and_the_weights_are_the_same(tmp_path) -> None:
+    peft_config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    inside = run(tmp_path / "inside", peft_config=peft_config)
+    outside = run(tmp_path / "outside", peft_config=peft_config, use_rollout_worker=True)
+    assert same(weights(inside.model), weights(outside.model))
+    assert outside.sampler._news
+    assert all("lora" in name for name in outside.sampler._news)
 
 
 class Kill(TrainerCallback):
