@@ -76,7 +76,7 @@ def play_settings(
 def main(args: StalenessArguments) -> None:
     """Play, print, draw, write."""
     synchronous = Store(Path("benchmarks/results/step_vs_token"))
-    rate = chosen_rates("mini_wiki", synchronous)["steppo"]
+    rate = chosen_rates(MINI_WIKI, synchronous)["steppo"]
     cells = [
         Cell("mini_wiki", "result", "steppo", rate, seed)
         for seed in range(1, (1 if args.quick else args.num_seeds) + 1)
