@@ -20,7 +20,9 @@ from gateway_policy import ADMIN, END, TOKENIZER, Policy, call, echo, make_spec,
 
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.gateway import GatewayServer, SessionSpec
+from trl_steppo.gateway.conversation import Answer, ModelRequest
 from trl_steppo.gateway.sampling import Engine
+from trl_steppo.gateway.service import Retry
 from trl_steppo.types import Episode, StopReason
 
 USER = {"role": "user", "content": "hello"}
@@ -580,14 +582,115 @@ def test_the_response_ends_with_the_end_of_its_turn(client):
     assert step.stop_reason is StopReason.STOP
 
 
-@pytest.mark.parametrize(("num_gone", "num_steps"), [(1, 1), (2, 0)])
-def test_a_step_is_undelivered_only_if_nobody_was_told(server: GatewayServer, client: Client, num_gone, num_steps):
+# -- who was told of what ---------------------------------------------------------------------------------------------
+
+
+async def ask_untold(client: Client) -> Answer:
+    """A step that is recorded, and whose client is not there to hear of it."""
+    request = ModelRequest("m", messages=(USER,))
+    return (await client.server.gateway.respond(client.session, request, Retry("a request"))).answer
+
+
+@pytest.mark.parametrize(
+    ("tellings", "num_steps"), [([], 0), ([False], 0), ([True], 1), ([False, True], 1), ([True, False], 1)]
+)
+def test_a_step_counts_if_one_client_was_told_to_the_end(server: GatewayServer, client: Client, tellings, num_steps):
     """It may come out late that a client went away: when its retry has long been answered."""
-    assert client.say([USER]) == client.say([USER])
-    (step,) = client.session.steps
-    for _ in range(num_gone):
-        server.call(server.gateway.take_back(client.session, step.answer))
-    assert len(client.session.visible()) == num_steps
+    answer = server.call(ask_untold(client))
+    for is_told in tellings:
+        client.session.told_of(answer, to_the_end=is_told)
+    client.post("/sessions/current/finish", {"reward": 1.0})
+    assert len(client.session.episode().steps) == num_steps
+    assert f"steppo_gateway_undelivered_steps_total {1.0 - num_steps}" in client.http.get("/metrics").text
+
+
+def test_who_names_an_answer_or_goes_on_from_it_was_told(server, client):
+    answer = server.call(ask_untold(client))
+    assert client.post("/sessions/current/reward", {"reward": 1.0}).status_code == 404
+    assert client.post("/sessions/current/reward", {"reward": 1.0, "step": answer.answer_id}).status_code == 200
+    other = Client(server)
+    answer = server.call(ask_untold(other))
+    other.say([USER, {"role": "assistant", "content": answer.text}, USER])
+    assert (len(client.episode().steps), len(other.episode().steps)) == (1, 2)
+
+
+class Held:
+    """A store that writes no step until it is told to."""
+
+    def __init__(self, server: GatewayServer, monkeypatch: Any) -> None:
+        self.is_asked, self.is_free = threading.Event(), threading.Event()
+        add_step = server.store.add_step
+
+        def held(*step: Any) -> Any:
+            self.is_asked.set()
+            return server.store._submit(lambda _: self.is_free.wait(20)) and add_step(*step)
+
+        monkeypatch.setattr(server.store, "add_step", held)
+
+
+def test_a_step_that_nobody_was_told_of_takes_no_reward(server, client, monkeypatch):
+    """Its client went away while it was recorded, and the episode ended."""
+    reply = client.say([USER])
+    held = Held(server, monkeypatch)
+    with pytest.raises(httpx.ReadTimeout):
+        client.http.post("/v1/chat/completions", json={"model": "m", "messages": [USER, reply, USER]}, timeout=0.5)
+    assert held.is_asked.wait(20)
+    finished = server.submit(server.gateway.finish(client.session, reward=1.0))
+    held.is_free.set()
+    finished.result(timeout=20)
+    assert len(client.session.steps) == 2
+    assert [step.reward for step in client.session.episode().steps] == [1.0]
+
+
+def test_a_store_that_cannot_write_leaves_no_half_step(server, client, monkeypatch):
+    reply = client.say([USER])
+
+    def fails(*step: Any) -> Any:
+        return server.store._submit(lambda connection: connection.execute("INSERT INTO no_such_table VALUES (1)"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.store, "add_step", fails)
+        refused = client.chat([USER, reply, USER])
+        assert (refused.status_code, refused.json()["error"]["code"]) == (502, "store")
+        assert len(client.session.steps) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(server.store, "set_notes", fails)
+        assert client.post("/sessions/current/finish", {"reward": 1.0}).status_code == 500
+        assert client.chat([USER]).status_code == 401
+    assert client.post("/sessions/current/finish", {}).status_code == 200
+    assert server.store.session(client.session.session_id).notes["final_reward"] == 1.0
+    assert client.session.session_id not in server.gateway
+
+
+def test_finish_can_be_asked_again(server, client):
+    """Its first answer may have been lost; what it said holds."""
+    client.say([USER])
+    first = client.post("/sessions/current/finish", {"reward": 1.0})
+    again = client.post("/sessions/current/finish", {"reward": 5.0})
+    assert (again.status_code, again.json()) == (200, first.json())
+    assert client.post(f"/sessions/{client.session.session_id}/abort", {}).json() == first.json()
+    assert client.http.get("/sessions/current").json() == first.json()
+    assert client.session.episode().steps[0].reward == 1.0
+    for path in ("current/reward", f"{Client(server).session.session_id}/finish"):
+        assert client.post(f"/sessions/{path}", {"reward": 1.0}).status_code == 401
+    server.call(server.gateway.collect(client.session, keep=False))
+    assert client.post("/sessions/current/finish", {}).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/sessions/current/reward"])
+def test_a_request_that_is_whole_after_its_episode_has_ended_is_refused(server, client, policy, path):
+    client.say([USER])
+    body = json.dumps({"model": "m", "messages": [USER, USER]} if "chat" in path else {"reward": 7.0}).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {client.key}\r\ncontent-length: {len(body)}"
+    before = client.session.last_active
+    with socket.create_connection((server.host, server.port), timeout=20) as connection:
+        connection.sendall(head.encode() + b"\r\nconnection: close\r\n\r\n" + body[:5])
+        wait_until(lambda: client.session.last_active != before)
+        episode = client.episode()
+        connection.sendall(body[5:])
+        assert b" 401 " in connection.recv(4096)
+    assert len(policy.asked) == 1
+    assert client.session.episode() == episode
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

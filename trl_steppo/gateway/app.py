@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..types import Episode
 from . import anthropic, openai, responses
-from .bodies import Body, event, read_body
+from .bodies import B, Body, event, read_body
 from .conversation import Answer, ModelRequest, RequestError, request_key
 from .late import HEARTBEAT_S, LateStream, send_all
 from .monitor import CONTENT_TYPE
@@ -161,7 +162,7 @@ class _Delivery(Response):
         self,
         chunks: Iterable[bytes],
         gone: asyncio.Future[None],
-        on_gone: Callable[[], Awaitable[None]],
+        on_told: Callable[[bool], None],
         *,
         media_type: str,
         headers: dict[str, str],
@@ -169,17 +170,17 @@ class _Delivery(Response):
     ) -> None:
         self.status_code, self.media_type, self.background = 200, media_type, None
         self.init_headers({**headers, **({"content-length": str(length)} if length is not None else {})})
-        self._chunks, self._gone, self._on_gone = chunks, gone, on_gone
+        self._chunks, self._gone, self._on_told = chunks, gone, on_told
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_told = False
         try:
-            if not self._gone.done():
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            if not await send_all(self._chunks, send, self._gone):
-                await self._on_gone()
-        except OSError:
-            await self._on_gone()
+            with suppress(OSError):  # the client has gone away
+                if not self._gone.done():
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                is_told = await send_all(self._chunks, send, self._gone)
         finally:
+            self._on_told(is_told)
             self._gone.cancel()
 
 
@@ -255,14 +256,14 @@ class _Routes:
             gone,
             write=lambda reply: api.stream(reply.answer, body),
             write_error=api.late_error,
-            on_gone=lambda reply: self.gateway.take_back(session, reply.answer),
+            on_told=lambda reply, is_told: session.told_of(reply.answer, to_the_end=is_told),
             heartbeat_s=self.heartbeat_s,
             headers={"cache-control": "no-cache"},
         )
 
     def _deliver(self, api: Api, session: Session, body: Any, reply: Reply, gone: asyncio.Future[None]) -> Response:
-        async def on_gone() -> None:
-            await self.gateway.take_back(session, reply.answer)
+        def on_told(is_told: bool) -> None:
+            session.told_of(reply.answer, to_the_end=is_told)
 
         headers = {"x-request-id": reply.answer.answer_id}
         if reply.notes:
@@ -270,9 +271,9 @@ class _Routes:
         if body.stream:
             headers["cache-control"] = "no-cache"
             chunks: Iterable[bytes] = api.stream(reply.answer, body)
-            return _Delivery(chunks, gone, on_gone, media_type="text/event-stream", headers=headers)
+            return _Delivery(chunks, gone, on_told, media_type="text/event-stream", headers=headers)
         whole = json.dumps(api.whole(reply.answer, body), separators=(",", ":")).encode()
-        return _Delivery([whole], gone, on_gone, media_type="application/json", headers=headers, length=len(whole))
+        return _Delivery([whole], gone, on_told, media_type="application/json", headers=headers, length=len(whole))
 
     async def models(self, request: Request) -> Response:
         self.gateway.session_of(_key(request))
@@ -295,8 +296,9 @@ class _Routes:
         return _json({"id": session.session_id, "api_key": key, "base_url": f"{base}/v1"}, status=201)
 
     async def reward(self, request: Request) -> Response:
-        session = self._own_session(request)
+        self._own_session(request)
         body = read_body(RewardBody, await self._read(request))
+        session = self._own_session(request)  # which may be over by now
         step: int | str | None = body.step
         if isinstance(step, str):  # an id as any of the APIs gives it
             step = step.split("-", 1)[-1].split("_", 1)[-1]
@@ -306,19 +308,27 @@ class _Routes:
         return _json({"step": index, "reward": body.reward})
 
     async def finish(self, request: Request) -> Response:
-        session = self._own_session(request)
-        body = read_body(FinishBody, await self._read(request) or b"{}")
-        await self.gateway.finish(session, reward=body.reward, metrics=body.metrics, observation=body.observation)
-        return _json(_status(session))
+        def ending(body: FinishBody) -> dict[str, Any]:
+            return {"reward": body.reward, "metrics": body.metrics, "observation": body.observation}
+
+        return await self._end(request, FinishBody, ending)
 
     async def abort(self, request: Request) -> Response:
-        session = self._own_session(request)
-        body = read_body(AbortBody, await self._read(request) or b"{}")
-        await self.gateway.finish(session, error=body.error or "aborted by the agent")
+        def ending(body: AbortBody) -> dict[str, Any]:
+            return {"error": body.error or "aborted by the agent"}
+
+        return await self._end(request, AbortBody, ending)
+
+    async def _end(self, request: Request, kind: type[B], ending: Callable[[B], dict[str, Any]]) -> Response:
+        """End a session; one that is over stays as it is, so that a client may try again until it hears of it."""
+        session = await self._own_session_even_if_over(request)
+        body = read_body(kind, await self._read(request) or b"{}")
+        if session.session_id in self.gateway:
+            await self.gateway.finish(session, **({} if session.is_over else ending(body)))
         return _json(_status(session))
 
     async def session(self, request: Request) -> Response:
-        return _json(_status(self._own_session(request)))
+        return _json(_status(await self._own_session_even_if_over(request)))
 
     async def episode(self, request: Request) -> Response:
         self.gateway.check_admin(_key(request))
@@ -342,6 +352,15 @@ class _Routes:
         if session_id not in ("current", session.session_id):
             raise unauthorized()
         return session
+
+    async def _own_session_even_if_over(self, request: Request) -> Session:
+        try:
+            return self._own_session(request)
+        except RequestError:
+            session = await self.gateway.finished_session_of(_key(request))
+            if session is None or request.path_params["session_id"] not in ("current", session.session_id):
+                raise
+            return session
 
     # -- operators ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ import base64
 import hashlib
 import time
 from array import array
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -152,7 +151,7 @@ class Notes:
     observations: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     final_reward: float = 0.0
-    undelivered: list[int] = field(default_factory=list)  # whose client went away before it was told
+    undelivered: list[int] = field(default_factory=list)  # whose client was not told of it to the end (yet)
     unanswered: list[int] = field(default_factory=list)  # whose client was still at work when time was up
     stop_reason: str | None = None  # of an episode that a budget cut
     cut: bool = False  # the last response, by the episode's budget of tokens
@@ -209,8 +208,9 @@ class Session:
         self.text_lengths: set[int] = set()
         self.is_over = is_over
         self.recording = asyncio.Lock()
+        self.ending = asyncio.Lock()
         self.told: set[str] = set()  # of its wishes that do not hold
-        self.hand_outs: Counter[str] = Counter()  # of an answer, by its id: how many clients may have it
+        self.lost: set[int] = set()  # steps whose client went away while it was told
         self.last_active = time.monotonic()
         self._branches: list[array[int]] = []
         self._places: list[_Place] = []
@@ -257,6 +257,24 @@ class Session:
         """Whether a step was continued."""
         return position in self._children
 
+    def add(self, step: RecordedStep) -> None:
+        """A step that was just recorded: nobody was told of it yet."""
+        self.notes.undelivered.append(self.commit(step))
+
+    def told_of(self, answer: Answer, *, to_the_end: bool = True) -> None:
+        """
+        A client was told of an answer, or went away while it was. What is heard when the session is over comes too
+        late: how it ended has been decided.
+        """
+        found = [p for p in self.notes.undelivered if self.steps[p].answer.answer_id == answer.answer_id]
+        if not found or self.is_over:
+            return
+        if to_the_end:
+            self.notes.undelivered.remove(found[0])
+            self.lost.discard(found[0])
+        else:
+            self.lost.add(found[0])
+
     def visible(self) -> list[int]:
         """The positions of the steps that count: not those whose client never learned of them, or did not go on."""
         left_out = {p for p in self.notes.undelivered if not self.has_child(p)} | set(self.notes.unanswered)
@@ -275,8 +293,10 @@ class Session:
         if isinstance(step, int) and 0 <= step < len(visible):
             return visible[step]
         if isinstance(step, str):
-            found = [p for p in visible if self.steps[p].answer.answer_id == step]
-            if found:
+            found = [p for p in range(len(self.steps)) if self.steps[p].answer.answer_id == step]
+            for position in found:
+                self.told_of(self.steps[position].answer)  # or it would not know the name
+            if found and found[0] in self.visible():
                 return found[0]
         what = "any step yet" if step is None else f"the step {step!r}"
         raise RequestError(404, f"this session does not have {what}; it has {len(visible)}", param="step")
@@ -290,7 +310,7 @@ class Session:
         Raises:
             RequestError: It would be, once the requests in flight are answered.
         """
-        limits, num_steps = self.spec.limits, len(self.visible())
+        limits, num_steps = self.spec.limits, len(self.steps) - len(self.lost)
         if limits.max_episode_s is not None and self.age_s() > limits.max_episode_s:
             return StopReason.MAX_EPISODE_S
         if self.notes.cut:
@@ -314,10 +334,7 @@ class Session:
         if self.ended_early:
             return
         if not self.visible():
-            self.notes.error = (
-                f"the first prompt has {len(new_ids)} tokens; `{budget.value}` is "
-                f"{getattr(self.spec.limits, budget.value)}, and no step fits"
-            )
+            self.notes.error = self._no_step(budget, len(new_ids))
             return
         self.notes.stop_reason = budget.value
         self.notes.final_parent, self.notes.final_new_ids = parent, list(new_ids)
@@ -329,20 +346,30 @@ class Session:
         Time was up while the client was at work. As in the rollout's own loop, a step that is not answered by then
         does not count: the state before it is the last.
         """
+        if self.ended_early:
+            return
         visible = self.visible()
-        if visible and not self.ended_early and not self.is_over:
-            last = visible[-1]
-            if str(last) in self.notes.rewards:
-                self.notes.stop_reason = StopReason.MAX_EPISODE_S.value
-                return
-            self.notes.unanswered.append(last)
-            step = self.steps[last]
-            visible = self.visible()
-            if visible:
-                self.notes.observations.setdefault(str(step.parent), step.observed)
-                self.end_by(StopReason.MAX_EPISODE_S, step.parent, step.new_ids.tolist(), step.observed)
-        if not visible and self.notes.error is None:
-            self.notes.error = f"the episode took longer than {self.spec.limits.max_episode_s:g} s, without one step"
+        if visible and str(visible[-1]) in self.notes.rewards:
+            self.notes.stop_reason = StopReason.MAX_EPISODE_S.value
+        elif visible:
+            self.notes.unanswered.append(visible[-1])
+            step = self.steps[visible[-1]]
+            self.end_by(StopReason.MAX_EPISODE_S, step.parent, step.new_ids.tolist(), step.observed)
+        else:
+            self.notes.error = self._no_step(StopReason.MAX_EPISODE_S, 0)
+
+    def _no_step(self, budget: StopReason, num_prompt_tokens: int) -> str:
+        """Why there is nothing to train on."""
+        limits = self.spec.limits
+        if budget is StopReason.MAX_EPISODE_S:
+            return f"the episode took longer than {limits.max_episode_s:g} s, without one step"
+        if self.steps:
+            return "the client went away before it was told of any step"
+        limit = {
+            StopReason.MAX_PROMPT_LENGTH: limits.max_prompt_length,
+            StopReason.MAX_EPISODE_TOKENS: limits.max_episode_tokens,
+        }[budget]
+        return f"the first prompt has {num_prompt_tokens} tokens; `{budget.value}` is {limit}, and no step fits"
 
     @property
     def ended_early(self) -> bool:

@@ -23,6 +23,7 @@ CREATE TABLE IF NOT EXISTS sessions (
     is_over INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX IF NOT EXISTS sessions_by_name ON sessions (name);
+CREATE INDEX IF NOT EXISTS sessions_by_key ON sessions (key_digest);
 CREATE TABLE IF NOT EXISTS steps (
     session TEXT NOT NULL, position INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (session, position)
 ) WITHOUT ROWID;
@@ -117,6 +118,10 @@ class Store:
         """The session of that id."""
         found = self._submit(lambda connection: list(_load(connection, "id = ?", (session_id,)))).result()
         return found[0] if found else None
+
+    def of_key(self, key_digest: str) -> Future[StoredSession | None]:
+        """The session whose key has that digest."""
+        return self._submit(lambda connection: next(_load(connection, "key_digest = ?", (key_digest,)), None))
 
     def running(self) -> list[StoredSession]:
         """The sessions that are not over."""

@@ -23,7 +23,6 @@ import os
 import shlex
 import shutil
 import signal
-import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -50,6 +49,7 @@ T = TypeVar("T")
 
 _STDERR_SHOWN = 2_000  # characters of what a failed process wrote
 _LOOKS_S = 0.25  # between looks whether an agent hangs
+_LETS_GO_S = 60.0  # that an agent whose episode is over may still take where it may be idle as long as it likes
 _DIES_S = 2.0  # from a polite end to an impolite one
 
 # What torchrun, accelerate, DeepSpeed and MPI tell their own processes.
@@ -225,28 +225,38 @@ class _AgentRollout:
         if found is not None:
             return found
         session, key = await self._at_gateway(self.gateway.open_session(spec, name=name))
-        ending = await self._run(session, key, request.row)
-        await self._at_gateway(self.gateway.finish(session, **ending))
-        return await self._at_gateway(self.gateway.collect(session, keep=self.resumes))
-
-    async def _run(self, session: Session, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Run the agent to its end; how its session is to be finished."""
         run = _FunctionRun(self.agent) if callable(self.agent) else _ProcessRun(self.agent)
-        task = asyncio.ensure_future(run.start(row, self.server, session.session_id, key))
+        task = asyncio.ensure_future(run.start(request.row, self.server, session.session_id, key))
+        task.add_done_callback(_forget)
         try:
-            ending = await self._watch(task, session)
+            ending = await self._watch(task, session, key)
+            # Before the agent is let go of: a request that it gives up as it dies is no longer known here.
+            await self._at_gateway(self.gateway.finish(session, **ending))
         finally:
             await run.end()
-            if not task.done():
-                task.cancel()
-            task.add_done_callback(_forget)
-        if ending is not None:
-            return ending
-        error = task.exception()
-        if error is not None:
-            # A budget that is used up reaches an agent as an error, which it may well not catch.
-            return {} if session.ended_early else {"error": describe(error, "the agent").replace(key, "[key]")}
-        return self._judge(session, task.result())
+            task.cancel()
+        return await self._at_gateway(self.gateway.collect(session, keep=self.resumes))
+
+    async def _watch(self, task: asyncio.Future[Any], session: Session, key: str) -> dict[str, Any]:
+        """Wait for the agent, as long as it may take; how its session is to be finished."""
+        while True:
+            remaining = None if self.limits.max_episode_s is None else self.limits.max_episode_s - session.age_s()
+            looks_s = _LOOKS_S if remaining is None else max(0.0, min(_LOOKS_S, remaining))
+            await asyncio.wait({task}, timeout=looks_s)
+            is_over = session.is_over or session.ended_early
+            if task.done():
+                error = task.exception()
+                if error is None:
+                    return self._judge(session, task.result())
+                # A budget that is used up reaches an agent as an error, which it may well not catch.
+                return {} if is_over else {"error": describe(error, "the agent").replace(key, "[key]")}
+            if remaining is not None and remaining <= 0:
+                return {"out_of_time": True}
+            patience_s = _LETS_GO_S if is_over and self.idle_s is None else self.idle_s
+            if patience_s is not None and self.gateway.is_idle(session, patience_s):
+                if is_over:  # it had the time to judge itself and to clean up
+                    return {}
+                return {"error": f"the agent asked for nothing in {patience_s:g} s, and was given up"}
 
     def _judge(self, session: Session, reward: Any) -> dict[str, Any]:
         if reward is None:
@@ -260,20 +270,6 @@ class _AgentRollout:
         if not math.isfinite(number):
             return {"error": f"the agent returned {reward!r:.100}; a reward is a finite number, or None"}
         return {"reward": number}
-
-    async def _watch(self, task: asyncio.Future[Any], session: Session) -> dict[str, Any] | None:
-        """Wait for the agent; how its session is to be finished if it takes too long, else `None`."""
-        while True:
-            remaining = None if self.limits.max_episode_s is None else self.limits.max_episode_s - session.age_s()
-            looks_s = _LOOKS_S if remaining is None else max(0.0, min(_LOOKS_S, remaining))
-            await asyncio.wait({task}, timeout=looks_s)
-            if task.done():
-                return None
-            if remaining is not None and remaining <= 0:
-                return {"out_of_time": True}
-            idle_s = time.monotonic() - session.last_active
-            if self.idle_s is not None and idle_s > self.idle_s and not self.gateway.num_in_flight(session):
-                return {"error": f"the agent asked for nothing in {self.idle_s:g} s, and was given up"}
 
     async def _at_gateway(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return await asyncio.wrap_future(self.server.submit(coroutine))
