@@ -437,6 +437,30 @@ def test_outside_of_training_clients_choose(server, policy):
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.3, 0.9, 4, 11)
 
 
+def test_an_odd_number_of_a_client_is_its_own_matter(server, policy):
+    """Seeds are taken as they come; what no sampler can divide by is refused before it gets there."""
+    client = Client(server, make_spec(training=False))
+    client.say([USER], seed=-1)
+    assert policy.asked[0][1].seed == 2**63 - 1
+    refused = client.chat([USER, USER], temperature=1e-50)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "temperature")
+    assert client.say([USER, USER], temperature=0.0)
+    Client(server).say([USER], temperature=1e-50)  # the run's own temperature holds there
+    admin = httpx.Client(base_url=server.origin, headers={"authorization": f"Bearer {ADMIN}"})
+    refused = admin.post("/sessions", json={"temperature": 1e-50})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "temperature")
+
+
+def test_sessions_that_say_no_seed_are_sampled_apart(server, policy):
+    admin = httpx.Client(base_url=server.origin, headers={"authorization": f"Bearer {ADMIN}"})
+    for body in ({}, {}, {"seed": 3}, {"seed": 3}):
+        own = {"authorization": f"Bearer {admin.post('/sessions', json=body).json()['api_key']}"}
+        httpx.post(f"{server.base_url}/chat/completions", json={"model": "m", "messages": [USER]}, headers=own)
+    first, second, third, fourth = (params.seed for _, params, _ in policy.asked)
+    assert len({first, second, third}) == 3
+    assert third == fourth
+
+
 # -- security ---------------------------------------------------------------------------------------------------------
 
 

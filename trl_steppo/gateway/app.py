@@ -6,13 +6,14 @@ import asyncio
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from ..inference.base import MIN_TEMPERATURE
 from ..types import Episode
 from . import anthropic, openai, responses
 from .bodies import B, Body, event, read_body
@@ -40,6 +42,12 @@ Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 
 
 # -- bodies of our own ------------------------------------------------------------------------------------------------
+
+
+def _can_be_sampled(temperature: float) -> float:
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"give 0, or at least {MIN_TEMPERATURE:g}")
+    return temperature
 
 
 class RewardBody(Body):
@@ -75,18 +83,18 @@ class OpenBody(Body):
     max_episode_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_episode_s: Annotated[float, Field(gt=0, le=1e9)] | None = None
     response_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_can_be_sampled)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     row_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     generation_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     def spec(self, default: SessionSpec) -> SessionSpec:
-        """The gateway's own settings with these instead."""
+        """The gateway's own settings with these instead; a seed that is not given is drawn."""
         limits = ("max_interaction_steps", "max_prompt_length", "max_episode_tokens", "max_episode_s")
         sampling = {"max_new_tokens": self.response_length, "temperature": self.temperature}
         own: dict[str, Any] = {
             "training": self.training,
-            "run_seed": self.seed,
+            "run_seed": secrets.randbits(63) if self.seed is None else self.seed,
             "row_index": self.row_index,
             "generation_index": self.generation_index,
         }

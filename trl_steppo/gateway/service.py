@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import ConfigurationError, DataError
-from ..inference.base import Sample, SamplingParams, step_seed
+from ..inference.base import MIN_TEMPERATURE, Sample, SamplingParams, step_seed
 from ..types import Episode, StopReason, TokenIds
 from .conversation import Answer, ModelRequest, RequestError
 from .monitor import Monitor
@@ -479,7 +479,9 @@ class Gateway:
         params = replace(sampling, max_new_tokens=budget, stop_token_ids=stop, seed=seed)
         if spec.training:
             return params
-        wished = {name: getattr(wishes, name) for name in ("temperature", "top_p", "top_k", "seed")}
+        wished = {name: getattr(wishes, name) for name in ("temperature", "top_p", "top_k")}
+        if wishes.seed is not None:
+            wished["seed"] = wishes.seed & (2**63 - 1)  # seeds of clients may be negative
         return replace(params, **{name: value for name, value in wished.items() if value is not None})
 
     def _check_wishes(self, session: Session, request: ModelRequest) -> tuple[str, ...]:
@@ -502,6 +504,9 @@ class Gateway:
                 found["temperature"] = f"temperature is {sampling.temperature:g}, as the run samples"
             if wishes.seed is not None:
                 found["seed"] = "seed is the run's own"
+        elif wishes.temperature is not None and 0 < wishes.temperature < MIN_TEMPERATURE:
+            problem = f"`temperature` is {wishes.temperature}; give 0, or at least {MIN_TEMPERATURE:g}"
+            raise RequestError(400, problem, param="temperature")
         news = {name: text for name, text in found.items() if name not in session.told}
         session.told |= set(news)
         for name, text in news.items():
