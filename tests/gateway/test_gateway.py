@@ -304,6 +304,67 @@ def test_a_retry_is_recorded_once_and_gets_the_same(client, policy):
     assert len(client.episode().steps) == 3
 
 
+FIRST, SECOND = {"x-stainless-retry-count": "0"}, {"x-stainless-retry-count": "1"}
+
+
+def ask_again(client: Client, headers: dict[str, str]) -> str:
+    response = client.post("/v1/chat/completions", {"model": "m", "messages": [USER]}, **headers)
+    assert response.status_code == 200, response.text
+    return response.json()["id"]
+
+
+def test_who_asks_for_the_first_time_gets_a_step_of_its_own(client, policy, server):
+    """SDKs say how often they have tried: two calls are two samples, and a retry is none."""
+    one, two = ask_again(client, FIRST), ask_again(client, FIRST)
+    assert one != two
+    assert ask_again(client, SECOND) == two
+    server.call(hold(policy))
+    ids: list[str] = []
+    threads = [threading.Thread(target=lambda: ids.append(ask_again(client, FIRST))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(policy.asked) == 4)
+    threads.append(threading.Thread(target=lambda: ids.append(ask_again(client, SECOND))))
+    threads[-1].start()  # joins one of those that are on their way
+    wait_until(lambda: server.gateway.monitor.retries._value.get() == 2)
+    server.call(let_go(policy))
+    for thread in threads:
+        thread.join()
+    assert len(set(ids)) == 2
+    assert len({params.seed for _, params, _ in policy.asked}) == len(client.episode().steps) == 4
+
+
+@pytest.mark.parametrize("headers", [{}, FIRST, SECOND], ids=["no header", "first", "second"])
+def test_a_step_whose_client_was_not_told_is_the_next_ones(client, server, headers):
+    """Wherever it stands; and two that ask for it do not both get it."""
+    lost = ask_again(client, FIRST)
+    position = client.session.steps[-1]
+    client.say([USER, USER])
+    client.session.notes.undelivered.append(0)
+    client.session.told_of(position.answer, to_the_end=False)
+    assert ask_again(client, headers) == lost
+    assert ask_again(client, FIRST) != lost
+    assert len(client.episode().steps) == 3
+
+
+def test_a_real_client_that_tries_again_doubles_no_step(client, policy, server):
+    openai = pytest.importorskip("openai", reason="needs the extra `openai`")
+    policy.failures = 1
+    with openai.OpenAI(base_url=server.base_url, api_key=client.key, max_retries=2) as sdk:
+        ids = [sdk.chat.completions.create(model="m", messages=[USER]).id for _ in range(2)]
+        assert len(set(ids)) == len(client.session.steps) == 2
+        server.call(hold(policy))
+        thread = threading.Thread(
+            target=lambda: wait_until(lambda: len(policy.asked) == 5) or server.call(let_go(policy))
+        )
+        thread.start()
+        with sdk.with_options(timeout=0.5) as hasty:
+            ids.append(hasty.chat.completions.create(model="m", messages=[USER]).id)
+        thread.join()
+    assert [f"chatcmpl-{step.answer.answer_id}" for step in client.session.steps] == ids
+    assert len(client.episode().steps) == 3
+
+
 def test_retries_in_flight_share_one_step(client, policy, server):
     server.call(hold(policy))
     replies: list[bytes] = []

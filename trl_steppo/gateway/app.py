@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 2**20
 _MOST_NOTES = 10
+_RETRIES = {None: None, "": None, "0": False}  # what `x-stainless-retry-count` says; any other: that it is one
 
 Handler = Callable[[Request], Awaitable[Response]]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
@@ -208,7 +209,7 @@ class _Routes:
             body = read_body(api.body, raw)
             retry = Retry(
                 request_key(api.path, raw),
-                is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
+                is_retry=_RETRIES.get(request.headers.get("x-stainless-retry-count"), True),
                 idempotency_key=request.headers.get("idempotency-key"),
             )
             gone = asyncio.ensure_future(_disconnected(request))

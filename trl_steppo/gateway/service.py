@@ -36,14 +36,14 @@ class Retry:
     Args:
         request (`str`):
             The request's key; retries have the same.
-        is_retry (`bool`):
-            Whether it says that it has asked this before.
+        is_retry (`bool`, *optional*):
+            Whether it has asked this before, where it says so.
         idempotency_key (`str`, *optional*):
             Two requests with different ones are not the same, whatever their bodies.
     """
 
     request: str
-    is_retry: bool = False
+    is_retry: bool | None = None
     idempotency_key: str | None = None
 
     @property
@@ -296,26 +296,41 @@ class Gateway:
         """
         if session.is_over:  # since its key was checked
             raise unauthorized()
-        recorded = self._recorded(session, retry)
-        if recorded is not None:
-            self.monitor.retries.inc()
-            return Reply(session.steps[recorded].answer)
         flights = self._flights.setdefault(session.session_id, [])
-        flight = next((one for one in flights if one.name == retry.name and not one.is_given_up), None)
-        if flight is None:
-            notes = self._check_wishes(session, request)
-            flight = self._start(session, request, retry, flights)
-        else:
+        before = self._asked_before(session, retry, flights)
+        if before is not None:
             self.monitor.retries.inc()
-            notes = ()
+        if isinstance(before, int):
+            session.lost.discard(before)  # it is being told of again
+            return Reply(session.steps[before].answer)
+        if before is not None:
+            return Reply(await self._wait_for(session, before))
+        notes = self._check_wishes(session, request)
+        flight = self._start(session, request, retry, flights)
         return Reply(await self._wait_for(session, flight), notes)
 
-    def _recorded(self, session: Session, retry: Retry) -> int | None:
-        """The recorded step of a retry: the last one's, or any for a client that says that it is a retry."""
-        positions = range(len(session.steps) - 1, -1, -1)
-        for position in positions if retry.is_retry else positions[:1]:
-            if session.steps[position].request == retry.name:
-                return position
+    def _asked_before(self, session: Session, retry: Retry, flights: list[_Flight]) -> int | _Flight | None:
+        """
+        Where a request is that was asked before: recorded, or on its way. There are as many steps as clients asked for
+        the first time, where they say so; but what one was never told of is the next one's: it may have started over.
+        """
+        same = [position for position, step in enumerate(session.steps) if step.request == retry.name]
+        is_first = retry.is_retry is False and retry.idempotency_key is None
+        untold = [
+            position for position in same if position in (session.lost if is_first else session.notes.undelivered)
+        ]
+        if untold:
+            return untold[-1]
+        if is_first:
+            session.num_firsts[retry.name] += 1
+            return None
+        in_flight = [one for one in flights if one.name == retry.name and not one.is_given_up]
+        if len(same) + len(in_flight) < session.num_firsts[retry.name] and retry.is_retry:
+            return None  # its first attempt left nothing; what there is is others'
+        if in_flight:
+            return min(in_flight, key=lambda one: one.num_waiting)
+        if same and (retry.is_retry or retry.idempotency_key is not None or same[-1] == len(session.steps) - 1):
+            return same[-1]
         return None
 
     def _start(self, session: Session, request: ModelRequest, retry: Retry, flights: list[_Flight]) -> _Flight:

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import time
 from array import array
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -211,6 +212,7 @@ class Session:
         self.ending = asyncio.Lock()
         self.told: set[str] = set()  # of its wishes that do not hold
         self.lost: set[int] = set()  # steps whose client went away while it was told
+        self.num_firsts: Counter[str] = Counter()  # of a request: how often it was asked for the first time
         self.last_active = time.monotonic()
         self._branches: list[array[int]] = []
         self._places: list[_Place] = []
