@@ -168,6 +168,49 @@ def test_a_rewritten_history_opens_a_branch_and_is_told(client, server, caplog):
     assert "steppo_gateway_mismatches_total 1.0" in httpx.get(f"{server.origin}/metrics").text
 
 
+def test_a_rewritten_history_is_compared_with_what_it_rewrites(client, server, caplog):
+    """Not with the branch that happens to be the last; and once a session."""
+    reply = client.say([USER])
+    client.say([{"role": "user", "content": "a sub-agent's own question"}])
+    changed = {"role": "assistant", "content": "I never said that"}
+    client.say([USER, changed, USER])
+    client.say([USER, {**changed, "content": "nor this"}, USER])
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert reply["content"] in told
+    assert "I never said that" in told
+    assert "sub-agent" not in told
+    assert "steppo_gateway_mismatches_total 2.0" in client.http.get("/metrics").text
+
+
+def test_examples_of_what_a_model_may_say_are_no_rewritten_history(client):
+    client.say([USER])
+    example = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    client.say([*example, USER])
+    client.say([USER, {"role": "assistant", "content": "x"}, USER][1:])
+    assert [step.history for step in client.session.steps] == ["first", "branch", "branch"]
+    assert client.episode().metrics == {"branches": 2.0}
+
+
+def test_of_two_that_said_the_same_the_one_is_continued_whose_calls_come_back(server):
+    server.resume(Engine(Policy(lambda prompt, order: call("search", query="x"))))
+    client = Client(server)
+    replies = [
+        client.post("/v1/chat/completions", {"model": "m", "messages": [USER], "tools": [SEARCH]}, **FIRST)
+        for _ in range(3)
+    ]
+    messages = [reply.json()["choices"][0]["message"] for reply in replies]
+
+    def go_on(message: dict[str, Any], call_id: str) -> int:
+        made = {**message["tool_calls"][0], "id": call_id}
+        answer = {"role": "tool", "tool_call_id": call_id, "content": "found"}
+        client.say([USER, {**message, "tool_calls": [made]}, answer], tools=[SEARCH])
+        return client.session.steps[-1].parent
+
+    assert go_on(messages[0], messages[0]["tool_calls"][0]["id"]) == 0
+    assert go_on(messages[0], "my own") == 2  # the last that nothing follows
+    assert go_on(messages[0], "mine again") == 1
+
+
 @pytest.mark.parametrize("field", ["content", "tool_calls"])
 def test_clients_may_write_what_was_said_in_their_own_way(server, field):
     server.resume(Engine(Policy(lambda prompt, order: " hm " + call("search", query="ä", k=1))))
@@ -183,12 +226,40 @@ def test_clients_may_write_what_was_said_in_their_own_way(server, field):
     assert [step.history for step in client.session.steps] == ["first", "continued"]
 
 
+def complete(client: Client, prompt: str, **body: Any) -> str:
+    response = client.post("/v1/completions", {"model": "m", "prompt": prompt, **body})
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["text"]
+
+
 def test_completions_continue_text(client):
-    first = client.post("/v1/completions", {"model": "m", "prompt": "Once"}).json()["choices"][0]["text"]
-    client.post("/v1/completions", {"model": "m", "prompt": f"Once{first} and then"})
-    one, two = client.episode().steps
+    """The policy reads what was sent, and not an end of its turn beside it."""
+    first = complete(client, "Once", max_tokens=5)
+    second = complete(client, f"Once{first} and then")
+    complete(client, f"Once{first} and then{second}{END} again")
+    complete(client, f"Once{first} and then{second} again")
+    one, two, three, four = client.episode().steps
     assert text(one.prompt_ids) == "Once"
     assert two.prompt_ids.tolist() == [*one.prompt_ids, *one.response_ids, *TOKENIZER.encode(" and then")]
+    assert three.prompt_ids.tolist() == [*two.prompt_ids, *two.response_ids, *TOKENIZER.encode(" again")]
+    assert text(four.prompt_ids) == f"Once{first} and then{second} again"
+    # The response that was cut is continued a second time: what ended its turn is not what the client sent.
+    assert [step.history for step in client.session.steps] == ["first", "continued", "continued", "branch"]
+
+
+def test_completions_with_a_stop_text_are_read_as_they_were_sent(server):
+    """An agent that writes the stop text itself, with what it observed; and one that writes another."""
+    server.resume(Engine(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
+    client = Client(server)
+    thought = complete(client, "Q\n", stop=["Observation:"])
+    assert thought == "Thought: yes\n"
+    prompts = [f"Q\n{thought}Observation: found\n", f"Q\n{thought}Result: found\n"]
+    for prompt in prompts:
+        complete(client, prompt, stop=["Observation:"])
+    one, *others = client.episode().steps
+    assert [text(step.prompt_ids) for step in others] == prompts
+    assert [step.history for step in client.session.steps] == ["first", "continued", "branch"]
+    assert others[0].prompt_ids[: len(one.prompt_ids) + len(one.response_ids)] == [*one.prompt_ids, *one.response_ids]
 
 
 def test_completions_take_token_ids(client):

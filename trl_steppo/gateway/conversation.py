@@ -91,6 +91,8 @@ class ModelRequest:
             How to sample.
         logprobs (`bool`, *optional*, defaults to `False`):
             Whether the client asks for the log-probabilities of what was sampled.
+        call_ids (`tuple[str, ...]`, *optional*):
+            Ids of the tool calls that the client sends back.
         ignored (`tuple[str, ...]`, *optional*):
             Fields that were taken and have no effect, for the client to be told.
     """
@@ -101,6 +103,7 @@ class ModelRequest:
     tools: tuple[dict[str, Any], ...] = ()
     wishes: Wishes = field(default_factory=Wishes)
     logprobs: bool = False
+    call_ids: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
 

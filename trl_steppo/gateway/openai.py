@@ -141,7 +141,10 @@ class ChatBody(_Sampling, OpenAIOptions):
             "parallel_tool_calls": self.parallel_tool_calls is False,
             "reasoning_effort": self.reasoning_effort is not None,
             "verbosity": self.verbosity is not None,
+            "name": any(message.name is not None and message.role != "tool" for message in self.messages),
+            "refusal": any(message.refusal is not None for message in self.messages),
         }
+        calls = (call for message in self.messages for call in message.tool_calls or ())
         return ModelRequest(
             self.model,
             messages=tuple(_messages(self.messages)),
@@ -155,6 +158,7 @@ class ChatBody(_Sampling, OpenAIOptions):
                 self.stop_texts(),
             ),
             logprobs=bool(self.logprobs),
+            call_ids=tuple(call.id for call in calls if call.id),
             ignored=tuple(name for name, is_ignored in ignored.items() if is_ignored),
         )
 

@@ -128,6 +128,7 @@ class ResponsesBody(OpenAIOptions):
             messages=(*system, *_messages(items)),
             tools=tuple(_tool(tool) for tool in tools),
             wishes=Wishes(self.max_output_tokens, self.temperature, self.top_p),
+            call_ids=tuple(item.call_id for item in items if isinstance(item, FunctionCall)),
             logprobs="message.output_text.logprobs" in (self.include or ()),
             ignored=tuple(name for name, is_ignored in ignored.items() if is_ignored),
         )

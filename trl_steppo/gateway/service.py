@@ -345,8 +345,8 @@ class Gateway:
         if over is not None:
             session.end_by(over, placement.parent, placement.new_ids, placement.observed)
             raise budget_error(session)
-        if placement.history == "rewritten":
-            self._report_mismatch(session, prompt_ids)
+        if placement.rewritten is not None:
+            self._report_mismatch(session, placement.rewritten, prompt_ids)
         taken = {step.seed_index for step in session.steps} | {flight.seed_index for flight in flights}
         flight = _Flight(retry.name, placement, next(i for i in range(len(taken) + 1) if i not in taken))
         flights.append(flight)
@@ -463,7 +463,8 @@ class Gateway:
             tokens=token_texts(chat, read.response_ids, self.formats) if request.logprobs else (),
             logprobs=tuple(logprobs) if request.logprobs else (),
         )
-        key, text_length = conversation_key(placement.key, request.prompt, answer)
+        written = self.formats.decode(read.response_ids) if isinstance(request.prompt, str) else read.text
+        key, text_length = conversation_key(placement.key, request.prompt, answer, written)
         return RecordedStep(
             seed_index=flight.seed_index,
             parent=placement.parent,
@@ -475,6 +476,7 @@ class Gateway:
             temperature=params.temperature,
             observed=placement.observed,
             history=placement.history,
+            asked_key=None if placement.key is None else placement.key.hex(),
             key=key,
             text_length=text_length,
             request=flight.name,
@@ -530,15 +532,18 @@ class Gateway:
                 logger.warning("a client asks for another `%s`: %s (told once)", name, text)
         return tuple(news.values())
 
-    def _report_mismatch(self, session: Session, prompt_ids: list[int]) -> None:
+    def _report_mismatch(self, session: Session, position: int, prompt_ids: list[int]) -> None:
         self.monitor.mismatches.inc()
-        recorded = self.formats.decode(session.state_ids(len(session.steps) - 1))
+        if "history" in session.told:
+            return
+        session.told.add("history")
+        recorded = self.formats.decode(session.state_ids(position))
         found = self.formats.decode(prompt_ids)
         pairs = enumerate(zip(recorded, found, strict=False))
         at = next((i for i, (a, b) in pairs if a != b), min(len(recorded), len(found)))
         start = max(0, at - _SHOWN // 3)
-        logger.info(
-            "session %s rewrote its history, which opens a branch: recorded %r, now %r",
+        logger.warning(
+            "session %s rewrote its history, which opens a branch: recorded %r, now %r (told once a session)",
             session.session_id,
             recorded[start : at + _SHOWN],
             found[start : at + _SHOWN],

@@ -8,7 +8,7 @@ import hashlib
 import time
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -82,6 +82,8 @@ class RecordedStep:
             What the parent was answered.
         history (`str`):
             See [`~gateway.tokens.Placement`].
+        asked_key (`str`, *optional*):
+            Of the conversation that it answers; `None` where that is no messages.
         key (`str`):
             Of the conversation with its response.
         text_length (`int`, *optional*):
@@ -102,6 +104,7 @@ class RecordedStep:
     temperature: float
     observed: Observation
     history: str
+    asked_key: str | None
     key: str
     text_length: int | None
     request: str
@@ -205,7 +208,8 @@ class Session:
         self.spec = spec
         self.notes = notes or Notes()
         self.steps: list[RecordedStep] = []
-        self.by_key: dict[bytes, int] = {}  # the step whose response ends the conversation of this key
+        self.by_key: dict[bytes, list[int]] = {}  # the steps whose response ends the conversation of this key
+        self.by_asked_key: dict[bytes, int] = {}  # the last step that answers it
         self.text_lengths: set[int] = set()
         self.is_over = is_over
         self.recording = asyncio.Lock()
@@ -230,7 +234,9 @@ class Session:
         buffer.extend(step.response_ids)
         self._places.append(_Place(branch, prompt_length, len(buffer)))
         self.steps.append(step)
-        self.by_key[bytes.fromhex(step.key)] = position
+        self.by_key.setdefault(bytes.fromhex(step.key), []).append(position)
+        if step.asked_key is not None:
+            self.by_asked_key[bytes.fromhex(step.asked_key)] = position
         if step.text_length is not None:
             self.text_lengths.add(step.text_length)
         if step.parent is not None:
@@ -276,6 +282,25 @@ class Session:
             self.lost.discard(found[0])
         else:
             self.lost.add(found[0])
+
+    def ending_with(self, key: bytes, call_ids: Collection[str]) -> int:
+        """
+        The step whose response ends a conversation. Of several that said the same: the one whose tool calls, by their
+        ids, the client sends back; else one that its client was told of; else one that nothing follows; else the last.
+        """
+        positions = self.by_key[key]
+        if len(positions) == 1:
+            return positions[0]
+        named = {call_id.removeprefix("call_").partition("_")[0] for call_id in call_ids}
+        return max(
+            positions,
+            key=lambda p: (
+                self.steps[p].answer.answer_id in named,
+                p not in self.notes.undelivered,
+                not self.has_child(p),
+                p,
+            ),
+        )
 
     def visible(self) -> list[int]:
         """The positions of the steps that count: not those whose client never learned of them, or did not go on."""
@@ -438,13 +463,16 @@ class Session:
 
 
 def conversation_key(
-    prompt_key: bytes | None, prompt: str | tuple[int, ...] | None, answer: Answer
+    prompt_key: bytes | None, prompt: str | tuple[int, ...] | None, answer: Answer, written: str
 ) -> tuple[str, int | None]:
-    """The key of a conversation with its answer, and its length where it is text."""
+    """
+    The key of a conversation with its answer, and its length where it is text: with all that was `written`, so that
+    who goes on from less (without the stop text, or the end of the turn) has the policy read no more than it sent.
+    """
     if prompt_key is not None:
         return next_key(prompt_key, answer.message).hex(), None
     if isinstance(prompt, str):
-        text = prompt + answer.text
+        text = prompt + written
         return text_keys(text, [len(text)])[len(text)].hex(), len(text)
     return hashlib.blake2b(answer.answer_id.encode(), digest_size=16).hexdigest(), None
 
