@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, check_agent, play_agents
-from trl_steppo.rollout.agent import without_launcher
+from trl_steppo.rollout.agent import _last_number, _Output, _ProcessRun, without_launcher
 from trl_steppo.types import StopReason
 
 PROMPT = [{"role": "user", "content": "Find it."}]
@@ -275,6 +276,45 @@ def test_commands_play(server, chat, tmp_path, monkeypatch, as_text):
     assert [episode.episode_return for episode in episodes[:2]] == [2.5, 0.5]
     assert "exit status 1: out of [key]" in episodes[2].error
     assert "asked for nothing" in episodes[3].error
+
+
+def test_a_command_may_write_a_lot_and_read_nothing(server, chat, monkeypatch):
+    """The end of it is kept."""
+    sizes = []
+    received = _Output.pipe_data_received
+
+    def watched(self, fd, data):
+        received(self, fd, data)
+        sizes.append(len(self.tails[fd]))
+
+    monkeypatch.setattr(_Output, "pipe_data_received", watched)
+    command = ["sh", "-c", "head -c 3000000 /dev/zero | tr '\\0' a; echo; echo 1.5"]
+    (episode,) = play(server, chat, command)
+    assert episode.error is None or "no step" in episode.error
+    assert max(sizes) <= 2**16
+    assert _last_number("a" * 100 + "\n1.5\n") == 1.5
+    run = _ProcessRun(command)
+    assert asyncio.run(run.start({"text": "x" * 2**20}, server, "a", "key")) == 1.5
+
+
+def test_a_child_that_a_command_leaves_behind_holds_nothing_up(server, chat, tmp_path):
+    """Neither does it live on."""
+    child = tmp_path / "pid"
+    start = time.monotonic()
+    run = _ProcessRun(["sh", "-c", f"sleep 60 & echo $! > {child}; echo 1.5"])
+
+    async def play_it() -> float | None:
+        reward = await run.start({}, server, "a", "key")
+        await run.end()
+        return reward
+
+    assert asyncio.run(play_it()) == 1.5
+    assert time.monotonic() - start < 20
+    state = Path(f"/proc/{child.read_text().strip()}/stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_command_that_is_not_there_fails_its_episodes(server, chat):

@@ -23,7 +23,6 @@ import os
 import shlex
 import shutil
 import signal
-from asyncio.subprocess import PIPE, Process
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,6 +49,8 @@ T = TypeVar("T")
 _STDERR_SHOWN = 2_000  # characters of what a failed process wrote
 _LOOKS_S = 0.25  # between looks whether an agent hangs
 _LETS_GO_S = 60.0  # that an agent whose episode is over may still take where it may be idle as long as it likes
+_TAIL_BYTES = 2**16  # of each of a process's streams that are kept
+_READS_OUT_S = 1.0  # for what a process that has ended wrote last
 _DIES_S = 2.0  # from a polite end to an impolite one
 
 # What torchrun, accelerate, DeepSpeed and MPI tell their own processes.
@@ -314,12 +315,38 @@ class _FunctionRun:
             self._cancel = None
 
 
+class _Output(asyncio.SubprocessProtocol):
+    """What a process writes: the ends of it, however much there is; and when it has ended, whoever holds its pipes."""
+
+    def __init__(self) -> None:
+        self.tails = {1: bytearray(), 2: bytearray()}
+        self.ended = asyncio.Event()
+        self.closed = {1: asyncio.Event(), 2: asyncio.Event()}
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        tail = self.tails[fd]
+        tail += data
+        del tail[:-_TAIL_BYTES]
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd in self.closed:
+            self.closed[fd].set()
+
+    def process_exited(self) -> None:
+        self.ended.set()
+
+    def text(self, fd: int) -> str:
+        """The end of a stream."""
+        return self.tails[fd].decode(errors="replace")
+
+
 class _ProcessRun:
     """An agent in a process, with all that it starts in one group."""
 
     def __init__(self, command: str | Sequence[str]) -> None:
         self._words = command_words(command)
-        self._process: Process | None = None
+        self._process: asyncio.SubprocessTransport | None = None
+        self.output = _Output()
 
     async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> float | None:
         environment = {
@@ -330,27 +357,44 @@ class _ProcessRun:
             "ANTHROPIC_API_KEY": key,
             "STEPPO_SESSION_URL": f"{server.origin}/sessions/{session_id}",
         }
-        self._process = await asyncio.create_subprocess_exec(
-            *self._words, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, start_new_session=True
+        self._process, _ = await asyncio.get_running_loop().subprocess_exec(
+            lambda: self.output, *self._words, env=environment, start_new_session=True
         )
-        out, errors = await self._process.communicate(json.dumps(row, default=repr).encode())
-        if self._process.returncode:
-            tail = errors.decode(errors="replace").replace(key, "[key]")[-_STDERR_SHOWN:].strip()
-            raise RuntimeError(f"exit status {self._process.returncode}: {tail}")
-        return _last_number(out.decode(errors="replace"))
+        its_input: Any = self._process.get_pipe_transport(0)
+        its_input.write(json.dumps(row, default=repr).encode())
+        its_input.close()  # when all is written
+        await self.output.ended.wait()
+        await self._read_out()
+        code = self._process.get_returncode()
+        if code:
+            tail = self.output.text(2).replace(key, "[key]")[-_STDERR_SHOWN:].strip()
+            raise RuntimeError(f"exit status {code}: {tail}")
+        return _last_number(self.output.text(1))
+
+    async def _read_out(self) -> None:
+        """What is still in the pipes, which a child that lives on may keep open."""
+        both = asyncio.gather(*(closed.wait() for closed in self.output.closed.values()))
+        with suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(both, _READS_OUT_S)
 
     async def end(self) -> None:
         """End it and all that it started."""
-        process = self._process
-        if process is None:
+        if self._process is None:
             return
-        for how, patience_s in ((signal.SIGTERM, _DIES_S), (signal.SIGKILL, _DIES_S)):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, how)
-            if process.returncode is not None:
-                return
+        pid = self._process.get_pid()
+        if not self.output.ended.is_set():
+            _kill(pid, signal.SIGTERM)
             with suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(process.wait(), patience_s)
+                await asyncio.wait_for(self.output.ended.wait(), _DIES_S)
+        _kill(pid, signal.SIGKILL)
+        with suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(self.output.ended.wait(), _DIES_S)
+        self._process.close()
+
+
+def _kill(group: int, how: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, how)
 
 
 def _last_number(text: str) -> float | None:
