@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import socket
+import sqlite3
 import stat
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -18,11 +22,12 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 from gateway_policy import ADMIN, END, TOKENIZER, Policy, call, echo, make_spec, start
 
-from trl_steppo.errors import ConfigurationError
+from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.gateway import GatewayServer, SessionSpec
 from trl_steppo.gateway.conversation import Answer, ModelRequest
-from trl_steppo.gateway.sampling import Engine
+from trl_steppo.gateway.sampling import Engine, SamplingPort
 from trl_steppo.gateway.service import Retry
+from trl_steppo.gateway.store import Store
 from trl_steppo.types import Episode, StopReason
 
 USER = {"role": "user", "content": "hello"}
@@ -348,6 +353,67 @@ def test_tokens_of_the_episode_cut_a_response(server):
     assert choice["finish_reason"] == "length"
     episode = cut.episode()
     assert (episode.stop_reason, len(episode.steps[0].response_ids)) == (StopReason.MAX_EPISODE_TOKENS, 10)
+
+
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_time_is_up_while_a_response_is_sampled(server, policy, num_before):
+    """It is not waited for, and does not count."""
+    client = Client(server, make_spec(max_episode_s=1000.5))
+    messages: list[Any] = [USER]
+    for _ in range(num_before):
+        messages += [client.say(messages), USER]
+    server.call(hold(policy))
+    client.session.notes.created -= 1000  # half a second is left
+    refused = client.chat(messages)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "episode_over")
+    assert client.post("/sessions/current/finish", {"reward": 1.0}).status_code == 200
+    episode = client.session.episode()
+    if num_before:
+        assert (episode.truncated, episode.stop_reason) == (True, StopReason.MAX_EPISODE_S)
+        assert [step.reward for step in episode.steps] == [1.0]
+        assert text(episode.final_prompt_ids).endswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
+    else:
+        assert "took longer than 1000.5 s, without one step" in episode.error
+    assert server.gateway.port.num_in_flight == 0
+
+
+def test_sessions_that_nobody_goes_on_with_are_finished(server, policy):
+    left, cut, late, busy = (
+        Client(server, make_spec(max_interaction_steps=n, max_episode_s=60)) for n in (9, 1, 8, 7)
+    )
+    for client in (left, cut, late, late):
+        last = client.say([*[USER] * (1 + len(client.session.steps))])
+        assert last
+    assert cut.chat([USER, USER]).status_code == 400
+    late.session.notes.created = 0.0
+    server.call(hold(policy))
+    thread = threading.Thread(target=busy.chat, args=([USER],))
+    thread.start()
+    wait_until(lambda: server.gateway.num_in_flight(busy.session))
+    server.call(server.gateway.finish_idle(1e6))
+    assert all(client.session.session_id in server.gateway for client in (left, cut, late, busy))
+    server.call(server.gateway.finish_idle(0.0))
+    assert "asked for nothing in 0 s" in left.session.episode().error
+    assert cut.session.episode().stop_reason is StopReason.MAX_INTERACTION_STEPS
+    assert cut.session.episode().valid
+    assert late.session.episode().stop_reason is StopReason.MAX_EPISODE_S
+    assert len(late.session.episode().steps) == 1
+    assert [client.session.session_id in server.gateway for client in (left, cut, late, busy)] == [False] * 3 + [True]
+    server.call(let_go(policy))
+    thread.join()
+    assert len(busy.episode().steps) == 1
+
+
+def test_a_server_looks_for_idle_sessions_by_itself(policy):
+    with pytest.raises(ConfigurationError, match="`idle_s` is 0"):
+        start(policy, idle_s=0)
+    server = start(policy, idle_s=0.05)
+    try:
+        session = Client(server).session
+        wait_until(lambda: session.session_id not in server.gateway)
+        assert "asked for nothing in 0.05 s" in session.episode().error
+    finally:
+        server.close()
 
 
 # -- half steps, retries, pauses --------------------------------------------------------------------------------------
@@ -708,6 +774,111 @@ def test_it_listens_on_this_machine_alone(server):
     assert server.host == "127.0.0.1"
 
 
+def test_an_error_that_an_agent_tells_has_no_key(server, client):
+    client.say([USER])
+    client.post("/sessions/current/abort", {"error": f"401 for {client.key}"})
+    assert client.session.episode().error == "401 for [key]"
+    assert client.key not in str(server.store.session(client.session.session_id))
+
+
+# -- odd clients ------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_told_of_whole_characters_alone(server):
+    server.resume(Engine(Policy(lambda prompt, order: "aä")))
+    client = Client(server)
+    chat = client.chat([USER], logprobs=True).json()["choices"][0]["logprobs"]["content"]
+    include = {"include": ["message.output_text.logprobs"]}
+    other = client.post("/v1/responses", {"model": "m", "input": "x", **include}).json()
+    for tokens in (chat, other["output"][0]["content"][0]["logprobs"]):
+        assert [token["bytes"] for token in tokens] == [[97], None, None, list(END.encode())]
+
+
+@pytest.mark.parametrize("system", [{}, {"system": "be brief"}])
+def test_a_response_that_its_client_has_begun_is_refused(client, system):
+    """Anthropic's clients mean the beginning of the answer, which no turn that is over can be."""
+    messages = [USER, {"role": "assistant", "content": "{"}]
+    refused = client.post("/v1/messages", {"model": "m", "max_tokens": 5, "messages": messages, **system})
+    assert refused.status_code == 400
+    assert "`messages`" in refused.json()["error"]["message"]
+    assert client.session.steps == []
+    assert client.say(messages)  # those of OpenAI's ask for a message that follows
+
+
+def test_null_is_as_good_as_absent(client):
+    nulls = {"modalities": None, "prediction": None}
+    messages = [{**USER, "cache_hint": None}, {"role": "user", "content": [{"type": "text", "text": "x", "id": None}]}]
+    assert client.say(messages, **nulls)
+    body = {"model": "m", "max_tokens": 5, "messages": messages, "container": None}
+    assert client.post("/v1/messages", body).status_code == 200
+    items = [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}", "created_by": None}]
+    items.append({"type": "function_call_output", "call_id": "a", "output": "x", "created_by": None})
+    body = {"model": "m", "input": items, "previous_response_id": None, "prompt": None}
+    assert client.post("/v1/responses", body).status_code == 200
+    schema = {"type": "object", "properties": {"x": {"default": None}}}  # not ours to change
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema, "deprecated": None}}
+    assert client.say([USER], tools=[tool], prediction=None)
+    refused = client.chat([USER], tools=[tool], prediction={"a": None})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prediction")
+
+
+def test_what_of_a_message_has_no_effect_is_told(client):
+    answer = client.chat([{**USER, "name": "Ann"}, {"role": "assistant", "refusal": "no"}, USER])
+    assert "name is not used" in answer.headers["x-steppo-note"]
+    assert "refusal is not used" in answer.headers["x-steppo-note"]
+
+
+def test_a_client_that_leaves_while_it_uploads_is_no_failure_of_ours(server, client, caplog):
+    with socket.create_connection((server.host, server.port), timeout=20) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {client.key}\r\n"
+        connection.sendall(head.encode() + b"content-length: 100\r\n\r\n{")
+        wait_until(lambda: client.http.get("/healthz").status_code == 200)
+    count = 'steppo_gateway_requests_total{route="/v1/chat/completions",status="499"} 1.0'
+    wait_until(lambda: count in client.http.get("/metrics").text)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_an_end_and_a_disconnection_at_once_leave_no_exception_behind(server, client, policy, caplog):
+    server.call(hold(policy))
+    with pytest.raises(httpx.ReadTimeout):
+        client.http.post("/v1/chat/completions", json={"model": "m", "messages": [USER]}, timeout=0.5)
+    other = Client(server)
+    with socket.create_connection((server.host, server.port), timeout=20) as connection:
+        body = json.dumps({"model": "m", "messages": [USER]}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {other.key}\r\n"
+        connection.sendall(head.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: server.gateway.num_in_flight(other.session))
+
+        async def end_both() -> None:
+            """The handler's request, and what it waits for, in one turn of the loop."""
+            (asked,) = [t for t in asyncio.all_tasks() if "Gateway.respond" in str(t.get_coro())]
+            (flight,) = server.gateway._flights[other.session.session_id]
+            flight.task.cancel()
+            await asyncio.wait([flight.task])
+            asked.cancel()
+
+        server.call(end_both())
+    wait_until(lambda: not server.gateway.num_in_flight(other.session))
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+def test_who_was_let_through_too_late_waits_for_the_next_engine(policy):
+    """A pause that comes between the call and its turn is a pause."""
+
+    async def run() -> int:
+        port = SamplingPort(max_wait_s=20.0)
+        resumed = port._resumed
+        port._resumed = AsyncMock(side_effect=[None, resumed()])  # the first time, the engine is gone again
+        asked = asyncio.ensure_future(port.sample([1], make_spec().sampling, session_id="a", order=(0, 0, 0)))
+        await asyncio.sleep(0.05)
+        await port.resume(Engine(policy))
+        await asked
+        return len(policy.asked)
+
+    assert asyncio.run(run()) == 1
+
+
 # -- the store --------------------------------------------------------------------------------------------------------
 
 
@@ -729,6 +900,36 @@ def test_a_restarted_gateway_goes_on(tmp_path, policy):
         assert restored.steps[1].parent == 0
     finally:
         server.close()
+
+
+def test_a_store_has_one_gateway(tmp_path):
+    path = tmp_path / "s.sqlite"
+    store = Store(path)
+    with pytest.raises(CheckpointError, match=r"is open in another gateway, which holds .*s\.sqlite\.lock; stop that"):
+        Store(path)
+    store.close()
+    Store(path).close()
+
+
+@pytest.mark.parametrize(
+    ("made_by", "problem"),
+    [
+        ("CREATE TABLE notes (text TEXT)", "is a database, but not of a gateway"),
+        ("PRAGMA application_id = 7", "is a database, but not of a gateway"),
+        ("PRAGMA user_version = 7", "has the format 7, and this version of trl_steppo reads 1"),
+    ],
+)
+def test_a_database_of_others_is_left_as_it_is(tmp_path, made_by, problem):
+    path = tmp_path / "s.sqlite"
+    if "user_version" in made_by:
+        Store(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(made_by)
+        connection.commit()
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=problem):
+        Store(path)
+    assert path.read_bytes() == before
 
 
 def test_the_response_ends_with_the_end_of_its_turn(client):

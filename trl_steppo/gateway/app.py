@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -238,6 +238,7 @@ class _Routes:
         if it takes long and is being sampled: while requests are held, it may still have to be told to try again.
         """
         asked = asyncio.ensure_future(self.gateway.respond(session, request, retry))
+        asked.add_done_callback(_look_at)
         either: set[asyncio.Future[Any]] = {asked, gone}
         try:
             while True:
@@ -250,7 +251,7 @@ class _Routes:
                     asked.result()
                     return asked
                 if gone.done():
-                    raise RequestError(499, "the client went away", code="client_closed_request")
+                    raise _gone_away()
                 if not self.gateway.port.is_paused:
                     return asked
         except BaseException:
@@ -324,7 +325,7 @@ class _Routes:
 
     async def abort(self, request: Request) -> Response:
         def ending(body: AbortBody) -> dict[str, Any]:
-            return {"error": body.error or "aborted by the agent"}
+            return {"error": body.error.replace(_key(request) or "[key]", "[key]") or "aborted by the agent"}
 
         return await self._end(request, AbortBody, ending)
 
@@ -386,11 +387,14 @@ class _Routes:
         if declared.isdecimal() and int(declared) > self.max_body_bytes:
             raise too_large
         parts, length = [], 0
-        async for part in request.stream():
-            length += len(part)
-            if length > self.max_body_bytes:
-                raise too_large
-            parts.append(part)
+        try:
+            async for part in request.stream():
+                length += len(part)
+                if length > self.max_body_bytes:
+                    raise too_large
+                parts.append(part)
+        except ClientDisconnect:
+            raise _gone_away() from None
         return b"".join(parts)
 
 
@@ -466,6 +470,16 @@ def _watched(gateway: Gateway, route: str, handler: Handler) -> Handler:
         return response
 
     return handle
+
+
+def _gone_away() -> RequestError:
+    return RequestError(499, "the client went away", code="client_closed_request")
+
+
+def _look_at(asked: asyncio.Future[Any]) -> None:
+    """Look at the outcome of what was given up, so that asyncio does not report it."""
+    if not asked.cancelled():
+        asked.exception()
 
 
 def _key(request: Request) -> str | None:

@@ -213,6 +213,22 @@ def _digest(key: bytes, text: str) -> bytes:
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
+def token_logprobs(answer: Answer) -> list[dict[str, Any]]:
+    """
+    Each written token with its log-probability, as OpenAI's APIs write it. A token that is not whole characters has no
+    bytes here: its text is not what it stands for.
+    """
+    return [
+        {
+            "token": token,
+            "logprob": logprob,
+            "bytes": None if "\N{REPLACEMENT CHARACTER}" in token else list(token.encode()),
+            "top_logprobs": [],
+        }
+        for token, logprob in zip(answer.tokens, answer.logprobs, strict=True)
+    ]
+
+
 # -- stop texts -------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .bodies import Body, Content, OpenAIOptions, arguments_of, call_message, dumps, event, text_of
-from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces
+from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces, token_logprobs
 
 
 class Function(Body):
@@ -273,11 +273,7 @@ def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
 def _logprobs(answer: Answer) -> dict[str, Any] | None:
     if not answer.tokens:
         return None
-    content = [
-        {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-        for token, logprob in zip(answer.tokens, answer.logprobs, strict=True)
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": token_logprobs(answer), "refusal": None}
 
 
 def usage(answer: Answer) -> dict[str, Any]:

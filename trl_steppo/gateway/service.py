@@ -236,6 +236,17 @@ class Gateway:
                 ending = "error" if session.notes.error else session.notes.stop_reason or "end"
                 self.monitor.episodes.labels(ending).inc()
 
+    async def finish_idle(self, idle_s: float) -> None:
+        """Finish the sessions whose agents have asked for nothing in so long."""
+        for session in list(self._sessions.values()):
+            if not self.is_idle(session, idle_s):
+                continue
+            if session.is_out_of_time:
+                await self.finish(session, out_of_time=True)
+            else:
+                error = f"the agent asked for nothing in {idle_s:g} s, and was given up"
+                await self.finish(session, error=None if session.ended_early or session.is_over else error)
+
     async def collect(self, session: Session, *, keep: bool = True) -> Episode:
         """The episode of a finished session, which stays in the store if it is to be kept there."""
         if not keep:

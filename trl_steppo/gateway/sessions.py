@@ -338,7 +338,7 @@ class Session:
             RequestError: It would be, once the requests in flight are answered.
         """
         limits, num_steps = self.spec.limits, len(self.steps) - len(self.lost)
-        if limits.max_episode_s is not None and self.age_s() > limits.max_episode_s:
+        if self.is_out_of_time:
             return StopReason.MAX_EPISODE_S
         if self.notes.cut:
             return StopReason.MAX_EPISODE_TOKENS
@@ -355,6 +355,11 @@ class Session:
     def age_s(self) -> float:
         """Seconds since it was made, restarts included."""
         return time.time() - self.notes.created
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether it has lasted longer than it may."""
+        return self.spec.limits.max_episode_s is not None and self.age_s() > self.spec.limits.max_episode_s
 
     def end_by(self, budget: StopReason, parent: int | None, new_ids: list[int], observed: Observation) -> None:
         """A budget cut the episode before a step that would have continued `parent`."""
