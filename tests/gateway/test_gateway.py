@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
-from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -484,6 +483,20 @@ def test_a_step_whose_client_was_not_told_is_the_next_ones(client, server, heade
     assert len(client.episode().steps) == 3
 
 
+def test_a_step_that_was_recorded_for_nobody_is_the_next_ones(client, server, monkeypatch):
+    held = Held(server, monkeypatch)
+    body = {"model": "m", "messages": [USER]}
+    with pytest.raises(httpx.ReadTimeout):
+        client.http.post("/v1/chat/completions", json=body, headers=FIRST, timeout=0.5)
+    assert held.is_asked.wait(20)
+    (flight,) = server.gateway._flights[client.session.session_id]
+    wait_until(lambda: flight.num_waiting == 0)
+    held.is_free.set()
+    wait_until(lambda: client.session.lost)
+    assert ask_again(client, FIRST) == f"chatcmpl-{client.session.steps[0].answer.answer_id}"
+    assert len(client.episode().steps) == 1
+
+
 def test_a_real_client_that_tries_again_doubles_no_step(client, policy, server):
     openai = pytest.importorskip("openai", reason="needs the extra `openai`")
     policy.failures = 1
@@ -868,8 +881,14 @@ def test_who_was_let_through_too_late_waits_for_the_next_engine(policy):
 
     async def run() -> int:
         port = SamplingPort(max_wait_s=20.0)
-        resumed = port._resumed
-        port._resumed = AsyncMock(side_effect=[None, resumed()])  # the first time, the engine is gone again
+        resumed, calls = port._resumed, []
+
+        async def told_too_early() -> None:
+            calls.append(port.is_paused)
+            if len(calls) > 1:
+                await resumed()
+
+        port._resumed = told_too_early
         asked = asyncio.ensure_future(port.sample([1], make_spec().sampling, session_id="a", order=(0, 0, 0)))
         await asyncio.sleep(0.05)
         await port.resume(Engine(policy))

@@ -400,6 +400,9 @@ class Gateway:
         if flight.alarm is not None:
             flight.alarm.cancel()
         session.last_active = time.monotonic()
+        assert flight.task is not None
+        if not flight.task.cancelled() and flight.task.exception() is None and flight.num_waiting == 0:
+            session.told_of(flight.task.result(), to_the_end=False)
 
     async def _fly(self, session: Session, request: ModelRequest, flight: _Flight, prompt_ids: list[int]) -> Answer:
         placement, spec = flight.placement, session.spec
