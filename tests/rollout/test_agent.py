@@ -183,7 +183,7 @@ for turn in range(9):
 """
 
 
-@pytest.mark.parametrize("idle_s", [0.5, None])
+@pytest.mark.parametrize("idle_s", [3.0, None])
 def test_one_that_asks_on_behind_its_end_is_let_go(server, chat, monkeypatch, idle_s):
     """It catches whatever it is told; its truncated episode is as good as others."""
     monkeypatch.setattr("trl_steppo.rollout.agent._LETS_GO_S", 0.5)
@@ -197,7 +197,7 @@ def test_one_that_asks_on_behind_its_end_is_let_go(server, chat, monkeypatch, id
     start = time.monotonic()
     (episode,) = play(server, chat, agent, limits=limits, idle_s=idle_s)
     release.set()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert (episode.valid, episode.stop_reason) == (True, StopReason.MAX_INTERACTION_STEPS)
     assert len(episode.steps) == 1
 
@@ -222,9 +222,9 @@ def test_an_agent_that_has_finished_is_finished(server, chat, how):
         return 3.0
 
     start = time.monotonic()
-    (episode,) = play(server, chat, agent, idle_s=0.5)
+    (episode,) = play(server, chat, agent, idle_s=3.0)
     release.set()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert (episode.error, episode.terminated) == (None, True)
     assert [step.reward for step in episode.steps] == [3.0 if how == "returns" else 2.0]
 
