@@ -30,7 +30,9 @@ PROMPT = [{"role": "user", "content": "Find it."}]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[GatewayServer]:
-    server = GatewayServer(ChatFormats(make_tokenizer())).start()
+    formats = ChatFormats(make_tokenizer())
+    formats.of(())  # what it loads for the first request takes longer than some agents here may be idle
+    server = GatewayServer(formats).start()
     yield server
     server.close()
 
