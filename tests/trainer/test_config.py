@@ -112,7 +112,7 @@ def test_derived(tmp_path, settings, aggregation, critic_epochs, uses_critic, us
 OUT_OF_RANGE = {
     "gamma": (-0.1, 1.1),
     "lam": (-0.1, 1.1),
-    "temperature": (0.0, -1.0),
+    "temperature": (0.0, -1.0, 1e-4),
     "top_p": (0.0, 1.1),
     "top_k": (-1,),
     "cliprange": (0.0,),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..errors import ConfigurationError
+from ..inference.base import MIN_TEMPERATURE
 from .ppo import PPOConfig
 
 GROUP_BASELINES = ("grpo", "rloo", "gigpo")
@@ -321,7 +322,7 @@ class StepPOConfig(PPOConfig):
         within = {  # name: (lowest, highest, whether the lowest itself is excluded)
             "gamma": (0, 1, False),
             "lam": (0, 1, False),
-            "temperature": (0, math.inf, True),
+            "temperature": (MIN_TEMPERATURE, math.inf, False),
             "top_p": (0, 1, True),
             "top_k": (0, math.inf, False),
             "cliprange": (0, math.inf, True),
