@@ -5,8 +5,8 @@ rates tuned in the same way, many seeds.
 Each method's learning rate is chosen from the same grid, by the area under the learning curve on seeds of their own,
 on every task anew; the critic's is `CRITIC_OVER_POLICY` times the policy's. Then come the seeds of the result. The
 tasks: the mini wiki, and the rooms, where the number of steps and the length of a response are set, one axis at a
-time. Each run is an example script in a process of its own; what it showed is kept as a small file in `--results_dir`, and a run whose
-file is there is not repeated, so that a study can be stopped, and go on on another day.
+time. Each run is an example script in a process of its own; what it showed is kept as a small file in `--results_dir`,
+and a run whose file is there is not repeated, so that a study can be stopped, and go on on another day.
 
     python benchmarks/step_vs_token.py [--tasks mini_wiki rooms] [--methods main] [--parallel N] [--json FILE]
 """
