@@ -3,10 +3,11 @@ Step-level beside token-level PPO, and beside baselines without a critic: the sa
 rates tuned in the same way, many seeds.
 
 Each method's learning rate is chosen from the same grid, by the area under the learning curve on seeds of their own,
-on every task anew; the critic's is `CRITIC_OVER_POLICY` times the policy's. Then come the seeds of the result. The
-tasks: the mini wiki, and the rooms, where the number of steps and the length of a response are set, one axis at a
-time. Each run is an example script in a process of its own; what it showed is kept as a small file in `--results_dir`,
-and a run whose file is there is not repeated, so that a study can be stopped, and go on on another day.
+on every task anew; where the best one is at an end of the grid, the grid goes on there. The critic's rate is
+`CRITIC_OVER_POLICY` times the policy's. Then come the seeds of the result. The tasks: the mini wiki, and the rooms,
+where the number of steps and the length of a response are set, one axis at a time. Each run is an example script in a
+process of its own; what it showed is kept as a small file in `--results_dir`, and a run whose file is there is not
+repeated, so that a study can be stopped, and go on on another day.
 
     python benchmarks/step_vs_token.py [--tasks mini_wiki rooms] [--methods main] [--parallel N] [--json FILE]
 """
@@ -41,6 +42,7 @@ from _runs import EXAMPLES, Run, example_run, play, refuse_failures, updates_of
 CRITIC_OVER_POLICY = 2.5
 TOKEN_CLIPRANGE = 0.2
 TUNING_SEEDS = (101, 102)
+MOST_BEYOND = 2  # rates beyond an end of the grid
 
 TOKEN_GAE = {"advantage_estimator": "token_gae"}
 TOKEN_RATIO = {"importance_sampling_level": "token"}
@@ -48,11 +50,16 @@ WITH_CRITIC: dict[str, dict[str, Any]] = {
     "steppo": {},
     "token_ppo": {**TOKEN_GAE, **TOKEN_RATIO},
     "token_ppo_gamma_lam_1": {**TOKEN_GAE, **TOKEN_RATIO, "gamma": 1.0, "lam": 1.0},
-    # Averaged over steps as StepPO is: only the credit differs.
+    # Averaged over steps as StepPO is: only the credit and the ratio differ.
     "without_step_gae": {**TOKEN_GAE, "loss_aggregation": "step"},
     "without_step_ratio": {**TOKEN_RATIO},
+    "without_both": {**TOKEN_GAE, **TOKEN_RATIO, "loss_aggregation": "step"},
+    # What lambda does, apart from gamma
+    "steppo_lam_1": {"lam": 1.0},
+    "token_ppo_lam_1": {**TOKEN_GAE, **TOKEN_RATIO, "lam": 1.0},
 }
-# Ratios as these methods were published with: per token, but for RLOO, to which a whole response is one action.
+# Ratios as these methods were published with: per token, but for RLOO, to which a whole response is one action. The
+# returns of REINFORCE++ are those of tokens, without a discount.
 WITHOUT_CRITIC: dict[str, dict[str, Any]] = {
     "grpo": {"advantage_estimator": "grpo", "num_generations": 8, **TOKEN_RATIO},
     "rloo": {"advantage_estimator": "rloo", "num_generations": 8},
@@ -60,6 +67,7 @@ WITHOUT_CRITIC: dict[str, dict[str, Any]] = {
     "reinforce_plus_plus": {
         "advantage_estimator": "reinforce_plus_plus",
         "num_generations": 1,
+        "gamma": 1.0,
         "loss_aggregation": "token",
         **TOKEN_RATIO,
     },
@@ -71,7 +79,7 @@ ABLATION = {
     "full": "steppo",
     "without step GAE": "without_step_gae",
     "without step ratio": "without_step_ratio",
-    "without both": "token_ppo",
+    "without both": "without_both",
 }
 PHASES = ("tuning", "result", "summary")
 
@@ -105,7 +113,7 @@ class Task:
             tokens decide it moves by a fraction of theirs: its clip range is the tokens' over this length. (Published
             ones, of 3e-4 and 4e-4 for responses of some hundred tokens, are of that size.)
         rates (`tuple[float, ...]`):
-            The grid of learning rates, the same for every method.
+            The grid of learning rates, the same for every method, each twice the one before.
         result_seeds (`Mapping[str, int]`):
             Number of seeds of each method.
     """
@@ -135,7 +143,7 @@ MINI_WIKI = Task(
     },
     response_tokens=40,
     rates=(2e-4, 4e-4, 8e-4),
-    result_seeds={method: 8 if method in MAIN else 4 for method in METHODS},
+    result_seeds=dict.fromkeys(METHODS, 8),
 )
 
 
@@ -196,6 +204,8 @@ class Record:
             Of the critic, by update.
         clip_fraction (`list[float | None]`):
             Share of ratios beyond the clip range, by update; `None` where the critic was trained alone.
+        response_tokens, episode_steps (`list[float]`, *optional*):
+            Tokens of a response and steps of an episode, in the mean of each update. `None` in older files.
         seconds (`float`):
             The whole process.
         processor, commit, command (`str`):
@@ -212,6 +222,8 @@ class Record:
     processor: str
     commit: str | None
     command: str
+    response_tokens: list[float] | None = None
+    episode_steps: list[float] | None = None
 
     @property
     def area(self) -> float:
@@ -290,6 +302,8 @@ def record_of(run: Run, score: str) -> Record:
         processor=processor_name(),
         commit=run.commit,
         command=run.command,
+        response_tokens=[logs["rollout/response_tokens"] for logs in updates],
+        episode_steps=[logs["env/episode_steps"] for logs in updates],
     )
 
 
@@ -331,6 +345,10 @@ class Store:
         unfinished.write_text(json.dumps({"run": asdict(cell), "record": asdict(record)}) + "\n")
         unfinished.replace(path)
 
+    def areas(self, cells: Iterable[Cell]) -> dict[Cell, float | None]:
+        """Under the curve of each; `None` for those that are not done."""
+        return {cell: self.read(cell).area if self.holds(cell) else None for cell in cells}
+
     def records(self, cells: Iterable[Cell]) -> dict[Cell, Record]:
         """Those that are done."""
         return {cell: self.read(cell) for cell in cells if self.holds(cell)}
@@ -339,40 +357,45 @@ class Store:
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def tuning_cells(task: Task, methods: Iterable[str]) -> list[Cell]:
-    """The grid, the same for every method that the task is played with."""
-    return [
-        Cell(task.name, "tuning", method, rate, seed)
-        for seed in TUNING_SEEDS
-        for rate in task.rates
-        for method in methods
-        if method in task.result_seeds
-    ]
+def tuning_cells(task: Task, method: str, rates: Iterable[float]) -> list[Cell]:
+    """A method at some learning rates."""
+    return [Cell(task.name, "tuning", method, rate, seed) for seed in TUNING_SEEDS for rate in rates]
 
 
-def choose_rates(grid: Iterable[Cell], areas: Mapping[Cell, float]) -> dict[str, float]:
+def tuning_of(task: Task, method: str, store: Store) -> list[Cell]:
     """
-    The learning rate of each method: the one whose area under the learning curve is the largest in the mean over the
-    tuning seeds.
+    The grid of a method, the same for every method; with the next rate beyond an end at which the best one is, as far
+    as that is known from what was played, so that in the end it is between two that are worse.
+    """
+    rates = task.rates
+    for _ in range(MOST_BEYOND):
+        best = best_rate(store.areas(tuning_cells(task, method, rates)))
+        if best == rates[0]:
+            rates = (rates[0] / 2, *rates)
+        elif best == rates[-1]:
+            rates = (*rates, rates[-1] * 2)
+        else:
+            break
+    return tuning_cells(task, method, rates)
+
+
+def best_rate(areas: Mapping[Cell, float | None]) -> float | None:
+    """
+    The learning rate whose area under the learning curve is the largest in the mean over the tuning seeds.
 
     Args:
-        grid (`Iterable[Cell]`):
-            The runs of the tuning.
-        areas (`Mapping[Cell, float]`):
-            The areas of those that are done.
+        areas (`Mapping[Cell, float | None]`):
+            The areas of one method's grid; `None`: it was not played yet.
 
     Returns:
-        `dict[str, float]`: Without the methods whose grid is not complete.
+        `float`: `None` while the grid is not complete.
     """
-    of_method: dict[str, dict[float, list[float | None]]] = {}
-    for cell in grid:
-        of_method.setdefault(cell.method, {}).setdefault(cell.learning_rate, []).append(areas.get(cell))
-    means = {
-        method: {rate: mean(area for area in by_seed if area is not None) for rate, by_seed in by_rate.items()}
-        for method, by_rate in of_method.items()
-        if None not in chain(*by_rate.values())
-    }
-    return {method: max(by_rate, key=by_rate.__getitem__) for method, by_rate in means.items()}
+    by_rate: dict[float, list[float]] = {}
+    for cell, area in areas.items():
+        if area is None:
+            return None
+        by_rate.setdefault(cell.learning_rate, []).append(area)
+    return max(by_rate, key=lambda rate: mean(by_rate[rate]))
 
 
 def result_cells(task: Task, methods: Iterable[str], rates: Mapping[str, float]) -> list[Cell]:
@@ -434,8 +457,20 @@ def settings_in(command: str) -> str:
 
 def chosen_rates(task: Task, store: Store) -> dict[str, float]:
     """The rates of all methods that are tuned."""
-    grid = tuning_cells(task, METHODS)
-    return choose_rates(grid, {cell: record.area for cell, record in store.records(grid).items()})
+    best = {method: best_rate(store.areas(tuning_of(task, method, store))) for method in task.result_seeds}
+    return {method: rate for method, rate in best.items() if rate is not None}
+
+
+def tune(tasks: Mapping[str, Task], methods: Iterable[str], store: Store, args: StudyArguments) -> list[Run]:
+    """Play the grids, until no best rate is at an end of one. Returns the runs that failed."""
+    pairs = [(task, method) for task in tasks.values() for method in methods if method in task.result_seeds]
+    while True:
+        grids = chain(*(tuning_of(task, method, store) for task, method in pairs))
+        # Seed by seed, and the methods of a task at one rate together
+        cells = sorted(grids, key=lambda cell: (cell.seed, cell.task, cell.learning_rate))
+        failed = play_cells(cells, tasks, store, args)
+        if failed or all(store.holds(cell) for task, method in pairs for cell in tuning_of(task, method, store)):
+            return failed
 
 
 def run_study(args: StudyArguments, store: Store) -> list[Run]:
@@ -444,8 +479,7 @@ def run_study(args: StudyArguments, store: Store) -> list[Run]:
     for group, methods in stages(args):
         tasks = {task.name: task for task in TASKS[group]}
         if "tuning" in args.phases:
-            grid = [cell for task in tasks.values() for cell in tuning_cells(task, methods)]
-            failed += play_cells(grid, tasks, store, args)
+            failed += tune(tasks, methods, store, args)
         if "result" in args.phases:
             rates = {name: chosen_rates(task, store) for name, task in tasks.items()}
             cells = [cell for name, task in tasks.items() for cell in result_cells(task, methods, rates[name])]
@@ -467,8 +501,10 @@ class Summary:
     final_sampled: Interval
     area: Interval
     episodes_to_token_ppo: float | None
-    steppo_beats_it: Interval
+    steppo_larger: Interval | None  # how likely the area of a StepPO run is larger than one of its
+    steppo_greedier: Interval | None  # the same of the greedy score at the end
     explained_variance: float | None
+    clip_fraction: float
     seconds: float
 
 
@@ -481,10 +517,16 @@ def summarize(records: Mapping[str, Sequence[Record]], rates: Mapping[str, float
             Its learning rate.
     """
     areas = {method: [record.area for record in runs] for method, runs in records.items()}
+    greedy = {method: [record.greedy_end for record in runs] for method, runs in records.items()}
     curves = {method: [record.sampled for record in runs] for method, runs in records.items()}
     threshold = (
         float(interquartile_mean(final_sampled(curves["token_ppo"]))) - 1e-9 if "token_ppo" in curves else np.inf
     )
+
+    def steppo_above(scores: Mapping[str, Sequence[float]], method: str) -> Interval | None:
+        is_other = "steppo" in scores and method != "steppo"
+        return probability_of_improvement(scores["steppo"], scores[method]) if is_other else None
+
     summaries = {}
     for method, runs in records.items():
         episodes = episodes_to_reach(curves[method], runs[0].episodes, threshold)
@@ -493,12 +535,14 @@ def summarize(records: Mapping[str, Sequence[Record]], rates: Mapping[str, float
             learning_rate=rates[method],
             num_seeds=len(runs),
             greedy_start=mean(run.greedy_start for run in runs),
-            final_greedy=interval([run.greedy_end for run in runs]),
+            final_greedy=interval(greedy[method]),
             final_sampled=interval([float(value) for value in final_sampled(curves[method])]),
             area=interval(areas[method]),
             episodes_to_token_ppo=episodes if np.isfinite(episodes) else None,
-            steppo_beats_it=probability_of_improvement(areas.get("steppo", areas[method]), areas[method]),
+            steppo_larger=steppo_above(areas, method),
+            steppo_greedier=steppo_above(greedy, method),
             explained_variance=mean(explained) if explained else None,
+            clip_fraction=mean(value for run in runs for value in run.clip_fraction if value is not None),
             seconds=mean(run.seconds for run in runs),
         )
     return summaries
@@ -511,8 +555,7 @@ def shown(bounds: Interval, digits: int = 3) -> str:
 
 
 def print_summaries(task: Task, summaries: Mapping[str, Summary]) -> None:
-    """The tables of one task; a rate at an end of the grid is marked, as a better one may lie beyond."""
-    ends = (min(task.rates), max(task.rates))
+    """The tables of one task."""
     print_table(
         f"{task.name}: interquartile means (95 % intervals over seeds)",
         ["method", "greedy, end", "sampled, end", "area"],
@@ -522,16 +565,17 @@ def print_summaries(task: Task, summaries: Mapping[str, Summary]) -> None:
         ],
     )
     print_table(
-        f"{task.name}: episodes to token PPO's final score, how likely a StepPO run has the larger area, the cost",
-        ["method", "rate", "seeds", "episodes", "StepPO larger", "s"],
+        f"{task.name}: episodes to token PPO's final sampled score; how likely a StepPO run is better; clipped ratios",
+        ["method", "rate", "seeds", "episodes", "area", "greedy", "clipped"],
         [
             [
                 method,
-                f"{found.learning_rate:g}{' (end)' if found.learning_rate in ends else ''}",
+                f"{found.learning_rate:g}",
                 str(found.num_seeds),
                 "-" if found.episodes_to_token_ppo is None else f"{found.episodes_to_token_ppo:.0f}",
-                shown(found.steppo_beats_it, 2),
-                f"{found.seconds:.0f}",
+                "-" if found.steppo_larger is None else shown(found.steppo_larger, 2),
+                "-" if found.steppo_greedier is None else shown(found.steppo_greedier, 2),
+                f"{found.clip_fraction:.4f}",
             ]
             for method, found in summaries.items()
         ],

@@ -59,7 +59,8 @@ def test_every_method_has_settings_without_contradiction(method):
     assert settings.uses_critic == (method in study.WITH_CRITIC)
     if settings.uses_critic:
         assert settings.critic_learning_rate == pytest.approx(1e-3)
-        assert (settings.gamma, settings.lam) == ((1, 1) if method.endswith("_1") else (0.99, 0.95))
+        gamma, lam = 1 if method.endswith("gamma_lam_1") else 0.99, 1 if method.endswith("lam_1") else 0.95
+        assert (settings.gamma, settings.lam) == (gamma, lam)
 
 
 def test_an_ablation_takes_away_one_part():
@@ -71,7 +72,7 @@ def test_an_ablation_takes_away_one_part():
         "full": ("step_gae", "step", "step"),
         "without step GAE": ("token_gae", "step", "step"),
         "without step ratio": ("step_gae", "token", "step"),
-        "without both": ("token_gae", "token", "token"),
+        "without both": ("token_gae", "token", "step"),
     }
 
 
@@ -85,6 +86,9 @@ def test_the_ratio_of_a_step_is_clipped_by_the_length_of_a_response(task):
         "token_ppo_gamma_lam_1": 0.2,
         "without_step_gae": of_step,
         "without_step_ratio": 0.2,
+        "without_both": 0.2,
+        "steppo_lam_1": of_step,
+        "token_ppo_lam_1": 0.2,
     }
 
 
@@ -108,8 +112,8 @@ def test_the_main_comparison_comes_first_on_every_task():
     assert [(task, len(methods)) for task, methods in study.stages(StudyArguments())] == [
         ("mini_wiki", 3),
         ("rooms", 3),
-        ("mini_wiki", 6),
-        ("rooms", 6),
+        ("mini_wiki", 9),
+        ("rooms", 9),
     ]
     chosen = study.stages(StudyArguments(tasks=["mini_wiki"], methods=["main", "grpo"]))
     assert chosen == [("mini_wiki", study.MAIN), ("mini_wiki", ("grpo",))]
@@ -127,13 +131,13 @@ def test_seeds_of_the_tuning_are_not_those_of_the_result():
     assert not {cell.seed for cell in cells} & set(study.TUNING_SEEDS)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert sum(cell.method == "steppo" for cell in cells) == 8
-    assert sum(cell.method == "grpo" for cell in cells) == 4
+    assert sum(cell.method == "grpo" for cell in cells) == 8
 
 
 # -- the learning rate ------------------------------------------------------------------------------------------------
 
 
-def test_the_rate_with_the_largest_mean_area_is_chosen():
+def test_the_rate_with_the_largest_mean_area_is_best():
     areas = {
         cell(2e-4, 101): 0.5,
         cell(2e-4, 102): 0.1,
@@ -142,15 +146,39 @@ def test_the_rate_with_the_largest_mean_area_is_chosen():
         cell(8e-4, 101): 0.2,
         cell(8e-4, 102): 0.2,
     }
-    assert study.choose_rates(areas, areas) == {"steppo": 4e-4}
+    assert study.best_rate(areas) == 4e-4
+    assert study.best_rate({**areas, cell(8e-4, 102): None}) is None
 
 
-def test_a_method_whose_grid_is_not_complete_has_no_rate():
-    grid = study.tuning_cells(study.MINI_WIKI, ["steppo", "token_ppo"])
-    areas = dict.fromkeys(grid, 0.5)
-    del areas[Cell("mini_wiki", "tuning", "token_ppo", 8e-4, 102)]
-    assert set(study.choose_rates(grid, areas)) == {"steppo"}
-    assert study.choose_rates(grid, {}) == {}
+def played(store, *rates_and_areas):
+    """Keep what a method's tuning showed, on both seeds."""
+    for rate, area in rates_and_areas:
+        for seed in study.TUNING_SEEDS:
+            store.write(cell(rate, seed), replace(RECORD, sampled=[area]))
+
+
+def rates_tuned(store):
+    return sorted({cell.learning_rate for cell in study.tuning_of(study.MINI_WIKI, "steppo", store)})
+
+
+def test_a_grid_goes_on_beyond_an_end_that_is_best(tmp_path):
+    store = Store(tmp_path)
+    assert rates_tuned(store) == [2e-4, 4e-4, 8e-4]
+    played(store, (2e-4, 0.5), (4e-4, 0.4), (8e-4, 0.3))
+    assert rates_tuned(store) == [1e-4, 2e-4, 4e-4, 8e-4]
+    assert study.chosen_rates(study.MINI_WIKI, store) == {}, "until it is known what lies there"
+    played(store, (1e-4, 0.6))
+    assert rates_tuned(store) == [5e-5, 1e-4, 2e-4, 4e-4, 8e-4]
+    played(store, (5e-5, 0.7))
+    assert rates_tuned(store) == [5e-5, 1e-4, 2e-4, 4e-4, 8e-4], "not for ever"
+    assert study.chosen_rates(study.MINI_WIKI, store) == {"steppo": 5e-5}
+
+
+def test_a_grid_whose_best_rate_is_inside_stays(tmp_path):
+    store = Store(tmp_path)
+    played(store, (2e-4, 0.3), (4e-4, 0.4), (8e-4, 0.1))
+    assert rates_tuned(store) == [2e-4, 4e-4, 8e-4]
+    assert study.chosen_rates(study.MINI_WIKI, store) == {"steppo": 4e-4}
 
 
 # -- the files --------------------------------------------------------------------------------------------------------
@@ -218,14 +246,16 @@ def test_figures_of_a_method_that_is_better(tmp_path):
     fast = [0.0] * 4 + [1.0] * 6
     records = {
         method: [replace(RECORD, episodes=updates, sampled=curve, greedy_end=end + 0.01 * seed) for seed in range(3)]
-        for method, curve, end in (("steppo", fast, 0.8), ("token_ppo", slow, 0.5))
+        for method, curve, end in (("steppo", fast, 0.8), ("token_ppo", slow, 0.5), ("without_both", slow, 0.9))
     }
-    summaries = study.summarize(records, {"steppo": 4e-4, "token_ppo": 2e-4})
+    summaries = study.summarize(records, dict.fromkeys(records, 4e-4))
     figures = study.figures_of(records, summaries)
     assert figures["final_em"]["steppo"][1] == pytest.approx(0.81)
     assert figures["final_em"]["token_ppo"][0] < 0.51 < figures["final_em"]["token_ppo"][2]
     assert figures["episodes_ratio"] == pytest.approx(50 / 100)
-    assert summaries["token_ppo"].steppo_beats_it == [1.0, 1.0, 1.0]
+    assert summaries["token_ppo"].steppo_larger == summaries["token_ppo"].steppo_greedier == [1.0, 1.0, 1.0]
+    assert summaries["without_both"].steppo_greedier == [0.0, 0.0, 0.0]
+    assert summaries["steppo"].steppo_larger is None
     assert summaries["token_ppo"].episodes_to_token_ppo == 100
     assert set(figures["ablation"]) == {"full", "without both"}
     json.dumps(figures, allow_nan=False)
