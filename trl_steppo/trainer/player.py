@@ -259,7 +259,7 @@ class EpisodePlayer:
 
     def _check_agent(self) -> None:
         check_agent(self.agent)
-        if self.args.samples_in_worker:
+        if self.args.samples_in_worker or self.args.max_staleness:
             raise ConfigurationError(
                 f"`agent` is given, and `max_staleness` is {self.args.max_staleness}, `use_rollout_worker` "
                 f"{self.args.use_rollout_worker}; agents play between updates: leave them out"
