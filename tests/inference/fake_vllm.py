@@ -43,8 +43,10 @@ class FakeVLLM:
         self.respond = respond or _count
         self.load = load or (lambda directory: None)
         self.options = {"logprobs_mode": "processed_logprobs", "max_model_len": 1_000, **options}
-        self.has_dev_mode = True
+        self.has_dev_mode = self.has_scale_out = True
         self.counts_cached = True
+        self.device, self.extension = "cuda", ""
+        self.called: list[str] = []  # methods of its workers
         self.token_s = 0.0
         self.hangs = False
         self.failures = 0  # responses that are to fail
@@ -127,7 +129,13 @@ class FakeVLLM:
         return Response()
 
     def _info(self, body: Any) -> Any:
-        return {"vllm_config": {"model_config": self.options}}
+        return {
+            "vllm_config": {
+                "model_config": self.options,
+                "device_config": {"device": self.device},
+                "parallel_config": {"worker_extension_cls": self.extension},
+            }
+        }
 
     def _weight_info(self, body: Any) -> Any:
         return {"weight_version": self.version}
@@ -136,6 +144,10 @@ class FakeVLLM:
         return {"data": [{"id": "base"}, *({"id": name} for name in self.adapters)]}
 
     async def _generate(self, body: Any) -> Any:
+        if not self.has_scale_out:
+            return JSONResponse({"error": "disabled"}, 403)
+        if not body:
+            return JSONResponse({"error": "nothing to continue"}, 400)
         self.asked.append(body)
         if body["model"] is not None and body["model"] not in self.adapters:
             return JSONResponse({"error": "no such model"}, 404)
@@ -166,7 +178,9 @@ class FakeVLLM:
         }
 
     def _reload(self, body: Any) -> Any:
-        assert body["method"] == "reload_weights"
+        self.called.append(body["method"])
+        if body["method"] == "pack_output_layer":
+            return {"results": [None]}
         path = Path(body["kwargs"]["weights_path"])
         if not path.is_dir():
             return JSONResponse({"error": f"no such directory: {path}"}, 500)

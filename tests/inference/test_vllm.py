@@ -266,9 +266,30 @@ def test_a_server_without_what_is_needed_is_refused_at_once(serve, connect, tmp_
     with pytest.raises(ConfigurationError, match=rf"{server.url} reports .*'raw_logprobs'.*--logprobs-mode"):
         connect(server)
     server = serve()
+    server.has_scale_out = False
+    with pytest.raises(ConfigurationError, match=rf"{server.url} takes no token ids.*--enable-scale-out"):
+        connect(server)
+    server = serve()
     server.has_dev_mode = False
     with pytest.raises(ConfigurationError, match=rf"{server.url} has no endpoints that take weights.*DEV_MODE=1"):
         connect(server)
+
+
+def test_a_shared_output_layer_is_packed_again_on_a_cpu(serve, connect, tmp_path):
+    server = serve()
+    sampler = connect(server)
+    tied = replace(weights(tmp_path, 1), is_tied=True)
+    sampler.update(tied)
+    assert server.called == ["reload_weights"] * 2  # on a GPU nothing else is needed
+    server.device = "cpu"
+    server.kill()
+    server.start()
+    with pytest.raises(ConfigurationError, match=r"does not reload the output layer .*--worker-extension-cls trl_st"):
+        ask(sampler, 1)
+    server.extension = "trl_steppo.inference.vllm_worker.PacksOutputLayer"
+    time.sleep(0.5)
+    ask(sampler, 1)
+    assert server.called[2:] == ["reload_weights", "pack_output_layer"]
 
 
 def test_what_is_longer_than_the_server_takes_is_refused(serve, connect):

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_GENERATE = "/inference/v1/generate"  # token ids in and out, with the name of the weights
+_EXTENSION = "trl_steppo.inference.vllm_worker.PacksOutputLayer"
 _ATTEMPTS = 5  # of one request: one that breaks every server must not break them for ever
 _RETRY_S = 0.2  # between two looks at a server that is not ready
 _CONNECT_S = 5.0
@@ -54,12 +56,15 @@ class Weights:
             Where servers read them: a checkpoint, or a LoRA adapter.
         is_adapter (`bool`, *optional*, defaults to `False`):
             Whether they are an adapter on the weights that a server was started with.
+        is_tied (`bool`, *optional*, defaults to `False`):
+            Whether the output layer's are the embeddings'.
     """
 
     name: str
     version: int
     directory: str
     is_adapter: bool = False
+    is_tied: bool = False
 
 
 class VLLMSampler:
@@ -69,8 +74,9 @@ class VLLMSampler:
 
     Args:
         urls (`Sequence[str]`):
-            Of the servers, each one process of `vllm serve` with `VLLM_SERVER_DEV_MODE=1`, whose endpoints take new
-            weights, and `--logprobs-mode processed_logprobs`. `VLLM_API_KEY` is their key, if they have one.
+            Of the servers, each of them `vllm serve` with `VLLM_SERVER_DEV_MODE=1`, whose endpoints take new weights,
+            `--enable-scale-out` and `--logprobs-mode processed_logprobs`; on a CPU perhaps with an extension
+            ([`PacksOutputLayer`]). `VLLM_API_KEY` is their key, if they have one.
         timeout_s (`float`, *optional*, defaults to `240.0`):
             How long to wait for a server while none is ready.
         sends_weights (`bool`, *optional*, defaults to `True`):
@@ -240,8 +246,8 @@ class VLLMSampler:
         weights = self._weights
         if server.is_ready or weights is None:
             return
-        if server.max_tokens is None:
-            server.max_tokens = await _check_options(server)
+        if server.options is None:
+            server.options = await _check_options(server)
         if not await _has(server, weights):
             if not self.sends_weights:
                 return
@@ -367,7 +373,7 @@ class _Server:
         self.url = url
         self.is_ready = False
         self.trouble: Exception | None = None  # why it cannot be made ready
-        self.max_tokens: int | None = None  # of prompt and response; unknown until its options were checked
+        self.options: _Options | None = None  # unknown until they were checked
         self.num_running = 0
 
     def open(self, session: aiohttp.ClientSession) -> None:
@@ -391,7 +397,7 @@ class _Server:
 
     def lose(self, trouble: Exception | None) -> None:
         """It may be gone, and with it all that it knew; whoever waits for it need not."""
-        self.is_ready, self.trouble, self.max_tokens = False, trouble, None
+        self.is_ready, self.trouble, self.options = False, trouble, None
         self._lost.set_result(None)
         self._lost = asyncio.get_running_loop().create_future()
 
@@ -437,7 +443,7 @@ class _Server:
             },
         }
         lost = self._lost
-        answer = asyncio.ensure_future(self.ask("POST", "/inference/v1/generate", body))
+        answer = asyncio.ensure_future(self.ask("POST", _GENERATE, body))
         try:
             await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
@@ -450,8 +456,15 @@ class _Server:
 # -- what a server has, and gets --------------------------------------------------------------------------------------
 
 
-async def _check_options(server: _Server) -> int:
-    """The most tokens that a server takes; raises where it was started without what sampling needs."""
+@dataclass(frozen=True)
+class _Options:
+    max_tokens: int  # of prompt and response
+    is_on_cpu: bool
+    extension: str  # of its workers
+
+
+async def _check_options(server: _Server) -> _Options:
+    """How a server was started; raises where that lacks what sampling needs."""
     try:
         info = await server.ask("GET", "/server_info?config_format=json")
         await server.ask("GET", "/weight_info")
@@ -462,21 +475,30 @@ async def _check_options(server: _Server) -> int:
             f"the server at {server.url} has no endpoints that take weights; start vLLM 0.32 or newer with "
             "VLLM_SERVER_DEV_MODE=1 in its environment"
         ) from None
-    model = info["vllm_config"]["model_config"]
+    try:
+        await server.ask("POST", _GENERATE, {})
+    except _Answered as error:
+        if error.status in (403, 404):
+            raise ConfigurationError(
+                f"the server at {server.url} takes no token ids ({_GENERATE}); start it with `--enable-scale-out`"
+            ) from None
+    config = info["vllm_config"]
+    model = config["model_config"]
     if model["logprobs_mode"] != "processed_logprobs":
         raise ConfigurationError(
             f"the server at {server.url} reports log-probabilities in the mode {model['logprobs_mode']!r}, which "
             "leaves the temperature out; start it with `--logprobs-mode processed_logprobs`"
         )
-    return int(model["max_model_len"])
+    is_on_cpu = config["device_config"]["device"] == "cpu"
+    return _Options(int(model["max_model_len"]), is_on_cpu, config["parallel_config"]["worker_extension_cls"] or "")
 
 
 def _check_length(prompt_length: int, params: SamplingParams, server: _Server) -> None:
-    if server.max_tokens is not None and prompt_length + params.max_new_tokens > server.max_tokens:
+    if server.options is not None and prompt_length + params.max_new_tokens > server.options.max_tokens:
         raise ConfigurationError(
             f"a prompt of {prompt_length} tokens with up to {params.max_new_tokens} new ones exceeds the "
-            f"{server.max_tokens} that the server at {server.url} takes; start it with a larger `--max-model-len`, or "
-            "bound the prompt with `max_prompt_length`"
+            f"{server.options.max_tokens} that the server at {server.url} takes; start it with a larger "
+            "`--max-model-len`, or bound the prompt with `max_prompt_length`"
         )
 
 
@@ -508,9 +530,19 @@ async def _send(server: _Server, weights: Weights) -> None:
         for name in [name for name in names if name.startswith(f"{run}-") and name != weights.name][:-1]:
             await server.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         return
+    assert server.options is not None
+    needs_packing = server.options.is_on_cpu and weights.is_tied
+    if needs_packing and server.options.extension != _EXTENSION:
+        raise ConfigurationError(
+            f"the server at {server.url} runs on a CPU, where vLLM does not reload the output layer of a policy whose "
+            f"embeddings it shares; start it with `--worker-extension-cls {_EXTENSION}`, and this package's parent "
+            "directory in PYTHONPATH"
+        )
     await server.ask(
         "POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": weights.directory}}
     )
+    if needs_packing:
+        await server.ask("POST", "/collective_rpc", {"method": "pack_output_layer"})
     # Not while anything still runs there, such as what another process asked before it noticed a restart.
     while not (await server.ask("POST", "/reset_prefix_cache"))["success"]:
         await asyncio.sleep(_RETRY_S)

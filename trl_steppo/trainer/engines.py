@@ -225,7 +225,13 @@ class InVLLM:
             self._written.append(path)
         self._together(lambda: self._save(path, state) if is_writer else None)
         adapter = self._model.active_adapter if is_adapter else "default"
-        return Weights(name, version, str(path if adapter == "default" else path / adapter), is_adapter)
+        return Weights(
+            name,
+            version,
+            str(path if adapter == "default" else path / adapter),
+            is_adapter,
+            is_tied=self._model.get_output_embeddings().weight is self._model.get_input_embeddings().weight,
+        )
 
     def _save(self, path: Path, state: Any) -> None:
         partial = path.with_name(path.name + ".partial")
