@@ -476,12 +476,13 @@ async def _check_options(server: _Server) -> _Options:
             "VLLM_SERVER_DEV_MODE=1 in its environment"
         ) from None
     try:
-        await server.ask("POST", _GENERATE, {})
+        await server.ask("POST", _GENERATE, {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
     except _Answered as error:
-        if error.status in (403, 404):
-            raise ConfigurationError(
-                f"the server at {server.url} takes no token ids ({_GENERATE}); start it with `--enable-scale-out`"
-            ) from None
+        if error.status not in (403, 404):
+            raise
+        raise ConfigurationError(
+            f"the server at {server.url} takes no token ids ({_GENERATE}); start it with `--enable-scale-out`"
+        ) from None
     config = info["vllm_config"]
     model = config["model_config"]
     if model["logprobs_mode"] != "processed_logprobs":

@@ -230,7 +230,7 @@ class InVLLM:
             version,
             str(path if adapter == "default" else path / adapter),
             is_adapter,
-            is_tied=self._model.get_output_embeddings().weight is self._model.get_input_embeddings().weight,
+            is_tied=bool(plain_model(self._model).config.get_text_config().tie_word_embeddings),
         )
 
     def _save(self, path: Path, state: Any) -> None:
