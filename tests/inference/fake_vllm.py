@@ -55,7 +55,7 @@ class FakeVLLM:
         self.num_starts = 0
         self.loaded: list[str] = []
         self.most_running_in_change = 0
-        self._running = 0
+        self.num_running = 0
         self._seen: set[tuple[int, ...]] = set()
         self.start()
 
@@ -155,12 +155,12 @@ class FakeVLLM:
             self.failures -= 1
             return JSONResponse({"error": "broken"}, 500)
         prompt, params, version = body["token_ids"], body["sampling_params"], self.version
-        self._running += 1
+        self.num_running += 1
         try:
             token_ids, logprobs = await self.respond(prompt, params, self.adapters.get(body["model"]))
             await asyncio.sleep(self.token_s * len(token_ids))
         finally:
-            self._running -= 1
+            self.num_running -= 1
         cached = max((n for n in range(len(prompt)) if tuple(prompt[:n]) in self._seen), default=0)
         self._seen.update(tuple((prompt + token_ids)[:n]) for n in range(1, len(prompt + token_ids)))
         details = {"prompt_tokens_details": {"cached_tokens": cached}} if self.counts_cached else {}
@@ -184,15 +184,15 @@ class FakeVLLM:
         path = Path(body["kwargs"]["weights_path"])
         if not path.is_dir():
             return JSONResponse({"error": f"no such directory: {path}"}, 500)
-        self.most_running_in_change = max(self.most_running_in_change, self._running)
+        self.most_running_in_change = max(self.most_running_in_change, self.num_running)
         self.load(path)
         self.loaded.append(str(path))
         return {"results": [None]}
 
     def _reset(self, body: Any) -> Any:
-        if not self._running:
+        if not self.num_running:
             self._seen.clear()
-        return {"success": not self._running}
+        return {"success": not self.num_running}
 
     def _name(self, body: Any) -> Any:
         self.version = body["new_version"]

