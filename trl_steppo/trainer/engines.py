@@ -235,7 +235,9 @@ class InVLLM:
 
     def _save(self, path: Path, state: Any) -> None:
         partial = path.with_name(path.name + ".partial")
-        options = {"selected_adapters": [self._model.active_adapter]} if is_peft_model(self._model) else {}
+        options: dict[str, Any] = {}
+        if is_peft_model(self._model):
+            options = {"selected_adapters": [self._model.active_adapter], "save_embedding_layers": False}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._model.save_pretrained(str(partial), state_dict=state, **options)
