@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 MISSING = f"there is no vLLM at {PYTHON}: `make install-vllm`"
-_STARTS_S = 300.0
+_STARTS_S = 900.0  # on a machine that does other things
 
 
 class RealVLLM:

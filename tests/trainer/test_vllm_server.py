@@ -27,7 +27,7 @@ from trl_steppo.rollout import episode_file, load_episodes
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1_200),
+    pytest.mark.timeout(3_000),
     pytest.mark.skipif(not PYTHON.exists(), reason=MISSING),
 ]
 
@@ -136,9 +136,13 @@ def check(trainer: Any, directory: Path, probe: Probe, updates: int) -> None:
         assert all(episode.valid and len(episode.steps) == 3 for episode in episodes)
     logs = [logs for logs in trainer.state.log_history if "episode" in logs]
     assert [entry["episode"] for entry in logs] == [4 * update + 4 for update in range(updates)]
-    for entry in logs:
-        assert 0.2 < entry["rollout/prefix_cache_hit_rate"] < 1
-        assert abs(entry["rollout/mismatch_kl"]) < 1e-4 or trainer.args.max_staleness
+    hit_rates = [entry["rollout/prefix_cache_hit_rate"] for entry in logs]
+    if trainer.args.max_staleness:  # some updates sample nothing, others for two
+        assert 0.2 < max(hit_rates) < 1
+        return
+    assert 0.2 < min(hit_rates)
+    assert max(hit_rates) < 1
+    assert all(abs(entry["rollout/mismatch_kl"]) < 1e-4 for entry in logs)
 
 
 @pytest.mark.parametrize("server", ["tiny"], indirect=True)
