@@ -52,7 +52,7 @@ class ScriptedSampler:
         self.tokenizer = tokenizer
         self.rows = rows
         self.policy_version = 0
-        self.sampled_tokens = self.prefilled_tokens = 0
+        self.sampled_tokens = self.prompt_tokens = self.prefilled_tokens = 0
         self.forward_s = 0.0
 
     async def sample(
@@ -223,6 +223,9 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         # A script samples here; what the run would correct is corrected all the same.
         "max_staleness": 0,
         "use_rollout_worker": False,
+        **dict.fromkeys(("vllm_server_base_url", "vllm_weights_dir"), None),
+        "use_vllm": False,
+        "vllm_server_timeout": 240.0,
         "rollout_correction": StepPOConfig(**own).correction,
     }
     trainer = StepPOTrainer(

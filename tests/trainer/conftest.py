@@ -1,8 +1,12 @@
 import logging
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "inference"))  # fake_vllm.py
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -128,6 +128,7 @@ OUT_OF_RANGE = {
     "max_interaction_steps": (0,),
     "max_prompt_length": (0,),
     "max_episode_tokens": (1,),
+    "vllm_server_timeout": (0.0,),
     "max_episode_s": (0.0,),
     "tool_timeout_s": (0.0,),
     "max_tool_calls": (0,),
@@ -183,6 +184,8 @@ def test_not_a_number(tmp_path, name):
         {"rollout_correction": "mask", "rollout_correction_cap": 1.0},
         {"max_prompt_length": 8, "max_episode_tokens": 9},
         {"dump_episodes_dir": "a", "replay_episodes_dir": "b"},
+        {"use_vllm": True, "max_staleness": 1},
+        {"use_vllm": True, "rollout_correction_cap": 3.0},  # on by default there
         {"advantage_estimator": "reinforce_plus_plus", "gamma": 0.5},
         {"advantage_estimator": "gigpo", "num_generations": 2, "gamma": 0.5},
     ],
@@ -218,6 +221,26 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("max_tokens_per_micro_batch", "local_rollout_forward_batch_size"),
     ),
     ({"max_prompt_length": 50, "max_episode_tokens": 50}, ("max_prompt_length", "max_episode_tokens")),
+    *(
+        ({name: value}, (name, "use_vllm"))
+        for name, value in {
+            "vllm_server_base_url": "http://localhost:9",
+            "vllm_server_timeout": 9.0,
+            "vllm_weights_dir": "a",
+        }.items()
+    ),
+    *(
+        ({"use_vllm": True, name: value}, (name, "use_vllm"))
+        for name, value in {
+            "use_rollout_worker": True,
+            "rollout_cache_tokens": 99,
+            "replay_episodes_dir": "a",
+            "top_p": 0.9,
+            "top_k": 9,
+        }.items()
+    ),
+    ({"use_vllm": True, "vllm_server_base_url": "localhost:8000"}, ("vllm_server_base_url", "'localhost:8000'")),
+    ({"use_vllm": True, "vllm_server_base_url": ["http://a", "http://a"]}, ("vllm_server_base_url", "twice")),
     *(({"advantage_estimator": name}, ("advantage_estimator", "num_generations")) for name in ("grpo", "gigpo")),
     ({"advantage_estimator": "rloo"}, ("advantage_estimator", "num_generations")),
     *(
@@ -320,6 +343,7 @@ OTHER_VALUES: dict[str, Any] = {  # where the type does not say it
     "reward_weights": [0.5, 2.0],
     "dump_episodes_dir": "dumped",
     "replay_episodes_dir": "replayed",
+    "vllm_server_base_url": ["http://a:8000", "http://b:8000"],
     "bf16": True,
     "top_p": 0.5,
     "gamma": 0.5,
@@ -328,6 +352,7 @@ OTHER_VALUES: dict[str, Any] = {  # where the type does not say it
 NEEDED: dict[str, dict[str, Any]] = {  # settings without which others raise
     "kl_loss_estimator": {"kl_loss_coef": 0.1},
     "rollout_correction_cap": {"rollout_correction": "truncate"},
+    **{name: {"use_vllm": True} for name in ("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir")},
 }
 PARSED = [*ADDED, *CHANGED, "num_mini_batches", "whiten_rewards", "stop_token", "learning_rate"]
 
@@ -370,6 +395,7 @@ def test_command_line(tmp_path, name):
 def test_yaml(tmp_path):
     """All that go together, in one file; the help of every flag can be formatted."""
     apart = ("advantage_estimator", "num_generations", "replay_episodes_dir", "use_rollout_worker")
+    apart += ("rollout_cache_tokens", "top_p", "top_k")  # without effect on vLLM servers
     settings = {name: other_value(name) for name in PARSED if name not in apart}
     settings |= {"per_device_train_batch_size": 8, "use_cpu": True, "max_prompt_length": 10, "max_episode_tokens": 99}
     settings["num_generations"] = 2

@@ -138,7 +138,7 @@ def test_settings_that_exclude_each_other(tmp_path) -> None:
 class Scripted:
     """An engine that says the same again and again, after a random time, and knows how many updates were done."""
 
-    prefilled_tokens, forward_s = 0, 0.0
+    prompt_tokens, prefilled_tokens, forward_s = 0, 0, 0.0
 
     def __init__(self) -> None:
         self.sampler = self

@@ -63,6 +63,7 @@ class LocalSampler:
         self.policy_version = 0
         self.cache_tokens = cache_tokens
         self.sampled_tokens = 0
+        self.prompt_tokens = 0
         self.prefilled_tokens = 0
         self.forward_s = 0.0  # seconds in the model's forward passes
         self._waiting: list[_Request] = []
@@ -119,6 +120,7 @@ class LocalSampler:
                 for request in [r for r in running if r.future.cancelled()]:
                     self._leave(running, request, keep=False)  # its episode was released already
                 arrived = self._admit(running)
+                self.prompt_tokens += sum(len(request.prompt_ids) for request in arrived)
                 running += arrived
                 if running:
                     start = time.perf_counter()

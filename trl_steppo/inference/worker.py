@@ -101,6 +101,7 @@ class _Counts:
     """What was sampled since the process began; a sign of life."""
 
     sampled_tokens: int = 0
+    prompt_tokens: int = 0
     prefilled_tokens: int = 0
     forward_s: float = 0.0
 
@@ -175,6 +176,11 @@ class WorkerSampler:
     def sampled_tokens(self) -> int:
         """Tokens of all responses."""
         return self._counts_before.sampled_tokens + self._counts.sampled_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return self._counts_before.prompt_tokens + self._counts.prompt_tokens
 
     @property
     def prefilled_tokens(self) -> int:
@@ -526,7 +532,8 @@ class _Worker:
         await self.went.wait()
 
     def _counts(self) -> _Counts:
-        return _Counts(self.sampler.sampled_tokens, self.sampler.prefilled_tokens, self.sampler.forward_s)
+        sampler = self.sampler
+        return _Counts(sampler.sampled_tokens, sampler.prompt_tokens, sampler.prefilled_tokens, sampler.forward_s)
 
     def _send(self, message: Any) -> None:
         with self.lock, suppress(OSError):  # nobody listens any more

@@ -163,6 +163,8 @@ def check_adapters(args: StepPOConfig, model: Any, ref_model: Any, value_model: 
             "second time under another name, or leave it out"
         )
     _check_base(args, model.peft_config[adapter], ref_model, value_model)
+    if args.use_vllm:
+        _check_served_adapter(model.peft_config[adapter])
     if args.ref_adapter_name is not None and not args.uses_reference:
         raise ConfigurationError(
             f"`ref_adapter_name`={args.ref_adapter_name!r} has no effect: `kl_coef` and `kl_loss_coef` are both 0; "
@@ -196,6 +198,23 @@ def _check_base(args: StepPOConfig, peft_config: Any, ref_model: Any, value_mode
         raise ConfigurationError(
             f"`critic_shares_base` is set, and the adapter has bias={bias!r} and modules_to_save="
             f"{peft_config.modules_to_save}, which train parts of the base that both would share; leave one out"
+        )
+
+
+def _check_served_adapter(peft_config: Any) -> None:
+    """Adapters that vLLM cannot load."""
+    unknown = {
+        "bias": getattr(peft_config, "bias", "none") != "none",
+        "modules_to_save": bool(getattr(peft_config, "modules_to_save", None)),
+        "use_dora": bool(getattr(peft_config, "use_dora", False)),
+    }
+    found = [f"{name}={getattr(peft_config, name)!r}" for name, is_set in unknown.items() if is_set]
+    if peft_config.peft_type != "LORA":
+        found = [f"peft_type={str(peft_config.peft_type.value)!r}"]
+    if found:
+        raise ConfigurationError(
+            f"`use_vllm` is set, and the adapter has {', '.join(found)}, which vLLM's servers do not load; take a "
+            "plain `LoraConfig`, or leave `use_vllm` out"
         )
 
 

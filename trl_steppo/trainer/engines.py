@@ -1,18 +1,26 @@
-"""Where responses are sampled, and how new weights get there: in this process, or in one beside it."""
+"""Where responses are sampled, and how new weights get there: here, in a process beside this, or on vLLM servers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 
+from ..errors import CheckpointError, StepPOError
 from ..inference.base import Sampler
 from ..inference.local import LocalSampler
+from ..inference.vllm import VLLMSampler, Weights
 from ..inference.worker import WorkerSampler
-from ..models import plain_model, whole_parameters
+from ..models import is_peft_model, plain_model, whole_parameters, whole_state_dict
 from .networks import Network
 from .steppo_config import StepPOConfig
 
@@ -26,8 +34,13 @@ class CountingSampler(Sampler, Protocol):
         ...
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        ...
+
+    @property
     def prefilled_tokens(self) -> int:
-        """Tokens of prompts that were forwarded."""
+        """Those of them that were forwarded; the others were in the cache."""
         ...
 
     @property
@@ -144,3 +157,112 @@ class InWorker:
 
     def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return (named for named in self._model.named_parameters() if named[1].requires_grad)
+
+
+class InVLLM:
+    """
+    vLLM servers sample; see [`VLLMSampler`]. Every rank plays its rows on all of them. Rank 0 writes the policy to a
+    directory that they can read, and has them take it, between responses: whole, or of a policy with a LoRA adapter
+    the adapter alone.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The run's settings.
+        accelerator ([`~accelerate.Accelerator`]):
+            Knows the other ranks.
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy's model, which trains.
+    """
+
+    def __init__(self, args: StepPOConfig, accelerator: Accelerator, model: Any) -> None:
+        self._model = model
+        self._accelerator = accelerator
+        self._directory = Path(args.vllm_weights_dir or Path(str(args.output_dir), "vllm_weights")).absolute()
+        self.sampler = VLLMSampler(
+            args.vllm_urls, timeout_s=args.vllm_server_timeout, sends_weights=accelerator.is_main_process
+        )
+        self._written: list[Path] = []
+        self._is_running = False
+
+    @contextmanager
+    def running(self, version: int) -> Iterator[None]:
+        if self._is_running:
+            yield
+            return
+        self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
+        self.sampler.start()
+        self._is_running = True
+        try:
+            self.take_weights(version)
+            yield
+        finally:
+            self._is_running = False
+            self.sampler.close()
+            self._remove_written(keep=0)
+
+    def sampling(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def take_weights(self, version: int) -> None:
+        weights = self._write(f"{self._run}-{version}", version)
+        if not weights.is_adapter:
+            self._together(self.sampler.hold)
+        self._together(lambda: self.sampler.update(weights))
+        self._remove_written(keep=2)  # a server may be reading the one before
+
+    def _write(self, name: str, version: int) -> Weights:
+        """The policy as it is now, where servers can read it; there it is whole or not at all."""
+        is_adapter, is_writer = is_peft_model(self._model), self._accelerator.is_main_process
+        if is_adapter:
+            state: Any = {}
+            for parameter, whole in whole_parameters(self._trained()):
+                if is_writer:
+                    state[parameter] = whole.cpu().clone()
+        else:
+            state = whole_state_dict(self._model, keep=is_writer)
+        path = self._directory / name
+        if is_writer:
+            self._written.append(path)
+        self._together(lambda: self._save(path, state) if is_writer else None)
+        adapter = self._model.active_adapter if is_adapter else "default"
+        return Weights(
+            name,
+            version,
+            str(path if adapter == "default" else path / adapter),
+            is_adapter,
+            is_tied=bool(plain_model(self._model).config.get_text_config().tie_word_embeddings),
+        )
+
+    def _save(self, path: Path, state: Any) -> None:
+        partial = path.with_name(path.name + ".partial")
+        options: dict[str, Any] = {}
+        if is_peft_model(self._model):
+            options = {"selected_adapters": [self._model.active_adapter], "save_embedding_layers": False}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._model.save_pretrained(str(partial), state_dict=state, **options)
+            os.rename(partial, path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"the policy could not be written to {path}, where servers would read it: {error}; set "
+                "`vllm_weights_dir` to a directory with room for it"
+            ) from error
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return (named for named in self._model.named_parameters() if named[1].requires_grad)
+
+    def _remove_written(self, *, keep: int) -> None:
+        while len(self._written) > keep:
+            shutil.rmtree(self._written.pop(0), ignore_errors=True)
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Do something on every rank, and go on when all have done it; what fails on one fails on all."""
+        failure: StepPOError | None = None
+        try:
+            act()
+        except StepPOError as error:
+            failure = error
+        for other in gather_object([failure]):
+            if other is not None:
+                raise failure or other

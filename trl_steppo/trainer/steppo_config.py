@@ -53,8 +53,8 @@ class StepPOConfig(PPOConfig):
         rollout_correction (`str`, *optional*):
             Importance weights of the trainer's probabilities over the sampler's: `"none"`, `"truncate"` (weights are
             cut at `rollout_correction_cap`) or `"mask"` (what lies beyond it is left out), per step or token as
-            `importance_sampling_level` says. `None`: `"truncate"` with `max_staleness`, else off, since the sampler
-            then has the trainer's weights and numerics.
+            `importance_sampling_level` says. `None`: `"truncate"` with `max_staleness` or `use_vllm`, else off, since
+            the sampler then has the trainer's weights and numerics.
         rollout_correction_cap (`float`, *optional*, defaults to `2.0`):
             Largest weight.
 
@@ -133,6 +133,15 @@ class StepPOConfig(PPOConfig):
             process of its own; this many of them at a time.
         use_rollout_worker (`bool`, *optional*, defaults to `False`):
             Whether the policy is sampled from in a process of its own with `max_staleness=0`, too.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM servers sample, with any `max_staleness`. Start them with `vllm serve`; the README says how.
+        vllm_server_base_url (`str` or `list[str]`, *optional*):
+            URL of the server, or of each of several that share the episodes. `None`: `"http://localhost:8000"`.
+        vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Most seconds to wait while no server can be used, before the run ends or what waits fails.
+        vllm_weights_dir (`str`, *optional*):
+            Where rank 0 writes new weights for the servers, which read them there under the same path. `None`:
+            `vllm_weights` in `output_dir`.
 
     > [!NOTE]
     > *Changed* defaults, as in the paper (arXiv 2604.18401): `kl_coef` 0.0 (was 0.05), `lam` 1.0 (0.95), `gamma` 0.99
@@ -175,7 +184,8 @@ class StepPOConfig(PPOConfig):
     rollout_correction: Literal["none", "truncate", "mask"] | None = field(
         default=None,
         metadata={
-            "help": "Importance weights of the trainer's probabilities over the sampler's. None: with max_staleness."
+            "help": "Importance weights of the trainer's probabilities over the sampler's. None: with max_staleness "
+            "or use_vllm."
         },
     )
     rollout_correction_cap: float = field(default=2.0, metadata={"help": "Largest weight of rollout_correction."})
@@ -251,6 +261,16 @@ class StepPOConfig(PPOConfig):
     use_rollout_worker: bool = field(
         default=False, metadata={"help": "Sample in a process of its own with max_staleness=0, too."}
     )
+    use_vllm: bool = field(default=False, metadata={"help": "Sample on vLLM servers."})
+    vllm_server_base_url: list[str] | None = field(  # or one alone, which no parser can be told of
+        default=None, metadata={"help": "URLs of the vLLM servers. None: http://localhost:8000."}
+    )
+    vllm_server_timeout: float = field(
+        default=240.0, metadata={"help": "Most seconds to wait while no vLLM server can be used."}
+    )
+    vllm_weights_dir: str | None = field(
+        default=None, metadata={"help": "Where vLLM servers read new weights. None: vllm_weights in output_dir."}
+    )
 
     # Fields that the command line gives as JSON
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # unannotated upstream
@@ -286,12 +306,18 @@ class StepPOConfig(PPOConfig):
     @property
     def correction(self) -> Literal["none", "truncate", "mask"]:
         """`rollout_correction`, resolved."""
-        return self.rollout_correction or ("truncate" if self.max_staleness else "none")
+        return self.rollout_correction or ("truncate" if self.max_staleness or self.use_vllm else "none")
 
     @property
     def samples_in_worker(self) -> bool:
-        """Whether the policy is sampled from in a process of its own."""
-        return self.use_rollout_worker or self.max_staleness > 0
+        """Whether the policy is sampled from in a process of its own, beside this one."""
+        return self.use_rollout_worker or (self.max_staleness > 0 and not self.use_vllm)
+
+    @property
+    def vllm_urls(self) -> list[str]:
+        """`vllm_server_base_url`, resolved."""
+        urls: str | list[str] = self.vllm_server_base_url or "http://localhost:8000"
+        return [urls] if isinstance(urls, str) else urls
 
     @property
     def critic_epochs(self) -> int:
@@ -355,6 +381,7 @@ class StepPOConfig(PPOConfig):
             "critic_warmup_updates": (0, math.inf, False),
             "total_episodes": (1, math.inf, False),
             "max_staleness": (0, math.inf, False),
+            "vllm_server_timeout": (0, math.inf, True),
         }
         for name, (lowest, highest, excluded) in within.items():
             value = getattr(self, name)
@@ -409,6 +436,18 @@ class StepPOConfig(PPOConfig):
                 f"`dump_episodes_dir` and `replay_episodes_dir` are both {self.dump_episodes_dir!r}; a run would "
                 "overwrite the recording it replays"
             )
+        if self.use_vllm and (self.top_p != 1 or self.top_k != 0):
+            raise ConfigurationError(
+                f"`use_vllm` is set, and `top_p`={self.top_p}, `top_k`={self.top_k}: vLLM's log-probabilities are "
+                "then of what these leave, not of the whole distribution that is trained; leave them out"
+            )
+        for url in self.vllm_urls:
+            if not url.startswith(("http://", "https://")):
+                raise ConfigurationError(
+                    f"`vllm_server_base_url` has {url!r}; give each server's URL as in 'http://localhost:8000'"
+                )
+        if len(set(self.vllm_urls)) < len(self.vllm_urls):
+            raise ConfigurationError(f"`vllm_server_base_url` names a server twice: {self.vllm_urls}")
         self._refuse_without_effect()
 
     def _refuse_without_effect(self) -> None:
@@ -432,9 +471,19 @@ class StepPOConfig(PPOConfig):
             (
                 self.replay_episodes_dir is not None,
                 f"`replay_episodes_dir`={self.replay_episodes_dir!r}",
-                ("max_staleness", "use_rollout_worker"),
+                ("max_staleness", "use_rollout_worker", "use_vllm"),
             ),
             (self.max_staleness > 0, f"`max_staleness`={self.max_staleness}", ("use_rollout_worker",)),
+            (
+                self.use_vllm,
+                "`use_vllm`=True, whose servers sample, and have caches of their own",
+                ("use_rollout_worker", "rollout_cache_tokens"),
+            ),
+            (
+                not self.use_vllm,
+                "`use_vllm`=False",
+                ("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir"),
+            ),
             (self.kl_loss_coef == 0, "`kl_loss_coef`=0", ("kl_loss_estimator",)),
             (
                 self.correction == "none",

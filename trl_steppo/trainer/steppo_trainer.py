@@ -67,7 +67,7 @@ from .checks import (
 )
 from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names
-from .engines import Engine, InProcess, InWorker
+from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores
 from .learner import Learner
@@ -344,7 +344,7 @@ class StepPOTrainer(PPOTrainer):
         """Log-probabilities and values under the weights before the update."""
         with self.clock.measure("forward_s"):
             scores = self.learner.score(rollout)
-        if self.args.max_staleness and scores.old_logprobs is not None:
+        if (self.args.max_staleness or self.args.use_vllm) and scores.old_logprobs is not None:
             add_age_metrics(
                 self._means,
                 rollout.batch,
@@ -734,11 +734,13 @@ class StepPOTrainer(PPOTrainer):
             self._event,
         )
         # Last: what a model's attention can take is settled by now.
-        self.engine: Engine = (
-            InProcess(args, self.accelerator, policy, model)
-            if twin is None
-            else InWorker(args, self.accelerator, model, twin)
-        )
+        self.engine: Engine
+        if args.use_vllm:
+            self.engine = InVLLM(args, self.accelerator, model)
+        elif twin is not None:
+            self.engine = InWorker(args, self.accelerator, model, twin)
+        else:
+            self.engine = InProcess(args, self.accelerator, policy, model)
 
     def _layout(self, models: Sequence[Any]) -> LayoutName:
         """The layout of rows that saves the most and that all networks can take."""
@@ -817,8 +819,9 @@ class StepPOTrainer(PPOTrainer):
         self._means = Means()
         self._logs: dict[str, float] = {}
         self.clock.seconds.clear()
-        sampled, prefilled, sampling = (
+        sampled, prompted, prefilled, sampling = (
             self.sampler.sampled_tokens,
+            self.sampler.prompt_tokens,
             self.sampler.prefilled_tokens,
             self.sampler.forward_s,
         )
@@ -829,6 +832,9 @@ class StepPOTrainer(PPOTrainer):
         self._event("on_step_begin")
         yield
         update_s = time.perf_counter() - start
+        prompted = self.sampler.prompt_tokens - prompted
+        prefilled = self.sampler.prefilled_tokens - prefilled
+        self._means.add("rollout/prefix_cache_hit_rate", max(0, prompted - prefilled), prompted)
         model_s, rollout_s = self.clock.seconds["model_s"], max(self.clock.seconds["rollout_s"], 1e-9)
         if args.max_staleness:  # sampling goes on all the time, and takes none of this process's
             rollout_s = update_s
@@ -850,7 +856,7 @@ class StepPOTrainer(PPOTrainer):
             "perf/overhead_fraction": 1.0 - model_s / update_s,
             "perf/tokens_per_s": (self.sampler.sampled_tokens - sampled) / rollout_s,
             "perf/sampled_tokens": self.sampler.sampled_tokens - sampled,
-            "perf/prefilled_tokens": self.sampler.prefilled_tokens - prefilled,
+            "perf/prefilled_tokens": prefilled,
         }
         if self.learner.tokens_forwarded > forwarded:
             count = self.learner.tokens_forwarded - forwarded

@@ -1,0 +1,217 @@
+"""A small vLLM server over real HTTP: the endpoints that [`VLLMSampler`] uses, with failures on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+Respond = Callable[[list[int], dict[str, Any], str | None], Awaitable[tuple[list[int], list[float]]]]
+
+
+class FakeVLLM:
+    """
+    Serves in a thread, on a port that it keeps over restarts.
+
+    Args:
+        respond (`Callable`, *optional*):
+            `(prompt ids, sampling parameters, adapter's directory) -> (response ids, log-probabilities)`. `None`: as
+            many tokens as are asked for, each the length of the prompt plus its place.
+        load (`Callable`, *optional*):
+            Called with the directory of new weights, and with `None` at each start.
+        options:
+            Changes of what the server was started with.
+    """
+
+    def __init__(
+        self, respond: Respond | None = None, load: Callable[[Path | None], None] | None = None, **options: Any
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.respond = respond or _count
+        self.load = load or (lambda directory: None)
+        self.options = {"logprobs_mode": "processed_logprobs", "max_model_len": 1_000, **options}
+        self.has_dev_mode = self.has_scale_out = True
+        self.counts_cached = True
+        self.device, self.extension = "cuda", ""
+        self.called: list[str] = []  # methods of its workers
+        self.token_s = 0.0
+        self.hangs = False
+        self.failures = 0  # responses that are to fail
+        self.asked: list[dict[str, Any]] = []
+        self.num_cancelled = 0
+        self.num_starts = 0
+        self.loaded: list[str] = []
+        self.most_running_in_change = 0
+        self.num_running = 0
+        self._seen: set[tuple[int, ...]] = set()
+        self.start()
+
+    def start(self) -> FakeVLLM:
+        self.version, self.adapters = "default", dict[str, str]()
+        self.num_starts += 1
+        self.load(None)
+        config = uvicorn.Config(
+            self._app(), "127.0.0.1", self.port, log_level="critical", lifespan="off", timeout_graceful_shutdown=0
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.005)
+        return self
+
+    def kill(self) -> None:
+        """What runs breaks off."""
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join()
+        self._seen.clear()
+
+    def _app(self) -> Starlette:
+        routes = {
+            "GET /health": self._health,
+            "GET /server_info": self._info,
+            "GET /weight_info": self._weight_info,
+            "GET /v1/models": self._models,
+            "POST /inference/v1/generate": self._generate,
+            "POST /collective_rpc": self._reload,
+            "POST /reset_prefix_cache": self._reset,
+            "POST /update_weight_version": self._name,
+            "POST /v1/load_lora_adapter": self._load_adapter,
+            "POST /v1/unload_lora_adapter": self._unload_adapter,
+        }
+        return Starlette(
+            routes=[
+                Route(route.split()[1], self._unless_hanging(handler), methods=[route.split()[0]])
+                for route, handler in routes.items()
+            ]
+        )
+
+    def _unless_hanging(self, handler: Callable[[Any], Any]) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(request: Request) -> Response:
+            while self.hangs:
+                await asyncio.sleep(0.02)
+            body = await request.json() if request.method == "POST" and await request.body() else {}
+            if not self.has_dev_mode and request.url.path not in ("/health", "/inference/v1/generate"):
+                return Response("Not Found", 404)
+            answer = handler(body)
+            if asyncio.iscoroutine(answer):
+                answer = await self._until_disconnected(request, answer)
+            return answer if isinstance(answer, Response) else JSONResponse(answer)
+
+        return handle
+
+    async def _until_disconnected(self, request: Request, answer: Any) -> Any:
+        task = asyncio.ensure_future(answer)
+        while not task.done():
+            await asyncio.wait({task}, timeout=0.02)
+            if await request.is_disconnected():
+                task.cancel()
+                self.num_cancelled += 1
+                return Response(status_code=499)
+        return task.result()
+
+    # -- endpoints ----------------------------------------------------------------------------------------------------
+
+    def _health(self, body: Any) -> Response:
+        return Response()
+
+    def _info(self, body: Any) -> Any:
+        return {
+            "vllm_config": {
+                "model_config": self.options,
+                "device_config": {"device": self.device},
+                "parallel_config": {"worker_extension_cls": self.extension},
+            }
+        }
+
+    def _weight_info(self, body: Any) -> Any:
+        return {"weight_version": self.version}
+
+    def _models(self, body: Any) -> Any:
+        return {"data": [{"id": "base"}, *({"id": name} for name in self.adapters)]}
+
+    async def _generate(self, body: Any) -> Any:
+        if not self.has_scale_out:
+            return JSONResponse({"error": "disabled"}, 403)
+        if body["sampling_params"] == {"max_tokens": 1}:
+            return {}  # to somebody who only tries
+        self.asked.append(body)
+        if body["model"] is not None and body["model"] not in self.adapters:
+            return JSONResponse({"error": "no such model"}, 404)
+        if self.failures:
+            self.failures -= 1
+            return JSONResponse({"error": "broken"}, 500)
+        prompt, params, version = body["token_ids"], body["sampling_params"], self.version
+        self.num_running += 1
+        try:
+            token_ids, logprobs = await self.respond(prompt, params, self.adapters.get(body["model"]))
+            await asyncio.sleep(self.token_s * len(token_ids))
+        finally:
+            self.num_running -= 1
+        cached = max((n for n in range(len(prompt)) if tuple(prompt[:n]) in self._seen), default=0)
+        self._seen.update(tuple((prompt + token_ids)[:n]) for n in range(1, len(prompt + token_ids)))
+        details = {"prompt_tokens_details": {"cached_tokens": cached}} if self.counts_cached else {}
+        spans = [{"version": name, "start": 0, "end": 1} for name in dict.fromkeys((version, self.version))]
+        return {
+            "choices": [
+                {
+                    "token_ids": token_ids,
+                    "finish_reason": "stop" if token_ids[-1] in params["stop_token_ids"] else "length",
+                    "logprobs": {"content": [{"logprob": value} for value in logprobs]},
+                    "weight_versions": spans,
+                }
+            ],
+            "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(token_ids), **details},
+        }
+
+    def _reload(self, body: Any) -> Any:
+        self.called.append(body["method"])
+        if body["method"] == "pack_output_layer":
+            return {"results": [None]}
+        path = Path(body["kwargs"]["weights_path"])
+        if not path.is_dir():
+            return JSONResponse({"error": f"no such directory: {path}"}, 500)
+        self.most_running_in_change = max(self.most_running_in_change, self.num_running)
+        self.load(path)
+        self.loaded.append(str(path))
+        return {"results": [None]}
+
+    def _reset(self, body: Any) -> Any:
+        if not self.num_running:
+            self._seen.clear()
+        return {"success": not self.num_running}
+
+    def _name(self, body: Any) -> Any:
+        self.version = body["new_version"]
+        return {"success": True}
+
+    def _load_adapter(self, body: Any) -> Any:
+        self.adapters[body["lora_name"]] = body["lora_path"]
+        self.loaded.append(body["lora_path"])
+        return Response("loaded")
+
+    def _unload_adapter(self, body: Any) -> Any:
+        del self.adapters[body["lora_name"]]
+        return Response("unloaded")
+
+
+async def _count(prompt: list[int], params: dict[str, Any], adapter: str | None) -> tuple[list[int], list[float]]:
+    token_ids = [len(prompt) + place for place in range(params["max_tokens"])]
+    for place, token in enumerate(token_ids):
+        if token in params["stop_token_ids"]:
+            token_ids = token_ids[: place + 1]
+            break
+    return token_ids, [-float(token) for token in token_ids]

@@ -1,0 +1,330 @@
+"""The sampler on vLLM servers, against small ones over real HTTP: where requests go, and what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_vllm import FakeVLLM
+
+from trl_steppo.errors import ConfigurationError, DataError, RolloutError
+from trl_steppo.inference.base import Sample, SamplingParams
+from trl_steppo.inference.vllm import VLLMSampler, Weights
+from trl_steppo.types import StopReason
+
+SAMPLED = SamplingParams(max_new_tokens=4, seed=7)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., FakeVLLM]]:
+    servers: list[FakeVLLM] = []
+
+    def start(**options: Any) -> FakeVLLM:
+        servers.append(FakeVLLM(**options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.hangs = False
+        server.kill()
+
+
+@pytest.fixture
+def connect(tmp_path: Path) -> Iterator[Callable[..., VLLMSampler]]:
+    samplers: list[VLLMSampler] = []
+
+    def start(*servers: FakeVLLM, version: int | None = 0, **kwargs: Any) -> VLLMSampler:
+        settings = {"timeout_s": 100.0, "poll_s": 0.05, **kwargs}
+        sampler = VLLMSampler([server.url for server in servers], **settings)
+        samplers.append(sampler)
+        sampler.start()
+        if version is not None:
+            sampler.update(weights(tmp_path, version))
+        return sampler
+
+    yield start
+    for sampler in samplers:
+        sampler.close()
+
+
+def weights(directory: Path, version: int, *, is_adapter: bool = False) -> Weights:
+    path = directory / f"run-{version}"
+    path.mkdir(exist_ok=True)
+    return Weights(f"run-{version}", version, str(path), is_adapter)
+
+
+def ask(sampler: VLLMSampler, count: int, params: SamplingParams = SAMPLED, *, first: int = 0) -> list[Sample]:
+    async def all_of_them() -> list[Sample]:
+        numbers = range(first, first + count)
+        return await asyncio.gather(*(sampler.sample([1, 2, 3], params, episode_id=f"e{n}") for n in numbers))
+
+    return asyncio.run(all_of_them())
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait for something that takes as long as the machine is busy."""
+    deadline = time.monotonic() + 100
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def later(delay_s: float, act: Callable[[], object]) -> threading.Thread:
+    thread = threading.Timer(delay_s, act)
+    thread.start()
+    return thread
+
+
+def test_a_response_is_what_the_server_sampled_with_the_version_of_its_weights(serve, connect):
+    server = serve()
+    sampler = connect(server, version=3)
+    (sample,) = ask(sampler, 1)
+    assert sample.token_ids.tolist() == [3, 4, 5, 6]
+    assert sample.logprobs == (-3.0, -4.0, -5.0, -6.0)
+    assert (sample.stop_reason, sample.policy_version) == (StopReason.LENGTH, 3)
+    asked = server.asked[0]
+    assert asked["sampling_params"] == {
+        "max_tokens": 4,
+        "temperature": 1.0,
+        "seed": 7,
+        "stop_token_ids": [],
+        "ignore_eos": True,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+    (stopped,) = ask(sampler, 1, replace(SAMPLED, stop_token_ids=(4,)))
+    assert (stopped.token_ids.tolist(), stopped.stop_reason) == ([3, 4], StopReason.STOP)
+
+
+def test_tokens_are_counted_and_those_in_the_cache_are_not_prefilled(serve, connect):
+    server = serve()
+    sampler = connect(server)
+    ask(sampler, 1)
+    assert (sampler.sampled_tokens, sampler.prompt_tokens, sampler.prefilled_tokens) == (4, 3, 3)
+    asyncio.run(sampler.sample([1, 2, 3, 3, 4, 5, 6, 9], SAMPLED, episode_id="e0"))
+    assert (sampler.sampled_tokens, sampler.prompt_tokens, sampler.prefilled_tokens) == (8, 11, 5)
+    assert sampler.forward_s > 0
+    server.counts_cached = False  # without `--enable-prompt-tokens-details`
+    ask(sampler, 1)
+    assert (sampler.prompt_tokens, sampler.prefilled_tokens) == (11, 8)
+
+
+def test_episodes_are_spread_evenly_and_stay_where_they_are(serve, connect):
+    servers = [serve(), serve(), serve()]
+    sampler = connect(*servers)
+    for _ in range(3):
+        ask(sampler, 6)
+    assert [len(server.asked) for server in servers] == [6, 6, 6]
+    for n in range(6):
+        sampler.release(f"e{n}")
+    ask(sampler, 3, first=6)
+    assert [len(server.asked) for server in servers] == [7, 7, 7]
+
+
+def test_a_dead_server_s_requests_are_answered_by_another(serve, connect):
+    servers = [serve(), serve()]
+    for server in servers:
+        server.token_s = 0.1
+    sampler = connect(*servers)
+    killer = later(0.2, servers[0].kill)
+    assert len(ask(sampler, 4)) == 4
+    killer.join()
+    assert sampler.num_retries == 2
+    before = len(servers[1].asked)
+    ask(sampler, 4)  # the dead one's episodes moved
+    assert len(servers[1].asked) == before + 4
+
+
+def test_a_server_that_was_started_again_gets_the_weights_before_anything_is_taken_from_it(serve, connect, tmp_path):
+    server = serve()
+    sampler = connect(server, version=5, poll_s=60.0)  # no health check sees it
+    server.kill()
+    server.start()
+    assert [sample.policy_version for sample in ask(sampler, 3)] == [5, 5, 5]
+    assert server.loaded == [str(tmp_path / "run-5")] * 2
+    assert sampler.num_retries >= 1
+
+
+def test_a_server_may_be_away_for_a_while(serve, connect):
+    server = serve()
+    server.token_s = 0.1
+    sampler = connect(server)
+    later(0.1, server.kill)
+    starter = later(0.8, server.start)
+    assert [sample.policy_version for sample in ask(sampler, 2)] == [0, 0]
+    starter.join()
+
+
+def test_a_server_that_hangs_is_given_up_until_it_answers(serve, connect):
+    servers = [serve(), serve()]
+    sampler = connect(*servers, silent_s=1.0)
+    servers[0].hangs = True
+    assert len(ask(sampler, 4)) == 4
+    assert not servers[0].asked
+    servers[0].hangs = False
+    numbers = itertools.count(4)
+    until(lambda: ask(sampler, 1, first=next(numbers)) and servers[0].asked)
+
+
+def test_without_a_server_requests_fail_in_time_and_say_which(serve, connect):
+    server = serve()
+    sampler = connect(server)
+    sampler.timeout_s = 0.5
+    server.kill()
+    with pytest.raises(
+        RolloutError, match=rf"no vLLM server was ready for 0.5 s \(`vllm_server_timeout`\); {server.url}"
+    ):
+        ask(sampler, 1)
+    server.start()
+    until(lambda: len(server.loaded) == 2)
+    assert len(ask(sampler, 1)) == 1
+
+
+def test_a_request_that_breaks_every_server_is_given_up(serve, connect):
+    server = serve()
+    sampler = connect(server)
+    server.failures = 99
+    with pytest.raises(RolloutError, match=rf"given up after 5 attempts; vLLM at {server.url}: .* 500: .*broken"):
+        ask(sampler, 1)
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_new_weights_come_between_responses_and_no_response_is_given_up(serve, connect, tmp_path, is_adapter):
+    servers = [serve(), serve()]
+    for server in servers:
+        server.token_s = 0.3
+    sampler = connect(*servers, version=None)
+    sampler.update(weights(tmp_path, 0, is_adapter=is_adapter))
+
+    samples: list[Sample] = []
+    early = later(0.0, lambda: samples.extend(ask(sampler, 4)))
+    until(lambda: sum(server.num_running for server in servers) == 4)
+    if not is_adapter:
+        sampler.hold()
+    sampler.update(weights(tmp_path, 1, is_adapter=is_adapter))
+    assert [sample.policy_version for sample in ask(sampler, 4, first=4)] == [1] * 4
+    early.join()
+    assert [sample.policy_version for sample in samples] == [0] * 4
+    assert sampler.num_retries == 0
+    assert [server.most_running_in_change for server in servers] == [0, 0]
+
+
+def test_adapters_that_nobody_uses_any_more_are_unloaded(serve, connect, tmp_path):
+    server = serve()
+    sampler = connect(server, version=None)
+    for version in range(4):
+        sampler.update(weights(tmp_path, version, is_adapter=True))
+        ask(sampler, 1)
+    assert list(server.adapters) == ["run-2", "run-3"]
+    assert [asked["model"] for asked in server.asked] == ["run-0", "run-1", "run-2", "run-3"]
+    server.kill()
+    server.start()
+    assert [sample.policy_version for sample in ask(sampler, 1)] == [3]
+    assert list(server.adapters) == ["run-3"]
+
+
+def test_one_process_sends_weights_and_the_others_wait_for_them(serve, connect, tmp_path):
+    server = serve()
+    sender, other = connect(server, version=None), connect(server, version=None, sends_weights=False)
+    updates = [later(delay, lambda s=s: s.update(weights(tmp_path, 2))) for delay, s in ((0.3, sender), (0, other))]
+    assert [sample.policy_version for sample in ask(other, 1)] == [2]
+    for update in updates:
+        update.join()
+    server.kill()
+    server.start()
+    assert [sample.policy_version for sample in ask(other, 1)] == [2]
+    assert server.loaded == [str(tmp_path / "run-2")] * 2
+
+
+def test_an_update_does_without_a_server_that_is_away(serve, connect, tmp_path):
+    servers = [serve(), serve()]
+    sampler = connect(*servers)
+    servers[0].kill()
+    sampler.hold()
+    sampler.update(weights(tmp_path, 1))
+    assert [sample.policy_version for sample in ask(sampler, 2)] == [1, 1]
+    servers[0].start()
+    numbers = itertools.count(2)
+    until(lambda: ask(sampler, 1, first=next(numbers)) and servers[0].asked)
+    assert servers[0].loaded[-1] == str(tmp_path / "run-1")
+
+
+def test_weights_that_no_server_can_read_end_the_update_with_its_words(serve, connect, tmp_path):
+    server = serve()
+    sampler = connect(server, version=None, timeout_s=2.0)
+    with pytest.raises(RolloutError, match=r"POST /collective_rpc was answered with 500: .*no such directory"):
+        sampler.update(Weights("run-0", 0, str(tmp_path / "nowhere")))
+
+
+def test_a_server_without_what_is_needed_is_refused_at_once(serve, connect, tmp_path):
+    server = serve(logprobs_mode="raw_logprobs")
+    with pytest.raises(ConfigurationError, match=rf"{server.url} reports .*'raw_logprobs'.*--logprobs-mode"):
+        connect(server)
+    server = serve()
+    server.has_scale_out = False
+    with pytest.raises(ConfigurationError, match=rf"{server.url} takes no token ids.*--enable-scale-out"):
+        connect(server)
+    server = serve()
+    server.has_dev_mode = False
+    with pytest.raises(ConfigurationError, match=rf"{server.url} has no endpoints that take weights.*DEV_MODE=1"):
+        connect(server)
+
+
+def test_a_shared_output_layer_is_packed_again_on_a_cpu(serve, connect, tmp_path):
+    server = serve()
+    sampler = connect(server)
+    tied = replace(weights(tmp_path, 1), is_tied=True)
+    sampler.update(tied)
+    assert server.called == ["reload_weights"] * 2  # on a GPU nothing else is needed
+    server.device = "cpu"
+    server.kill()
+    server.start()
+    with pytest.raises(ConfigurationError, match=r"does not reload the output layer .*--worker-extension-cls trl_st"):
+        ask(sampler, 1)
+    server.extension = "trl_steppo.inference.vllm_worker.PacksOutputLayer"
+    until(lambda: "pack_output_layer" in server.called)
+    assert server.called[2:] == ["reload_weights", "pack_output_layer"]
+
+
+def test_what_is_longer_than_the_server_takes_is_refused(serve, connect):
+    sampler = connect(serve(max_model_len=6))
+    with pytest.raises(
+        ConfigurationError, match=r"a prompt of 3 tokens with up to 4 new ones exceeds the 6 .*--max-mo"
+    ):
+        ask(sampler, 1)
+    with pytest.raises(DataError, match="the prompt of episode 'e' is empty"):
+        asyncio.run(sampler.sample([], SAMPLED, episode_id="e"))
+
+
+def test_what_nobody_waits_for_is_given_up(serve, connect):
+    server = serve()
+    server.token_s = 10.0
+    sampler = connect(server)
+
+    async def run() -> None:
+        task = asyncio.ensure_future(sampler.sample([1], SAMPLED, episode_id="e"))
+        while not server.num_running:
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(run())
+    until(lambda: server.num_cancelled == 1)
+    sampler.hold()  # returns: nothing runs
+
+
+def test_who_waits_is_told_of_the_end(serve, connect):
+    server = serve()
+    server.token_s = 10.0
+    sampler = connect(server)
+    later(0.2, sampler.close)
+    with pytest.raises(RolloutError, match="was closed"):
+        ask(sampler, 1)
+    with pytest.raises(RolloutError, match="was closed"):
+        ask(sampler, 1)

@@ -1,0 +1,250 @@
+"""Training with vLLM servers: small ones over real HTTP, which sample from what they were sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_vllm import FakeVLLM
+from safetensors.torch import load_file
+from tiny import Endless, distance, hashed, make_model, make_trainer, message_rows, weights
+from transformers import AutoModelForCausalLM, TrainerCallback
+from vllm_on_ranks import train
+
+from trl_steppo.cli import CONFIGS
+from trl_steppo.errors import CheckpointError, ConfigurationError, RolloutError
+from trl_steppo.inference.base import SamplingParams
+from trl_steppo.inference.local import LocalSampler
+from trl_steppo.rollout import episode_file, load_episodes
+
+UPDATES = 4
+SETTINGS: dict[str, Any] = {
+    "optim": "sgd",  # its steps are as exact as its gradients; Adam's are not where these are nearly zero
+    "learning_rate": 0.3,
+    "max_steps": UPDATES,
+}
+
+
+class Policy:
+    """What a small server samples from: at first other weights than anybody trains."""
+
+    def __init__(self) -> None:
+        self.samplers: dict[str | None, LocalSampler] = {}
+
+    def load(self, directory: Path | None) -> None:
+        model = make_model(9) if directory is None else AutoModelForCausalLM.from_pretrained(directory)
+        self.samplers = {None: LocalSampler(model)}
+
+    async def respond(
+        self, prompt: list[int], params: dict[str, Any], adapter: str | None
+    ) -> tuple[list[int], list[float]]:
+        if adapter not in self.samplers:
+            self.samplers[adapter] = LocalSampler(_with_adapter(adapter))
+        sampling = SamplingParams(
+            params["max_tokens"],
+            params["temperature"],
+            stop_token_ids=tuple(params["stop_token_ids"]),
+            seed=params["seed"],
+        )
+        sample = await self.samplers[adapter].sample(prompt, sampling, episode_id=str(params["seed"]))
+        return sample.token_ids.tolist(), list(sample.logprobs)
+
+
+def _with_adapter(directory: str | None) -> Any:
+    from peft import PeftModel
+
+    assert directory is not None
+    return PeftModel.from_pretrained(make_model(), directory).merge_and_unload().eval()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[], FakeVLLM]]:
+    servers: list[FakeVLLM] = []
+
+    def start() -> FakeVLLM:
+        policy = Policy()
+        servers.append(FakeVLLM(policy.respond, policy.load, max_model_len=4096))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+def logs_of(trainer: Any) -> list[dict[str, Any]]:
+    return [logs for logs in trainer.state.log_history if "episode" in logs]
+
+
+def played(directory: Path, updates: int = UPDATES) -> list[list[Any]]:
+    return [load_episodes(episode_file(directory / "episodes", update, 0)) for update in range(updates)]
+
+
+def test_servers_train_what_the_policy_itself_does(tmp_path, serve) -> None:
+    servers = [serve(), serve()]
+    inside = train(tmp_path / "inside", SETTINGS)
+    outside = train(
+        tmp_path / "outside",
+        SETTINGS
+        | {
+            "use_vllm": True,
+            "vllm_server_base_url": [server.url for server in servers],
+            "vllm_weights_dir": str(tmp_path / "weights"),
+            "rollout_correction": "none",
+        },
+    )
+    assert distance(weights(inside.model), weights(outside.model)) < 1e-5
+    for a, b in zip(played(tmp_path / "inside"), played(tmp_path / "outside"), strict=True):
+        assert [s.response_ids for e in a for s in e.steps] == [s.response_ids for e in b for s in e.steps]
+        assert [s.policy_version for e in a for s in e.steps] == [s.policy_version for e in b for s in e.steps]
+    for server in servers:
+        assert len(server.loaded) == UPDATES + 1  # the last for whoever evaluates at the end
+        assert all(Path(path).parent == tmp_path / "weights" for path in server.loaded)
+        assert server.asked
+    assert list((tmp_path / "weights").iterdir()) == []
+    for name in ("perf/sampled_tokens", "rollout/prompt_tokens", "env/reward"):
+        assert [logs[name] for logs in logs_of(inside)] == pytest.approx([logs[name] for logs in logs_of(outside)])
+
+
+def test_rollouts_are_corrected_and_prefixes_cached(tmp_path, serve) -> None:
+    server = serve()
+    trainer = make_trainer(
+        tmp_path,
+        train_dataset=message_rows(),
+        environment_factory=Endless,
+        use_vllm=True,
+        vllm_server_base_url=server.url,
+    )
+    assert trainer.args.correction == "truncate"
+    trainer.train()
+    for logs in logs_of(trainer):
+        # Each of the three prompts of an episode has those before it.
+        assert 0.5 < logs["rollout/prefix_cache_hit_rate"] < 0.7
+        assert logs["rollout/staleness_0"] == 1
+        assert logs["rollout/correction_ratio_p50"] == pytest.approx(1, abs=1e-4)
+
+
+class Restart(TrainerCallback):
+    """Ends a server in the middle of a rollout; it is back a little later, with the weights that it began with."""
+
+    def __init__(self, server: FakeVLLM) -> None:
+        self.server = server
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self.server.token_s = 0.05
+            threading.Timer(0.1, lambda: (self.server.kill(), self.server.start())).start()
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_server_that_is_started_again_in_mid_run_costs_no_row(tmp_path, serve, max_staleness) -> None:
+    server = serve()
+    settings = {"use_vllm": True, "vllm_server_base_url": server.url, "max_staleness": max_staleness}
+    restart = Restart(server)
+    trainer = train(tmp_path, SETTINGS | settings | {"callbacks": [restart]})
+    assert server.num_starts == 2
+    assert trainer.sampler.num_retries > 0
+    for update, episodes in enumerate(played(tmp_path)):
+        assert [episode.row_index for episode in episodes] == list(range(8 * update, 8 * update + 8))
+        assert all(episode.valid for episode in episodes)
+        ages = {update - step.policy_version for episode in episodes for step in episode.steps}
+        assert ages <= set(range(max_staleness + 1))
+    assert all(abs(logs["rollout/mismatch_kl"]) < 1e-6 for logs in logs_of(trainer)) or max_staleness
+
+
+def test_an_adapter_alone_is_sent(tmp_path, serve) -> None:
+    peft = pytest.importorskip("peft")
+    server = serve()
+    adapter = {"peft_config": peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
+    inside = train(tmp_path / "inside", SETTINGS | adapter)
+    settings = {"use_vllm": True, "vllm_server_base_url": server.url, "rollout_correction": "none"}
+    outside = train(tmp_path / "outside", SETTINGS | adapter | settings)
+    assert distance(weights(inside.model), weights(outside.model)) < 1e-5
+    assert len(server.loaded) == UPDATES + 1
+    assert server.version == "default"  # its base is what it began with
+
+    with pytest.raises(ConfigurationError, match=r"`use_vllm` .* use_dora=True"):
+        make_trainer(tmp_path, use_vllm=True, peft_config=peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
+
+
+def test_an_agent_is_served_by_them(tmp_path, serve) -> None:
+    httpx = pytest.importorskip("httpx", reason="the agent asks with it")
+    pytest.importorskip("starlette", reason="needs the extra `gateway`")
+
+    async def agent(row: dict[str, Any], *, base_url: str, api_key: str) -> float:
+        async with httpx.AsyncClient(headers={"authorization": f"Bearer {api_key}"}, timeout=60) as http:
+            body = {"model": "any", "messages": row["prompt"]}
+            response = await http.post(f"{base_url}/chat/completions", json=body)
+        return hashed(response.raise_for_status().json()["choices"][0]["message"]["content"])
+
+    server = serve()
+    settings = {"use_vllm": True, "vllm_server_base_url": server.url, "dump_episodes_dir": str(tmp_path / "episodes")}
+    make_trainer(tmp_path, agent=agent, train_dataset=message_rows(), **settings).train()
+    for update, episodes in enumerate(played(tmp_path, 2)):
+        assert all(episode.valid for episode in episodes)
+        assert {step.policy_version for episode in episodes for step in episode.steps} == {update}
+    with pytest.raises(ConfigurationError, match="agents play between updates"):
+        make_trainer(tmp_path, agent=agent, train_dataset=message_rows(), max_staleness=1, **settings)
+
+
+def test_an_evaluation_alone(tmp_path, serve) -> None:
+    server = serve()
+    rows = {"train_dataset": message_rows(), "eval_dataset": message_rows()}
+    trainer = make_trainer(tmp_path, use_vllm=True, vllm_server_base_url=server.url, **rows)
+    assert trainer.evaluate()["eval_reward"] == make_trainer(tmp_path, **rows).evaluate()["eval_reward"]
+    assert {asked["sampling_params"]["temperature"] for asked in server.asked} == {0.0}
+
+
+def test_without_a_server_the_run_ends_in_time_and_says_so(tmp_path, serve) -> None:
+    server = serve()
+    server.kill()
+    trainer = make_trainer(tmp_path, use_vllm=True, vllm_server_base_url=server.url, vllm_server_timeout=0.3)
+    with pytest.raises(
+        RolloutError, match=rf"no vLLM server was ready for 0.3 s \(`vllm_server_timeout`\); {server.url}"
+    ):
+        trainer.train()
+    server.start()
+
+
+def test_weights_that_cannot_be_written(tmp_path, serve) -> None:
+    server, file = serve(), tmp_path / "file"
+    file.touch()
+    trainer = make_trainer(
+        tmp_path, use_vllm=True, vllm_server_base_url=server.url, vllm_weights_dir=str(file / "weights")
+    )
+    with pytest.raises(CheckpointError, match=r"the policy could not be written .*set `vllm_weights_dir`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param("ddp_cpu2", id="ddp"), pytest.param("zero3_cpu2", id="zero3", marks=pytest.mark.slow)]
+)
+def test_two_ranks_share_the_servers(tmp_path, serve, engine) -> None:
+    servers = [serve(), serve()]
+    one = train(tmp_path / "one", SETTINGS)
+    settings = {
+        **SETTINGS,
+        "per_device_train_batch_size": 4,
+        "use_vllm": True,
+        "vllm_server_base_url": [server.url for server in servers],
+        "rollout_correction": "none",
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(CONFIGS / f"{engine}.yaml"), str(Path(__file__).with_name("vllm_on_ranks.py"))]
+    subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "settings.json"), str(tmp_path / "two")],
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+    )
+    assert distance(weights(one.model), load_file(tmp_path / "two" / "model.safetensors")) < 1e-5
+    for server in servers:
+        assert len(server.loaded) == UPDATES + 1  # by the first rank alone
+        assert server.asked

