@@ -29,18 +29,19 @@ def plot_task(path: Path, title: str, figures: Mapping[str, Any]) -> None:
     figure, (curves, finals) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained")
     for number, (method, curve) in enumerate(figures["curves"].items()):
         low, middle, high = _columns(curve["sampled"])
-        curves.plot(curve["episodes"], middle, color=f"C{number}", label=method)
-        curves.fill_between(curve["episodes"], low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        curves.plot(curve["episodes"], middle, color=f"C{number}")
+        curves.fill_between(curve["episodes"], low, high, color=f"C{number}", alpha=0.08, linewidth=0)
         for offset, marker, name in ((-0.12, "o", "final_greedy"), (0.12, "s", "final_sampled")):
             low, middle, high = _columns([figures["summaries"][method][name]])
             finals.errorbar(
                 middle, [number + offset], xerr=[middle - low, high - middle], color=f"C{number}", marker=marker
             )
     curves.set(xlabel="episodes", ylabel="score of the episodes trained on", title=title)
-    curves.legend(fontsize="small")
     finals.set_yticks(range(len(figures["curves"])), list(figures["curves"]))
+    for number, label in enumerate(finals.get_yticklabels()):  # the curves' legend, too
+        label.set_color(f"C{number}")
     finals.invert_yaxis()
-    finals.set(title="final score: greedy (circle), sampled (square)")
+    finals.set(title="at the end: greedy (circle), sampled (square)")
     _save(figure, path)
 
 

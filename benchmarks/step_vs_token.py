@@ -2,11 +2,11 @@
 Step-level beside token-level PPO, and beside baselines without a critic: the same episodes, the same budget, learning
 rates tuned in the same way, many seeds.
 
-Each method's learning rate is chosen from the same grid, by the area under the learning curve on seeds of their own;
-the critic's is `CRITIC_OVER_POLICY` times the policy's. Then come the seeds of the result. Two tasks: the mini wiki,
-and the rooms, where the number of steps and the length of a response are set, one axis at a time. Each run is an
-example script in a process of its own; what it showed is kept as a small file in `--results_dir`, and a run whose
-file is there is not repeated, so that a study can be stopped, and go on on another day.
+Each method's learning rate is chosen from the same grid, by the area under the learning curve on seeds of their own,
+on every task anew; the critic's is `CRITIC_OVER_POLICY` times the policy's. Then come the seeds of the result. The
+tasks: the mini wiki, and the rooms, where the number of steps and the length of a response are set, one axis at a
+time. Each run is an example script in a process of its own; what it showed is kept as a small file in `--results_dir`,
+and a run whose file is there is not repeated, so that a study can be stopped, and go on on another day.
 
     python benchmarks/step_vs_token.py [--tasks mini_wiki rooms] [--methods main] [--parallel N] [--json FILE]
 """
@@ -106,8 +106,6 @@ class Task:
             ones, of 3e-4 and 4e-4 for responses of some hundred tokens, are of that size.)
         rates (`tuple[float, ...]`):
             The grid of learning rates, the same for every method.
-        tuned_on (`str`):
-            Name of the task whose tuning decides among them.
         result_seeds (`Mapping[str, int]`):
             Number of seeds of each method.
     """
@@ -120,7 +118,6 @@ class Task:
     flags: Mapping[str, Any]
     response_tokens: int
     rates: tuple[float, ...]
-    tuned_on: str
     result_seeds: Mapping[str, int]
 
 
@@ -138,7 +135,6 @@ MINI_WIKI = Task(
     },
     response_tokens=40,
     rates=(2e-4, 4e-4, 8e-4),
-    tuned_on="mini_wiki",
     result_seeds={method: 8 if method in MAIN else 4 for method in METHODS},
 )
 
@@ -154,12 +150,11 @@ def rooms(num_rooms: int, num_words: int) -> Task:
         flags={"max_interaction_steps": num_rooms, "response_length": num_words},
         response_tokens=num_words,
         rates=(5e-4, 1e-3, 2e-3),
-        tuned_on="rooms_h6_l32",
         result_seeds=dict.fromkeys(MAIN, 3),
     )
 
 
-# One axis at a time, around the game that the rates are tuned on
+# One axis at a time
 ROOMS_BY_STEPS = {steps: rooms(steps, 32) for steps in (3, 6, 12)}
 ROOMS_BY_TOKENS = {tokens: rooms(6, tokens) for tokens in (8, 32, 128)}
 ROOMS_AXES = {"steps of an episode (H), L = 32": ROOMS_BY_STEPS, "tokens of a response (L), H = 6": ROOMS_BY_TOKENS}
@@ -345,12 +340,13 @@ class Store:
 
 
 def tuning_cells(task: Task, methods: Iterable[str]) -> list[Cell]:
-    """The grid, the same for every method."""
+    """The grid, the same for every method that the task is played with."""
     return [
         Cell(task.name, "tuning", method, rate, seed)
         for seed in TUNING_SEEDS
         for rate in task.rates
         for method in methods
+        if method in task.result_seeds
     ]
 
 
@@ -436,16 +432,9 @@ def settings_in(command: str) -> str:
     return command.partition(" --output_dir ")[0]
 
 
-def tuning_of(group: str, methods: Iterable[str] = METHODS) -> list[Cell]:
-    """The grid of some of the methods that a task is played with."""
-    by_name = {task.name: task for task in TASKS[group]}
-    task = by_name[TASKS[group][0].tuned_on]
-    return tuning_cells(task, [method for method in methods if method in task.result_seeds])
-
-
-def chosen_rates(group: str, store: Store) -> dict[str, float]:
+def chosen_rates(task: Task, store: Store) -> dict[str, float]:
     """The rates of all methods that are tuned."""
-    grid = tuning_of(group)
+    grid = tuning_cells(task, METHODS)
     return choose_rates(grid, {cell: record.area for cell, record in store.records(grid).items()})
 
 
@@ -455,10 +444,11 @@ def run_study(args: StudyArguments, store: Store) -> list[Run]:
     for group, methods in stages(args):
         tasks = {task.name: task for task in TASKS[group]}
         if "tuning" in args.phases:
-            failed += play_cells(tuning_of(group, methods), tasks, store, args)
+            grid = [cell for task in tasks.values() for cell in tuning_cells(task, methods)]
+            failed += play_cells(grid, tasks, store, args)
         if "result" in args.phases:
-            rates = chosen_rates(group, store)
-            cells = [cell for task in tasks.values() for cell in result_cells(task, methods, rates)]
+            rates = {name: chosen_rates(task, store) for name, task in tasks.items()}
+            cells = [cell for name, task in tasks.items() for cell in result_cells(task, methods, rates[name])]
             failed += play_cells(sorted(cells, key=lambda cell: cell.seed), tasks, store, args)
     return failed
 
@@ -583,16 +573,15 @@ def figures_of(records: Mapping[str, Sequence[Record]], summaries: Mapping[str, 
 def gather(store: Store, rates: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """The figures of every task that has runs for the result, printed as well."""
     figures: dict[str, Any] = {}
-    for group, chosen in rates.items():
-        for task in TASKS[group]:
-            records: dict[str, list[Record]] = {}
-            for cell, record in store.records(result_cells(task, METHODS, chosen)).items():
-                records.setdefault(cell.method, []).append(record)
-            if records:
-                summaries = summarize(records, chosen)
-                print_summaries(task, summaries)
-                print_ablation(task.name, summaries)
-                figures[task.name] = figures_of(records, summaries)
+    for task in chain(*TASKS.values()):
+        records: dict[str, list[Record]] = {}
+        for cell, record in store.records(result_cells(task, METHODS, rates[task.name])).items():
+            records.setdefault(cell.method, []).append(record)
+        if records:
+            summaries = summarize(records, rates[task.name])
+            print_summaries(task, summaries)
+            print_ablation(task.name, summaries)
+            figures[task.name] = figures_of(records, summaries)
     return figures
 
 
@@ -630,11 +619,12 @@ def main(args: StudyArguments) -> None:
     args = in_short(args) if args.quick else args
     store = Store(Path(args.results_dir))
     if args.quick:
-        rates = {"mini_wiki": dict.fromkeys(args.methods, MINI_WIKI.rates[1])}
+        rates: dict[str, dict[str, float]] = {task.name: {} for task in chain(*TASKS.values())}
+        rates["mini_wiki"] = dict.fromkeys(args.methods, MINI_WIKI.rates[1])
         failed = play_in_short(args, store, rates["mini_wiki"])
     else:
         failed = run_study(args, store)
-        rates = {group: chosen_rates(group, store) for group in TASKS}
+        rates = {task.name: chosen_rates(task, store) for task in chain(*TASKS.values())}
     figures = gather(store, rates)
     draw(figures, store.root)
     write_record(args.json, {**figures.get("mini_wiki", {}), "tasks": figures, "rates": rates})

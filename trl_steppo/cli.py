@@ -86,6 +86,9 @@ def _add_gateway(commands: argparse._SubParsersAction[_Parser]) -> None:
     gateway.add_argument("--response_length", type=int, default=512, help="most tokens of one response")
     gateway.add_argument("--temperature", type=float, default=1.0)
     gateway.add_argument("--max_interaction_steps", type=int, default=5, help="most steps of a session")
+    gateway.add_argument(
+        "--idle_s", type=float, default=3600.0, help="seconds without a request after which a session is finished"
+    )
     gateway.set_defaults(run=run_gateway)
 
 
@@ -214,6 +217,7 @@ def run_gateway(args: argparse.Namespace) -> int:
         response_length=args.response_length,
         temperature=args.temperature,
         max_interaction_steps=args.max_interaction_steps,
+        idle_s=args.idle_s,
     )
     return 0
 

@@ -29,6 +29,7 @@ def serve(
     response_length: int = 512,
     temperature: float = 1.0,
     max_interaction_steps: int = 5,
+    idle_s: float | None = 3600.0,
 ) -> None:
     """
     Serve a model until a signal ends it. Sessions are opened with the admin's key, which is written to a file that its
@@ -45,6 +46,8 @@ def serve(
             The weights' type.
         response_length, temperature, max_interaction_steps:
             What a session is allowed that does not say.
+        idle_s (`float`, *optional*, defaults to `3600.0`):
+            How long an agent may ask for nothing before its session is finished; `None`: for ever.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,6 +72,7 @@ def serve(
             SamplingParams(response_length, temperature=temperature),
         ),
         model_name=model_name,
+        idle_s=idle_s,
     )
     write_key(key_file, admin_key)
     gc.collect()

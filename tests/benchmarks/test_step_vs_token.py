@@ -186,7 +186,7 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
     store.write(Cell("mini_wiki", "result", "token_ppo", 4e-4, 2), RECORD)
 
     assert study.run_study(replace(args, phases=["tuning"]), store) == []
-    assert study.chosen_rates("mini_wiki", store) == {"token_ppo": 4e-4}
+    assert study.chosen_rates(study.MINI_WIKI, store) == {"token_ppo": 4e-4}
     assert len(played) == 4
     assert not any("lr0.0004" in name for name in played)
 

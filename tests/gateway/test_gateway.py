@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import socket
+import sqlite3
 import stat
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -18,9 +21,12 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 from gateway_policy import ADMIN, END, TOKENIZER, Policy, call, echo, make_spec, start
 
-from trl_steppo.errors import ConfigurationError
+from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.gateway import GatewayServer, SessionSpec
-from trl_steppo.gateway.sampling import Engine
+from trl_steppo.gateway.conversation import Answer, ModelRequest
+from trl_steppo.gateway.sampling import Engine, SamplingPort
+from trl_steppo.gateway.service import Retry
+from trl_steppo.gateway.store import Store
 from trl_steppo.types import Episode, StopReason
 
 USER = {"role": "user", "content": "hello"}
@@ -166,6 +172,49 @@ def test_a_rewritten_history_opens_a_branch_and_is_told(client, server, caplog):
     assert "steppo_gateway_mismatches_total 1.0" in httpx.get(f"{server.origin}/metrics").text
 
 
+def test_a_rewritten_history_is_compared_with_what_it_rewrites(client, server, caplog):
+    """Not with the branch that happens to be the last; and once a session."""
+    reply = client.say([USER])
+    client.say([{"role": "user", "content": "a sub-agent's own question"}])
+    changed = {"role": "assistant", "content": "I never said that"}
+    client.say([USER, changed, USER])
+    client.say([USER, {**changed, "content": "nor this"}, USER])
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert reply["content"] in told
+    assert "I never said that" in told
+    assert "sub-agent" not in told
+    assert "steppo_gateway_mismatches_total 2.0" in client.http.get("/metrics").text
+
+
+def test_examples_of_what_a_model_may_say_are_no_rewritten_history(client):
+    client.say([USER])
+    example = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    client.say([*example, USER])
+    client.say([USER, {"role": "assistant", "content": "x"}, USER][1:])
+    assert [step.history for step in client.session.steps] == ["first", "branch", "branch"]
+    assert client.episode().metrics == {"branches": 2.0}
+
+
+def test_of_two_that_said_the_same_the_one_is_continued_whose_calls_come_back(server):
+    server.resume(Engine(Policy(lambda prompt, order: call("search", query="x"))))
+    client = Client(server)
+    replies = [
+        client.post("/v1/chat/completions", {"model": "m", "messages": [USER], "tools": [SEARCH]}, **FIRST)
+        for _ in range(3)
+    ]
+    messages = [reply.json()["choices"][0]["message"] for reply in replies]
+
+    def go_on(message: dict[str, Any], call_id: str) -> int:
+        made = {**message["tool_calls"][0], "id": call_id}
+        answer = {"role": "tool", "tool_call_id": call_id, "content": "found"}
+        client.say([USER, {**message, "tool_calls": [made]}, answer], tools=[SEARCH])
+        return client.session.steps[-1].parent
+
+    assert go_on(messages[0], messages[0]["tool_calls"][0]["id"]) == 0
+    assert go_on(messages[0], "my own") == 2  # the last that nothing follows
+    assert go_on(messages[0], "mine again") == 1
+
+
 @pytest.mark.parametrize("field", ["content", "tool_calls"])
 def test_clients_may_write_what_was_said_in_their_own_way(server, field):
     server.resume(Engine(Policy(lambda prompt, order: " hm " + call("search", query="ä", k=1))))
@@ -181,12 +230,40 @@ def test_clients_may_write_what_was_said_in_their_own_way(server, field):
     assert [step.history for step in client.session.steps] == ["first", "continued"]
 
 
+def complete(client: Client, prompt: str, **body: Any) -> str:
+    response = client.post("/v1/completions", {"model": "m", "prompt": prompt, **body})
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["text"]
+
+
 def test_completions_continue_text(client):
-    first = client.post("/v1/completions", {"model": "m", "prompt": "Once"}).json()["choices"][0]["text"]
-    client.post("/v1/completions", {"model": "m", "prompt": f"Once{first} and then"})
-    one, two = client.episode().steps
+    """The policy reads what was sent, and not an end of its turn beside it."""
+    first = complete(client, "Once", max_tokens=5)
+    second = complete(client, f"Once{first} and then")
+    complete(client, f"Once{first} and then{second}{END} again")
+    complete(client, f"Once{first} and then{second} again")
+    one, two, three, four = client.episode().steps
     assert text(one.prompt_ids) == "Once"
     assert two.prompt_ids.tolist() == [*one.prompt_ids, *one.response_ids, *TOKENIZER.encode(" and then")]
+    assert three.prompt_ids.tolist() == [*two.prompt_ids, *two.response_ids, *TOKENIZER.encode(" again")]
+    assert text(four.prompt_ids) == f"Once{first} and then{second} again"
+    # The response that was cut is continued a second time: what ended its turn is not what the client sent.
+    assert [step.history for step in client.session.steps] == ["first", "continued", "continued", "branch"]
+
+
+def test_completions_with_a_stop_text_are_read_as_they_were_sent(server):
+    """An agent that writes the stop text itself, with what it observed; and one that writes another."""
+    server.resume(Engine(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
+    client = Client(server)
+    thought = complete(client, "Q\n", stop=["Observation:"])
+    assert thought == "Thought: yes\n"
+    prompts = [f"Q\n{thought}Observation: found\n", f"Q\n{thought}Result: found\n"]
+    for prompt in prompts:
+        complete(client, prompt, stop=["Observation:"])
+    one, *others = client.episode().steps
+    assert [text(step.prompt_ids) for step in others] == prompts
+    assert [step.history for step in client.session.steps] == ["first", "continued", "branch"]
+    assert others[0].prompt_ids[: len(one.prompt_ids) + len(one.response_ids)] == [*one.prompt_ids, *one.response_ids]
 
 
 def test_completions_take_token_ids(client):
@@ -277,6 +354,67 @@ def test_tokens_of_the_episode_cut_a_response(server):
     assert (episode.stop_reason, len(episode.steps[0].response_ids)) == (StopReason.MAX_EPISODE_TOKENS, 10)
 
 
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_time_is_up_while_a_response_is_sampled(server, policy, num_before):
+    """It is not waited for, and does not count."""
+    client = Client(server, make_spec(max_episode_s=1002))
+    messages: list[Any] = [USER]
+    for _ in range(num_before):
+        messages += [client.say(messages), USER]
+    server.call(hold(policy))
+    client.session.notes.created -= 1000  # two seconds are left
+    refused = client.chat(messages)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "episode_over")
+    assert client.post("/sessions/current/finish", {"reward": 1.0}).status_code == 200
+    episode = client.session.episode()
+    if num_before:
+        assert (episode.truncated, episode.stop_reason) == (True, StopReason.MAX_EPISODE_S)
+        assert [step.reward for step in episode.steps] == [1.0]
+        assert text(episode.final_prompt_ids).endswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
+    else:
+        assert "took longer than 1002 s, without one step" in episode.error
+    assert server.gateway.port.num_in_flight == 0
+
+
+def test_sessions_that_nobody_goes_on_with_are_finished(server, policy):
+    left, cut, late, busy = (
+        Client(server, make_spec(max_interaction_steps=n, max_episode_s=60)) for n in (9, 1, 8, 7)
+    )
+    for client in (left, cut, late, late):
+        last = client.say([*[USER] * (1 + len(client.session.steps))])
+        assert last
+    assert cut.chat([USER, USER]).status_code == 400
+    late.session.notes.created = 0.0
+    server.call(hold(policy))
+    thread = threading.Thread(target=busy.chat, args=([USER],))
+    thread.start()
+    wait_until(lambda: server.gateway.num_in_flight(busy.session))
+    server.call(server.gateway.finish_idle(1e6))
+    assert all(client.session.session_id in server.gateway for client in (left, cut, late, busy))
+    server.call(server.gateway.finish_idle(0.0))
+    assert "asked for nothing in 0 s" in left.session.episode().error
+    assert cut.session.episode().stop_reason is StopReason.MAX_INTERACTION_STEPS
+    assert cut.session.episode().valid
+    assert late.session.episode().stop_reason is StopReason.MAX_EPISODE_S
+    assert len(late.session.episode().steps) == 1
+    assert [client.session.session_id in server.gateway for client in (left, cut, late, busy)] == [False] * 3 + [True]
+    server.call(let_go(policy))
+    thread.join()
+    assert len(busy.episode().steps) == 1
+
+
+def test_a_server_looks_for_idle_sessions_by_itself(policy):
+    with pytest.raises(ConfigurationError, match="`idle_s` is 0"):
+        start(policy, idle_s=0)
+    server = start(policy, idle_s=0.05)
+    try:
+        session = Client(server).session
+        wait_until(lambda: session.session_id not in server.gateway)
+        assert "asked for nothing in 0.05 s" in session.episode().error
+    finally:
+        server.close()
+
+
 # -- half steps, retries, pauses --------------------------------------------------------------------------------------
 
 
@@ -299,6 +437,81 @@ def test_a_retry_is_recorded_once_and_gets_the_same(client, policy):
     assert other.json()["id"] != first.json()["id"]
     again = client.post("/v1/chat/completions", {"model": "m", "messages": [USER]}, **{"x-stainless-retry-count": "1"})
     assert again.content == first.content  # a client that says so is believed, however long ago it was
+    assert len(client.episode().steps) == 3
+
+
+FIRST, SECOND = {"x-stainless-retry-count": "0"}, {"x-stainless-retry-count": "1"}
+
+
+def ask_again(client: Client, headers: dict[str, str]) -> str:
+    response = client.post("/v1/chat/completions", {"model": "m", "messages": [USER]}, **headers)
+    assert response.status_code == 200, response.text
+    return response.json()["id"]
+
+
+def test_who_asks_for_the_first_time_gets_a_step_of_its_own(client, policy, server):
+    """SDKs say how often they have tried: two calls are two samples, and a retry is none."""
+    one, two = ask_again(client, FIRST), ask_again(client, FIRST)
+    assert one != two
+    assert ask_again(client, SECOND) == two
+    server.call(hold(policy))
+    ids: list[str] = []
+    threads = [threading.Thread(target=lambda: ids.append(ask_again(client, FIRST))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(policy.asked) == 4)
+    threads.append(threading.Thread(target=lambda: ids.append(ask_again(client, SECOND))))
+    threads[-1].start()  # joins one of those that are on their way
+    wait_until(lambda: server.gateway.monitor.retries._value.get() == 2)
+    server.call(let_go(policy))
+    for thread in threads:
+        thread.join()
+    assert len(set(ids)) == 2
+    assert len({params.seed for _, params, _ in policy.asked}) == len(client.episode().steps) == 4
+
+
+@pytest.mark.parametrize("headers", [{}, FIRST, SECOND], ids=["no header", "first", "second"])
+def test_a_step_whose_client_was_not_told_is_the_next_ones(client, server, headers):
+    """Wherever it stands; and two that ask for it do not both get it."""
+    lost = ask_again(client, FIRST)
+    position = client.session.steps[-1]
+    client.say([USER, USER])
+    client.session.notes.undelivered.append(0)
+    client.session.told_of(position.answer, to_the_end=False)
+    assert ask_again(client, headers) == lost
+    assert ask_again(client, FIRST) != lost
+    assert len(client.episode().steps) == 3
+
+
+def test_a_step_that_was_recorded_for_nobody_is_the_next_ones(client, server, monkeypatch):
+    held = Held(server, monkeypatch)
+    body = {"model": "m", "messages": [USER]}
+    with pytest.raises(httpx.ReadTimeout):
+        client.http.post("/v1/chat/completions", json=body, headers=FIRST, timeout=0.5)
+    assert held.is_asked.wait(20)
+    (flight,) = server.gateway._flights[client.session.session_id]
+    wait_until(lambda: flight.num_waiting == 0)
+    held.is_free.set()
+    wait_until(lambda: client.session.lost)
+    assert ask_again(client, FIRST) == f"chatcmpl-{client.session.steps[0].answer.answer_id}"
+    assert len(client.episode().steps) == 1
+
+
+def test_a_real_client_that_tries_again_doubles_no_step(client, policy, server):
+    openai = pytest.importorskip("openai", reason="needs the extra `openai`")
+    policy.failures = 1
+    with openai.OpenAI(base_url=server.base_url, api_key=client.key, max_retries=2) as sdk:
+        ids = [sdk.chat.completions.create(model="m", messages=[USER]).id for _ in range(2)]
+        assert len(set(ids)) == len(client.session.steps) == 2
+        server.call(hold(policy))
+        thread = threading.Thread(
+            target=lambda: wait_until(lambda: len(policy.asked) == 5) or server.call(let_go(policy))
+        )
+        thread.start()
+        with sdk.with_options(timeout=0.5) as hasty:
+            ids.append(hasty.chat.completions.create(model="m", messages=[USER]).id)
+        thread.join()
+    assert [f"chatcmpl-{step.answer.answer_id}" for step in client.session.steps] == ids
     assert len(client.episode().steps) == 3
 
 
@@ -435,6 +648,30 @@ def test_outside_of_training_clients_choose(server, policy):
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.3, 0.9, 4, 11)
 
 
+def test_an_odd_number_of_a_client_is_its_own_matter(server, policy):
+    """Seeds are taken as they come; what no sampler can divide by is refused before it gets there."""
+    client = Client(server, make_spec(training=False))
+    client.say([USER], seed=-1)
+    assert policy.asked[0][1].seed == 2**63 - 1
+    refused = client.chat([USER, USER], temperature=1e-50)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "temperature")
+    assert client.say([USER, USER], temperature=0.0)
+    Client(server).say([USER], temperature=1e-50)  # the run's own temperature holds there
+    admin = httpx.Client(base_url=server.origin, headers={"authorization": f"Bearer {ADMIN}"})
+    refused = admin.post("/sessions", json={"temperature": 1e-50})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "temperature")
+
+
+def test_sessions_that_say_no_seed_are_sampled_apart(server, policy):
+    admin = httpx.Client(base_url=server.origin, headers={"authorization": f"Bearer {ADMIN}"})
+    for body in ({}, {}, {"seed": 3}, {"seed": 3}):
+        own = {"authorization": f"Bearer {admin.post('/sessions', json=body).json()['api_key']}"}
+        httpx.post(f"{server.base_url}/chat/completions", json={"model": "m", "messages": [USER]}, headers=own)
+    first, second, third, fourth = (params.seed for _, params, _ in policy.asked)
+    assert len({first, second, third}) == 3
+    assert third == fourth
+
+
 # -- security ---------------------------------------------------------------------------------------------------------
 
 
@@ -550,6 +787,118 @@ def test_it_listens_on_this_machine_alone(server):
     assert server.host == "127.0.0.1"
 
 
+def test_an_error_that_an_agent_tells_has_no_key(server, client):
+    client.say([USER])
+    client.post("/sessions/current/abort", {"error": f"401 for {client.key}"})
+    assert client.session.episode().error == "401 for [key]"
+    assert client.key not in str(server.store.session(client.session.session_id))
+
+
+# -- odd clients ------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_told_of_whole_characters_alone(server):
+    server.resume(Engine(Policy(lambda prompt, order: "aä")))
+    client = Client(server)
+    chat = client.chat([USER], logprobs=True).json()["choices"][0]["logprobs"]["content"]
+    include = {"include": ["message.output_text.logprobs"]}
+    other = client.post("/v1/responses", {"model": "m", "input": "x", **include}).json()
+    for tokens in (chat, other["output"][0]["content"][0]["logprobs"]):
+        assert [token["bytes"] for token in tokens] == [[97], None, None, list(END.encode())]
+
+
+@pytest.mark.parametrize("system", [{}, {"system": "be brief"}])
+def test_a_response_that_its_client_has_begun_is_refused(client, system):
+    """Anthropic's clients mean the beginning of the answer, which no turn that is over can be."""
+    messages = [USER, {"role": "assistant", "content": "{"}]
+    refused = client.post("/v1/messages", {"model": "m", "max_tokens": 5, "messages": messages, **system})
+    assert refused.status_code == 400
+    assert "`messages`" in refused.json()["error"]["message"]
+    assert client.session.steps == []
+    assert client.say(messages)  # those of OpenAI's ask for a message that follows
+
+
+def test_null_is_as_good_as_absent(client):
+    nulls = {"modalities": None, "prediction": None}
+    messages = [{**USER, "cache_hint": None}, {"role": "user", "content": [{"type": "text", "text": "x", "id": None}]}]
+    assert client.say(messages, **nulls)
+    body = {"model": "m", "max_tokens": 5, "messages": messages, "container": None}
+    assert client.post("/v1/messages", body).status_code == 200
+    items = [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}", "created_by": None}]
+    items.append({"type": "function_call_output", "call_id": "a", "output": "x", "created_by": None})
+    body = {"model": "m", "input": items, "previous_response_id": None, "prompt": None}
+    assert client.post("/v1/responses", body).status_code == 200
+    schema = {"type": "object", "properties": {"x": {"default": None}}}  # not ours to change
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema, "deprecated": None}}
+    assert client.say([USER], tools=[tool], prediction=None)
+    refused = client.chat([USER], tools=[tool], prediction={"a": None})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prediction")
+
+
+def test_what_of_a_message_has_no_effect_is_told(client):
+    answer = client.chat([{**USER, "name": "Ann"}, {"role": "assistant", "refusal": "no"}, USER])
+    assert "name is not used" in answer.headers["x-steppo-note"]
+    assert "refusal is not used" in answer.headers["x-steppo-note"]
+
+
+def test_a_client_that_leaves_while_it_uploads_is_no_failure_of_ours(server, client, caplog):
+    with socket.create_connection((server.host, server.port), timeout=20) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {client.key}\r\n"
+        connection.sendall(head.encode() + b"content-length: 100\r\n\r\n{")
+        wait_until(lambda: client.http.get("/healthz").status_code == 200)
+    count = 'steppo_gateway_requests_total{route="/v1/chat/completions",status="499"} 1.0'
+    wait_until(lambda: count in client.http.get("/metrics").text)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_an_end_and_a_disconnection_at_once_leave_no_exception_behind(server, client, policy, caplog):
+    server.call(hold(policy))
+    with pytest.raises(httpx.ReadTimeout):
+        client.http.post("/v1/chat/completions", json={"model": "m", "messages": [USER]}, timeout=0.5)
+    other = Client(server)
+    with socket.create_connection((server.host, server.port), timeout=20) as connection:
+        body = json.dumps({"model": "m", "messages": [USER]}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {other.key}\r\n"
+        connection.sendall(head.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: server.gateway.num_in_flight(other.session))
+
+        async def end_both() -> None:
+            """The handler's request, and what it waits for, in one turn of the loop."""
+            coroutines = {t: t.get_coro().__qualname__ for t in asyncio.all_tasks()}
+            (asked,) = [t for t, name in coroutines.items() if name == "Gateway.respond"]
+            (flight,) = [t for t, name in coroutines.items() if name == "Gateway._fly"]
+            flight.cancel()
+            await asyncio.wait([flight])
+            asked.cancel()
+
+        server.call(end_both())
+    wait_until(lambda: not server.gateway.num_in_flight(other.session))
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+def test_who_was_let_through_too_late_waits_for_the_next_engine(policy):
+    """A pause that comes between the call and its turn is a pause."""
+
+    async def run() -> int:
+        port = SamplingPort(max_wait_s=20.0)
+        resumed, calls = port._resumed, []
+
+        async def told_too_early() -> None:
+            calls.append(port.is_paused)
+            if len(calls) > 1:
+                await resumed()
+
+        port._resumed = told_too_early
+        asked = asyncio.ensure_future(port.sample([1], make_spec().sampling, session_id="a", order=(0, 0, 0)))
+        await asyncio.sleep(0.05)
+        await port.resume(Engine(policy))
+        await asked
+        return len(policy.asked)
+
+    assert asyncio.run(run()) == 1
+
+
 # -- the store --------------------------------------------------------------------------------------------------------
 
 
@@ -573,6 +922,36 @@ def test_a_restarted_gateway_goes_on(tmp_path, policy):
         server.close()
 
 
+def test_a_store_has_one_gateway(tmp_path):
+    path = tmp_path / "s.sqlite"
+    store = Store(path)
+    with pytest.raises(CheckpointError, match=r"is open in another gateway, which holds .*s\.sqlite\.lock; stop that"):
+        Store(path)
+    store.close()
+    Store(path).close()
+
+
+@pytest.mark.parametrize(
+    ("made_by", "problem"),
+    [
+        ("CREATE TABLE notes (text TEXT)", "is a database, but not of a gateway"),
+        ("PRAGMA application_id = 7", "is a database, but not of a gateway"),
+        ("PRAGMA user_version = 7", "has the format 7, and this version of trl_steppo reads 1"),
+    ],
+)
+def test_a_database_of_others_is_left_as_it_is(tmp_path, made_by, problem):
+    path = tmp_path / "s.sqlite"
+    if "user_version" in made_by:
+        Store(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(made_by)
+        connection.commit()
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=problem):
+        Store(path)
+    assert path.read_bytes() == before
+
+
 def test_the_response_ends_with_the_end_of_its_turn(client):
     client.say([USER])
     (step,) = client.episode().steps
@@ -580,14 +959,115 @@ def test_the_response_ends_with_the_end_of_its_turn(client):
     assert step.stop_reason is StopReason.STOP
 
 
-@pytest.mark.parametrize(("num_gone", "num_steps"), [(1, 1), (2, 0)])
-def test_a_step_is_undelivered_only_if_nobody_was_told(server: GatewayServer, client: Client, num_gone, num_steps):
+# -- who was told of what ---------------------------------------------------------------------------------------------
+
+
+async def ask_untold(client: Client) -> Answer:
+    """A step that is recorded, and whose client is not there to hear of it."""
+    request = ModelRequest("m", messages=(USER,))
+    return (await client.server.gateway.respond(client.session, request, Retry("a request"))).answer
+
+
+@pytest.mark.parametrize(
+    ("tellings", "num_steps"), [([], 0), ([False], 0), ([True], 1), ([False, True], 1), ([True, False], 1)]
+)
+def test_a_step_counts_if_one_client_was_told_to_the_end(server: GatewayServer, client: Client, tellings, num_steps):
     """It may come out late that a client went away: when its retry has long been answered."""
-    assert client.say([USER]) == client.say([USER])
-    (step,) = client.session.steps
-    for _ in range(num_gone):
-        server.call(server.gateway.take_back(client.session, step.answer))
-    assert len(client.session.visible()) == num_steps
+    answer = server.call(ask_untold(client))
+    for is_told in tellings:
+        client.session.told_of(answer, to_the_end=is_told)
+    client.post("/sessions/current/finish", {"reward": 1.0})
+    assert len(client.session.episode().steps) == num_steps
+    assert f"steppo_gateway_undelivered_steps_total {1.0 - num_steps}" in client.http.get("/metrics").text
+
+
+def test_who_names_an_answer_or_goes_on_from_it_was_told(server, client):
+    answer = server.call(ask_untold(client))
+    assert client.post("/sessions/current/reward", {"reward": 1.0}).status_code == 404
+    assert client.post("/sessions/current/reward", {"reward": 1.0, "step": answer.answer_id}).status_code == 200
+    other = Client(server)
+    answer = server.call(ask_untold(other))
+    other.say([USER, {"role": "assistant", "content": answer.text}, USER])
+    assert (len(client.episode().steps), len(other.episode().steps)) == (1, 2)
+
+
+class Held:
+    """A store that writes no step until it is told to."""
+
+    def __init__(self, server: GatewayServer, monkeypatch: Any) -> None:
+        self.is_asked, self.is_free = threading.Event(), threading.Event()
+        add_step = server.store.add_step
+
+        def held(*step: Any) -> Any:
+            self.is_asked.set()
+            return server.store._submit(lambda _: self.is_free.wait(20)) and add_step(*step)
+
+        monkeypatch.setattr(server.store, "add_step", held)
+
+
+def test_a_step_that_nobody_was_told_of_takes_no_reward(server, client, monkeypatch):
+    """Its client went away while it was recorded, and the episode ended."""
+    reply = client.say([USER])
+    held = Held(server, monkeypatch)
+    with pytest.raises(httpx.ReadTimeout):
+        client.http.post("/v1/chat/completions", json={"model": "m", "messages": [USER, reply, USER]}, timeout=0.5)
+    assert held.is_asked.wait(20)
+    finished = server.submit(server.gateway.finish(client.session, reward=1.0))
+    held.is_free.set()
+    finished.result(timeout=20)
+    assert len(client.session.steps) == 2
+    assert [step.reward for step in client.session.episode().steps] == [1.0]
+
+
+def test_a_store_that_cannot_write_leaves_no_half_step(server, client, monkeypatch):
+    reply = client.say([USER])
+
+    def fails(*step: Any) -> Any:
+        return server.store._submit(lambda connection: connection.execute("INSERT INTO no_such_table VALUES (1)"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.store, "add_step", fails)
+        refused = client.chat([USER, reply, USER])
+        assert (refused.status_code, refused.json()["error"]["code"]) == (502, "store")
+        assert len(client.session.steps) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(server.store, "set_notes", fails)
+        assert client.post("/sessions/current/finish", {"reward": 1.0}).status_code == 500
+        assert client.chat([USER]).status_code == 401
+    assert client.post("/sessions/current/finish", {}).status_code == 200
+    assert server.store.session(client.session.session_id).notes["final_reward"] == 1.0
+    assert client.session.session_id not in server.gateway
+
+
+def test_finish_can_be_asked_again(server, client):
+    """Its first answer may have been lost; what it said holds."""
+    client.say([USER])
+    first = client.post("/sessions/current/finish", {"reward": 1.0})
+    again = client.post("/sessions/current/finish", {"reward": 5.0})
+    assert (again.status_code, again.json()) == (200, first.json())
+    assert client.post(f"/sessions/{client.session.session_id}/abort", {}).json() == first.json()
+    assert client.http.get("/sessions/current").json() == first.json()
+    assert client.session.episode().steps[0].reward == 1.0
+    for path in ("current/reward", f"{Client(server).session.session_id}/finish"):
+        assert client.post(f"/sessions/{path}", {"reward": 1.0}).status_code == 401
+    server.call(server.gateway.collect(client.session, keep=False))
+    assert client.post("/sessions/current/finish", {}).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/sessions/current/reward"])
+def test_a_request_that_is_whole_after_its_episode_has_ended_is_refused(server, client, policy, path):
+    client.say([USER])
+    body = json.dumps({"model": "m", "messages": [USER, USER]} if "chat" in path else {"reward": 7.0}).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {client.key}\r\ncontent-length: {len(body)}"
+    before = client.session.last_active
+    with socket.create_connection((server.host, server.port), timeout=20) as connection:
+        connection.sendall(head.encode() + b"\r\nconnection: close\r\n\r\n" + body[:5])
+        wait_until(lambda: client.session.last_active != before)
+        episode = client.episode()
+        connection.sendall(body[5:])
+        assert b" 401 " in connection.recv(4096)
+    assert len(policy.asked) == 1
+    assert client.session.episode() == episode
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -196,7 +196,7 @@ def test_a_client_that_goes_away_while_it_is_told_is_heard_of():
     """So that its step is left out, unless a retry gets it."""
     answer = Answer("a", 0, "m", "hello", (), "", "stop", None, 1, 0, 1, (), ())
     sent: list[bytes] = []
-    left: list[Reply] = []
+    heard: list[tuple[Reply, bool]] = []
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
@@ -208,15 +208,12 @@ def test_a_client_that_goes_away_while_it_is_told_is_heard_of():
             if message.get("body") == b"first":
                 gone.set_result(None)
 
-        async def on_gone(reply: Reply) -> None:
-            left.append(reply)
-
         late = LateStream(
             asked,
             gone,
             write=lambda reply: [b"first", b"second"],
             write_error=lambda error: b"",
-            on_gone=on_gone,
+            on_told=lambda reply, is_told: heard.append((reply, is_told)),
             heartbeat_s=HEARTBEAT_S,
             headers={},
         )
@@ -224,4 +221,4 @@ def test_a_client_that_goes_away_while_it_is_told_is_heard_of():
 
     asyncio.run(run())
     assert sent == [b"", b": a note\n\n", b"first"]
-    assert [reply.answer for reply in left] == [answer]
+    assert [(reply.answer, is_told) for reply, is_told in heard] == [(answer, False)]

@@ -276,6 +276,12 @@ def test_a_stop_token_at_the_budget_is_a_stop(model):
         ([], SAMPLED, DataError),
         ([1], replace(SAMPLED, max_new_tokens=0), ConfigurationError),
         ([1] * 12, SAMPLED, ConfigurationError),
+        ([1], replace(SAMPLED, temperature=1e-50), ConfigurationError),
+        ([1], replace(SAMPLED, temperature=float("nan")), ConfigurationError),
+        ([1], replace(SAMPLED, top_p=0.0), ConfigurationError),
+        ([1], replace(SAMPLED, top_k=-1), ConfigurationError),
+        ([1], replace(SAMPLED, seed=-1), ConfigurationError),
+        ([1], replace(SAMPLED, seed=2**200), ConfigurationError),
     ],
 )
 def test_an_impossible_request_fails_alone(model, prompt, params, error):

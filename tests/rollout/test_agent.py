@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, check_agent, play_agents
-from trl_steppo.rollout.agent import without_launcher
+from trl_steppo.rollout.agent import _last_number, _Output, _ProcessRun, without_launcher
 from trl_steppo.types import StopReason
 
 PROMPT = [{"role": "user", "content": "Find it."}]
@@ -29,7 +30,9 @@ PROMPT = [{"role": "user", "content": "Find it."}]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[GatewayServer]:
-    server = GatewayServer(ChatFormats(make_tokenizer())).start()
+    formats = ChatFormats(make_tokenizer())
+    formats.of(())  # what it loads for the first request takes longer than some agents here may be idle
+    server = GatewayServer(formats).start()
     yield server
     server.close()
 
@@ -136,6 +139,98 @@ def test_time_is_up(server, chat):
     assert episode.final_prompt_ids.tolist()[: len(whole)] == whole
 
 
+class Blocks(ScriptedSampler):
+    """Never comes back from one step; the episode's time is up then."""
+
+    def __init__(self, chat, server, at):
+        super().__init__(chat, lambda order: f"step {order[2]}<|im_end|>")
+        self.server, self.at = server, at
+
+    async def sample(self, prompt_ids, params, *, episode_id, order=()):
+        if order[2] == self.at:
+            self.server.gateway.find(episode_id).notes.created = 0.0
+            await asyncio.sleep(60)
+        return await super().sample(prompt_ids, params, episode_id=episode_id, order=order)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_time_is_up_while_a_command_waits_for_its_response(server, chat, tmp_path, at):
+    """All steps that were answered count, though the command dies in the middle of a request."""
+    script = tmp_path / "agent.py"
+    script.write_text(TALKS)
+    limits = EpisodeLimits(max_episode_s=60)
+    start = time.monotonic()
+    (episode,) = play(server, chat, [sys.executable, str(script)], sampler=Blocks(chat, server, at), limits=limits)
+    assert time.monotonic() - start < 30
+    assert len(episode.steps) == at
+    if at == 0:
+        assert "took longer than 60 s, without one step" in episode.error
+        return
+    assert (episode.truncated, episode.stop_reason) == (True, StopReason.MAX_EPISODE_S)
+    last = episode.steps[-1]
+    whole = [*last.prompt_ids, *last.response_ids]
+    assert episode.final_prompt_ids.tolist()[: len(whole)] == whole
+    assert last.observation == f"turn {at}"
+
+
+TALKS = """
+import json, os, urllib.request
+messages = []
+for turn in range(9):
+    messages.append({"role": "user", "content": f"turn {turn}"})
+    body = json.dumps({"model": "m", "messages": messages}).encode()
+    headers = {"x-api-key": os.environ["OPENAI_API_KEY"], "content-type": "application/json"}
+    request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, headers)
+    messages.append(json.load(urllib.request.urlopen(request))["choices"][0]["message"])
+"""
+
+
+@pytest.mark.parametrize("idle_s", [3.0, None])
+def test_one_that_asks_on_behind_its_end_is_let_go(server, chat, monkeypatch, idle_s):
+    """It catches whatever it is told; its truncated episode is as good as others."""
+    monkeypatch.setattr("trl_steppo.rollout.agent._LETS_GO_S", 0.5)
+    release = threading.Event()
+
+    def agent(row, *, base_url, api_key):
+        while not release.wait(0.02):
+            ask(base_url, api_key, times=2)
+
+    limits = EpisodeLimits(max_interaction_steps=1)
+    start = time.monotonic()
+    (episode,) = play(server, chat, agent, limits=limits, idle_s=idle_s)
+    release.set()
+    assert time.monotonic() - start < 30
+    assert (episode.valid, episode.stop_reason) == (True, StopReason.MAX_INTERACTION_STEPS)
+    assert len(episode.steps) == 1
+
+
+def post(base_url: str, api_key: str, what: str, body: Any) -> int:
+    url = base_url.removesuffix("/v1") + f"/sessions/current/{what}"
+    return httpx.post(url, json=body, headers={"authorization": f"Bearer {api_key}"}, timeout=20).status_code
+
+
+@pytest.mark.parametrize("how", ["lingers", "raises", "returns"])
+def test_an_agent_that_has_finished_is_finished(server, chat, how):
+    """What it does behind that costs it nothing; what it returns is still the reward."""
+    release = threading.Event()
+
+    def agent(row, *, base_url, api_key):
+        ask(base_url, api_key)
+        assert post(base_url, api_key, "finish", {"reward": 2.0}) == 200
+        if how == "lingers":
+            release.wait(30)
+        if how == "raises":
+            raise OSError("a temporary directory is gone already")
+        return 3.0
+
+    start = time.monotonic()
+    (episode,) = play(server, chat, agent, idle_s=3.0)
+    release.set()
+    assert time.monotonic() - start < 30
+    assert (episode.error, episode.terminated) == (None, True)
+    assert [step.reward for step in episode.steps] == [3.0 if how == "returns" else 2.0]
+
+
 def test_an_agent_that_asks_for_more_than_its_budget_is_cut(server, chat):
     def agent(row, *, base_url, api_key):
         status = ask(base_url, api_key, times=9)
@@ -185,6 +280,45 @@ def test_commands_play(server, chat, tmp_path, monkeypatch, as_text):
     assert "asked for nothing" in episodes[3].error
 
 
+def test_a_command_may_write_a_lot_and_read_nothing(server, chat, monkeypatch):
+    """The end of it is kept."""
+    sizes = []
+    received = _Output.pipe_data_received
+
+    def watched(self, fd, data):
+        received(self, fd, data)
+        sizes.append(len(self.tails[fd]))
+
+    monkeypatch.setattr(_Output, "pipe_data_received", watched)
+    command = ["sh", "-c", "head -c 3000000 /dev/zero | tr '\\0' a; echo; echo 1.5"]
+    (episode,) = play(server, chat, command)
+    assert episode.error is None or "no step" in episode.error
+    assert max(sizes) <= 2**16
+    assert _last_number("a" * 100 + "\n1.5\n") == 1.5
+    run = _ProcessRun(command)
+    assert asyncio.run(run.start({"text": "x" * 2**20}, server, "a", "key")) == 1.5
+
+
+def test_a_child_that_a_command_leaves_behind_holds_nothing_up(server, chat, tmp_path):
+    """Neither does it live on."""
+    child = tmp_path / "pid"
+    start = time.monotonic()
+    run = _ProcessRun(["sh", "-c", f"sleep 60 & echo $! > {child}; echo 1.5"])
+
+    async def play_it() -> float | None:
+        reward = await run.start({}, server, "a", "key")
+        await run.end()
+        return reward
+
+    assert asyncio.run(play_it()) == 1.5
+    assert time.monotonic() - start < 20
+    state = Path(f"/proc/{child.read_text().strip()}/stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_command_that_is_not_there_fails_its_episodes(server, chat):
     (episode,) = play(server, chat, ["/no/such/agent"])
     assert "FileNotFoundError" in episode.error
@@ -196,6 +330,8 @@ def test_finished_episodes_are_taken_from_the_store(server, chat):
     def never(row, *, base_url, api_key):
         raise AssertionError
 
+    assert play(server, chat, never, rows=2, id_prefix="7/", resumes=True) == first
+    server.store.keep_finished("6/", "7/").result()
     assert play(server, chat, never, rows=2, id_prefix="7/", resumes=True) == first
     server.store.keep_finished("8/").result()
     (one, _) = play(server, chat, never, rows=2, id_prefix="7/", resumes=True)

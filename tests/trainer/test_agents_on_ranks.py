@@ -36,6 +36,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "failing": {"fails_in": 1, "max_tokens_per_micro_batch": 90},
     "cannot_log": {"cannot_log": True},
+    "worker": {"use_rollout_worker": True},
+    "ahead": {"max_staleness": 1, "max_steps": 4},
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of the launcher
 # What launchers set and an agent may well keep: threads, paths, and how torch looks for GPUs.
@@ -137,6 +139,22 @@ def test_what_the_first_rank_cannot_write_ends_all_of_them(runs):
     assert endings[0] == endings[1]
     assert endings[0].startswith("CheckpointError")
     assert "update_00001.parquet could not be written" in endings[0]
+
+
+def test_a_sampler_in_a_process_of_its_own_on_each_rank_changes_nothing(runs):
+    for network in ("", "critic"):
+        files = [runs.two / name / network / "model.safetensors" for name in ("plain", "worker")]
+        assert distance(*map(load_file, files)) == 0
+
+
+def test_ranks_play_ahead_of_their_updates(runs):
+    for update in range(4):
+        files = [episode_file(runs.two / "ahead" / "dumped", update, rank) for rank in range(2)]
+        episodes = [episode for file in files for episode in load_episodes(file)]
+        assert [episode.row_index for episode in episodes] == list(range(8 * update, 8 * update + 8))
+        assert all(episode.valid for episode in episodes)
+        assert {update - step.policy_version for episode in episodes for step in episode.steps} <= {0, 1}
+    assert {path.read_text() for path in (runs.two / "ahead").glob("ending_*.txt")} == {"the end"}
 
 
 def test_ranks_keep_their_sessions_apart_and_their_keys_to_themselves(runs):

@@ -112,7 +112,7 @@ def test_derived(tmp_path, settings, aggregation, critic_epochs, uses_critic, us
 OUT_OF_RANGE = {
     "gamma": (-0.1, 1.1),
     "lam": (-0.1, 1.1),
-    "temperature": (0.0, -1.0),
+    "temperature": (0.0, -1.0, 1e-4),
     "top_p": (0.0, 1.1),
     "top_k": (-1,),
     "cliprange": (0.0,),
@@ -132,6 +132,7 @@ OUT_OF_RANGE = {
     "max_episode_s": (0.0,),
     "tool_timeout_s": (0.0,),
     "max_tool_calls": (0,),
+    "max_concurrent_tool_calls": (0,),
     "max_concurrent_episodes": (0,),
     "max_tokens_per_micro_batch": (0,),
     "local_rollout_forward_batch_size": (0,),

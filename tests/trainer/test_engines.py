@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import random
 import signal
+import threading
+from collections import Counter
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_trainer, message_rows, same, weights
+from peft import LoraConfig
+from tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, message_rows, same, weights
 from transformers import TrainerCallback
 
+from trl_steppo import StepPOTrainer, StopReason
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.inference.base import Sample
 from trl_steppo.rollout import episode_file, load_episodes
+from trl_steppo.types import TokenIds
 
 UPDATES = 4
 
@@ -42,6 +51,15 @@ def test_a_process_of_its_own_trains_the_same_weights_bit_by_bit(tmp_path) -> No
         assert load_episodes(files[0]) == load_episodes(files[1])
     assert same(weights(inside.model), weights(outside.model))
     assert logs_of(tmp_path / "inside") == logs_of(tmp_path / "outside")
+
+
+def test_of_adapters_only_those_are_sent_and_the_weights_are_the_same(tmp_path) -> None:
+    peft_config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    inside = run(tmp_path / "inside", peft_config=peft_config)
+    outside = run(tmp_path / "outside", peft_config=peft_config, use_rollout_worker=True)
+    assert same(weights(inside.model), weights(outside.model))
+    assert outside.sampler._news
+    assert all("lora" in name for name in outside.sampler._news)
 
 
 class Kill(TrainerCallback):
@@ -115,5 +133,79 @@ def test_settings_that_exclude_each_other(tmp_path) -> None:
         make_trainer(tmp_path, max_staleness=1, use_rollout_worker=True)
     with pytest.raises(ConfigurationError, match="`max_staleness`=1 has no effect together with `replay"):
         make_trainer(tmp_path, max_staleness=1, replay_episodes_dir=str(tmp_path))
-    with pytest.raises(ConfigurationError, match="agents play between updates"):
-        make_trainer(tmp_path, max_staleness=1, environment_factory=None, agent=lambda row, *, base_url, api_key: 1.0)
+
+
+class Scripted:
+    """An engine that says the same again and again, after a random time, and knows how many updates were done."""
+
+    prefilled_tokens, forward_s = 0, 0.0
+
+    def __init__(self) -> None:
+        self.sampler = self
+        self.sampled_tokens, self.policy_version = 0, 0
+        self.rng, self.lock = random.Random(0), threading.Lock()
+
+    async def sample(self, prompt_ids, params, *, episode_id, order=()):
+        with self.lock:
+            pause = self.rng.random() ** 8 * 0.05  # a few take very long
+            self.sampled_tokens += 2
+        await asyncio.sleep(pause)
+        return Sample(
+            TokenIds([order[0] % 200, params.stop_token_ids[0]]), (-5.0, -5.0), StopReason.STOP, self.policy_version
+        )
+
+    def release(self, episode_id: str) -> None: ...
+
+    def pace(self, settled: Any) -> None: ...
+
+    @contextmanager
+    def running(self, version: int):
+        self.take_weights(version)
+        yield
+
+    def sampling(self):
+        return nullcontext()
+
+    def take_weights(self, version: int) -> None:
+        self.policy_version = version
+
+
+class Watched(StepPOTrainer):
+    """Remembers what it trained on."""
+
+    def _collate(self, episodes):
+        for episode in episodes:
+            self.trained[episode.row_index] += 1
+            self.ages.update(self.state.global_step - step.policy_version for step in episode.steps)
+        return super()._collate(episodes)
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2, 4])
+@pytest.mark.parametrize("num_updates", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_under_random_delays_nothing_is_too_old_and_every_row_is_trained_once_an_epoch(
+    tmp_path, max_staleness, num_updates
+) -> None:
+    num_rows, batch = 10, 4
+    trainer = Watched(
+        args=make_config(
+            tmp_path,
+            max_staleness=max_staleness,
+            per_device_train_batch_size=batch,
+            total_episodes=batch * num_updates,
+            learning_rate=1e-5,
+        ),
+        processing_class=TOKENIZER,
+        model=make_model(),
+        train_dataset=message_rows(num_rows),
+        environment_factory=Hash,
+    )
+    trainer.trained, trainer.ages = Counter(), Counter()
+    trainer.engine = trainer.player.sampler = Scripted()
+    trainer.train()
+    assert sorted(trainer.trained) == list(range(batch * num_updates))
+    assert set(trainer.trained.values()) == {1}
+    for epoch in range(batch * num_updates // num_rows):  # a row's place in the stream says which row it is
+        rows = [trainer.rows[position]["number"] for position in range(epoch * num_rows, (epoch + 1) * num_rows)]
+        assert sorted(rows) == list(range(num_rows))
+    assert max(trainer.ages) == max_staleness
+    assert min(trainer.ages) >= 0

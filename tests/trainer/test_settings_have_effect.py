@@ -426,8 +426,9 @@ EFFECTS: dict[str, Effect] = {
 
 OWN_TESTS = {
     *("replay_episodes_dir", "max_failed_updates", "seed", "max_tool_calls"),  # below
+    "max_concurrent_tool_calls",  # below
     *("max_staleness", "use_rollout_worker"),  # test_engines.py
-    *("use_vllm", "vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir"),  # test_vllm.py
+    *("use_vllm", "vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir"),  # test_vllm_engine.py
     *("model_adapter_name", "ref_adapter_name", "critic_shares_base"),  # test_adapters.py
 }
 WITHOUT_EFFECT = {
@@ -464,6 +465,29 @@ def test_max_tool_calls(tmp_path):
     call = {"type": "function", "function": {"name": "look", "arguments": {}}}
     outcome = asyncio.run(playable.step(Response("", {"role": "assistant", "content": "", "tool_calls": [call] * 3})))
     assert (outcome.metrics["tool_calls"], outcome.metrics["refused_tool_calls"]) == (3, 2)
+
+
+def test_max_concurrent_tool_calls(tmp_path):
+    running, most = [0], [0]
+
+    async def look() -> str:
+        """Look."""
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        await asyncio.sleep(0.01)
+        running[0] -= 1
+        return "nothing"
+
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    response = Response("", {"role": "assistant", "content": "", "tool_calls": [call] * 4})
+    settings = {"tools": [look], "reward_funcs": lambda completions, **_: [0.0] * len(completions)}
+    player = make_trainer(tmp_path, max_concurrent_tool_calls=2, **settings).player
+
+    async def play():
+        await asyncio.gather(*(player._make_playable({}).step(response) for _ in range(3)))
+
+    asyncio.run(play())
+    assert most == [2]
 
 
 @functools.cache

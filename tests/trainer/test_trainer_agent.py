@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import Response
 from trl_steppo.errors import CheckpointError, ConfigurationError
-from trl_steppo.rollout import load_episodes
+from trl_steppo.rollout import episode_file, load_episodes
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 pytest.importorskip("uvicorn", reason="needs the extra `gateway`")
@@ -280,3 +280,49 @@ def test_a_run_whose_store_cannot_be_opened_leaves_nothing_open(tmp_path, gatewa
     store.mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"rank000\.sqlite cannot be opened"):
         evaluating_trainer(tmp_path / "b").train()
+
+
+# -- agents, and a policy that samples in a process of its own --------------------------------------------------------
+
+
+def test_agents_train_the_same_weights_with_a_sampler_in_a_process_of_its_own(tmp_path):
+    found = []
+    for use_rollout_worker in (False, True):
+        trainer = make_trainer(
+            tmp_path / str(use_rollout_worker),
+            agent=agent_of(Hash),
+            train_dataset=message_rows(),
+            use_rollout_worker=use_rollout_worker,
+        )
+        trainer.train()
+        found.append(weights(trainer.model))
+    assert same(*found)
+
+
+def test_agents_play_ahead_of_their_updates(tmp_path):
+    """While updates and evaluations go on; and what had been played when a run was cut is not played again."""
+    settings = {"max_staleness": 1, "train_dataset": message_rows(), "total_episodes": 32, "save_strategy": "steps"}
+    settings |= {"save_steps": 1, "dump_episodes_dir": str(tmp_path / "episodes")}
+    settings |= {"eval_dataset": message_rows(3), "eval_strategy": "steps", "eval_steps": 1}
+    callback = Raises("on_step_end", 3)
+    trainer = make_trainer(tmp_path, agent=agent_of(Hash), callbacks=[callback], **settings)
+    with pytest.raises(ArithmeticError):
+        trainer.train()
+    played: list[str] = []
+    play = agent_of(Hash)
+
+    async def agent(row: dict[str, Any], *, base_url: str, api_key: str) -> float:
+        played.append(row["prompt"][0]["content"])
+        return await play(row, base_url=base_url, api_key=api_key)
+
+    again = make_trainer(tmp_path, agent=agent, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+    for update in range(4):
+        episodes = load_episodes(episode_file(tmp_path / "episodes", update, 0))
+        assert [episode.row_index for episode in episodes] == list(range(8 * update, 8 * update + 8))
+        assert all(episode.valid for episode in episodes)
+        assert {update - step.policy_version for episode in episodes for step in episode.steps} <= {0, 1}
+    in_updates = [name for name in played if name not in {"row 0", "row 1", "row 2"}]  # those are evaluated, too
+    assert len(in_updates) < 16  # the third update's were all in the store
+    assert len(set(in_updates)) == len(in_updates)

@@ -16,12 +16,13 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
 from ..errors import ConfigurationError
 from .base import RESERVED_NAMES, Message, Outcome, Playable, Response
+from .slots import ToolSlots
 
 T = TypeVar("T")
 Tool = Callable[..., Any]
@@ -41,6 +42,7 @@ def make_playable(
     tool_timeout_s: float | None = 60.0,
     environment_timeout_s: float | None = None,
     max_tool_calls: int | None = None,
+    slots: ToolSlots | None = None,
 ) -> Playable:
     """
     Make what a user wrote playable.
@@ -58,6 +60,9 @@ def make_playable(
             `tool_timeout_s`.
         max_tool_calls (`int`, *optional*):
             Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
+        slots ([`ToolSlots`], *optional*):
+            Bounds how many calls of one tool run at a time; shared by the episodes. Waiting for one's turn does not
+            count as the call's time.
 
     Raises:
         ConfigurationError: the environment has no `reset`; a tool has no docstring or no type hints; two tools share a
@@ -75,6 +80,7 @@ def make_playable(
         tool_timeout_s=tool_timeout_s,
         environment_timeout_s=limit_s,
         max_tool_calls=max_tool_calls,
+        slots=slots,
     )
 
 
@@ -193,6 +199,8 @@ class ToolPlayable(_EnvironmentCalls):
             Time limit of each of the environment's other calls; `None`: none.
         max_tool_calls (`int`, *optional*):
             Most tool calls of one response that are run; `None`: all.
+        slots ([`ToolSlots`], *optional*):
+            Bounds how many calls of one tool run at a time.
 
     Raises:
         ConfigurationError: a tool has no docstring or no type hints, or two tools share a name.
@@ -206,8 +214,10 @@ class ToolPlayable(_EnvironmentCalls):
         tool_timeout_s: float | None = None,
         environment_timeout_s: float | None = None,
         max_tool_calls: int | None = None,
+        slots: ToolSlots | None = None,
     ) -> None:
         super().__init__(environment, environment_timeout_s)
+        self._slots = slots
         self._tool_timeout_s = tool_timeout_s
         self._max_tool_calls = max_tool_calls
         self._methods = {} if environment is None else _public_methods(environment)
@@ -255,7 +265,8 @@ class ToolPlayable(_EnvironmentCalls):
         # Functions share no state with the environment: each call of one has a thread to itself.
         thread = self._thread if name in self._methods else DaemonThread(name)
         try:
-            return await call(tool, (), arguments, thread=thread, timeout_s=self._tool_timeout_s, what=name)
+            async with self._slots.of(name) if self._slots is not None else nullcontext():
+                return await call(tool, (), arguments, thread=thread, timeout_s=self._tool_timeout_s, what=name)
         finally:
             if thread is not self._thread:
                 thread.end()

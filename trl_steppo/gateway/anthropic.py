@@ -104,6 +104,12 @@ class MessagesBody(Body):
             "tool_choice": choice is not None and choice.type in ("any", "tool"),
             "thinking": self.thinking is not None and self.thinking.type != "disabled",
         }
+        if self.messages[-1].role == "assistant":
+            problem = "the last of `messages` is the assistant's, but a response cannot be begun for it; leave it out"
+            raise RequestError(400, problem, param="messages")
+        blocks = (
+            b for m in self.messages if m.role == "assistant" and not isinstance(m.content, str) for b in m.content
+        )
         system: list[Message] = [{"role": "system", "content": text_of(self.system)}] if self.system else []
         return ModelRequest(
             self.model,
@@ -117,6 +123,7 @@ class MessagesBody(Body):
                 None,
                 tuple(text for text in self.stop_sequences or () if text),
             ),
+            call_ids=tuple(block.id for block in blocks if isinstance(block, ToolUse)),
             ignored=tuple(name for name, is_ignored in ignored.items() if is_ignored),
         )
 

@@ -6,22 +6,25 @@ import asyncio
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from ..inference.base import MIN_TEMPERATURE
 from ..types import Episode
 from . import anthropic, openai, responses
-from .bodies import Body, event, read_body
+from .bodies import B, Body, event, read_body
 from .conversation import Answer, ModelRequest, RequestError, request_key
 from .late import HEARTBEAT_S, LateStream, send_all
 from .monitor import CONTENT_TYPE
@@ -33,12 +36,19 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 2**20
 _MOST_NOTES = 10
+_RETRIES = {None: None, "": None, "0": False}  # what `x-stainless-retry-count` says; any other: that it is one
 
 Handler = Callable[[Request], Awaitable[Response]]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 
 
 # -- bodies of our own ------------------------------------------------------------------------------------------------
+
+
+def _can_be_sampled(temperature: float) -> float:
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"give 0, or at least {MIN_TEMPERATURE:g}")
+    return temperature
 
 
 class RewardBody(Body):
@@ -74,18 +84,18 @@ class OpenBody(Body):
     max_episode_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_episode_s: Annotated[float, Field(gt=0, le=1e9)] | None = None
     response_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_can_be_sampled)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     row_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     generation_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     def spec(self, default: SessionSpec) -> SessionSpec:
-        """The gateway's own settings with these instead."""
+        """The gateway's own settings with these instead; a seed that is not given is drawn."""
         limits = ("max_interaction_steps", "max_prompt_length", "max_episode_tokens", "max_episode_s")
         sampling = {"max_new_tokens": self.response_length, "temperature": self.temperature}
         own: dict[str, Any] = {
             "training": self.training,
-            "run_seed": self.seed,
+            "run_seed": secrets.randbits(63) if self.seed is None else self.seed,
             "row_index": self.row_index,
             "generation_index": self.generation_index,
         }
@@ -161,7 +171,7 @@ class _Delivery(Response):
         self,
         chunks: Iterable[bytes],
         gone: asyncio.Future[None],
-        on_gone: Callable[[], Awaitable[None]],
+        on_told: Callable[[bool], None],
         *,
         media_type: str,
         headers: dict[str, str],
@@ -169,17 +179,17 @@ class _Delivery(Response):
     ) -> None:
         self.status_code, self.media_type, self.background = 200, media_type, None
         self.init_headers({**headers, **({"content-length": str(length)} if length is not None else {})})
-        self._chunks, self._gone, self._on_gone = chunks, gone, on_gone
+        self._chunks, self._gone, self._on_told = chunks, gone, on_told
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_told = False
         try:
-            if not self._gone.done():
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            if not await send_all(self._chunks, send, self._gone):
-                await self._on_gone()
-        except OSError:
-            await self._on_gone()
+            with suppress(OSError):  # the client has gone away
+                if not self._gone.done():
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                is_told = await send_all(self._chunks, send, self._gone)
         finally:
+            self._on_told(is_told)
             self._gone.cancel()
 
 
@@ -199,7 +209,7 @@ class _Routes:
             body = read_body(api.body, raw)
             retry = Retry(
                 request_key(api.path, raw),
-                is_retry=request.headers.get("x-stainless-retry-count", "0") not in ("", "0"),
+                is_retry=_RETRIES.get(request.headers.get("x-stainless-retry-count"), True),
                 idempotency_key=request.headers.get("idempotency-key"),
             )
             gone = asyncio.ensure_future(_disconnected(request))
@@ -228,6 +238,7 @@ class _Routes:
         if it takes long and is being sampled: while requests are held, it may still have to be told to try again.
         """
         asked = asyncio.ensure_future(self.gateway.respond(session, request, retry))
+        asked.add_done_callback(_look_at)
         either: set[asyncio.Future[Any]] = {asked, gone}
         try:
             while True:
@@ -240,7 +251,7 @@ class _Routes:
                     asked.result()
                     return asked
                 if gone.done():
-                    raise RequestError(499, "the client went away", code="client_closed_request")
+                    raise _gone_away()
                 if not self.gateway.port.is_paused:
                     return asked
         except BaseException:
@@ -255,14 +266,14 @@ class _Routes:
             gone,
             write=lambda reply: api.stream(reply.answer, body),
             write_error=api.late_error,
-            on_gone=lambda reply: self.gateway.take_back(session, reply.answer),
+            on_told=lambda reply, is_told: session.told_of(reply.answer, to_the_end=is_told),
             heartbeat_s=self.heartbeat_s,
             headers={"cache-control": "no-cache"},
         )
 
     def _deliver(self, api: Api, session: Session, body: Any, reply: Reply, gone: asyncio.Future[None]) -> Response:
-        async def on_gone() -> None:
-            await self.gateway.take_back(session, reply.answer)
+        def on_told(is_told: bool) -> None:
+            session.told_of(reply.answer, to_the_end=is_told)
 
         headers = {"x-request-id": reply.answer.answer_id}
         if reply.notes:
@@ -270,9 +281,9 @@ class _Routes:
         if body.stream:
             headers["cache-control"] = "no-cache"
             chunks: Iterable[bytes] = api.stream(reply.answer, body)
-            return _Delivery(chunks, gone, on_gone, media_type="text/event-stream", headers=headers)
+            return _Delivery(chunks, gone, on_told, media_type="text/event-stream", headers=headers)
         whole = json.dumps(api.whole(reply.answer, body), separators=(",", ":")).encode()
-        return _Delivery([whole], gone, on_gone, media_type="application/json", headers=headers, length=len(whole))
+        return _Delivery([whole], gone, on_told, media_type="application/json", headers=headers, length=len(whole))
 
     async def models(self, request: Request) -> Response:
         self.gateway.session_of(_key(request))
@@ -295,8 +306,9 @@ class _Routes:
         return _json({"id": session.session_id, "api_key": key, "base_url": f"{base}/v1"}, status=201)
 
     async def reward(self, request: Request) -> Response:
-        session = self._own_session(request)
+        self._own_session(request)
         body = read_body(RewardBody, await self._read(request))
+        session = self._own_session(request)  # which may be over by now
         step: int | str | None = body.step
         if isinstance(step, str):  # an id as any of the APIs gives it
             step = step.split("-", 1)[-1].split("_", 1)[-1]
@@ -306,19 +318,27 @@ class _Routes:
         return _json({"step": index, "reward": body.reward})
 
     async def finish(self, request: Request) -> Response:
-        session = self._own_session(request)
-        body = read_body(FinishBody, await self._read(request) or b"{}")
-        await self.gateway.finish(session, reward=body.reward, metrics=body.metrics, observation=body.observation)
-        return _json(_status(session))
+        def ending(body: FinishBody) -> dict[str, Any]:
+            return {"reward": body.reward, "metrics": body.metrics, "observation": body.observation}
+
+        return await self._end(request, FinishBody, ending)
 
     async def abort(self, request: Request) -> Response:
-        session = self._own_session(request)
-        body = read_body(AbortBody, await self._read(request) or b"{}")
-        await self.gateway.finish(session, error=body.error or "aborted by the agent")
+        def ending(body: AbortBody) -> dict[str, Any]:
+            return {"error": body.error.replace(_key(request) or "[key]", "[key]") or "aborted by the agent"}
+
+        return await self._end(request, AbortBody, ending)
+
+    async def _end(self, request: Request, kind: type[B], ending: Callable[[B], dict[str, Any]]) -> Response:
+        """End a session; one that is over stays as it is, so that a client may try again until it hears of it."""
+        session = await self._own_session_even_if_over(request)
+        body = read_body(kind, await self._read(request) or b"{}")
+        if session.session_id in self.gateway:
+            await self.gateway.finish(session, **({} if session.is_over else ending(body)))
         return _json(_status(session))
 
     async def session(self, request: Request) -> Response:
-        return _json(_status(self._own_session(request)))
+        return _json(_status(await self._own_session_even_if_over(request)))
 
     async def episode(self, request: Request) -> Response:
         self.gateway.check_admin(_key(request))
@@ -343,6 +363,15 @@ class _Routes:
             raise unauthorized()
         return session
 
+    async def _own_session_even_if_over(self, request: Request) -> Session:
+        try:
+            return self._own_session(request)
+        except RequestError:
+            session = await self.gateway.finished_session_of(_key(request))
+            if session is None or request.path_params["session_id"] not in ("current", session.session_id):
+                raise
+            return session
+
     # -- operators ----------------------------------------------------------------------------------------------------
 
     async def health(self, request: Request) -> Response:
@@ -358,11 +387,14 @@ class _Routes:
         if declared.isdecimal() and int(declared) > self.max_body_bytes:
             raise too_large
         parts, length = [], 0
-        async for part in request.stream():
-            length += len(part)
-            if length > self.max_body_bytes:
-                raise too_large
-            parts.append(part)
+        try:
+            async for part in request.stream():
+                length += len(part)
+                if length > self.max_body_bytes:
+                    raise too_large
+                parts.append(part)
+        except ClientDisconnect:
+            raise _gone_away() from None
         return b"".join(parts)
 
 
@@ -438,6 +470,16 @@ def _watched(gateway: Gateway, route: str, handler: Handler) -> Handler:
         return response
 
     return handle
+
+
+def _gone_away() -> RequestError:
+    return RequestError(499, "the client went away", code="client_closed_request")
+
+
+def _look_at(asked: asyncio.Future[Any]) -> None:
+    """Look at the outcome of what was given up, so that asyncio does not report it."""
+    if not asked.cancelled():
+        asked.exception()
 
 
 def _key(request: Request) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -47,7 +48,7 @@ Content = str | list[Part]
 
 def read_body(kind: type[B], body: bytes) -> B:
     """
-    A body as its API describes it.
+    A body as its API describes it. A field that is not known and null is as good as absent.
 
     Raises:
         RequestError: It is not; names the first field that is wrong.
@@ -55,10 +56,29 @@ def read_body(kind: type[B], body: bytes) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        data, has_nulls = None, False
+        for one in error.errors(include_url=False):
+            if one["type"] == "extra_forbidden" and one["input"] is None:
+                data = json.loads(body) if data is None else data
+                has_nulls |= _remove_null(data, one["loc"])
+        if has_nulls:
+            return read_body(kind, json.dumps(data).encode())
         first = error.errors(include_url=False, include_input=False)[0]
         param = ".".join(str(part) for part in first["loc"] if not _names_a_type(part)) or None
         what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
         raise RequestError(400, f"`{param}`: {what}" if param else what, param=param) from None
+
+
+def _remove_null(data: Any, place: Sequence[Any]) -> bool:
+    """Remove a null from JSON; parts of its place that are no field say which of several types was tried."""
+    first, *rest = place
+    is_there = (isinstance(data, dict) and first in data) or (isinstance(data, list) and isinstance(first, int))
+    if not rest:
+        if not isinstance(data, dict) or first not in data or data[first] is not None:
+            return False
+        del data[first]
+        return True
+    return (is_there and _remove_null(data[first], rest)) or _remove_null(data, rest)
 
 
 def _names_a_type(part: Any) -> bool:

@@ -91,6 +91,8 @@ class ModelRequest:
             How to sample.
         logprobs (`bool`, *optional*, defaults to `False`):
             Whether the client asks for the log-probabilities of what was sampled.
+        call_ids (`tuple[str, ...]`, *optional*):
+            Ids of the tool calls that the client sends back.
         ignored (`tuple[str, ...]`, *optional*):
             Fields that were taken and have no effect, for the client to be told.
     """
@@ -101,6 +103,7 @@ class ModelRequest:
     tools: tuple[dict[str, Any], ...] = ()
     wishes: Wishes = field(default_factory=Wishes)
     logprobs: bool = False
+    call_ids: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -208,6 +211,22 @@ def _digest(key: bytes, text: str) -> bytes:
 
 
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+
+
+def token_logprobs(answer: Answer) -> list[dict[str, Any]]:
+    """
+    Each written token with its log-probability, as OpenAI's APIs write it. A token that is not whole characters has no
+    bytes here: its text is not what it stands for.
+    """
+    return [
+        {
+            "token": token,
+            "logprob": logprob,
+            "bytes": None if "\N{REPLACEMENT CHARACTER}" in token else list(token.encode()),
+            "top_logprobs": [],
+        }
+        for token, logprob in zip(answer.tokens, answer.logprobs, strict=True)
+    ]
 
 
 # -- stop texts -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -33,8 +33,8 @@ class LateStream(Response):
             A response's events.
         write_error (`Callable[[RequestError], bytes]`):
             The event of a failure.
-        on_gone (`Callable[[Reply], Awaitable[None]]`):
-            Called if the client goes away while it is told.
+        on_told (`Callable[[Reply, bool], None]`):
+            Called in the end with whether the client was told to the end.
         heartbeat_s (`float`):
             Between two comments.
         headers (`dict[str, str]`):
@@ -48,14 +48,14 @@ class LateStream(Response):
         *,
         write: Callable[[Reply], Iterable[bytes]],
         write_error: Callable[[RequestError], bytes],
-        on_gone: Callable[[Reply], Awaitable[None]],
+        on_told: Callable[[Reply, bool], None],
         heartbeat_s: float,
         headers: dict[str, str],
     ) -> None:
         self.status_code, self.media_type, self.background = 200, "text/event-stream", None
         self.init_headers(headers)
         self._asked, self._gone = asked, gone
-        self._write, self._write_error, self._on_gone = write, write_error, on_gone
+        self._write, self._write_error, self._on_told = write, write_error, on_told
         self._heartbeat_s = heartbeat_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,8 +86,7 @@ class LateStream(Response):
             try:
                 is_told = await send_all([*map(comment, reply.notes), *self._write(reply)], send, self._gone)
             finally:
-                if not is_told:
-                    await self._on_gone(reply)
+                self._on_told(reply, is_told)
 
 
 async def send_all(chunks: Iterable[bytes], send: Send, gone: asyncio.Future[None]) -> bool:

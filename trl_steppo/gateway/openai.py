@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .bodies import Body, Content, OpenAIOptions, arguments_of, call_message, dumps, event, text_of
-from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces
+from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces, token_logprobs
 
 
 class Function(Body):
@@ -141,7 +141,10 @@ class ChatBody(_Sampling, OpenAIOptions):
             "parallel_tool_calls": self.parallel_tool_calls is False,
             "reasoning_effort": self.reasoning_effort is not None,
             "verbosity": self.verbosity is not None,
+            "name": any(message.name is not None and message.role != "tool" for message in self.messages),
+            "refusal": any(message.refusal is not None for message in self.messages),
         }
+        calls = (call for message in self.messages for call in message.tool_calls or ())
         return ModelRequest(
             self.model,
             messages=tuple(_messages(self.messages)),
@@ -155,6 +158,7 @@ class ChatBody(_Sampling, OpenAIOptions):
                 self.stop_texts(),
             ),
             logprobs=bool(self.logprobs),
+            call_ids=tuple(call.id for call in calls if call.id),
             ignored=tuple(name for name, is_ignored in ignored.items() if is_ignored),
         )
 
@@ -269,11 +273,7 @@ def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
 def _logprobs(answer: Answer) -> dict[str, Any] | None:
     if not answer.tokens:
         return None
-    content = [
-        {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-        for token, logprob in zip(answer.tokens, answer.logprobs, strict=True)
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": token_logprobs(answer), "refusal": None}
 
 
 def usage(answer: Answer) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .bodies import Body, Content, OpenAIOptions, arguments_of, call_message, dumps, event, text_of
-from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces
+from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces, token_logprobs
 from .openai import error_body
 
 
@@ -128,6 +128,7 @@ class ResponsesBody(OpenAIOptions):
             messages=(*system, *_messages(items)),
             tools=tuple(_tool(tool) for tool in tools),
             wishes=Wishes(self.max_output_tokens, self.temperature, self.top_p),
+            call_ids=tuple(item.call_id for item in items if isinstance(item, FunctionCall)),
             logprobs="message.output_text.logprobs" in (self.include or ()),
             ignored=tuple(name for name, is_ignored in ignored.items() if is_ignored),
         )
@@ -242,11 +243,12 @@ def _output(answer: Answer) -> list[dict[str, Any]]:
         summary = [{"type": "summary_text", "text": answer.reasoning}]
         items.append({"type": "reasoning", "id": f"rs_{answer.answer_id}", "summary": summary})
     if answer.text or not answer.tool_calls:
-        logprobs = [
-            {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, logprob in zip(answer.tokens, answer.logprobs, strict=True)
-        ]
-        part = {"type": "output_text", "text": answer.text, "annotations": [], "logprobs": logprobs}
+        part = {
+            "type": "output_text",
+            "text": answer.text,
+            "annotations": [],
+            "logprobs": token_logprobs(answer),
+        }
         items.append(
             {
                 "type": "message",

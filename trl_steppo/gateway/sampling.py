@@ -120,9 +120,10 @@ class SamplingPort:
             self._engine.release(session_id)
 
     async def _next_engine(self) -> Engine:
-        if self._engine is None:
+        deadline = asyncio.get_running_loop().time() + self.max_wait_s
+        while self._engine is None:  # again, if it was paused before this had its turn
             try:
-                await asyncio.wait_for(self._resumed(), self.max_wait_s)
+                await asyncio.wait_for(self._resumed(), deadline - asyncio.get_running_loop().time())
             except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
                 raise RequestError(
                     429,
@@ -130,7 +131,6 @@ class SamplingPort:
                     code="paused",
                     retry_after_s=self.retry_after_s,
                 ) from None
-        assert self._engine is not None
         self.num_in_flight += 1
         return self._engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -24,7 +25,10 @@ from .tokens import ChatFormats
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 _START_S = 30.0
+_LOOKS_S = 1.0  # between looks for idle sessions
 _BACKLOG = 2048
 
 
@@ -55,6 +59,8 @@ class GatewayServer:
             Longest body.
         heartbeat_s (`float`, *optional*, defaults to `3.0`):
             How long a stream says nothing while its response is sampled.
+        idle_s (`float`, *optional*):
+            How long an agent may ask for nothing before its session is finished; `None`: for ever.
 
     Raises:
         ConfigurationError: The port cannot be had.
@@ -74,7 +80,11 @@ class GatewayServer:
         max_wait_s: float = 20.0,
         max_body_bytes: int = MAX_BODY_BYTES,
         heartbeat_s: float = HEARTBEAT_S,
+        idle_s: float | None = None,
     ) -> None:
+        if idle_s is not None and not idle_s > 0:
+            raise ConfigurationError(f"`idle_s` is {idle_s}; give a positive number of seconds, or None")
+        self.idle_s = idle_s
         self.store = Store(store)
         try:
             self._socket = _listen(host, port)
@@ -141,8 +151,11 @@ class GatewayServer:
         return self.submit(coroutine).result()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Any:
-        """The same without waiting: a `concurrent.futures.Future`."""
+        """The same without waiting: a `concurrent.futures.Future`. A `RuntimeError` when it is closed."""
         assert self._loop is not None, "the server was started"
+        if self._loop.is_closed():  # a rollout that nobody waits for any more
+            coroutine.close()
+            raise RuntimeError("the gateway is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def resume(self, engine: Engine) -> None:
@@ -173,7 +186,9 @@ class GatewayServer:
     def _serve(self) -> None:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
+            sweeping = asyncio.ensure_future(self._sweep())
             await self._server.serve(sockets=[self._socket])
+            sweeping.cancel()
 
         loop = _new_loop()
         try:
@@ -183,6 +198,15 @@ class GatewayServer:
                 task.cancel()
             loop.run_until_complete(asyncio.sleep(0))
             loop.close()
+
+    async def _sweep(self) -> None:
+        """Finish sessions that nobody goes on with."""
+        while self.idle_s is not None:
+            await asyncio.sleep(min(self.idle_s, _LOOKS_S))
+            try:
+                await self.gateway.finish_idle(self.idle_s)
+            except Exception:  # the store cannot be written; it may be able to later
+                logger.exception("idle sessions cannot be finished")
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -9,12 +9,12 @@ import secrets
 import sqlite3
 import time
 from array import array
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import ConfigurationError, DataError
-from ..inference.base import Sample, SamplingParams, step_seed
+from ..inference.base import MIN_TEMPERATURE, Sample, SamplingParams, step_seed
 from ..types import Episode, StopReason, TokenIds
 from .conversation import Answer, ModelRequest, RequestError
 from .monitor import Monitor
@@ -36,14 +36,14 @@ class Retry:
     Args:
         request (`str`):
             The request's key; retries have the same.
-        is_retry (`bool`):
-            Whether it says that it has asked this before.
+        is_retry (`bool`, *optional*):
+            Whether it has asked this before, where it says so.
         idempotency_key (`str`, *optional*):
             Two requests with different ones are not the same, whatever their bodies.
     """
 
     request: str
-    is_retry: bool = False
+    is_retry: bool | None = None
     idempotency_key: str | None = None
 
     @property
@@ -60,6 +60,7 @@ class _Flight:
     placement: Placement
     seed_index: int
     task: asyncio.Task[Answer] | None = None
+    alarm: asyncio.TimerHandle | None = None  # when the episode's time is up
     num_waiting: int = 0
     is_recording: bool = False  # from here on it is recorded, whoever goes away
     is_given_up: bool = False  # nobody waits for it any more
@@ -111,7 +112,7 @@ class Gateway:
         self._admin_digest = None if admin_key is None else key_digest(admin_key)
         self._sessions: dict[str, Session] = {}
         self._by_digest: dict[str, Session] = {}
-        self._flights: dict[str, dict[str, _Flight]] = {}
+        self._flights: dict[str, list[_Flight]] = {}
         self._logged: set[str] = set()
         self.monitor.watch(num_sessions=lambda: len(self._sessions), is_paused=lambda: self.port.is_paused)
 
@@ -128,8 +129,14 @@ class Gateway:
         session = self._by_digest.get(digest)
         if session is None or not hmac.compare_digest(session.digest, digest):
             raise unauthorized()
-        session.last_active = time.monotonic()
+        if not session.ended_early:  # who asks on and on behind its end is not at work
+            session.last_active = time.monotonic()
         return session
+
+    async def finished_session_of(self, key: str | None) -> Session | None:
+        """The finished session whose key this was, from the store."""
+        stored = await asyncio.wrap_future(self.store.of_key(key_digest(key or "")))
+        return restored(stored) if stored is not None and stored.is_over else None
 
     def check_admin(self, key: str | None) -> None:
         """Raises a `RequestError` for any key but the admin's."""
@@ -192,26 +199,53 @@ class Gateway:
         error: str | None = None,
         out_of_time: bool = False,
     ) -> None:
-        """The episode is over: its key is nobody's from now on."""
-        if reward is not None:
-            session.notes.final_reward = reward
-        session.notes.metrics |= metrics or {}
-        visible = session.visible()
-        if observation is not None and visible:
-            session.notes.observations[str(visible[-1])] = observation
-        if error is not None:
-            session.notes.error = error
-        if out_of_time:
-            self._end_by_time(session)
-        if not session.is_over:
-            session.is_over = True
-            self._by_digest.pop(session.digest, None)
-            await self._land(session)
-            self._sessions.pop(session.session_id, None)
-            self._flights.pop(session.session_id, None)
-            self.port.release(session.session_id)
-            self.monitor.episodes.labels("error" if session.notes.error else session.notes.stop_reason or "end").inc()
-        await self._save(session)
+        """
+        The episode is over: its key is nobody's from now on. This alone decides how it ended; whoever calls it again
+        can still say what the episode is paid, or that it failed.
+
+        Args:
+            session ([`Session`]):
+                Which.
+            reward (`float`, *optional*), metrics (`Mapping[str, float]`, *optional*), observation (*optional*):
+                Of the last step; of the episode; what the last step was answered.
+            error (`str`, *optional*):
+                Why it failed.
+            out_of_time (`bool`, *optional*, defaults to `False`):
+                Whether it ends because its time is up, so that what its client is still at does not count.
+        """
+        async with session.ending:
+            if not session.is_over:
+                session.is_over = True  # no request begins from here on
+                flights = await self._land(session)
+                if out_of_time:
+                    _end_by_time(session, flights)
+            if reward is not None:
+                session.notes.final_reward = reward
+            session.notes.metrics |= metrics or {}
+            visible = session.visible()
+            if observation is not None and visible:
+                session.notes.observations[str(visible[-1])] = observation
+            if error is not None:
+                session.notes.error = error
+            await self._save(session)
+            if self._sessions.pop(session.session_id, None) is not None:
+                self._by_digest.pop(session.digest, None)
+                self._flights.pop(session.session_id, None)
+                self.port.release(session.session_id)
+                self.monitor.undelivered.inc(len(session.steps) - len(visible) - len(session.notes.unanswered))
+                ending = "error" if session.notes.error else session.notes.stop_reason or "end"
+                self.monitor.episodes.labels(ending).inc()
+
+    async def finish_idle(self, idle_s: float) -> None:
+        """Finish the sessions whose agents have asked for nothing in so long."""
+        for session in list(self._sessions.values()):
+            if not self.is_idle(session, idle_s):
+                continue
+            if session.is_out_of_time:
+                await self.finish(session, out_of_time=True)
+            else:
+                error = f"the agent asked for nothing in {idle_s:g} s, and was given up"
+                await self.finish(session, error=None if session.ended_early or session.is_over else error)
 
     async def collect(self, session: Session, *, keep: bool = True) -> Episode:
         """The episode of a finished session, which stays in the store if it is to be kept there."""
@@ -228,24 +262,17 @@ class Gateway:
             raise RequestError(404, f"there is no session {session_id!r}", param="session_id")
         return restored(stored)
 
+    def __contains__(self, session_id: str) -> bool:
+        """Whether a session is running."""
+        return session_id in self._sessions
+
     def num_in_flight(self, session: Session) -> int:
         """How many of its requests are on their way."""
         return len(self._flights.get(session.session_id, ()))
 
-    async def take_back(self, session: Session, answer: Answer) -> None:
-        """A client went away while it was told. Another, or its own retry, may have been told meanwhile."""
-        session.hand_outs[answer.answer_id] -= 1
-        await self._mark_undelivered(session, answer)
-
-    async def _mark_undelivered(self, session: Session, answer: Answer) -> None:
-        """Nobody was told of a step; a retry will be."""
-        if session.hand_outs[answer.answer_id] > 0:
-            return
-        position = next(p for p, step in enumerate(session.steps) if step.answer.answer_id == answer.answer_id)
-        if position not in session.notes.undelivered and not session.is_over:
-            self.monitor.undelivered.inc()
-            session.notes.undelivered.append(position)
-            await self._save(session)
+    def is_idle(self, session: Session, idle_s: float) -> bool:
+        """Whether its agent has asked for nothing in so long; what it asks for behind its end does not count."""
+        return time.monotonic() - session.last_active > idle_s and not self.num_in_flight(session)
 
     def _add(self, session: Session) -> None:
         self._sessions[session.session_id] = session
@@ -255,24 +282,19 @@ class Gateway:
         saved = self.store.set_notes(session.session_id, asdict(session.notes), is_over=session.is_over)
         await _written(saved)
 
-    async def _land(self, session: Session) -> None:
-        """No request of a finished session is left: those that are being recorded are, the others are given up."""
-        flights = list(self._flights.get(session.session_id, {}).values())
+    async def _land(self, session: Session) -> list[_Flight]:
+        """
+        No request of a finished session is left: those that are being recorded are, the others are given up. Which
+        ones there were.
+        """
+        flights = list(self._flights.get(session.session_id, ()))
         tasks = [flight.task for flight in flights if flight.task is not None]
         for flight in flights:
             if flight.task is not None and not flight.is_recording:
                 flight.task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-
-    def _end_by_time(self, session: Session) -> None:
-        """Time is up: before the step that is being sampled, or else before the one that waits to be answered."""
-        flights = list(self._flights.get(session.session_id, {}).values())
-        if flights and session.visible():
-            place_of = flights[-1].placement
-            session.end_by(StopReason.MAX_EPISODE_S, place_of.parent, place_of.new_ids, place_of.observed)
-        else:
-            session.end_by_time()
+        return flights
 
     # -- a request ----------------------------------------------------------------------------------------------------
 
@@ -283,56 +305,77 @@ class Gateway:
         Raises:
             RequestError: The request cannot be answered as it is; the episode is over; the sampler failed.
         """
-        recorded = self._recorded(session, retry)
-        if recorded is not None:
+        if session.is_over:  # since its key was checked
+            raise unauthorized()
+        flights = self._flights.setdefault(session.session_id, [])
+        before = self._asked_before(session, retry, flights)
+        if before is not None:
             self.monitor.retries.inc()
-            answer = session.steps[recorded].answer
-            session.hand_outs[answer.answer_id] += 1
-            await self._redeliver(session, recorded)
-            return Reply(answer)
-        flights = self._flights.setdefault(session.session_id, {})
-        flight = flights.get(retry.name)
-        if flight is None or flight.is_given_up:
-            notes = self._check_wishes(session, request)
-            flight = self._start(session, request, retry, flights)
-        else:
-            self.monitor.retries.inc()
-            notes = ()
-        answer = await self._wait_for(session, flight)
-        session.hand_outs[answer.answer_id] += 1
-        return Reply(answer, notes)
+        if isinstance(before, int):
+            session.lost.discard(before)  # it is being told of again
+            return Reply(session.steps[before].answer)
+        if before is not None:
+            return Reply(await self._wait_for(session, before))
+        notes = self._check_wishes(session, request)
+        flight = self._start(session, request, retry, flights)
+        return Reply(await self._wait_for(session, flight), notes)
 
-    def _recorded(self, session: Session, retry: Retry) -> int | None:
-        """The recorded step of a retry: the last one's, or any for a client that says that it is a retry."""
-        positions = range(len(session.steps) - 1, -1, -1)
-        for position in positions if retry.is_retry else positions[:1]:
-            if session.steps[position].request == retry.name:
-                return position
+    def _asked_before(self, session: Session, retry: Retry, flights: list[_Flight]) -> int | _Flight | None:
+        """
+        Where a request is that was asked before: recorded, or on its way. There are as many steps as clients asked for
+        the first time, where they say so; but what one was never told of is the next one's: it may have started over.
+        """
+        same = [position for position, step in enumerate(session.steps) if step.request == retry.name]
+        is_first = retry.is_retry is False and retry.idempotency_key is None
+        untold = [
+            position for position in same if position in (session.lost if is_first else session.notes.undelivered)
+        ]
+        if untold:
+            return untold[-1]
+        if is_first:
+            session.num_firsts[retry.name] += 1
+            return None
+        in_flight = [one for one in flights if one.name == retry.name and not one.is_given_up]
+        if len(same) + len(in_flight) < session.num_firsts[retry.name] and retry.is_retry:
+            return None  # its first attempt left nothing; what there is is others'
+        if in_flight:
+            return min(in_flight, key=lambda one: one.num_waiting)
+        if same and (retry.is_retry or retry.idempotency_key is not None or same[-1] == len(session.steps) - 1):
+            return same[-1]
         return None
 
-    async def _redeliver(self, session: Session, position: int) -> None:
-        if position in session.notes.undelivered:
-            session.notes.undelivered.remove(position)
-            await self._save(session)
-
-    def _start(self, session: Session, request: ModelRequest, retry: Retry, flights: dict[str, _Flight]) -> _Flight:
+    def _start(self, session: Session, request: ModelRequest, retry: Retry, flights: list[_Flight]) -> _Flight:
         """Prepare a step: nothing is recorded yet."""
         if session.ended_early:
             raise budget_error(session)
         placement = place(request, session, self.formats)
+        if placement.parent is not None:  # who goes on from an answer was told of it
+            session.told_of(session.steps[placement.parent].answer)
         prompt_ids = [*session.state_ids(placement.parent), *placement.new_ids]
         over = session.check_budget(len(prompt_ids), len(flights))
         if over is not None:
             session.end_by(over, placement.parent, placement.new_ids, placement.observed)
             raise budget_error(session)
-        if placement.history == "rewritten":
-            self._report_mismatch(session, prompt_ids)
-        taken = {step.seed_index for step in session.steps} | {flight.seed_index for flight in flights.values()}
+        if placement.rewritten is not None:
+            self._report_mismatch(session, placement.rewritten, prompt_ids)
+        taken = {step.seed_index for step in session.steps} | {flight.seed_index for flight in flights}
         flight = _Flight(retry.name, placement, next(i for i in range(len(taken) + 1) if i not in taken))
-        flights[retry.name] = flight
+        flights.append(flight)
         flight.task = asyncio.ensure_future(self._fly(session, request, flight, prompt_ids))
-        flight.task.add_done_callback(lambda task: self._end(session, flight, task))
+        flight.task.add_done_callback(lambda _: self._end(session, flight))
+        if session.spec.limits.max_episode_s is not None:
+            left_s = session.spec.limits.max_episode_s - session.age_s()
+            flight.alarm = asyncio.get_running_loop().call_later(left_s, self._end_in_flight, session)
         return flight
+
+    def _end_in_flight(self, session: Session) -> None:
+        """Time is up while responses are sampled: those that are not recorded by now are given up."""
+        flights = [one for one in self._flights.get(session.session_id, ()) if not one.is_recording]
+        if flights and not session.is_over:
+            _end_by_time(session, flights)
+            for flight in flights:
+                assert flight.task is not None
+                flight.task.cancel()
 
     async def _wait_for(self, session: Session, flight: _Flight) -> Answer:
         """Several may wait; when the last one goes away, what it waited for is given up."""
@@ -342,7 +385,7 @@ class Gateway:
             return await asyncio.shield(flight.task)
         except asyncio.CancelledError:
             if flight.task.cancelled():  # by us, not the one who waits
-                raise unauthorized() from None
+                raise (unauthorized() if session.is_over else budget_error(session)) from None
             raise
         finally:
             flight.num_waiting -= 1
@@ -350,15 +393,16 @@ class Gateway:
                 flight.is_given_up = True
                 flight.task.cancel()
 
-    def _end(self, session: Session, flight: _Flight, task: asyncio.Task[Answer]) -> None:
-        flights = self._flights.get(session.session_id, {})
-        if flights.get(flight.name) is flight:
-            del flights[flight.name]
+    def _end(self, session: Session, flight: _Flight) -> None:
+        flights = self._flights.get(session.session_id, [])
+        if flight in flights:
+            flights.remove(flight)
+        if flight.alarm is not None:
+            flight.alarm.cancel()
         session.last_active = time.monotonic()
-        if task.cancelled() or task.exception() is not None:
-            return
-        if flight.num_waiting == 0:
-            _in_background(self._mark_undelivered(session, task.result()))
+        assert flight.task is not None
+        if not flight.task.cancelled() and flight.task.exception() is None and flight.num_waiting == 0:
+            session.told_of(flight.task.result(), to_the_end=False)
 
     async def _fly(self, session: Session, request: ModelRequest, flight: _Flight, prompt_ids: list[int]) -> Answer:
         placement, spec = flight.placement, session.spec
@@ -372,7 +416,7 @@ class Gateway:
             except sqlite3.Error as error:
                 logger.error("a step of session %s cannot be recorded", session.session_id, exc_info=True)
                 raise RequestError(502, "the step cannot be recorded", code="store") from error
-            session.commit(step)
+            session.add(step)
         own_budget = min(spec.sampling.max_new_tokens, request.wishes.max_tokens or spec.sampling.max_new_tokens)
         if step.stop_reason is StopReason.LENGTH and params.max_new_tokens < own_budget:
             session.notes.cut = True
@@ -433,7 +477,8 @@ class Gateway:
             tokens=token_texts(chat, read.response_ids, self.formats) if request.logprobs else (),
             logprobs=tuple(logprobs) if request.logprobs else (),
         )
-        key, text_length = conversation_key(placement.key, request.prompt, answer)
+        written = self.formats.decode(read.response_ids) if isinstance(request.prompt, str) else read.text
+        key, text_length = conversation_key(placement.key, request.prompt, answer, written)
         return RecordedStep(
             seed_index=flight.seed_index,
             parent=placement.parent,
@@ -445,6 +490,7 @@ class Gateway:
             temperature=params.temperature,
             observed=placement.observed,
             history=placement.history,
+            asked_key=None if placement.key is None else placement.key.hex(),
             key=key,
             text_length=text_length,
             request=flight.name,
@@ -464,7 +510,9 @@ class Gateway:
         params = replace(sampling, max_new_tokens=budget, stop_token_ids=stop, seed=seed)
         if spec.training:
             return params
-        wished = {name: getattr(wishes, name) for name in ("temperature", "top_p", "top_k", "seed")}
+        wished = {name: getattr(wishes, name) for name in ("temperature", "top_p", "top_k")}
+        if wishes.seed is not None:
+            wished["seed"] = wishes.seed & (2**63 - 1)  # seeds of clients may be negative
         return replace(params, **{name: value for name, value in wished.items() if value is not None})
 
     def _check_wishes(self, session: Session, request: ModelRequest) -> tuple[str, ...]:
@@ -487,6 +535,9 @@ class Gateway:
                 found["temperature"] = f"temperature is {sampling.temperature:g}, as the run samples"
             if wishes.seed is not None:
                 found["seed"] = "seed is the run's own"
+        elif wishes.temperature is not None and 0 < wishes.temperature < MIN_TEMPERATURE:
+            problem = f"`temperature` is {wishes.temperature}; give 0, or at least {MIN_TEMPERATURE:g}"
+            raise RequestError(400, problem, param="temperature")
         news = {name: text for name, text in found.items() if name not in session.told}
         session.told |= set(news)
         for name, text in news.items():
@@ -495,19 +546,31 @@ class Gateway:
                 logger.warning("a client asks for another `%s`: %s (told once)", name, text)
         return tuple(news.values())
 
-    def _report_mismatch(self, session: Session, prompt_ids: list[int]) -> None:
+    def _report_mismatch(self, session: Session, position: int, prompt_ids: list[int]) -> None:
         self.monitor.mismatches.inc()
-        recorded = self.formats.decode(session.state_ids(len(session.steps) - 1))
+        if "history" in session.told:
+            return
+        session.told.add("history")
+        recorded = self.formats.decode(session.state_ids(position))
         found = self.formats.decode(prompt_ids)
         pairs = enumerate(zip(recorded, found, strict=False))
         at = next((i for i, (a, b) in pairs if a != b), min(len(recorded), len(found)))
         start = max(0, at - _SHOWN // 3)
-        logger.info(
-            "session %s rewrote its history, which opens a branch: recorded %r, now %r",
+        logger.warning(
+            "session %s rewrote its history, which opens a branch: recorded %r, now %r (told once a session)",
             session.session_id,
             recorded[start : at + _SHOWN],
             found[start : at + _SHOWN],
         )
+
+
+def _end_by_time(session: Session, flights: list[_Flight]) -> None:
+    """Time is up: before the step that is being sampled, or else before the one that waits to be answered."""
+    if flights:
+        asked = flights[-1].placement
+        session.end_by(StopReason.MAX_EPISODE_S, asked.parent, asked.new_ids, asked.observed)
+    else:
+        session.end_by_time()
 
 
 def restored(stored: StoredSession) -> Session:
@@ -522,6 +585,8 @@ def restored(stored: StoredSession) -> Session:
     )
     for step in stored.steps:
         session.commit(RecordedStep.from_json(step))
+    if not session.is_over:
+        session.notes.undelivered.clear()  # what was being told when it was last written; clients ask again
     return session
 
 
@@ -533,12 +598,3 @@ def unauthorized() -> RequestError:
 async def _written(future: Any) -> None:
     """Wait until something is in the store. Who stops waiting does not keep it from being written."""
     await asyncio.shield(asyncio.wrap_future(future))
-
-
-_background: set[asyncio.Future[Any]] = set()
-
-
-def _in_background(coroutine: Coroutine[Any, Any, Any]) -> None:
-    task = asyncio.ensure_future(coroutine)
-    _background.add(task)
-    task.add_done_callback(_background.discard)

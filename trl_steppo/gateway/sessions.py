@@ -8,7 +8,7 @@ import hashlib
 import time
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -82,6 +82,8 @@ class RecordedStep:
             What the parent was answered.
         history (`str`):
             See [`~gateway.tokens.Placement`].
+        asked_key (`str`, *optional*):
+            Of the conversation that it answers; `None` where that is no messages.
         key (`str`):
             Of the conversation with its response.
         text_length (`int`, *optional*):
@@ -102,6 +104,7 @@ class RecordedStep:
     temperature: float
     observed: Observation
     history: str
+    asked_key: str | None
     key: str
     text_length: int | None
     request: str
@@ -152,7 +155,7 @@ class Notes:
     observations: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     final_reward: float = 0.0
-    undelivered: list[int] = field(default_factory=list)  # whose client went away before it was told
+    undelivered: list[int] = field(default_factory=list)  # whose client was not told of it to the end (yet)
     unanswered: list[int] = field(default_factory=list)  # whose client was still at work when time was up
     stop_reason: str | None = None  # of an episode that a budget cut
     cut: bool = False  # the last response, by the episode's budget of tokens
@@ -205,12 +208,15 @@ class Session:
         self.spec = spec
         self.notes = notes or Notes()
         self.steps: list[RecordedStep] = []
-        self.by_key: dict[bytes, int] = {}  # the step whose response ends the conversation of this key
+        self.by_key: dict[bytes, list[int]] = {}  # the steps whose response ends the conversation of this key
+        self.by_asked_key: dict[bytes, int] = {}  # the last step that answers it
         self.text_lengths: set[int] = set()
         self.is_over = is_over
         self.recording = asyncio.Lock()
+        self.ending = asyncio.Lock()
         self.told: set[str] = set()  # of its wishes that do not hold
-        self.hand_outs: Counter[str] = Counter()  # of an answer, by its id: how many clients may have it
+        self.lost: set[int] = set()  # steps whose client went away while it was told
+        self.num_firsts: Counter[str] = Counter()  # of a request: how often it was asked for the first time
         self.last_active = time.monotonic()
         self._branches: list[array[int]] = []
         self._places: list[_Place] = []
@@ -228,7 +234,9 @@ class Session:
         buffer.extend(step.response_ids)
         self._places.append(_Place(branch, prompt_length, len(buffer)))
         self.steps.append(step)
-        self.by_key[bytes.fromhex(step.key)] = position
+        self.by_key.setdefault(bytes.fromhex(step.key), []).append(position)
+        if step.asked_key is not None:
+            self.by_asked_key[bytes.fromhex(step.asked_key)] = position
         if step.text_length is not None:
             self.text_lengths.add(step.text_length)
         if step.parent is not None:
@@ -257,6 +265,43 @@ class Session:
         """Whether a step was continued."""
         return position in self._children
 
+    def add(self, step: RecordedStep) -> None:
+        """A step that was just recorded: nobody was told of it yet."""
+        self.notes.undelivered.append(self.commit(step))
+
+    def told_of(self, answer: Answer, *, to_the_end: bool = True) -> None:
+        """
+        A client was told of an answer, or went away while it was. What is heard when the session is over comes too
+        late: how it ended has been decided.
+        """
+        found = [p for p in self.notes.undelivered if self.steps[p].answer.answer_id == answer.answer_id]
+        if not found or self.is_over:
+            return
+        if to_the_end:
+            self.notes.undelivered.remove(found[0])
+            self.lost.discard(found[0])
+        else:
+            self.lost.add(found[0])
+
+    def ending_with(self, key: bytes, call_ids: Collection[str]) -> int:
+        """
+        The step whose response ends a conversation. Of several that said the same: the one whose tool calls, by their
+        ids, the client sends back; else one that its client was told of; else one that nothing follows; else the last.
+        """
+        positions = self.by_key[key]
+        if len(positions) == 1:
+            return positions[0]
+        named = {call_id.removeprefix("call_").partition("_")[0] for call_id in call_ids}
+        return max(
+            positions,
+            key=lambda p: (
+                self.steps[p].answer.answer_id in named,
+                p not in self.notes.undelivered,
+                not self.has_child(p),
+                p,
+            ),
+        )
+
     def visible(self) -> list[int]:
         """The positions of the steps that count: not those whose client never learned of them, or did not go on."""
         left_out = {p for p in self.notes.undelivered if not self.has_child(p)} | set(self.notes.unanswered)
@@ -275,8 +320,10 @@ class Session:
         if isinstance(step, int) and 0 <= step < len(visible):
             return visible[step]
         if isinstance(step, str):
-            found = [p for p in visible if self.steps[p].answer.answer_id == step]
-            if found:
+            found = [p for p in range(len(self.steps)) if self.steps[p].answer.answer_id == step]
+            for position in found:
+                self.told_of(self.steps[position].answer)  # or it would not know the name
+            if found and found[0] in self.visible():
                 return found[0]
         what = "any step yet" if step is None else f"the step {step!r}"
         raise RequestError(404, f"this session does not have {what}; it has {len(visible)}", param="step")
@@ -290,8 +337,8 @@ class Session:
         Raises:
             RequestError: It would be, once the requests in flight are answered.
         """
-        limits, num_steps = self.spec.limits, len(self.visible())
-        if limits.max_episode_s is not None and self.age_s() > limits.max_episode_s:
+        limits, num_steps = self.spec.limits, len(self.steps) - len(self.lost)
+        if self.is_out_of_time:
             return StopReason.MAX_EPISODE_S
         if self.notes.cut:
             return StopReason.MAX_EPISODE_TOKENS
@@ -309,15 +356,17 @@ class Session:
         """Seconds since it was made, restarts included."""
         return time.time() - self.notes.created
 
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether it has lasted longer than it may."""
+        return self.spec.limits.max_episode_s is not None and self.age_s() > self.spec.limits.max_episode_s
+
     def end_by(self, budget: StopReason, parent: int | None, new_ids: list[int], observed: Observation) -> None:
         """A budget cut the episode before a step that would have continued `parent`."""
         if self.ended_early:
             return
         if not self.visible():
-            self.notes.error = (
-                f"the first prompt has {len(new_ids)} tokens; `{budget.value}` is "
-                f"{getattr(self.spec.limits, budget.value)}, and no step fits"
-            )
+            self.notes.error = self._no_step(budget, len(new_ids))
             return
         self.notes.stop_reason = budget.value
         self.notes.final_parent, self.notes.final_new_ids = parent, list(new_ids)
@@ -329,20 +378,30 @@ class Session:
         Time was up while the client was at work. As in the rollout's own loop, a step that is not answered by then
         does not count: the state before it is the last.
         """
+        if self.ended_early:
+            return
         visible = self.visible()
-        if visible and not self.ended_early and not self.is_over:
-            last = visible[-1]
-            if str(last) in self.notes.rewards:
-                self.notes.stop_reason = StopReason.MAX_EPISODE_S.value
-                return
-            self.notes.unanswered.append(last)
-            step = self.steps[last]
-            visible = self.visible()
-            if visible:
-                self.notes.observations.setdefault(str(step.parent), step.observed)
-                self.end_by(StopReason.MAX_EPISODE_S, step.parent, step.new_ids.tolist(), step.observed)
-        if not visible and self.notes.error is None:
-            self.notes.error = f"the episode took longer than {self.spec.limits.max_episode_s:g} s, without one step"
+        if visible and str(visible[-1]) in self.notes.rewards:
+            self.notes.stop_reason = StopReason.MAX_EPISODE_S.value
+        elif visible:
+            self.notes.unanswered.append(visible[-1])
+            step = self.steps[visible[-1]]
+            self.end_by(StopReason.MAX_EPISODE_S, step.parent, step.new_ids.tolist(), step.observed)
+        else:
+            self.notes.error = self._no_step(StopReason.MAX_EPISODE_S, 0)
+
+    def _no_step(self, budget: StopReason, num_prompt_tokens: int) -> str:
+        """Why there is nothing to train on."""
+        limits = self.spec.limits
+        if budget is StopReason.MAX_EPISODE_S:
+            return f"the episode took longer than {limits.max_episode_s:g} s, without one step"
+        if self.steps:
+            return "the client went away before it was told of any step"
+        limit = {
+            StopReason.MAX_PROMPT_LENGTH: limits.max_prompt_length,
+            StopReason.MAX_EPISODE_TOKENS: limits.max_episode_tokens,
+        }[budget]
+        return f"the first prompt has {num_prompt_tokens} tokens; `{budget.value}` is {limit}, and no step fits"
 
     @property
     def ended_early(self) -> bool:
@@ -409,13 +468,16 @@ class Session:
 
 
 def conversation_key(
-    prompt_key: bytes | None, prompt: str | tuple[int, ...] | None, answer: Answer
+    prompt_key: bytes | None, prompt: str | tuple[int, ...] | None, answer: Answer, written: str
 ) -> tuple[str, int | None]:
-    """The key of a conversation with its answer, and its length where it is text."""
+    """
+    The key of a conversation with its answer, and its length where it is text: with all that was `written`, so that
+    who goes on from less (without the stop text, or the end of the turn) has the policy read no more than it sent.
+    """
     if prompt_key is not None:
         return next_key(prompt_key, answer.message).hex(), None
     if isinstance(prompt, str):
-        text = prompt + answer.text
+        text = prompt + written
         return text_keys(text, [len(text)])[len(text)].hex(), len(text)
     return hashlib.blake2b(answer.answer_id.encode(), digest_size=16).hexdigest(), None
 

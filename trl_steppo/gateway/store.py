@@ -9,7 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ CREATE TABLE IF NOT EXISTS sessions (
     is_over INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX IF NOT EXISTS sessions_by_name ON sessions (name);
+CREATE INDEX IF NOT EXISTS sessions_by_key ON sessions (key_digest);
 CREATE TABLE IF NOT EXISTS steps (
     session TEXT NOT NULL, position INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (session, position)
 ) WITHOUT ROWID;
 """
+_APPLICATION_ID = 0x53745050  # "StPP", as `PRAGMA application_id` of our databases
+_FORMAT = 1  # of what they hold
 _MOST_AT_ONCE = 512  # writes of one transaction
 
 
@@ -45,14 +48,15 @@ class StoredSession:
 
 class Store:
     """
-    A database that one thread writes: what came in while it was busy goes into one transaction, with one sync.
+    A database that one thread of one process writes: what came in while it was busy goes into one transaction, with
+    one sync.
 
     Args:
         path (`Path`, *optional*):
             The database's file, for its owner's eyes alone; `None`: in memory.
 
     Raises:
-        CheckpointError: It cannot be opened, or is no database of ours.
+        CheckpointError: It cannot be opened, is no database of ours, or another gateway has it open.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -92,14 +96,20 @@ class Store:
 
         return self._submit(run)
 
-    def keep_finished(self, prefix: str) -> Future[Any]:
-        """Forget all sessions but the finished ones whose name begins with `prefix`."""
+    def keep_finished(self, *prefixes: str) -> Future[Any]:
+        """Forget all sessions but the finished ones whose names begin with one of these."""
+        begins = " OR ".join(["substr(name, 1, ?) = ?"] * len(prefixes)) or "0"
+        values = [value for prefix in prefixes for value in (len(prefix), prefix)]
+        return self._forget(f"is_over = 0 OR NOT ({begins})", values)
 
+    def forget(self, prefix: str) -> Future[Any]:
+        """Forget all sessions whose names begin like this."""
+        return self._forget("substr(name, 1, ?) = ?", [len(prefix), prefix])
+
+    def _forget(self, where: str, values: Sequence[Any]) -> Future[Any]:
         def run(connection: sqlite3.Connection) -> None:
-            where = "is_over = 0 OR substr(name, 1, ?) <> ?"
-            found = (len(prefix), prefix)
-            connection.execute(f"DELETE FROM steps WHERE session IN (SELECT id FROM sessions WHERE {where})", found)
-            connection.execute(f"DELETE FROM sessions WHERE {where}", found)
+            connection.execute(f"DELETE FROM steps WHERE session IN (SELECT id FROM sessions WHERE {where})", values)
+            connection.execute(f"DELETE FROM sessions WHERE {where}", values)
 
         return self._submit(run)
 
@@ -111,6 +121,10 @@ class Store:
         """The session of that id."""
         found = self._submit(lambda connection: list(_load(connection, "id = ?", (session_id,)))).result()
         return found[0] if found else None
+
+    def of_key(self, key_digest: str) -> Future[StoredSession | None]:
+        """The session whose key has that digest."""
+        return self._submit(lambda connection: next(_load(connection, "key_digest = ?", (key_digest,)), None))
 
     def running(self) -> list[StoredSession]:
         """The sessions that are not over."""
@@ -132,11 +146,16 @@ class Store:
     # -- the writing thread -------------------------------------------------------------------------------------------
 
     def _work(self, opened: Future[None]) -> None:
-        try:
-            connection = self._open()
-        except BaseException as error:
-            opened.set_exception(error)
-            return
+        with ExitStack() as stack:
+            try:
+                connection = self._open(stack)
+            except BaseException as error:
+                stack.close()
+                opened.set_exception(error)
+                return
+            self._serve(connection, opened)
+
+    def _serve(self, connection: sqlite3.Connection, opened: Future[None]) -> None:
         opened.set_result(None)
         is_open = True
         while is_open:
@@ -145,18 +164,58 @@ class Store:
                 jobs.append(self._jobs.get())
             _run_together(connection, [job for job in jobs if job is not None])
             is_open = None not in jobs
-        connection.close()
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, stack: ExitStack) -> sqlite3.Connection:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            stack.callback(os.close, _locked(self.path))
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             sync(self.path.parent)
         connection = sqlite3.connect(self.path or ":memory:", isolation_level=None)
+        stack.callback(connection.close)
+        _check_format(connection, self.path)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {_FORMAT}")
         connection.executescript(_SCHEMA)
         return connection
+
+
+def _locked(path: Path) -> int:
+    """A file beside the database that one gateway holds for as long as it is open, or lives."""
+    lock = path.with_name(path.name + ".lock")
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise CheckpointError(
+            f"the gateway's store {path} is open in another gateway, which holds {lock}; stop that one, or give this "
+            "one a directory of its own"
+        ) from error
+    return descriptor
+
+
+def _check_format(connection: sqlite3.Connection, path: Path | None) -> None:
+    """Nothing is written into a database that is not ours."""
+    (application_id,), (version,), (num_tables,) = (
+        connection.execute(query).fetchone()
+        for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+    )
+    if not application_id and not version and not num_tables:
+        return  # a new one
+    if application_id != _APPLICATION_ID:
+        raise CheckpointError(f"{path} is a database, but not of a gateway; give the gateway a directory of its own")
+    if version != _FORMAT:
+        raise CheckpointError(
+            f"the gateway's store {path} has the format {version}, and this version of trl_steppo reads {_FORMAT}; go "
+            "on with the version that wrote it, or give the gateway a new directory"
+        )
 
 
 def _run_together(

@@ -31,11 +31,14 @@ class Placement:
             What the step was answered.
         history (`str`):
             `"first"` of its session; `"continued"`: it goes on from a response; `"branch"`: it starts anew, or from a
-            response that others continue already; `"rewritten"`: it says that the model said what was not recorded.
+            response that others continue already; `"rewritten"`: it says that the model answered what it was asked by
+            what was not recorded.
         key (`bytes`, *optional*):
             Of the conversation up to here; `None` where the prompt is no messages.
         chat ([`~inference.chat.ChatFormat`]):
             How its messages are rendered.
+        rewritten (`int`, *optional*):
+            Position of the step whose response it says was another.
     """
 
     parent: int | None
@@ -44,6 +47,7 @@ class Placement:
     history: History
     key: bytes | None
     chat: ChatFormat
+    rewritten: int | None = None
 
 
 class ChatFormats:
@@ -96,21 +100,23 @@ def place(request: ModelRequest, session: Session, formats: ChatFormats) -> Plac
     chat = formats.of(request.tools, key=keys[0])
     known = (n for n in range(len(messages), 0, -1) if keys[n] in session.by_key)
     count = next(known, 0)
-    parent = session.by_key[keys[count]] if count else None
+    parent = session.ending_with(keys[count], request.call_ids) if count else None
     added = list(messages[count:])
-    invented = bool(session.steps) and any(message["role"] == "assistant" for message in added)
+    answered = (keys[n] for n in range(len(messages) - 1, count - 1, -1) if messages[n]["role"] == "assistant")
+    rewritten = next((session.by_asked_key[key] for key in answered if key in session.by_asked_key), None)
     try:
         if parent is not None:
             response_ids = session.steps[parent].response_ids
             try:
                 new_ids = chat.close(response_ids) + chat.append(added, tool_call_names=_tool_names(added))
             except ChatTemplateError:  # such messages change how those before them are rendered
-                parent, invented, new_ids = None, True, chat.render(messages)
+                parent, new_ids = None, chat.render(messages)
         else:
             new_ids = chat.render(messages)
     except Exception as error:  # whatever jinja code raises
         raise RequestError(400, f"the messages cannot be rendered: {error}", param="messages") from error
-    return Placement(parent, new_ids, _observation(added), _history(session, parent, invented), keys[-1], chat)
+    history = _history(session, parent, rewritten)
+    return Placement(parent, new_ids, _observation(added), history, keys[-1], chat, rewritten)
 
 
 def _place_text(request: ModelRequest, session: Session, formats: ChatFormats) -> Placement:
@@ -119,7 +125,7 @@ def _place_text(request: ModelRequest, session: Session, formats: ChatFormats) -
         if max(request.prompt) >= formats.num_ids:
             problem = f"`prompt` has the token id {max(request.prompt)}; the tokenizer has {formats.num_ids}"
             raise RequestError(400, problem, param="prompt")
-        return Placement(None, list(request.prompt), "", _history(session, None, False), None, chat)
+        return Placement(None, list(request.prompt), "", _history(session, None), None, chat)
     assert request.prompt is not None
     keys = text_keys(request.prompt, session.text_lengths)
     known = [length for length, key in keys.items() if key in session.by_key]
@@ -127,17 +133,17 @@ def _place_text(request: ModelRequest, session: Session, formats: ChatFormats) -
         new_ids = chat.encode_text(request.prompt)
         if not new_ids:
             raise RequestError(400, "the prompt is empty; there is nothing to continue", param="prompt")
-        return Placement(None, new_ids, "", _history(session, None, False), None, chat)
+        return Placement(None, new_ids, "", _history(session, None), None, chat)
     length = max(known)
-    parent, added = session.by_key[keys[length]], request.prompt[length:]
+    parent, added = session.ending_with(keys[length], ()), request.prompt[length:]
     new_ids = chat.encode_text(added, add_special_tokens=False) if added else []
-    return Placement(parent, new_ids, added, _history(session, parent, False), None, chat)
+    return Placement(parent, new_ids, added, _history(session, parent), None, chat)
 
 
-def _history(session: Session, parent: int | None, invented: bool) -> History:
+def _history(session: Session, parent: int | None, rewritten: int | None = None) -> History:
     if not session.steps:
         return "first"
-    if invented:
+    if rewritten is not None:
         return "rewritten"
     if parent is None or session.has_child(parent):
         return "branch"

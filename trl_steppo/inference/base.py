@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..errors import ConfigurationError
 from ..types import StopReason, TokenIds
 
 
@@ -38,6 +40,29 @@ class SamplingParams:
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+
+
+MIN_TEMPERATURE = 1e-3  # below it logits leave what float32 can tell apart; 0 takes the most likely token
+
+
+def check_params(params: SamplingParams) -> None:
+    """
+    Find out what cannot be sampled before it shares a batch with others.
+
+    Raises:
+        ConfigurationError: A number is outside of its range.
+    """
+    temperature = params.temperature
+    if params.max_new_tokens < 1:
+        raise ConfigurationError(f"`max_new_tokens` is {params.max_new_tokens}; a response has at least one token")
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
+        raise ConfigurationError(f"`temperature` is {temperature}; give 0, or a number from {MIN_TEMPERATURE:g}")
+    if not 0 < params.top_p <= 1:
+        raise ConfigurationError(f"`top_p` is {params.top_p}; give a number in (0, 1]")
+    if params.top_k < 0:
+        raise ConfigurationError(f"`top_k` is {params.top_k}; give a number of tokens, or 0 for all")
+    if not 0 <= params.seed < 2**64:
+        raise ConfigurationError(f"`seed` is {params.seed}; give a number in [0, 2**64)")
 
 
 def step_seed(run_seed: int, row_index: int, generation_index: int, step_index: int) -> int:

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..types import StopReason, TokenIds
-from .base import Sample, SamplingParams
+from .base import Sample, SamplingParams, check_params
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class LocalSampler:
             episodes are forgotten least-recently-used first and prefilled again. `None`: no bound.
 
     Raises:
-        ConfigurationError: If `cache_tokens` is not positive; from `sample`, if one response alone exceeds it or has
-            no budget.
+        ConfigurationError: If `cache_tokens` is not positive; from `sample`, if one response alone exceeds it, or a
+            number of its [`SamplingParams`] is outside of its range.
         DataError: From `sample`, if the prompt is empty.
         RolloutError: From `sample`, if the model's logits are not numbers.
     """
@@ -78,8 +78,7 @@ class LocalSampler:
         """Continue `prompt_ids`; see [`Sampler`]."""
         if not prompt_ids:
             raise DataError(f"the prompt of episode {episode_id!r} is empty; there is nothing to continue")
-        if params.max_new_tokens < 1:
-            raise ConfigurationError(f"`max_new_tokens` is {params.max_new_tokens}; a response has at least one token")
+        check_params(params)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sample] = loop.create_future()
         request = _Request(list(prompt_ids), params, episode_id, order, future)

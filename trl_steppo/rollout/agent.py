@@ -23,8 +23,6 @@ import os
 import shlex
 import shutil
 import signal
-import time
-from asyncio.subprocess import PIPE, Process
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,6 +48,9 @@ T = TypeVar("T")
 
 _STDERR_SHOWN = 2_000  # characters of what a failed process wrote
 _LOOKS_S = 0.25  # between looks whether an agent hangs
+_LETS_GO_S = 60.0  # that an agent whose episode is over may still take where it may be idle as long as it likes
+_TAIL_BYTES = 2**16  # of each of a process's streams that are kept
+_READS_OUT_S = 1.0  # for what a process that has ended wrote last
 _DIES_S = 2.0  # from a polite end to an impolite one
 
 # What torchrun, accelerate, DeepSpeed and MPI tell their own processes.
@@ -143,6 +144,7 @@ def play_agents(
     id_prefix: str = "",
     needs_reward: bool = True,
     resumes: bool = False,
+    overlaps: bool = False,
     on_episode: Callable[[], None] | None = None,
 ) -> list[Episode]:
     """
@@ -154,7 +156,8 @@ def play_agents(
         agent (`Callable`, `str` or `Sequence[str]`):
             Who plays; see the module.
         server ([`~gateway.GatewayServer`]):
-            A started gateway; it is given `sampler` for as long as this takes, and is paused afterwards.
+            A started gateway; it is given `sampler` for as long as this takes, and is paused afterwards, unless
+            `overlaps`.
         sampler ([`Sampler`]):
             The policy.
         limits, sampling, run_seed, max_concurrent_episodes, grace_s, id_prefix, on_episode:
@@ -166,6 +169,9 @@ def play_agents(
         resumes (`bool`, *optional*, defaults to `False`):
             Whether episodes are kept in the gateway's store, and those of the same names that it holds are taken from
             there: whole ones without an error, which were played within the same limits, sampling and seed.
+        overlaps (`bool`, *optional*, defaults to `False`):
+            Whether other rollouts, with the same sampler, are played at the same time: one that can be called from any
+            event loop, and takes new weights by itself.
 
     Returns:
         `list[Episode]`: in the order of the requests.
@@ -174,7 +180,7 @@ def play_agents(
     rollout = _AgentRollout(agent, server, limits, sampling, run_seed, idle_s, id_prefix, needs_reward, resumes)
 
     async def play() -> list[Episode]:
-        server.resume(Engine(sampler, asyncio.get_running_loop(), in_flight))
+        server.resume(Engine(sampler) if overlaps else Engine(sampler, asyncio.get_running_loop(), in_flight))
         try:
             return await play_concurrently(
                 requests,
@@ -185,7 +191,8 @@ def play_agents(
                 on_episode=on_episode or (lambda: None),
             )
         finally:
-            await asyncio.wrap_future(server.submit(server.gateway.port.pause()))
+            if not overlaps:
+                await asyncio.wrap_future(server.submit(server.gateway.port.pause()))
 
     return run_coroutine(play())
 
@@ -219,28 +226,38 @@ class _AgentRollout:
         if found is not None:
             return found
         session, key = await self._at_gateway(self.gateway.open_session(spec, name=name))
-        ending = await self._run(session, key, request.row)
-        await self._at_gateway(self.gateway.finish(session, **ending))
-        return await self._at_gateway(self.gateway.collect(session, keep=self.resumes))
-
-    async def _run(self, session: Session, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Run the agent to its end; how its session is to be finished."""
         run = _FunctionRun(self.agent) if callable(self.agent) else _ProcessRun(self.agent)
-        task = asyncio.ensure_future(run.start(row, self.server, session.session_id, key))
+        task = asyncio.ensure_future(run.start(request.row, self.server, session.session_id, key))
+        task.add_done_callback(_forget)
         try:
-            ending = await self._watch(task, session)
+            ending = await self._watch(task, session, key)
+            # Before the agent is let go of: a request that it gives up as it dies is no longer known here.
+            await self._at_gateway(self.gateway.finish(session, **ending))
         finally:
             await run.end()
-            if not task.done():
-                task.cancel()
-            task.add_done_callback(_forget)
-        if ending is not None:
-            return ending
-        error = task.exception()
-        if error is not None:
-            # A budget that is used up reaches an agent as an error, which it may well not catch.
-            return {} if session.ended_early else {"error": describe(error, "the agent").replace(key, "[key]")}
-        return self._judge(session, task.result())
+            task.cancel()
+        return await self._at_gateway(self.gateway.collect(session, keep=self.resumes))
+
+    async def _watch(self, task: asyncio.Future[Any], session: Session, key: str) -> dict[str, Any]:
+        """Wait for the agent, as long as it may take; how its session is to be finished."""
+        while True:
+            remaining = None if self.limits.max_episode_s is None else self.limits.max_episode_s - session.age_s()
+            looks_s = _LOOKS_S if remaining is None else max(0.0, min(_LOOKS_S, remaining))
+            await asyncio.wait({task}, timeout=looks_s)
+            is_over = session.is_over or session.ended_early
+            if task.done():
+                error = task.exception()
+                if error is None:
+                    return self._judge(session, task.result())
+                # A budget that is used up reaches an agent as an error, which it may well not catch.
+                return {} if is_over else {"error": describe(error, "the agent").replace(key, "[key]")}
+            if remaining is not None and remaining <= 0:
+                return {"out_of_time": True}
+            patience_s = _LETS_GO_S if is_over and self.idle_s is None else self.idle_s
+            if patience_s is not None and self.gateway.is_idle(session, patience_s):
+                if is_over:  # it had the time to judge itself and to clean up
+                    return {}
+                return {"error": f"the agent asked for nothing in {patience_s:g} s, and was given up"}
 
     def _judge(self, session: Session, reward: Any) -> dict[str, Any]:
         if reward is None:
@@ -254,20 +271,6 @@ class _AgentRollout:
         if not math.isfinite(number):
             return {"error": f"the agent returned {reward!r:.100}; a reward is a finite number, or None"}
         return {"reward": number}
-
-    async def _watch(self, task: asyncio.Future[Any], session: Session) -> dict[str, Any] | None:
-        """Wait for the agent; how its session is to be finished if it takes too long, else `None`."""
-        while True:
-            remaining = None if self.limits.max_episode_s is None else self.limits.max_episode_s - session.age_s()
-            looks_s = _LOOKS_S if remaining is None else max(0.0, min(_LOOKS_S, remaining))
-            await asyncio.wait({task}, timeout=looks_s)
-            if task.done():
-                return None
-            if remaining is not None and remaining <= 0:
-                return {"out_of_time": True}
-            idle_s = time.monotonic() - session.last_active
-            if self.idle_s is not None and idle_s > self.idle_s and not self.gateway.num_in_flight(session):
-                return {"error": f"the agent asked for nothing in {self.idle_s:g} s, and was given up"}
 
     async def _at_gateway(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return await asyncio.wrap_future(self.server.submit(coroutine))
@@ -312,12 +315,38 @@ class _FunctionRun:
             self._cancel = None
 
 
+class _Output(asyncio.SubprocessProtocol):
+    """What a process writes: the ends of it, however much there is; and when it has ended, whoever holds its pipes."""
+
+    def __init__(self) -> None:
+        self.tails = {1: bytearray(), 2: bytearray()}
+        self.ended = asyncio.Event()
+        self.closed = {1: asyncio.Event(), 2: asyncio.Event()}
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        tail = self.tails[fd]
+        tail += data
+        del tail[:-_TAIL_BYTES]
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd in self.closed:
+            self.closed[fd].set()
+
+    def process_exited(self) -> None:
+        self.ended.set()
+
+    def text(self, fd: int) -> str:
+        """The end of a stream."""
+        return self.tails[fd].decode(errors="replace")
+
+
 class _ProcessRun:
     """An agent in a process, with all that it starts in one group."""
 
     def __init__(self, command: str | Sequence[str]) -> None:
         self._words = command_words(command)
-        self._process: Process | None = None
+        self._process: asyncio.SubprocessTransport | None = None
+        self.output = _Output()
 
     async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> float | None:
         environment = {
@@ -328,27 +357,44 @@ class _ProcessRun:
             "ANTHROPIC_API_KEY": key,
             "STEPPO_SESSION_URL": f"{server.origin}/sessions/{session_id}",
         }
-        self._process = await asyncio.create_subprocess_exec(
-            *self._words, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, start_new_session=True
+        self._process, _ = await asyncio.get_running_loop().subprocess_exec(
+            lambda: self.output, *self._words, env=environment, start_new_session=True
         )
-        out, errors = await self._process.communicate(json.dumps(row, default=repr).encode())
-        if self._process.returncode:
-            tail = errors.decode(errors="replace").replace(key, "[key]")[-_STDERR_SHOWN:].strip()
-            raise RuntimeError(f"exit status {self._process.returncode}: {tail}")
-        return _last_number(out.decode(errors="replace"))
+        its_input: Any = self._process.get_pipe_transport(0)
+        its_input.write(json.dumps(row, default=repr).encode())
+        its_input.close()  # when all is written
+        await self.output.ended.wait()
+        await self._read_out()
+        code = self._process.get_returncode()
+        if code:
+            tail = self.output.text(2).replace(key, "[key]")[-_STDERR_SHOWN:].strip()
+            raise RuntimeError(f"exit status {code}: {tail}")
+        return _last_number(self.output.text(1))
+
+    async def _read_out(self) -> None:
+        """What is still in the pipes, which a child that lives on may keep open."""
+        both = asyncio.gather(*(closed.wait() for closed in self.output.closed.values()))
+        with suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(both, _READS_OUT_S)
 
     async def end(self) -> None:
         """End it and all that it started."""
-        process = self._process
-        if process is None:
+        if self._process is None:
             return
-        for how, patience_s in ((signal.SIGTERM, _DIES_S), (signal.SIGKILL, _DIES_S)):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, how)
-            if process.returncode is not None:
-                return
+        pid = self._process.get_pid()
+        if not self.output.ended.is_set():
+            _kill(pid, signal.SIGTERM)
             with suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(process.wait(), patience_s)
+                await asyncio.wait_for(self.output.ended.wait(), _DIES_S)
+        _kill(pid, signal.SIGKILL)
+        with suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(self.output.ended.wait(), _DIES_S)
+        self._process.close()
+
+
+def _kill(group: int, how: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, how)
 
 
 def _last_number(text: str) -> float | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..environments.base import Playable
+from ..environments.slots import ToolSlots
 from ..environments.tools import make_playable
 from ..errors import ConfigurationError, DataError
 from ..inference.base import Sampler, SamplingParams
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 RewardFunc = Callable[..., Any]
 
-_NO_NAME = "\0"  # no episode's name begins like this
 _EVAL_EPISODES = 256  # of an evaluation at a time, whose dataset may be large
 
 
@@ -97,6 +97,8 @@ class EpisodePlayer:
         self.data_collator = data_collator
         self.agent = agent
         self._server: GatewayServer | None = None
+        limit = args.max_concurrent_tool_calls
+        self._slots = ToolSlots(limit) if limit is not None else None
         if agent is not None:
             self._check_agent()
         if data_collator is not None:
@@ -145,9 +147,9 @@ class EpisodePlayer:
         requests: Sequence[EpisodeRequest],
         *,
         greedy: bool = False,
+        update: int | None = None,
         id_prefix: str = "",
         on_episode: Callable[[], None] | None = None,
-        resumes: bool = False,
     ) -> list[Episode]:
         """
         Play the requested episodes, which [`score`] then scores. May be called from any thread, and by several.
@@ -157,13 +159,13 @@ class EpisodePlayer:
                 Of [`prepare`]: rows, with their positions in the data stream.
             greedy (`bool`, *optional*, defaults to `False`):
                 Whether to take the most likely tokens, as evaluation does.
+            update (`int`, *optional*):
+                Which update they are for. Its episodes' ids begin with it, and those that an agent has played already,
+                before this process, are taken from the gateway's store. `None`: for none.
             id_prefix (`str`, *optional*):
-                Put before each episode's id.
+                Put before each episode's id instead.
             on_episode (`Callable`, *optional*):
                 Called whenever an episode has ended.
-            resumes (`bool`, *optional*, defaults to `False`):
-                Whether episodes that an agent has played already, before this process, are taken from the gateway's
-                store.
 
         Returns:
             `list[Episode]`: One for each request, in order; failed ones have an `error`.
@@ -176,14 +178,14 @@ class EpisodePlayer:
             "sampling": sampling,
             "run_seed": self.args.seed,
             "max_concurrent_episodes": self.args.max_concurrent_episodes or max(_EVAL_EPISODES, self._update_episodes),
-            "id_prefix": id_prefix,
+            "id_prefix": id_prefix if update is None else _prefix(update),
             "on_episode": on_episode,
         }
         if self.agent is None:
             return play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
         with self._serving() as server:
-            if resumes:
-                server.store.keep_finished(id_prefix).result()
+            if update is not None and update > self.args.max_staleness:
+                server.store.forget(_prefix(update - self.args.max_staleness - 1))  # which is trained
             return play_agents(
                 requests,
                 self.agent,
@@ -191,27 +193,29 @@ class EpisodePlayer:
                 self.sampler,
                 idle_s=self.args.tool_timeout_s,
                 needs_reward=not self.reward_funcs and self.reward_model is None,
-                resumes=resumes,
+                resumes=update is not None,
+                overlaps=self.args.max_staleness > 0,
                 **common,
             )
 
     @contextmanager
-    def running(self, *, is_resumed: bool) -> Iterator[None]:
+    def running(self, *, resumed_at: int | None) -> Iterator[None]:
         """
         Around a run. Where an agent plays, one gateway serves it from beginning to end, and keeps its episodes on the
         disk. Outside a run, each [`play`] has a gateway of its own, which keeps nothing.
 
         Args:
-            is_resumed (`bool`):
-                Whether the run goes on; what agents did in another one is forgotten.
+            resumed_at (`int`, *optional*):
+                The update that the run goes on with; what agents played for other updates than those that may have
+                been begun by then is forgotten. `None`: it is a new one.
         """
         if self.agent is None:
             yield
             return
         path = Path(str(self.args.output_dir)) / "gateway" / f"rank{self.args.process_index:03d}.sqlite"
+        begun = [] if resumed_at is None else range(resumed_at, resumed_at + self.args.max_staleness + 1)
         with self._serving(path) as server:
-            if not is_resumed:
-                server.store.keep_finished(_NO_NAME).result()
+            server.store.keep_finished(*map(_prefix, begun)).result()
             yield
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -259,11 +263,6 @@ class EpisodePlayer:
 
     def _check_agent(self) -> None:
         check_agent(self.agent)
-        if self.args.samples_in_worker or self.args.max_staleness:
-            raise ConfigurationError(
-                f"`agent` is given, and `max_staleness` is {self.args.max_staleness}, `use_rollout_worker` "
-                f"{self.args.use_rollout_worker}; agents play between updates: leave them out"
-            )
         for name in ("environment_factory", "tools", "data_collator"):
             if getattr(self, name):
                 raise ConfigurationError(
@@ -283,6 +282,7 @@ class EpisodePlayer:
             self.tools,
             tool_timeout_s=self.args.tool_timeout_s,
             max_tool_calls=self.args.max_tool_calls,
+            slots=self._slots,
         )
 
     def score(
@@ -338,6 +338,11 @@ class EpisodePlayer:
                 "nothing pays a reward: pass `reward_funcs` or `reward_model`, or an `environment_factory` whose "
                 "environment defines `get_reward()`, `step_reward()` or `step(response)`"
             )
+
+
+def _prefix(update: int) -> str:
+    """What the ids of an update's episodes begin with."""
+    return f"{update}/"
 
 
 def _add_to_last_step(episode: Episode, reward: float) -> Episode:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..errors import ConfigurationError
+from ..inference.base import MIN_TEMPERATURE
 from .ppo import PPOConfig
 
 GROUP_BASELINES = ("grpo", "rloo", "gigpo")
@@ -86,6 +87,9 @@ class StepPOConfig(PPOConfig):
             the model; an environment that does costs its own episode.
         max_tool_calls (`int`, *optional*):
             Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
+        max_concurrent_tool_calls (`int`, *optional*):
+            Most calls of one tool that run at a time, over all episodes of a rank; others wait for their turn, which
+            is not part of their `tool_timeout_s`. `None`: as many as come.
         max_concurrent_episodes (`int`, *optional*):
             Most episodes played at once on a rank. `None`: all of an update; in an evaluation at most 256, or as many
             as in an update if that is more (`per_device_eval_batch_size` has no effect).
@@ -213,6 +217,9 @@ class StepPOConfig(PPOConfig):
         default=60.0, metadata={"help": "Most seconds of one call of a tool or of an environment's method."}
     )
     max_tool_calls: int | None = field(default=None, metadata={"help": "Most tool calls of a response that are run."})
+    max_concurrent_tool_calls: int | None = field(
+        default=None, metadata={"help": "Most calls of one tool at a time on a rank. None: as many as come."}
+    )
     max_concurrent_episodes: int | None = field(
         default=None, metadata={"help": "Most episodes played at once on a rank. None: all of an update."}
     )
@@ -341,7 +348,7 @@ class StepPOConfig(PPOConfig):
         within = {  # name: (lowest, highest, whether the lowest itself is excluded)
             "gamma": (0, 1, False),
             "lam": (0, 1, False),
-            "temperature": (0, math.inf, True),
+            "temperature": (MIN_TEMPERATURE, math.inf, False),
             "top_p": (0, 1, True),
             "top_k": (0, math.inf, False),
             "cliprange": (0, math.inf, True),
@@ -360,6 +367,7 @@ class StepPOConfig(PPOConfig):
             "max_episode_s": (0, math.inf, True),
             "tool_timeout_s": (0, math.inf, True),
             "max_tool_calls": (1, math.inf, False),
+            "max_concurrent_tool_calls": (1, math.inf, False),
             "max_concurrent_episodes": (1, math.inf, False),
             "max_tokens_per_micro_batch": (1, math.inf, False),
             "local_rollout_forward_batch_size": (1, math.inf, False),

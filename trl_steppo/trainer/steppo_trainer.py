@@ -266,7 +266,7 @@ class StepPOTrainer(PPOTrainer):
         checkpoint = resume_from_checkpoint or None
         self._set_out(checkpoint)
         with (
-            self.player.running(is_resumed=checkpoint is not None),
+            self.player.running(resumed_at=None if checkpoint is None else self.state.global_step),
             self.engine.running(self.state.global_step),
             self._running(),
         ):
@@ -306,7 +306,7 @@ class StepPOTrainer(PPOTrainer):
     def _rollout(self, update: int) -> Callable[[], tuple[list[EpisodeRequest], list[Episode]]]:
         """What plays the episodes of an update on this rank, and does not need this thread any more."""
         requests = self.player.prepare(self._requests(update))
-        play = partial(self.player.play, requests, id_prefix=f"{update}/", resumes=True)
+        play = partial(self.player.play, requests, update=update)
         return lambda: (requests, play())
 
     def _judge(self, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
@@ -835,7 +835,11 @@ class StepPOTrainer(PPOTrainer):
         prompted = self.sampler.prompt_tokens - prompted
         prefilled = self.sampler.prefilled_tokens - prefilled
         self._means.add("rollout/prefix_cache_hit_rate", max(0, prompted - prefilled), prompted)
-        model_s = self.clock.seconds["model_s"] + self.sampler.forward_s - sampling
+        model_s, rollout_s = self.clock.seconds["model_s"], max(self.clock.seconds["rollout_s"], 1e-9)
+        if args.max_staleness:  # sampling goes on all the time, and takes none of this process's
+            rollout_s = update_s
+        else:
+            model_s += self.sampler.forward_s - sampling
         self.state.global_step += 1
         with self.clock.measure("sync_s"):
             self.engine.take_weights(self.state.global_step)
@@ -850,7 +854,7 @@ class StepPOTrainer(PPOTrainer):
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
             "perf/overhead_fraction": 1.0 - model_s / update_s,
-            "perf/tokens_per_s": (self.sampler.sampled_tokens - sampled) / max(self.clock.seconds["rollout_s"], 1e-9),
+            "perf/tokens_per_s": (self.sampler.sampled_tokens - sampled) / rollout_s,
             "perf/sampled_tokens": self.sampler.sampled_tokens - sampled,
             "perf/prefilled_tokens": prefilled,
         }

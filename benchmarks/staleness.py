@@ -1,0 +1,112 @@
+"""
+What age does to learning: StepPO on the mini wiki, whose rollouts begin 0, 1, 2 or 4 updates before their own, with
+importance weights for what is old and without.
+
+    python benchmarks/staleness.py --json benchmarks/results/staleness.json
+
+Everything else is as in `step_vs_token.py`, whose runs of StepPO are those of staleness 0 here. Tools answer at once,
+so that every step is as old as it may be. What a run showed is kept as a small file in `--results_dir`, and is not
+repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _intervals import curve_interval
+from _plots import plot_task
+from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from _runs import Run, play, refuse_failures
+from step_vs_token import MINI_WIKI, QUICK, Cell, Store, chosen_rates, record_of, run_of, shown, summarize
+
+SYNCHRONOUS = "staleness 0"
+SETTINGS: dict[str, dict[str, Any]] = {
+    f"staleness {staleness}, {correction}": {"max_staleness": staleness, "rollout_correction": correction}
+    for staleness in (1, 2, 4)
+    for correction in ("truncate", "none")
+}
+
+
+@dataclass
+class StalenessArguments(BenchmarkArguments):
+    """
+    Args:
+        num_seeds (`int`, *optional*, defaults to `4`):
+            Seeds of each setting.
+        parallel (`int`, *optional*, defaults to `1`):
+            Runs at a time, each of which has two processes of one thread.
+        results_dir (`str`, *optional*, defaults to `"benchmarks/results/staleness"`):
+            Where a small file of each run is kept, and the figure.
+        runs_dir (`str`, *optional*, defaults to `"runs/staleness"`):
+            Where the runs write.
+    """
+
+    num_seeds: int = field(default=4, metadata={"help": "Seeds of each setting."})
+    parallel: int = field(default=1, metadata={"help": "Runs at a time, of two processes each."})
+    results_dir: str = field(default="benchmarks/results/staleness", metadata={"help": "Where results are kept."})
+    runs_dir: str = field(default="runs/staleness", metadata={"help": "Where the runs write."})
+
+
+def play_settings(
+    args: StalenessArguments,
+    settings: Mapping[str, Mapping[str, Any]],
+    cells: Sequence[Cell],
+    extra: Mapping[str, Any],
+) -> list[Run]:
+    """Play what is not kept; the runs that failed."""
+    runs: dict[Run, tuple[Store, Cell]] = {}
+    for cell in cells:  # seed by seed, so that settings can be compared before all seeds are done
+        for name, flags in settings.items():
+            store = Store(Path(args.results_dir) / name)
+            if not store.holds(cell):
+                runs[run_of(MINI_WIKI, cell, Path(args.runs_dir) / name, {**flags, **extra})] = store, cell
+
+    def keep(run: Run) -> None:
+        store, cell = runs[run]
+        record = record_of(run, MINI_WIKI.score)
+        store.write(cell, record)
+        print(f"{store.root.name} seed {cell.seed}: area {record.area:.3f}, {record.seconds:.0f} s", flush=True)
+
+    return play(runs, parallel=args.parallel, num_threads=1, on_finish=keep)
+
+
+def main(args: StalenessArguments) -> None:
+    """Play, print, draw, write."""
+    synchronous = Store(Path("benchmarks/results/step_vs_token"))
+    rate = chosen_rates(MINI_WIKI, synchronous)["steppo"]
+    cells = [
+        Cell("mini_wiki", "result", "steppo", rate, seed)
+        for seed in range(1, (1 if args.quick else args.num_seeds) + 1)
+    ]
+    settings = {name: SETTINGS[name] for name in list(SETTINGS)[: 1 if args.quick else None]}
+    if args.quick:
+        args.results_dir = str(Path(args.runs_dir) / "quick")
+    failed = play_settings(args, settings, cells, QUICK if args.quick else {})
+    records = {SYNCHRONOUS: list(synchronous.records(cells).values())}
+    records |= {name: list(Store(Path(args.results_dir) / name).records(cells).values()) for name in settings}
+    records = {name: runs for name, runs in records.items() if runs}
+    summaries = summarize(records, dict.fromkeys(records, rate))
+    curves = {
+        name: {"episodes": runs[0].episodes, "sampled": curve_interval([run.sampled for run in runs])}
+        for name, runs in records.items()
+    }
+    print_table(
+        f"StepPO on the mini wiki, {len(cells)} seeds: interquartile means (95 % intervals)",
+        ["", "greedy, end", "sampled, end", "area", "s"],
+        [
+            [name, shown(found.final_greedy), shown(found.final_sampled), shown(found.area), f"{found.seconds:.0f}"]
+            for name, found in summaries.items()
+        ],
+    )
+    figures = {"summaries": {name: asdict(found) for name, found in summaries.items()}, "curves": curves}
+    if not args.quick:
+        plot_task(Path(args.results_dir) / "staleness.png", "StepPO on the mini wiki", figures)
+    write_record(args.json, {**figures, "seeds": len(cells), "learning_rate": rate})
+    refuse_failures(failed)
+
+
+if __name__ == "__main__":
+    main(parse_arguments(StalenessArguments))
