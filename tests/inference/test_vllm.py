@@ -293,12 +293,15 @@ def test_a_shared_output_layer_is_packed_again_on_a_cpu(serve, connect, tmp_path
     assert server.called[2:] == ["reload_weights", "pack_output_layer"]
 
 
-def test_what_is_longer_than_the_server_takes_is_refused(serve, connect):
+def test_what_no_server_can_sample_is_refused(serve, connect):
     sampler = connect(serve(max_model_len=6))
     with pytest.raises(
         ConfigurationError, match=r"a prompt of 3 tokens with up to 4 new ones exceeds the 6 .*--max-mo"
     ):
         ask(sampler, 1)
+    for limits in ({"top_p": 0.9}, {"top_k": 5}):
+        with pytest.raises(ConfigurationError, match="vLLM's log-probabilities are then of what these leave"):
+            ask(sampler, 1, replace(SAMPLED, **limits))
     with pytest.raises(DataError, match="the prompt of episode 'e' is empty"):
         asyncio.run(sampler.sample([], SAMPLED, episode_id="e"))
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..types import StopReason, TokenIds
-from .base import Sample, SamplingParams
+from .base import Sample, SamplingParams, check_params
 
 if TYPE_CHECKING:
     import aiohttp
@@ -88,7 +88,8 @@ class VLLMSampler:
 
     Raises:
         ConfigurationError: From `update`, if a server lacks an option; from `sample`, if prompt and response are
-            longer than it takes.
+            longer than it takes, a number of its [`SamplingParams`] is outside of its range, or `top_p` or `top_k` is
+            set.
         RolloutError: If no server is ready for `timeout_s`, or this sampler was closed.
     """
 
@@ -134,6 +135,12 @@ class VLLMSampler:
         """Continue `prompt_ids`; see [`Sampler`]. May be called from any event loop."""
         if not prompt_ids:
             raise DataError(f"the prompt of episode {episode_id!r} is empty; there is nothing to continue")
+        check_params(params)
+        if params.top_p != 1 or params.top_k != 0:
+            raise ConfigurationError(
+                f"`top_p` is {params.top_p} and `top_k` {params.top_k}: vLLM's log-probabilities are then of what "
+                "these leave; leave them out"
+            )
         return await asyncio.wrap_future(self._submit(self._sample(list(prompt_ids), params, episode_id)))
 
     def release(self, episode_id: str) -> None:

@@ -189,8 +189,6 @@ def test_an_agent_is_served_by_them(tmp_path, serve) -> None:
     for update, episodes in enumerate(played(tmp_path, 2)):
         assert all(episode.valid for episode in episodes)
         assert {step.policy_version for episode in episodes for step in episode.steps} == {update}
-    with pytest.raises(ConfigurationError, match="agents play between updates"):
-        make_trainer(tmp_path, agent=agent, train_dataset=message_rows(), max_staleness=1, **settings)
 
 
 def test_an_evaluation_alone(tmp_path, serve) -> None:
