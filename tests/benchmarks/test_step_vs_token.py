@@ -209,6 +209,41 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
         study.play_cells([mine], tasks, store, args)
 
 
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    """Its record was removed, as the message says, but not the run."""
+    monkeypatch.setattr(study, "record_of", lambda run, score: RECORD)
+    store, args = Store(tmp_path / "results"), StudyArguments(runs_dir=str(tmp_path / "runs"))
+    mine, tasks = cell(4e-4, 1, phase="result"), {"mini_wiki": study.MINI_WIKI}
+    run = study.run_of(study.MINI_WIKI, mine, tmp_path / "runs", {})
+    run.output_dir.mkdir(parents=True)
+    (run.output_dir / "seconds.txt").write_text("1.0\n")
+    kept = {"settings": run.settings, "inputs": run.hashes()}
+    (run.output_dir / "run.json").write_text(json.dumps(kept))
+    assert study.play_cells([mine], tasks, store, args) == []
+    assert store.holds(mine)
+
+    store.path(mine).unlink()
+    kept["settings"] = run.settings.replace("--total_episodes 1536", "--total_episodes 512")
+    (run.output_dir / "run.json").write_text(json.dumps(kept))
+    with pytest.raises(SystemExit, match=r"seed1 holds a finished run of other settings(?s:.*)512(?s:.*)1536"):
+        study.play_cells([mine], tasks, store, args)
+    assert not store.holds(mine)
+
+
+def test_records_of_another_configuration_or_policy_are_not_mixed_in(tmp_path):
+    store, args = Store(tmp_path), StudyArguments(runs_dir="elsewhere")
+    mine, tasks = cell(4e-4, 1, phase="result"), {"mini_wiki": study.MINI_WIKI}
+    run = study.run_of(study.MINI_WIKI, mine, Path("runs"), {})
+    record = replace(RECORD, command=run.command)
+    for inputs in (None, run.hashes()):  # the oldest records know of none
+        store.write(mine, replace(record, inputs=inputs))
+        assert study.play_cells([mine], tasks, store, args) == []
+    for name in run.hashes():
+        store.write(mine, replace(record, inputs={**run.hashes(), name: "other"}))
+        with pytest.raises(SystemExit, match=f"changed since: {name}"):
+            study.play_cells([mine], tasks, store, args)
+
+
 # -- what it shows ----------------------------------------------------------------------------------------------------
 
 
