@@ -192,7 +192,7 @@ def play(
 
 
 def refuse_other_runs(runs: Iterable[Run]) -> None:
-    """Raise if a directory holds a finished run that began with other settings, or other files, than this one would."""
+    """Raise if a directory holds a finished run that began with other settings, or other files, than this one has."""
     for run in runs:
         if run.is_finished and (run.played_settings, run.played_hashes) != (run.settings, run.hashes()):
             there = run.played_settings or "a run that kept no settings"

@@ -30,7 +30,6 @@ from _intervals import (
     episodes_ratio,
     episodes_to_reach,
     final_sampled,
-    interquartile_mean,
     interval,
     probability_of_improvement,
 )
@@ -46,6 +45,8 @@ from _runs import (
     settings_in,
     updates_of,
 )
+
+from trl_steppo.report.statistics import interquartile_mean
 
 CRITIC_OVER_POLICY = 2.5
 TOKEN_CLIPRANGE = 0.2

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import step_vs_token as study
 from _runs import play
@@ -55,7 +56,8 @@ def settings_of(method, task=study.MINI_WIKI):
 def test_every_method_has_settings_without_contradiction(method):
     settings = settings_of(method)
     assert (settings.learning_rate, settings.seed, settings.total_episodes) == (4e-4, 7, 1536)
-    assert settings.per_device_train_batch_size == 64
+    # Episodes of an update, those of a group among them (and on one process)
+    assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 64
     assert settings.uses_critic == (method in study.WITH_CRITIC)
     if settings.uses_critic:
         assert settings.critic_learning_rate == pytest.approx(1e-3)
@@ -165,6 +167,62 @@ def test_a_record_reads_back(tmp_path):
     assert store.records([mine, cell(2e-4, 102)]) == {mine: RECORD}
     assert RECORD.area == pytest.approx(0.2)
     assert [path.suffix for path in store.path(mine).parent.iterdir()] == [".json"]
+
+
+def test_what_is_kept_of_a_run(tmp_path):
+    task = study.MINI_WIKI
+    history = [
+        {"step": 0, "eval_exact_match": 0.25, "eval_f1": 0.9},
+        {
+            "step": 1,
+            "episode": 64,
+            "env/exact_match": 0.125,
+            "env/f1": 0.8,
+            "env/reward": 0.7,
+            "perf/update_s": 1.0,
+            "rollout/response_tokens": 30.0,
+            "env/episode_steps": 2.0,
+        },
+        {
+            "step": 2,
+            "episode": 128,
+            "env/exact_match": 0.375,
+            "env/f1": 0.9,
+            "env/reward": 0.6,
+            "critic/explained_variance": 0.5,
+            "policy/clipfrac_avg": 0.0625,
+            "policy/clipfrac_max": 0.75,
+            "perf/update_s": 1.0,
+            "rollout/response_tokens": 31.0,
+            "env/episode_steps": 3.0,
+        },
+        {"step": 2, "eval_exact_match": 0.75, "eval_f1": 0.1},
+        {"step": 2, "train_runtime": 9.0, "episode": 128, "env/exact_match": 1.0},
+    ]
+    run = study.run_of(task, cell(4e-4, 1), tmp_path, {})
+    run.output_dir.mkdir(parents=True)
+    (run.output_dir / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    for name, text in (("seconds.txt", "12.5\n"), ("commit.txt", "abc\n"), ("run.json", '{"inputs": {"x": "y"}}')):
+        (run.output_dir / name).write_text(text)
+    record = study.record_of(run, task.score)
+    assert (record.episodes, record.sampled) == ([64, 128], [0.125, 0.375])
+    assert (record.greedy_start, record.greedy_end) == (0.25, 0.75)
+    assert (record.explained_variance, record.clip_fraction) == ([None, 0.5], [None, 0.0625])
+    assert (record.seconds, record.commit, record.command) == (12.5, "abc", run.command)
+    assert record.inputs == {"x": "y"}
+
+
+def test_all_that_is_kept_reads_and_every_method_played_64_episodes_an_update():
+    store = Store(ROOT / "benchmarks" / "results" / "step_vs_token")
+    files = sorted(store.root.glob("*/*/*.json"))
+    assert len(files) >= 54
+    played = {}
+    for file in files:
+        kept = Cell(**json.loads(file.read_text())["run"])
+        assert store.path(kept) == file
+        played.setdefault(kept.method, set()).update(np.diff([0, *store.read(kept).episodes]).tolist())
+    assert {"grpo", "rloo", "gigpo"} <= set(played)
+    assert set().union(*played.values()) == {64}
 
 
 def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
