@@ -2,7 +2,7 @@
 How runs of different seeds are summed up, as Agarwal et al. recommend (arXiv 2108.13264).
 
 Interquartile means, and 95 % intervals by the percentile bootstrap over seeds, stratified: each method's runs are
-drawn anew from that method's runs.
+drawn anew from that method's runs. Both are the report's.
 """
 
 from __future__ import annotations
@@ -11,18 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, trim_mean
+
+from trl_steppo.report.statistics import NUM_RESAMPLES, bootstrap_interval, interquartile_mean
 
 Interval = list[float | None]
 """[low, estimate, high]; low and high are `None` where one seed says nothing about others."""
 
-NUM_RESAMPLES = 2000
 WINDOW = 5  # updates that a sampled score is averaged over
-
-
-def interquartile_mean(values: Any, axis: int = -1) -> Any:
-    """The mean of the middle half: what lies in the lowest and the highest quarter is left out."""
-    return trim_mean(np.asarray(values, dtype=float), 0.25, axis=axis)
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -135,10 +130,8 @@ def _bootstrapped(statistic: Callable[..., Any], *samples: Sequence[float]) -> I
         return [None, estimate, None]
     if all((array == array[0]).all() for array in arrays):
         return [estimate, estimate, estimate]
-    found = bootstrap(
-        arrays, statistic, method="percentile", n_resamples=NUM_RESAMPLES, rng=np.random.default_rng(0)
-    ).confidence_interval
-    return [float(found.low), estimate, float(found.high)]
+    low, high = bootstrap_interval(statistic, *arrays)
+    return [float(low), estimate, float(high)]
 
 
 def _finite(bounds: Sequence[float | None]) -> Interval:

@@ -10,6 +10,9 @@ import matplotlib
 import numpy as np
 from _intervals import Interval
 
+from trl_steppo.report.plots import draw_curve
+from trl_steppo.report.statistics import Curve
+
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of what draws
 
@@ -29,8 +32,8 @@ def plot_task(path: Path, title: str, figures: Mapping[str, Any]) -> None:
     figure, (curves, finals) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained")
     for number, (method, curve) in enumerate(figures["curves"].items()):
         low, middle, high = _columns(curve["sampled"])
-        curves.plot(curve["episodes"], middle, color=f"C{number}")
-        curves.fill_between(curve["episodes"], low, high, color=f"C{number}", alpha=0.08, linewidth=0)
+        of_method = Curve(np.asarray(curve["episodes"]), middle, low, high, updates_per_point=1)
+        draw_curve(curves, of_method, f"C{number}", alpha=0.08)
         for offset, marker, name in ((-0.12, "o", "final_greedy"), (0.12, "s", "final_sampled")):
             low, middle, high = _columns([figures["summaries"][method][name]])
             finals.errorbar(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -16,13 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from _record import current_commit
+
+from trl_steppo.models import ROOMS_POLICY, locate_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LAUNCHER = ("-m", "accelerate.commands.launch", "--num_processes", "1")
 
 _SECONDS = "seconds.txt"  # written when a run is over, and well: its mark
 _COMMIT = "commit.txt"  # written when it starts: figures may be read under another
+_SETTINGS = "run.json"  # written when it starts: another run may be asked for under the same name
+_DEFAULT_CONFIGS = {"hotpotqa_steppo.py": "mini_wiki.yaml", "rooms_steppo.py": "rooms.yaml"}
 _POLL_S = 0.2
 
 
@@ -36,15 +42,42 @@ class Run:
             What Python is started with: a script and its flags.
         output_dir (`Path`):
             Where the run writes; its output goes to `log.txt` there.
+        inputs (`tuple[Path, ...]`, *optional*):
+            Files and directories that decide what it does, beside its arguments.
     """
 
     arguments: tuple[str, ...]
     output_dir: Path
+    inputs: tuple[Path, ...] = ()
 
     @property
     def is_finished(self) -> bool:
-        """Whether it need not be played again."""
+        """Whether a run is there that need not be played again, if it is this one (`refuse_other_runs`)."""
         return (self.output_dir / _SECONDS).is_file()
+
+    @property
+    def settings(self) -> str:
+        """The command without the place it writes to, which comes last."""
+        return settings_in(self.command)
+
+    def hashes(self) -> dict[str, str]:
+        """Of what its inputs hold now, by their names."""
+        return {_name_of(path): _hash_of(path) for path in self.inputs}
+
+    @property
+    def played_settings(self) -> str | None:
+        """`settings` as they were when the run in its directory began. `None`: it kept none."""
+        return self._kept().get("settings")
+
+    @property
+    def played_hashes(self) -> dict[str, str] | None:
+        """`hashes` as they were when the run in its directory began. `None`: it kept none."""
+        return self._kept().get("inputs")
+
+    def _kept(self) -> dict[str, Any]:
+        path = self.output_dir / _SETTINGS
+        kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return kept
 
     @property
     def seconds(self) -> float:
@@ -93,7 +126,13 @@ def example_run(
             What starts the script: nothing, or `LAUNCHER`.
     """
     given = [part for name, value in {**flags, "output_dir": output_dir}.items() for part in (f"--{name}", str(value))]
-    return Run((*launcher, os.path.relpath(EXAMPLES / script), *switches, *given), output_dir)
+    arguments = (*launcher, os.path.relpath(EXAMPLES / script), *switches, *given)
+    return Run(arguments, output_dir, _inputs_of(script, flags))
+
+
+def settings_in(command: str) -> str:
+    """A run's command without the place it writes to, which comes last."""
+    return command.partition(" --output_dir ")[0]
 
 
 def play(
@@ -104,7 +143,8 @@ def play(
     on_finish: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
     """
-    Play the runs that are not finished, in their order. One that was stopped half-way begins anew.
+    Play the runs that are not finished, in their order. One that was stopped half-way begins anew; one that is
+    finished, but of other settings, is refused: it is neither taken for this one nor thrown away.
 
     Args:
         runs (`Iterable[Run]`):
@@ -120,6 +160,7 @@ def play(
         `list[Run]`: Those that failed. Their logs say why.
     """
     waiting = deque(runs)
+    refuse_other_runs(waiting)
     playing: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
     failed = []
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -150,6 +191,23 @@ def play(
     return failed
 
 
+def refuse_other_runs(runs: Iterable[Run]) -> None:
+    """Raise if a directory holds a finished run that began with other settings, or other files, than this one has."""
+    for run in runs:
+        if run.is_finished and (run.played_settings, run.played_hashes) != (run.settings, run.hashes()):
+            there = run.played_settings or "a run that kept no settings"
+            changed = ", ".join(changed_inputs(run.played_hashes, run.hashes())) or "none that it knows of"
+            raise SystemExit(
+                f"{run.output_dir} holds a finished run of other settings; remove it, or name another --runs_dir\n"
+                f"there: {there}\nhere:  {run.settings}\nfiles that have changed since: {changed}"
+            )
+
+
+def changed_inputs(before: Mapping[str, str] | None, now: Mapping[str, str]) -> list[str]:
+    """The names under which two runs read different things; those of a run that kept no hashes are unknown."""
+    return [] if before is None else sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+
 def refuse_failures(failed: Sequence[Run]) -> None:
     """Raise if a run failed, with where to look."""
     if failed:
@@ -165,6 +223,8 @@ def _start(run: Run, num_threads: int | None) -> subprocess.Popen[bytes]:
     shutil.rmtree(run.output_dir, ignore_errors=True)
     run.output_dir.mkdir(parents=True)
     (run.output_dir / _COMMIT).write_text(f"{current_commit() or ''}\n")
+    kept = {"settings": run.settings, "inputs": run.hashes()}
+    (run.output_dir / _SETTINGS).write_text(json.dumps(kept, indent=2) + "\n")
     threads = {} if num_threads is None else {"OMP_NUM_THREADS": str(num_threads)}
     with (run.output_dir / "log.txt").open("w") as log:
         return subprocess.Popen(
@@ -180,3 +240,31 @@ def _mark_finished(run: Run, seconds: float) -> None:
     unfinished = run.output_dir / f"{_SECONDS}.part"
     unfinished.write_text(f"{seconds:.1f}\n")
     unfinished.replace(run.output_dir / _SECONDS)
+
+
+def _inputs_of(script: str, flags: Mapping[str, Any]) -> tuple[Path, ...]:
+    """What an example reads: its configuration, and the policy and the rows where these are local."""
+    config = Path(flags.get("config", EXAMPLES / "configs" / _DEFAULT_CONFIGS[script]))
+    read = {**yaml.safe_load(config.read_text()), **flags}
+    policy = locate_model(str(read["model_name_or_path"])) if "model_name_or_path" in read else ROOMS_POLICY
+    local = (Path(path) for path in (policy, str(read.get("dataset_name", ""))) if path and Path(path).exists())
+    return (config, *local)
+
+
+def _name_of(path: Path) -> str:
+    """Where it is in the repository, or as it was given."""
+    root = EXAMPLES.parent
+    return str(path.resolve().relative_to(root)) if path.resolve().is_relative_to(root) else str(path)
+
+
+def _hash_of(path: Path) -> str:
+    """Of a configuration what it says, not how; of a directory its files."""
+    digest = hashlib.sha256()
+    if path.suffix == ".yaml":
+        digest.update(json.dumps(yaml.safe_load(path.read_text()), sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

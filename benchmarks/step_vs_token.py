@@ -31,13 +31,23 @@ from _intervals import (
     episodes_ratio,
     episodes_to_reach,
     final_sampled,
-    interquartile_mean,
     interval,
     probability_of_improvement,
 )
 from _plots import plot_axes, plot_task
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
-from _runs import EXAMPLES, Run, example_run, play, refuse_failures, updates_of
+from _runs import (
+    EXAMPLES,
+    Run,
+    changed_inputs,
+    example_run,
+    play,
+    refuse_failures,
+    settings_in,
+    updates_of,
+)
+
+from trl_steppo.report.statistics import interquartile_mean
 
 CRITIC_OVER_POLICY = 2.5
 TOKEN_CLIPRANGE = 0.2
@@ -210,6 +220,8 @@ class Record:
             The whole process.
         processor, commit, command (`str`):
             What it ran on, and how.
+        inputs (`dict[str, str]`, *optional*):
+            Hashes of the files it read: its configuration, and the policy. `None` in the oldest records.
     """
 
     episodes: list[int]
@@ -224,6 +236,7 @@ class Record:
     command: str
     response_tokens: list[float] | None = None
     episode_steps: list[float] | None = None
+    inputs: dict[str, str] | None = None
 
     @property
     def area(self) -> float:
@@ -304,6 +317,7 @@ def record_of(run: Run, score: str) -> Record:
         command=run.command,
         response_tokens=[logs["rollout/response_tokens"] for logs in updates],
         episode_steps=[logs["env/episode_steps"] for logs in updates],
+        inputs=run.played_hashes,
     )
 
 
@@ -441,18 +455,18 @@ def play_cells(cells: Sequence[Cell], tasks: Mapping[str, Task], store: Store, a
 
 
 def refuse_other_settings(planned: Mapping[Run, Cell], store: Store) -> None:
-    """Raise if what is kept was played with other settings than what would be played now."""
+    """Raise if what is kept was played with other settings, or other files, than what would be played now."""
     for run, cell in planned.items():
-        if store.holds(cell) and settings_in(store.read(cell).command) != settings_in(run.command):
+        if not store.holds(cell):
+            continue
+        kept = store.read(cell)
+        changed = changed_inputs(kept.inputs, run.hashes())
+        if settings_in(kept.command) != settings_in(run.command) or changed:
             raise SystemExit(
-                f"{store.path(cell)} was played with other settings than those of this study; remove it, or name "
-                f"another --results_dir\nthere: {store.read(cell).command}\nhere:  {run.command}"
+                f"{store.path(cell)} was played with other settings than those of this study; remove it and "
+                f"{run.output_dir}, or name another --results_dir and --runs_dir\nthere: {kept.command}\n"
+                f"here:  {run.command}\nfiles that have changed since: {', '.join(changed) or 'none that it knows of'}"
             )
-
-
-def settings_in(command: str) -> str:
-    """A run's command without the place it writes to, which comes last."""
-    return command.partition(" --output_dir ")[0]
 
 
 def chosen_rates(task: Task, store: Store) -> dict[str, float]:

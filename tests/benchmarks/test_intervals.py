@@ -1,6 +1,7 @@
 """How seeds are summed up: values derived by hand, and what intervals must do."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -84,6 +85,46 @@ def test_a_faster_method_has_a_smaller_ratio():
     low, estimate, high = episodes_ratio(fast, slow, EPISODES)
     assert estimate == pytest.approx(50 / 80)
     assert low <= estimate <= high < 1
+
+
+def jump(update: int) -> list[float]:
+    """A curve of eight updates that is 0, and 1 from one of them on."""
+    return [0.0] * (update - 1) + [1.0] * (9 - update)
+
+
+def test_eight_unequal_curves_reach_a_score_by_their_middle_half():
+    curves = [[level] * 8 for level in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 9.0)]
+    assert episodes_to_reach(curves, EPISODES, 0.34) == 50  # (0.2 + 0.3 + 0.4 + 0.5) / 4 = 0.35; the mean is 1.39
+    assert episodes_to_reach(curves, EPISODES, 0.36) == math.inf
+
+
+def test_the_ratio_of_eight_unequal_curves():
+    """
+    Of a curve that jumps at update s, the mean of updates u - 4 to u is (u - s + 1) / 5, between 0 and 1.
+
+    Theirs end with 0.2 0.2 0.4 0.4 0.6 0.6 0.8 1, of whose middle half the mean is 0.5; one update before it was 0.3:
+    they reach it with 80 episodes. Ours have 0 0.2 0.2 0.4 0.4 0.6 0.6 0.8 after update 5, in the middle 0.4, and
+    0 0.4 0.4 0.6 0.6 0.8 0.8 1 after update 6, in the middle 0.6: they reach it with 60.
+    """
+    ours = [jump(update) for update in (2, 3, 3, 4, 4, 5, 5, 8)]
+    theirs = [jump(update) for update in (4, 5, 6, 6, 7, 7, 8, 8)]
+    low, estimate, high = episodes_ratio(ours, theirs, EPISODES)
+    assert estimate == pytest.approx(60 / 80)
+    assert 50 / 80 <= low < estimate < high <= 80 / 70
+
+
+def test_the_interval_of_a_ratio_is_that_of_all_draws():
+    """Of two seeds each there are 16 draws, with replacement; each is likelier than 2.5 %, so the ends are theirs."""
+    ours, theirs = [jump(4), jump(6)], [jump(6), jump(7)]
+    ratios = []
+    for mine in product(ours, repeat=2):
+        for yours in product(theirs, repeat=2):
+            threshold = np.mean([final_sampled(curve) for curve in yours]) - 1e-9
+            both = (episodes_to_reach(curves, EPISODES, threshold) for curves in (mine, yours))
+            ratios.append(next(both) / next(both))
+    low, _, high = episodes_ratio(ours, theirs, EPISODES)
+    assert sum(ratio == min(ratios) for ratio in ratios) < 4 > sum(ratio == max(ratios) for ratio in ratios)
+    assert (low, high) == pytest.approx((min(ratios), max(ratios)))
 
 
 def test_a_score_that_is_not_reached_has_no_ratio():

@@ -60,6 +60,68 @@ def test_a_run_that_was_stopped_begins_anew(run_in):
     assert not (run.output_dir / "left-over").exists()
 
 
+def test_a_finished_run_of_other_arguments_is_neither_taken_nor_thrown_away(run_in):
+    run = run_in("a")
+    play([run])
+    other = Run((*run.arguments, "--gamma", "1"), run.output_dir)
+    with pytest.raises(SystemExit, match=r"a holds a finished run of other settings; remove it.*--runs_dir") as found:
+        play([run_in("b"), other])
+    assert f"there: {run.command}" in str(found.value)
+    assert f"here:  {other.command}" in str(found.value)
+    assert not run_in("b").output_dir.exists(), "nothing is played before"
+    assert play([run]) == []
+    assert times_started(run) == 1
+
+
+def test_a_finished_run_that_read_other_files_is_refused(run_in, tmp_path):
+    config, policy = tmp_path / "config.yaml", tmp_path / "policy"
+    policy.mkdir()
+    (policy / "weights").write_bytes(b"1")
+    config.write_text("gamma: 0.9\nlam: 1.0\n")
+    plain = run_in("a")
+    run = Run(plain.arguments, plain.output_dir, (config, policy))
+    play([run])
+    config.write_text("# The same in other words\nlam: 1.0\ngamma: 0.9\n")
+    assert play([run]) == []
+    (policy / "weights").write_bytes(b"2")
+    with pytest.raises(SystemExit, match=r"have changed since: .*policy$"):
+        play([run])
+    config.write_text("gamma: 0.5\n")
+    with pytest.raises(SystemExit, match=r"have changed since: .*config\.yaml, .*policy$"):
+        play([run])
+    with pytest.raises(SystemExit, match="finished run of other settings"):
+        play([plain])
+
+
+def test_a_finished_run_that_kept_no_settings_is_refused(run_in):
+    run = run_in("a")
+    run.output_dir.mkdir()
+    (run.output_dir / "seconds.txt").write_text("1.0\n")
+    with pytest.raises(SystemExit, match="there: a run that kept no settings"):
+        play([run])
+
+
+def test_an_example_reads_its_configuration_and_its_policy(tmp_path):
+    own = {"config": "examples/configs/smollm2-135m-cpu.yaml", "model_name_or_path": str(tmp_path)}
+    inputs = {
+        (script, *flags): [str(path) for path in example_run(script, Path("runs/x"), flags).inputs]
+        for script, flags in (("hotpotqa_steppo.py", {}), ("rooms_steppo.py", {}), ("hotpotqa_steppo.py", own))
+    }
+    root = Path(__file__).parents[2]
+    assert [
+        [str(Path(path).relative_to(root)) if path.startswith(str(root)) else path for path in paths]
+        for paths in inputs.values()
+    ] == [
+        ["examples/configs/mini_wiki.yaml", "trl_steppo/models/mini_wiki"],
+        ["examples/configs/rooms.yaml", "trl_steppo/models/rooms"],
+        ["examples/configs/smollm2-135m-cpu.yaml", str(tmp_path)],
+    ]
+    assert list(example_run("rooms_steppo.py", Path("runs/x"), {}).hashes()) == [
+        "examples/configs/rooms.yaml",
+        "trl_steppo/models/rooms",
+    ]
+
+
 def test_a_failed_run_does_not_stop_the_others(run_in):
     broken, fine = run_in("a", "fail"), run_in("b")
     assert play([broken, fine]) == [broken]

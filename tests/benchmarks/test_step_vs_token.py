@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import step_vs_token as study
 from _runs import play
@@ -55,7 +56,8 @@ def settings_of(method, task=study.MINI_WIKI):
 def test_every_method_has_settings_without_contradiction(method):
     settings = settings_of(method)
     assert (settings.learning_rate, settings.seed, settings.total_episodes) == (4e-4, 7, 1536)
-    assert settings.per_device_train_batch_size == 64
+    # Episodes of an update, those of a group among them (and on one process)
+    assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 64
     assert settings.uses_critic == (method in study.WITH_CRITIC)
     if settings.uses_critic:
         assert settings.critic_learning_rate == pytest.approx(1e-3)
@@ -195,6 +197,62 @@ def test_a_record_reads_back(tmp_path):
     assert [path.suffix for path in store.path(mine).parent.iterdir()] == [".json"]
 
 
+def test_what_is_kept_of_a_run(tmp_path):
+    task = study.MINI_WIKI
+    history = [
+        {"step": 0, "eval_exact_match": 0.25, "eval_f1": 0.9},
+        {
+            "step": 1,
+            "episode": 64,
+            "env/exact_match": 0.125,
+            "env/f1": 0.8,
+            "env/reward": 0.7,
+            "perf/update_s": 1.0,
+            "rollout/response_tokens": 30.0,
+            "env/episode_steps": 2.0,
+        },
+        {
+            "step": 2,
+            "episode": 128,
+            "env/exact_match": 0.375,
+            "env/f1": 0.9,
+            "env/reward": 0.6,
+            "critic/explained_variance": 0.5,
+            "policy/clipfrac_avg": 0.0625,
+            "policy/clipfrac_max": 0.75,
+            "perf/update_s": 1.0,
+            "rollout/response_tokens": 31.0,
+            "env/episode_steps": 3.0,
+        },
+        {"step": 2, "eval_exact_match": 0.75, "eval_f1": 0.1},
+        {"step": 2, "train_runtime": 9.0, "episode": 128, "env/exact_match": 1.0},
+    ]
+    run = study.run_of(task, cell(4e-4, 1), tmp_path, {})
+    run.output_dir.mkdir(parents=True)
+    (run.output_dir / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    for name, text in (("seconds.txt", "12.5\n"), ("commit.txt", "abc\n"), ("run.json", '{"inputs": {"x": "y"}}')):
+        (run.output_dir / name).write_text(text)
+    record = study.record_of(run, task.score)
+    assert (record.episodes, record.sampled) == ([64, 128], [0.125, 0.375])
+    assert (record.greedy_start, record.greedy_end) == (0.25, 0.75)
+    assert (record.explained_variance, record.clip_fraction) == ([None, 0.5], [None, 0.0625])
+    assert (record.seconds, record.commit, record.command) == (12.5, "abc", run.command)
+    assert record.inputs == {"x": "y"}
+
+
+def test_all_that_is_kept_reads_and_every_method_played_64_episodes_an_update():
+    store = Store(ROOT / "benchmarks" / "results" / "step_vs_token")
+    files = sorted(store.root.glob("*/*/*.json"))
+    assert len(files) >= 54
+    played = {}
+    for file in files:
+        kept = Cell(**json.loads(file.read_text())["run"])
+        assert store.path(kept) == file
+        played.setdefault(kept.method, set()).update(np.diff([0, *store.read(kept).episodes]).tolist())
+    assert {"grpo", "rloo", "gigpo"} <= set(played)
+    assert set().union(*played.values()) == {64}
+
+
 def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
     played = []
 
@@ -235,6 +293,41 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
     store.write(mine, replace(RECORD, command=command.replace("--total_episodes 1536", "--total_episodes 512")))
     with pytest.raises(SystemExit, match=r"seed1\.json was played with other settings"):
         study.play_cells([mine], tasks, store, args)
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    """Its record was removed, as the message says, but not the run."""
+    monkeypatch.setattr(study, "record_of", lambda run, score: RECORD)
+    store, args = Store(tmp_path / "results"), StudyArguments(runs_dir=str(tmp_path / "runs"))
+    mine, tasks = cell(4e-4, 1, phase="result"), {"mini_wiki": study.MINI_WIKI}
+    run = study.run_of(study.MINI_WIKI, mine, tmp_path / "runs", {})
+    run.output_dir.mkdir(parents=True)
+    (run.output_dir / "seconds.txt").write_text("1.0\n")
+    kept = {"settings": run.settings, "inputs": run.hashes()}
+    (run.output_dir / "run.json").write_text(json.dumps(kept))
+    assert study.play_cells([mine], tasks, store, args) == []
+    assert store.holds(mine)
+
+    store.path(mine).unlink()
+    kept["settings"] = run.settings.replace("--total_episodes 1536", "--total_episodes 512")
+    (run.output_dir / "run.json").write_text(json.dumps(kept))
+    with pytest.raises(SystemExit, match=r"seed1 holds a finished run of other settings(?s:.*)512(?s:.*)1536"):
+        study.play_cells([mine], tasks, store, args)
+    assert not store.holds(mine)
+
+
+def test_records_of_another_configuration_or_policy_are_not_mixed_in(tmp_path):
+    store, args = Store(tmp_path), StudyArguments(runs_dir="elsewhere")
+    mine, tasks = cell(4e-4, 1, phase="result"), {"mini_wiki": study.MINI_WIKI}
+    run = study.run_of(study.MINI_WIKI, mine, Path("runs"), {})
+    record = replace(RECORD, command=run.command)
+    for inputs in (None, run.hashes()):  # the oldest records know of none
+        store.write(mine, replace(record, inputs=inputs))
+        assert study.play_cells([mine], tasks, store, args) == []
+    for name in run.hashes():
+        store.write(mine, replace(record, inputs={**run.hashes(), name: "other"}))
+        with pytest.raises(SystemExit, match=f"changed since: {name}"):
+            study.play_cells([mine], tasks, store, args)
 
 
 # -- what it shows ----------------------------------------------------------------------------------------------------

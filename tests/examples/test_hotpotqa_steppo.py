@@ -66,6 +66,7 @@ def test_real_rows_load_and_play(tmp_path):
     assert all(logs["env/failed_episodes"] == 0 and logs["env/episode_steps"] >= 1 for logs in updates)
 
 
+COMPARISON = ("steppo.yaml", "token_ppo.yaml")
 RECIPES = sorted(path.name for path in (ROOT / "examples" / "configs").glob("*.yaml") if path.name != "rooms.yaml")
 
 
@@ -78,18 +79,41 @@ def test_every_recipe_is_a_valid_configuration(recipe):
     assert training_args.output_dir.startswith("runs/")
     thinks = {"enable_thinking": True} if "qwen3_1.7b" in recipe else None
     assert training_args.chat_template_kwargs == thinks
-    if "qwen" in recipe:  # what the paper's environment is
+    if "qwen" in recipe or recipe in COMPARISON:  # what the paper's environment is
         paper = ("rewritten", True, "exact_match", 5)
         given = (script_args.state, script_args.force_first_search, script_args.reward, script_args.num_passages)
         assert given == paper
         assert (training_args.max_tool_calls, training_args.max_prompt_length) == (4, 10240)
 
 
+def parsed(*arguments: str):
+    script = load_script("hotpotqa_steppo")
+    parser = script.TrlParser((script.HotpotQAArguments, script.StepPOConfig))
+    return parser.parse_args_and_config(list(arguments))
+
+
 def test_the_two_recipes_of_the_comparison_differ_in_the_method_alone():
-    step, token = (
-        yaml.safe_load((ROOT / "examples" / "configs" / name).read_text())
-        for name in ("steppo.yaml", "token_ppo.yaml")
-    )
+    files = [ROOT / "examples" / "configs" / name for name in COMPARISON]
+    step, token = (yaml.safe_load(file.read_text()) for file in files)
     assert {name for name in step.keys() | token.keys() if step.get(name) != token.get(name)} == {
-        *("output_dir", "advantage_estimator", "importance_sampling_level", "loss_aggregation")
+        *("output_dir", "advantage_estimator", "importance_sampling_level", "loss_aggregation", "cliprange")
     }
+    for file in files:
+        lines = file.read_text().splitlines()
+        first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+        assert max(map(len, lines)) <= 119
+        method = "\n".join(lines).split("# Method\n")[1].split("\n\n")[0]
+        assert "\ncliprange: " in method
+        assert any("--gamma 1 --lam 1" in line for line in lines[:first])
+
+
+def test_the_recipes_of_the_comparison_can_be_compared():
+    """There are ratios, they can be clipped, tokens far from the reward learn of it, and the report has episodes."""
+    (_, step), (_, token) = (parsed("--config", str(ROOT / "examples" / "configs" / name)) for name in COMPARISON)
+    for settings in (step, token):
+        assert settings.num_mini_batches * settings.num_ppo_epochs > 1
+        assert settings.log_episodes == 8
+        assert settings.lam == 1.0
+    assert step.cliprange == pytest.approx(token.cliprange / 50)
+    _, undiscounted = parsed("--config", str(ROOT / "examples/configs/token_ppo.yaml"), "--gamma", "1", "--lam", "1")
+    assert (undiscounted.gamma, undiscounted.lam, undiscounted.advantage_estimator) == (1.0, 1.0, "token_gae")

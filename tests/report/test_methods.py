@@ -43,7 +43,7 @@ def test_names(tmp_path, estimator, level, name):
 
 
 def test_a_seed_twice_means_that_something_else_differs(tmp_path):
-    """The model, for one, which no setting holds: then the directories' names tell."""
+    """The model, for one, in runs that did not write it: then the directories' names tell."""
     paths = [write_run(tmp_path / f"{model}_seed{seed}", seed=seed) for seed in (1, 2) for model in ("small", "large")]
     assert grouped(*paths) == {
         "StepPO, small": ["small_seed1", "small_seed2"],
@@ -54,3 +54,28 @@ def test_a_seed_twice_means_that_something_else_differs(tmp_path):
 def test_runs_without_settings_are_named_after_their_directories(tmp_path):
     paths = [write_run(tmp_path / f"old-seed-{seed}", seed=seed, without_settings=True) for seed in (1, 2)]
     assert grouped(*paths) == {"old": ["old-seed-1", "old-seed-2"]}
+
+
+def test_runs_of_other_models_are_no_repetitions(tmp_path):
+    """Whatever their seeds and their directories are called."""
+    models = {1: "Qwen/Qwen2.5-0.5B", 2: "meta-llama/Llama-3.2-1B"}
+    paths = [write_run(tmp_path / f"run_seed{seed}", seed=seed, model=model) for seed, model in models.items()]
+    assert grouped(*paths) == {
+        "StepPO, model=Qwen2.5-0.5B": ["run_seed1"],
+        "StepPO, model=Llama-3.2-1B": ["run_seed2"],
+    }
+
+
+@pytest.mark.parametrize("name", ["data", "evaluation_data", "environment", "environment_state", "reward"])
+def test_runs_on_other_data_or_in_other_environments_are_no_repetitions(tmp_path, name):
+    paths = [write_run(tmp_path / f"run_seed{seed}", seed=seed, **{name: f"the {seed}."}) for seed in (1, 2)]
+    assert list(grouped(*paths)) == [f"StepPO, {name}=the 1.", f"StepPO, {name}=the 2."]
+
+
+def test_models_made_for_each_seed_are_one(tmp_path):
+    paths = [write_run(tmp_path / f"r{seed}", seed=seed, model=f"models/warm_seed{seed}") for seed in (1, 2)]
+    paths += [write_run(tmp_path / f"o{seed}", seed=seed, model=f"others/warm_seed{seed}") for seed in (1, 2)]
+    assert grouped(*paths) == {
+        "StepPO, model=models/warm": ["r1", "r2"],
+        "StepPO, model=others/warm": ["o1", "o2"],
+    }

@@ -8,14 +8,18 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from synthetic import EVIL, TOKEN_PPO, read_run, write_run
 
 from trl_steppo.cli import main
 from trl_steppo.report import write_report
-from trl_steppo.report.episodes import outcome, sample_episodes
+from trl_steppo.report.episodes import _COLUMNS, outcome, sample_episodes
 from trl_steppo.report.methods import group_runs
+from trl_steppo.report.page import _table
 from trl_steppo.report.runs import load_runs
+from trl_steppo.trainer.episode_log import SCHEMA
 
 
 class Links(HTMLParser):
@@ -70,6 +74,66 @@ def test_what_stands_in_it(pages):
 def test_without_episodes_it_says_how_to_get_them(pages):
     assert "--log_episodes 8" in pages["bare"]
     assert 'id="viewer"' not in pages["bare"]
+
+
+def test_how_sure_few_runs_are_and_what_an_advantage_is(pages):
+    assert "95 % percentile bootstrap interval" in pages["several"]
+    assert "Of two, three or four runs that is exactly their range." in pages["several"]
+    assert "whitened advantage" not in pages["several"], "GRPO, RLOO and GiGPO do not whiten"
+
+
+def test_a_name_is_no_formula(tmp_path):
+    """Neither one that could be set as one, nor one that could not."""
+    names = ("from $5 to $6", "$nonsense{$")
+    runs = [write_run(tmp_path / name, without_settings=True) for name in names]
+    written = write_report(runs, tmp_path / "report.html")
+    drawn = "".join(re.findall("<svg.*?</svg>", written[0].read_text(), flags=re.DOTALL))
+    assert "from $5 to $6" in drawn
+
+
+def test_final_figures_are_taken_where_all_runs_have_come(tmp_path):
+    """The exact match grows by 0.1 an update, and a bit that depends on the seed."""
+    runs = [write_run(tmp_path / f"a{seed}", seed=seed, updates=updates) for seed, updates in ((1, 6), (2, 2), (3, 6))]
+    methods = group_runs(load_runs(runs))
+    table = _table(methods)
+    row = dict(zip(table["columns"], table["rows"][0], strict=True))
+    assert 0.15 <= row["exact match, sampled"].low <= row["exact match, sampled"].high < 0.17, "of updates 1 and 2"
+    assert table["episodes"] == [16]
+    page = write_report(runs, tmp_path / "report.html")[0].read_text()
+    assert "StepPO: its runs have 2 to 6 updates. Its final figures are as of 2, where all of them have come" in page
+    equal = write_report([runs[0], runs[2]], tmp_path / "equal.html")[0].read_text()
+    assert "its runs have" not in equal
+
+
+@pytest.mark.parametrize("damage", ["truncated", "without a column", "without its JSON", "empty"])
+def test_a_damaged_log_costs_its_episodes_not_the_report(tmp_path, damage):
+    runs = [write_run(tmp_path / name, seed=1, **settings) for name, settings in (("a", {}), ("b", TOKEN_PPO))]
+    file = runs[0] / "episodes" / "update_00002.parquet"
+    table = pq.read_table(file)
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-20])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "without a column":
+        pq.write_table(table.drop_columns(["dataset_row"]), file)
+    else:
+        index = table.column_names.index("metrics")
+        pq.write_table(table.set_column(index, "metrics", pa.array(["{"] * len(table))), file)
+    for max_bytes in (10**6, 5_000):  # read for the page, or counted
+        sample = sample_episodes(group_runs(load_runs(runs)), max_bytes=max_bytes)
+        if max_bytes == 10**6 or damage in ("truncated", "empty"):
+            assert len(sample.unreadable) == 1
+            assert "update_00002.parquet is no log of episodes" in sample.unreadable[0]
+            assert sample.num_logged == 44
+    sample = sample_episodes(group_runs(load_runs(runs)), max_bytes=10**6)
+    assert ("dataset_row" in sample.unreadable[0]) is (damage == "without a column")
+    assert {episode["update"] for episode in sample.episodes if episode["method"] == 0} == {1, 3, 4, 5, 6}
+    page = write_report(runs, tmp_path / "report.html")[0].read_text()
+    assert re.search(r"Left out: .*update_00002\.parquet is no log of episodes", page)
+
+
+def test_the_columns_that_are_read_are_those_that_are_written():
+    assert set(_COLUMNS) < set(SCHEMA.names)
 
 
 def test_staleness_has_a_section_where_it_is_logged(tmp_path):

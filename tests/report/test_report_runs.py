@@ -25,6 +25,23 @@ def test_a_directory_that_is_no_run(tmp_path):
         write_report([tmp_path / "nothing"], tmp_path / "report.html")
 
 
+def test_a_run_that_was_stopped_is_read_up_to_its_last_checkpoint(tmp_path):
+    path = write_run(tmp_path / "a", updates=12)
+    whole = json.loads((path / "trainer_state.json").read_text())["log_history"]
+    (path / "trainer_state.json").unlink()
+    for step in (2, 10):  # the names' order is not the numbers'
+        (path / f"checkpoint-{step}").mkdir()
+        history = [logs for logs in whole if logs["step"] <= step]
+        (path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    run = load_runs([path])[0]
+    assert (run.is_finished, run.num_updates) == (False, 10)
+    assert list(run.episode_files) == list(range(1, 11))
+    other = write_run(tmp_path / "b", seed=2, updates=12)
+    page = write_report([path, other], tmp_path / "report.html")[0].read_text()
+    assert "Not finished, and shown as of their last checkpoint: a." in page
+    assert load_runs([other])[0].is_finished
+
+
 @pytest.mark.parametrize("history", [[], [{"step": 1, "train_runtime": 1.0}]])
 def test_a_run_that_logged_no_update(tmp_path, history):
     write_run(tmp_path / "a")

@@ -7,7 +7,7 @@ import pytest
 
 from trl_steppo.report.methods import Method
 from trl_steppo.report.runs import Run
-from trl_steppo.report.statistics import curve, estimate
+from trl_steppo.report.statistics import CONFIDENCE, curve, estimate
 
 
 def method(*series: dict[int, float]) -> Method:
@@ -39,9 +39,26 @@ def test_an_interval_holds_its_center_and_lies_within_the_values():
     assert found == estimate([0.1, 0.2, 0.4, 0.5, 0.6]), "the same at every call"
 
 
-def test_of_two_runs_it_is_their_range():
-    found = estimate([0.0, 1.0])
+@pytest.mark.parametrize("values", [[0.0, 1.0], [0.0, 0.3, 1.0], [0.0, 0.3, 0.4, 1.0]])
+def test_of_two_to_four_runs_it_is_exactly_their_range(values):
+    found = estimate(values)
     assert (found.low, found.high) == (0.0, 1.0)
+
+
+def test_of_five_runs_it_is_less_than_their_range():
+    found = estimate([0.0, 0.3, 0.4, 0.6, 1.0])
+    assert found.low is not None
+    assert found.high is not None
+    assert 0.0 < found.low < found.high < 1.0
+
+
+def test_the_interval_of_many_is_that_of_95_percent():
+    """Of a uniform variable, n times its variance is 4 * (0.5**3 / 12 + 2 * 0.25**3) = 1/6."""
+    found = estimate(np.random.default_rng(1).uniform(size=400).tolist())
+    assert found.low is not None
+    assert found.high is not None
+    assert CONFIDENCE == 0.95
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * (1 / 6 / 400) ** 0.5, rel=0.15)
 
 
 def test_a_curve_over_episodes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import TOKENIZER, Hash, make_classifier, make_trainer, mixed_episodes, prompt_rows
 
-from trl_steppo import Episode
+from trl_steppo import Episode, StepPOConfig
 from trl_steppo.errors import CheckpointError, RolloutError
 from trl_steppo.report.episodes import sample_episodes
 from trl_steppo.report.methods import Method
 from trl_steppo.report.runs import Run
 from trl_steppo.rollout import dump_episodes, episode_file
-from trl_steppo.trainer.episode_log import SCHEMA
+from trl_steppo.trainer.episode_log import SCHEMA, _text
 
 
 def logged(directory: Path, update: int = 1) -> list[dict[str, Any]]:
@@ -172,6 +173,32 @@ def test_updates_in_which_all_episodes_failed_are_there(tmp_path):
     assert [episode["outcome"] for episode in sample.episodes] == ["failed"] * 8
 
 
+HALF = "cut \ud83d"
+"""The first half of a surrogate pair."""
+
+
+class Halves(Broken):
+    """Says, and fails with, half a character."""
+
+    def step(self, response: str) -> tuple[str, float, bool]:
+        if self.row.setdefault("played", 0):
+            raise OSError(HALF)
+        self.row["played"] = 1
+        return "go on", 0.0, False
+
+
+def test_half_a_character_does_not_end_the_run(tmp_path):
+    with pytest.raises(RolloutError):  # for want of episodes, not for want of a log
+        play(tmp_path, environment_factory=Halves, max_steps=1, max_failed_updates=1)
+    assert all("cut \ufffd" in row["error"] for row in logged(tmp_path))
+
+
+@pytest.mark.parametrize("observation", [HALF, [{"role": "tool", "content": HALF}]])
+def test_half_a_character_of_an_observation_is_replaced(observation):
+    assert _text(observation) == "cut \ufffd"
+    assert _text("\ud83d\ude00 ä") == "\U0001f600 ä"
+
+
 @pytest.mark.parametrize("environment", [Hash, Broken])
 def test_a_log_that_cannot_be_written_ends_the_run_and_says_how_to_go_on(tmp_path, environment):
     (tmp_path / "episodes").write_text("in the way")
@@ -194,3 +221,7 @@ def test_the_settings_are_written_at_the_start(tmp_path):
     trainer.train()
     settings = json.loads((tmp_path / "steppo_config.json").read_text())
     assert (settings["gamma"], settings["stop_token"], settings["advantage_estimator"]) == (0.5, "eos", "step_gae")
+    given = {"model", "data", "evaluation_data", "environment", "reward"}
+    assert given <= set(settings)
+    assert not given & {field.name for field in fields(StepPOConfig)}, "no setting is overwritten"
+    assert (settings["model"], settings["environment"]) == ("Qwen2ForCausalLM", "Hash")

@@ -1,4 +1,4 @@
-"""Finished runs -> one HTML file: curves, final figures, and a viewer for the episodes that the runs logged."""
+"""Runs -> one HTML file: curves, final figures, and a viewer for the episodes that the runs logged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def write_report(directories: Sequence[str | Path], output: str | Path = "report
 
     Args:
         directories (`Sequence[str | Path]`):
-            The `output_dir` of each run. Runs that differ in their seed alone are taken as one method.
+            The `output_dir` of each run. Runs that differ in their seed alone are taken as one method; one that was
+            stopped is read up to its last checkpoint.
         output (`str | Path`, *optional*, defaults to `"report.html"`):
             The HTML file; its name is the beginning of the PNGs' names.
 
@@ -22,7 +23,7 @@ def write_report(directories: Sequence[str | Path], output: str | Path = "report
         `list[Path]`: What was written, the HTML file first.
 
     Raises:
-        DataError: If a directory holds no finished run.
+        DataError: If a directory holds no run that logged an update.
         ConfigurationError: If the extra `report` is not installed.
     """
     try:

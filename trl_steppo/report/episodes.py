@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,9 +18,17 @@ from ..errors import DataError
 from .methods import Method
 from .runs import Run
 
+T = TypeVar("T")
+
 _LONGEST_TEXT = 6_000  # characters of one prompt, response or observation
 _MOST_TOKENS = 400  # of one response
 _LONGEST_TITLE = 160
+_COLUMNS = (  # that are read; the log has more
+    *("update", "episode_id", "row_index", "dataset_row", "generation_index", "truncated", "stop_reason", "error"),
+    *("score", "metrics", "step_index", "prompt", "prompt_tokens", "prompt_kept_tokens", "response", "observation"),
+    *("response_stop_reason", "reward", "tokens", "rollout_logprobs", "old_logprobs", "new_logprobs", "value"),
+    *("return", "raw_advantage", "advantage", "clipped_fraction"),
+)
 
 
 @dataclass
@@ -37,12 +45,15 @@ class Sample:
             How many the runs have logged.
         num_shortened (`int`):
             Texts that are shown without their middle.
+        unreadable (`list[str]`):
+            What was left out because its file cannot be read, and why.
     """
 
     episodes: list[dict[str, Any]] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
     num_logged: int = 0
     num_shortened: int = 0
+    unreadable: list[str] = field(default_factory=list)
 
 
 def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
@@ -56,8 +67,8 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
         max_bytes (`int`):
             Most bytes they may take in the page.
 
-    Raises:
-        DataError: If a file is no log of episodes.
+    Returns:
+        [`Sample`]: A file that is no log of episodes, or is damaged, is left out and named in it.
     """
     sample = Sample()
     numbers: dict[tuple[Any, str], int] = {}
@@ -68,9 +79,9 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
     for update in _spread(sorted({update for _, run in runs for update in run.episode_files})):
         files = [(index, run, run.episode_files[update]) for index, run in runs if update in run.episode_files]
         if is_full:
-            sample.num_logged += sum(_num_episodes(file) for _, _, file in files)
+            sample.num_logged += sum(_readable(_num_episodes, file, sample) or 0 for _, _, file in files)
             continue
-        found = [(index, run, rows) for index, run, file in files for rows in _episodes(file)]
+        found = [(index, run, rows) for index, run, file in files for rows in _readable(_episodes, file, sample) or []]
         sample.num_logged += len(found)
         positions: dict[tuple[Any, str], int] = {}
         for _, _, rows in found:
@@ -110,26 +121,45 @@ def outcome(episode: dict[str, Any], metrics: dict[str, float]) -> str:
     return "right" if episode["score"] > 0.0 else "wrong"
 
 
+def _readable(read: Callable[[Path], T], file: Path, sample: Sample) -> T | None:
+    """What a file holds; of one that cannot be read, a line in the sample: the others are worth a report."""
+    try:
+        return read(file)
+    except DataError as error:
+        sample.unreadable.append(str(error))
+        return None
+
+
 def _episodes(path: Path) -> list[list[dict[str, Any]]]:
     """The rows of each episode in a file."""
     by_id: dict[str, list[dict[str, Any]]] = {}
-    for row in _read(path).to_pylist():
-        by_id.setdefault(row["episode_id"], []).append(row)
+    for row in _read(path, _COLUMNS).to_pylist():
+        by_id.setdefault(row["episode_id"], []).append(row | {"metrics": _metrics(path, row)})
     return list(by_id.values())
 
 
-def _num_episodes(path: Path) -> int:
-    return len(_read(path, columns=["episode_id"])["episode_id"].unique())
-
-
-def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+def _metrics(path: Path, row: dict[str, Any]) -> dict[str, float]:
     try:
-        table = pq.read_table(path, columns=columns)
+        metrics: dict[str, float] = json.loads(row["metrics"])
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is no log of episodes: the metrics of {row['episode_id']} are no JSON ({error})"
+        ) from error
+    return metrics
+
+
+def _num_episodes(path: Path) -> int:
+    return len(_read(path, ["episode_id"])["episode_id"].unique())
+
+
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+    try:
+        missing = sorted(set(columns) - set(pq.read_schema(path).names))
+        if not missing:
+            return pq.read_table(path, columns=list(columns))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} is no log of episodes: {error}") from error
-    if "episode_id" not in table.column_names:
-        raise DataError(f"{path} is no log of episodes: it has the columns {table.column_names}")
-    return table
+    raise DataError(f"{path} is no log of episodes: it has no column {', '.join(missing)}")
 
 
 def _question(rows: Sequence[dict[str, Any]]) -> tuple[Any, str]:
@@ -152,7 +182,7 @@ def _spread(updates: Sequence[int]) -> list[int]:
 
 def _for_viewer(method: int, run: Run, rows: Sequence[dict[str, Any]], question: int) -> tuple[dict[str, Any], int]:
     first = rows[0]
-    metrics = json.loads(first["metrics"])
+    metrics = first["metrics"]
     shortened = [0]
 
     def text(value: str | None) -> str:

@@ -6,9 +6,10 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .runs import Run
+from .runs import Run, short_names
 
 # Settings that change nothing that is learned: what is written and shown, and what is a matter of memory
 _IGNORED = {
@@ -49,9 +50,8 @@ def group_runs(runs: Sequence[Run]) -> list[Method]:
     """
     Methods, in the order in which their first runs were named.
 
-    Runs of equal settings and equal seed cannot repeat each other: something differs that settings do not hold, the
-    model or the data. Those, and runs without settings, are told apart by their directories' names, up to a seed in
-    them.
+    Runs of equal settings and equal seed cannot repeat each other: something differs that settings do not hold. Those,
+    and runs without settings, are told apart by their directories' names, up to a seed in them.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -73,7 +73,16 @@ def differing_settings(methods: Sequence[Method]) -> dict[str, list[Any]]:
     settings = [relevant(method.runs[0]) for method in methods]
     names = dict.fromkeys(name for one in settings for name in one)
     values = {name: [one.get(name) for one in settings] for name in names}
+    if "model" in values:
+        values["model"] = _short_models(values["model"])
     return {name: of_methods for name, of_methods in values.items() if len(set(map(repr, of_methods))) > 1}
+
+
+def _short_models(models: Sequence[str | None]) -> list[str | None]:
+    """The last parts of where models are from, as many as tell them apart."""
+    named = list(dict.fromkeys(_family(model) for model in models if model is not None))
+    short = dict(zip(named, short_names([Path(name) for name in named]), strict=True))
+    return [None if model is None else short[_family(model)] for model in models]
 
 
 def relevant(run: Run) -> dict[str, Any]:
@@ -86,7 +95,10 @@ def relevant(run: Run) -> dict[str, Any]:
 
 
 def _fingerprint(run: Run) -> str:
-    return json.dumps(relevant(run), sort_keys=True, default=repr)
+    settings = relevant(run)
+    if "model" in settings:  # each seed may start from a policy of its own, made with that seed
+        settings["model"] = _family(settings["model"])
+    return json.dumps(settings, sort_keys=True, default=repr)
 
 
 def _family(name: str) -> str:

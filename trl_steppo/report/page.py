@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .plots import (
     score_metrics,
 )
 from .runs import Run, load_runs
-from .statistics import CONFIDENCE, estimate_of_runs
+from .statistics import CONFIDENCE, estimate, final_values
 
 _MAX_BYTES = 4_800_000
 _MAX_EPISODE_BYTES = 2_500_000
@@ -91,6 +91,7 @@ def _content(
             for chart in charts
         ],
         "table": _table(methods),
+        "length_notes": _length_notes(methods),
         "settings": differing_settings(methods),
         "runs": runs,
         "without_settings": [run.name for run in runs if run.settings is None],
@@ -141,20 +142,27 @@ def _table(methods: Sequence[Method]) -> dict[str, Any]:
         Column("seconds per update", "perf/update_s", last=0),
     ]
     columns = [column for column in columns if column.metric in metrics]
-    rows = [[estimate_of_runs(method, _final(column)) for column in columns] for method in methods]
-    episodes = [max(run.num_updates * run.episodes_per_update for run in method.runs) for method in methods]
+    found = [[final_values(method, column.metric, column.last) for column in columns] for method in methods]
+    rows = [[estimate(values) if values else None for values in of_method] for of_method in found]
+    episodes = [min(run.num_updates * run.episodes_per_update for run in method.runs) for method in methods]
     return {"columns": [column.title for column in columns], "rows": rows, "episodes": episodes}
 
 
-def _final(column: Column) -> Callable[[Run], float | None]:
-    """Of a run: the mean of the last values; of all where `last` is 0."""
-
-    def figure(run: Run) -> float | None:
-        found = run.series(column.metric)
-        values = [found[step] for step in sorted(found)][-column.last :]
-        return sum(values) / len(values) if values else None
-
-    return figure
+def _length_notes(methods: Sequence[Method]) -> list[str]:
+    """What to know of runs that did not come as far as others, or to their end."""
+    notes = []
+    for method in methods:
+        lengths = sorted({run.num_updates for run in method.runs})
+        if len(lengths) > 1:
+            notes.append(
+                f"{method.name}: its runs have {lengths[0]} to {lengths[-1]} updates. Its final figures are as of "
+                f"{lengths[0]}, where all of them have come; beyond, the curves are those of the longer "
+                "runs alone."
+            )
+    unfinished = [run.name for method in methods for run in method.runs if not run.is_finished]
+    if unfinished:
+        notes.append(f"Not finished, and shown as of their last checkpoint: {', '.join(unfinished)}.")
+    return notes
 
 
 def _summary(metric: str, methods: Sequence[Method], curves: Curves) -> str:

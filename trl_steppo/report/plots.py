@@ -239,9 +239,17 @@ def panel_svg(panel: Panel, methods: Sequence[Method], curves: Curves) -> str:
     return re.sub("#fe0[123][0-9a-f]{2}", lambda found: named[found[0]], svg)
 
 
+def draw_curve(ax: Axes, found: Curve, color: str, alpha: float, **line: Any) -> None:
+    """A line, and its band where there is an interval."""
+    ax.plot(found.episodes, found.center, color=color, **line)
+    if np.isfinite(found.low).any():
+        ax.fill_between(found.episodes, found.low, found.high, color=color, alpha=alpha, linewidth=0)
+
+
 def _style(ink: str, grid: str) -> Any:  # rc parameters, whose type differs between versions of matplotlib
     return {
         "svg.fonttype": "none",
+        "text.parse_math": False,  # a run's name is no formula
         "font.size": 9,
         "text.color": ink,
         "axes.labelcolor": ink,
@@ -285,11 +293,7 @@ def _draw_curves(ax: Axes, panel: Panel, methods: Sequence[Method], curves: Curv
             ax.plot([], [], color=color, linestyle=line, label=method.name)
             continue
         marker = "o" if len(found.episodes) < 15 else None
-        ax.plot(
-            found.episodes, found.center, color=color, linestyle=line, marker=marker, markersize=3, label=method.name
-        )
-        if np.isfinite(found.low).any():
-            ax.fill_between(found.episodes, found.low, found.high, color=color, alpha=0.18, linewidth=0)
+        draw_curve(ax, found, color, 0.18, linestyle=line, marker=marker, markersize=3, label=method.name)
     ax.set_xlabel("episodes")
     ax.margins(x=0.02)
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))

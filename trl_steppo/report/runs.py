@@ -1,4 +1,4 @@
-"""What a finished run left in its `output_dir`."""
+"""What a run left in its `output_dir`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import DataError
 @dataclass(frozen=True)
 class Run:
     """
-    A finished run.
+    A run, finished or not.
 
     Args:
         directory (`Path`):
@@ -28,6 +28,8 @@ class Run:
             Its `StepPOConfig`. `None`: it wrote none.
         episode_files (`dict[int, Path]`, *optional*):
             Its logged episodes, by update.
+        is_finished (`bool`, *optional*, defaults to `True`):
+            Whether it came to its end. If not, its history is that of its last checkpoint.
     """
 
     directory: Path
@@ -35,9 +37,11 @@ class Run:
     history: list[dict[str, Any]]
     settings: dict[str, Any] | None = None
     episode_files: dict[int, Path] = field(default_factory=dict)
+    is_finished: bool = True
 
     @property
     def seed(self) -> int | None:
+        """The seed among its settings."""
         return None if self.settings is None else self.settings.get("seed")
 
     @property
@@ -47,6 +51,7 @@ class Run:
 
     @property
     def num_updates(self) -> int:
+        """How many of its updates it logged anything of."""
         return max(logs["step"] for logs in self.history)
 
     @property
@@ -70,24 +75,22 @@ def load_runs(directories: Sequence[str | Path]) -> list[Run]:
             The `output_dir` of each.
 
     Raises:
-        DataError: If one of them is no finished run, or is named twice.
+        DataError: If one of them is no run that logged an update, or is named twice.
     """
     paths = [Path(directory) for directory in directories]
     resolved = [path.resolve() for path in paths]
     for path in resolved:
         if resolved.count(path) > 1:
             raise DataError(f"{path} is named {resolved.count(path)} times; name every run once")
-    names = _short_names(resolved)
+    names = short_names(resolved)
     return [_load(path, name) for path, name in zip(paths, names, strict=True)]
 
 
 def _load(directory: Path, name: str) -> Run:
     file = directory / "trainer_state.json"
-    if not file.is_file():
-        raise DataError(
-            f"{directory} has no trainer_state.json, so it is not the `output_dir` of a finished run; a run writes "
-            "it when it ends"
-        )
+    is_finished = file.is_file()
+    if not is_finished:
+        file = _last_checkpoint(directory) / "trainer_state.json"
     state = _read_json(file)
     history = [logs for logs in state.get("log_history") or [] if "step" in logs]
     if not any("episode" in logs for logs in history):
@@ -96,9 +99,21 @@ def _load(directory: Path, name: str) -> Run:
         )
     settings_file = directory / "steppo_config.json"
     settings = _read_json(settings_file) if settings_file.is_file() else None
-    run = Run(directory, name, history, settings)
+    run = Run(directory, name, history, settings, is_finished=is_finished)
     run.episode_files.update(_episode_files(run))
     return run
+
+
+def _last_checkpoint(directory: Path) -> Path:
+    """The newest checkpoint of a run that was stopped."""
+    found = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
+    numbered = {int(number): path for path in found if (number := path.name.removeprefix("checkpoint-")).isdecimal()}
+    if not numbered:
+        raise DataError(
+            f"{directory} has no trainer_state.json, so it is not the `output_dir` of a finished run, and no "
+            "checkpoint; a run writes the one when it ends, and the other every `save_steps` updates"
+        )
+    return numbered[max(numbered)]
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -121,7 +136,7 @@ def _episode_files(run: Run) -> Iterator[tuple[int, Path]]:
             yield int(number), path
 
 
-def _short_names(paths: Sequence[Path]) -> list[str]:
+def short_names(paths: Sequence[Path]) -> list[str]:
     """The last parts of each path, as many as tell all of them apart."""
     most = max((len(path.parts) for path in paths), default=1)
     for count in range(1, most):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from .methods import Method
-from .runs import Run
 
 CONFIDENCE = 0.95
-_NUM_RESAMPLES = 1_000
+NUM_RESAMPLES = 2_000
 _MOST_POINTS = 120  # of a curve
 
 
@@ -52,18 +52,28 @@ def estimate(values: Sequence[float]) -> Estimate:
         values (`Sequence[float]`):
             One of each run; at least one.
     """
-    row = np.asarray(values, dtype=float)[None]
-    low, high = _interval(row)
-    center = float(_interquartile_mean(row, axis=-1)[0])
-    if row.shape[1] < 2:
-        return Estimate(center, None, None)
-    return Estimate(center, float(low[0]), float(high[0]))
+    row = np.asarray(values, dtype=float)
+    low, high = bootstrap_interval(interquartile_mean, row)
+    low, high = (None if bound is None else float(bound) for bound in (low, high))
+    return Estimate(float(interquartile_mean(row)), low, high)
 
 
-def estimate_of_runs(method: Method, figure: Callable[[Run], float | None]) -> Estimate | None:
-    """A figure of each run that has it, as one; `None` where none has it."""
-    found = [value for value in map(figure, method.runs) if value is not None]
-    return estimate(found) if found else None
+def final_values(method: Method, metric: str, last: int) -> list[float]:
+    """
+    Of each run that has the metric: the mean of its last values, up to where all of these runs have come.
+
+    Args:
+        method ([`Method`]):
+            Whose runs.
+        metric (`str`):
+            Its name.
+        last (`int`):
+            How many values; 0 means all.
+    """
+    series = [found for found in (run.series(metric) for run in method.runs) if found]
+    end = min((max(found) for found in series), default=0)
+    values = ([found[step] for step in sorted(found) if step <= end][-last:] for found in series)
+    return [sum(of_run) / len(of_run) for of_run in values if of_run]
 
 
 def curve(method: Method, metric: str) -> Curve | None:
@@ -80,9 +90,9 @@ def curve(method: Method, metric: str) -> Curve | None:
     for pattern in np.unique(known, axis=0):
         rows = (known == pattern).all(axis=1)
         chosen = values[np.ix_(rows, pattern)]
-        center[rows] = _interquartile_mean(chosen, axis=-1)
+        center[rows] = interquartile_mean(chosen, axis=-1)
         if pattern.sum() >= 2:
-            low[rows], high[rows] = _interval(chosen)
+            low[rows], high[rows] = bootstrap_interval(interquartile_mean, chosen)
     episodes = np.array([np.mean(of_bin) for of_bin in bins]) * method.runs[0].episodes_per_update
     return Curve(episodes, center, low, high, width)
 
@@ -91,21 +101,34 @@ def _mean_of(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def _interquartile_mean(values: np.ndarray, axis: int) -> np.ndarray:
-    return stats.trim_mean(values, 0.25, axis=axis)
+def interquartile_mean(values: Any, axis: int = -1) -> Any:
+    """The mean of the middle half: what lies in the lowest and the highest quarter is left out."""
+    return stats.trim_mean(np.asarray(values, dtype=float), 0.25, axis=axis)
 
 
-def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap over the last axis, the runs; the same at every call."""
-    if values.shape[-1] < 2:
-        nothing = np.full(values.shape[:-1], np.nan)
-        return nothing, nothing
+def bootstrap_interval(statistic: Callable[..., Any], *samples: Any) -> tuple[Any, Any]:
+    """
+    Percentile bootstrap over the last axis, the runs; the same at every call.
+
+    Args:
+        statistic (`Callable`):
+            Of the samples and an `axis`.
+        samples (`array`):
+            (..., runs), each drawn anew by itself.
+
+    Returns:
+        `tuple`: Low and high, of the shape without the last axis; `None` where a sample is of one run, which says
+        nothing about others.
+    """
+    arrays = [np.asarray(sample, dtype=float) for sample in samples]
+    if min(array.shape[-1] for array in arrays) < 2:
+        return None, None
     found = stats.bootstrap(
-        (values,),
-        _interquartile_mean,
+        arrays,
+        statistic,
         axis=-1,
         confidence_level=CONFIDENCE,
-        n_resamples=_NUM_RESAMPLES,
+        n_resamples=NUM_RESAMPLES,
         method="percentile",
         rng=np.random.default_rng(0),
     )

@@ -160,8 +160,8 @@
       ["reward", number(step.reward)],
       ["value", number(step.value)],
       ["return", number(step.return)],
-      ["advantage", step.advantage === null ? "–" : signed(step.advantage), "whitened"],
-      ["raw", step.raw === null ? "–" : signed(step.raw), "advantage before whitening"],
+      ["advantage", step.advantage === null ? "–" : signed(step.advantage), "as the update used it: whitened, where the method whitens"],
+      ["raw", step.raw === null ? "–" : signed(step.raw), "advantage before whitening; GRPO, RLOO and GiGPO do not whiten"],
       ["ratio", ratio(step.meanLogRatio), "of the step's probability after the update over that before it: the geometric mean over its tokens"],
     ];
     const list = make("dl", { class: "figures" });

@@ -157,7 +157,7 @@ class EpisodeLog:
             "terminated": episode.terminated,
             "truncated": episode.truncated,
             "stop_reason": None if episode.stop_reason is None else episode.stop_reason.value,
-            "error": episode.error,
+            "error": None if episode.error is None else _writable(episode.error),
             "score": episode.episode_return if episode.valid else None,
             "metrics": json.dumps(dict(episode.metrics)),
         }
@@ -243,8 +243,13 @@ def _num_shared(before: Sequence[int], prompt_ids: TokenIds) -> int:
 
 def _text(observation: str | list[dict[str, Any]]) -> str:
     if isinstance(observation, str):
-        return observation
-    return "\n".join(str(message.get("content", "")) for message in observation)
+        return _writable(observation)
+    return _writable("\n".join(str(message.get("content", "")) for message in observation))
+
+
+def _writable(text: str) -> str:
+    """Half a surrogate pair, which an environment may cut out of somewhere, is no character: it becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

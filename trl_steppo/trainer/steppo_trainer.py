@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import shutil
@@ -67,6 +68,7 @@ from .checks import (
 )
 from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names
+from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores
@@ -233,6 +235,16 @@ class StepPOTrainer(PPOTrainer):
             agent=agent,
         )
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode, self.rows)
+        self._described = describe_task(
+            model=model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            environment_factory=environment_factory,
+            tools=tools,
+            reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
+            reward_model=reward_model,
+            agent=agent,
+        )
         self.progress = Progress()
 
     # -- the story ----------------------------------------------------------------------------------------------------
@@ -791,7 +803,8 @@ class StepPOTrainer(PPOTrainer):
             logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
         if args.should_save:
             os.makedirs(str(args.output_dir), exist_ok=True)
-            Path(str(args.output_dir), SETTINGS_FILE).write_text(args.to_json_string())
+            settings = {**json.loads(args.to_json_string()), **self._described}
+            Path(str(args.output_dir), SETTINGS_FILE).write_text(json.dumps(settings, indent=2))
         self._event("on_train_begin")
         if args.eval_on_start and self._resumed_from is None:
             self.evaluate()
