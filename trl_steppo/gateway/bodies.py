@@ -65,7 +65,9 @@ def read_body(kind: type[B], body: bytes) -> B:
             return read_body(kind, json.dumps(data).encode())
         first = error.errors(include_url=False, include_input=False)[0]
         param = ".".join(str(part) for part in first["loc"] if not _names_a_type(part)) or None
-        what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
+        if first["type"] == "extra_forbidden":
+            raise RequestError(400, f"`{param}` is not supported", param=param) from None
+        what = first["msg"]
         raise RequestError(400, f"`{param}`: {what}" if param else what, param=param) from None
 
 

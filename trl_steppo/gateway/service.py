@@ -128,6 +128,12 @@ class Gateway:
         digest = key_digest(key or "")
         session = self._by_digest.get(digest)
         if session is None or not hmac.compare_digest(session.digest, digest):
+            if self._admin_digest is not None and hmac.compare_digest(self._admin_digest, digest):
+                raise RequestError(
+                    401,
+                    "this is the admin's key, which opens sessions (POST /sessions); ask with the key of one of them",
+                    code="invalid_api_key",
+                )
             raise unauthorized()
         if not session.ended_early:  # who asks on and on behind its end is not at work
             session.last_active = time.monotonic()
@@ -528,7 +534,7 @@ class Gateway:
                     raise RequestError(
                         400,
                         f"`{name}` restricts sampling, so that a training session could not score its steps exactly; "
-                        "leave it out",
+                        "leave it out (a session that was opened with `training` false takes it)",
                         param=name,
                     )
             if wishes.temperature is not None and wishes.temperature != sampling.temperature:
