@@ -76,7 +76,7 @@ def serve(
     )
     write_key(key_file, admin_key)
     gc.collect()
-    gc.freeze()  # what is loaded by now stays: without it in every collection, a request costs a quarter less
+    gc.freeze()  # what is loaded by now stays, and no later collection looks at it again
     server.start()
     server.resume(Engine(LocalSampler(model), _loop_in_a_thread()))
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, DataError
 from ..types import StopReason, TokenIds
 
 
@@ -45,13 +45,16 @@ class SamplingParams:
 MIN_TEMPERATURE = 1e-3  # below it logits leave what float32 can tell apart; 0 takes the most likely token
 
 
-def check_params(params: SamplingParams) -> None:
+def check_request(prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str) -> None:
     """
     Find out what cannot be sampled before it shares a batch with others.
 
     Raises:
+        DataError: The prompt is empty.
         ConfigurationError: A number is outside of its range.
     """
+    if not prompt_ids:
+        raise DataError(f"the prompt of episode {episode_id!r} is empty; there is nothing to continue")
     temperature = params.temperature
     if params.max_new_tokens < 1:
         raise ConfigurationError(f"`max_new_tokens` is {params.max_new_tokens}; a response has at least one token")

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..errors import ConfigurationError, DataError, RolloutError
+from ..errors import ConfigurationError, RolloutError
 from ..types import StopReason, TokenIds
-from .base import Sample, SamplingParams, check_params
+from .base import Sample, SamplingParams, check_request
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,7 @@ class LocalSampler:
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
         """Continue `prompt_ids`; see [`Sampler`]."""
-        if not prompt_ids:
-            raise DataError(f"the prompt of episode {episode_id!r} is empty; there is nothing to continue")
-        check_params(params)
+        check_request(prompt_ids, params, episode_id=episode_id)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sample] = loop.create_future()
         request = _Request(list(prompt_ids), params, episode_id, order, future)

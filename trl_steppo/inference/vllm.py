@@ -23,9 +23,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import ConfigurationError, DataError, RolloutError
+from ..errors import ConfigurationError, RolloutError
 from ..types import StopReason, TokenIds
-from .base import Sample, SamplingParams, check_params
+from .base import Sample, SamplingParams, check_request
 
 if TYPE_CHECKING:
     import aiohttp
@@ -133,9 +133,7 @@ class VLLMSampler:
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
         """Continue `prompt_ids`; see [`Sampler`]. May be called from any event loop."""
-        if not prompt_ids:
-            raise DataError(f"the prompt of episode {episode_id!r} is empty; there is nothing to continue")
-        check_params(params)
+        check_request(prompt_ids, params, episode_id=episode_id)
         if params.top_p != 1 or params.top_k != 0:
             raise ConfigurationError(
                 f"`top_p` is {params.top_p} and `top_k` {params.top_k}: vLLM's log-probabilities are then of what "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -107,7 +108,45 @@ class InProcess:
         self.sampler.policy_version = version
 
 
-class InWorker:
+class _Beside(ABC):
+    """What samples beside the trainer: from the outermost [`running`] to its end, with copies of the weights."""
+
+    sampler: Any
+    _model: Any
+    _is_running = False
+
+    @contextmanager
+    def running(self, version: int) -> Iterator[None]:
+        if self._is_running:
+            yield
+            return
+        self._start()
+        self._is_running = True
+        try:
+            self.take_weights(version)
+            yield
+        finally:
+            self._is_running = False
+            self._close()
+
+    def sampling(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @abstractmethod
+    def take_weights(self, version: int) -> None:
+        """See [`Engine`]."""
+
+    def _start(self) -> None:
+        self.sampler.start()
+
+    def _close(self) -> None:
+        self.sampler.close()
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return (named for named in self._model.named_parameters() if named[1].requires_grad)
+
+
+class InWorker(_Beside):
     """
     A copy of the policy samples, in a process of each rank's own; see [`WorkerSampler`].
 
@@ -133,33 +172,12 @@ class InWorker:
             autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision),
             is_paced=args.max_staleness == 0,
         )
-        self._is_running = False
-
-    @contextmanager
-    def running(self, version: int) -> Iterator[None]:
-        if self._is_running:
-            yield
-            return
-        self.sampler.start()
-        self._is_running = True
-        try:
-            self.take_weights(version)
-            yield
-        finally:
-            self._is_running = False
-            self.sampler.close()
-
-    def sampling(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def take_weights(self, version: int) -> None:
         self.sampler.update_weights(whole_parameters(self._trained()), version)
 
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return (named for named in self._model.named_parameters() if named[1].requires_grad)
 
-
-class InVLLM:
+class InVLLM(_Beside):
     """
     vLLM servers sample; see [`VLLMSampler`]. Every rank plays its rows on all of them. Rank 0 writes the policy to a
     directory that they can read, and has them take it, between responses: whole, or of a policy with a LoRA adapter
@@ -182,26 +200,14 @@ class InVLLM:
             args.vllm_urls, timeout_s=args.vllm_server_timeout, sends_weights=accelerator.is_main_process
         )
         self._written: list[Path] = []
-        self._is_running = False
 
-    @contextmanager
-    def running(self, version: int) -> Iterator[None]:
-        if self._is_running:
-            yield
-            return
+    def _start(self) -> None:
         self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
-        self.sampler.start()
-        self._is_running = True
-        try:
-            self.take_weights(version)
-            yield
-        finally:
-            self._is_running = False
-            self.sampler.close()
-            self._remove_written(keep=0)
+        super()._start()
 
-    def sampling(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def _close(self) -> None:
+        super()._close()
+        self._remove_written(keep=0)
 
     def take_weights(self, version: int) -> None:
         weights = self._write(f"{self._run}-{version}", version)
@@ -248,9 +254,6 @@ class InVLLM:
                 f"the policy could not be written to {path}, where servers would read it: {error}; set "
                 "`vllm_weights_dir` to a directory with room for it"
             ) from error
-
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return (named for named in self._model.named_parameters() if named[1].requires_grad)
 
     def _remove_written(self, *, keep: int) -> None:
         while len(self._written) > keep:
