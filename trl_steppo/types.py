@@ -55,6 +55,11 @@ class EpisodeLimits:
     max_episode_s: float | None = None
 
 
+def writable(text: str) -> str:
+    """Half a surrogate pair, which an environment may cut out of somewhere, is no character: it becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class TokenIds(Sequence[int]):
     """
     Immutable token ids in compact storage. A slice shares the storage, so the growing prompts of an append-only
@@ -227,6 +232,8 @@ class Episode:
         object.__setattr__(self, "steps", tuple(self.steps))
         if self.final_prompt_ids is not None:
             object.__setattr__(self, "final_prompt_ids", TokenIds(self.final_prompt_ids))
+        if self.error is not None:
+            object.__setattr__(self, "error", writable(self.error))  # it is logged, printed and stored
         if self.terminated and self.truncated:
             raise ValueError(f"episode {self.episode_id} is both terminated and truncated; it ends in one way")
         if self.error is None and not self.steps:

@@ -188,7 +188,7 @@ class Halves(Broken):
 
 
 def test_half_a_character_does_not_end_the_run(tmp_path):
-    with pytest.raises(RolloutError):  # for want of episodes, not for want of a log
+    with pytest.raises(RolloutError, match="cut \ufffd"):  # for want of episodes, not for want of a log
         play(tmp_path, environment_factory=Halves, max_steps=1, max_failed_updates=1)
     assert all("cut \ufffd" in row["error"] for row in logged(tmp_path))
 

@@ -16,7 +16,7 @@ import torch
 from ..durable import sync
 from ..errors import CheckpointError
 from ..losses import importance_ratio
-from ..types import Episode, Step, TokenIds
+from ..types import Episode, Step, TokenIds, writable
 from .credit import Credit
 from .data_stream import RowStream
 from .exchange import Rollout, Scores, caught, first_failure
@@ -157,7 +157,7 @@ class EpisodeLog:
             "terminated": episode.terminated,
             "truncated": episode.truncated,
             "stop_reason": None if episode.stop_reason is None else episode.stop_reason.value,
-            "error": None if episode.error is None else _writable(episode.error),
+            "error": episode.error,
             "score": episode.episode_return if episode.valid else None,
             "metrics": json.dumps(dict(episode.metrics)),
         }
@@ -243,13 +243,8 @@ def _num_shared(before: Sequence[int], prompt_ids: TokenIds) -> int:
 
 def _text(observation: str | list[dict[str, Any]]) -> str:
     if isinstance(observation, str):
-        return _writable(observation)
-    return _writable("\n".join(str(message.get("content", "")) for message in observation))
-
-
-def _writable(text: str) -> str:
-    """Half a surrogate pair, which an environment may cut out of somewhere, is no character: it becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return writable(observation)
+    return writable("\n".join(str(message.get("content", "")) for message in observation))
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
