@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,6 @@ def serve(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigurationError(f"`--dtype` is {dtype!r}; it is auto, or a type of torch such as bfloat16")
     name = locate_model(model_name)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     key_file, admin_key = directory / "admin_key", f"sk-admin-{secrets.token_urlsafe(32)}"
     server = GatewayServer(
         ChatFormats(AutoTokenizer.from_pretrained(name)),
@@ -74,16 +73,19 @@ def serve(
         model_name=model_name,
         idle_s=idle_s,
     )
-    write_key(key_file, admin_key)
-    gc.collect()
-    gc.freeze()  # what is loaded by now stays, and no later collection looks at it again
-    server.start()
-    server.resume(Engine(LocalSampler(model), _loop_in_a_thread()))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: server.stop())
-    print(f"serving {model_name} on {server.base_url}; the admin's key is in {key_file}", flush=True)
-    server.wait()
-    server.close()
+    with closing(server):  # its port is had before the model is loaded, which takes longer
+        torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        write_key(key_file, admin_key)
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays, and no later collection looks at it again
+        server.start()
+        server.resume(Engine(LocalSampler(model), _loop_in_a_thread()))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: server.stop())
+        print(f"serving {model_name} on {server.base_url}; the admin's key is in {key_file}", flush=True)
+        server.wait()
 
 
 def write_key(path: Path, key: str) -> None:

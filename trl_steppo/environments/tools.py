@@ -348,8 +348,19 @@ def _schema(name: str, tool: Tool) -> JsonSchema:
         ) from error
 
 
+_signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
+"""Signatures by function, or by a method's; reading one takes longer than most calls."""
+
+
+def _signature(tool: Tool) -> inspect.Signature:
+    function = getattr(tool, "__func__", tool)
+    if function not in _signatures:
+        _signatures[function] = inspect.signature(tool)
+    return _signatures[function]
+
+
 def _wrong_arguments(tool: Tool, schema: JsonSchema, arguments: Mapping[str, Any]) -> str | None:
-    signature = inspect.signature(tool)
+    signature = _signature(tool)
     try:
         signature.bind(**arguments)
     except TypeError as error:
