@@ -20,7 +20,18 @@ from _intervals import curve_interval
 from _plots import plot_task
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 from _runs import Run, play, refuse_failures
-from step_vs_token import MINI_WIKI, QUICK, Cell, Store, chosen_rates, record_of, run_of, shown, summarize
+from step_vs_token import (
+    MINI_WIKI,
+    QUICK,
+    Cell,
+    Store,
+    chosen_rates,
+    record_of,
+    refuse_other_settings,
+    run_of,
+    shown,
+    summarize,
+)
 
 SYNCHRONOUS = "staleness 0"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -57,15 +68,19 @@ def play_settings(
     extra: Mapping[str, Any],
 ) -> list[Run]:
     """Play what is not kept; the runs that failed."""
-    runs: dict[Run, tuple[Store, Cell]] = {}
-    for cell in cells:  # seed by seed, so that settings can be compared before all seeds are done
-        for name, flags in settings.items():
-            store = Store(Path(args.results_dir) / name)
-            if not store.holds(cell):
-                runs[run_of(MINI_WIKI, cell, Path(args.runs_dir) / name, {**flags, **extra})] = store, cell
+    planned = {
+        run_of(MINI_WIKI, cell, Path(args.runs_dir) / name, {**flags, **extra}): (
+            cell,
+            Store(Path(args.results_dir, name)),
+        )
+        for cell in cells  # seed by seed, so that settings can be compared before all seeds are done
+        for name, flags in settings.items()
+    }
+    refuse_other_settings((run, cell, store) for run, (cell, store) in planned.items())
+    runs = {run: (cell, store) for run, (cell, store) in planned.items() if not store.holds(cell)}
 
     def keep(run: Run) -> None:
-        store, cell = runs[run]
+        cell, store = runs[run]
         record = record_of(run, MINI_WIKI.score)
         store.write(cell, record)
         print(f"{store.root.name} seed {cell.seed}: area {record.area:.3f}, {record.seconds:.0f} s", flush=True)
@@ -86,7 +101,7 @@ def main(args: StalenessArguments) -> None:
         args.results_dir = str(Path(args.runs_dir) / "quick")
     failed = play_settings(args, settings, cells, QUICK if args.quick else {})
     records = {SYNCHRONOUS: list(synchronous.records(cells).values())}
-    records |= {name: list(Store(Path(args.results_dir) / name).records(cells).values()) for name in settings}
+    records |= {name: list(Store(Path(args.results_dir, name)).records(cells).values()) for name in settings}
     records = {name: runs for name, runs in records.items() if runs}
     summaries = summarize(records, dict.fromkeys(records, rate))
     curves = {

@@ -442,7 +442,7 @@ def play_cells(cells: Sequence[Cell], tasks: Mapping[str, Task], store: Store, a
     """Play those that are not done, and keep what they show."""
     extra = QUICK if args.quick else {}
     planned = {run_of(tasks[cell.task], cell, Path(args.runs_dir), extra): cell for cell in cells}
-    refuse_other_settings(planned, store)
+    refuse_other_settings((run, cell, store) for run, cell in planned.items())
     runs = {run: cell for run, cell in planned.items() if not store.holds(cell)}
 
     def keep(run: Run) -> None:
@@ -454,9 +454,9 @@ def play_cells(cells: Sequence[Cell], tasks: Mapping[str, Task], store: Store, a
     return play(runs, parallel=args.parallel or os.cpu_count() or 1, num_threads=1, on_finish=keep)
 
 
-def refuse_other_settings(planned: Mapping[Run, Cell], store: Store) -> None:
+def refuse_other_settings(planned: Iterable[tuple[Run, Cell, Store]]) -> None:
     """Raise if what is kept was played with other settings, or other files, than what would be played now."""
-    for run, cell in planned.items():
+    for run, cell, store in planned:
         if not store.holds(cell):
             continue
         kept = store.read(cell)
