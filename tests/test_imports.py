@@ -15,7 +15,7 @@ import trl_steppo
 PACKAGE = Path(trl_steppo.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"types", "errors", "masked", "durable"},
+    {"types", "errors", "masked", "durable", "calls"},
     {"environments", "inference", "batching", "advantages", "losses", "models"},
     {"gateway"},
     {"rollout"},
@@ -135,6 +135,7 @@ def test_one_module_imports_the_experimental_ppo():
         "import trl_steppo",
         "from trl_steppo import Step, Episode, StopReason",
         "import trl_steppo.environments",
+        "import trl_steppo.calls",
         "import trl_steppo.environments.tools",
         "from trl_steppo.gateway import Gateway, GatewayServer, SessionSpec",
         "import trl_steppo.rollout",

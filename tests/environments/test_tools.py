@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from trl_steppo.environments import Response, ToolPlayable, make_playable
-from trl_steppo.environments.tools import MISTAKES, DaemonThread, ResponsePlayable
+from trl_steppo.environments.tools import MISTAKES, ResponsePlayable
 from trl_steppo.errors import ConfigurationError
 
 
@@ -335,16 +335,6 @@ def test_close_is_called_and_ends_the_thread():
     step(make_playable(environment), ("finish", {}))
     threads[0].join(timeout=20)
     assert not threads[0].is_alive()
-
-
-def test_a_forgotten_thread_ends_by_itself():
-    async def run() -> threading.Thread:
-        return await DaemonThread("x").run(threading.current_thread, None, "x")
-
-    thread = asyncio.run(run())
-    thread.join(timeout=20)
-    assert not thread.is_alive()
-    assert thread.daemon
 
 
 # -- refused at construction ------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from ..calls import look_at
 from ..inference.base import MIN_TEMPERATURE
 from ..types import Episode
 from . import anthropic, openai, responses
@@ -238,7 +239,7 @@ class _Routes:
         if it takes long and is being sampled: while requests are held, it may still have to be told to try again.
         """
         asked = asyncio.ensure_future(self.gateway.respond(session, request, retry))
-        asked.add_done_callback(_look_at)
+        asked.add_done_callback(look_at)
         either: set[asyncio.Future[Any]] = {asked, gone}
         try:
             while True:
@@ -474,12 +475,6 @@ def _watched(gateway: Gateway, route: str, handler: Handler) -> Handler:
 
 def _gone_away() -> RequestError:
     return RequestError(499, "the client went away", code="client_closed_request")
-
-
-def _look_at(asked: asyncio.Future[Any]) -> None:
-    """Look at the outcome of what was given up, so that asyncio does not report it."""
-    if not asked.cancelled():
-        asked.exception()
 
 
 def _key(request: Request) -> str | None:

@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..environments.tools import DaemonThread
+from ..calls import DaemonThread, look_at
 from ..errors import ConfigurationError
 from ..gateway.sampling import Engine
 from ..gateway.sessions import Session, SessionSpec
@@ -228,7 +228,7 @@ class _AgentRollout:
         session, key = await self._at_gateway(self.gateway.open_session(spec, name=name))
         run = _FunctionRun(self.agent) if callable(self.agent) else _ProcessRun(self.agent)
         task = asyncio.ensure_future(run.start(request.row, self.server, session.session_id, key))
-        task.add_done_callback(_forget)
+        task.add_done_callback(look_at)
         try:
             ending = await self._watch(task, session, key)
             # Before the agent is let go of: a request that it gives up as it dies is no longer known here.
@@ -404,9 +404,3 @@ def _last_number(text: str) -> float | None:
         return float(lines[-1]) if lines else None
     except ValueError:
         return None
-
-
-def _forget(task: asyncio.Future[Any]) -> None:
-    """Look at the outcome of an agent that was given up, so that asyncio does not report it."""
-    if not task.cancelled():
-        task.exception()

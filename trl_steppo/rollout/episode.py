@@ -10,8 +10,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..calls import CallTimeoutError, within
 from ..environments.base import Message, Outcome, Playable, Response
-from ..environments.tools import CallTimeoutError, within
 from ..errors import DataError
 from ..inference.base import Sample, Sampler, SamplingParams, step_seed
 from ..inference.chat import ChatFormat

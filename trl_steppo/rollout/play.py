@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ..calls import DaemonThread
 from ..environments.base import Playable
-from ..environments.tools import DaemonThread
 from ..inference.base import Sampler, SamplingParams
 from ..inference.chat import ChatFormat
 from ..types import Episode, EpisodeLimits
