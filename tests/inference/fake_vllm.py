@@ -29,16 +29,20 @@ class FakeVLLM:
             many tokens as are asked for, each the length of the prompt plus its place.
         load (`Callable`, *optional*):
             Called with the directory of new weights, and with `None` at each start.
+        port (`int`, *optional*):
+            Where; `None`: a free one.
         options:
             Changes of what the server was started with.
     """
 
     def __init__(
-        self, respond: Respond | None = None, load: Callable[[Path | None], None] | None = None, **options: Any
+        self,
+        respond: Respond | None = None,
+        load: Callable[[Path | None], None] | None = None,
+        port: int | None = None,
+        **options: Any,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.respond = respond or _count
         self.load = load or (lambda directory: None)
@@ -206,6 +210,12 @@ class FakeVLLM:
     def _unload_adapter(self, body: Any) -> Any:
         del self.adapters[body["lora_name"]]
         return Response("unloaded")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 async def _count(prompt: list[int], params: dict[str, Any], adapter: str | None) -> tuple[list[int], list[float]]:

@@ -140,10 +140,20 @@ def test_one_that_dies_too_often_fails_those_who_wait(model) -> None:
         os.kill(worker.process_id, signal.SIGKILL)
         await task
 
-    with pytest.raises(RolloutError, match=r"died \(exit status -9\), and was started again 0 times before"):
+    with pytest.raises(RolloutError, match=r"died \(exit status -9\), and was started again 0 times since"):
         asyncio.run(run())
     with pytest.raises(RolloutError, match="died"):
         asyncio.run(respond(worker, [[1]]))
+    worker.close()
+
+
+def test_every_version_of_the_weights_may_lose_it_as_often(model) -> None:
+    worker = make_worker(model, max_restarts=1)
+    for version in (1, 2, 3):
+        os.kill(worker.process_id, signal.SIGKILL)
+        assert asyncio.run(respond(worker, [[1]]))
+        worker.update_weights(model.named_parameters(), version)
+    assert worker.num_restarts == 3
     worker.close()
 
 

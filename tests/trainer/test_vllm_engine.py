@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 from fake_vllm import FakeVLLM
 from safetensors.torch import load_file
-from tiny import Endless, distance, hashed, make_model, make_trainer, message_rows, weights
-from transformers import AutoModelForCausalLM, TrainerCallback
+from served_policy import Policy
+from tiny import Endless, distance, hashed, make_trainer, message_rows, weights
+from transformers import TrainerCallback
 from vllm_on_ranks import train
 
 from trl_steppo.cli import CONFIGS
 from trl_steppo.errors import CheckpointError, ConfigurationError, RolloutError
-from trl_steppo.inference.base import SamplingParams
-from trl_steppo.inference.local import LocalSampler
 from trl_steppo.rollout import episode_file, load_episodes
 
 UPDATES = 4
@@ -30,38 +29,6 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 0.3,
     "max_steps": UPDATES,
 }
-
-
-class Policy:
-    """What a small server samples from: at first other weights than anybody trains."""
-
-    def __init__(self) -> None:
-        self.samplers: dict[str | None, LocalSampler] = {}
-
-    def load(self, directory: Path | None) -> None:
-        model = make_model(9) if directory is None else AutoModelForCausalLM.from_pretrained(directory)
-        self.samplers = {None: LocalSampler(model)}
-
-    async def respond(
-        self, prompt: list[int], params: dict[str, Any], adapter: str | None
-    ) -> tuple[list[int], list[float]]:
-        if adapter not in self.samplers:
-            self.samplers[adapter] = LocalSampler(_with_adapter(adapter))
-        sampling = SamplingParams(
-            params["max_tokens"],
-            params["temperature"],
-            stop_token_ids=tuple(params["stop_token_ids"]),
-            seed=params["seed"],
-        )
-        sample = await self.samplers[adapter].sample(prompt, sampling, episode_id=str(params["seed"]))
-        return sample.token_ids.tolist(), list(sample.logprobs)
-
-
-def _with_adapter(directory: str | None) -> Any:
-    from peft import PeftModel
-
-    assert directory is not None
-    return PeftModel.from_pretrained(make_model(), directory).merge_and_unload().eval()
 
 
 @pytest.fixture

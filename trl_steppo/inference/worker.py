@@ -129,7 +129,7 @@ class WorkerSampler:
         silent_s (`float`, *optional*, defaults to `20.0`):
             A process that gives no sign of life for so long is given up.
         max_restarts (`int`, *optional*, defaults to `3`):
-            How often a process that died, or was given up, is started again.
+            How often a process that died, or was given up, is started again with the same weights.
 
     Raises:
         RolloutError: From `sample`, if the process died too often, or was closed.
@@ -152,6 +152,7 @@ class WorkerSampler:
         self.silent_s = silent_s
         self.max_restarts = max_restarts
         self.num_restarts = 0
+        self._restarts_left = max_restarts
         self._counts = self._counts_before = _Counts()  # of this process, and of those before it
         parameters = dict(model.named_parameters())
         self._model = model.share_memory()
@@ -240,7 +241,7 @@ class WorkerSampler:
             RolloutError: It does not start.
         """
         with self._lock:
-            self._failure, self.num_restarts = None, 0
+            self._failure, self._restarts_left = None, self.max_restarts
             self._start()
             self._is_closed = False
             self._send_weights()
@@ -274,6 +275,7 @@ class WorkerSampler:
             for name, weight in weights:
                 self._news[name].copy_(weight.detach())
             self.policy_version = version
+            self._restarts_left = self.max_restarts  # a run of weeks may lose its process now and then
             self._send_weights()
 
     def _send_weights(self) -> None:
@@ -339,15 +341,16 @@ class WorkerSampler:
             died = f"the sampler's process died (exit status {self._process.exitcode})"
             if hangs:
                 died = f"the sampler's process gave no sign of life in {self.silent_s:g} s"
-            if self.num_restarts >= self.max_restarts:
+            if not self._restarts_left:
                 self._fail(
                     RolloutError(
-                        f"{died}, and was started again {self.num_restarts} times before; its own output says more, "
-                        "and the system's log where it was killed for its memory"
+                        f"{died}, and was started again {self.max_restarts} times since it got these weights; its own "
+                        "output says more, and the system's log where it was killed for its memory"
                     )
                 )
                 return
             self.num_restarts += 1
+            self._restarts_left -= 1
             before, last = self._counts_before, self._counts
             self._counts_before = _Counts(*map(sum, zip(astuple(before), astuple(last), strict=True)))
             self._counts = _Counts()

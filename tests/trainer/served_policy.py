@@ -1,0 +1,55 @@
+"""A small vLLM server's policy, and the server as a process of its own."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from fake_vllm import FakeVLLM
+from tiny import make_model
+from transformers import AutoModelForCausalLM
+
+from trl_steppo.inference.base import SamplingParams
+from trl_steppo.inference.local import LocalSampler
+
+
+class Policy:
+    """What a small server samples from: at first other weights than anybody trains."""
+
+    def __init__(self) -> None:
+        self.samplers: dict[str | None, LocalSampler] = {}
+
+    def load(self, directory: Path | None) -> None:
+        model = make_model(9) if directory is None else AutoModelForCausalLM.from_pretrained(directory)
+        self.samplers = {None: LocalSampler(model)}
+
+    async def respond(
+        self, prompt: list[int], params: dict[str, Any], adapter: str | None
+    ) -> tuple[list[int], list[float]]:
+        if adapter not in self.samplers:
+            self.samplers[adapter] = LocalSampler(_with_adapter(adapter))
+        sampling = SamplingParams(
+            params["max_tokens"],
+            params["temperature"],
+            stop_token_ids=tuple(params["stop_token_ids"]),
+            seed=params["seed"],
+        )
+        sample = await self.samplers[adapter].sample(prompt, sampling, episode_id=str(params["seed"]))
+        return sample.token_ids.tolist(), list(sample.logprobs)
+
+
+def _with_adapter(directory: str | None) -> Any:
+    from peft import PeftModel
+
+    assert directory is not None
+    return PeftModel.from_pretrained(make_model(), directory).merge_and_unload().eval()
+
+
+def serve(port: int) -> None:
+    """Serve until the process is killed."""
+    torch.set_num_threads(1)
+    policy = Policy()
+    FakeVLLM(policy.respond, policy.load, port=port, max_model_len=4096)
+    threading.Event().wait()

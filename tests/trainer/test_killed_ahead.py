@@ -1,0 +1,42 @@
+"""Whatever is killed while rollouts are ahead of their updates, every row is trained once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from killed_ahead import BATCH
+
+from trl_steppo.rollout import episode_file, load_episodes
+
+INFERENCE_TESTS = Path(__file__).parents[1] / "inference"
+
+
+@pytest.mark.parametrize("engine", ["worker", "vllm"])
+@pytest.mark.parametrize(("num_kills", "num_updates"), [(2, 8), pytest.param(20, 50, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(tmp_path, engine, num_kills, num_updates):
+    script = Path(__file__).with_name("killed_ahead.py")
+    done = subprocess.run(
+        [sys.executable, str(script), engine, str(tmp_path / "run"), str(num_updates), str(num_kills), "5"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(INFERENCE_TESTS)])},
+        capture_output=True,
+        text=True,
+        timeout=290,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("killed")]
+    print("(trainer or sampler, updates done):", kills)
+    assert len(kills) == num_kills
+    assert 0 < kills[0][1] <= kills[-1][1] < num_updates
+    newest = tmp_path / "run" / f"checkpoint-{num_updates}" / "trainer_state.json"
+    logs = [entry for entry in json.loads(newest.read_text())["log_history"] if "episode" in entry]
+    assert [entry["episode"] for entry in logs] == [BATCH * (update + 1) for update in range(num_updates)]
+    for update in range(num_updates):
+        episodes = load_episodes(episode_file(tmp_path / "run" / "episodes", update, 0))
+        assert [episode.row_index for episode in episodes] == list(range(BATCH * update, BATCH * (update + 1)))
+        assert all(episode.valid for episode in episodes)
+        assert {update - step.policy_version for episode in episodes for step in episode.steps} <= {0, 1, 2}
