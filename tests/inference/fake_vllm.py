@@ -117,9 +117,8 @@ class FakeVLLM:
         async def handle(request: Request) -> Response:
             body = await request.json() if request.method == "POST" and await request.body() else {}
             path = request.url.path
-            if self.hangs or path in self.silent:
-                if await self._wait(request, lambda: self.hangs or path in self.silent):
-                    return Response(status_code=499)
+            if await self._wait(request, lambda: self.hangs or path in self.silent):
+                return Response(status_code=499)
             if not self.has_dev_mode and path not in ("/health", "/metrics", "/inference/v1/generate"):
                 return Response("Not Found", 404)
             answer = handler(body)

@@ -316,6 +316,6 @@ def _lock(file: Path) -> int:
 
 def _not_written(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"the policy could not be written to {path}, where servers would read it: {error}; set `vllm_weights_dir` to a "
-        "directory with room for it"
+        f"the policy could not be written to {path}, where servers would read it: {error}; set `vllm_weights_dir` to "
+        "a directory with room for it"
     )
