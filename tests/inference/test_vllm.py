@@ -212,7 +212,6 @@ def test_a_server_that_hangs_is_given_up_until_it_answers(serve, connect):
 def test_a_stuck_engine_is_given_up_although_its_server_answers(serve, connect, tmp_path, caplog, num_stuck):
     servers = [serve(), serve()]
     sampler = connect(*servers, timeout_s=2.0)
-    sampler.timeout_s = 2.0
     for server in servers[:num_stuck]:
         server.silent.add(GENERATE)
     samples: list[Sample] = []
@@ -233,7 +232,6 @@ def test_a_slow_engine_is_not_given_up_and_who_waits_is_told_for_what(serve, con
     server = serve()
     server.token_s = 0.5
     sampler = connect(server, timeout_s=2.0)
-    sampler.poll_s = 0.05
     asking = later(0, lambda: ask(sampler, 1, replace(SAMPLED, max_new_tokens=6)))
     until(lambda: server.num_running)
     with caplog.at_level(logging.WARNING):

@@ -193,8 +193,12 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, serve) -> None:
     ) as owner:
         assert owner.stdout is not None
         owner.stdout.readline()
-        settings = {"use_vllm": True, "vllm_server_base_url": serve().url}
-        make_trainer(tmp_path, vllm_weights_dir=str(tmp_path / "weights"), **settings).evaluate()
+        settings = {
+            "use_vllm": True,
+            "vllm_server_base_url": serve().url,
+            "vllm_weights_dir": str(tmp_path / "weights"),
+        }
+        make_trainer(tmp_path, train_dataset=message_rows(), eval_dataset=message_rows(), **settings).evaluate()
         left = sorted(path.name for path in (tmp_path / "weights").iterdir())
         owner.kill()
     assert left == ["alive", "of_somebody_else"]
