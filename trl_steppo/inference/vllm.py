@@ -274,7 +274,7 @@ class VLLMSampler:
             return
 
         async def unload(server: _Server) -> None:
-            with suppress(OSError, asyncio.TimeoutError):
+            with suppress(_Answered, OSError, asyncio.TimeoutError):
                 await asyncio.wait_for(_unload_adapters(server, weights.run), self.silent_s)
 
         await asyncio.gather(*(unload(server) for server in self._servers if server.is_ready))
