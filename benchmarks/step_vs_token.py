@@ -220,6 +220,8 @@ class Record:
             The whole process.
         processor, commit, command (`str`):
             What it ran on, and how.
+        staleness (`list[float]`, *optional*):
+            Updates between the weights that sampled a step and those that trained on it, in the mean of each update.
         inputs (`dict[str, str]`, *optional*):
             Hashes of the files it read: its configuration, and the policy. `None` in the oldest records.
     """
@@ -236,6 +238,7 @@ class Record:
     command: str
     response_tokens: list[float] | None = None
     episode_steps: list[float] | None = None
+    staleness: list[float] | None = None
     inputs: dict[str, str] | None = None
 
     @property
@@ -317,6 +320,7 @@ def record_of(run: Run, score: str) -> Record:
         command=run.command,
         response_tokens=[logs["rollout/response_tokens"] for logs in updates],
         episode_steps=[logs["env/episode_steps"] for logs in updates],
+        staleness=[logs.get("rollout/staleness", 0.0) for logs in updates],
         inputs=run.played_hashes,
     )
 
