@@ -197,6 +197,13 @@ def test_an_environment_that_breaks_or_hangs_costs_its_own_episode_only(chat, st
     assert [fingerprint(episodes[i]) for i in (0, 2)] == [fingerprint(undisturbed[i]) for i in (0, 2)]
 
 
+def test_an_environment_that_is_never_made_costs_its_own_episode(chat):
+    makers = [LookEnvironment, hang, LookEnvironment]
+    episodes = play(chat, makers, make_timeout_s=0.2)
+    assert [episode.valid for episode in episodes] == [True, False, True]
+    assert episodes[1].error.startswith("making the environment: CallTimeoutError")
+
+
 def with_(**members):
     environment = LookEnvironment()
     for name, member in members.items():

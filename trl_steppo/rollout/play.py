@@ -55,6 +55,7 @@ def play_episodes(
     limits: EpisodeLimits,
     sampling: SamplingParams,
     run_seed: int,
+    make_timeout_s: float | None = None,
     max_concurrent_episodes: int | None = None,
     slots: Slots | None = None,
     grace_s: float = 0.25,
@@ -75,6 +76,8 @@ def play_episodes(
             The policy; called concurrently.
         chat, limits, sampling, run_seed:
             See [`run_episode`].
+        make_timeout_s (`float`, *optional*):
+            Most seconds for making an environment; `None`: as long as the whole episode may take.
         max_concurrent_episodes (`int`, *optional*):
             How many to play at a time; `None`: all.
         slots ([`Slots`], *optional*):
@@ -101,6 +104,7 @@ def play_episodes(
         sampling,
         run_seed,
         in_flight,
+        make_timeout_s if make_timeout_s is not None else limits.max_episode_s,
         id_prefix,
         slots,
         on_episode or (lambda: None),
@@ -118,6 +122,7 @@ class _Rollout:
     sampling: SamplingParams
     run_seed: int
     in_flight: InFlight
+    make_timeout_s: float | None
     id_prefix: str
     slots: Slots | None
     on_episode: Callable[[], None]
@@ -141,7 +146,7 @@ class _Rollout:
         episode_id = f"{self.id_prefix}{request.row_index}-{request.generation_index}"
         make = lambda: self.make_playable(request.row)  # noqa: E731
         try:
-            env = await maker.run(make, self.limits.max_episode_s, "making the environment")
+            env = await maker.run(make, self.make_timeout_s, "making the environment")
         except Exception as error:
             return failed_episode(
                 request.row_index,

@@ -184,6 +184,7 @@ class EpisodePlayer:
             "on_episode": on_episode,
         }
         if self.agent is None:
+            common["make_timeout_s"] = self.args.tool_timeout_s
             return play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
         with self._serving() as server:
             if update is not None and update > self.args.max_staleness:

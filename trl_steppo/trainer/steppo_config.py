@@ -85,8 +85,8 @@ class StepPOConfig(PPOConfig):
         max_episode_s (`float`, *optional*):
             Most seconds of an episode.
         tool_timeout_s (`float`, *optional*, defaults to `60.0`):
-            Most seconds of one call of a tool or of an environment's method. A tool that takes longer is reported to
-            the model; an environment that does costs its own episode.
+            Most seconds of one call of a tool or of an environment's method, and of making an environment. A tool that
+            takes longer is reported to the model; an environment that does costs its own episode.
         max_tool_calls (`int`, *optional*):
             Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
         max_concurrent_tool_calls (`int`, *optional*):
