@@ -73,7 +73,7 @@ class SharedModel:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self._model, self._layout, descriptor = state
-        self._file = open(descriptor.detach(), "r+b", buffering=0)
+        self._file = open(descriptor.detach(), "r+b", buffering=0)  # noqa: SIM115
         self.weights = self._map()
 
 
