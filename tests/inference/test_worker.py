@@ -420,7 +420,7 @@ def test_weights_are_not_written_while_they_are_read(model, monkeypatch) -> None
 
 
 def test_one_that_hangs_in_a_forward_pass_is_started_again(model, tmp_path) -> None:
-    worker = make_worker(with_mishap(model, hang, tmp_path), stuck_s=2.0)
+    worker = make_worker(with_mishap(model, hang, tmp_path), stuck_s=5.0)
     try:
         found = asyncio.run(asyncio.wait_for(respond(worker, [[MARK], [1, 2]]), WAIT_S))
         assert found == asyncio.run(respond(LocalSampler(model), [[MARK], [1, 2]]))
