@@ -60,8 +60,8 @@ def test_of_adapters_only_those_are_sent_and_the_weights_are_the_same(tmp_path) 
     inside = run(tmp_path / "inside", peft_config=peft_config)
     outside = run(tmp_path / "outside", peft_config=peft_config, use_rollout_worker=True)
     assert same(weights(inside.model), weights(outside.model))
-    assert outside.sampler._news
-    assert all("lora" in name for name in outside.sampler._news)
+    assert outside.sampler._trained
+    assert all("lora" in name for name in outside.sampler._trained)
 
 
 class Kill(TrainerCallback):

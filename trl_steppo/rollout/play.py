@@ -215,7 +215,8 @@ async def _despite_accidents(
         try:
             return await play_one(request)
         except SamplerError as error:
-            if attempt == _ATTEMPTS or isinstance(error.__cause__, RolloutError):
+            has_given_up = isinstance(error.__cause__, RolloutError) and not isinstance(error.__cause__, SamplerError)
+            if attempt == _ATTEMPTS or has_given_up:
                 raise
             logger.warning("%s; it is played again", error)
     raise AssertionError
