@@ -335,6 +335,8 @@ def test_who_waits_is_told_when_no_other_one_can_be_started(model, monkeypatch) 
     with pytest.raises(RolloutError, match="Too many open files"):
         worker.update_weights(model.named_parameters(), version=1)
     worker.close()
+    with pytest.raises(RolloutError, match=r"did not start.*Too many open files"):
+        worker.start()
 
 
 def test_who_waits_is_told_of_weights_that_did_not_come_whole(model) -> None:
