@@ -401,6 +401,7 @@ def test_one_that_is_started_while_weights_are_written_takes_them_whole(model, m
 
 def test_weights_are_not_written_while_they_are_read(model, monkeypatch) -> None:
     worker, reads, may_read = make_worker(model), threading.Event(), threading.Event()
+    asyncio.run(respond(worker, [[1]]))  # so that it has said that it took the weights that it began with
     take = worker._take
 
     def late(process: Any, message: Any) -> None:
