@@ -335,6 +335,8 @@ def test_who_waits_is_told_when_no_other_one_can_be_started(model, monkeypatch) 
     with pytest.raises(RolloutError, match="Too many open files"):
         worker.update_weights(model.named_parameters(), version=1)
     worker.close()
+    with pytest.raises(RolloutError, match=r"did not start.*Too many open files"):
+        worker.start()
 
 
 def test_who_waits_is_told_of_weights_that_did_not_come_whole(model) -> None:
@@ -399,10 +401,11 @@ def test_one_that_is_started_while_weights_are_written_takes_them_whole(model, m
 
 def test_weights_are_not_written_while_they_are_read(model, monkeypatch) -> None:
     worker, reads, may_read = make_worker(model), threading.Event(), threading.Event()
-    first, take = worker._weights.edition, worker._take
+    asyncio.run(respond(worker, [[1]]))  # so that it has said that it took the weights that it began with
+    take = worker._take
 
     def late(process: Any, message: Any) -> None:
-        if isinstance(message, worker_module.Taken) and message.edition != first:
+        if isinstance(message, worker_module.Taken):
             reads.set()
             assert may_read.wait(WAIT_S)
         take(process, message)

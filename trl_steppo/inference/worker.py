@@ -202,11 +202,16 @@ class WorkerSampler:
         """
         with self._changed:
             self._failure, self._restarts_left = None, self.max_restarts
-        process = self._launch()
-        if process is None or process.receive() is None:
+        try:
+            process = self._launch()
+            is_up = process is not None and process.receive() is not None
+            trouble = process.trouble if process is not None else "closed meanwhile"
+        except Exception as error:
+            is_up, trouble = False, repr(error)
+        if not is_up:
             failure = RolloutError(
-                f"the sampler's process did not start ({process.trouble if process else 'it was closed'}; its own "
-                'output says more). A script that starts one does its work under `if __name__ == "__main__":`'
+                f"the sampler's process did not start ({trouble}; its own output says more). A script that starts one "
+                'does its work under `if __name__ == "__main__":`'
             )
             self._fail(failure)
             raise failure
