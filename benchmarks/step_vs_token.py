@@ -601,8 +601,10 @@ def print_summaries(task: Task, summaries: Mapping[str, Summary]) -> None:
 
 
 def print_ablation(task: str, summaries: Mapping[str, Summary]) -> None:
-    """The table of the paper's form, of the parts that are there."""
+    """The table of the paper's form, of the parts that are there, where some are left out."""
     parts = {label: summaries[method] for label, method in ABLATION.items() if method in summaries}
+    if len(parts) < 2:
+        return
     print_table(
         f"{task}: what StepPO's parts do",
         ["StepPO", "greedy, end", "sampled, end", "area"],
