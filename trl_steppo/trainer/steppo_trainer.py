@@ -358,7 +358,8 @@ class StepPOTrainer(PPOTrainer):
             scores = self.learner.score(rollout)
         args = self.args
         add_age_metrics(self._means, rollout.batch, version=self.state.global_step, max_staleness=args.max_staleness)
-        if scores.old_logprobs is not None:
+        differs = args.max_staleness > 0 or args.use_vllm or args.correction != "none"
+        if differs and scores.old_logprobs is not None:
             add_correction_metrics(
                 self._means,
                 rollout.batch,
