@@ -3,13 +3,14 @@ Asynchronous beside synchronous training, where tools take their time.
 
     python benchmarks/async.py [--max_staleness 2] --json benchmarks/results/async.json
 
-The mini wiki, whose `search` takes 0, 0.2 or 1 s in the mean (log-normal, with a tail), the same for the same question
-and step in every run. For each latency one run that updates between its rollouts, and one whose rollouts begin up to
-`--max_staleness` updates ahead, sampled in a process of its own; every process computes with one thread. From the
-synchronous run: the time of a rollout (R) and of an update (U), and the processor time of a rollout (c). With k
-rollouts in flight on one machine no run can be faster, over the synchronous one, than (R + U) / max(R / k, c + U), if
-the two processes share what they compute with; where each has a core to itself, max(c, U) stands in for c + U. Both
-bounds are shown. First and last updates do not count: there is less in flight.
+The mini wiki, whose `search` takes 0, 0.2 or 1 s in the mean (log-normal, with a tail), the same for the same
+question and step in every run. For each latency one run that updates between its rollouts, and one whose rollouts
+begin up to `--max_staleness` updates ahead, sampled in a process of its own; every process computes with one thread.
+A third run updates between its rollouts, too, and computes with as many threads as there are cores. From the
+synchronous run of one thread: the time of a rollout (R) and of an update (U), and the processor time of a rollout
+(c). With k rollouts in flight on one machine no run can be faster, over the synchronous one, than (R + U) / max(R /
+k, c + U), if the two processes share what they compute with; where each has a core to itself, max(c, U) stands in for
+c + U. Both bounds are shown. First and last updates do not count: there is less in flight.
 
 Then rollouts alone: tokens a second at a latency of 1 s over those at 0, with 512 episodes in flight.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +108,7 @@ class Times:
     """Seconds of a run, in the mean over the updates that count."""
 
     update: float  # from one end to the next
-    waiting: float  # for a rollout
+    waiting: float  # for a rollout, or for a response to end before the weights are new
     rollout_cpu: float  # of the process that plays; with the sampler in it only in a synchronous run
 
     @property
@@ -154,7 +156,9 @@ def time_run(latency_s: float, num_updates: int, *, margin: int, **settings: Any
         trainer.add_callback(ends)
         trainer.player.play = timed(trainer.player.play, cpu_s)  # type: ignore[method-assign]
         trainer.train()
-    waits = [logs["perf/rollout_s"] for logs in trainer.state.log_history if "perf/rollout_s" in logs]
+    waits = [
+        logs["perf/rollout_s"] + logs["perf/sync_s"] for logs in trainer.state.log_history if "perf/rollout_s" in logs
+    ]
     counted = slice(margin, margin + num_updates)
     return Times(
         (ends.times[margin + num_updates - 1] - ends.times[margin - 1]) / num_updates,
@@ -188,10 +192,10 @@ def rollout_tokens_per_s(latency_s: float, num_episodes: int, in_flight: int) ->
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch computes with one thread, in the processes that are started, too."""
+def threads(count: int) -> Iterator[None]:
+    """Torch computes with so many threads, in the processes that are started, too."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -208,6 +212,7 @@ def main(args: AsyncArguments) -> None:
         name: {}
         for name in (
             "speedup",
+            "speedup_over_all_threads",
             "bound",
             "bound_of_two_cores",
             "trainer_idle_fraction",
@@ -218,13 +223,16 @@ def main(args: AsyncArguments) -> None:
             "update_s",
         )
     }
-    with one_thread():
+    with threads(1):
         for latency_s in latencies:
+            with threads(os.cpu_count() or 1):
+                of_all = time_run(latency_s, num_updates, margin=1)
             sync = time_run(latency_s, num_updates, margin=1)
             asynchronous = time_run(latency_s, num_updates, margin=margin, max_staleness=ahead)
             rollout, cpu, update = sync.waiting, sync.rollout_cpu, sync.training
             key = f"{latency_s:g}"
             figures["speedup"][key] = sync.update / asynchronous.update
+            figures["speedup_over_all_threads"][key] = of_all.update / asynchronous.update
             figures["bound"][key] = sync.update / max(rollout / ahead, cpu + update)
             figures["bound_of_two_cores"][key] = sync.update / max(rollout / ahead, cpu, update)
             figures["trainer_idle_fraction"][key] = asynchronous.waiting / asynchronous.update

@@ -4,9 +4,9 @@ importance weights for what is old and without.
 
     python benchmarks/staleness.py --json benchmarks/results/staleness.json
 
-Everything else is as in `step_vs_token.py`, whose runs of StepPO are those of staleness 0 here. Tools answer at once,
-so that every step is as old as it may be. What a run showed is kept as a small file in `--results_dir`, and is not
-repeated.
+Everything else is as in `step_vs_token.py`, whose runs of StepPO are those of staleness 0 here: the learning rate is
+the one that was best for these. Tools answer at once, so that steps are nearly as old as they may be; how old they
+were is kept, too. What a run showed is kept as a small file in `--results_dir`, and is not repeated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from _intervals import curve_interval
@@ -104,19 +105,21 @@ def main(args: StalenessArguments) -> None:
     records |= {name: list(Store(Path(args.results_dir, name)).records(cells).values()) for name in settings}
     records = {name: runs for name, runs in records.items() if runs}
     summaries = summarize(records, dict.fromkeys(records, rate))
+    ages = {name: mean(mean(run.staleness or [0.0]) for run in runs) for name, runs in records.items()}
     curves = {
         name: {"episodes": runs[0].episodes, "sampled": curve_interval([run.sampled for run in runs])}
         for name, runs in records.items()
     }
     print_table(
         f"StepPO on the mini wiki, {len(cells)} seeds: interquartile means (95 % intervals)",
-        ["", "greedy, end", "sampled, end", "area", "s"],
+        ["", "age of a step, in updates", "greedy, end", "sampled, end", "area"],
         [
-            [name, shown(found.final_greedy), shown(found.final_sampled), shown(found.area), f"{found.seconds:.0f}"]
+            [name, f"{ages[name]:.2f}", shown(found.final_greedy), shown(found.final_sampled), shown(found.area)]
             for name, found in summaries.items()
         ],
     )
-    figures = {"summaries": {name: asdict(found) for name, found in summaries.items()}, "curves": curves}
+    found = {name: {**asdict(found), "staleness": ages[name]} for name, found in summaries.items()}
+    figures = {"summaries": found, "curves": curves}
     if not args.quick:
         plot_task(Path(args.results_dir) / "staleness.png", "StepPO on the mini wiki", figures)
     write_record(args.json, {**figures, "seeds": len(cells), "learning_rate": rate})

@@ -220,6 +220,8 @@ class Record:
             The whole process.
         processor, commit, command (`str`):
             What it ran on, and how.
+        staleness (`list[float]`, *optional*):
+            Updates between the weights that sampled a step and those that trained on it, in the mean of each update.
         inputs (`dict[str, str]`, *optional*):
             Hashes of the files it read: its configuration, and the policy. `None` in the oldest records.
     """
@@ -236,6 +238,7 @@ class Record:
     command: str
     response_tokens: list[float] | None = None
     episode_steps: list[float] | None = None
+    staleness: list[float] | None = None
     inputs: dict[str, str] | None = None
 
     @property
@@ -317,6 +320,7 @@ def record_of(run: Run, score: str) -> Record:
         command=run.command,
         response_tokens=[logs["rollout/response_tokens"] for logs in updates],
         episode_steps=[logs["env/episode_steps"] for logs in updates],
+        staleness=[logs.get("rollout/staleness", 0.0) for logs in updates],
         inputs=run.played_hashes,
     )
 
@@ -597,8 +601,10 @@ def print_summaries(task: Task, summaries: Mapping[str, Summary]) -> None:
 
 
 def print_ablation(task: str, summaries: Mapping[str, Summary]) -> None:
-    """The table of the paper's form, of the parts that are there."""
+    """The table of the paper's form, of the parts that are there, where some are left out."""
     parts = {label: summaries[method] for label, method in ABLATION.items() if method in summaries}
+    if len(parts) < 2:
+        return
     print_table(
         f"{task}: what StepPO's parts do",
         ["StepPO", "greedy, end", "sampled, end", "area"],

@@ -8,7 +8,9 @@ StepPOError
 ├── CheckpointError (RuntimeError)    a checkpoint that cannot be written, is damaged, or is of another run; any other
 │                                     file of a run that cannot be written
 └── RolloutError (RuntimeError)       nothing to train on: no valid episode for too many updates, a reward function
-                                      that raises, a policy whose logits are not numbers
+    │                                 that raises, a policy whose logits are not numbers
+    └── SamplerError                  the policy could not be asked; its episodes are played again, or the run ends
+                                      before it counts them
 ```
 
 The mistakes of an agent, a tool or an environment are not exceptions here: they become observations, or the `error` of
@@ -38,3 +40,7 @@ class CheckpointError(StepPOError, RuntimeError):
 
 class RolloutError(StepPOError, RuntimeError):
     """The rollout yields nothing to train on."""
+
+
+class SamplerError(RolloutError):
+    """The sampler failed, for no fault of the episode that asked it: no row is lost for it."""

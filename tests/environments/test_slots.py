@@ -9,7 +9,7 @@ import pytest
 
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import Response
-from trl_steppo.environments.slots import ToolSlots
+from trl_steppo.environments.slots import Slots
 
 
 class Meter:
@@ -40,7 +40,7 @@ def in_threads(count: int, play) -> None:
 
 @pytest.mark.parametrize("num_slots", [1, 3])
 def test_no_more_at_a_time_than_there_are_slots_and_everybody_gets_a_turn(num_slots):
-    slots, meters = ToolSlots(num_slots), {"search": Meter(), "read": Meter()}
+    slots, meters = Slots(num_slots), {"search": Meter(), "read": Meter()}
 
     async def call(tool: str, pause: float) -> None:
         async with slots.of(tool):
@@ -58,7 +58,7 @@ def test_no_more_at_a_time_than_there_are_slots_and_everybody_gets_a_turn(num_sl
 
 
 def test_who_gives_up_waiting_takes_no_slot_along():
-    slots, served = ToolSlots(1), []
+    slots, served = Slots(1), []
 
     async def call(index: int) -> None:
         async with slots.of("search"):
@@ -81,10 +81,10 @@ def test_who_gives_up_waiting_takes_no_slot_along():
 
 
 def test_turns_come_in_order():
-    slots, served = ToolSlots(1), []
+    slots, served = Slots(1), []
 
     async def call(index: int) -> None:
-        async with slots.of("search"):
+        async with slots.of("search", priority=index % 2):
             await asyncio.sleep(0)
             served.append(index)
 
@@ -92,7 +92,7 @@ def test_turns_come_in_order():
         await asyncio.gather(*map(call, range(10)))
 
     asyncio.run(play())
-    assert served == list(range(10))
+    assert served == [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]
 
 
 def test_waiting_for_a_turn_is_no_part_of_a_calls_time():
@@ -104,7 +104,7 @@ def test_waiting_for_a_turn_is_no_part_of_a_calls_time():
             time.sleep(0.1)
         return "seen"
 
-    playables = [make_playable(None, [look], tool_timeout_s=0.35, slots=slots) for slots in [ToolSlots(1)] * 6]
+    playables = [make_playable(None, [look], tool_timeout_s=0.35, slots=slots) for slots in [Slots(1)] * 6]
     call = {"type": "function", "function": {"name": "look", "arguments": {}}}
     response = Response("", {"role": "assistant", "content": "", "tool_calls": [call]})
 

@@ -136,13 +136,15 @@ def test_the_columns_that_are_read_are_those_that_are_written():
     assert set(_COLUMNS) < set(SCHEMA.names)
 
 
-def test_staleness_has_a_section_where_it_is_logged(tmp_path):
+def test_staleness_has_a_section_where_there_is_any(tmp_path):
     path = write_run(tmp_path / "a", episodes=0)
     state = path / "trainer_state.json"
     state.write_text(state.read_text().replace('"env/reward"', '"rollout/staleness": 1.0, "env/reward"'))
     written = write_report([path], tmp_path / "report.html")
     assert "Staleness" in written[0].read_text()
     assert tmp_path / "report_staleness.png" in written
+    state.write_text(state.read_text().replace('"rollout/staleness": 1.0', '"rollout/staleness": 0.0'))
+    assert "Staleness" not in write_report([path], tmp_path / "fresh.html")[0].read_text()
 
 
 def test_outcomes():

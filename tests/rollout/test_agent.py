@@ -17,7 +17,7 @@ pytest.importorskip("starlette", reason="needs the extra `gateway`")
 import httpx
 from scripted import ScriptedSampler, make_tokenizer
 
-from trl_steppo.errors import ConfigurationError
+from trl_steppo.errors import ConfigurationError, SamplerError
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import SamplingParams
@@ -79,6 +79,30 @@ def test_functions_and_coroutines_play(server, chat):
         assert sorted(sampler.asked) == [(row, 0, step) for row in range(3) for step in range(2)]
         assert sampler.paced == [True, False]
     assert play(server, chat, good, rows=0) == []
+
+
+@pytest.mark.parametrize("num_accidents", [2, 3])
+def test_an_accident_of_the_sampler_costs_no_episode_until_there_are_too_many(server, chat, num_accidents):
+    accidents = []
+
+    def script(order):
+        if order[:1] == (1,) and len(accidents) < num_accidents:
+            accidents.append(order)
+            raise RuntimeError("out of memory")
+        return f"step {order[2]}<|im_end|>"
+
+    def agent(row, *, base_url, api_key):
+        if ask(base_url, api_key, times=2) != 200:
+            raise OSError("no policy")
+        return 1.0
+
+    sampler = ScriptedSampler(chat, script)
+    if num_accidents < 3:
+        episodes = play(server, chat, agent, rows=2, sampler=sampler)
+        assert [(episode.error, len(episode.steps)) for episode in episodes] == [(None, 2)] * 2
+    else:
+        with pytest.raises(SamplerError, match="episode 1-0: the agent: OSError: no policy"):
+            play(server, chat, agent, rows=2, sampler=sampler)
 
 
 def test_one_that_breaks_costs_its_own_episode(server, chat):

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+import trl_steppo.rollout.ahead
 from trl_steppo.rollout.ahead import Ahead
 
 
@@ -53,6 +54,31 @@ def test_an_error_reaches_who_waits_for_its_rollout_alone():
     with pytest.raises(ValueError, match="made to fail"):
         ahead.take(1)
     assert ahead.take(2) == 2
+
+
+def test_closing_waits_for_what_nobody_takes_any_more(caplog):
+    goes_on, played = threading.Event(), []
+
+    def play(update):
+        goes_on.wait(20)
+        played.append(update)
+
+    ahead = Ahead(lambda update: partial(play, update), max_staleness=2)
+    ahead.begin(0, 9)
+    threading.Timer(0.05, goes_on.set).start()
+    ahead.close()
+    assert sorted(played) == [0, 1, 2]
+    assert ahead.num_waiting == 0
+    assert not caplog.records
+
+
+def test_waiting_is_told_now_and_then(monkeypatch, caplog):
+    monkeypatch.setattr(trl_steppo.rollout.ahead, "_SAYS_S", 0.01)
+    told = threading.Event()
+    monkeypatch.setattr(trl_steppo.rollout.ahead.logger, "warning", lambda *args: told.set())
+    ahead = Ahead(lambda update: partial(told.wait, 20), max_staleness=1)
+    ahead.begin(0, 1)
+    assert ahead.take(0)
 
 
 def test_nothing_is_begun_beyond_the_last_update():

@@ -8,6 +8,7 @@ from scripted import END, LookEnvironment, ScriptedSampler, call
 
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.tools import MISTAKES
+from trl_steppo.errors import DataError, SamplerError
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, run_episode, step_seed
 from trl_steppo.types import StopReason
@@ -294,10 +295,20 @@ def test_what_breaks_fails_the_episode_and_keeps_its_steps(chat):
         assert environment.closed
 
 
-def test_a_sampler_that_breaks_fails_the_episode(chat):
-    episode, _ = play(chat, [LOOK])  # the script has no second step
-    assert episode.error.startswith("sampling step 1: IndexError")
-    assert len(episode.steps) == 1
+def test_a_sampler_that_breaks_is_no_fault_of_the_episode(chat):
+    environment = LookEnvironment()
+    with pytest.raises(SamplerError, match="episode 5-1, sampling step 1: IndexError"):
+        play(chat, [LOOK], environment)  # the script has no second step
+    assert environment.closed
+
+
+def test_a_request_that_no_sampler_can_answer_fails_the_episode(chat):
+    def refuse(order):
+        raise DataError("too long")
+
+    episode, sampler = play(chat, None, sampler=ScriptedSampler(chat, refuse))
+    assert episode.error.startswith("sampling step 0: DataError: too long")
+    assert sampler.released == ["5-1"]
 
 
 def test_an_empty_response_fails_the_episode(chat):

@@ -1,11 +1,14 @@
 import asyncio
 import threading
 import time
+from collections import Counter
 
 import pytest
 from scripted import END, LookEnvironment, ScriptedSampler, call
 
 from trl_steppo.environments import make_playable
+from trl_steppo.environments.slots import Slots
+from trl_steppo.errors import RolloutError, SamplerError
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes
 from trl_steppo.rollout.play import run_coroutine
@@ -78,6 +81,59 @@ def test_no_more_than_the_limit_play_at_a_time(chat):
     assert most == [1] * 6
 
 
+@pytest.mark.parametrize("num_accidents", [1, 2, 3])
+def test_an_accident_of_the_sampler_costs_no_episode_until_there_are_too_many(chat, num_accidents):
+    accidents = Counter()
+
+    def script(order):
+        if order[0] != 1 and order[2] == 1 and accidents[order] < num_accidents:
+            accidents[order] += 1
+            raise RuntimeError("out of memory")
+        return [LOOK, STOP][order[2]]
+
+    sampler = ScriptedSampler(chat, script)
+    if num_accidents < 3:
+        assert play(chat, [LookEnvironment] * 3, sampler) == play(chat, [LookEnvironment] * 3)
+    else:
+        with pytest.raises(SamplerError, match="sampling step 1: RuntimeError: out of memory"):
+            play(chat, [LookEnvironment] * 3, sampler)
+
+
+def test_a_sampler_that_has_given_up_is_not_asked_again(chat):
+    asked = []
+
+    def script(order):
+        asked.append(order)
+        raise RolloutError("no server")
+
+    with pytest.raises(SamplerError, match="no server"):
+        play(chat, [LookEnvironment], ScriptedSampler(chat, script))
+    assert asked == [(0, 0, 0)]
+
+
+def test_rollouts_share_a_bound(chat):
+    slots, playing, most, lock = Slots(2), set(), [], threading.Lock()
+
+    class Counting(LookEnvironment):
+        def reset(self, **row):
+            with lock:
+                playing.add(id(self))
+                most.append(len(playing))
+
+        def get_reward(self):
+            with lock:
+                playing.remove(id(self))
+            return 0.0
+
+    threads = [threading.Thread(target=play, args=(chat, [Counting] * 6), kwargs={"slots": slots}) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(most) == 18
+    assert max(most) == 2
+
+
 # -- each failure ends with a complete rollout whose other episodes are intact ----------------------------------------
 
 
@@ -139,6 +195,13 @@ def test_an_environment_that_breaks_or_hangs_costs_its_own_episode_only(chat, st
     assert episodes[1].error.startswith(f"{stage}: ")
     assert not episodes[1].valid
     assert [fingerprint(episodes[i]) for i in (0, 2)] == [fingerprint(undisturbed[i]) for i in (0, 2)]
+
+
+def test_an_environment_that_is_never_made_costs_its_own_episode(chat):
+    makers = [LookEnvironment, hang, LookEnvironment]
+    episodes = play(chat, makers, make_timeout_s=0.2)
+    assert [episode.valid for episode in episodes] == [True, False, True]
+    assert episodes[1].error.startswith("making the environment: CallTimeoutError")
 
 
 def with_(**members):

@@ -71,6 +71,7 @@ def test_added_defaults_are_those_documented():
         "max_tokens_per_micro_batch": None,
         "max_staleness": 0,
         "rollout_correction": None,
+        "rollout_correction_level": "token",
         "max_failed_updates": 3,
         "dump_episodes_dir": None,
         "replay_episodes_dir": None,
@@ -198,12 +199,12 @@ def test_limits_of_the_ranges_are_allowed(tmp_path, settings):
     "name",
     [
         *("advantage_estimator", "importance_sampling_level", "loss_aggregation", "kl_estimator"),
-        *("kl_loss_estimator", "rollout_correction", "stop_token"),
+        *("kl_loss_estimator", "rollout_correction", "rollout_correction_level", "stop_token"),
     ],
 )
 def test_choice(tmp_path, name):
     with pytest.raises(ConfigurationError, match=f"`{name}` is 'nonsense'; choose one of"):
-        make_config(tmp_path, **{name: "nonsense"})
+        make_config(tmp_path, **{**NEEDED.get(name, {}), name: "nonsense"})
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
@@ -352,6 +353,7 @@ OTHER_VALUES: dict[str, Any] = {  # where the type does not say it
 NEEDED: dict[str, dict[str, Any]] = {  # settings without which others raise
     "kl_loss_estimator": {"kl_loss_coef": 0.1},
     "rollout_correction_cap": {"rollout_correction": "truncate"},
+    "rollout_correction_level": {"rollout_correction": "truncate"},
     **{name: {"use_vllm": True} for name in ("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir")},
 }
 PARSED = [*ADDED, *CHANGED, "num_mini_batches", "whiten_rewards", "stop_token", "learning_rate"]

@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, message
 from transformers import TrainerCallback
 
 from trl_steppo import StepPOTrainer, StopReason
-from trl_steppo.errors import ConfigurationError
+from trl_steppo.errors import ConfigurationError, RolloutError, SamplerError
 from trl_steppo.inference.base import Sample
 from trl_steppo.rollout import episode_file, load_episodes
+from trl_steppo.trainer import exchange
 from trl_steppo.types import TokenIds
 
 UPDATES = 4
@@ -58,8 +60,8 @@ def test_of_adapters_only_those_are_sent_and_the_weights_are_the_same(tmp_path) 
     inside = run(tmp_path / "inside", peft_config=peft_config)
     outside = run(tmp_path / "outside", peft_config=peft_config, use_rollout_worker=True)
     assert same(weights(inside.model), weights(outside.model))
-    assert outside.sampler._news
-    assert all("lora" in name for name in outside.sampler._news)
+    assert outside.sampler._trained
+    assert all("lora" in name for name in outside.sampler._trained)
 
 
 class Kill(TrainerCallback):
@@ -115,6 +117,61 @@ def test_a_run_that_goes_on_plays_what_was_in_flight_again_and_each_row_once(tmp
     played = [load_episodes(episode_file(again, update, 0)) for update in (2, 3)]
     assert [episode.row_index for episodes in played for episode in episodes] == list(range(16, 32))
     assert {step.policy_version for episode in played[0] for step in episode.steps} == {2}
+
+
+class At(TrainerCallback):
+    """Does something when so many updates are done."""
+
+    def __init__(self, update: int, act: Callable[[Any], object]) -> None:
+        self.update, self.act = update, act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.update:
+            self.act(control)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_no_row_is_lost_to_a_sampler_that_fails(tmp_path, max_staleness) -> None:
+    settings: dict[str, Any] = {"max_staleness": max_staleness, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"train_dataset": message_rows(), "total_episodes": 8 * UPDATES}
+    failing = threading.Event()
+    trainer = make_trainer(tmp_path, callbacks=[At(2, lambda control: failing.set())], **settings)
+    sample = trainer.player.sampler.sample
+
+    async def fail_at_times(*args: Any, **kwargs: Any) -> Sample:
+        if failing.is_set():
+            raise RuntimeError("out of memory")
+        return await sample(*args, **kwargs)
+
+    trainer.player.sampler.sample = fail_at_times
+    with pytest.raises(SamplerError, match=r"episode \d/\d+-0, sampling step \d: RuntimeError: out of memory"):
+        trainer.train()
+    done = trainer.state.global_step  # of rollouts ahead one may have ended before
+    assert done in (2, 2 + max_staleness)
+    again = make_trainer(tmp_path, dump_episodes_dir=str(tmp_path / "again"), **settings)
+    again.train(resume_from_checkpoint=True)
+    played = [load_episodes(episode_file(tmp_path / "again", update, 0)) for update in range(done, UPDATES)]
+    assert [episode.row_index for episodes in played for episode in episodes] == list(range(8 * done, 8 * UPDATES))
+
+
+def test_a_run_that_is_stopped_leaves_no_rollout_behind(tmp_path) -> None:
+    def stop(control: Any) -> None:
+        control.should_training_stop = True
+
+    trainer = run(tmp_path, max_staleness=2, eval_dataset=message_rows(), callbacks=[At(1, stop)])
+    assert trainer.state.global_step == 1
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("rollout")]
+    assert trainer.evaluate()["eval_failed_episodes"] == 0
+
+
+def test_what_fails_on_another_rank_is_raised_here(monkeypatch) -> None:
+    monkeypatch.setattr(exchange, "gather_object", lambda own: own)
+    assert exchange.together(lambda: 7) == 7
+    with pytest.raises(OSError, match="broken"):
+        exchange.together(lambda: (_ for _ in ()).throw(OSError("broken")))
+    monkeypatch.setattr(exchange, "gather_object", lambda own: [*own, "no server"])
+    with pytest.raises(RolloutError, match="on another rank: no server"):
+        exchange.together(lambda: 7)
 
 
 def test_an_evaluation_alone_starts_a_process_and_ends_it(tmp_path) -> None:

@@ -375,6 +375,7 @@ EFFECTS: dict[str, Effect] = {
     "entropy_coef": Effect(1.0, check_bonus),
     "mask_truncated_completions": Effect(True, first_update_is_the_same_policy_differs, TRUNCATED),
     "rollout_correction": Effect("truncate", policy_differs, DISTORTED),
+    "rollout_correction_level": Effect("step", policy_differs, DISTORTED | {"rollout_correction": "truncate"}),
     "rollout_correction_cap": Effect(1.1, policy_differs, DISTORTED | {"rollout_correction": "truncate"}),
     "gamma": Effect(0.5, first_update_is_the_same_policy_differs),
     "lam": Effect(0.5, first_update_is_the_same_policy_differs),

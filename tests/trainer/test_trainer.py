@@ -287,6 +287,8 @@ def test_trainer_state_holds_the_documented_metrics(tmp_path):
         *("critic/skipped_steps", "policy/skipped_steps", "policy/grad_norm", "loss/kl_avg"),
         *("rollout/response_tokens", "rollout/prompt_tokens", "rollout/length_stopped", "rollout/mismatch_kl"),
         *("rollout/episode_response_tokens", "rollout/correction_weight", "rollout/prefix_cache_hit_rate"),
+        *("rollout/staleness", "rollout/staleness_0", "rollout/correction_beyond_cap"),
+        *(f"rollout/correction_ratio_p{percentile}" for percentile in ("05", "50", "95")),
         *(
             "perf/rollout_s",
             "perf/sync_s",

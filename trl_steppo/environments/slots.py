@@ -1,27 +1,29 @@
-"""How many calls of one tool run at a time: a search engine or a paid API bears only so many."""
+"""How many calls of one tool, or episodes, run at a time: a search engine or a machine bears only so many."""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import threading
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
 
-class ToolSlots:
+class Slots:
     """
-    Bounds the calls of each tool that run at a time, over all episodes, in whichever event loops these are played.
-    Calls get their turns in the order in which they came.
+    Bounds what of one name runs at a time, in whichever event loops: the calls of a tool, over all episodes that are
+    played. One that was given up at its time limit does not count any more, even if its thread still runs.
 
     Args:
         num_slots (`int`):
-            Most calls of one tool at a time, at least 1.
+            Most of one name at a time, at least 1.
 
     Example:
     ```python
-    >>> slots = ToolSlots(4)
+    >>> slots = Slots(4)
     >>> async with slots.of("search"):
     ...     answer = await search(query)
     ```
@@ -31,39 +33,40 @@ class ToolSlots:
         self.num_slots = num_slots
         self._lock = threading.Lock()
         self._num_taken: Counter[str] = Counter()
-        self._waiting: defaultdict[str, deque[Future[None]]] = defaultdict(deque)
+        self._waiting: defaultdict[str, list[tuple[int, int, Future[None]]]] = defaultdict(list)  # heaps
+        self._arrivals = itertools.count()
 
     @asynccontextmanager
-    async def of(self, tool: str) -> AsyncIterator[None]:
-        """Around a call of the tool of that name: begins when one of its slots is free."""
+    async def of(self, name: str, *, priority: int = 0) -> AsyncIterator[None]:
+        """Begins when a slot of that name is free; the lowest `priority` first, then who came first."""
         with self._lock:
             turn = None
-            if self._num_taken[tool] < self.num_slots:
-                self._num_taken[tool] += 1
+            if self._num_taken[name] < self.num_slots:
+                self._num_taken[name] += 1
             else:
                 turn = Future[None]()
-                self._waiting[tool].append(turn)
+                heapq.heappush(self._waiting[name], (priority, next(self._arrivals), turn))
         if turn is not None:
             try:
                 await asyncio.wrap_future(turn)
             except asyncio.CancelledError:
                 if not turn.cancel():  # its turn had just come
-                    self._pass_on(tool)
+                    self._pass_on(name)
                 raise
         try:
             yield
         finally:
-            self._pass_on(tool)
+            self._pass_on(name)
 
-    def _pass_on(self, tool: str) -> None:
+    def _pass_on(self, name: str) -> None:
         """A slot is free: it is the next one's who still waits, or nobody's."""
         with self._lock:
-            waiting = self._waiting[tool]
+            waiting = self._waiting[name]
             while waiting:
-                turn = waiting.popleft()
+                *_, turn = heapq.heappop(waiting)
                 if turn.set_running_or_notify_cancel():
                     break
             else:
-                self._num_taken[tool] -= 1
+                self._num_taken[name] -= 1
                 return
         turn.set_result(None)

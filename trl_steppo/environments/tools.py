@@ -21,7 +21,7 @@ from typing import Any
 from ..calls import CallTimeoutError, DaemonThread, call
 from ..errors import ConfigurationError
 from .base import RESERVED_NAMES, Message, Outcome, Playable, Response
-from .slots import ToolSlots
+from .slots import Slots
 
 Tool = Callable[..., Any]
 JsonSchema = dict[str, Any]
@@ -40,7 +40,7 @@ def make_playable(
     tool_timeout_s: float | None = 60.0,
     environment_timeout_s: float | None = None,
     max_tool_calls: int | None = None,
-    slots: ToolSlots | None = None,
+    slots: Slots | None = None,
 ) -> Playable:
     """
     Make what a user wrote playable.
@@ -58,7 +58,7 @@ def make_playable(
             `tool_timeout_s`.
         max_tool_calls (`int`, *optional*):
             Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
-        slots ([`ToolSlots`], *optional*):
+        slots ([`Slots`], *optional*):
             Bounds how many calls of one tool run at a time; shared by the episodes. Waiting for one's turn does not
             count as the call's time.
 
@@ -197,7 +197,7 @@ class ToolPlayable(_EnvironmentCalls):
             Time limit of each of the environment's other calls; `None`: none.
         max_tool_calls (`int`, *optional*):
             Most tool calls of one response that are run; `None`: all.
-        slots ([`ToolSlots`], *optional*):
+        slots ([`Slots`], *optional*):
             Bounds how many calls of one tool run at a time.
 
     Raises:
@@ -212,7 +212,7 @@ class ToolPlayable(_EnvironmentCalls):
         tool_timeout_s: float | None = None,
         environment_timeout_s: float | None = None,
         max_tool_calls: int | None = None,
-        slots: ToolSlots | None = None,
+        slots: Slots | None = None,
     ) -> None:
         super().__init__(environment, environment_timeout_s)
         self._slots = slots

@@ -444,9 +444,11 @@ class Gateway:
         except (ConfigurationError, DataError) as error:  # more than the engine can take
             raise RequestError(400, str(error)) from error
         except Exception as error:
+            session.sampler_error = error
             self.monitor.upstream_failures.inc()
             logger.warning("sampling for session %s failed", session.session_id, exc_info=True)
             raise RequestError(502, f"sampling failed: {type(error).__name__}", code="upstream") from error
+        session.sampler_error = None
         if not len(sample.token_ids):
             self.monitor.upstream_failures.inc()
             raise RequestError(502, "the sampler returned an empty response", code="upstream")

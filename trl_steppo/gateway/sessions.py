@@ -212,6 +212,7 @@ class Session:
         self.by_asked_key: dict[bytes, int] = {}  # the last step that answers it
         self.text_lengths: set[int] = set()
         self.is_over = is_over
+        self.sampler_error: Exception | None = None  # of the last request, if the sampler failed
         self.recording = asyncio.Lock()
         self.ending = asyncio.Lock()
         self.told: set[str] = set()  # of its wishes that do not hold

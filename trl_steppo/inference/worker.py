@@ -4,24 +4,25 @@ The process holds a copy of the model and samples with [`LocalSampler`], as the 
 written to shared memory, from where the process takes them between two responses: it first answers the requests that
 it has begun, and begins no others. So each response comes from one version of the weights, and no episode ends for it.
 
-A process that dies, or says nothing for some seconds, is started again with the weights that it was given last, and
-asked again what it did not answer.
+A process that dies, hangs, or says nothing for some seconds is started again with the weights that it was given last,
+and asked again what it did not answer.
+
+This is the trainer's side; `worker_process.py` is the process's. Nobody who samples ever waits for the process here:
+what is sent to it goes to a queue, and what it says is taken in a thread, which also ends it and starts the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import itertools
 import logging
-import signal
+import pickle
+import queue
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import astuple, dataclass
-from multiprocessing.connection import Connection
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,80 +31,25 @@ from torch import nn
 from ..errors import RolloutError
 from ..types import TokenIds
 from .base import Sample, SamplingParams
-from .local import LocalSampler
+from .shared_model import SharedModel
+from .worker_process import (
+    Answer,
+    Ask,
+    Cancel,
+    Counts,
+    Go,
+    HandedOut,
+    Pace,
+    Release,
+    Settings,
+    Taken,
+    Weights,
+    serve,
+)
 
 logger = logging.getLogger(__name__)
 
 _STARTS_S = 120.0  # a process that takes longer to start does not
-_ENDS_S = 5.0  # from a polite end to an impolite one
-_BEATS_S = 1.0  # between two signs of life
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """Sample a response."""
-
-    number: int
-    prompt_ids: TokenIds
-    params: SamplingParams
-    episode_id: str
-    order: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """A response, or why there is none."""
-
-    number: int
-    outcome: Sample | Exception
-
-
-@dataclass(frozen=True)
-class _Cancel:
-    """Nobody waits for that response any more."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class _Release:
-    """Forget an episode's cache; `None`: everybody's."""
-
-    episode_id: str | None
-
-
-@dataclass(frozen=True)
-class _Pace:
-    """Whether each batch waits for a `_Go` after responses were handed out, or not."""
-
-    on: bool
-
-
-@dataclass(frozen=True)
-class _HandedOut:
-    """Responses were handed out, and the next batch waits."""
-
-
-@dataclass(frozen=True)
-class _Go:
-    """All who are quick are back."""
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """There are new weights in the shared memory; and the answer, that they were taken."""
-
-    version: int
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """What was sampled since the process began; a sign of life."""
-
-    sampled_tokens: int = 0
-    prompt_tokens: int = 0
-    prefilled_tokens: int = 0
-    forward_s: float = 0.0
 
 
 class WorkerSampler:
@@ -114,11 +60,11 @@ class WorkerSampler:
     Args:
         model (`PreTrainedModel`):
             What the process begins with: a causal language model on the CPU that is nobody else's, with an attention
-            of transformers' own. It is moved to shared memory.
+            of transformers' own. Its weights move to shared memory.
         trained (`Sequence[str]`):
             Names of the parameters that change; all others are sent once.
         device (`torch.device`, *optional*):
-            Where the process puts its copy. `None`: on the CPU, in the shared memory itself.
+            Where the process puts its copy. `None`: on the CPU, where it copies no more than `trained`.
         cache_tokens (`int`, *optional*, defaults to `262144`):
             As [`LocalSampler`]'s.
         autocast (`torch.dtype`, *optional*):
@@ -127,7 +73,10 @@ class WorkerSampler:
             Whether batches wait for quick environments, so that they are the same in every run; for one rollout at a
             time.
         silent_s (`float`, *optional*, defaults to `20.0`):
-            A process that gives no sign of life for so long is given up.
+            A process that gives no sign of life for so long is given up. It gives them during forward passes, too.
+        stuck_s (`float`, *optional*, defaults to `600.0`):
+            A process whose forward pass takes so long, or its taking of new weights, ends itself, and prints where it
+            was. To be longer than the longest prefill.
         max_restarts (`int`, *optional*, defaults to `3`):
             How often a process that died, or was given up, is started again with the same weights.
 
@@ -145,53 +94,59 @@ class WorkerSampler:
         autocast: torch.dtype | None = None,
         is_paced: bool = True,
         silent_s: float = 20.0,
+        stuck_s: float = 600.0,
         max_restarts: int = 3,
     ) -> None:
-        self.policy_version = 0
         self.is_paced = is_paced
         self.silent_s = silent_s
         self.max_restarts = max_restarts
         self.num_restarts = 0
-        self._restarts_left = max_restarts
-        self._counts = self._counts_before = _Counts()  # of this process, and of those before it
-        parameters = dict(model.named_parameters())
-        self._model = model.share_memory()
-        self._news = {name: parameters[name].detach().clone().share_memory_() for name in trained}
-        self._settings = _Settings(device, cache_tokens, autocast, torch.get_num_threads())
+        self._trained = tuple(trained)
+        self._shared = SharedModel(model)
+        self._settings = Settings(
+            device or torch.device("cpu"), cache_tokens, autocast, stuck_s, torch.get_num_threads()
+        )
         self._numbers = itertools.count()
-        self._pending: dict[int, tuple[_Ask, Future[Sample]]] = {}
-        self._lock = threading.RLock()  # of all that both the reader and the callers change
-        self._taken = threading.Event()  # the process has taken the newest weights
-        self._taken.set()
+        # Held for moments only: event loops take it. Notified when weights were taken, a process or the sampler ended.
+        self._changed = threading.Condition()
+        self._process: _Process | None = None  # the one that samples, or did last
+        self._keeper: threading.Thread | None = None
+        self._weights: Weights | None = Weights(next(self._numbers), 0)  # in shared memory; `None`: being written
+        self._pending: dict[int, tuple[Ask, Future[Sample]]] = {}
         self._pacing: _Pacing | None = None
-        self._failure: RolloutError | None = None
-        self._is_closed = True
+        self._restarts_left = max_restarts
+        self._counts_before = Counts()  # of the processes before this one
+        self._failure: RolloutError | None = RolloutError("the sampler was not started")
 
     @property
     def process_id(self) -> int:
         """Of the process that samples, or did last."""
-        assert self._process.pid is not None
-        return self._process.pid
+        assert self._process is not None
+        return self._process.id
 
     @property
     def sampled_tokens(self) -> int:
         """Tokens of all responses."""
-        return self._counts_before.sampled_tokens + self._counts.sampled_tokens
+        return self._counts().sampled_tokens
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts."""
-        return self._counts_before.prompt_tokens + self._counts.prompt_tokens
+        return self._counts().prompt_tokens
 
     @property
     def prefilled_tokens(self) -> int:
         """Tokens of prompts that were forwarded."""
-        return self._counts_before.prefilled_tokens + self._counts.prefilled_tokens
+        return self._counts().prefilled_tokens
 
     @property
     def forward_s(self) -> float:
         """Seconds in the model's forward passes."""
-        return self._counts_before.forward_s + self._counts.forward_s
+        return self._counts().forward_s
+
+    def _counts(self) -> Counts:
+        with self._changed:
+            return self._counts_before + (self._process.counts if self._process is not None else Counts())
 
     # -- as a sampler -------------------------------------------------------------------------------------------------
 
@@ -200,35 +155,40 @@ class WorkerSampler:
     ) -> Sample:
         """Continue `prompt_ids`; see [`Sampler`]. May be called from any event loop."""
         answer: Future[Sample] = Future()
-        with self._lock:
+        with self._changed:
             if self._failure is not None:
                 raise self._failure
-            ask = _Ask(next(self._numbers), TokenIds(prompt_ids), params, episode_id, order)
-            self._pending[ask.number] = ask, answer
+            ask = Ask(next(self._numbers), TokenIds(prompt_ids), params, episode_id, order)
             self._send(ask)
+            self._pending[ask.number] = ask, answer
         try:
             return await asyncio.wrap_future(answer)
         except asyncio.CancelledError:
-            with self._lock:
+            with self._changed:
                 if self._pending.pop(ask.number, None) is not None:
-                    self._send(_Cancel(ask.number))
+                    self._send(Cancel(ask.number))
             raise
 
     def release(self, episode_id: str) -> None:
         """Forget the episode's cache."""
-        self._send(_Release(episode_id))
+        self._send(Release(episode_id))
 
     def reset_cache(self) -> None:
         """Forget every waiting episode's keys and values."""
-        self._send(_Release(None))
+        self._send(Release(None))
 
     def pace(self, settled: Callable[[], Awaitable[None]] | None) -> None:
         """Have `settled()` awaited, in the running event loop, before each batch is formed; see [`Sampler`]."""
         if not self.is_paced:
             return
-        with self._lock:
+        with self._changed:
             self._pacing = _Pacing(settled, asyncio.get_running_loop()) if settled is not None else None
-            self._send(_Pace(settled is not None))
+            self._send(Pace(settled is not None))
+
+    def _send(self, message: Any) -> None:
+        with self._changed:
+            if self._process is not None:
+                self._process.send(message)
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
@@ -240,20 +200,35 @@ class WorkerSampler:
         Raises:
             RolloutError: It does not start.
         """
-        with self._lock:
+        with self._changed:
             self._failure, self._restarts_left = None, self.max_restarts
-            self._start()
-            self._is_closed = False
-            self._send_weights()
+        try:
+            process = self._launch()
+            is_up = process is not None and process.receive() is not None
+            trouble = process.trouble if process is not None else "closed meanwhile"
+        except Exception as error:
+            is_up, trouble = False, repr(error)
+        if not is_up:
+            failure = RolloutError(
+                f"the sampler's process did not start ({trouble}; its own output says more). A script that starts one "
+                'does its work under `if __name__ == "__main__":`'
+            )
+            self._fail(failure)
+            raise failure
+        self._keeper = threading.Thread(target=self._keep, args=(process,), name="sampler's keeper", daemon=True)
+        self._keeper.start()
 
     def close(self) -> None:
         """End the process. Those who still wait for a response are told."""
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
+        keeper, self._keeper = self._keeper, None
+        if keeper is None:
+            return
+        with self._changed:
             self._fail(RolloutError("the sampler was closed"))
-        _end(self._process)
+            process = self._process
+        assert process is not None
+        process.end()
+        keeper.join()  # so that it sees nothing of a process that is started from now on
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -267,80 +242,84 @@ class WorkerSampler:
                 The trained parameters with their names, whole.
             version (`int`):
                 Number of updates that made them.
+
+        Raises:
+            RolloutError: The process died too often, or was closed.
         """
-        while not self._taken.wait(1.0):  # the last ones; nobody may write over what is being read
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or not self._is_read())
             if self._failure is not None:
                 raise self._failure
-        with self._lock:
+            self._weights = None
+        try:
             for name, weight in weights:
-                self._news[name].copy_(weight.detach())
-            self.policy_version = version
+                self._shared.weights[name].copy_(weight.detach())
+        except BaseException as error:
+            self._fail(RolloutError(f"the sampler got but a part of its new weights: {error!r}"))
+            raise
+        with self._changed:
+            self._weights = Weights(next(self._numbers), version)
             self._restarts_left = self.max_restarts  # a run of weeks may lose its process now and then
-            self._send_weights()
+            if self._process is not None:
+                self._process.send(self._weights)
 
-    def _send_weights(self) -> None:
-        self._taken.clear()
-        self._send(_Weights(self.policy_version))
+    def _is_read(self) -> bool:
+        """Whether a process may be reading the weights in the shared memory."""
+        return self._process is not None and self._process.is_reading
 
     # -- the process --------------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
-        context = torch.multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, self._model, self._news, self._settings), name="sampler", daemon=True
-        )
-        self._process.start()
-        theirs.close()  # so that the end of the process is the end of the connection
+    def _launch(self) -> _Process | None:
+        """Start a process, and tell it all that it must know; `None` if this was closed meanwhile."""
+        process = _Process(self._shared, self._trained, self._settings, self.silent_s)
+        with self._changed:
+            if self._process is not None:
+                self._counts_before += self._process.counts
+            self._process = process
+            if self._pacing is not None:
+                process.send(Pace(True))
+            if self._weights is not None:
+                process.send(self._weights)
+            for ask, _ in self._pending.values():
+                process.send(ask)
+            is_wanted = self._failure is None
+        if is_wanted:
+            return process
+        process.end()
+        return None
+
+    def _keep(self, process: _Process | None) -> None:
+        """In a thread: take what the process says; when it says no more, start another one, until this is closed."""
         try:
-            is_up = self._connection.poll(_STARTS_S) and self._connection.recv() is not None
-        except (EOFError, OSError):
-            is_up = False
-        if not is_up:
-            _end(self._process)
-            raise RolloutError(
-                f"the sampler's process did not start (exit status {self._process.exitcode}; its own output says "
-                'more). A script that starts one does its work under `if __name__ == "__main__":`'
-            )
-        threading.Thread(target=self._read, args=(self._connection,), name="sampler's answers", daemon=True).start()
+            while process is not None:
+                while (message := process.receive()) is not None:
+                    self._take(process, message)
+                process = self._replace(process)
+        except Exception as error:
+            logger.exception("the sampler's process is not looked after any more")
+            self._fail(RolloutError(f"the sampler's process could not be started again, or heard: {error!r}"))
 
-    def _send(self, message: Any) -> None:
-        with self._lock, suppress(OSError):  # of a process that died; the reader notices, and sees to it
-            self._connection.send(message)
-
-    def _read(self, connection: Connection) -> None:
-        """In a thread: what the process says, until it says no more."""
-        hangs = False
-        with connection, suppress(EOFError, OSError):
-            while connection.poll(self.silent_s):
-                self._take(connection.recv())
-            hangs = True
-        self._revive(hangs=hangs)
-
-    def _take(self, message: Any) -> None:
-        if isinstance(message, _Answer):
-            with self._lock:
+    def _take(self, process: _Process, message: Any) -> None:
+        with self._changed:
+            if isinstance(message, Answer):
                 _, answer = self._pending.pop(message.number, (None, None))
-            if answer is not None:
-                _settle(answer, message.outcome)
-        elif isinstance(message, _Counts):
-            self._counts = message
-        elif isinstance(message, _Weights):
-            self._taken.set()
-        elif isinstance(message, _HandedOut):
-            pacing = self._pacing
-            if pacing is not None:
-                pacing.when_settled(lambda: self._send(_Go()))
+                if answer is not None:
+                    _settle(answer, message.outcome)
+            elif isinstance(message, Counts):
+                process.counts = message
+            elif isinstance(message, Taken):
+                process.taken = message.edition
+                self._changed.notify_all()
+            elif isinstance(message, HandedOut) and self._pacing is not None:
+                self._pacing.when_settled(lambda: process.send(Go()))
 
-    def _revive(self, *, hangs: bool) -> None:
-        """The process has died, or does nothing: start another one, and ask it what is not answered."""
-        with self._lock:
-            if self._is_closed:
-                return
-            _end(self._process)
-            died = f"the sampler's process died (exit status {self._process.exitcode})"
-            if hangs:
-                died = f"the sampler's process gave no sign of life in {self.silent_s:g} s"
+    def _replace(self, process: _Process) -> _Process | None:
+        """Another process for one that has ended; `None` if there is to be none."""
+        with self._changed:
+            self._changed.notify_all()  # it reads no more
+            if self._failure is not None:
+                return None
+            died = f"the sampler's process {process.trouble}"
             if not self._restarts_left:
                 self._fail(
                     RolloutError(
@@ -348,29 +327,100 @@ class WorkerSampler:
                         "output says more, and the system's log where it was killed for its memory"
                     )
                 )
-                return
+                return None
             self.num_restarts += 1
             self._restarts_left -= 1
-            before, last = self._counts_before, self._counts
-            self._counts_before = _Counts(*map(sum, zip(astuple(before), astuple(last), strict=True)))
-            self._counts = _Counts()
-            logger.warning("%s; it is started again, and asked again for %d responses", died, len(self._pending))
-            try:
-                self._start()
-            except RolloutError as error:
-                self._fail(error)
-                return
-            if self._pacing is not None:
-                self._send(_Pace(True))
-            self._send_weights()
-            for _, (ask, _) in sorted(self._pending.items()):
-                self._send(ask)
+            num_pending = len(self._pending)
+        logger.warning("%s; it is started again, and asked again for %d responses", died, num_pending)
+        return self._launch()
 
     def _fail(self, error: RolloutError) -> None:
-        self._failure = error
-        waiting, self._pending = self._pending, {}
+        with self._changed:
+            self._failure = error
+            waiting, self._pending = self._pending, {}
+            self._changed.notify_all()
         for _, answer in waiting.values():
             _settle(answer, error)
+
+
+class _Process:
+    """
+    One process that samples: what is sent to it and what it says, from its start to its end.
+
+    Attributes:
+        trouble (`str`): What happened to it, when [`receive`] returned `None`.
+        counts (`Counts`): The last that it said.
+        taken (`int`): Edition of the weights that it has read last.
+    """
+
+    def __init__(self, shared: SharedModel, trained: Sequence[str], settings: Settings, silent_s: float) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        with theirs:  # closed here, so that the end of the process is the end of the connection
+            self._process = context.Process(
+                target=serve, args=(theirs, shared, trained, settings), name="sampler", daemon=True
+            )
+            self._process.start()
+        self._silent_s, self._patience_s = silent_s, _STARTS_S
+        self._ending = threading.Lock()
+        self._has_ended = False
+        self._sent: int | None = None
+        self.taken: int | None = None
+        self.counts = Counts()
+        self.trouble = ""
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        threading.Thread(target=self._write, name="sampler's requests", daemon=True).start()
+
+    @property
+    def id(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether it was sent weights that it has not taken."""
+        return not self._has_ended and self.taken != self._sent
+
+    def send(self, message: Any) -> None:
+        """Returns at once; what is sent to a process that has died is lost."""
+        if isinstance(message, Weights):
+            self._sent = message.edition
+        self._outbox.put(pickle.dumps(message))
+
+    def receive(self) -> Any | None:
+        """The next that it says; `None` if it has died, or says nothing for too long, and is ended then."""
+        hangs, unreadable = False, ""
+        try:
+            if self._connection.poll(self._patience_s):
+                message = self._connection.recv()
+                self._patience_s = self._silent_s
+                return message
+            hangs = True
+        except (EOFError, OSError):
+            pass
+        except Exception as error:
+            unreadable = repr(error)
+        self.end()
+        self.trouble = f"died (exit status {self._process.exitcode})"
+        if hangs:
+            self.trouble = f"gave no sign of life in {self._patience_s:g} s"
+        elif unreadable:
+            self.trouble = f"said what cannot be read ({unreadable})"
+        return None
+
+    def end(self) -> None:
+        """End it, whatever it is doing; it may have ended. Any thread may call this."""
+        with self._ending:
+            self._process.kill()
+            self._process.join()
+            self._has_ended = True
+        self._outbox.put(None)
+
+    def _write(self) -> None:
+        """In a thread: a process that does not read holds up nobody but this."""
+        with suppress(OSError):  # it has died; whoever receives notices
+            while (message := self._outbox.get()) is not None:
+                self._connection.send_bytes(message)
 
 
 @dataclass(frozen=True)
@@ -380,19 +430,16 @@ class _Pacing:
 
     def when_settled(self, go: Callable[[], None]) -> None:
         async def wait() -> None:
-            await self.settled()
-            go()
+            try:
+                await self.settled()
+            finally:
+                go()  # whatever broke there: the batch waits for it
 
-        with suppress(RuntimeError):  # the rollout is over, and its loop closed
-            asyncio.run_coroutine_threadsafe(wait(), self.loop)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    device: torch.device | None
-    cache_tokens: int | None
-    autocast: torch.dtype | None
-    num_threads: int
+        waiting = wait()
+        try:
+            asyncio.run_coroutine_threadsafe(waiting, self.loop)
+        except RuntimeError:  # the rollout is over, and its loop closed
+            waiting.close()
 
 
 def _settle(answer: Future[Sample], outcome: Sample | Exception) -> None:
@@ -402,147 +449,3 @@ def _settle(answer: Future[Sample], outcome: Sample | Exception) -> None:
         answer.set_exception(outcome)
     else:
         answer.set_result(outcome)
-
-
-def _end(process: Any) -> None:
-    """End a process that may have ended."""
-    process.terminate()
-    process.join(_ENDS_S)
-    if process.is_alive():
-        process.kill()
-        process.join()
-
-
-# -- in the process ---------------------------------------------------------------------------------------------------
-
-
-def _serve(connection: Connection, model: nn.Module, news: dict[str, torch.Tensor], settings: _Settings) -> None:
-    """What the process does, for as long as somebody listens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end is ours
-    torch.set_num_threads(settings.num_threads)
-    if settings.device is not None:
-        model = copy.deepcopy(model).to(settings.device)
-    asyncio.run(_Worker(connection, model, news, settings).run())
-
-
-class _Worker:
-    def __init__(
-        self, connection: Connection, model: nn.Module, news: dict[str, torch.Tensor], settings: _Settings
-    ) -> None:
-        self.connection = connection
-        self.lock = threading.Lock()  # of the connection: the pulse is another thread's
-        self.news = news
-        self.parameters = dict(model.named_parameters())
-        self.sampler = LocalSampler(model, cache_tokens=settings.cache_tokens)
-        self.autocast = settings.autocast
-        self.device_type = next(model.parameters()).device.type
-        self.tasks: dict[int, asyncio.Task[None]] = {}
-        self.num_sampling = 0
-        self.gate = asyncio.Condition()
-        self.is_changing = False
-        self.change: asyncio.Task[None] | None = None
-        self.handed_out = False
-        self.went = asyncio.Event()
-
-    async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        over: asyncio.Future[None] = loop.create_future()
-
-        def read() -> None:
-            while True:
-                try:
-                    message = self.connection.recv()
-                except (EOFError, OSError):  # the trainer has ended, or was killed
-                    loop.call_soon_threadsafe(over.set_result, None)
-                    return
-                loop.call_soon_threadsafe(self.take, message)
-
-        def beat() -> None:
-            while not over.done():
-                self._send(self._counts())
-                time.sleep(_BEATS_S)
-
-        for target in (read, beat):
-            threading.Thread(target=target, name=target.__name__, daemon=True).start()
-        with self._numerics():
-            await over
-
-    def take(self, message: Any) -> None:
-        """In the order in which they were sent."""
-        if isinstance(message, _Ask):
-            self.tasks[message.number] = asyncio.ensure_future(self._answer(message))
-        elif isinstance(message, _Cancel):
-            task = self.tasks.get(message.number)
-            if task is not None:
-                task.cancel()
-        elif isinstance(message, _Release):
-            if message.episode_id is None:
-                self.sampler.reset_cache()
-            else:
-                self.sampler.release(message.episode_id)
-        elif isinstance(message, _Pace):
-            self.handed_out = message.on  # at first everybody is on the way
-            self.sampler.pace(self._settled if message.on else None)
-            self.went.set()
-        elif isinstance(message, _Go):
-            self.went.set()
-        elif isinstance(message, _Weights):
-            self.is_changing = True
-            self.change = asyncio.ensure_future(self._change(message.version))
-
-    async def _answer(self, ask: _Ask) -> None:
-        try:
-            async with self.gate:
-                await self.gate.wait_for(lambda: not self.is_changing)
-                self.num_sampling += 1
-            try:
-                outcome: Sample | Exception = await self.sampler.sample(
-                    ask.prompt_ids.tolist(), ask.params, episode_id=ask.episode_id, order=ask.order
-                )
-            except Exception as error:
-                outcome = error
-            finally:
-                self.num_sampling -= 1
-                if self.is_changing:
-                    async with self.gate:
-                        self.gate.notify_all()
-            self.handed_out = True
-            self._send(self._counts())  # before the response, whose rollout may read them when it has the last one
-            self._send(_Answer(ask.number, outcome))
-        finally:
-            del self.tasks[ask.number]
-
-    async def _change(self, version: int) -> None:
-        """Take the new weights, between responses."""
-        async with self.gate:
-            await self.gate.wait_for(lambda: self.num_sampling == 0)
-            with torch.no_grad():
-                for name, new in self.news.items():
-                    self.parameters[name].copy_(new)
-            self.sampler.reset_cache()
-            self.sampler.policy_version = version
-            self.is_changing = False
-            self.gate.notify_all()
-        self._send(_Weights(version))
-
-    async def _settled(self) -> None:
-        """Wait until the trainer's side says that all who were handed a response are back."""
-        if not self.handed_out:
-            return
-        self.handed_out = False
-        self.went.clear()
-        self._send(_HandedOut())
-        await self.went.wait()
-
-    def _counts(self) -> _Counts:
-        sampler = self.sampler
-        return _Counts(sampler.sampled_tokens, sampler.prompt_tokens, sampler.prefilled_tokens, sampler.forward_s)
-
-    def _send(self, message: Any) -> None:
-        with self.lock, suppress(OSError):  # nobody listens any more
-            self.connection.send(message)
-
-    def _numerics(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device_type, dtype=self.autocast)

@@ -87,7 +87,8 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
         (name for name in metrics if re.fullmatch(r"critic/explained_variance/step_\d+", name)),
         key=lambda name: int(name.rsplit("_", 1)[1]),
     )
-    staleness = sorted(name for name in metrics if "staleness" in name)
+    is_stale = any(any(run.series("rollout/staleness").values()) for method in methods for run in method.runs)
+    staleness = sorted(name for name in metrics if "staleness" in name) if is_stale else []
     score, sampled = score_metrics(metrics)
     charts = [
         Chart(

@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..calls import DaemonThread, look_at
-from ..errors import ConfigurationError
+from ..environments.slots import Slots
+from ..errors import ConfigurationError, SamplerError
 from ..gateway.sampling import Engine
 from ..gateway.sessions import Session, SessionSpec
 from ..inference.base import Sampler, SamplingParams
@@ -139,6 +140,7 @@ def play_agents(
     sampling: SamplingParams,
     run_seed: int,
     max_concurrent_episodes: int | None = None,
+    slots: Slots | None = None,
     grace_s: float = 0.25,
     idle_s: float | None = 60.0,
     id_prefix: str = "",
@@ -160,7 +162,7 @@ def play_agents(
             `overlaps`.
         sampler ([`Sampler`]):
             The policy.
-        limits, sampling, run_seed, max_concurrent_episodes, grace_s, id_prefix, on_episode:
+        limits, sampling, run_seed, max_concurrent_episodes, slots, grace_s, id_prefix, on_episode:
             See [`play_episodes`].
         idle_s (`float`, *optional*, defaults to `60.0`):
             How long an agent may ask for nothing; one that takes longer is given up. `None`: as long as it likes.
@@ -175,6 +177,9 @@ def play_agents(
 
     Returns:
         `list[Episode]`: in the order of the requests.
+
+    Raises:
+        SamplerError: The sampler failed for good, or again and again, and the agent could not do without.
     """
     in_flight = InFlight(grace_s=grace_s)
     rollout = _AgentRollout(agent, server, limits, sampling, run_seed, idle_s, id_prefix, needs_reward, resumes)
@@ -188,6 +193,7 @@ def play_agents(
                 sampler,
                 in_flight,
                 num_players=max_concurrent_episodes or len(requests),
+                slots=slots,
                 on_episode=on_episode or (lambda: None),
             )
         finally:
@@ -236,7 +242,10 @@ class _AgentRollout:
         finally:
             await run.end()
             task.cancel()
-        return await self._at_gateway(self.gateway.collect(session, keep=self.resumes))
+        episode = await self._at_gateway(self.gateway.collect(session, keep=self.resumes))
+        if not episode.valid and session.sampler_error is not None:
+            raise SamplerError(f"episode {name}: {episode.error}") from session.sampler_error
+        return episode
 
     async def _watch(self, task: asyncio.Future[Any], session: Session, key: str) -> dict[str, Any]:
         """Wait for the agent, as long as it may take; how its session is to be finished."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_SAYS_S = 60.0  # between lines that say that an update still waits
+_LETS_GO_S = 20.0
 
 
 class Ahead(Generic[T]):
@@ -50,7 +57,21 @@ class Ahead(Generic[T]):
 
     def take(self, update: int) -> T:
         """What was played for an update, as soon as all of it was; it is handed out once."""
-        return self._begun.pop(update).result()
+        outcome, start = self._begun.pop(update), time.monotonic()
+        while not wait({outcome}, timeout=_SAYS_S).done:
+            waited_s = time.monotonic() - start
+            logger.warning("update %d has waited %.0f s for its episodes", update + 1, waited_s)
+        return outcome.result()
+
+    def close(self) -> None:
+        """
+        Let go of rollouts that nobody takes any more. They end when they next ask the sampler, which is closed; those
+        whose environments take longer than a while are left behind.
+        """
+        _, left = wait(self._begun.values(), timeout=_LETS_GO_S)
+        if left:
+            logger.warning("%d rollouts that nobody waits for any more are still being played", len(left))
+        self._begun.clear()
 
     @property
     def num_waiting(self) -> int:

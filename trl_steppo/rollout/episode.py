@@ -12,7 +12,7 @@ from typing import Any
 
 from ..calls import CallTimeoutError, within
 from ..environments.base import Message, Outcome, Playable, Response
-from ..errors import DataError
+from ..errors import ConfigurationError, DataError, SamplerError
 from ..inference.base import Sample, Sampler, SamplingParams, step_seed
 from ..inference.chat import ChatFormat
 from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds
@@ -39,7 +39,7 @@ async def run_episode(
     pacer: InFlight | None = None,
 ) -> Episode:
     """
-    Play one episode. It never raises: what breaks becomes the episode's `error`, and the steps so far are kept.
+    Play one episode. What breaks in it becomes its `error`, and the steps so far are kept.
 
     Args:
         env ([`Playable`], *optional*):
@@ -70,6 +70,9 @@ async def run_episode(
 
     Returns:
         [`Episode`]: terminated, truncated, or with an `error`.
+
+    Raises:
+        SamplerError: The sampler failed, which is no fault of the episode's.
     """
     name = episode_id or f"{row_index}-{generation_index}"
     play = _Play(env, sampler, row, chat, limits, sampling, (run_seed, row_index, generation_index), name, pacer)
@@ -154,6 +157,8 @@ class _Play:
             finally:
                 self.sampler.release(self.episode_id)
             await self._finish()
+        except SamplerError:
+            raise
         except Exception as error:
             self._fail(error)
 
@@ -224,8 +229,13 @@ class _Play:
 
     async def _sample(self, params: SamplingParams) -> Sample:
         order = (*self.seeds[1:], self.step_index)
-        with self.pacer.at_sampler() if self.pacer is not None else nullcontext():
-            sample = await self.sampler.sample(self.ids, params, episode_id=self.episode_id, order=order)
+        try:
+            with self.pacer.at_sampler() if self.pacer is not None else nullcontext():
+                sample = await self.sampler.sample(self.ids, params, episode_id=self.episode_id, order=order)
+        except (ConfigurationError, DataError):  # this request can never be answered
+            raise
+        except Exception as error:
+            raise SamplerError(f"episode {self.episode_id}, {describe(error, self.stage)}") from error
         if not len(sample.token_ids):
             raise RuntimeError("the sampler returned an empty response")
         return sample

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..calls import DaemonThread
 from ..environments.base import Playable
+from ..environments.slots import Slots
+from ..errors import RolloutError, SamplerError
 from ..inference.base import Sampler, SamplingParams
 from ..inference.chat import ChatFormat
 from ..types import Episode, EpisodeLimits
 from .episode import failed_episode, run_episode
 from .pacing import InFlight
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+_ATTEMPTS = 3  # at an episode whose sampler fails
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,9 @@ def play_episodes(
     limits: EpisodeLimits,
     sampling: SamplingParams,
     run_seed: int,
+    make_timeout_s: float | None = None,
     max_concurrent_episodes: int | None = None,
+    slots: Slots | None = None,
     grace_s: float = 0.25,
     id_prefix: str = "",
     on_episode: Callable[[], None] | None = None,
@@ -61,13 +71,17 @@ def play_episodes(
             What to play.
         make_playable (`Callable[[Mapping], Playable | None]`):
             Makes the environment of one episode from its row. Called for one episode after the other, in the order of
-            the requests, outside the event loop; what it raises fails that episode.
+            the requests, in a thread of this rollout's own; what it raises fails that episode.
         sampler ([`Sampler`]):
             The policy; called concurrently.
         chat, limits, sampling, run_seed:
             See [`run_episode`].
+        make_timeout_s (`float`, *optional*):
+            Most seconds for making an environment; `None`: as long as the whole episode may take.
         max_concurrent_episodes (`int`, *optional*):
             How many to play at a time; `None`: all.
+        slots ([`Slots`], *optional*):
+            Bounds how many are played at a time by this and other rollouts together, the first rows first.
         grace_s (`float`, *optional*, defaults to `0.25`):
             How long the sampler may wait for environments that have not answered yet ([`InFlight`]).
         id_prefix (`str`, *optional*):
@@ -77,10 +91,23 @@ def play_episodes(
 
     Returns:
         `list[Episode]`: in the order of the requests.
+
+    Raises:
+        SamplerError: The sampler failed for good, or again and again.
     """
     in_flight = InFlight(grace_s=grace_s)
     rollout = _Rollout(
-        make_playable, sampler, chat, limits, sampling, run_seed, in_flight, id_prefix, on_episode or (lambda: None)
+        make_playable,
+        sampler,
+        chat,
+        limits,
+        sampling,
+        run_seed,
+        in_flight,
+        make_timeout_s if make_timeout_s is not None else limits.max_episode_s,
+        id_prefix,
+        slots,
+        on_episode or (lambda: None),
     )
     num_players = max_concurrent_episodes or len(requests)
     return run_coroutine(rollout.play(requests, num_players))
@@ -95,7 +122,9 @@ class _Rollout:
     sampling: SamplingParams
     run_seed: int
     in_flight: InFlight
+    make_timeout_s: float | None
     id_prefix: str
+    slots: Slots | None
     on_episode: Callable[[], None]
 
     async def play(self, requests: Sequence[EpisodeRequest], num_players: int) -> list[Episode]:
@@ -107,6 +136,7 @@ class _Rollout:
                 self.sampler,
                 self.in_flight,
                 num_players=num_players,
+                slots=self.slots,
                 on_episode=self.on_episode,
             )
         finally:
@@ -116,7 +146,7 @@ class _Rollout:
         episode_id = f"{self.id_prefix}{request.row_index}-{request.generation_index}"
         make = lambda: self.make_playable(request.row)  # noqa: E731
         try:
-            env = await maker.run(make, self.limits.max_episode_s, "making the environment")
+            env = await maker.run(make, self.make_timeout_s, "making the environment")
         except Exception as error:
             return failed_episode(
                 request.row_index,
@@ -147,6 +177,7 @@ async def play_concurrently(
     in_flight: InFlight,
     *,
     num_players: int,
+    slots: Slots | None,
     on_episode: Callable[[], None],
 ) -> list[Episode]:
     """
@@ -159,7 +190,8 @@ async def play_concurrently(
     async def player() -> None:
         try:
             for index, request in waiting:
-                results[index] = await play_one(request)
+                async with slots.of("episode", priority=request.row_index) if slots is not None else nullcontext():
+                    results[index] = await _despite_accidents(play_one, request)
                 on_episode()
         finally:
             in_flight.back()
@@ -173,6 +205,21 @@ async def play_concurrently(
     finally:
         sampler.pace(None)
     return [results[index] for index in range(len(requests))]
+
+
+async def _despite_accidents(
+    play_one: Callable[[EpisodeRequest], Awaitable[Episode]], request: EpisodeRequest
+) -> Episode:
+    """Play a request again, from its beginning, where the sampler failed, unless that itself has given up."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return await play_one(request)
+        except SamplerError as error:
+            has_given_up = isinstance(error.__cause__, RolloutError) and not isinstance(error.__cause__, SamplerError)
+            if attempt == _ATTEMPTS or has_given_up:
+                raise
+            logger.warning("%s; it is played again", error)
+    raise AssertionError
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from accelerate.utils import gather_object
 from torch.nn.functional import pad
 
 from ..batching import StepBatch, step_ids
+from ..errors import RolloutError
 from ..types import Episode
 from .credit import Credit
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -120,6 +123,21 @@ def first_failure(found: Caught, gather: Callable[[list[Any]], list[Any]] = gath
     """What the first rank caught that caught anything, told to all of them. Every rank must call it."""
     failures = gather([None if found.error is None else str(found.error)])
     return next((failure for failure in failures if failure is not None), None)
+
+
+def together(act: Callable[[], T], within: AbstractContextManager[Any] | None = None) -> T:
+    """
+    Do something on every rank, `within` some context. What fails on one is raised on all of them when they have left
+    it, so that none waits for another. Every rank must call it.
+    """
+    with within or nullcontext(), caught() as found:
+        result = act()
+    failure = first_failure(found, gather_object)
+    if found.error is not None:
+        raise found.error
+    if failure is not None:
+        raise RolloutError(f"on another rank: {failure}")
+    return result
 
 
 def own_lesson(rollout: Rollout, scores: Scores, credit: Credit) -> Lesson:

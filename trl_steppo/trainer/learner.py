@@ -282,7 +282,7 @@ class Learner:
                 micro.rollout_logprobs,
                 micro.action_mask,
                 mode=args.correction,
-                level=args.importance_sampling_level,
+                level=args.rollout_correction_level,
                 cap=args.rollout_correction_cap,
             )
             stats.add("rollout/correction_weight", masked_sum(weights, mask), mask.sum())

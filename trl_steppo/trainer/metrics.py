@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 
@@ -59,23 +60,16 @@ class Clock:
             self.seconds[name] += time.perf_counter() - start
 
 
-def add_age_metrics(
-    means: Means, batch: StepBatch, old_logprobs: torch.Tensor, *, level: Level, version: int, max_staleness: int
-) -> None:
+def add_age_metrics(means: Means, batch: StepBatch, *, version: int, max_staleness: int) -> None:
     """
-    How far what was sampled is from what trains. `rollout/staleness`: updates that the weights are ahead of those that
-    sampled a step; `rollout/staleness_K`: share of the steps where it is K. `rollout/correction_ratio_pK`: percentiles
-    over action tokens of the ratio that `rollout_correction` bounds, the mean over ranks.
+    How old what was sampled is. `rollout/staleness`: updates that the weights are ahead of those that sampled a step;
+    `rollout/staleness_K`: share of the steps where it is K.
 
     Args:
         means ([`Means`]):
             Where to.
         batch ([`StepBatch`]):
             This rank's steps.
-        old_logprobs (`torch.Tensor` of shape `(N, A)`):
-            By the trainer, before the update.
-        level (`str`):
-            `"step"` or `"token"`, as of the importance ratio.
         version (`int`):
             Updates applied to the weights that train.
         max_staleness (`int`):
@@ -85,10 +79,36 @@ def add_age_metrics(
     means.add("rollout/staleness", staleness.sum(), staleness.numel())
     for age in range(max_staleness + 1):
         means.add(f"rollout/staleness_{age}", (staleness == age).sum(), staleness.numel())
+
+
+def add_correction_metrics(
+    means: Means, batch: StepBatch, old_logprobs: torch.Tensor, *, level: Level, cap: float
+) -> None:
+    """
+    How far the sampler's probabilities are from the trainer's. `rollout/correction_ratio_pK`: percentiles over action
+    tokens of the ratio that `rollout_correction` bounds, the mean over ranks; `rollout/correction_beyond_cap`: share
+    of the tokens where it is above the cap.
+
+    Args:
+        means ([`Means`]):
+            Where to.
+        batch ([`StepBatch`]):
+            This rank's steps.
+        old_logprobs (`torch.Tensor` of shape `(N, A)`):
+            By the trainer, before the update.
+        level (`str`):
+            `"step"` or `"token"`, as of the correction.
+        cap (`float`):
+            Of the correction.
+    """
     mask = batch.action_mask
-    ratios = importance_ratio(old_logprobs, batch.rollout_logprobs, mask, level)[mask].double()
-    for percentile in (5, 50, 95) if ratios.numel() else ():
-        means.add(f"rollout/correction_ratio_p{percentile:02d}", ratios.quantile(percentile / 100))
+    ratios = importance_ratio(old_logprobs, batch.rollout_logprobs, mask, level)[mask]
+    means.add("rollout/correction_beyond_cap", (ratios > cap).sum(), ratios.numel())
+    percentiles = (5, 50, 95)
+    # NumPy's: torch's takes no more than 2**24 numbers.
+    found = np.percentile(ratios.double().cpu().numpy(), percentiles) if ratios.numel() else ()
+    for percentile, ratio in zip(percentiles, found, strict=False):
+        means.add(f"rollout/correction_ratio_p{percentile:02d}", float(ratio))
 
 
 def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_id: int | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..environments.base import Playable
-from ..environments.slots import ToolSlots
+from ..environments.slots import Slots
 from ..environments.tools import make_playable
 from ..errors import ConfigurationError, DataError
 from ..inference.base import Sampler, SamplingParams
@@ -97,8 +97,9 @@ class EpisodePlayer:
         self.data_collator = data_collator
         self.agent = agent
         self._server: GatewayServer | None = None
-        limit = args.max_concurrent_tool_calls
-        self._slots = ToolSlots(limit) if limit is not None else None
+        self._tool_slots = _slots(args.max_concurrent_tool_calls)
+        # One rollout bounds itself.
+        self._episode_slots = _slots(args.max_concurrent_episodes) if args.max_staleness else None
         if agent is not None:
             self._check_agent()
         if data_collator is not None:
@@ -178,10 +179,12 @@ class EpisodePlayer:
             "sampling": sampling,
             "run_seed": self.args.seed,
             "max_concurrent_episodes": self.args.max_concurrent_episodes or max(_EVAL_EPISODES, self._update_episodes),
+            "slots": self._episode_slots,
             "id_prefix": id_prefix if update is None else _prefix(update),
             "on_episode": on_episode,
         }
         if self.agent is None:
+            common["make_timeout_s"] = self.args.tool_timeout_s
             return play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
         with self._serving() as server:
             if update is not None and update > self.args.max_staleness:
@@ -282,7 +285,7 @@ class EpisodePlayer:
             self.tools,
             tool_timeout_s=self.args.tool_timeout_s,
             max_tool_calls=self.args.max_tool_calls,
-            slots=self._slots,
+            slots=self._tool_slots,
         )
 
     def score(
@@ -338,6 +341,10 @@ class EpisodePlayer:
                 "nothing pays a reward: pass `reward_funcs` or `reward_model`, or an `environment_factory` whose "
                 "environment defines `get_reward()`, `step_reward()` or `step(response)`"
             )
+
+
+def _slots(limit: int | None) -> Slots | None:
+    return None if limit is None else Slots(limit)
 
 
 def _prefix(update: int) -> str:

@@ -52,9 +52,11 @@ class StepPOConfig(PPOConfig):
             Whether episodes that a budget cut are left out of the policy's loss. The critic still learns from them.
         rollout_correction (`str`, *optional*):
             Importance weights of the trainer's probabilities over the sampler's: `"none"`, `"truncate"` (weights are
-            cut at `rollout_correction_cap`) or `"mask"` (what lies beyond it is left out), per step or token as
-            `importance_sampling_level` says. `None`: `"truncate"` with `max_staleness` or `use_vllm`, else off, since
-            the sampler then has the trainer's weights and numerics.
+            cut at `rollout_correction_cap`) or `"mask"` (what lies beyond it is left out). `None`: `"truncate"` with
+            `max_staleness` or `use_vllm`, else off, since the sampler then has the trainer's weights and numerics.
+        rollout_correction_level (`str`, *optional*, defaults to `"token"`):
+            `"token"`: each token has its own weight. `"step"`: the geometric mean of its step's tokens', as the step
+            ratio is; it hardly moves where only a few tokens of a step do, so that its cap belongs near 1.
         rollout_correction_cap (`float`, *optional*, defaults to `2.0`):
             Largest weight.
 
@@ -83,8 +85,8 @@ class StepPOConfig(PPOConfig):
         max_episode_s (`float`, *optional*):
             Most seconds of an episode.
         tool_timeout_s (`float`, *optional*, defaults to `60.0`):
-            Most seconds of one call of a tool or of an environment's method. A tool that takes longer is reported to
-            the model; an environment that does costs its own episode.
+            Most seconds of one call of a tool or of an environment's method, and of making an environment. A tool that
+            takes longer is reported to the model; an environment that does costs its own episode.
         max_tool_calls (`int`, *optional*):
             Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
         max_concurrent_tool_calls (`int`, *optional*):
@@ -187,6 +189,9 @@ class StepPOConfig(PPOConfig):
             "help": "Importance weights of the trainer's probabilities over the sampler's. None: with max_staleness "
             "or use_vllm."
         },
+    )
+    rollout_correction_level: Literal["step", "token"] = field(
+        default="token", metadata={"help": "A weight for each token, or the geometric mean over a step's tokens."}
     )
     rollout_correction_cap: float = field(default=2.0, metadata={"help": "Largest weight of rollout_correction."})
 
@@ -397,6 +402,7 @@ class StepPOConfig(PPOConfig):
             "kl_estimator": ("k1", "k3"),
             "kl_loss_estimator": ("k1", "k2", "k3"),
             "rollout_correction": (None, "none", "truncate", "mask"),
+            "rollout_correction_level": ("step", "token"),
             "stop_token": (None, "eos"),
         }
         for name, allowed in choices.items():
@@ -488,7 +494,7 @@ class StepPOConfig(PPOConfig):
             (
                 self.correction == "none",
                 f"`rollout_correction`={self.rollout_correction!r}",
-                ("rollout_correction_cap",),
+                ("rollout_correction_cap", "rollout_correction_level"),
             ),
             (
                 self.max_tokens_per_micro_batch is not None,

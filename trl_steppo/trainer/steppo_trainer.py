@@ -11,7 +11,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,9 @@ from .data_stream import RowStream, column_names
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
-from .exchange import Rollout, Scores
+from .exchange import Rollout, Scores, together
 from .learner import Learner
-from .metrics import Clock, Means, add_age_metrics, add_episode_metrics
+from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
 from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
@@ -279,6 +279,7 @@ class StepPOTrainer(PPOTrainer):
         self._set_out(checkpoint)
         with (
             self.player.running(resumed_at=None if checkpoint is None else self.state.global_step),
+            closing(self.ahead),  # when the sampler is closed, which ends what is still being played
             self.engine.running(self.state.global_step),
             self._running(),
         ):
@@ -305,10 +306,9 @@ class StepPOTrainer(PPOTrainer):
                 episodes = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
             elif args.max_staleness:
                 self.ahead.begin(update, self.state.max_steps)
-                episodes = self._judge(*self.ahead.take(update))
+                episodes = self._judge(*together(partial(self.ahead.take, update)))
             else:
-                with self._generating():
-                    episodes = self._judge(*self._rollout(update)())
+                episodes = self._judge(*together(self._rollout(update), self._generating()))
             if args.dump_episodes_dir is not None:
                 dump_episodes(episode_file(args.dump_episodes_dir, update, rank), episodes)
         if self._shows_samples() and self.eval_dataset is None and self.accelerator.is_main_process:
@@ -356,14 +356,16 @@ class StepPOTrainer(PPOTrainer):
         """Log-probabilities and values under the weights before the update."""
         with self.clock.measure("forward_s"):
             scores = self.learner.score(rollout)
-        if (self.args.max_staleness or self.args.use_vllm) and scores.old_logprobs is not None:
-            add_age_metrics(
+        args = self.args
+        add_age_metrics(self._means, rollout.batch, version=self.state.global_step, max_staleness=args.max_staleness)
+        differs = args.max_staleness > 0 or args.use_vllm or args.correction != "none"
+        if differs and scores.old_logprobs is not None:
+            add_correction_metrics(
                 self._means,
                 rollout.batch,
                 scores.old_logprobs,
-                level=self.args.importance_sampling_level,
-                version=self.state.global_step,
-                max_staleness=self.args.max_staleness,
+                level=args.rollout_correction_level,
+                cap=args.rollout_correction_cap,
             )
         return scores
 
@@ -470,14 +472,14 @@ class StepPOTrainer(PPOTrainer):
 
     def _play_greedily(self, requests: Sequence[EpisodeRequest], id_prefix: str) -> list[Episode]:
         requests = self.player.prepare(requests)
-        with self._generating():
-            episodes = self.player.play(
-                requests,
-                greedy=True,
-                id_prefix=id_prefix,
-                on_episode=lambda: self._event("on_prediction_step"),
-            )
-        return self._judge(requests, episodes)
+        play = partial(
+            self.player.play,
+            requests,
+            greedy=True,
+            id_prefix=id_prefix,
+            on_episode=lambda: self._event("on_prediction_step"),
+        )
+        return self._judge(requests, together(play, self._generating()))
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
@@ -845,6 +847,7 @@ class StepPOTrainer(PPOTrainer):
         self._event("on_step_begin")
         yield
         update_s = time.perf_counter() - start
+        sampled = self.sampler.sampled_tokens - sampled  # now: those that are sampled meanwhile are of the next one
         prompted = self.sampler.prompt_tokens - prompted
         prefilled = self.sampler.prefilled_tokens - prefilled
         self._means.add("rollout/prefix_cache_hit_rate", max(0, prompted - prefilled), prompted)
@@ -867,8 +870,8 @@ class StepPOTrainer(PPOTrainer):
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
             "perf/overhead_fraction": 1.0 - model_s / update_s,
-            "perf/tokens_per_s": (self.sampler.sampled_tokens - sampled) / rollout_s,
-            "perf/sampled_tokens": self.sampler.sampled_tokens - sampled,
+            "perf/tokens_per_s": sampled / rollout_s,
+            "perf/sampled_tokens": sampled,
             "perf/prefilled_tokens": prefilled,
         }
         if self.learner.tokens_forwarded > forwarded:

@@ -1,0 +1,280 @@
+"""The process that samples beside the trainer, and what the two tell each other. The trainer's side: `worker.py`.
+
+What is asked for is begun in the order in which it was sent. New weights are taken between responses: first the
+requests that were begun are answered, and no others begun. So each response comes from one version of the weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from ..errors import SamplerError, StepPOError
+from ..types import TokenIds
+from .base import Sample, SamplingParams
+from .local import LocalSampler
+from .shared_model import SharedModel
+
+logger = logging.getLogger(__name__)
+
+_BEATS_S = 1.0  # between two signs of life
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Sample a response."""
+
+    number: int
+    prompt_ids: TokenIds
+    params: SamplingParams
+    episode_id: str
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response, or why there is none."""
+
+    number: int
+    outcome: Sample | StepPOError
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Nobody waits for that response any more."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """Forget an episode's cache; `None`: everybody's."""
+
+    episode_id: str | None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Whether each batch waits for a `Go` after responses were handed out, or not."""
+
+    on: bool
+
+
+@dataclass(frozen=True)
+class HandedOut:
+    """Responses were handed out, and the next batch waits."""
+
+
+@dataclass(frozen=True)
+class Go:
+    """All who are quick are back."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """There are new weights in the shared memory: what is asked from now on is sampled with them."""
+
+    edition: int  # no other weights have this number, while a version may be sent twice
+    version: int
+
+
+@dataclass(frozen=True)
+class Taken:
+    """They were read."""
+
+    edition: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was sampled since the process began; a sign of life."""
+
+    sampled_tokens: int = 0
+    prompt_tokens: int = 0
+    prefilled_tokens: int = 0
+    forward_s: float = 0.0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.sampled_tokens + other.sampled_tokens,
+            self.prompt_tokens + other.prompt_tokens,
+            self.prefilled_tokens + other.prefilled_tokens,
+            self.forward_s + other.forward_s,
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the process; see [`WorkerSampler`]."""
+
+    device: torch.device
+    cache_tokens: int | None
+    autocast: torch.dtype | None
+    stuck_s: float
+    num_threads: int
+
+
+def serve(connection: Connection, shared: SharedModel, trained: Sequence[str], settings: Settings) -> None:
+    """What the process does, for as long as somebody listens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end is ours
+    torch.set_num_threads(settings.num_threads)
+    asyncio.run(_Worker(connection, shared, trained, settings).run())
+
+
+class _Worker:
+    def __init__(
+        self, connection: Connection, shared: SharedModel, trained: Sequence[str], settings: Settings
+    ) -> None:
+        self.connection = connection
+        self.settings = settings
+        model = shared.load(settings.device, private=set(trained))
+        parameters = dict(model.named_parameters())
+        self.trained = [(parameters[name], shared.weights[name]) for name in trained]
+        self.sampler = LocalSampler(model, cache_tokens=settings.cache_tokens)
+        self.sending = threading.Lock()  # beside the event loop, the pulse's thread sends
+        self.asked: dict[int, Ask] = {}  # and not begun
+        self.begun: dict[int, asyncio.Task[None]] = {}
+        self.coming: Weights | None = None  # to be taken when nothing is being sampled
+        self.has_weights = False
+        self.handed_out = False
+        self.went = asyncio.Event()
+
+    async def run(self) -> None:
+        """An exception here ends the process, which the trainer's side notices."""
+        inbox: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self.inbox = inbox
+
+        def read() -> None:
+            while True:
+                try:
+                    message = self.connection.recv()
+                except (EOFError, OSError):
+                    os._exit(0)  # the trainer has ended, or was killed; a forward pass may still be running
+                loop.call_soon_threadsafe(inbox.put_nowait, message)
+
+        for target in (read, self._beat):
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+        self.watch = asyncio.ensure_future(self._watch())
+        with self._numerics():
+            while True:
+                self._take(await inbox.get())
+                self._begin()
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, Ask):
+            self.asked[message.number] = message
+        elif isinstance(message, Cancel):
+            self.asked.pop(message.number, None)
+            if message.number in self.begun:
+                self.begun[message.number].cancel()
+        elif isinstance(message, Release):
+            if message.episode_id is None:
+                self.sampler.reset_cache()
+            else:
+                self.sampler.release(message.episode_id)
+        elif isinstance(message, Pace):
+            self.handed_out = message.on  # at first everybody is on the way
+            self.sampler.pace(self._settled if message.on else None)
+            self.went.set()
+        elif isinstance(message, Go):
+            self.went.set()
+        elif isinstance(message, Weights):
+            self.coming = message
+        elif isinstance(message, _Over):
+            task = self.begun.pop(message.number)
+            if not task.cancelled():
+                task.result()
+
+    def _begin(self) -> None:
+        """Begin what was asked for; before that take new weights, if there are any, once nothing is being sampled."""
+        if self.coming is not None and not self.begun:
+            self._take_weights(self.coming)
+            self.coming = None
+        if self.coming is not None or not self.has_weights:
+            return
+        for number, ask in self.asked.items():
+            self.begun[number] = task = asyncio.ensure_future(self._answer(ask))
+            task.add_done_callback(lambda _, over=_Over(number): self.inbox.put_nowait(over))  # type: ignore[misc]
+        self.asked.clear()
+
+    def _take_weights(self, weights: Weights) -> None:
+        with torch.no_grad():
+            for own, shared in self.trained:
+                own.copy_(shared)
+        self.sampler.reset_cache()
+        self.sampler.policy_version = weights.version
+        self.has_weights = True
+        self._send(Taken(weights.edition))
+
+    async def _answer(self, ask: Ask) -> None:
+        outcome: Sample | StepPOError
+        try:
+            outcome = await self.sampler.sample(
+                ask.prompt_ids.tolist(), ask.params, episode_id=ask.episode_id, order=ask.order
+            )
+        except StepPOError as error:
+            outcome = type(error)(str(error))
+        except Exception as error:  # not all survive the way to another process, but text does
+            logger.exception("a response could not be sampled")
+            outcome = SamplerError("".join(traceback.format_exception_only(error)).strip())
+        self.handed_out = True
+        self._send(self._counts())  # before the response, whose rollout may read them when it has the last one
+        self._send(Answer(ask.number, outcome))
+
+    async def _settled(self) -> None:
+        """Wait until the trainer's side says that all who were handed a response are back."""
+        if not self.handed_out:
+            return
+        self.handed_out = False
+        self.went.clear()
+        self._send(HandedOut())
+        await self.went.wait()
+
+    def _beat(self) -> None:
+        """In a thread of its own: signs of life, also during a long forward pass."""
+        while True:
+            self._send(self._counts())
+            time.sleep(_BEATS_S)
+
+    async def _watch(self) -> None:
+        """End the process, with a word on where it was, when one turn of the event loop takes too long."""
+        while True:
+            faulthandler.dump_traceback_later(self.settings.stuck_s, exit=True)
+            await asyncio.sleep(min(_BEATS_S, self.settings.stuck_s / 2))
+
+    def _counts(self) -> Counts:
+        sampler = self.sampler
+        return Counts(sampler.sampled_tokens, sampler.prompt_tokens, sampler.prefilled_tokens, sampler.forward_s)
+
+    def _send(self, message: Any) -> None:
+        with self.sending:
+            try:
+                self.connection.send(message)
+            except OSError:
+                os._exit(0)  # nobody listens any more
+
+    def _numerics(self) -> AbstractContextManager[Any]:
+        if self.settings.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.settings.device.type, dtype=self.settings.autocast)
+
+
+@dataclass(frozen=True)
+class _Over:
+    """To itself: a response was handed out, or is not wanted any more."""
+
+    number: int
