@@ -53,6 +53,15 @@ class FakeVLLM:
         self.called: list[str] = []  # methods of its workers
         self.token_s = 0.0
         self.hangs = False
+        self.silent: set[str] = set()  # paths that are not answered
+        self.may_load = threading.Event()  # new weights
+        self.may_load.set()
+        self.refuses_weights = False
+        self.counts_tokens = True
+        self.max_loras: int | None = 2  # at once; `None`: it takes none
+        self.most_adapters = 0
+        self.num_waiting = 0  # for an answer that does not come
+        self.num_tokens = 0
         self.failures = 0  # responses that are to fail
         self.asked: list[dict[str, Any]] = []
         self.num_cancelled = 0
@@ -86,6 +95,7 @@ class FakeVLLM:
     def _app(self) -> Starlette:
         routes = {
             "GET /health": self._health,
+            "GET /metrics": self._metrics,
             "GET /server_info": self._info,
             "GET /weight_info": self._weight_info,
             "GET /v1/models": self._models,
@@ -105,10 +115,11 @@ class FakeVLLM:
 
     def _unless_hanging(self, handler: Callable[[Any], Any]) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
-            while self.hangs:
-                await asyncio.sleep(0.02)
             body = await request.json() if request.method == "POST" and await request.body() else {}
-            if not self.has_dev_mode and request.url.path not in ("/health", "/inference/v1/generate"):
+            path = request.url.path
+            if await self._wait(request, lambda: self.hangs or path in self.silent):
+                return Response(status_code=499)
+            if not self.has_dev_mode and path not in ("/health", "/metrics", "/inference/v1/generate"):
                 return Response("Not Found", 404)
             answer = handler(body)
             if asyncio.iscoroutine(answer):
@@ -116,6 +127,18 @@ class FakeVLLM:
             return answer if isinstance(answer, Response) else JSONResponse(answer)
 
         return handle
+
+    async def _wait(self, request: Request, holds: Callable[[], bool]) -> bool:
+        """Whether who asked has gone in the meantime."""
+        self.num_waiting += 1
+        try:
+            while holds():
+                await asyncio.sleep(0.02)
+                if await request.is_disconnected():
+                    return True
+            return False
+        finally:
+            self.num_waiting -= 1
 
     async def _until_disconnected(self, request: Request, answer: Any) -> Any:
         task = asyncio.ensure_future(answer)
@@ -138,8 +161,13 @@ class FakeVLLM:
                 "model_config": self.options,
                 "device_config": {"device": self.device},
                 "parallel_config": {"worker_extension_cls": self.extension},
+                "lora_config": None if self.max_loras is None else {"max_loras": self.max_loras},
             }
         }
+
+    def _metrics(self, body: Any) -> Response:
+        counters = [f'vllm:{name}_tokens_total{{engine="0"}} {self.num_tokens}' for name in ("prompt", "generation")]
+        return Response("\n".join(["# HELP of them", *(counters if self.counts_tokens else ())]))
 
     def _weight_info(self, body: Any) -> Any:
         return {"weight_version": self.version}
@@ -162,7 +190,9 @@ class FakeVLLM:
         self.num_running += 1
         try:
             token_ids, logprobs = await self.respond(prompt, params, self.adapters.get(body["model"]))
-            await asyncio.sleep(self.token_s * len(token_ids))
+            for _ in token_ids:
+                await asyncio.sleep(self.token_s)
+                self.num_tokens += 1
         finally:
             self.num_running -= 1
         cached = max((n for n in range(len(prompt)) if tuple(prompt[:n]) in self._seen), default=0)
@@ -181,12 +211,14 @@ class FakeVLLM:
             "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(token_ids), **details},
         }
 
-    def _reload(self, body: Any) -> Any:
+    async def _reload(self, body: Any) -> Any:
         self.called.append(body["method"])
         if body["method"] == "pack_output_layer":
             return {"results": [None]}
         path = Path(body["kwargs"]["weights_path"])
-        if not path.is_dir():
+        while not self.may_load.is_set():
+            await asyncio.sleep(0.02)
+        if self.refuses_weights or not path.is_dir():
             return JSONResponse({"error": f"no such directory: {path}"}, 500)
         self.most_running_in_change = max(self.most_running_in_change, self.num_running)
         self.load(path)
@@ -203,7 +235,10 @@ class FakeVLLM:
         return {"success": True}
 
     def _load_adapter(self, body: Any) -> Any:
+        if self.refuses_weights:
+            return JSONResponse({"error": "broken"}, 500)
         self.adapters[body["lora_name"]] = body["lora_path"]
+        self.most_adapters = max(self.most_adapters, len(self.adapters))
         self.loaded.append(body["lora_path"])
         return Response("loaded")
 

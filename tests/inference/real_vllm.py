@@ -41,6 +41,7 @@ class RealVLLM:
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
         command += ["--max-model-len", "1024", "--block-size", "32", "--logprobs-mode", "processed_logprobs"]
         command += ["--enable-scale-out", "--enable-prompt-tokens-details", "--enable-lora", "--max-lora-rank", "8"]
+        command += ["--max-loras", "2"]
         command += ["--worker-extension-cls", "trl_steppo.inference.vllm_worker.PacksOutputLayer"]
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from trl_steppo.inference.vllm import VLLMSampler, Weights
 from trl_steppo.types import StopReason
 
 SAMPLED = SamplingParams(max_new_tokens=4, seed=7)
+GENERATE = "/inference/v1/generate"
 
 
 @pytest.fixture
@@ -33,6 +35,7 @@ def serve() -> Iterator[Callable[..., FakeVLLM]]:
     yield start
     for server in servers:
         server.hangs = False
+        server.silent.clear()
         server.kill()
 
 
@@ -128,6 +131,38 @@ def test_episodes_are_spread_evenly_and_stay_where_they_are(serve, connect):
     assert [len(server.asked) for server in servers] == [7, 7, 7]
 
 
+def test_episodes_stay_where_they_are_over_an_update(serve, connect, tmp_path):
+    servers = [serve(), serve()]
+    sampler = connect(*servers)
+    ask(sampler, 8)
+    sampler.hold()
+    samples: list[Sample] = []
+    held = later(0, lambda: samples.extend(ask(sampler, 8)))
+    servers[1].may_load.clear()
+    update = later(0, lambda: sampler.update(weights(tmp_path, 1)))
+    until(lambda: servers[0].version == "run-1" and servers[1].called.count("reload_weights") == 2)
+    assert [len(server.asked) for server in servers] == [4, 4]  # the second still loads; its episodes wait for it
+    servers[1].may_load.set()
+    for thread in (update, held):
+        thread.join()
+    assert [sample.policy_version for sample in samples] == [1] * 8
+    ask(sampler, 8)
+    assert [len(server.asked) for server in servers] == [12, 12]
+
+
+def test_an_episode_stays_where_one_response_failed_but_not_where_two_did(serve, connect):
+    servers = [serve(), serve()]
+    sampler = connect(*servers)
+    ask(sampler, 4)
+    servers[0].failures = 1
+    ask(sampler, 4)
+    assert [len(server.asked) for server in servers] == [5, 4]
+    servers[0].failures = 99
+    for _ in range(2):
+        ask(sampler, 4)
+    assert [len(server.asked) for server in servers] == [5 + 4, 4 + 4 + 4]
+
+
 def test_a_dead_server_s_requests_are_answered_by_another(serve, connect):
     servers = [serve(), serve()]
     for server in servers:
@@ -171,6 +206,66 @@ def test_a_server_that_hangs_is_given_up_until_it_answers(serve, connect):
     servers[0].hangs = False
     numbers = itertools.count(4)
     until(lambda: ask(sampler, 1, first=next(numbers)) and servers[0].asked)
+
+
+@pytest.mark.parametrize("num_stuck", [1, 2])
+def test_a_stuck_engine_is_given_up_although_its_server_answers(serve, connect, tmp_path, caplog, num_stuck):
+    servers = [serve(), serve()]
+    sampler = connect(*servers, timeout_s=2.0)
+    for server in servers[:num_stuck]:
+        server.silent.add(GENERATE)
+    samples: list[Sample] = []
+    asking = later(0, lambda: samples.extend(ask(sampler, 4)))
+    until(lambda: sum(server.num_waiting for server in servers) == 2 * num_stuck)
+    with caplog.at_level(logging.WARNING):
+        sampler.hold()  # returns
+    assert f"vLLM at {servers[0].url}: it has computed no token for 1 s, although it has 2 requests" in caplog.text
+    for server in servers[num_stuck:] or servers:
+        server.silent.clear()
+    sampler.update(weights(tmp_path, 1))
+    asking.join()
+    assert [sample.policy_version for sample in samples].count(1) == 2 * num_stuck
+    assert sampler.num_retries == 2 * num_stuck
+
+
+def test_a_slow_engine_is_not_given_up_and_who_waits_is_told_for_what(serve, connect, caplog):
+    server = serve()
+    server.token_s = 0.5
+    sampler = connect(server, timeout_s=2.0)
+    asking = later(0, lambda: ask(sampler, 1, replace(SAMPLED, max_new_tokens=6)))
+    until(lambda: server.num_running)
+    with caplog.at_level(logging.WARNING):
+        sampler.hold()
+    asking.join()
+    assert caplog.messages == [f"new weights wait for responses: 1 of {server.url}"]
+    assert sampler.num_retries == 0
+
+
+def test_a_server_that_tells_nothing_of_its_weights_is_done_without(serve, connect):
+    servers = [serve(), serve()]
+    servers[1].silent.add("/weight_info")
+    sampler = connect(*servers, silent_s=0.5)
+    assert [sample.policy_version for sample in ask(sampler, 2)] == [0, 0]
+    assert len(servers[0].asked) == 2
+    servers[1].silent.clear()
+    numbers = itertools.count(2)
+    until(lambda: ask(sampler, 1, first=next(numbers)) and servers[1].asked)
+
+
+def test_an_update_waits_once_for_a_server_that_hangs(serve, connect, tmp_path):
+    servers = [serve(), serve()]
+    sampler = connect(*servers, silent_s=1.0)
+    servers[1].hangs = True
+    sampler.update(weights(tmp_path, 1))
+    for server in sampler._servers:
+        server._silent_s = 1_000.0  # from here on its silence is never long enough
+    for version in (2, 3, 4):
+        sampler.update(weights(tmp_path, version))
+        assert [sample.policy_version for sample in ask(sampler, 2)] == [version] * 2
+    servers[1].hangs = False
+    numbers = itertools.count(2)
+    until(lambda: ask(sampler, 1, first=next(numbers)) and servers[1].asked)
+    assert servers[1].loaded[-1] == str(tmp_path / "run-4")
 
 
 def test_without_a_server_requests_fail_in_time_and_say_which(serve, connect):
@@ -230,6 +325,57 @@ def test_adapters_that_nobody_uses_any_more_are_unloaded(serve, connect, tmp_pat
     assert list(server.adapters) == ["run-3"]
 
 
+def test_an_adapter_is_kept_until_the_last_response_of_it(serve, connect, tmp_path):
+    server = serve()
+    sampler = connect(server, version=None)
+    sampler.update(weights(tmp_path, 0, is_adapter=True))
+    answer, respond = threading.Event(), server.respond
+
+    async def respond_later(prompt: list[int], params: dict[str, Any], adapter: str | None) -> Any:
+        while adapter == str(tmp_path / "run-0") and not answer.is_set():
+            await asyncio.sleep(0.02)
+        return await respond(prompt, params, adapter)
+
+    server.respond = respond_later
+    samples: list[Sample] = []
+    asking = later(0, lambda: samples.extend(ask(sampler, 1)))
+    until(lambda: server.num_running)
+    sampler.settle()  # it is of the newest
+    sampler.update(weights(tmp_path, 1, is_adapter=True))
+    assert [sample.policy_version for sample in ask(sampler, 1, first=1)] == [1]
+    settling = later(0, sampler.settle)
+    settling.join(0.2)
+    assert settling.is_alive()
+    assert list(server.adapters) == ["run-0", "run-1"]
+    answer.set()
+    for thread in (settling, asking):
+        thread.join()
+    assert [sample.policy_version for sample in samples] == [0]
+    sampler.update(weights(tmp_path, 2, is_adapter=True))
+    assert list(server.adapters) == ["run-1", "run-2"]
+    assert server.most_adapters == 2
+    sampler.unload()
+    assert not server.adapters
+
+
+def test_a_server_that_cannot_take_weights_is_done_without_by_all_processes(serve, connect, tmp_path):
+    servers = [serve(), serve()]
+    sender = connect(*servers, version=None)
+    others = [connect(*servers, version=None, sends_weights=False) for _ in range(2)]
+    for version, is_adapter in ((0, False), (1, False), (2, True)):
+        servers[1].refuses_weights = version > 0
+        for sampler in (sender, *others):  # in this order, as ranks do
+            sampler.update(weights(tmp_path, version, is_adapter=is_adapter))
+        for sampler in (sender, *others):
+            assert [sample.policy_version for sample in ask(sampler, 2)] == [version] * 2
+    assert len(servers[1].asked) == 3
+    servers[1].refuses_weights = False
+    numbers = itertools.count(2)
+    for sampler in (sender, *others):
+        before = len(servers[1].asked)
+        until(lambda s=sampler, b=before: ask(s, 1, first=next(numbers)) and len(servers[1].asked) > b)
+
+
 def test_one_process_sends_weights_and_the_others_wait_for_them(serve, connect, tmp_path):
     server = serve()
     sender, other = connect(server, version=None), connect(server, version=None, sends_weights=False)
@@ -271,6 +417,14 @@ def test_a_server_without_what_is_needed_is_refused_at_once(serve, connect, tmp_
     server.has_scale_out = False
     with pytest.raises(ConfigurationError, match=rf"{server.url} takes no token ids.*--enable-scale-out"):
         connect(server)
+    server = serve()
+    server.counts_tokens = False
+    with pytest.raises(ConfigurationError, match=rf"{server.url} does not count its tokens.*--disable-log-stats"):
+        connect(server)
+    server = serve()
+    for server.max_loras in (None, 1):
+        with pytest.raises(ConfigurationError, match=rf"{server.url} takes . LoRA adapters .*--max-loras 2"):
+            connect(server, version=None).update(weights(tmp_path, 0, is_adapter=True))
     server = serve()
     server.has_dev_mode = False
     with pytest.raises(ConfigurationError, match=rf"{server.url} has no endpoints that take weights.*DEV_MODE=1"):

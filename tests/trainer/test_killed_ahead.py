@@ -32,6 +32,7 @@ def test_kill_9_at_random_moments(tmp_path, engine, num_kills, num_updates):
     print("(trainer or sampler, updates done):", kills)
     assert len(kills) == num_kills
     assert 0 < kills[0][1] <= kills[-1][1] < num_updates
+    assert not list((tmp_path / "run").glob("vllm_weights/*"))  # of any attempt
     newest = tmp_path / "run" / f"checkpoint-{num_updates}" / "trainer_state.json"
     logs = [entry for entry in json.loads(newest.read_text())["log_history"] if "episode" in entry]
     assert [entry["episode"] for entry in logs] == [BATCH * (update + 1) for update in range(num_updates)]

@@ -72,7 +72,7 @@ def test_servers_train_what_the_policy_itself_does(tmp_path, serve) -> None:
         assert [s.policy_version for e in a for s in e.steps] == [s.policy_version for e in b for s in e.steps]
     for server in servers:
         assert len(server.loaded) == UPDATES + 1  # the last for whoever evaluates at the end
-        assert all(Path(path).parent == tmp_path / "weights" for path in server.loaded)
+        assert all(Path(path).parents[1] == tmp_path / "weights" for path in server.loaded)
         assert server.asked
     assert list((tmp_path / "weights").iterdir()) == []
     for name in ("perf/sampled_tokens", "rollout/prompt_tokens", "env/reward"):
@@ -134,6 +134,8 @@ def test_an_adapter_alone_is_sent(tmp_path, serve) -> None:
     outside = train(tmp_path / "outside", SETTINGS | adapter | settings)
     assert distance(weights(inside.model), weights(outside.model)) < 1e-5
     assert len(server.loaded) == UPDATES + 1
+    assert server.most_adapters == 2
+    assert not server.adapters
     assert server.version == "default"  # its base is what it began with
 
     with pytest.raises(ConfigurationError, match=r"`use_vllm` .* use_dora=True"):
@@ -177,6 +179,31 @@ def test_without_a_server_the_run_ends_in_time_and_says_so(tmp_path, serve) -> N
     server.start()
 
 
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, serve) -> None:
+    directories = {name: tmp_path / "weights" / name for name in ("killed", "alive", "of_somebody_else")}
+    for name, directory in directories.items():
+        (directory / "run-3.partial").mkdir(parents=True)
+        if name != "of_somebody_else":
+            (directory / "owner.lock").touch()
+    hold = "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(directories["alive"] / "owner.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as owner:
+        assert owner.stdout is not None
+        owner.stdout.readline()
+        settings = {
+            "use_vllm": True,
+            "vllm_server_base_url": serve().url,
+            "vllm_weights_dir": str(tmp_path / "weights"),
+        }
+        make_trainer(tmp_path, train_dataset=message_rows(), eval_dataset=message_rows(), **settings).evaluate()
+        left = sorted(path.name for path in (tmp_path / "weights").iterdir())
+        owner.kill()
+    assert left == ["alive", "of_somebody_else"]
+
+
 def test_weights_that_cannot_be_written(tmp_path, serve) -> None:
     server, file = serve(), tmp_path / "file"
     file.touch()
@@ -191,13 +218,14 @@ def test_weights_that_cannot_be_written(tmp_path, serve) -> None:
     "engine", [pytest.param("ddp_cpu2", id="ddp"), pytest.param("zero3_cpu2", id="zero3", marks=pytest.mark.slow)]
 )
 def test_two_ranks_share_the_servers(tmp_path, serve, engine) -> None:
-    servers = [serve(), serve()]
+    servers, broken = [serve(), serve()], serve()
+    broken.refuses_weights = True
     one = train(tmp_path / "one", SETTINGS)
     settings = {
         **SETTINGS,
         "per_device_train_batch_size": 4,
         "use_vllm": True,
-        "vllm_server_base_url": [server.url for server in servers],
+        "vllm_server_base_url": [server.url for server in (*servers, broken)],
         "rollout_correction": "none",
     }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
@@ -213,3 +241,4 @@ def test_two_ranks_share_the_servers(tmp_path, serve, engine) -> None:
     for server in servers:
         assert len(server.loaded) == UPDATES + 1  # by the first rank alone
         assert server.asked
+    assert not broken.asked

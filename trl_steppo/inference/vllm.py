@@ -3,7 +3,8 @@
 Each server has a keeper here: a coroutine that checks on it, and has it ready again whatever happens to it. *Ready*
 means that it answers, that it was started with the options that sampling needs, and that it has the newest weights. A
 server that died, hangs or was started again is not, until its keeper has seen to it; its requests are asked again, of
-another server or of this one when it is back.
+another server or of this one when it is back. Within a limit of time its keeper says that it is ready, or what its
+trouble is; one in trouble is not waited for.
 
 Weights have a name that no other ones have. With each response a server says the name of those that it sampled from,
 so that none is taken which came from others, such as those that a server begins with.
@@ -17,6 +18,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -36,6 +38,7 @@ T = TypeVar("T")
 
 _GENERATE = "/inference/v1/generate"  # token ids in and out, with the name of the weights
 _EXTENSION = "trl_steppo.inference.vllm_worker.PacksOutputLayer"
+_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")  # of what an engine computed
 _ATTEMPTS = 5  # of one request: one that breaks every server must not break them for ever
 _RETRY_S = 0.2  # between two looks at a server that is not ready
 _CONNECT_S = 5.0
@@ -66,6 +69,11 @@ class Weights:
     is_adapter: bool = False
     is_tied: bool = False
 
+    @property
+    def run(self) -> str:
+        """Whose they are."""
+        return self.name.rpartition("-")[0]
+
 
 class VLLMSampler:
     """
@@ -75,12 +83,14 @@ class VLLMSampler:
     Args:
         urls (`Sequence[str]`):
             Of the servers, each of them `vllm serve` with `VLLM_SERVER_DEV_MODE=1`, whose endpoints take new weights,
-            `--enable-scale-out` and `--logprobs-mode processed_logprobs`; on a CPU perhaps with an extension
-            ([`PacksOutputLayer`]). `VLLM_API_KEY` is their key, if they have one.
+            `--enable-scale-out` and `--logprobs-mode processed_logprobs`; for adapters with `--enable-lora --max-loras
+            2`; on a CPU perhaps with an extension ([`PacksOutputLayer`]). `VLLM_API_KEY` is their key, if they have
+            one.
         timeout_s (`float`, *optional*, defaults to `240.0`):
-            How long to wait for a server while none is ready.
+            How long to wait for a server while none is ready. One is given up that takes half as long for new
+            weights, or computes nothing for half as long although it has something to do.
         sends_weights (`bool`, *optional*, defaults to `True`):
-            Whether this process sends weights to servers; else it waits until they have them from another one.
+            Whether this process sends weights to servers; else another one has sent them before each [`update`] here.
         silent_s (`float`, *optional*, defaults to `20.0`):
             A server that does not answer a health check for so long is given up until it does.
         poll_s (`float`, *optional*, defaults to `1.0`):
@@ -117,11 +127,12 @@ class VLLMSampler:
         self.prefilled_tokens = 0
         self.forward_s = 0.0  # seconds in which servers had something to do
         self.num_retries = 0  # requests that were asked again
-        self._servers = [_Server(url.rstrip("/")) for url in urls]
+        self._servers = [_Server(url.rstrip("/"), silent_s) for url in urls]
         self._homes: dict[str, _Server] = {}
         self._weights: Weights | None = None
+        self._weights_before: Weights | None = None
         self._is_held = False
-        self._num_running = 0
+        self._running: Counter[Weights] = Counter()  # requests that servers have begun
         self._busy_since = 0.0
         self._failure: RolloutError | None = None
         self._changed = asyncio.Event()
@@ -156,7 +167,8 @@ class VLLMSampler:
     def start(self) -> None:
         """Begin to look after the servers, again if this was closed before. Weights come with [`update`]."""
         assert self._loop is None
-        self._weights, self._failure, self._is_held = None, None, False
+        self._weights = self._weights_before = self._failure = None
+        self._is_held = False
         self._loop = loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=(loop,), name="vLLM", daemon=True).start()
         self._submit(self._open()).result()
@@ -172,16 +184,25 @@ class VLLMSampler:
         """Return when all that servers have begun is answered; nothing is begun until the next [`update`]."""
         self._submit(self._hold()).result()
 
+    def settle(self) -> None:
+        """Return when all that servers have begun with other weights than the newest is answered."""
+        self._submit(self._settle()).result()
+
     def update(self, weights: Weights) -> None:
         """
-        Sample from these weights from now on. Whole weights take the others' place: whatever runs anywhere is
-        waited for before ([`hold`]). Adapters do not: what runs ends with the old one.
+        Sample from these weights from now on; nothing is begun until each server has them or is in trouble. Whole
+        weights take the others' place: whatever runs anywhere is waited for before ([`hold`]). Adapters do not: what
+        runs ends with the old one. Servers keep two; what runs with one before is waited for ([`settle`]).
 
         Args:
             weights ([`Weights`]):
-                Which all processes that share the servers give.
+                Which all processes that share the servers give, first the one that sends them.
         """
         self._submit(self._update(weights)).result()
+
+    def unload(self) -> None:
+        """Have servers forget this run's adapters, when no process uses them any more."""
+        self._submit(self._unload()).result()
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop is None:
@@ -220,23 +241,49 @@ class VLLMSampler:
 
     async def _hold(self) -> None:
         self._is_held = True
-        await self._until(lambda: self._num_running == 0)
+        await self._until_answered(lambda: not self._running)
+
+    async def _settle(self) -> None:
+        await self._until_answered(lambda: set(self._running) <= {self._weights})
+
+    async def _until_answered(self, holds: Callable[[], bool]) -> None:
+        """However long responses take: their servers' keepers see to it that those of one that is stuck end."""
+        answered = asyncio.ensure_future(self._until(holds))
+        while not (await asyncio.wait({answered}, timeout=self.timeout_s))[0]:
+            running = [f"{server.num_running} of {server.url}" for server in self._servers if server.num_running]
+            logger.warning("new weights wait for responses: %s", ", ".join(running))
+        await answered
 
     async def _update(self, weights: Weights) -> None:
-        self._weights = weights
+        self._weights_before, self._weights = self._weights, weights
+        self._is_held = True
         for server in self._servers:
-            server.expect()
-        self._is_held = False
-        await self._until(
-            lambda: self._any_ready() and all(server.is_ready or server.trouble for server in self._servers),
-            self.timeout_s,
-        )
+            server.doubt()
+        try:
+            await self._until(
+                lambda: self._any_ready() and all(server.is_ready or server.trouble for server in self._servers),
+                self.timeout_s,
+            )
+        finally:
+            self._is_held = False
+            self._tell()
+
+    async def _unload(self) -> None:
+        weights = self._weights
+        if weights is None or not weights.is_adapter:
+            return
+
+        async def unload(server: _Server) -> None:
+            with suppress(_Answered, OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(_unload_adapters(server, weights.run), self.silent_s)
+
+        await asyncio.gather(*(unload(server) for server in self._servers if server.is_ready))
 
     async def _keep(self, server: _Server) -> None:
         """For as long as this is open: have a server ready again as soon as it can be."""
         while self._failure is None:
             try:
-                await self._check(server)
+                await self._check_in_time(server)
             except Exception as error:  # one that ended with its server in trouble would leave it there
                 if server.trouble is None:
                     logger.warning("vLLM at %s: %s", server.url, error)
@@ -246,8 +293,17 @@ class VLLMSampler:
                 await asyncio.wait_for(server.doubted.wait(), self.poll_s if server.is_ready else _RETRY_S)
             server.doubted.clear()
 
+    async def _check_in_time(self, server: _Server) -> None:
+        limit_s = self.timeout_s / 2
+        try:
+            await asyncio.wait_for(self._check(server), limit_s)
+        except asyncio.TimeoutError:
+            raise ConnectionError(f"it was not ready, with new weights if there were any, in {limit_s:g} s") from None
+
     async def _check(self, server: _Server) -> None:
-        await server.ask("GET", "/health", timeout_s=self.silent_s)
+        await server.ask("GET", "/health")
+        if server.num_running:  # else there is nothing that it could be stuck with
+            await server.check_progress(self.timeout_s / 2)
         weights = self._weights
         if server.is_ready or weights is None:
             return
@@ -255,11 +311,12 @@ class VLLMSampler:
             server.options = await _check_options(server)
         if not await _has(server, weights):
             if not self.sends_weights:
+                server.trouble = RolloutError(f"it does not have the weights {weights.name}, which another rank sends")
                 return
-            try:
-                await asyncio.wait_for(_send(server, weights), self.timeout_s / 2)
-            except asyncio.TimeoutError:
-                raise ConnectionError(f"it did not take new weights in {self.timeout_s / 2:g} s") from None
+            if weights.is_adapter:
+                await _send_adapter(server, weights, self._weights_before)
+            else:
+                await _send(server, weights)
             if not await _has(server, weights):
                 raise RolloutError(f"it did not take the weights {weights.name}")
         if weights is self._weights:
@@ -267,20 +324,22 @@ class VLLMSampler:
 
     async def _sample(self, prompt_ids: list[int], params: SamplingParams, episode_id: str) -> Sample:
         trouble: Exception | None = None
+        failed: list[_Server] = []
         for attempt in range(_ATTEMPTS):
             self.num_retries += attempt > 0
-            server = await self._place(episode_id)
+            server = await self._place(episode_id, failed)
             weights = self._weights
             assert weights is not None
             _check_length(len(prompt_ids), params, server)
             try:
-                with self._running(server):
+                with self._counted(server, weights):
                     answer = await server.generate(prompt_ids, params, weights)
                 return self._take(answer, params, weights)
             except (_Answered, OSError) as error:
                 if isinstance(error, _Answered) and error.status == 400:
                     raise RolloutError(f"vLLM at {server.url}: {error}") from None
                 trouble = error
+                failed.append(server)
                 server.doubt()
         raise RolloutError(f"a response was given up after {_ATTEMPTS} attempts; vLLM at {server.url}: {trouble}")
 
@@ -307,16 +366,27 @@ class VLLMSampler:
             weights.version,
         )
 
-    async def _place(self, episode_id: str) -> _Server:
-        """A server that is ready: the episode's own, or the one with the fewest episodes and requests."""
+    async def _place(self, episode_id: str, failed: Sequence[_Server]) -> _Server:
+        """
+        A server that is ready: the episode's own, for as long as it is in no trouble and has not `failed` twice, or
+        the one with the fewest episodes and requests.
+        """
         home = self._homes.get(episode_id)
-        while self._is_held or not self._any_ready():
+
+        def is_left() -> bool:
+            return home is None or home.trouble is not None or failed.count(home) > 1
+
+        def has_place() -> bool:
+            return self._any_ready() if home is None or is_left() else home.is_ready
+
+        while self._is_held or not has_place():
             await self._until(lambda: not self._is_held)  # an update, which has its own patience
-            await self._until(lambda: self._is_held or self._any_ready(), self.timeout_s)
-        if home is None or not home.is_ready:
+            if not await self._until(lambda: self._is_held or has_place(), self.timeout_s):
+                break  # it has waited long enough for its own
+        if home is None or not home.is_ready or is_left():
             homes = list(self._homes.values())
             ready = (server for server in self._servers if server.is_ready)
-            home = min(ready, key=lambda server: (homes.count(server), server.num_running))
+            home = min(ready, key=lambda server: (failed.count(server), homes.count(server), server.num_running))
             self._homes[episode_id] = home
         return home
 
@@ -324,33 +394,44 @@ class VLLMSampler:
         return any(server.is_ready for server in self._servers)
 
     @contextmanager
-    def _running(self, server: _Server) -> Iterator[None]:
-        if not self._num_running:
+    def _counted(self, server: _Server, weights: Weights) -> Iterator[None]:
+        """Around a request that the server has begun."""
+        if not self._running:
             self._busy_since = time.perf_counter()
-        self._num_running += 1
-        server.num_running += 1
+        self._running[weights] += 1
+        server.begin()
         try:
             yield
         finally:
-            self._num_running -= 1
             server.num_running -= 1
-            if not self._num_running:
-                self.forward_s += time.perf_counter() - self._busy_since
+            self._running[weights] -= 1
+            if not self._running[weights]:
+                del self._running[weights]
                 self._tell()
+            if not self._running:
+                self.forward_s += time.perf_counter() - self._busy_since
 
-    async def _until(self, holds: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Wait for something that somebody tells of."""
+    async def _until(self, holds: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """
+        Wait for something that somebody tells of. If it does not come in time, a server that is ready is enough to go
+        on without.
+
+        Returns:
+            Whether it came.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             if self._failure is not None:
                 raise self._failure
             if holds():
-                return
+                return True
             left = None if deadline is None else deadline - time.monotonic()
             for server in self._servers if left is not None else ():
                 if isinstance(server.trouble, ConfigurationError):  # which no waiting mends
                     raise server.trouble
             if left is not None and left <= 0:
+                if self._any_ready():
+                    return False
                 troubles = [f"{server.url}: {server.trouble or 'no answer yet'}" for server in self._servers]
                 raise RolloutError(
                     f"no vLLM server was ready for {timeout_s:g} s (`vllm_server_timeout`); " + "; ".join(troubles)
@@ -374,12 +455,15 @@ class _Answered(Exception):  # noqa: N818  (an answer is not always an error)
 class _Server:
     """One server, and what is known of it. Lives in the sampler's loop."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, silent_s: float) -> None:
         self.url = url
         self.is_ready = False
-        self.trouble: Exception | None = None  # why it cannot be made ready
+        self.trouble: Exception | None = None  # why it could not be made ready when that was tried last
         self.options: _Options | None = None  # unknown until they were checked
         self.num_running = 0
+        self._silent_s = silent_s
+        self._num_tokens = ""  # that its engine had computed when that was asked last, as it says it
+        self._progress_at = 0.0
 
     def open(self, session: aiohttp.ClientSession) -> None:
         self._session = session
@@ -392,10 +476,21 @@ class _Server:
         self.is_ready = False
         self.doubted.set()
 
-    def expect(self) -> None:
-        """Have it made ready, for new weights."""
-        self.trouble = None
-        self.doubt()
+    def begin(self) -> None:
+        """It has one more request."""
+        if not self.num_running:
+            self._progress_at = time.monotonic()
+        self.num_running += 1
+
+    async def check_progress(self, limit_s: float) -> None:
+        """Raise if its engine has computed nothing for so long: its health is good for as long as nothing crashes."""
+        num_tokens = await _num_tokens(self)
+        if num_tokens != self._num_tokens:
+            self._num_tokens, self._progress_at = num_tokens, time.monotonic()
+        elif time.monotonic() - self._progress_at > limit_s:
+            raise ConnectionError(
+                f"it has computed no token for {limit_s:g} s, although it has {self.num_running} requests"
+            )
 
     def win(self) -> None:
         self.is_ready, self.trouble = True, None
@@ -406,9 +501,10 @@ class _Server:
         self._lost.set_result(None)
         self._lost = asyncio.get_running_loop().create_future()
 
-    async def ask(self, method: str, path: str, body: Any = None, *, timeout_s: float | None = None) -> Any:
+    async def ask(self, method: str, path: str, body: Any = None) -> Any:
         """
-        What it answers, as JSON.
+        What it answers: the content of its JSON, or its text. What is only read (`GET`) is there at once, or it
+        hangs; what it has to do takes as long as whoever asks waits.
 
         Raises:
             OSError: It cannot be reached.
@@ -421,16 +517,16 @@ class _Server:
                 return response.status, await response.text()
 
         try:
-            status, text = await asyncio.wait_for(exchange(), timeout_s)
+            status, text = await asyncio.wait_for(exchange(), self._silent_s if method == "GET" else None)
         except aiohttp.ClientError as error:  # first: some are timeouts, too
             raise ConnectionError(f"{method} {path}: {error}" if str(error) else f"{method} {path} failed") from None
         except asyncio.TimeoutError:
-            raise ConnectionError(f"no answer to {method} {path} for {timeout_s} s") from None
+            raise ConnectionError(f"no answer to {method} {path} for {self._silent_s:g} s") from None
         if status >= 400:
             raise _Answered(status, f"{method} {path} was answered with {status}: {text[:2000].strip()}")
         with suppress(json.JSONDecodeError):
             return json.loads(text)
-        return None
+        return text
 
     async def generate(self, prompt_ids: list[int], params: SamplingParams, weights: Weights) -> Any:
         """One response, for as long as the server is not given up."""
@@ -466,6 +562,7 @@ class _Options:
     max_tokens: int  # of prompt and response
     is_on_cpu: bool
     extension: str  # of its workers
+    max_adapters: int  # in one batch; 0 if it takes none
 
 
 async def _check_options(server: _Server) -> _Options:
@@ -495,8 +592,22 @@ async def _check_options(server: _Server) -> _Options:
             f"the server at {server.url} reports log-probabilities in the mode {model['logprobs_mode']!r}, which "
             "leaves the temperature out; start it with `--logprobs-mode processed_logprobs`"
         )
-    is_on_cpu = config["device_config"]["device"] == "cpu"
-    return _Options(int(model["max_model_len"]), is_on_cpu, config["parallel_config"]["worker_extension_cls"] or "")
+    if not await _num_tokens(server):
+        raise ConfigurationError(
+            f"the server at {server.url} does not count its tokens (/metrics), by which one that is stuck is told "
+            "from one that is slow; start it without `--disable-log-stats`"
+        )
+    return _Options(
+        int(model["max_model_len"]),
+        is_on_cpu=config["device_config"]["device"] == "cpu",
+        extension=config["parallel_config"]["worker_extension_cls"] or "",
+        max_adapters=(config.get("lora_config") or {}).get("max_loras", 0),
+    )
+
+
+async def _num_tokens(server: _Server) -> str:
+    """How many tokens its engine has computed, in its own words; nothing if it does not count them."""
+    return "\n".join(line for line in (await server.ask("GET", "/metrics")).splitlines() if line.startswith(_COUNTERS))
 
 
 def _check_length(prompt_length: int, params: SamplingParams, server: _Server) -> None:
@@ -516,26 +627,35 @@ async def _has(server: _Server, weights: Weights) -> bool:
     return (await server.ask("GET", "/weight_info"))["weight_version"] == weights.name
 
 
+async def _send_adapter(server: _Server, weights: Weights, before: Weights | None) -> None:
+    """Have the server read the adapter; the one before may still be used, those before that no more."""
+    assert server.options is not None
+    if server.options.max_adapters < 2:
+        raise ConfigurationError(
+            f"the server at {server.url} takes {server.options.max_adapters} LoRA adapters at once, where new "
+            "responses begin while those of the adapter before end; start it with `--enable-lora --max-loras 2`"
+        )
+    await _unload_adapters(server, weights.run, but=before)
+    try:
+        await server.ask("POST", "/v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": weights.directory})
+    except _Answered as error:
+        if error.status >= 500:
+            raise
+        raise ConfigurationError(
+            f"the server at {server.url} takes no LoRA adapter; start it with `--enable-lora` and "
+            f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment. {error}"
+        ) from None
+
+
+async def _unload_adapters(server: _Server, run: str, *, but: Weights | None = None) -> None:
+    for model in (await server.ask("GET", "/v1/models"))["data"]:
+        if model["id"].startswith(f"{run}-") and (but is None or model["id"] != but.name):
+            with suppress(_Answered):  # its engine has dropped it, for want of room
+                await server.ask("POST", "/v1/unload_lora_adapter", {"lora_name": model["id"]})
+
+
 async def _send(server: _Server, weights: Weights) -> None:
-    """Have the server read the weights, and forget what it computed with others."""
-    if weights.is_adapter:
-        try:
-            await server.ask(
-                "POST", "/v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": weights.directory}
-            )
-        except _Answered as error:
-            if error.status >= 500:
-                raise
-            raise ConfigurationError(
-                f"the server at {server.url} takes no LoRA adapter; start it with `--enable-lora` and "
-                f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment. {error}"
-            ) from None
-        # What still runs may use the one before; those before it nobody does.
-        run = weights.name.rpartition("-")[0]
-        names = [model["id"] for model in (await server.ask("GET", "/v1/models"))["data"]]
-        for name in [name for name in names if name.startswith(f"{run}-") and name != weights.name][:-1]:
-            await server.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
-        return
+    """Have the server read whole weights, and forget what it computed with others."""
     assert server.options is not None
     needs_packing = server.options.is_on_cpu and weights.is_tied
     if needs_packing and server.options.extension != _EXTENSION:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from ..inference.worker import WorkerSampler
 from ..models import is_peft_model, plain_model, whole_parameters, whole_state_dict
 from .networks import Network
 from .steppo_config import StepPOConfig
+
+_OWNER = "owner.lock"
 
 
 class CountingSampler(Sampler, Protocol):
@@ -181,7 +184,7 @@ class InVLLM(_Beside):
     """
     vLLM servers sample; see [`VLLMSampler`]. Every rank plays its rows on all of them. Rank 0 writes the policy to a
     directory that they can read, and has them take it, between responses: whole, or of a policy with a LoRA adapter
-    the adapter alone.
+    the adapter alone. The directory is of this run; it goes with it, or, if it was killed, when another run begins.
 
     Args:
         args ([`StepPOConfig`]):
@@ -200,21 +203,53 @@ class InVLLM(_Beside):
             args.vllm_urls, timeout_s=args.vllm_server_timeout, sends_weights=accelerator.is_main_process
         )
         self._written: list[Path] = []
+        self._owner: int | None = None
+
+    @contextmanager
+    def running(self, version: int) -> Iterator[None]:
+        is_outermost = not self._is_running
+        with super().running(version):
+            yield
+            if is_outermost and is_peft_model(self._model):  # at an error other ranks may be anywhere
+                self._together(self.sampler.hold)
+                if self._accelerator.is_main_process:
+                    self.sampler.unload()
 
     def _start(self) -> None:
         self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
+        self._together(lambda: self._own() if self._accelerator.is_main_process else None)
         super()._start()
 
     def _close(self) -> None:
         super()._close()
-        self._remove_written(keep=0)
+        self._written.clear()
+        if self._owner is not None:
+            shutil.rmtree(self._directory / self._run, ignore_errors=True)
+            os.close(self._owner)
+            self._owner = None
 
     def take_weights(self, version: int) -> None:
         weights = self._write(f"{self._run}-{version}", version)
-        if not weights.is_adapter:
-            self._together(self.sampler.hold)
-        self._together(lambda: self.sampler.update(weights))
-        self._remove_written(keep=2)  # a server may be reading the one before
+        self._together(self.sampler.settle if weights.is_adapter else self.sampler.hold)
+        is_first = self._accelerator.is_main_process
+        self._together(lambda: self.sampler.update(weights) if is_first else None)
+        self._together(lambda: None if is_first else self.sampler.update(weights))  # from those that have them now
+        while len(self._written) > 2:  # a server may be reading the one before
+            shutil.rmtree(self._written.pop(0), ignore_errors=True)
+
+    def _own(self) -> None:
+        """Make this run's directory, and remove those of runs that were killed: their owner's lock went with them."""
+        own = self._directory / self._run
+        try:
+            own.mkdir(parents=True)
+            self._owner = _lock(own / _OWNER)
+        except OSError as error:
+            raise _not_written(own, error) from error
+        for file in self._directory.glob(f"*/{_OWNER}"):
+            with suppress(OSError):  # it is another one's, which runs, or it is gone by now
+                left = _lock(file)
+                shutil.rmtree(file.parent, ignore_errors=True)
+                os.close(left)
 
     def _write(self, name: str, version: int) -> Weights:
         """The policy as it is now, where servers can read it; there it is whole or not at all."""
@@ -226,7 +261,7 @@ class InVLLM(_Beside):
                     state[parameter] = whole.cpu().clone()
         else:
             state = whole_state_dict(self._model, keep=is_writer)
-        path = self._directory / name
+        path = self._directory / self._run / name
         if is_writer:
             self._written.append(path)
         self._together(lambda: self._save(path, state) if is_writer else None)
@@ -245,19 +280,11 @@ class InVLLM(_Beside):
         if is_peft_model(self._model):
             options = {"selected_adapters": [self._model.active_adapter], "save_embedding_layers": False}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._model.save_pretrained(str(partial), state_dict=state, **options)
             os.rename(partial, path)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(
-                f"the policy could not be written to {path}, where servers would read it: {error}; set "
-                "`vllm_weights_dir` to a directory with room for it"
-            ) from error
-
-    def _remove_written(self, *, keep: int) -> None:
-        while len(self._written) > keep:
-            shutil.rmtree(self._written.pop(0), ignore_errors=True)
+            raise _not_written(path, error) from error
 
     def _together(self, act: Callable[[], None]) -> None:
         """Do something on every rank, and go on when all have done it; what fails on one fails on all."""
@@ -269,3 +296,26 @@ class InVLLM(_Beside):
         for other in gather_object([failure]):
             if other is not None:
                 raise failure or other
+
+
+def _lock(file: Path) -> int:
+    """
+    A descriptor that has the file to itself until it is closed, or its process ends in whatever way.
+
+    Raises:
+        OSError: Another one has it.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _not_written(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the policy could not be written to {path}, where servers would read it: {error}; set `vllm_weights_dir` to "
+        "a directory with room for it"
+    )
