@@ -63,6 +63,7 @@ class FakeVLLM:
         self.num_waiting = 0  # for an answer that does not come
         self.num_tokens = 0
         self.failures = 0  # responses that are to fail
+        self.refused: dict[int, int] = {}  # statuses by the first token of prompts that are never answered
         self.asked: list[dict[str, Any]] = []
         self.num_cancelled = 0
         self.num_starts = 0
@@ -187,6 +188,8 @@ class FakeVLLM:
             self.failures -= 1
             return JSONResponse({"error": "broken"}, 500)
         prompt, params, version = body["token_ids"], body["sampling_params"], self.version
+        if prompt[0] in self.refused:
+            return JSONResponse({"error": "not that"}, self.refused[prompt[0]])
         self.num_running += 1
         try:
             token_ids, logprobs = await self.respond(prompt, params, self.adapters.get(body["model"]))

@@ -290,6 +290,23 @@ def test_a_request_that_breaks_every_server_is_given_up(serve, connect):
         ask(sampler, 1)
 
 
+@pytest.mark.parametrize(("status", "words"), [(500, "given up after 5 attempts"), (400, "400")])
+def test_a_prompt_that_alone_is_not_answered_is_the_fault_of_its_episode(serve, connect, status, words):
+    server = serve()
+    server.refused = {9: status}
+    sampler = connect(server)
+
+    async def both() -> list[Any]:
+        prompts = ([9, 9], [1, 2])
+        requests = (sampler.sample(prompt, SAMPLED, episode_id=str(prompt)) for prompt in prompts)
+        return await asyncio.gather(*requests, return_exceptions=True)
+
+    failed, answered = asyncio.run(both())
+    assert isinstance(failed, DataError)
+    assert words in str(failed)
+    assert isinstance(answered, Sample)
+
+
 @pytest.mark.parametrize("is_adapter", [False, True])
 def test_new_weights_come_between_responses_and_no_response_is_given_up(serve, connect, tmp_path, is_adapter):
     servers = [serve(), serve()]

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import ConfigurationError, RolloutError
+from ..errors import ConfigurationError, DataError, RolloutError
 from ..types import StopReason, TokenIds
 from .base import Sample, SamplingParams, check_request
 
@@ -325,6 +325,7 @@ class VLLMSampler:
     async def _sample(self, prompt_ids: list[int], params: SamplingParams, episode_id: str) -> Sample:
         trouble: Exception | None = None
         failed: list[_Server] = []
+        sampled_before = self.sampled_tokens
         for attempt in range(_ATTEMPTS):
             self.num_retries += attempt > 0
             server = await self._place(episode_id, failed)
@@ -337,11 +338,15 @@ class VLLMSampler:
                 return self._take(answer, params, weights)
             except (_Answered, OSError) as error:
                 if isinstance(error, _Answered) and error.status == 400:
-                    raise RolloutError(f"vLLM at {server.url}: {error}") from None
+                    raise DataError(f"vLLM at {server.url}: {error}") from None
                 trouble = error
                 failed.append(server)
                 server.doubt()
-        raise RolloutError(f"a response was given up after {_ATTEMPTS} attempts; vLLM at {server.url}: {trouble}")
+        # Where others were answered meanwhile, it is this prompt that servers cannot answer.
+        is_of_prompt = isinstance(trouble, _Answered) and self.sampled_tokens > sampled_before
+        raise (DataError if is_of_prompt else RolloutError)(
+            f"a response was given up after {_ATTEMPTS} attempts; vLLM at {server.url}: {trouble}"
+        )
 
     def _take(self, answer: Any, params: SamplingParams, weights: Weights) -> Sample:
         choice = answer["choices"][0]

@@ -7,22 +7,23 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError, StepPOError
+from ..errors import CheckpointError
 from ..inference.base import Sampler
 from ..inference.local import LocalSampler
 from ..inference.vllm import VLLMSampler, Weights
 from ..inference.worker import WorkerSampler
 from ..models import is_peft_model, plain_model, whole_parameters, whole_state_dict
+from .exchange import together
 from .networks import Network
 from .steppo_config import StepPOConfig
 
@@ -211,13 +212,13 @@ class InVLLM(_Beside):
         with super().running(version):
             yield
             if is_outermost and is_peft_model(self._model):  # at an error other ranks may be anywhere
-                self._together(self.sampler.hold)
+                together(self.sampler.hold)
                 if self._accelerator.is_main_process:
                     self.sampler.unload()
 
     def _start(self) -> None:
         self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
-        self._together(lambda: self._own() if self._accelerator.is_main_process else None)
+        together(lambda: self._own() if self._accelerator.is_main_process else None)
         super()._start()
 
     def _close(self) -> None:
@@ -230,10 +231,10 @@ class InVLLM(_Beside):
 
     def take_weights(self, version: int) -> None:
         weights = self._write(f"{self._run}-{version}", version)
-        self._together(self.sampler.settle if weights.is_adapter else self.sampler.hold)
+        together(self.sampler.settle if weights.is_adapter else self.sampler.hold)
         is_first = self._accelerator.is_main_process
-        self._together(lambda: self.sampler.update(weights) if is_first else None)
-        self._together(lambda: None if is_first else self.sampler.update(weights))  # from those that have them now
+        together(lambda: self.sampler.update(weights) if is_first else None)
+        together(lambda: None if is_first else self.sampler.update(weights))  # from those that have them now
         while len(self._written) > 2:  # a server may be reading the one before
             shutil.rmtree(self._written.pop(0), ignore_errors=True)
 
@@ -264,7 +265,7 @@ class InVLLM(_Beside):
         path = self._directory / self._run / name
         if is_writer:
             self._written.append(path)
-        self._together(lambda: self._save(path, state) if is_writer else None)
+        together(lambda: self._save(path, state) if is_writer else None)
         adapter = self._model.active_adapter if is_adapter else "default"
         return Weights(
             name,
@@ -286,16 +287,6 @@ class InVLLM(_Beside):
             shutil.rmtree(partial, ignore_errors=True)
             raise _not_written(path, error) from error
 
-    def _together(self, act: Callable[[], None]) -> None:
-        """Do something on every rank, and go on when all have done it; what fails on one fails on all."""
-        failure: StepPOError | None = None
-        try:
-            act()
-        except StepPOError as error:
-            failure = error
-        for other in gather_object([failure]):
-            if other is not None:
-                raise failure or other
 
 
 def _lock(file: Path) -> int:

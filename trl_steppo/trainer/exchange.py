@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch.nn.functional import pad
 
 from ..batching import StepBatch, step_ids
-from ..errors import RolloutError
+from ..errors import RolloutError, StepPOError
 from ..types import Episode
 from .credit import Credit
 
@@ -127,16 +127,20 @@ def first_failure(found: Caught, gather: Callable[[list[Any]], list[Any]] = gath
 
 def together(act: Callable[[], T], within: AbstractContextManager[Any] | None = None) -> T:
     """
-    Do something on every rank, `within` some context. What fails on one is raised on all of them when they have left
-    it, so that none waits for another. Every rank must call it.
+    Do something on every rank, `within` some context, and go on when all have done it. What fails on one is raised on
+    all of them when they have left it, so that none waits for another: where it failed as it is, elsewhere as an
+    error of this package. Every rank must call it.
     """
     with within or nullcontext(), caught() as found:
         result = act()
-    failure = first_failure(found, gather_object)
-    if found.error is not None:
-        raise found.error
-    if failure is not None:
-        raise RolloutError(f"on another rank: {failure}")
+    error = found.error
+    failure = error if error is None or isinstance(error, StepPOError) else RolloutError(str(error))
+    failures = gather_object([failure])
+    if error is not None:
+        raise error
+    for failure in failures:
+        if failure is not None:
+            raise type(failure)(f"on another rank: {failure}")
     return result
 
 
