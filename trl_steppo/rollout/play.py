@@ -97,17 +97,17 @@ def play_episodes(
     """
     in_flight = InFlight(grace_s=grace_s)
     rollout = _Rollout(
-        make_playable,
-        sampler,
-        chat,
-        limits,
-        sampling,
-        run_seed,
-        in_flight,
-        make_timeout_s if make_timeout_s is not None else limits.max_episode_s,
-        id_prefix,
-        slots,
-        on_episode or (lambda: None),
+        make_playable=make_playable,
+        sampler=sampler,
+        chat=chat,
+        limits=limits,
+        sampling=sampling,
+        run_seed=run_seed,
+        in_flight=in_flight,
+        make_timeout_s=make_timeout_s if make_timeout_s is not None else limits.max_episode_s,
+        id_prefix=id_prefix,
+        slots=slots,
+        on_episode=on_episode or (lambda: None),
     )
     num_players = max_concurrent_episodes or len(requests)
     return run_coroutine(rollout.play(requests, num_players))

@@ -288,7 +288,6 @@ class InVLLM(_Beside):
             raise _not_written(path, error) from error
 
 
-
 def _lock(file: Path) -> int:
     """
     A descriptor that has the file to itself until it is closed, or its process ends in whatever way.
