@@ -5,9 +5,10 @@ test-vllm` runs the short form.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -20,10 +21,13 @@ import torch
 from real_vllm import MISSING, PYTHON, RealVLLM
 from tiny import TOKENIZER, Endless, make_config, make_model, message_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+from vllm_on_ranks import Probe, distance_of, logprobs_of
 
 from trl_steppo import StepPOTrainer
-from trl_steppo.inference.base import SamplingParams
+from trl_steppo.cli import CONFIGS
+from trl_steppo.inference.base import Sample
 from trl_steppo.rollout import episode_file, load_episodes
+from trl_steppo.types import StopReason, TokenIds
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,29 +70,19 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RealVLLM]
         server.kill()
 
 
-class Probe(TrainerCallback):
-    """Before each update: what the server says of a prompt; what the policy does, as it is and as it was at first."""
+class ProbeOfOld(Probe):
+    """The same, beside what the policy did at first, too."""
 
     def __init__(self) -> None:
-        self.trainer: Any = None
+        super().__init__()
         self.at_first: Any = None
-        self.distances: list[float] = []
         self.moved: list[float] = []
-        self.versions: list[int] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        prompt = list(range(3, 73))
-        params = SamplingParams(max_new_tokens=8, temperature=args.temperature, seed=state.global_step)
-        sample = asyncio.run(self.trainer.sampler.sample(prompt, params, episode_id="probe"))
-        ids = sample.token_ids.tolist()
+    def note(self, sample: Sample, temperature: float) -> None:
+        super().note(sample, temperature)
         if self.at_first is None:
             self.at_first = copy.deepcopy(self.trainer.model)
-        for model, distances in ((self.trainer.model, self.distances), (self.at_first, self.moved)):
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-            expected = (logits / args.temperature).log_softmax(-1)[range(len(ids)), ids]
-            distances.append(float((expected - torch.tensor(sample.logprobs)).abs().max()))
-        self.versions.append(sample.policy_version)
+        self.moved.append(distance_of(logprobs_of(self.at_first, sample, temperature), sample))
 
 
 class Restart(TrainerCallback):
@@ -127,8 +121,8 @@ def train(directory: Path, server: RealVLLM, callbacks: list[Any], *, peft_confi
     return trainer
 
 
-def check(trainer: Any, directory: Path, probe: Probe, updates: int) -> None:
-    assert probe.versions == list(range(updates))
+def check(trainer: Any, directory: Path, probe: ProbeOfOld, updates: int) -> None:
+    assert probe.versions == list(range(updates + 1))
     assert max(probe.distances) < 1e-3 < probe.moved[-1]
     for update in range(updates):
         episodes = load_episodes(episode_file(directory / "episodes", update, 0))
@@ -151,15 +145,43 @@ def test_short(tmp_path, server) -> None:
     peft = pytest.importorskip("peft")
     adapter = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
     for name, peft_config in (("adapter", adapter), ("whole", None)):
-        directory, probe = tmp_path / name, Probe()
+        directory, probe = tmp_path / name, ProbeOfOld()
         check(train(directory, server, [probe], max_steps=3, peft_config=peft_config), directory, probe, 3)
 
 
 @pytest.mark.parametrize("server", ["smollm2"], indirect=True)
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_a_pretrained_policy_whose_server_is_killed_in_mid_run(tmp_path, server, max_staleness) -> None:
-    probe = Probe()
+    probe = ProbeOfOld()
     settings: dict[str, Any] = {"max_steps": 5, "learning_rate": 1e-4, "temperature": 0.7}
     trainer = train(tmp_path, server, [probe, Restart(server, update=2)], max_staleness=max_staleness, **settings)
     assert trainer.sampler.num_retries > 0
     check(trainer, tmp_path, probe, 5)
+
+
+@pytest.mark.parametrize("server", ["tiny"], indirect=True)
+def test_two_ranks_of_zero3(tmp_path, server) -> None:
+    """After each update both ranks and the server have the same weights."""
+    settings = {"model": str(server.model), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    settings |= {"temperature": 1.0, "use_vllm": True, "vllm_server_base_url": server.url}
+    settings |= {"vllm_server_timeout": 600.0}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(CONFIGS / "zero3_cpu2.yaml"), str(Path(__file__).with_name("vllm_on_ranks.py"))]
+    subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "settings.json"), str(tmp_path / "two")],
+        timeout=1_000,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+    )
+    first, second = (json.loads((tmp_path / "two" / f"probe-{rank}.json").read_text()) for rank in range(2))
+    assert first["versions"] == [0, 1, 2, 3]
+    assert first["token_ids"] == second["token_ids"]
+    assert first["logprobs"] == second["logprobs"]
+    assert max(first["distances"] + second["distances"]) < 1e-3
+    last = Sample(TokenIds(first["token_ids"][-1]), tuple(first["logprobs"][-1]), StopReason.LENGTH, 3)
+    moved = {
+        directory: distance_of(logprobs_of(AutoModelForCausalLM.from_pretrained(directory), last, 1.0), last)
+        for directory in (server.model, tmp_path / "two")
+    }
+    assert moved[tmp_path / "two"] < 1e-3 < moved[server.model]
