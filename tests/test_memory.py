@@ -66,6 +66,27 @@ def test_ddp_in_float32_by_hand():
     assert found.training["gathered or cast weights"] == 0.0
 
 
+def test_a_worker_holds_a_copy_of_the_policy_by_hand():
+    setting = {"engine": "zero3", "num_gpus": 4, "cache_tokens": 5, "concurrent_episodes": 3}
+    places = ("trainer", "worker", "vllm")
+    alone, beside, away = (plan(SMALL, Setting(**setting, samples_in=place)) for place in places)
+    assert {name: size for name, size in beside.held.items() if name not in alone.held} == {
+        "worker's policy": 400.0,  # float32, as it is loaded
+        "worker's cast weights": 200.0,  # by autocast
+        "worker's generation cache": 5 * 1 * 2 * 2 * 2.0,
+        "worker's sampling": 3 * 10 * 24.0,
+        "worker's CUDA": 1.5 * 2**30,
+    }
+    assert beside.host == {"weights on their way to the worker": 400.0}
+    assert away.held == alone.held
+    assert alone.rollout
+    assert not beside.rollout
+    assert not away.rollout
+    assert not away.host
+    half = plan(SMALL, Setting(**setting, samples_in="worker", weights="bfloat16"))
+    assert (half.held["worker's policy"], half.held["worker's cast weights"]) == (200.0, 0.0)
+
+
 def test_zero3_shards_everything_that_is_held():
     one, four = (plan(SMALL, Setting("zero3", n, reference=True)) for n in (1, 4))
     assert one.held["policy's weights"] == 200.0  # bfloat16

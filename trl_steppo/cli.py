@@ -48,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory.add_argument("--micro_batch_tokens", type=int, default=16_384, help="max_tokens_per_micro_batch")
     memory.add_argument("--cache_tokens", type=int, default=262_144, help="rollout_cache_tokens")
     memory.add_argument("--concurrent_episodes", type=int, default=64)
+    memory.add_argument(
+        "--samples_in",
+        choices=("trainer", "worker", "vllm"),
+        default="trainer",
+        help="what samples: the trainer, a process beside it (max_staleness), servers on other GPUs (use_vllm)",
+    )
     memory.add_argument("--details", action="store_true", help="a table for each engine, by what the memory is for")
     memory.set_defaults(run=show_memory)
 
@@ -149,7 +155,7 @@ def show_memory(args: argparse.Namespace) -> int:
     shape = shape_of(load_config(args.model))
     names = [
         *("weights", "bf16", "critic", "reference", "lora_rank", "critic_shares_base", "gradient_checkpointing"),
-        *("micro_batch_tokens", "cache_tokens", "concurrent_episodes"),
+        *("micro_batch_tokens", "cache_tokens", "concurrent_episodes", "samples_in"),
     ]
     common = {name: getattr(args, name) for name in names}
     console = Console()

@@ -2,7 +2,8 @@
 What a run needs of a GPU's memory, from the model's configuration alone.
 
 An estimate, in the terms that papers on ZeRO use (arXiv 1910.02054): what is held all the time (weights, optimizer
-states), what training adds, and what a rollout adds. Of the last two only the larger counts, since they alternate.
+states), what training adds, and what a rollout adds. Of the last two only the larger counts, since they alternate;
+where a process beside the trainer samples, what it needs is held all the time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Engine = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
+SamplesIn = Literal["trainer", "worker", "vllm"]
 
 GIB = 2**30
 GPU_SIZES = (24, 40, 80)  # GB, as they are sold
@@ -177,6 +179,9 @@ class Setting:
             `rollout_cache_tokens`.
         concurrent_episodes (`int`, *optional*, defaults to `64`):
             Episodes sampled at once.
+        samples_in (`str`, *optional*, defaults to `"trainer"`):
+            What samples: the trainer itself, a `"worker"` process on the same GPU (`max_staleness`,
+            `use_rollout_worker`), or `"vllm"` servers on other ones (`use_vllm`).
     """
 
     engine: Engine
@@ -191,6 +196,7 @@ class Setting:
     micro_batch_tokens: int = 16_384
     cache_tokens: int = 262_144
     concurrent_episodes: int = 64
+    samples_in: SamplesIn = "trainer"
 
     @property
     def shards(self) -> int:
@@ -282,16 +288,18 @@ def plan(shape: Shape, setting: Setting) -> Plan:
         "logits": float(_LOGITS_ELEMENTS * _LOGITS_BYTES),
         "gathered or cast weights": max(live, _cast_bytes(shape, setting)),
     }
-    compute = 2 if setting.bf16 or setting.weights == "bfloat16" else 4
-    rollout = {
-        "generation cache": float(setting.cache_tokens * shape.layers * 2 * shape.keys * compute),
-        "sampling": float(setting.concurrent_episodes * shape.vocabulary * _SAMPLING_BYTES),
-        "gathered or cast weights": shape.parameters * gathered
-        if setting.shards_weights
-        else _cast_bytes(shape, setting),
-    }
-    host = policy.host + critic.host
-    return Plan(held, training, rollout, {"optimizers": host} if host else {})
+    host = {"optimizers": policy.host + critic.host} if policy.host + critic.host else {}
+    if setting.samples_in == "vllm":
+        return Plan(held, training, {}, host)
+    rollout = _sampling(shape, setting)
+    if setting.samples_in == "trainer":
+        whole = shape.parameters * gathered if setting.shards_weights else _cast_bytes(shape, setting)
+        return Plan(held, training, {**rollout, "gathered or cast weights": whole}, host)
+    copy = shape.parameters * (4.0 if setting.weights == "float32" else 2.0)  # as loaded, whatever the engine does
+    casts = shape.parameters * 2.0 if setting.bf16 and setting.weights == "float32" else 0.0
+    worker = {"policy": copy, "cast weights": casts, **rollout, "CUDA": RESERVED}
+    held |= {f"worker's {name}": size for name, size in worker.items()}
+    return Plan(held, training, {}, {**host, "weights on their way to the worker": copy})
 
 
 @dataclass(frozen=True)
@@ -319,6 +327,15 @@ def _network(shape: Shape, setting: Setting, parameters: int, name: str) -> _Net
     if setting.engine == "zero3_offload":
         return _Network({f"{name}'s weights": weights}, gradients, states + trained * 4.0 / setting.shards)
     return _Network({f"{name}'s weights": weights, f"{name}'s optimizer": states}, gradients, 0.0)
+
+
+def _sampling(shape: Shape, setting: Setting) -> dict[str, float]:
+    """What a rollout needs beside the weights."""
+    compute = 2 if setting.bf16 or setting.weights == "bfloat16" else 4
+    return {
+        "generation cache": float(setting.cache_tokens * shape.layers * 2 * shape.keys * compute),
+        "sampling": float(setting.concurrent_episodes * shape.vocabulary * _SAMPLING_BYTES),
+    }
 
 
 def _frozen_bytes(setting: Setting) -> float:
