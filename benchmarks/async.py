@@ -1,11 +1,12 @@
 """
 Asynchronous beside synchronous training, where tools take their time.
 
-    python benchmarks/async.py [--max_staleness 2] --json benchmarks/results/async.json
+    python benchmarks/async.py [--max_staleness N] --json benchmarks/results/async.json
 
 The mini wiki, whose `search` takes 0, 0.2 or 1 s in the mean (log-normal, with a tail), the same for the same
 question and step in every run. For each latency one run that updates between its rollouts, and one whose rollouts
 begin up to `--max_staleness` updates ahead, sampled in a process of its own; every process computes with one thread.
+Unless it is given, that is one more than the updates that fit into a rollout, so that the trainer need not wait.
 A third run updates between its rollouts, too, and computes with as many threads as there are cores. From the
 synchronous run of one thread: the time of a rollout (R) and of an update (U), and the processor time of a rollout
 (c). With k rollouts in flight on one machine no run can be faster, over the synchronous one, than (R + U) / max(R /
@@ -47,13 +48,16 @@ EPISODES = 64  # of an update
 class AsyncArguments(BenchmarkArguments):
     """
     Args:
-        max_staleness (`int`, *optional*, defaults to `2`):
+        max_staleness (`int`, *optional*):
             How many updates before its own a rollout may begin, and so how many are in flight during an update.
+            `None`: one more than the updates that take as long as a rollout.
         num_updates (`int`, *optional*, defaults to `12`):
             Updates that count.
     """
 
-    max_staleness: int = field(default=2, metadata={"help": "Updates that a rollout may be ahead."})
+    max_staleness: int | None = field(
+        default=None, metadata={"help": "Updates that a rollout may be ahead. None: as many as keep the trainer busy."}
+    )
     num_updates: int = field(default=12, metadata={"help": "Updates that count."})
 
 
@@ -204,10 +208,8 @@ def threads(count: int) -> Iterator[None]:
 
 def main(args: AsyncArguments) -> None:
     """Measure, print, write."""
-    ahead = args.max_staleness
     num_updates = 3 if args.quick else args.num_updates
     latencies = (0.0, 0.2) if args.quick else LATENCIES
-    margin = ahead + 1
     figures: dict[str, dict[str, Any]] = {
         name: {}
         for name in (
@@ -221,6 +223,7 @@ def main(args: AsyncArguments) -> None:
             "rollout_s",
             "rollout_cpu_s",
             "update_s",
+            "max_staleness",
         )
     }
     with threads(1):
@@ -228,8 +231,9 @@ def main(args: AsyncArguments) -> None:
             with threads(os.cpu_count() or 1):
                 of_all = time_run(latency_s, num_updates, margin=1)
             sync = time_run(latency_s, num_updates, margin=1)
-            asynchronous = time_run(latency_s, num_updates, margin=margin, max_staleness=ahead)
             rollout, cpu, update = sync.waiting, sync.rollout_cpu, sync.training
+            ahead = args.max_staleness or math.ceil(rollout / update) + 1
+            asynchronous = time_run(latency_s, num_updates, margin=ahead + 1, max_staleness=ahead)
             key = f"{latency_s:g}"
             figures["speedup"][key] = sync.update / asynchronous.update
             figures["speedup_over_all_threads"][key] = of_all.update / asynchronous.update
@@ -239,6 +243,7 @@ def main(args: AsyncArguments) -> None:
             figures["synchronous_idle_fraction"][key] = sync.waiting / sync.update
             figures["updates_per_minute"][key] = [60 / sync.update, 60 / asynchronous.update]
             figures["rollout_s"][key], figures["rollout_cpu_s"][key], figures["update_s"][key] = rollout, cpu, update
+            figures["max_staleness"][key] = ahead
         num_episodes, in_flight = (128, 64) if args.quick else (3072, 512)
         slow, quick = (rollout_tokens_per_s(latency, num_episodes, in_flight) for latency in (latencies[-1], 0.0))
     rows = [[name, *(shown(values[f"{latency:g}"]) for latency in latencies)] for name, values in figures.items()]
@@ -249,7 +254,6 @@ def main(args: AsyncArguments) -> None:
         {
             **figures,
             "rollout_throughput_over_no_latency": slow / quick,
-            "max_staleness": ahead,
             "updates": num_updates,
         },
     )

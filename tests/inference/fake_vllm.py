@@ -180,7 +180,7 @@ class FakeVLLM:
         if not self.has_scale_out:
             return JSONResponse({"error": "disabled"}, 403)
         if body["sampling_params"] == {"max_tokens": 1}:
-            return {}  # to somebody who only tries
+            return JSONResponse({"error": "broken"}, 500) if self.failures else {}  # to somebody who only tries
         self.asked.append(body)
         if body["model"] is not None and body["model"] not in self.adapters:
             return JSONResponse({"error": "no such model"}, 404)

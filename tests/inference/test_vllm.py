@@ -284,7 +284,7 @@ def test_without_a_server_requests_fail_in_time_and_say_which(serve, connect):
 
 def test_a_request_that_breaks_every_server_is_given_up(serve, connect):
     server = serve()
-    sampler = connect(server)
+    sampler = connect(server, retry_s=0.01)
     server.failures = 99
     with pytest.raises(RolloutError, match=rf"given up after 5 attempts; vLLM at {server.url}: .* 500: .*broken"):
         ask(sampler, 1)
@@ -294,17 +294,56 @@ def test_a_request_that_breaks_every_server_is_given_up(serve, connect):
 def test_a_prompt_that_alone_is_not_answered_is_the_fault_of_its_episode(serve, connect, status, words):
     server = serve()
     server.refused = {9: status}
+    sampler = connect(server, retry_s=0.01)
+    with pytest.raises(DataError, match=words):
+        asyncio.run(sampler.sample([9, 9], SAMPLED, episode_id="refused"))
+    assert len(ask(sampler, 1)) == 1
+
+
+def test_a_server_that_fails_for_a_while_is_asked_later(serve, connect):
+    server = serve()
     sampler = connect(server)
+    server.failures = 99
+    mending = later(0.5, lambda: setattr(server, "failures", 0))
+    assert len(ask(sampler, 1)) == 1
+    mending.join()
 
-    async def both() -> list[Any]:
-        prompts = ([9, 9], [1, 2])
-        requests = (sampler.sample(prompt, SAMPLED, episode_id=str(prompt)) for prompt in prompts)
-        return await asyncio.gather(*requests, return_exceptions=True)
 
-    failed, answered = asyncio.run(both())
-    assert isinstance(failed, DataError)
-    assert words in str(failed)
-    assert isinstance(answered, Sample)
+def test_an_adapter_does_not_go_on_another_runs_base(serve, connect, tmp_path):
+    server = serve()
+    connect(server)
+    sampler = connect(server, version=None)
+    with pytest.raises(ConfigurationError, match=r"has the weights run-0 of another run.*start it again"):
+        sampler.update(weights(tmp_path, 0, is_adapter=True))
+
+
+def test_a_server_that_takes_long_to_load_is_waited_for_and_asked_once(serve, connect, tmp_path):
+    servers = [serve(), serve()]
+    sampler = connect(*servers, timeout_s=2.0)
+    servers[1].may_load.clear()
+    sampler.update(weights(tmp_path, 1))
+    assert "taking new weights for more than 1 s" in str(sampler._servers[1].trouble)
+    assert servers[1].called == ["reload_weights"] * 2
+    servers[1].may_load.set()
+    until(lambda: sampler._servers[1].is_ready)
+    assert servers[1].called == ["reload_weights"] * 2
+    assert servers[1].version == "run-1"
+
+
+def test_a_server_that_lost_an_option_is_done_without(serve, connect, tmp_path):
+    servers = [serve(), serve()]
+    sampler = connect(*servers)
+    servers[1].kill()
+    servers[1].options["logprobs_mode"] = "raw_logprobs"
+    servers[1].start()
+    until(lambda: isinstance(sampler._servers[1].trouble, ConfigurationError))
+    assert len(ask(sampler, 4)) == 4
+    sampler.update(weights(tmp_path, 1))
+    servers[0].kill()
+    servers[0].options["logprobs_mode"] = "raw_logprobs"
+    servers[0].start()
+    with pytest.raises(RolloutError, match="--logprobs-mode processed_logprobs"):
+        ask(sampler, 1)
 
 
 @pytest.mark.parametrize("is_adapter", [False, True])
@@ -371,7 +410,7 @@ def test_an_adapter_is_kept_until_the_last_response_of_it(serve, connect, tmp_pa
     sampler.update(weights(tmp_path, 2, is_adapter=True))
     assert list(server.adapters) == ["run-1", "run-2"]
     assert server.most_adapters == 2
-    sampler.unload()
+    sampler.close()
     assert not server.adapters
 
 
@@ -379,7 +418,7 @@ def test_a_server_that_cannot_take_weights_is_done_without_by_all_processes(serv
     servers = [serve(), serve()]
     sender = connect(*servers, version=None)
     others = [connect(*servers, version=None, sends_weights=False) for _ in range(2)]
-    for version, is_adapter in ((0, False), (1, False), (2, True)):
+    for version, is_adapter in ((0, True), (1, True), (2, False)):
         servers[1].refuses_weights = version > 0
         for sampler in (sender, *others):  # in this order, as ranks do
             sampler.update(weights(tmp_path, version, is_adapter=is_adapter))
@@ -457,7 +496,7 @@ def test_a_shared_output_layer_is_packed_again_on_a_cpu(serve, connect, tmp_path
     server.device = "cpu"
     server.kill()
     server.start()
-    with pytest.raises(ConfigurationError, match=r"does not reload the output layer .*--worker-extension-cls trl_st"):
+    with pytest.raises(RolloutError, match=r"does not reload the output layer .*--worker-extension-cls trl_st"):
         ask(sampler, 1)
     server.extension = "trl_steppo.inference.vllm_worker.PacksOutputLayer"
     until(lambda: "pack_output_layer" in server.called)

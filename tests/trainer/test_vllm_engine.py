@@ -20,8 +20,9 @@ from transformers import TrainerCallback
 from vllm_on_ranks import train
 
 from trl_steppo.cli import CONFIGS
-from trl_steppo.errors import CheckpointError, ConfigurationError, RolloutError
+from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import episode_file, load_episodes
+from trl_steppo.trainer import engines
 
 UPDATES = 4
 SETTINGS: dict[str, Any] = {
@@ -180,38 +181,25 @@ def test_without_a_server_the_run_ends_in_time_and_says_so(tmp_path, serve) -> N
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, serve) -> None:
-    directories = {name: tmp_path / "weights" / name for name in ("killed", "alive", "of_somebody_else")}
-    for name, directory in directories.items():
+    alive = engines._this_process()
+    command = [sys.executable, "-c", "import os; print(os.getpid())"]
+    pid = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    owners = {
+        "killed": {**alive, "pid": pid},
+        "killed_before_its_number_came_again": {**alive, "started": alive["started"] - 60},
+        "alive": alive,
+        "of_another_machine": {**alive, "machine": ["another", ""], "started": 0},
+        "of_somebody_else": None,
+    }
+    for name, owner in owners.items():
+        directory = tmp_path / "weights" / name
         (directory / "run-3.partial").mkdir(parents=True)
-        if name != "of_somebody_else":
-            (directory / "owner.lock").touch()
-    hold = "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", hold, str(directories["alive"] / "owner.lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as owner:
-        assert owner.stdout is not None
-        owner.stdout.readline()
-        settings = {
-            "use_vllm": True,
-            "vllm_server_base_url": serve().url,
-            "vllm_weights_dir": str(tmp_path / "weights"),
-        }
-        make_trainer(tmp_path, train_dataset=message_rows(), eval_dataset=message_rows(), **settings).evaluate()
-        left = sorted(path.name for path in (tmp_path / "weights").iterdir())
-        owner.kill()
-    assert left == ["alive", "of_somebody_else"]
-
-
-def test_weights_that_cannot_be_written(tmp_path, serve) -> None:
-    server, file = serve(), tmp_path / "file"
-    file.touch()
-    trainer = make_trainer(
-        tmp_path, use_vllm=True, vllm_server_base_url=server.url, vllm_weights_dir=str(file / "weights")
-    )
-    with pytest.raises(CheckpointError, match=r"the policy could not be written .*set `vllm_weights_dir`"):
-        trainer.train()
+        if owner is not None:
+            (directory / engines._OWNER).write_text(json.dumps(owner))
+    settings = {"use_vllm": True, "vllm_server_base_url": serve().url, "vllm_weights_dir": str(tmp_path / "weights")}
+    make_trainer(tmp_path, train_dataset=message_rows(), eval_dataset=message_rows(), **settings).evaluate()
+    left = sorted(path.name for path in (tmp_path / "weights").iterdir())
+    assert left == ["alive", "of_another_machine", "of_somebody_else"]
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _GENERATE = "/inference/v1/generate"  # token ids in and out, with the name of the weights
+_LEAST = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
+_AT_ONCE = ("/health", "/metrics")  # answered without the engine
 _EXTENSION = "trl_steppo.inference.vllm_worker.PacksOutputLayer"
-_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")  # of what an engine computed
+# What changes while an engine computes; of a long prompt the cache fills before the first token is counted.
+_PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
+_FIRST_VERSION = "default"  # as a server names the weights that it was started with
 _ATTEMPTS = 5  # of one request: one that breaks every server must not break them for ever
 _RETRY_S = 0.2  # between two looks at a server that is not ready
 _CONNECT_S = 5.0
@@ -87,20 +91,27 @@ class VLLMSampler:
             2`; on a CPU perhaps with an extension ([`PacksOutputLayer`]). `VLLM_API_KEY` is their key, if they have
             one.
         timeout_s (`float`, *optional*, defaults to `240.0`):
-            How long to wait for a server while none is ready. One is given up that takes half as long for new
-            weights, or computes nothing for half as long although it has something to do.
+            How long an attempt waits for a server while none is ready. One that takes half as long for new weights
+            is done without until it has them; one that computes nothing for half as long, although it has something
+            to do, is given up.
         sends_weights (`bool`, *optional*, defaults to `True`):
             Whether this process sends weights to servers; else another one has sent them before each [`update`] here.
+            At its end it has them forget its adapters.
         silent_s (`float`, *optional*, defaults to `20.0`):
             A server that does not answer a health check for so long is given up until it does.
         poll_s (`float`, *optional*, defaults to `1.0`):
             Between two health checks.
+        retry_s (`float`, *optional*, defaults to `0.2`):
+            Before a request that was answered with an error is asked again; five times as long before the next time,
+            and so on.
 
     Raises:
-        ConfigurationError: From `update`, if a server lacks an option; from `sample`, if prompt and response are
-            longer than it takes, a number of its [`SamplingParams`] is outside of its range, or `top_p` or `top_k` is
-            set.
-        RolloutError: If no server is ready for `timeout_s`, or this sampler was closed.
+        ConfigurationError: From the first `update`, if a server lacks an option; from `sample`, if prompt and response
+            are longer than it takes, a number of its [`SamplingParams`] is outside of its range, or `top_p` or
+            `top_k` is set.
+        DataError: From `sample`, if servers answer other prompts, but not this one.
+        RolloutError: If no server is ready for `timeout_s`, none has the options that it needs, servers answer nothing
+            in five attempts, or this sampler was closed.
     """
 
     def __init__(
@@ -111,6 +122,7 @@ class VLLMSampler:
         sends_weights: bool = True,
         silent_s: float = 20.0,
         poll_s: float = 1.0,
+        retry_s: float = _RETRY_S,
     ) -> None:
         try:
             import aiohttp  # noqa: F401
@@ -122,6 +134,7 @@ class VLLMSampler:
         self.sends_weights = sends_weights
         self.silent_s = silent_s
         self.poll_s = poll_s
+        self.retry_s = retry_s
         self.sampled_tokens = 0
         self.prompt_tokens = 0  # of responses whose server says how many of them were cached
         self.prefilled_tokens = 0
@@ -200,10 +213,6 @@ class VLLMSampler:
         """
         self._submit(self._update(weights)).result()
 
-    def unload(self) -> None:
-        """Have servers forget this run's adapters, when no process uses them any more."""
-        self._submit(self._unload()).result()
-
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop is None:
             coroutine.close()
@@ -228,6 +237,7 @@ class VLLMSampler:
         self._keepers = [asyncio.ensure_future(self._keep(server)) for server in self._servers]
 
     async def _close(self) -> None:
+        ready = [server for server in self._servers if server.is_ready]
         self._failure = RolloutError("the sampler was closed")
         for keeper in self._keepers:
             keeper.cancel()
@@ -237,6 +247,10 @@ class VLLMSampler:
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         if rest:
             await asyncio.wait(rest, timeout=_CONNECT_S)
+        weights = self._weights
+        if self.sends_weights and weights is not None and weights.is_adapter:
+            forgotten = (asyncio.wait_for(_unload_adapters(server, weights.run), self.silent_s) for server in ready)
+            await asyncio.gather(*forgotten, return_exceptions=True)
         await self._session.close()
 
     async def _hold(self) -> None:
@@ -263,71 +277,77 @@ class VLLMSampler:
             await self._until(
                 lambda: self._any_ready() and all(server.is_ready or server.trouble for server in self._servers),
                 self.timeout_s,
+                refuses=self._weights_before is None,
             )
         finally:
             self._is_held = False
             self._tell()
 
-    async def _unload(self) -> None:
-        weights = self._weights
-        if weights is None or not weights.is_adapter:
-            return
-
-        async def unload(server: _Server) -> None:
-            with suppress(_Answered, OSError, asyncio.TimeoutError):
-                await asyncio.wait_for(_unload_adapters(server, weights.run), self.silent_s)
-
-        await asyncio.gather(*(unload(server) for server in self._servers if server.is_ready))
-
     async def _keep(self, server: _Server) -> None:
         """For as long as this is open: have a server ready again as soon as it can be."""
         while self._failure is None:
+            trouble = server.trouble
             try:
-                await self._check_in_time(server)
+                await self._check(server)
             except Exception as error:  # one that ended with its server in trouble would leave it there
-                if server.trouble is None:
-                    logger.warning("vLLM at %s: %s", server.url, error)
                 server.lose(error)
+            if trouble is None and server.trouble is not None:
+                logger.warning("vLLM at %s: %s", server.url, server.trouble)
             self._tell()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(server.doubted.wait(), self.poll_s if server.is_ready else _RETRY_S)
             server.doubted.clear()
 
-    async def _check_in_time(self, server: _Server) -> None:
+    async def _check(self, server: _Server) -> None:
         limit_s = self.timeout_s / 2
         try:
-            await asyncio.wait_for(self._check(server), limit_s)
+            await asyncio.wait_for(self._look(server, limit_s), limit_s)
         except asyncio.TimeoutError:
-            raise ConnectionError(f"it was not ready, with new weights if there were any, in {limit_s:g} s") from None
+            raise ConnectionError(f"it has not said in {limit_s:g} s what it is and what weights it has") from None
+        if server.sending is not None:
+            await self._take_sent(server, server.sending, limit_s)
 
-    async def _check(self, server: _Server) -> None:
+    async def _look(self, server: _Server, limit_s: float) -> None:
+        """See how it is; begin to send it weights that it has not."""
         await server.ask("GET", "/health")
         if server.num_running:  # else there is nothing that it could be stuck with
-            await server.check_progress(self.timeout_s / 2)
+            await server.check_progress(limit_s)
         weights = self._weights
-        if server.is_ready or weights is None:
+        if weights is None or server.sending is not None:
+            return
+        if server.is_ready and (server.num_running or not self.sends_weights):  # else others may rely on it
             return
         if server.options is None:
             server.options = await _check_options(server)
-        if not await _has(server, weights):
-            if not self.sends_weights:
-                server.trouble = RolloutError(f"it does not have the weights {weights.name}, which another rank sends")
-                return
-            if weights.is_adapter:
-                await _send_adapter(server, weights, self._weights_before)
-            else:
-                await _send(server, weights)
-            if not await _has(server, weights):
-                raise RolloutError(f"it did not take the weights {weights.name}")
-        if weights is self._weights:
+        if await _has(server, weights):
+            if weights is self._weights:
+                server.win()
+        elif self.sends_weights:
+            server.is_ready = False
+            server.send(weights, self._weights_before)
+        else:
+            server.trouble = RolloutError(f"it does not have the weights {weights.name}, which another rank sends")
+
+    async def _take_sent(self, server: _Server, sending: _Sending, limit_s: float) -> None:
+        """A server goes on loading when nobody waits any more; so what is begun is waited for, in trouble or not."""
+        left_s = sending.since + limit_s - time.monotonic()
+        if not (await asyncio.wait({sending.task}, timeout=max(left_s, _RETRY_S)))[0]:
+            server.trouble = ConnectionError(f"it has been taking new weights for more than {limit_s:g} s")
+            return
+        server.sending = None
+        sending.task.result()
+        if not await asyncio.wait_for(_has(server, sending.weights), limit_s):
+            raise RolloutError(f"it did not take the weights {sending.weights.name}")
+        if sending.weights is self._weights:
             server.win()
 
     async def _sample(self, prompt_ids: list[int], params: SamplingParams, episode_id: str) -> Sample:
         trouble: Exception | None = None
         failed: list[_Server] = []
-        sampled_before = self.sampled_tokens
         for attempt in range(_ATTEMPTS):
             self.num_retries += attempt > 0
+            if isinstance(trouble, _Answered):  # at once, and so may the next one be
+                await asyncio.sleep(self.retry_s * 5 ** (attempt - 1))
             server = await self._place(episode_id, failed)
             weights = self._weights
             assert weights is not None
@@ -342,18 +362,24 @@ class VLLMSampler:
                 trouble = error
                 failed.append(server)
                 server.doubt()
-        # Where others were answered meanwhile, it is this prompt that servers cannot answer.
-        is_of_prompt = isinstance(trouble, _Answered) and self.sampled_tokens > sampled_before
+        is_of_prompt = isinstance(trouble, _Answered) and trouble.status >= 500 and await self._answers(server)
         raise (DataError if is_of_prompt else RolloutError)(
             f"a response was given up after {_ATTEMPTS} attempts; vLLM at {server.url}: {trouble}"
         )
 
+    async def _answers(self, server: _Server) -> bool:
+        """Whether it continues a prompt that can break nothing."""
+        with suppress(_Answered, OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(server.ask("POST", _GENERATE, _LEAST), self.timeout_s / 2)
+            return True
+        return False
+
     def _take(self, answer: Any, params: SamplingParams, weights: Weights) -> Sample:
         choice = answer["choices"][0]
-        if not weights.is_adapter:  # whose name is asked for
-            versions = {span["version"] for span in choice.get("weight_versions") or ()}
-            if versions != {weights.name}:
-                raise _Answered(200, f"a response from the weights {sorted(versions)} instead of {weights.name}")
+        versions = {span["version"] for span in choice.get("weight_versions") or ()}
+        expected = _FIRST_VERSION if weights.is_adapter else weights.name  # an adapter's own name was asked for
+        if versions != {expected}:
+            raise _Answered(200, f"a response from the weights {sorted(versions)} instead of {expected}")
         token_ids, usage = choice["token_ids"], answer["usage"]
         is_stopped = bool(token_ids) and token_ids[-1] in params.stop_token_ids
         if not is_stopped and len(token_ids) != params.max_new_tokens:
@@ -416,10 +442,12 @@ class VLLMSampler:
             if not self._running:
                 self.forward_s += time.perf_counter() - self._busy_since
 
-    async def _until(self, holds: Callable[[], bool], timeout_s: float | None = None) -> bool:
+    async def _until(
+        self, holds: Callable[[], bool], timeout_s: float | None = None, *, refuses: bool = False
+    ) -> bool:
         """
         Wait for something that somebody tells of. If it does not come in time, a server that is ready is enough to go
-        on without.
+        on without. A server that lacks an option is done without, too, unless this `refuses` it.
 
         Returns:
             Whether it came.
@@ -431,9 +459,11 @@ class VLLMSampler:
             if holds():
                 return True
             left = None if deadline is None else deadline - time.monotonic()
-            for server in self._servers if left is not None else ():
-                if isinstance(server.trouble, ConfigurationError):  # which no waiting mends
-                    raise server.trouble
+            wrong = [server.trouble for server in self._servers if isinstance(server.trouble, ConfigurationError)]
+            if wrong and refuses:
+                raise wrong[0]
+            if left is not None and len(wrong) == len(self._servers):  # which no waiting mends
+                raise RolloutError(str(wrong[0]))
             if left is not None and left <= 0:
                 if self._any_ready():
                     return False
@@ -457,6 +487,15 @@ class _Answered(Exception):  # noqa: N818  (an answer is not always an error)
         self.status = status
 
 
+@dataclass(frozen=True)
+class _Sending:
+    """Weights on their way to a server."""
+
+    weights: Weights
+    task: asyncio.Task[None]
+    since: float
+
+
 class _Server:
     """One server, and what is known of it. Lives in the sampler's loop."""
 
@@ -466,8 +505,9 @@ class _Server:
         self.trouble: Exception | None = None  # why it could not be made ready when that was tried last
         self.options: _Options | None = None  # unknown until they were checked
         self.num_running = 0
+        self.sending: _Sending | None = None
         self._silent_s = silent_s
-        self._num_tokens = ""  # that its engine had computed when that was asked last, as it says it
+        self._progress = ""  # of its engine when that was asked last, as it says it
         self._progress_at = 0.0
 
     def open(self, session: aiohttp.ClientSession) -> None:
@@ -489,13 +529,18 @@ class _Server:
 
     async def check_progress(self, limit_s: float) -> None:
         """Raise if its engine has computed nothing for so long: its health is good for as long as nothing crashes."""
-        num_tokens = await _num_tokens(self)
-        if num_tokens != self._num_tokens:
-            self._num_tokens, self._progress_at = num_tokens, time.monotonic()
+        progress = await _progress(self)
+        if progress != self._progress:
+            self._progress, self._progress_at = progress, time.monotonic()
         elif time.monotonic() - self._progress_at > limit_s:
             raise ConnectionError(
                 f"it has computed no token for {limit_s:g} s, although it has {self.num_running} requests"
             )
+
+    def send(self, weights: Weights, before: Weights | None) -> None:
+        """Begin to have it read these weights."""
+        sent = _send_adapter(self, weights, before) if weights.is_adapter else _send(self, weights)
+        self.sending = _Sending(weights, asyncio.ensure_future(sent), time.monotonic())
 
     def win(self) -> None:
         self.is_ready, self.trouble = True, None
@@ -503,13 +548,16 @@ class _Server:
     def lose(self, trouble: Exception | None) -> None:
         """It may be gone, and with it all that it knew; whoever waits for it need not."""
         self.is_ready, self.trouble, self.options = False, trouble, None
+        if self.sending is not None:
+            self.sending.task.cancel()
+            self.sending = None
         self._lost.set_result(None)
         self._lost = asyncio.get_running_loop().create_future()
 
     async def ask(self, method: str, path: str, body: Any = None) -> Any:
         """
-        What it answers: the content of its JSON, or its text. What is only read (`GET`) is there at once, or it
-        hangs; what it has to do takes as long as whoever asks waits.
+        What it answers: the content of its JSON, or its text. What it says without its engine is there at once, or it
+        hangs; what that has to do takes as long as whoever asks waits.
 
         Raises:
             OSError: It cannot be reached.
@@ -522,7 +570,7 @@ class _Server:
                 return response.status, await response.text()
 
         try:
-            status, text = await asyncio.wait_for(exchange(), self._silent_s if method == "GET" else None)
+            status, text = await asyncio.wait_for(exchange(), self._silent_s if path in _AT_ONCE else None)
         except aiohttp.ClientError as error:  # first: some are timeouts, too
             raise ConnectionError(f"{method} {path}: {error}" if str(error) else f"{method} {path} failed") from None
         except asyncio.TimeoutError:
@@ -583,7 +631,7 @@ async def _check_options(server: _Server) -> _Options:
             "VLLM_SERVER_DEV_MODE=1 in its environment"
         ) from None
     try:
-        await server.ask("POST", _GENERATE, {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
+        await server.ask("POST", _GENERATE, _LEAST)
     except _Answered as error:
         if error.status not in (403, 404):
             raise
@@ -597,7 +645,7 @@ async def _check_options(server: _Server) -> _Options:
             f"the server at {server.url} reports log-probabilities in the mode {model['logprobs_mode']!r}, which "
             "leaves the temperature out; start it with `--logprobs-mode processed_logprobs`"
         )
-    if not await _num_tokens(server):
+    if not await _progress(server):
         raise ConfigurationError(
             f"the server at {server.url} does not count its tokens (/metrics), by which one that is stuck is told "
             "from one that is slow; start it without `--disable-log-stats`"
@@ -610,9 +658,9 @@ async def _check_options(server: _Server) -> _Options:
     )
 
 
-async def _num_tokens(server: _Server) -> str:
-    """How many tokens its engine has computed, in its own words; nothing if it does not count them."""
-    return "\n".join(line for line in (await server.ask("GET", "/metrics")).splitlines() if line.startswith(_COUNTERS))
+async def _progress(server: _Server) -> str:
+    """What its engine has computed, in its own words; nothing if it does not count that."""
+    return "\n".join(line for line in (await server.ask("GET", "/metrics")).splitlines() if line.startswith(_PROGRESS))
 
 
 def _check_length(prompt_length: int, params: SamplingParams, server: _Server) -> None:
@@ -625,11 +673,16 @@ def _check_length(prompt_length: int, params: SamplingParams, server: _Server) -
 
 
 async def _has(server: _Server, weights: Weights) -> bool:
-    """Whether the server samples from these weights."""
-    if weights.is_adapter:
-        models = await server.ask("GET", "/v1/models")
-        return any(model["id"] == weights.name for model in models["data"])
-    return (await server.ask("GET", "/weight_info"))["weight_version"] == weights.name
+    """Whether the server samples from these weights; raises where it cannot, with its base of another run."""
+    version = (await server.ask("GET", "/weight_info"))["weight_version"]
+    if not weights.is_adapter:
+        return bool(version == weights.name)
+    if version != _FIRST_VERSION:
+        raise ConfigurationError(
+            f"the server at {server.url} has the weights {version} of another run, on which an adapter is not this "
+            "policy; start it again"
+        )
+    return any(model["id"] == weights.name for model in (await server.ask("GET", "/v1/models"))["data"])
 
 
 async def _send_adapter(server: _Server, weights: Weights, before: Weights | None) -> None:
@@ -644,18 +697,24 @@ async def _send_adapter(server: _Server, weights: Weights, before: Weights | Non
     try:
         await server.ask("POST", "/v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": weights.directory})
     except _Answered as error:
-        if error.status >= 500:
+        if error.status == 404 and "adapter" in str(error).partition(": ")[2]:
+            raise ConfigurationError(
+                f"the server at {server.url} finds no adapter at {weights.directory}; set `vllm_weights_dir` to a "
+                f"directory that servers see under the same path. {error}"
+            ) from None
+        if error.status == 404:
+            raise ConfigurationError(
+                f"the server at {server.url} takes no new LoRA adapter; start it with "
+                f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment. {error}"
+            ) from None
+        if error.status != 400:  # it may have it already: who asked before did not wait for the answer
             raise
-        raise ConfigurationError(
-            f"the server at {server.url} takes no LoRA adapter; start it with `--enable-lora` and "
-            f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment. {error}"
-        ) from None
 
 
 async def _unload_adapters(server: _Server, run: str, *, but: Weights | None = None) -> None:
     for model in (await server.ask("GET", "/v1/models"))["data"]:
         if model["id"].startswith(f"{run}-") and (but is None or model["id"] != but.name):
-            with suppress(_Answered):  # its engine has dropped it, for want of room
+            with suppress(_Answered):  # somebody else was quicker
                 await server.ask("POST", "/v1/unload_lora_adapter", {"lora_name": model["id"]})
 
 
@@ -669,6 +728,8 @@ async def _send(server: _Server, weights: Weights) -> None:
             f"embeddings it shares; start it with `--worker-extension-cls {_EXTENSION}`, and this package's parent "
             "directory in PYTHONPATH"
         )
+    # Whoever is killed in between leaves no weights under the name of others.
+    await server.ask("POST", "/update_weight_version", {"new_version": f"{weights.name}-loading"})
     await server.ask(
         "POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": weights.directory}}
     )

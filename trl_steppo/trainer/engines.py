@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
+import json
 import os
+import platform
 import shutil
 import uuid
 from abc import ABC, abstractmethod
@@ -12,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -27,7 +29,7 @@ from .exchange import together
 from .networks import Network
 from .steppo_config import StepPOConfig
 
-_OWNER = "owner.lock"
+_OWNER = ".trl-steppo-weights.json"
 
 
 class CountingSampler(Sampler, Protocol):
@@ -204,17 +206,6 @@ class InVLLM(_Beside):
             args.vllm_urls, timeout_s=args.vllm_server_timeout, sends_weights=accelerator.is_main_process
         )
         self._written: list[Path] = []
-        self._owner: int | None = None
-
-    @contextmanager
-    def running(self, version: int) -> Iterator[None]:
-        is_outermost = not self._is_running
-        with super().running(version):
-            yield
-            if is_outermost and is_peft_model(self._model):  # at an error other ranks may be anywhere
-                together(self.sampler.hold)
-                if self._accelerator.is_main_process:
-                    self.sampler.unload()
 
     def _start(self) -> None:
         self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
@@ -224,10 +215,8 @@ class InVLLM(_Beside):
     def _close(self) -> None:
         super()._close()
         self._written.clear()
-        if self._owner is not None:
+        if self._accelerator.is_main_process:
             shutil.rmtree(self._directory / self._run, ignore_errors=True)
-            os.close(self._owner)
-            self._owner = None
 
     def take_weights(self, version: int) -> None:
         weights = self._write(f"{self._run}-{version}", version)
@@ -239,18 +228,17 @@ class InVLLM(_Beside):
             shutil.rmtree(self._written.pop(0), ignore_errors=True)
 
     def _own(self) -> None:
-        """Make this run's directory, and remove those of runs that were killed: their owner's lock went with them."""
+        """Make this run's directory, and remove those that runs of this machine left when they were killed."""
         own = self._directory / self._run
         try:
             own.mkdir(parents=True)
-            self._owner = _lock(own / _OWNER)
+            (own / _OWNER).write_text(json.dumps(_this_process()))
         except OSError as error:
             raise _not_written(own, error) from error
         for file in self._directory.glob(f"*/{_OWNER}"):
-            with suppress(OSError):  # it is another one's, which runs, or it is gone by now
-                left = _lock(file)
-                shutil.rmtree(file.parent, ignore_errors=True)
-                os.close(left)
+            with suppress(OSError, ValueError):  # it is being written, or it is gone by now
+                if _has_ended(json.loads(file.read_text())):
+                    shutil.rmtree(file.parent, ignore_errors=True)
 
     def _write(self, name: str, version: int) -> Weights:
         """The policy as it is now, where servers can read it; there it is whole or not at all."""
@@ -288,20 +276,26 @@ class InVLLM(_Beside):
             raise _not_written(path, error) from error
 
 
-def _lock(file: Path) -> int:
-    """
-    A descriptor that has the file to itself until it is closed, or its process ends in whatever way.
+def _this_process() -> dict[str, Any]:
+    """What tells this process from all others, of other machines and containers and of all times."""
+    process = psutil.Process()
+    return {"machine": _machine(), "pid": process.pid, "started": process.create_time()}
 
-    Raises:
-        OSError: Another one has it.
-    """
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+
+def _has_ended(owner: Any) -> bool:
+    """Whether that process is known to have ended; of another machine's it is not known."""
+    if owner["machine"] != _machine():
+        return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+        return bool(psutil.Process(owner["pid"]).create_time() != owner["started"])
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _machine() -> list[str]:
+    """Where a process's number means one process: the host, and on Linux what a container sees of it."""
+    namespace = Path("/proc/self/ns/pid")
+    return [platform.node(), os.readlink(namespace) if namespace.exists() else ""]
 
 
 def _not_written(path: Path, error: Exception) -> CheckpointError:

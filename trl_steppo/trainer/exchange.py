@@ -15,11 +15,13 @@ from accelerate.utils import gather_object
 from torch.nn.functional import pad
 
 from ..batching import StepBatch, step_ids
-from ..errors import RolloutError, StepPOError
+from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError, SamplerError, StepPOError
 from ..types import Episode
 from .credit import Credit
 
 T = TypeVar("T")
+
+_KINDS = (ConfigurationError, DataError, CheckpointError, SamplerError, RolloutError)
 
 
 @dataclass
@@ -127,21 +129,27 @@ def first_failure(found: Caught, gather: Callable[[list[Any]], list[Any]] = gath
 
 def together(act: Callable[[], T], within: AbstractContextManager[Any] | None = None) -> T:
     """
-    Do something on every rank, `within` some context, and go on when all have done it. What fails on one is raised on
-    all of them when they have left it, so that none waits for another: where it failed as it is, elsewhere as an
-    error of this package. Every rank must call it.
+    Do something on every rank, `within` some context, which is left when all have done it. What fails on one is raised
+    on all of them then, so that none waits for another: where it failed as it is, elsewhere as the error of this
+    package that it is nearest to. Every rank must call it.
     """
-    with within or nullcontext(), caught() as found:
-        result = act()
-    error = found.error
-    failure = error if error is None or isinstance(error, StepPOError) else RolloutError(str(error))
-    failures = gather_object([failure])
-    if error is not None:
-        raise error
+    with within or nullcontext():
+        with caught() as found:
+            result = act()
+        failures = gather_object([None if found.error is None else _that_travels(found.error)])
+    if found.error is not None:
+        raise found.error
     for failure in failures:
         if failure is not None:
-            raise type(failure)(f"on another rank: {failure}")
+            raise failure
     return result
+
+
+def _that_travels(error: Exception) -> StepPOError:
+    """The same as a plain one of this package: one's own class may not be known elsewhere, or not be built so."""
+    kind = next((kind for kind in _KINDS if isinstance(error, kind)), RolloutError)
+    what = str(error) if isinstance(error, StepPOError) else f"{type(error).__name__}: {error}"
+    return kind(f"on another rank: {what}")
 
 
 def own_lesson(rollout: Rollout, scores: Scores, credit: Credit) -> Lesson:

@@ -140,7 +140,9 @@ class StepPOConfig(PPOConfig):
         vllm_server_base_url (`str` or `list[str]`, *optional*):
             URL of the server, or of each of several that share the episodes. `None`: `"http://localhost:8000"`.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
-            Most seconds to wait while no server can be used, before the run ends or what waits fails.
+            Most seconds to wait while no server can be used, before the run ends or what waits fails. A server that
+            takes half as long for new weights is done without until it has them, and one that computes nothing for
+            half as long is given up.
         vllm_weights_dir (`str`, *optional*):
             Where rank 0 writes new weights for the servers, which read them there under the same path. `None`:
             `vllm_weights` in `output_dir`.
