@@ -238,7 +238,7 @@ class Watched(StepPOTrainer):
 
 
 @pytest.mark.parametrize("max_staleness", [1, 2, 4])
-@pytest.mark.parametrize("num_updates", [30, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_updates", [30, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3_000)])])
 def test_under_random_delays_nothing_is_too_old_and_every_row_is_trained_once_an_epoch(
     tmp_path, max_staleness, num_updates
 ) -> None:
