@@ -169,7 +169,8 @@ def test_what_fails_on_another_rank_is_raised_here(monkeypatch) -> None:
     assert exchange.together(lambda: 7) == 7
     with pytest.raises(OSError, match="broken"):
         exchange.together(lambda: (_ for _ in ()).throw(OSError("broken")))
-    monkeypatch.setattr(exchange, "gather_object", lambda own: [*own, exchange._that_travels(RolloutError("no server"))])
+    other = exchange._that_travels(RolloutError("no server"))
+    monkeypatch.setattr(exchange, "gather_object", lambda own: [*own, other])
     with pytest.raises(RolloutError, match="on another rank: no server"):
         exchange.together(lambda: 7)
 
