@@ -52,8 +52,9 @@ class StepPOConfig(PPOConfig):
             Whether episodes that a budget cut are left out of the policy's loss. The critic still learns from them.
         rollout_correction (`str`, *optional*):
             Importance weights of the trainer's probabilities over the sampler's: `"none"`, `"truncate"` (weights are
-            cut at `rollout_correction_cap`) or `"mask"` (what lies beyond it is left out). `None`: `"truncate"` with
-            `max_staleness` or `use_vllm`, else off, since the sampler then has the trainer's weights and numerics.
+            cut at `rollout_correction_cap`) or `"mask"` (what lies beyond it, or below its inverse, is left out).
+            `None`: `"truncate"` with `max_staleness` or `use_vllm`, else off, since the sampler then has the trainer's
+            weights and numerics.
         rollout_correction_level (`str`, *optional*, defaults to `"token"`):
             `"token"`: each token has its own weight. `"step"`: the geometric mean of its step's tokens', as the step
             ratio is; it hardly moves where only a few tokens of a step do, so that its cap belongs near 1.
@@ -131,8 +132,8 @@ class StepPOConfig(PPOConfig):
 
         max_staleness (`int`, *optional*, defaults to `0`):
             How many updates before its own an update's rollout may begin, so that none of its steps is older. 0:
-            rollouts and updates alternate. More: rollouts are played while the trainer updates, by a sampler in a
-            process of its own; this many of them at a time.
+            rollouts and updates alternate. More: rollouts are played while the trainer updates, this many of them at a
+            time, by a sampler in a process of its own, or with `use_vllm` by servers.
         use_rollout_worker (`bool`, *optional*, defaults to `False`):
             Whether the policy is sampled from in a process of its own with `max_staleness=0`, too.
         use_vllm (`bool`, *optional*, defaults to `False`):
