@@ -300,10 +300,7 @@ class VLLMSampler:
 
     async def _check(self, server: _Server) -> None:
         limit_s = self.timeout_s / 2
-        try:
-            await asyncio.wait_for(self._look(server, limit_s), limit_s)
-        except asyncio.TimeoutError:
-            raise ConnectionError(f"it has not said in {limit_s:g} s what it is and what weights it has") from None
+        await _said_in(limit_s, self._look(server, limit_s))
         if server.sending is not None:
             await self._take_sent(server, server.sending, limit_s)
 
@@ -336,7 +333,7 @@ class VLLMSampler:
             return
         server.sending = None
         sending.task.result()
-        if not await asyncio.wait_for(_has(server, sending.weights), limit_s):
+        if not await _said_in(limit_s, _has(server, sending.weights)):
             raise RolloutError(f"it did not take the weights {sending.weights.name}")
         if sending.weights is self._weights:
             server.win()
@@ -608,6 +605,13 @@ class _Server:
 
 
 # -- what a server has, and gets --------------------------------------------------------------------------------------
+
+
+async def _said_in(limit_s: float, question: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await asyncio.wait_for(question, limit_s)
+    except asyncio.TimeoutError:
+        raise ConnectionError(f"it has not said in {limit_s:g} s what it is and what weights it has") from None
 
 
 @dataclass(frozen=True)
