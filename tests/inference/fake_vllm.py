@@ -58,6 +58,7 @@ class FakeVLLM:
         self.may_load.set()
         self.refuses_weights = False
         self.counts_tokens = True
+        self.takes_adapters = True  # while it runs
         self.max_loras: int | None = 2  # at once; `None`: it takes none
         self.most_adapters = 0
         self.num_waiting = 0  # for an answer that does not come
@@ -240,6 +241,12 @@ class FakeVLLM:
     def _load_adapter(self, body: Any) -> Any:
         if self.refuses_weights:
             return JSONResponse({"error": "broken"}, 500)
+        if not self.takes_adapters:
+            return JSONResponse({"detail": "Not Found"}, 404)
+        if body["lora_name"] in self.adapters:
+            return JSONResponse({"error": "has already been loaded"}, 400)
+        if not Path(body["lora_path"]).is_dir():
+            return JSONResponse({"error": f"No adapter found for {body['lora_path']}"}, 404)
         self.adapters[body["lora_name"]] = body["lora_path"]
         self.most_adapters = max(self.most_adapters, len(self.adapters))
         self.loaded.append(body["lora_path"])

@@ -317,6 +317,17 @@ def test_an_adapter_does_not_go_on_another_runs_base(serve, connect, tmp_path):
         sampler.update(weights(tmp_path, 0, is_adapter=True))
 
 
+def test_why_a_server_does_not_take_an_adapter(serve, connect, tmp_path):
+    server = serve()
+    sampler = connect(server, version=None)
+    elsewhere = replace(weights(tmp_path, 0, is_adapter=True), directory="/not/here")
+    with pytest.raises(ConfigurationError, match="finds no adapter at /not/here; set `vllm_weights_dir`"):
+        sampler.update(elsewhere)
+    server.takes_adapters = False
+    with pytest.raises(ConfigurationError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+        connect(server, version=None).update(weights(tmp_path, 1, is_adapter=True))
+
+
 def test_a_server_that_takes_long_to_load_is_waited_for_and_asked_once(serve, connect, tmp_path):
     servers = [serve(), serve()]
     sampler = connect(*servers, timeout_s=2.0)
