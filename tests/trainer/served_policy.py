@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from fake_vllm import FakeVLLM
+from safetensors.torch import load_file
 from tiny import make_model
-from transformers import AutoModelForCausalLM
 
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
@@ -22,7 +22,10 @@ class Policy:
         self.samplers: dict[str | None, LocalSampler] = {}
 
     def load(self, directory: Path | None) -> None:
-        model = make_model(9) if directory is None else AutoModelForCausalLM.from_pretrained(directory)
+        model = make_model(9)
+        if directory is not None:
+            # Not `from_pretrained`, which patches its class for all threads while it loads, and here several load.
+            model.load_state_dict(load_file(directory / "model.safetensors"))
         self.samplers = {None: LocalSampler(model)}
 
     async def respond(
