@@ -16,15 +16,14 @@ def test_none_is_older_than_is_asked_and_each_is_played_once_and_in_time(max_sta
     num_updates, done, played = 60, [0], []
     rng, lock = random.Random(max_staleness), threading.Lock()
 
-    def play(update):
-        began_at = done[0]
+    def play(update, began_at):
         with lock:
             played.append(update)
             pause = rng.random() * 0.01
         time.sleep(pause)
         return update, began_at
 
-    ahead = Ahead(lambda update: partial(play, update), max_staleness)
+    ahead = Ahead(lambda update: partial(play, update, done[0]), max_staleness)  # its own thread may look later
     for update in range(num_updates):
         ahead.begin(update, num_updates)
         of_update, began_at = ahead.take(update)
