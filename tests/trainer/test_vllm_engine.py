@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from vllm_on_ranks import train
 
 from trl_steppo.cli import CONFIGS
-from trl_steppo.errors import ConfigurationError, RolloutError
+from trl_steppo.errors import CheckpointError, ConfigurationError, RolloutError
 from trl_steppo.rollout import episode_file, load_episodes
 from trl_steppo.trainer import engines
 
@@ -200,6 +200,16 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, serve) -> None:
     make_trainer(tmp_path, train_dataset=message_rows(), eval_dataset=message_rows(), **settings).evaluate()
     left = sorted(path.name for path in (tmp_path / "weights").iterdir())
     assert left == ["alive", "of_another_machine", "of_somebody_else"]
+
+
+def test_weights_that_cannot_be_written(tmp_path, serve) -> None:
+    server, file = serve(), tmp_path / "file"
+    file.touch()
+    trainer = make_trainer(
+        tmp_path, use_vllm=True, vllm_server_base_url=server.url, vllm_weights_dir=str(file / "weights")
+    )
+    with pytest.raises(CheckpointError, match=r"the policy could not be written .*set `vllm_weights_dir`"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(
