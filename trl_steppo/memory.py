@@ -331,11 +331,16 @@ def _network(shape: Shape, setting: Setting, parameters: int, name: str) -> _Net
 
 def _sampling(shape: Shape, setting: Setting) -> dict[str, float]:
     """What a rollout needs beside the weights."""
-    compute = 2 if setting.bf16 or setting.weights == "bfloat16" else 4
+    compute = _compute_bytes(setting)
     return {
         "generation cache": float(setting.cache_tokens * shape.layers * 2 * shape.keys * compute),
         "sampling": float(setting.concurrent_episodes * shape.vocabulary * _SAMPLING_BYTES),
     }
+
+
+def _compute_bytes(setting: Setting) -> int:
+    """Bytes of a number that a layer computes."""
+    return 2 if setting.bf16 or setting.weights == "bfloat16" else 4
 
 
 def _frozen_bytes(setting: Setting) -> float:
@@ -360,7 +365,7 @@ def _activations(shape: Shape, setting: Setting) -> float:
     What a backward pass needs, for all tokens of a micro-batch: of each layer, the norms' inputs in float32, the
     inputs and outputs of its linear layers, and queries, keys and values before and after their rotation.
     """
-    compute = 2 if setting.bf16 or setting.weights == "bfloat16" else 4
+    compute = _compute_bytes(setting)
     stream = 4 if setting.weights == "float32" and not setting.runs_in_bf16 else 2
     H, I = shape.hidden, shape.intermediate  # noqa: E741
     layer = (16 + 2 * stream) * H + compute * (2 * H + 3 * shape.queries + 4 * shape.keys + 4 * I)

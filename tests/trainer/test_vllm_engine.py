@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -17,9 +16,8 @@ from safetensors.torch import load_file
 from served_policy import Policy
 from tiny import Endless, distance, hashed, make_trainer, message_rows, weights
 from transformers import TrainerCallback
-from vllm_on_ranks import train
+from vllm_on_ranks import launch, train
 
-from trl_steppo.cli import CONFIGS
 from trl_steppo.errors import CheckpointError, ConfigurationError, RolloutError
 from trl_steppo.rollout import episode_file, load_episodes
 from trl_steppo.trainer import engines
@@ -226,16 +224,8 @@ def test_two_ranks_share_the_servers(tmp_path, serve, engine) -> None:
         "vllm_server_base_url": [server.url for server in (*servers, broken)],
         "rollout_correction": "none",
     }
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launch += ["--config_file", str(CONFIGS / f"{engine}.yaml"), str(Path(__file__).with_name("vllm_on_ranks.py"))]
-    subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "settings.json"), str(tmp_path / "two")],
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=True,
-    )
-    assert distance(weights(one.model), load_file(tmp_path / "two" / "model.safetensors")) < 1e-5
+    trained = launch(tmp_path, engine, settings, timeout_s=280)
+    assert distance(weights(one.model), load_file(trained / "model.safetensors")) < 1e-5
     for server in servers:
         assert len(server.loaded) == UPDATES + 1  # by the first rank alone
         assert server.asked

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -21,10 +20,9 @@ import torch
 from real_vllm import MISSING, PYTHON, RealVLLM
 from tiny import TOKENIZER, Endless, make_config, make_model, message_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
-from vllm_on_ranks import Probe, distance_of, logprobs_of
+from vllm_on_ranks import Probe, distance_of, launch, logprobs_of
 
 from trl_steppo import StepPOTrainer
-from trl_steppo.cli import CONFIGS
 from trl_steppo.inference.base import Sample
 from trl_steppo.rollout import episode_file, load_episodes
 from trl_steppo.types import StopReason, TokenIds
@@ -165,16 +163,8 @@ def test_two_ranks_of_zero3(tmp_path, server) -> None:
     settings = {"model": str(server.model), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     settings |= {"temperature": 1.0, "use_vllm": True, "vllm_server_base_url": server.url}
     settings |= {"vllm_server_timeout": 600.0}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launch += ["--config_file", str(CONFIGS / "zero3_cpu2.yaml"), str(Path(__file__).with_name("vllm_on_ranks.py"))]
-    subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "settings.json"), str(tmp_path / "two")],
-        timeout=1_000,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=True,
-    )
-    first, second = (json.loads((tmp_path / "two" / f"probe-{rank}.json").read_text()) for rank in range(2))
+    trained = launch(tmp_path, "zero3_cpu2", settings, timeout_s=1_000)
+    first, second = (json.loads((trained / f"probe-{rank}.json").read_text()) for rank in range(2))
     assert first["versions"] == [0, 1, 2, 3]
     assert first["token_ids"] == second["token_ids"]
     assert first["logprobs"] == second["logprobs"]
@@ -182,6 +172,6 @@ def test_two_ranks_of_zero3(tmp_path, server) -> None:
     last = Sample(TokenIds(first["token_ids"][-1]), tuple(first["logprobs"][-1]), StopReason.LENGTH, 3)
     moved = {
         directory: distance_of(logprobs_of(AutoModelForCausalLM.from_pretrained(directory), last, 1.0), last)
-        for directory in (server.model, tmp_path / "two")
+        for directory in (server.model, trained)
     }
-    assert moved[tmp_path / "two"] < 1e-3 < moved[server.model]
+    assert moved[trained] < 1e-3 < moved[server.model]

@@ -5,6 +5,8 @@ settings of `make_trainer`. What each rank's probe found is in `probe-RANK.json`
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from tiny import make_classifier, make_trainer, message_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
+from trl_steppo.cli import CONFIGS
 from trl_steppo.inference.base import Sample, SamplingParams
 
 PROMPT = list(range(3, 73))
@@ -69,6 +72,17 @@ def train(directory: Path, settings: dict[str, Any]) -> Any:
     trainer.train()
     trainer.save_model()
     return trainer
+
+
+def launch(directory: Path, engine: str, settings: dict[str, Any], *, timeout_s: float) -> Path:
+    """Run this on two ranks; what they leave is in the directory that this returns."""
+    given, output = directory / "settings.json", directory / "two"
+    given.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(CONFIGS / f"{engine}.yaml"), __file__, str(given), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, timeout=timeout_s, env=environment, check=True)
+    return output
 
 
 def main() -> None:
