@@ -11,7 +11,6 @@ Prints a line for each kill: whom it met, and how many updates were done. Fails 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 import psutil
 import torch
 from fake_vllm import free_port
+from forked import context, fork
 from served_policy import serve
 from tiny import make_trainer, message_rows
 from transformers import TrainerCallback
@@ -30,7 +30,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 BATCH = 8
 UPDATE_S = 0.2  # about
-context = multiprocessing.get_context("fork")
 
 
 class Counts(TrainerCallback):
@@ -72,14 +71,11 @@ class Run:
         self.samplers: set[psutil.Process] = set()
 
     def start_trainer(self) -> None:
-        arguments = (self.directory, self.num_updates, self.engine, self.done)
-        self.trainer = context.Process(target=train, args=arguments)
-        self.trainer.start()
+        self.trainer = fork(train, self.directory, self.num_updates, self.engine, self.done)
 
     def start_server(self) -> None:
         if self.port is not None:
-            self.server = context.Process(target=serve, args=(self.port,))
-            self.server.start()
+            self.server = fork(serve, self.port)
 
     def sampler(self) -> psutil.Process | None:
         """The process that samples now."""

@@ -10,7 +10,6 @@ Prints a line for each kill: where it fell, the update of the newest checkpoint,
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import context, fork
 from tiny import make_trainer, prompt_rows
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -68,12 +68,11 @@ def main(directory: Path, num_updates: int, num_kills: int, seed: int) -> None:
     train(
         directory.with_name("warm"), 1
     )  # what is slow for the first time is not so in the processes forked from here
-    context, generator = multiprocessing.get_context("fork"), random.Random(seed)
+    generator = random.Random(seed)
     for number in range(num_kills):
         target, ordinal = number % len(PHASES), generator.randint(2, 3)
         entered = context.Array("i", len(PHASES), lock=False)
-        child = context.Process(target=train, args=(directory, num_updates, entered))
-        child.start()
+        child = fork(train, directory, num_updates, entered)
         while entered[target] < ordinal and child.is_alive():
             time.sleep(0.0002)
         time.sleep(generator.random() * list(PHASES.values())[target])
@@ -83,8 +82,7 @@ def main(directory: Path, num_updates: int, num_kills: int, seed: int) -> None:
             sys.exit(f"the run ended after {number} of {num_kills} kills")
         newest = get_last_checkpoint(str(directory)) or "-0"
         print("killed", target, newest.rpartition("-")[2], int(any(directory.glob("*.partial"))), flush=True)
-    child = context.Process(target=train, args=(directory, num_updates))
-    child.start()
+    child = fork(train, directory, num_updates)
     child.join()
     sys.exit(child.exitcode)
 
