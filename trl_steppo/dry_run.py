@@ -226,6 +226,7 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         **dict.fromkeys(("vllm_server_base_url", "vllm_weights_dir"), None),
         "use_vllm": False,
         "vllm_server_timeout": 240.0,
+        "vllm_weight_transfer": "files",
         "rollout_correction": StepPOConfig(**own).correction,
     }
     trainer = StepPOTrainer(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
+from gloo_group import GlooGroup
+from safetensors.torch import save_file
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -69,6 +73,8 @@ class FakeVLLM:
         self.num_cancelled = 0
         self.num_starts = 0
         self.loaded: list[str] = []
+        self.backend: str | None = None  # of its weights' transfer
+        self.num_joined = 0  # groups
         self.most_running_in_change = 0
         self.num_running = 0
         self._seen: set[tuple[int, ...]] = set()
@@ -76,6 +82,8 @@ class FakeVLLM:
 
     def start(self) -> FakeVLLM:
         self.version, self.adapters = "default", dict[str, str]()
+        self.group: GlooGroup | None = None
+        self.received: dict[str, torch.Tensor] | None = None  # `None`: it is not about to receive any
         self.num_starts += 1
         self.load(None)
         config = uvicorn.Config(
@@ -105,6 +113,12 @@ class FakeVLLM:
             "POST /collective_rpc": self._reload,
             "POST /reset_prefix_cache": self._reset,
             "POST /update_weight_version": self._name,
+            "GET /get_world_size": lambda body: {"world_size": 1},
+            "POST /init_weight_transfer_engine": self._join,
+            "POST /shutdown_weight_transfer_engine": self._part,
+            "POST /start_weight_update": self._begin,
+            "POST /update_weights": self._receive,
+            "POST /finish_weight_update": self._finish,
             "POST /v1/load_lora_adapter": self._load_adapter,
             "POST /v1/unload_lora_adapter": self._unload_adapter,
         }
@@ -164,6 +178,7 @@ class FakeVLLM:
                 "device_config": {"device": self.device},
                 "parallel_config": {"worker_extension_cls": self.extension},
                 "lora_config": None if self.max_loras is None else {"max_loras": self.max_loras},
+                "weight_transfer_config": None if self.backend is None else {"backend": self.backend},
             }
         }
 
@@ -228,6 +243,47 @@ class FakeVLLM:
         self.load(path)
         self.loaded.append(str(path))
         return {"results": [None]}
+
+    async def _join(self, body: Any) -> Any:
+        given = body["init_info"]
+        place = given["master_address"], given["master_port"], given["world_size"], given["rank_offset"]
+        self.group = await asyncio.to_thread(GlooGroup, *place)
+        self.num_joined += 1
+        return {}
+
+    def _part(self, body: Any) -> Any:
+        if self.received is not None:
+            return JSONResponse({"error": "during a weight update"}, 500)
+        self.group = None
+        return {}
+
+    def _begin(self, body: Any) -> Any:
+        if self.received is not None:
+            return JSONResponse({"error": "already active"}, 500)
+        self.received = {}
+        return {}
+
+    async def _receive(self, body: Any) -> Any:
+        group, info = self.group, body["update_info"]
+        if group is None or self.received is None or self.refuses_weights:
+            return JSONResponse({"error": "not initialized"}, 500)
+        while not self.may_load.is_set():
+            await asyncio.sleep(0.02)
+        for name, dtype, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True):
+            self.received[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+            await asyncio.to_thread(group.broadcast, self.received[name])
+        return {}
+
+    def _finish(self, body: Any) -> Any:
+        if self.received is None:
+            return JSONResponse({"error": "not active"}, 500)
+        state, self.received = self.received, None
+        self.most_running_in_change = max(self.most_running_in_change, self.num_running)
+        with tempfile.TemporaryDirectory() as directory:
+            save_file(state, Path(directory, "model.safetensors"))
+            self.load(Path(directory))
+        self.loaded.append("received")
+        return {}
 
     def _reset(self, body: Any) -> Any:
         if not self.num_running:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
 PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 MISSING = f"there is no vLLM at {PYTHON}: `make install-vllm`"
 _STARTS_S = 900.0  # on a machine that does other things
@@ -26,10 +27,12 @@ class RealVLLM:
             What it begins with.
         log (`Path`):
             Where its output goes.
+        takes_sent (`bool`, *optional*, defaults to `False`):
+            Whether it is to be sent weights, over gloo.
     """
 
-    def __init__(self, model: Path, log: Path) -> None:
-        self.model, self.log = model, log
+    def __init__(self, model: Path, log: Path, *, takes_sent: bool = False) -> None:
+        self.model, self.log, self.takes_sent = model, log, takes_sent
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -42,10 +45,14 @@ class RealVLLM:
         command += ["--max-model-len", "1024", "--block-size", "32", "--logprobs-mode", "processed_logprobs"]
         command += ["--enable-scale-out", "--enable-prompt-tokens-details", "--enable-lora", "--max-lora-rank", "8"]
         command += ["--max-loras", "2"]
-        command += ["--worker-extension-cls", "trl_steppo.inference.vllm_worker.PacksOutputLayer"]
+        if self.takes_sent:
+            command += ["--worker-extension-cls", "vllm_over_gloo.Worker"]
+            command += ["--weight-transfer-config", '{"backend": "nccl"}']
+        else:
+            command += ["--worker-extension-cls", "trl_steppo.inference.vllm_worker.PacksOutputLayer"]
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))},
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS / "trainer", TESTS / "inference"))),
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",

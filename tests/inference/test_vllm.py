@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_vllm import FakeVLLM
+from gloo_group import GlooGroup
+from safetensors.torch import load_file
 
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.inference.vllm import VLLMSampler, Weights
+from trl_steppo.inference.vllm import VLLMSampler
+from trl_steppo.inference.vllm_server import Weights
+from trl_steppo.inference.vllm_transfer import nccl_join
 from trl_steppo.types import StopReason
 
 SAMPLED = SamplingParams(max_new_tokens=4, seed=7)
@@ -244,7 +250,7 @@ def test_a_slow_engine_is_not_given_up_and_who_waits_is_told_for_what(serve, con
 def test_a_server_that_tells_nothing_of_its_weights_is_done_without(serve, connect):
     servers = [serve(), serve()]
     servers[1].silent.add("/weight_info")
-    sampler = connect(*servers, silent_s=0.5)
+    sampler = connect(*servers, silent_s=0.5, timeout_s=20.0)
     assert [sample.policy_version for sample in ask(sampler, 2)] == [0, 0]
     assert len(servers[0].asked) == 2
     servers[1].silent.clear()
@@ -552,3 +558,107 @@ def test_who_waits_is_told_of_the_end(serve, connect):
         ask(sampler, 1)
     with pytest.raises(RolloutError, match="was closed"):
         ask(sampler, 1)
+
+
+# -- weights that are sent, not read ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sent(serve, connect) -> Callable[..., tuple[VLLMSampler, list[dict[str, torch.Tensor]], list[FakeVLLM]]]:
+    """A sampler whose servers are sent weights, what each load of a server's was, and the servers."""
+
+    def start(num_servers: int = 1, **kwargs: Any) -> tuple[VLLMSampler, list[Any], list[FakeVLLM]]:
+        loads: list[dict[str, torch.Tensor]] = []
+
+        def load(directory: Path | None) -> None:
+            if directory is not None:
+                loads.append(load_file(directory / "model.safetensors"))
+
+        servers = [serve(load=load) for _ in range(num_servers)]
+        for server in servers:
+            server.backend = "nccl"
+        return connect(*servers, version=None, join=GlooGroup, **kwargs), loads, servers
+
+    return start
+
+
+def whole(version: int) -> Weights:
+    tensors = {"a.weight": torch.full((2, 3), version, dtype=torch.bfloat16), "b": torch.arange(4.0) + version}
+    return Weights(f"run-{version}", version, tensors=tensors)
+
+
+def same(a: dict[str, torch.Tensor], b: Weights) -> bool:
+    assert b.tensors is not None
+    return set(a) == set(b.tensors) and all(torch.equal(a[name], b.tensors[name]) for name in a)
+
+
+def test_weights_are_sent_from_here_in_one_group_for_each_server(sent):
+    sampler, loads, servers = sent(2)
+    for version in range(3):
+        sampler.hold()
+        sampler.update(whole(version))
+        assert [sample.policy_version for sample in ask(sampler, 2)] == [version] * 2
+        assert len(loads) == 2 * version + 2
+        assert all(same(load, whole(version)) for load in loads[-2:])
+    sampler.close()
+    for server in servers:
+        assert server.num_joined == 1
+        assert server.group is None
+
+
+def test_a_server_that_was_started_again_is_sent_them_again(sent):
+    sampler, loads, (server,) = sent()
+    sampler.update(whole(4))
+    server.kill()
+    server.start()
+    assert ask(sampler, 1)[0].policy_version == 4
+    assert server.num_joined == 2
+    assert len(loads) == 2
+    assert same(loads[1], whole(4))
+
+
+def test_a_server_that_dies_while_it_is_sent_weights_holds_up_no_other(sent):
+    sampler, loads, servers = sent(2)
+    sampler.update(whole(0))
+    servers[0].may_load.clear()
+    killed = later(0.3, servers[0].kill)
+    sampler.hold()
+    sampler.update(whole(1))
+    assert [sample.policy_version for sample in ask(sampler, 2)] == [1, 1]
+    killed.join()
+    servers[0].may_load.set()
+    servers[0].start()
+    until(lambda: len(loads) == 4)
+    assert same(loads[-1], whole(1))
+
+
+def test_a_server_whose_trainer_was_killed_in_mid_transfer_takes_weights(sent):
+    sampler, loads, (server,) = sent()
+    server.received = {"half": torch.zeros(1)}
+    sampler.update(whole(0))
+    assert same(loads[-1], whole(0))
+
+
+def test_a_transfer_that_fails_is_told_and_tried_again(sent):
+    sampler, loads, (server,) = sent(timeout_s=2.0)
+    server.refuses_weights = True
+    with pytest.raises(RolloutError, match=r"POST /update_weights was answered with 500: .*not initialized"):
+        sampler.update(whole(0))
+    server.refuses_weights = False
+    sampler.update(whole(1))
+    assert same(loads[-1], whole(1))
+    assert server.num_joined > 1
+
+
+def test_where_weights_cannot_be_sent(sent, monkeypatch):
+    sampler, _, (server,) = sent()
+    server.backend = "ipc"
+    with pytest.raises(
+        ConfigurationError, match=r"its backend for them is ipc\); start it with `--weight-transfer-con"
+    ):
+        sampler.update(whole(0))
+    with pytest.raises(ConfigurationError, match="the policy trains on cpu; set it to 'files'"):
+        nccl_join(torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigurationError, match="vLLM is not installed where the trainer runs"):
+        nccl_join(torch.device("cuda", 0))

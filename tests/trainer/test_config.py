@@ -228,8 +228,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
             "vllm_server_base_url": "http://localhost:9",
             "vllm_server_timeout": 9.0,
             "vllm_weights_dir": "a",
+            "vllm_weight_transfer": "nccl",
         }.items()
     ),
+    (
+        {"use_vllm": True, "vllm_weight_transfer": "nccl", "vllm_weights_dir": "a"},
+        ("vllm_weight_transfer", "vllm_weights_dir"),
+    ),
+    ({"use_vllm": True, "vllm_weight_transfer": "rdma"}, ("vllm_weight_transfer", "rdma")),
     *(
         ({"use_vllm": True, name: value}, (name, "use_vllm"))
         for name, value in {
@@ -355,6 +361,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # settings without which others raise
     "rollout_correction_cap": {"rollout_correction": "truncate"},
     "rollout_correction_level": {"rollout_correction": "truncate"},
     **{name: {"use_vllm": True} for name in ("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir")},
+    "vllm_weight_transfer": {"use_vllm": True},
 }
 PARSED = [*ADDED, *CHANGED, "num_mini_batches", "whiten_rewards", "stop_token", "learning_rate"]
 
@@ -397,7 +404,12 @@ def test_command_line(tmp_path, name):
 def test_yaml(tmp_path):
     """All that go together, in one file; the help of every flag can be formatted."""
     apart = ("advantage_estimator", "num_generations", "replay_episodes_dir", "use_rollout_worker")
-    apart += ("rollout_cache_tokens", "top_p", "top_k")  # without effect on vLLM servers
+    apart += (
+        "rollout_cache_tokens",
+        "top_p",
+        "top_k",
+        "vllm_weights_dir",
+    )  # without effect on servers that are sent weights
     settings = {name: other_value(name) for name in PARSED if name not in apart}
     settings |= {"per_device_train_batch_size": 8, "use_cpu": True, "max_prompt_length": 10, "max_episode_tokens": 99}
     settings["num_generations"] = 2

@@ -429,7 +429,8 @@ OWN_TESTS = {
     *("replay_episodes_dir", "max_failed_updates", "seed", "max_tool_calls"),  # below
     "max_concurrent_tool_calls",  # below
     *("max_staleness", "use_rollout_worker"),  # test_engines.py
-    *("use_vllm", "vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir"),  # test_vllm_engine.py
+    *("use_vllm", "vllm_server_base_url", "vllm_server_timeout"),  # test_vllm_engine.py
+    *("vllm_weights_dir", "vllm_weight_transfer"),  # there, too
     *("model_adapter_name", "ref_adapter_name", "critic_shares_base"),  # test_adapters.py
 }
 WITHOUT_EFFECT = {

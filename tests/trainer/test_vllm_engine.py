@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_vllm import FakeVLLM
+from gloo_group import GlooGroup
 from safetensors.torch import load_file
 from served_policy import Policy
-from tiny import Endless, distance, hashed, make_trainer, message_rows, weights
+from tiny import Endless, distance, hashed, make_model, make_trainer, message_rows, weights
 from transformers import TrainerCallback
 from vllm_on_ranks import launch, train
 
@@ -37,6 +39,7 @@ def serve() -> Iterator[Callable[[], FakeVLLM]]:
     def start() -> FakeVLLM:
         policy = Policy()
         servers.append(FakeVLLM(policy.respond, policy.load, max_model_len=4096))
+        servers[-1].backend = "nccl"
         return servers[-1]
 
     yield start
@@ -52,7 +55,13 @@ def played(directory: Path, updates: int = UPDATES) -> list[list[Any]]:
     return [load_episodes(episode_file(directory / "episodes", update, 0)) for update in range(updates)]
 
 
-def test_servers_train_what_the_policy_itself_does(tmp_path, serve) -> None:
+def send_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "nccl_join", lambda device: GlooGroup)
+
+
+@pytest.mark.parametrize("transfer", ["files", "nccl"])
+def test_servers_train_what_the_policy_itself_does(tmp_path, serve, monkeypatch, transfer) -> None:
+    send_over_gloo(monkeypatch)
     servers = [serve(), serve()]
     inside = train(tmp_path / "inside", SETTINGS)
     outside = train(
@@ -61,8 +70,9 @@ def test_servers_train_what_the_policy_itself_does(tmp_path, serve) -> None:
         | {
             "use_vllm": True,
             "vllm_server_base_url": [server.url for server in servers],
-            "vllm_weights_dir": str(tmp_path / "weights"),
             "rollout_correction": "none",
+            **({"vllm_weights_dir": str(tmp_path / "weights")} if transfer == "files" else {}),
+            "vllm_weight_transfer": transfer,
         },
     )
     assert distance(weights(inside.model), weights(outside.model)) < 1e-5
@@ -71,9 +81,10 @@ def test_servers_train_what_the_policy_itself_does(tmp_path, serve) -> None:
         assert [s.policy_version for e in a for s in e.steps] == [s.policy_version for e in b for s in e.steps]
     for server in servers:
         assert len(server.loaded) == UPDATES + 1  # the last for whoever evaluates at the end
-        assert all(Path(path).parents[1] == tmp_path / "weights" for path in server.loaded)
+        where = {"received"} if transfer == "nccl" else {str(tmp_path / "weights")}
+        assert {path if path == "received" else str(Path(path).parents[1]) for path in server.loaded} == where
         assert server.asked
-    assert list((tmp_path / "weights").iterdir()) == []
+    assert not list(tmp_path.glob("**/*weights/*"))
     for name in ("perf/sampled_tokens", "rollout/prompt_tokens", "env/reward"):
         assert [logs[name] for logs in logs_of(inside)] == pytest.approx([logs[name] for logs in logs_of(outside)])
 
@@ -108,10 +119,14 @@ class Restart(TrainerCallback):
             threading.Timer(0.1, lambda: (self.server.kill(), self.server.start())).start()
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
-def test_a_server_that_is_started_again_in_mid_run_costs_no_row(tmp_path, serve, max_staleness) -> None:
+@pytest.mark.parametrize(("max_staleness", "transfer"), [(0, "files"), (1, "files"), (0, "nccl"), (1, "nccl")])
+def test_a_server_that_is_started_again_in_mid_run_costs_no_row(
+    tmp_path, serve, monkeypatch, max_staleness, transfer
+) -> None:
+    send_over_gloo(monkeypatch)
     server = serve()
     settings = {"use_vllm": True, "vllm_server_base_url": server.url, "max_staleness": max_staleness}
+    settings["vllm_weight_transfer"] = transfer
     restart = Restart(server)
     trainer = train(tmp_path, SETTINGS | settings | {"callbacks": [restart]})
     assert server.num_starts == 2
@@ -139,6 +154,28 @@ def test_an_adapter_alone_is_sent(tmp_path, serve) -> None:
 
     with pytest.raises(ConfigurationError, match=r"`use_vllm` .* use_dora=True"):
         make_trainer(tmp_path, use_vllm=True, peft_config=peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ConfigurationError, match="'nccl' sends whole weights"):
+        make_trainer(tmp_path, use_vllm=True, vllm_weight_transfer="nccl", **adapter)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_what_is_sent_is_what_a_checkpoint_has(tmp_path, monkeypatch, is_tied) -> None:
+    send_over_gloo(monkeypatch)
+    model = make_model(tie_word_embeddings=is_tied)
+    model.save_pretrained(tmp_path)
+    trainer = make_trainer(tmp_path, model=model, use_vllm=True, vllm_weight_transfer="nccl")
+    sent, saved = trainer.engine.snapshot("run-0", 0), load_file(tmp_path / "model.safetensors")
+    assert sent.is_tied is is_tied
+    assert set(sent.tensors) == set(saved)
+    assert all(torch.equal(sent.tensors[name], saved[name]) for name in saved)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)  # as the next update does while servers may still ask for these
+    assert all(torch.equal(sent.tensors[name], saved[name]) for name in saved)
+
+
+def test_without_a_gpu_nothing_is_sent_over_nccl(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match="the policy trains on cpu; set it to 'files'"):
+        make_trainer(tmp_path, use_vllm=True, vllm_weight_transfer="nccl")
 
 
 def test_an_agent_is_served_by_them(tmp_path, serve) -> None:
@@ -210,10 +247,11 @@ def test_weights_that_cannot_be_written(tmp_path, serve) -> None:
         trainer.train()
 
 
+@pytest.mark.parametrize("transfer", ["files", "nccl"])
 @pytest.mark.parametrize(
     "engine", [pytest.param("ddp_cpu2", id="ddp"), pytest.param("zero3_cpu2", id="zero3", marks=pytest.mark.slow)]
 )
-def test_two_ranks_share_the_servers(tmp_path, serve, engine) -> None:
+def test_two_ranks_share_the_servers(tmp_path, serve, engine, transfer) -> None:
     servers, broken = [serve(), serve()], serve()
     broken.refuses_weights = True
     one = train(tmp_path / "one", SETTINGS)
@@ -223,6 +261,7 @@ def test_two_ranks_share_the_servers(tmp_path, serve, engine) -> None:
         "use_vllm": True,
         "vllm_server_base_url": [server.url for server in (*servers, broken)],
         "rollout_correction": "none",
+        "vllm_weight_transfer": transfer,
     }
     trained = launch(tmp_path, engine, settings, timeout_s=280)
     assert distance(weights(one.model), load_file(trained / "model.safetensors")) < 1e-5

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from gloo_group import GlooGroup
 from real_vllm import MISSING, PYTHON, RealVLLM
 from tiny import TOKENIZER, Endless, make_config, make_model, message_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
@@ -25,6 +26,7 @@ from vllm_on_ranks import Probe, distance_of, launch, logprobs_of
 from trl_steppo import StepPOTrainer
 from trl_steppo.inference.base import Sample
 from trl_steppo.rollout import episode_file, load_episodes
+from trl_steppo.trainer import engines
 from trl_steppo.types import StopReason, TokenIds
 
 pytestmark = [
@@ -132,7 +134,7 @@ def check(trainer: Any, directory: Path, probe: ProbeOfOld, updates: int) -> Non
     if trainer.args.max_staleness:  # some updates sample nothing, others for two
         assert 0.2 < max(hit_rates) < 1
         return
-    assert min(hit_rates) > 0.2
+    assert sorted(hit_rates)[1] > 0.2  # one update may have had a server that was new
     assert max(hit_rates) < 1
     assert all(abs(entry["rollout/mismatch_kl"]) < 1e-4 for entry in logs)
 
@@ -145,6 +147,21 @@ def test_short(tmp_path, server) -> None:
     for name, peft_config in (("adapter", adapter), ("whole", None)):
         directory, probe = tmp_path / name, ProbeOfOld()
         check(train(directory, server, [probe], max_steps=3, peft_config=peft_config), directory, probe, 3)
+
+
+def test_weights_that_are_sent(tmp_path, monkeypatch) -> None:
+    """Over gloo: there is no GPU. The server is killed, too, so that it has to be joined again."""
+    monkeypatch.setattr(engines, "nccl_join", lambda device: GlooGroup)
+    model = make_model(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    server = RealVLLM(save(tmp_path / "untied", model, TOKENIZER), tmp_path / "vllm.log", takes_sent=True).start()
+    try:
+        server.wait()
+        probe = ProbeOfOld()
+        callbacks = [probe, Restart(server, update=2)]
+        check(train(tmp_path, server, callbacks, max_steps=4, vllm_weight_transfer="nccl"), tmp_path, probe, 4)
+    finally:
+        server.kill()
+    assert not (tmp_path / "vllm_weights").exists()
 
 
 @pytest.mark.parametrize("server", ["smollm2"], indirect=True)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gloo_group import GlooGroup
 from tiny import make_classifier, make_trainer, message_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from trl_steppo.cli import CONFIGS
 from trl_steppo.inference.base import Sample, SamplingParams
+from trl_steppo.trainer import engines
 
 PROMPT = list(range(3, 73))
 
@@ -81,12 +83,14 @@ def launch(directory: Path, engine: str, settings: dict[str, Any], *, timeout_s:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(CONFIGS / f"{engine}.yaml"), __file__, str(given), str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "inference")
     subprocess.run(command, timeout=timeout_s, env=environment, check=True)
     return output
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    engines.nccl_join = lambda device: GlooGroup  # there is no NCCL here
     settings, directory = {**json.loads(Path(sys.argv[1]).read_text()), "ddp_backend": "gloo"}, Path(sys.argv[2])
     probe = Probe()
     if "model" in settings:

@@ -13,7 +13,6 @@ so that none is taken which came from others, such as those that a server begins
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import threading
@@ -22,61 +21,23 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from ..calls import CallTimeoutError, within
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..types import StopReason, TokenIds
 from .base import Sample, SamplingParams, check_request
-
-if TYPE_CHECKING:
-    import aiohttp
+from .vllm_server import FIRST_VERSION, Answered, Sending, Server, Weights
+from .vllm_transfer import Join
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_GENERATE = "/inference/v1/generate"  # token ids in and out, with the name of the weights
-_LEAST = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
-_AT_ONCE = ("/health", "/metrics")  # answered without the engine
-_EXTENSION = "trl_steppo.inference.vllm_worker.PacksOutputLayer"
-# What changes while an engine computes; of a long prompt the cache fills before the first token is counted.
-_PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
-_FIRST_VERSION = "default"  # as a server names the weights that it was started with
 _ATTEMPTS = 5  # of one request: one that breaks every server must not break them for ever
 _RETRY_S = 0.2  # between two looks at a server that is not ready
 _CONNECT_S = 5.0
 _KEPT_S = 2.0  # an idle connection; vLLM closes them after 5 s, and a request may cross that
-
-
-@dataclass(frozen=True)
-class Weights:
-    """
-    What servers sample from.
-
-    Args:
-        name (`str`):
-            That no other weights have: a run's, a hyphen, the version.
-        version (`int`):
-            Updates applied to them.
-        directory (`str`):
-            Where servers read them: a checkpoint, or a LoRA adapter.
-        is_adapter (`bool`, *optional*, defaults to `False`):
-            Whether they are an adapter on the weights that a server was started with.
-        is_tied (`bool`, *optional*, defaults to `False`):
-            Whether the output layer's are the embeddings'.
-    """
-
-    name: str
-    version: int
-    directory: str
-    is_adapter: bool = False
-    is_tied: bool = False
-
-    @property
-    def run(self) -> str:
-        """Whose they are."""
-        return self.name.rpartition("-")[0]
 
 
 class VLLMSampler:
@@ -104,6 +65,9 @@ class VLLMSampler:
         retry_s (`float`, *optional*, defaults to `0.2`):
             Before a request that was answered with an error is asked again; five times as long before the next time,
             and so on.
+        join (`Callable`, *optional*):
+            Makes a group of this process and a server's, in which whole weights are sent ([`NCCLGroup`]). `None`:
+            servers read them in a directory.
 
     Raises:
         ConfigurationError: From the first `update`, if a server lacks an option; from `sample`, if prompt and response
@@ -123,6 +87,7 @@ class VLLMSampler:
         silent_s: float = 20.0,
         poll_s: float = 1.0,
         retry_s: float = _RETRY_S,
+        join: Join | None = None,
     ) -> None:
         try:
             import aiohttp  # noqa: F401
@@ -140,8 +105,8 @@ class VLLMSampler:
         self.prefilled_tokens = 0
         self.forward_s = 0.0  # seconds in which servers had something to do
         self.num_retries = 0  # requests that were asked again
-        self._servers = [_Server(url.rstrip("/"), silent_s) for url in urls]
-        self._homes: dict[str, _Server] = {}
+        self._servers = [Server(url.rstrip("/"), silent_s, join) for url in urls]
+        self._homes: dict[str, Server] = {}
         self._weights: Weights | None = None
         self._weights_before: Weights | None = None
         self._is_held = False
@@ -248,9 +213,10 @@ class VLLMSampler:
         if rest:
             await asyncio.wait(rest, timeout=_CONNECT_S)
         weights = self._weights
-        if self.sends_weights and weights is not None and weights.is_adapter:
-            forgotten = (asyncio.wait_for(_unload_adapters(server, weights.run), self.silent_s) for server in ready)
-            await asyncio.gather(*forgotten, return_exceptions=True)
+        if self.sends_weights and weights is not None:
+            parting = (asyncio.wait_for(server.part(weights), self.silent_s) for server in ready)
+            await asyncio.gather(*parting, return_exceptions=True)
+        await asyncio.gather(*(server.close(self.silent_s) for server in self._servers))
         await self._session.close()
 
     async def _hold(self) -> None:
@@ -283,7 +249,7 @@ class VLLMSampler:
             self._is_held = False
             self._tell()
 
-    async def _keep(self, server: _Server) -> None:
+    async def _keep(self, server: Server) -> None:
         """For as long as this is open: have a server ready again as soon as it can be."""
         while self._failure is None:
             trouble = server.trouble
@@ -298,13 +264,13 @@ class VLLMSampler:
                 await asyncio.wait_for(server.doubted.wait(), self.poll_s if server.is_ready else _RETRY_S)
             server.doubted.clear()
 
-    async def _check(self, server: _Server) -> None:
+    async def _check(self, server: Server) -> None:
         limit_s = self.timeout_s / 2
         await _said_in(limit_s, self._look(server, limit_s))
         if server.sending is not None:
             await self._take_sent(server, server.sending, limit_s)
 
-    async def _look(self, server: _Server, limit_s: float) -> None:
+    async def _look(self, server: Server, limit_s: float) -> None:
         """See how it is; begin to send it weights that it has not."""
         await server.ask("GET", "/health")
         if server.num_running:  # else there is nothing that it could be stuck with
@@ -315,8 +281,8 @@ class VLLMSampler:
         if server.is_ready and (server.num_running or not self.sends_weights):  # else others may rely on it
             return
         if server.options is None:
-            server.options = await _check_options(server)
-        if await _has(server, weights):
+            await server.check_options()
+        if await server.has(weights):
             if weights is self._weights:
                 server.win()
         elif self.sends_weights:
@@ -325,7 +291,7 @@ class VLLMSampler:
         else:
             server.trouble = RolloutError(f"it does not have the weights {weights.name}, which another rank sends")
 
-    async def _take_sent(self, server: _Server, sending: _Sending, limit_s: float) -> None:
+    async def _take_sent(self, server: Server, sending: Sending, limit_s: float) -> None:
         """A server goes on loading when nobody waits any more; so what is begun is waited for, in trouble or not."""
         left_s = sending.since + limit_s - time.monotonic()
         if not (await asyncio.wait({sending.task}, timeout=max(left_s, _RETRY_S)))[0]:
@@ -333,54 +299,54 @@ class VLLMSampler:
             return
         server.sending = None
         sending.task.result()
-        if not await _said_in(limit_s, _has(server, sending.weights)):
+        if not await _said_in(limit_s, server.has(sending.weights)):
             raise RolloutError(f"it did not take the weights {sending.weights.name}")
         if sending.weights is self._weights:
             server.win()
 
     async def _sample(self, prompt_ids: list[int], params: SamplingParams, episode_id: str) -> Sample:
         trouble: Exception | None = None
-        failed: list[_Server] = []
+        failed: list[Server] = []
         for attempt in range(_ATTEMPTS):
             self.num_retries += attempt > 0
-            if isinstance(trouble, _Answered):  # at once, and so may the next one be
+            if isinstance(trouble, Answered):  # at once, and so may the next one be
                 await asyncio.sleep(self.retry_s * 5 ** (attempt - 1))
             server = await self._place(episode_id, failed)
             weights = self._weights
             assert weights is not None
-            _check_length(len(prompt_ids), params, server)
+            server.check_length(len(prompt_ids), params)
             try:
                 with self._counted(server, weights):
                     answer = await server.generate(prompt_ids, params, weights)
                 return self._take(answer, params, weights)
-            except (_Answered, OSError) as error:
-                if isinstance(error, _Answered) and error.status == 400:
+            except (Answered, OSError) as error:
+                if isinstance(error, Answered) and error.status == 400:
                     raise DataError(f"vLLM at {server.url}: {error}") from None
                 trouble = error
                 failed.append(server)
                 server.doubt()
-        is_of_prompt = isinstance(trouble, _Answered) and trouble.status >= 500 and await self._answers(server)
+        is_of_prompt = isinstance(trouble, Answered) and trouble.status >= 500 and await self._answers(server)
         raise (DataError if is_of_prompt else RolloutError)(
             f"a response was given up after {_ATTEMPTS} attempts; vLLM at {server.url}: {trouble}"
         )
 
-    async def _answers(self, server: _Server) -> bool:
+    async def _answers(self, server: Server) -> bool:
         """Whether it continues a prompt that can break nothing."""
-        with suppress(_Answered, OSError, asyncio.TimeoutError):
-            await asyncio.wait_for(server.ask("POST", _GENERATE, _LEAST), self.timeout_s / 2)
+        with suppress(Answered, OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(server.try_out(), self.timeout_s / 2)
             return True
         return False
 
     def _take(self, answer: Any, params: SamplingParams, weights: Weights) -> Sample:
         choice = answer["choices"][0]
         versions = {span["version"] for span in choice.get("weight_versions") or ()}
-        expected = _FIRST_VERSION if weights.is_adapter else weights.name  # an adapter's own name was asked for
+        expected = FIRST_VERSION if weights.is_adapter else weights.name  # an adapter's own name was asked for
         if versions != {expected}:
-            raise _Answered(200, f"a response from the weights {sorted(versions)} instead of {expected}")
+            raise Answered(200, f"a response from the weights {sorted(versions)} instead of {expected}")
         token_ids, usage = choice["token_ids"], answer["usage"]
         is_stopped = bool(token_ids) and token_ids[-1] in params.stop_token_ids
         if not is_stopped and len(token_ids) != params.max_new_tokens:
-            raise _Answered(200, f"a response that ended with {choice.get('finish_reason')!r}")
+            raise Answered(200, f"a response that ended with {choice.get('finish_reason')!r}")
         details = usage.get("prompt_tokens_details")
         self.sampled_tokens += len(token_ids)
         self.prefilled_tokens += usage["prompt_tokens"]
@@ -394,7 +360,7 @@ class VLLMSampler:
             weights.version,
         )
 
-    async def _place(self, episode_id: str, failed: Sequence[_Server]) -> _Server:
+    async def _place(self, episode_id: str, failed: Sequence[Server]) -> Server:
         """
         A server that is ready: the episode's own, for as long as it is in no trouble and has not `failed` twice, or
         the one with the fewest episodes and requests.
@@ -422,7 +388,7 @@ class VLLMSampler:
         return any(server.is_ready for server in self._servers)
 
     @contextmanager
-    def _counted(self, server: _Server, weights: Weights) -> Iterator[None]:
+    def _counted(self, server: Server, weights: Weights) -> Iterator[None]:
         """Around a request that the server has begun."""
         if not self._running:
             self._busy_since = time.perf_counter()
@@ -476,273 +442,11 @@ class VLLMSampler:
         self._changed = asyncio.Event()
 
 
-class _Answered(Exception):  # noqa: N818  (an answer is not always an error)
-    """A server answered, but not what it was asked for."""
-
-    def __init__(self, status: int, what: str) -> None:
-        super().__init__(what)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class _Sending:
-    """Weights on their way to a server."""
-
-    weights: Weights
-    task: asyncio.Task[None]
-    since: float
-
-
-class _Server:
-    """One server, and what is known of it. Lives in the sampler's loop."""
-
-    def __init__(self, url: str, silent_s: float) -> None:
-        self.url = url
-        self.is_ready = False
-        self.trouble: Exception | None = None  # why it could not be made ready when that was tried last
-        self.options: _Options | None = None  # unknown until they were checked
-        self.num_running = 0
-        self.sending: _Sending | None = None
-        self._silent_s = silent_s
-        self._progress = ""  # of its engine when that was asked last, as it says it
-        self._progress_at = 0.0
-
-    def open(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
-        self.doubted = asyncio.Event()
-        self._lost = asyncio.get_running_loop().create_future()
-        self.lose(None)
-
-    def doubt(self) -> None:
-        """Have it checked before it is asked again."""
-        self.is_ready = False
-        self.doubted.set()
-
-    def begin(self) -> None:
-        """It has one more request."""
-        if not self.num_running:
-            self._progress_at = time.monotonic()
-        self.num_running += 1
-
-    async def check_progress(self, limit_s: float) -> None:
-        """Raise if its engine has computed nothing for so long: its health is good for as long as nothing crashes."""
-        progress = await _progress(self)
-        if progress != self._progress:
-            self._progress, self._progress_at = progress, time.monotonic()
-        elif time.monotonic() - self._progress_at > limit_s:
-            raise ConnectionError(
-                f"it has computed no token for {limit_s:g} s, although it has {self.num_running} requests"
-            )
-
-    def send(self, weights: Weights, before: Weights | None) -> None:
-        """Begin to have it read these weights."""
-        sent = _send_adapter(self, weights, before) if weights.is_adapter else _send(self, weights)
-        self.sending = _Sending(weights, asyncio.ensure_future(sent), time.monotonic())
-
-    def win(self) -> None:
-        self.is_ready, self.trouble = True, None
-
-    def lose(self, trouble: Exception | None) -> None:
-        """It may be gone, and with it all that it knew; whoever waits for it need not."""
-        self.is_ready, self.trouble, self.options = False, trouble, None
-        if self.sending is not None:
-            self.sending.task.cancel()
-            self.sending = None
-        self._lost.set_result(None)
-        self._lost = asyncio.get_running_loop().create_future()
-
-    async def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """
-        What it answers: the content of its JSON, or its text. What it says without its engine is there at once, or it
-        hangs; what that has to do takes as long as whoever asks waits.
-
-        Raises:
-            OSError: It cannot be reached.
-            _Answered: It refuses.
-        """
-        import aiohttp
-
-        async def exchange() -> tuple[int, str]:
-            async with self._session.request(method, self.url + path, json=body) as response:
-                return response.status, await response.text()
-
-        try:
-            status, text = await asyncio.wait_for(exchange(), self._silent_s if path in _AT_ONCE else None)
-        except aiohttp.ClientError as error:  # first: some are timeouts, too
-            raise ConnectionError(f"{method} {path}: {error}" if str(error) else f"{method} {path} failed") from None
-        except asyncio.TimeoutError:
-            raise ConnectionError(f"no answer to {method} {path} for {self._silent_s:g} s") from None
-        if status >= 400:
-            raise _Answered(status, f"{method} {path} was answered with {status}: {text[:2000].strip()}")
-        with suppress(json.JSONDecodeError):
-            return json.loads(text)
-        return text
-
-    async def generate(self, prompt_ids: list[int], params: SamplingParams, weights: Weights) -> Any:
-        """One response, for as long as the server is not given up."""
-        body = {
-            "model": weights.name if weights.is_adapter else None,
-            "token_ids": prompt_ids,
-            "sampling_params": {
-                "max_tokens": params.max_new_tokens,
-                "temperature": params.temperature,
-                "seed": params.seed,
-                "stop_token_ids": list(params.stop_token_ids),
-                "ignore_eos": True,
-                "logprobs": 0,  # those of the sampled tokens alone
-                "detokenize": False,
-            },
-        }
-        lost = self._lost
-        answer = asyncio.ensure_future(self.ask("POST", _GENERATE, body))
-        try:
-            await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                raise ConnectionError("it was given up")
-            return answer.result()
-        finally:
-            answer.cancel()
-
-
-# -- what a server has, and gets --------------------------------------------------------------------------------------
-
-
 async def _said_in(limit_s: float, question: Coroutine[Any, Any, T]) -> T:
     try:
-        return await asyncio.wait_for(question, limit_s)
-    except asyncio.TimeoutError:
+        return await within(question, limit_s, "the question")
+    except CallTimeoutError:
         raise ConnectionError(f"it has not said in {limit_s:g} s what it is and what weights it has") from None
-
-
-@dataclass(frozen=True)
-class _Options:
-    max_tokens: int  # of prompt and response
-    is_on_cpu: bool
-    extension: str  # of its workers
-    max_adapters: int  # in one batch; 0 if it takes none
-
-
-async def _check_options(server: _Server) -> _Options:
-    """How a server was started; raises where that lacks what sampling needs."""
-    try:
-        info = await server.ask("GET", "/server_info?config_format=json")
-        await server.ask("GET", "/weight_info")
-    except _Answered as error:
-        if error.status != 404:
-            raise
-        raise ConfigurationError(
-            f"the server at {server.url} has no endpoints that take weights; start vLLM 0.32 or newer with "
-            "VLLM_SERVER_DEV_MODE=1 in its environment"
-        ) from None
-    try:
-        await server.ask("POST", _GENERATE, _LEAST)
-    except _Answered as error:
-        if error.status not in (403, 404):
-            raise
-        raise ConfigurationError(
-            f"the server at {server.url} takes no token ids ({_GENERATE}); start it with `--enable-scale-out`"
-        ) from None
-    config = info["vllm_config"]
-    model = config["model_config"]
-    if model["logprobs_mode"] != "processed_logprobs":
-        raise ConfigurationError(
-            f"the server at {server.url} reports log-probabilities in the mode {model['logprobs_mode']!r}, which "
-            "leaves the temperature out; start it with `--logprobs-mode processed_logprobs`"
-        )
-    if not await _progress(server):
-        raise ConfigurationError(
-            f"the server at {server.url} does not count its tokens (/metrics), by which one that is stuck is told "
-            "from one that is slow; start it without `--disable-log-stats`"
-        )
-    return _Options(
-        int(model["max_model_len"]),
-        is_on_cpu=config["device_config"]["device"] == "cpu",
-        extension=config["parallel_config"]["worker_extension_cls"] or "",
-        max_adapters=(config.get("lora_config") or {}).get("max_loras", 0),
-    )
-
-
-async def _progress(server: _Server) -> str:
-    """What its engine has computed, in its own words; nothing if it does not count that."""
-    return "\n".join(line for line in (await server.ask("GET", "/metrics")).splitlines() if line.startswith(_PROGRESS))
-
-
-def _check_length(prompt_length: int, params: SamplingParams, server: _Server) -> None:
-    if server.options is not None and prompt_length + params.max_new_tokens > server.options.max_tokens:
-        raise ConfigurationError(
-            f"a prompt of {prompt_length} tokens with up to {params.max_new_tokens} new ones exceeds the "
-            f"{server.options.max_tokens} that the server at {server.url} takes; start it with a larger "
-            "`--max-model-len`, or bound the prompt with `max_prompt_length`"
-        )
-
-
-async def _has(server: _Server, weights: Weights) -> bool:
-    """Whether the server samples from these weights; raises where it cannot, with its base of another run."""
-    version = (await server.ask("GET", "/weight_info"))["weight_version"]
-    if not weights.is_adapter:
-        return bool(version == weights.name)
-    if version != _FIRST_VERSION:
-        raise ConfigurationError(
-            f"the server at {server.url} has the weights {version} of another run, on which an adapter is not this "
-            "policy; start it again"
-        )
-    return any(model["id"] == weights.name for model in (await server.ask("GET", "/v1/models"))["data"])
-
-
-async def _send_adapter(server: _Server, weights: Weights, before: Weights | None) -> None:
-    """Have the server read the adapter; the one before may still be used, those before that no more."""
-    assert server.options is not None
-    if server.options.max_adapters < 2:
-        raise ConfigurationError(
-            f"the server at {server.url} takes {server.options.max_adapters} LoRA adapters at once, where new "
-            "responses begin while those of the adapter before end; start it with `--enable-lora --max-loras 2`"
-        )
-    await _unload_adapters(server, weights.run, but=before)
-    try:
-        await server.ask("POST", "/v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": weights.directory})
-    except _Answered as error:
-        if error.status == 404 and "adapter" in str(error).partition(": ")[2]:
-            raise ConfigurationError(
-                f"the server at {server.url} finds no adapter at {weights.directory}; set `vllm_weights_dir` to a "
-                f"directory that servers see under the same path. {error}"
-            ) from None
-        if error.status == 404:
-            raise ConfigurationError(
-                f"the server at {server.url} takes no new LoRA adapter; start it with "
-                f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment. {error}"
-            ) from None
-        if error.status != 400:  # it may have it already: who asked before did not wait for the answer
-            raise
-
-
-async def _unload_adapters(server: _Server, run: str, *, but: Weights | None = None) -> None:
-    for model in (await server.ask("GET", "/v1/models"))["data"]:
-        if model["id"].startswith(f"{run}-") and (but is None or model["id"] != but.name):
-            with suppress(_Answered):  # somebody else was quicker
-                await server.ask("POST", "/v1/unload_lora_adapter", {"lora_name": model["id"]})
-
-
-async def _send(server: _Server, weights: Weights) -> None:
-    """Have the server read whole weights, and forget what it computed with others."""
-    assert server.options is not None
-    needs_packing = server.options.is_on_cpu and weights.is_tied
-    if needs_packing and server.options.extension != _EXTENSION:
-        raise ConfigurationError(
-            f"the server at {server.url} runs on a CPU, where vLLM does not reload the output layer of a policy whose "
-            f"embeddings it shares; start it with `--worker-extension-cls {_EXTENSION}`, and this package's parent "
-            "directory in PYTHONPATH"
-        )
-    # Whoever is killed in between leaves no weights under the name of others.
-    await server.ask("POST", "/update_weight_version", {"new_version": f"{weights.name}-loading"})
-    await server.ask(
-        "POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": weights.directory}}
-    )
-    if needs_packing:
-        await server.ask("POST", "/collective_rpc", {"method": "pack_output_layer"})
-    # Not while anything still runs there, such as what another process asked before it noticed a restart.
-    while not (await server.ask("POST", "/reset_prefix_cache"))["success"]:
-        await asyncio.sleep(_RETRY_S)
-    await server.ask("POST", "/update_weight_version", {"new_version": weights.name})
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

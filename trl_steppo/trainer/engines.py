@@ -18,11 +18,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from transformers.core_model_loading import revert_weight_conversion
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigurationError
 from ..inference.base import Sampler
 from ..inference.local import LocalSampler
-from ..inference.vllm import VLLMSampler, Weights
+from ..inference.vllm import VLLMSampler
+from ..inference.vllm_server import Weights
+from ..inference.vllm_transfer import nccl_join
 from ..inference.worker import WorkerSampler
 from ..models import is_peft_model, plain_model, whole_parameters, whole_state_dict
 from .exchange import together
@@ -188,6 +191,7 @@ class InVLLM(_Beside):
     vLLM servers sample; see [`VLLMSampler`]. Every rank plays its rows on all of them. Rank 0 writes the policy to a
     directory that they can read, and has them take it, between responses: whole, or of a policy with a LoRA adapter
     the adapter alone. The directory is of this run; it goes with it, or, if it was killed, when another run begins.
+    Or it keeps the policy in its memory and sends it, as often as a server was started again.
 
     Args:
         args ([`StepPOConfig`]):
@@ -196,20 +200,32 @@ class InVLLM(_Beside):
             Knows the other ranks.
         model (`PreTrainedModel` or `PeftModel`):
             The policy's model, which trains.
+
+    Raises:
+        ConfigurationError: If weights cannot be sent as `vllm_weight_transfer` says.
     """
 
     def __init__(self, args: StepPOConfig, accelerator: Accelerator, model: Any) -> None:
         self._model = model
         self._accelerator = accelerator
         self._directory = Path(args.vllm_weights_dir or Path(str(args.output_dir), "vllm_weights")).absolute()
+        self._is_sent = args.vllm_weight_transfer == "nccl"
+        if self._is_sent and is_peft_model(model):
+            raise ConfigurationError(
+                "`vllm_weight_transfer`='nccl' sends whole weights, and of a policy with an adapter the adapter alone "
+                "is sent, which servers read; set it to 'files'"
+            )
         self.sampler = VLLMSampler(
-            args.vllm_urls, timeout_s=args.vllm_server_timeout, sends_weights=accelerator.is_main_process
+            args.vllm_urls,
+            timeout_s=args.vllm_server_timeout,
+            sends_weights=accelerator.is_main_process,
+            join=nccl_join(accelerator.device) if self._is_sent else None,
         )
         self._written: list[Path] = []
 
     def _start(self) -> None:
         self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
-        together(lambda: self._own() if self._accelerator.is_main_process else None)
+        together(lambda: self._own() if self._accelerator.is_main_process and not self._is_sent else None)
         super()._start()
 
     def _close(self) -> None:
@@ -219,7 +235,8 @@ class InVLLM(_Beside):
             shutil.rmtree(self._directory / self._run, ignore_errors=True)
 
     def take_weights(self, version: int) -> None:
-        weights = self._write(f"{self._run}-{version}", version)
+        name = f"{self._run}-{version}"
+        weights = self.snapshot(name, version) if self._is_sent else self._write(name, version)
         together(self.sampler.settle if weights.is_adapter else self.sampler.hold)
         is_first = self._accelerator.is_main_process
         together(lambda: self.sampler.update(weights) if is_first else None)
@@ -256,12 +273,23 @@ class InVLLM(_Beside):
         together(lambda: self._save(path, state) if is_writer else None)
         adapter = self._model.active_adapter if is_adapter else "default"
         return Weights(
-            name,
-            version,
-            str(path if adapter == "default" else path / adapter),
-            is_adapter,
-            is_tied=bool(plain_model(self._model).config.get_text_config().tie_word_embeddings),
+            name, version, str(path if adapter == "default" else path / adapter), is_adapter, is_tied=self._is_tied()
         )
+
+    def snapshot(self, name: str, version: int) -> Weights:
+        """The policy as it is now, in the memory of the rank that sends it, as a checkpoint would have it."""
+        is_sender, model = self._accelerator.is_main_process, plain_model(self._model)
+        state = whole_state_dict(self._model, keep=is_sender)
+        if not is_sender:
+            return Weights(name, version, is_tied=self._is_tied())
+        if state is None:
+            state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        for twin in model.all_tied_weights_keys:
+            state.pop(twin, None)
+        return Weights(name, version, is_tied=self._is_tied(), tensors=revert_weight_conversion(model, state))
+
+    def _is_tied(self) -> bool:
+        return bool(plain_model(self._model).config.get_text_config().tie_word_embeddings)
 
     def _save(self, path: Path, state: Any) -> None:
         partial = path.with_name(path.name + ".partial")

@@ -147,6 +147,9 @@ class StepPOConfig(PPOConfig):
         vllm_weights_dir (`str`, *optional*):
             Where rank 0 writes new weights for the servers, which read them there under the same path. `None`:
             `vllm_weights` in `output_dir`.
+        vllm_weight_transfer (`str`, *optional*, defaults to `"files"`):
+            How new weights get to the servers: `"files"`, which they read, or `"nccl"`, from rank 0's GPU to theirs,
+            by the transfer that vLLM brings, which has to be installed where the trainer runs, too.
 
     > [!NOTE]
     > *Changed* defaults, as in the paper (arXiv 2604.18401): `kl_coef` 0.0 (was 0.05), `lam` 1.0 (0.95), `gamma` 0.99
@@ -279,6 +282,9 @@ class StepPOConfig(PPOConfig):
     vllm_weights_dir: str | None = field(
         default=None, metadata={"help": "Where vLLM servers read new weights. None: vllm_weights in output_dir."}
     )
+    vllm_weight_transfer: Literal["files", "nccl"] = field(
+        default="files", metadata={"help": "How vLLM servers get new weights: 'files' or 'nccl'."}
+    )
 
     # Fields that the command line gives as JSON
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # unannotated upstream
@@ -407,6 +413,7 @@ class StepPOConfig(PPOConfig):
             "rollout_correction": (None, "none", "truncate", "mask"),
             "rollout_correction_level": ("step", "token"),
             "stop_token": (None, "eos"),
+            "vllm_weight_transfer": ("files", "nccl"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -491,8 +498,9 @@ class StepPOConfig(PPOConfig):
             (
                 not self.use_vllm,
                 "`use_vllm`=False",
-                ("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir"),
+                ("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
             ),
+            (self.vllm_weight_transfer == "nccl", "`vllm_weight_transfer`='nccl'", ("vllm_weights_dir",)),
             (self.kl_loss_coef == 0, "`kl_loss_coef`=0", ("kl_loss_estimator",)),
             (
                 self.correction == "none",
