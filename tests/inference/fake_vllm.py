@@ -84,6 +84,7 @@ class FakeVLLM:
         self.version, self.adapters = "default", dict[str, str]()
         self.group: GlooGroup | None = None
         self.received: dict[str, torch.Tensor] | None = None  # `None`: it is not about to receive any
+        self.is_spoilt = False  # by weights that it took in part, until an update without any is finished
         self.num_starts += 1
         self.load(None)
         config = uvicorn.Config(
@@ -264,8 +265,11 @@ class FakeVLLM:
         return {}
 
     async def _receive(self, body: Any) -> Any:
+        assert not self.is_spoilt
         group, info = self.group, body["update_info"]
         if group is None or self.received is None or self.refuses_weights:
+            self.is_spoilt = self.is_spoilt or self.received is not None
+            self.received = None
             return JSONResponse({"error": "not initialized"}, 500)
         while not self.may_load.is_set():
             await asyncio.sleep(0.02)
@@ -278,6 +282,9 @@ class FakeVLLM:
         if self.received is None:
             return JSONResponse({"error": "not active"}, 500)
         state, self.received = self.received, None
+        if not state:
+            self.is_spoilt = False
+            return {}
         self.most_running_in_change = max(self.most_running_in_change, self.num_running)
         with tempfile.TemporaryDirectory() as directory:
             save_file(state, Path(directory, "model.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -73,6 +74,13 @@ class RealVLLM:
                 return
             time.sleep(0.5)
         raise RuntimeError(f"vLLM did not start:\n{self.log.read_text()[-4000:]}")
+
+    def post(self, path: str, body: dict[str, str] | None = None) -> None:
+        """Ask it for something."""
+        headers = {"Content-Type": "application/json"}
+        data = json.dumps(body or {}).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=60):
+            pass
 
     def kill(self) -> None:
         """With all of its processes, and without a word."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +26,7 @@ from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.inference.vllm import VLLMSampler
 from trl_steppo.inference.vllm_server import Weights
-from trl_steppo.inference.vllm_transfer import nccl_join
+from trl_steppo.inference.vllm_transfer import NCCLGroup, meeting_place, nccl_join
 from trl_steppo.types import StopReason
 
 SAMPLED = SamplingParams(max_new_tokens=4, seed=7)
@@ -632,11 +635,60 @@ def test_a_server_that_dies_while_it_is_sent_weights_holds_up_no_other(sent):
     assert same(loads[-1], whole(1))
 
 
-def test_a_server_whose_trainer_was_killed_in_mid_transfer_takes_weights(sent):
+def test_a_server_whose_trainer_was_killed_before_it_sent_anything_takes_weights(sent):
     sampler, loads, (server,) = sent()
-    server.received = {"half": torch.zeros(1)}
+    server.version, server.received = "other-3-loading", {}
     sampler.update(whole(0))
     assert same(loads[-1], whole(0))
+
+
+def test_a_run_that_ends_does_not_break_off_a_transfer(sent):
+    sampler, loads, servers = sent(2)
+    servers[0].kill()
+    sampler.update(whole(0))
+    servers[0].may_load.clear()
+    servers[0].start()
+    until(lambda: servers[0].received is not None)
+    allowed = later(0.5, servers[0].may_load.set)
+    sampler.close()
+    allowed.join()
+    assert len(loads) == 2
+    assert servers[0].received is None
+
+
+def test_an_nccl_group_sends_on_a_stream_of_its_own_until_it_is_left(monkeypatch):
+    """With stand-ins for the GPU and for vLLM's communicator."""
+    sent: list[tuple[list[float], int, Any]] = []
+    stream = SimpleNamespace(synchronize=lambda: None)
+    members = SimpleNamespace(disabled=False, destroy=lambda: sent.append("destroyed"))
+    members.broadcast = lambda tensor, src, stream: sent.append((tensor, src, stream))
+    for name, stand_in in {
+        "set_device": lambda device: None,
+        "Stream": lambda device: stream,
+        "device": lambda device: nullcontext(),
+        "stream": lambda stream: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, device: tensor)
+    group = NCCLGroup(lambda given: members, 0, "127.0.0.1", 9, 2)
+    turned = torch.arange(6.0).view(2, 3).T
+    group.send([turned, torch.ones(1)])
+    assert [(source, on) for _, source, on in sent] == [(0, stream)] * 2
+    assert sent[0][0].is_contiguous()
+    assert torch.equal(sent[0][0], turned)
+
+    def tensors() -> Iterator[torch.Tensor]:
+        yield torch.zeros(1)
+        group.leave()
+        yield torch.zeros(1)
+
+    with pytest.raises(ConnectionError, match="given up"):
+        group.send(tensors())
+    assert len(sent) == 4
+    assert sent[3] == "destroyed"
+    members.disabled = True
+    with pytest.raises(ConfigurationError, match="VLLM_DISABLE_PYNCCL"):
+        NCCLGroup(lambda given: members, 0, "127.0.0.1", 9, 2)
 
 
 def test_a_transfer_that_fails_is_told_and_tried_again(sent):
@@ -660,5 +712,13 @@ def test_where_weights_cannot_be_sent(sent, monkeypatch):
     with pytest.raises(ConfigurationError, match="the policy trains on cpu; set it to 'files'"):
         nccl_join(torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigurationError, match="vLLM is not installed where the trainer runs"):
+    with pytest.raises(ConfigurationError, match="cannot be imported where the trainer runs"):
         nccl_join(torch.device("cuda", 0))
+
+
+def test_where_a_server_meets_this_process():
+    for host in ("localhost", "127.0.0.1"):
+        address, port = meeting_place(f"http://{host}:8000")
+        assert address == "127.0.0.1"
+        with socket.socket() as free:
+            free.bind((address, port))

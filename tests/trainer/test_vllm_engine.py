@@ -16,8 +16,8 @@ from fake_vllm import FakeVLLM
 from gloo_group import GlooGroup
 from safetensors.torch import load_file
 from served_policy import Policy
-from tiny import Endless, distance, hashed, make_model, make_trainer, message_rows, weights
-from transformers import TrainerCallback
+from tiny import Endless, distance, hashed, make_classifier, make_model, make_trainer, message_rows, weights
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from vllm_on_ranks import launch, train
 
 from trl_steppo.errors import CheckpointError, ConfigurationError, RolloutError
@@ -158,19 +158,48 @@ def test_an_adapter_alone_is_sent(tmp_path, serve) -> None:
         make_trainer(tmp_path, use_vllm=True, vllm_weight_transfer="nccl", **adapter)
 
 
-@pytest.mark.parametrize("is_tied", [False, True])
-def test_what_is_sent_is_what_a_checkpoint_has(tmp_path, monkeypatch, is_tied) -> None:
+@pytest.mark.parametrize("kind", ["plain", "tied", "experts"])
+def test_what_is_sent_is_what_a_checkpoint_has(tmp_path, monkeypatch, kind) -> None:
     send_over_gloo(monkeypatch)
-    model = make_model(tie_word_embeddings=is_tied)
+    model = make_experts() if kind == "experts" else make_model(tie_word_embeddings=kind == "tied")
     model.save_pretrained(tmp_path)
-    trainer = make_trainer(tmp_path, model=model, use_vllm=True, vllm_weight_transfer="nccl")
+    trainer = make_trainer(
+        tmp_path, model=model, value_model=make_classifier(), use_vllm=True, vllm_weight_transfer="nccl"
+    )
     sent, saved = trainer.engine.snapshot("run-0", 0), load_file(tmp_path / "model.safetensors")
-    assert sent.is_tied is is_tied
+    assert sent.is_tied is (kind == "tied")
+    assert (set(saved) == set(model.state_dict())) is (kind == "plain")
     assert set(sent.tensors) == set(saved)
     assert all(torch.equal(sent.tensors[name], saved[name]) for name in saved)
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(1)  # as the next update does while servers may still ask for these
     assert all(torch.equal(sent.tensors[name], saved[name]) for name in saved)
+
+
+def make_experts() -> Any:
+    """A policy whose experts are one tensor here, and one each in a checkpoint."""
+    config = make_model().config
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=2,
+            pad_token_id=config.pad_token_id,
+            eos_token_id=config.eos_token_id,
+        )
+    )
+
+
+def test_a_buffer_that_nccl_does_not_know(tmp_path, monkeypatch) -> None:
+    send_over_gloo(monkeypatch)
+    model = make_model()
+    model.register_buffer("mask", torch.zeros(1, dtype=torch.bool))
+    with pytest.raises(ConfigurationError, match=r"the type of mask, torch\.bool; set it to 'files'"):
+        make_trainer(tmp_path, model=model, use_vllm=True, vllm_weight_transfer="nccl")
 
 
 def test_without_a_gpu_nothing_is_sent_over_nccl(tmp_path) -> None:

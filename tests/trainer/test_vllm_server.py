@@ -121,7 +121,7 @@ def train(directory: Path, server: RealVLLM, callbacks: list[Any], *, peft_confi
     return trainer
 
 
-def check(trainer: Any, directory: Path, probe: ProbeOfOld, updates: int) -> None:
+def check(trainer: Any, directory: Path, probe: ProbeOfOld, updates: int, restarts: int = 0) -> None:
     assert probe.versions == list(range(updates + 1))
     assert max(probe.distances) < 1e-3 < probe.moved[-1]
     for update in range(updates):
@@ -134,7 +134,7 @@ def check(trainer: Any, directory: Path, probe: ProbeOfOld, updates: int) -> Non
     if trainer.args.max_staleness:  # some updates sample nothing, others for two
         assert 0.2 < max(hit_rates) < 1
         return
-    assert sorted(hit_rates)[1] > 0.2  # one update may have had a server that was new
+    assert sorted(hit_rates)[restarts] > 0.2  # a server that was started again has cached nothing
     assert max(hit_rates) < 1
     assert all(abs(entry["rollout/mismatch_kl"]) < 1e-4 for entry in logs)
 
@@ -150,17 +150,23 @@ def test_short(tmp_path, server) -> None:
 
 
 def test_weights_that_are_sent(tmp_path, monkeypatch) -> None:
-    """Over gloo: there is no GPU. The server is killed, too, so that it has to be joined again."""
+    """
+    Over gloo: there is no GPU. At first the server is in the midst of an update of a trainer that was killed. It is
+    killed itself later, so that it has to be joined again.
+    """
     monkeypatch.setattr(engines, "nccl_join", lambda device: GlooGroup)
     model = make_model(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
     server = RealVLLM(save(tmp_path / "untied", model, TOKENIZER), tmp_path / "vllm.log", takes_sent=True).start()
     try:
         server.wait()
+        server.post("/update_weight_version", {"new_version": "other-3-loading"})
+        server.post("/start_weight_update")
         probe = ProbeOfOld()
         callbacks = [probe, Restart(server, update=2)]
-        check(train(tmp_path, server, callbacks, max_steps=4, vllm_weight_transfer="nccl"), tmp_path, probe, 4)
+        trainer = train(tmp_path, server, callbacks, max_steps=4, vllm_weight_transfer="nccl")
     finally:
         server.kill()
+    check(trainer, tmp_path, probe, 4, restarts=1)
     assert not (tmp_path / "vllm_weights").exists()
 
 
@@ -171,7 +177,7 @@ def test_a_pretrained_policy_whose_server_is_killed_in_mid_run(tmp_path, server,
     settings: dict[str, Any] = {"max_steps": 5, "learning_rate": 1e-4, "temperature": 0.7}
     trainer = train(tmp_path, server, [probe, Restart(server, update=2)], max_staleness=max_staleness, **settings)
     assert trainer.sampler.num_retries > 0
-    check(trainer, tmp_path, probe, 5)
+    check(trainer, tmp_path, probe, 5, restarts=1)
 
 
 @pytest.mark.parametrize("server", ["tiny"], indirect=True)

@@ -108,7 +108,7 @@ class VLLMSampler:
         self._servers = [Server(url.rstrip("/"), silent_s, join) for url in urls]
         self._homes: dict[str, Server] = {}
         self._weights: Weights | None = None
-        self._weights_before: Weights | None = None
+        self._adapter_before: Weights | None = None
         self._is_held = False
         self._running: Counter[Weights] = Counter()  # requests that servers have begun
         self._busy_since = 0.0
@@ -145,7 +145,7 @@ class VLLMSampler:
     def start(self) -> None:
         """Begin to look after the servers, again if this was closed before. Weights come with [`update`]."""
         assert self._loop is None
-        self._weights = self._weights_before = self._failure = None
+        self._weights = self._adapter_before = self._failure = None
         self._is_held = False
         self._loop = loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=(loop,), name="vLLM", daemon=True).start()
@@ -202,6 +202,9 @@ class VLLMSampler:
         self._keepers = [asyncio.ensure_future(self._keep(server)) for server in self._servers]
 
     async def _close(self) -> None:
+        under_way = [server.sending.task for server in self._servers if server.sending and server.is_sent_weights]
+        if under_way:  # a server does not survive a transfer that is broken off
+            await asyncio.wait(under_way, timeout=self.silent_s)
         ready = [server for server in self._servers if server.is_ready]
         self._failure = RolloutError("the sampler was closed")
         for keeper in self._keepers:
@@ -217,6 +220,7 @@ class VLLMSampler:
             parting = (asyncio.wait_for(server.part(weights), self.silent_s) for server in ready)
             await asyncio.gather(*parting, return_exceptions=True)
         await asyncio.gather(*(server.close(self.silent_s) for server in self._servers))
+        self._weights = self._adapter_before = None
         await self._session.close()
 
     async def _hold(self) -> None:
@@ -235,7 +239,9 @@ class VLLMSampler:
         await answered
 
     async def _update(self, weights: Weights) -> None:
-        self._weights_before, self._weights = self._weights, weights
+        is_first = self._weights is None
+        self._adapter_before = self._weights if weights.is_adapter else None
+        self._weights = weights
         self._is_held = True
         for server in self._servers:
             server.doubt()
@@ -243,7 +249,7 @@ class VLLMSampler:
             await self._until(
                 lambda: self._any_ready() and all(server.is_ready or server.trouble for server in self._servers),
                 self.timeout_s,
-                refuses=self._weights_before is None,
+                refuses=is_first,
             )
         finally:
             self._is_held = False
@@ -280,6 +286,9 @@ class VLLMSampler:
             return
         if server.is_ready and (server.num_running or not self.sends_weights):  # else others may rely on it
             return
+        if not self.sends_weights and not await server.has(weights):  # nor is it asked anything else meanwhile
+            server.trouble = RolloutError(f"it does not have the weights {weights.name}, which another rank sends")
+            return
         if server.options is None:
             await server.check_options()
         if await server.has(weights):
@@ -287,15 +296,15 @@ class VLLMSampler:
                 server.win()
         elif self.sends_weights:
             server.is_ready = False
-            server.send(weights, self._weights_before)
-        else:
-            server.trouble = RolloutError(f"it does not have the weights {weights.name}, which another rank sends")
+            server.send(weights, self._adapter_before)
 
     async def _take_sent(self, server: Server, sending: Sending, limit_s: float) -> None:
         """A server goes on loading when nobody waits any more; so what is begun is waited for, in trouble or not."""
         left_s = sending.since + limit_s - time.monotonic()
         if not (await asyncio.wait({sending.task}, timeout=max(left_s, _RETRY_S)))[0]:
             server.trouble = ConnectionError(f"it has been taking new weights for more than {limit_s:g} s")
+            if server.is_sent_weights:  # a transfer that hangs does not end by itself
+                raise server.trouble
             return
         server.sending = None
         sending.task.result()
@@ -331,8 +340,10 @@ class VLLMSampler:
         )
 
     async def _answers(self, server: Server) -> bool:
-        """Whether it continues a prompt that can break nothing."""
-        with suppress(Answered, OSError, asyncio.TimeoutError):
+        """Whether it continues a prompt that can break nothing; no, if it is not the time to ask."""
+        if self._is_held or self._weights is None:
+            return False
+        with self._counted(server, self._weights), suppress(Answered, OSError, asyncio.TimeoutError):
             await asyncio.wait_for(server.try_out(), self.timeout_s / 2)
             return True
         return False

@@ -25,7 +25,8 @@ _AT_ONCE = ("/health", "/metrics")  # answered without the engine
 _EXTENSION = "trl_steppo.inference.vllm_worker.PacksOutputLayer"
 # What changes while an engine computes; of a long prompt the cache fills before the first token is counted.
 _PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
-_RETRY_S = 0.2
+_LOADING = "-loading"  # after the name of weights that it does not have in whole
+_RETRY_S = 0.2  # between two tries to have it forget what it cached
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ class Server:
         self._lost = asyncio.get_running_loop().create_future()
         self.lose(None)
 
+    @property
+    def is_sent_weights(self) -> bool:
+        """Whether it gets whole weights from this process's memory, and does not read them."""
+        return self._transfer is not None
+
     def doubt(self) -> None:
         """Have it checked before it is asked again."""
         self.is_ready = False
@@ -170,8 +176,11 @@ class Server:
         """
         import aiohttp
 
+        # vLLM closes a connection after an error of its own, and the next request would go there.
+        headers = {"Connection": "close"} if method == "POST" and path != _GENERATE else {}
+
         async def exchange() -> tuple[int, str]:
-            async with self._session.request(method, self.url + path, json=body) as response:
+            async with self._session.request(method, self.url + path, json=body, headers=headers) as response:
                 return response.status, await response.text()
 
         try:
@@ -221,7 +230,7 @@ class Server:
         """Note how it was started; raise where that lacks what sampling needs."""
         try:
             info = await self.ask("GET", "/server_info?config_format=json")
-            await self.ask("GET", "/weight_info")
+            version = (await self.ask("GET", "/weight_info"))["weight_version"]
         except Answered as error:
             if error.status != 404:
                 raise
@@ -229,6 +238,8 @@ class Server:
                 f"the server at {self.url} has no endpoints that take weights; start vLLM 0.32 or newer with "
                 "VLLM_SERVER_DEV_MODE=1 in its environment"
             ) from None
+        if version.endswith(_LOADING):
+            await self._recover()
         try:
             await self.try_out()
         except Answered as error:
@@ -261,6 +272,15 @@ class Server:
             extension=config["parallel_config"]["worker_extension_cls"] or "",
             max_adapters=(config.get("lora_config") or {}).get("max_loras", 0),
         )
+
+    async def _recover(self) -> None:
+        """
+        End the update in the midst of which whoever sent weights was killed, or failed: it samples nothing until then,
+        and what it got in part would go into the next one.
+        """
+        for path in ("/start_weight_update", "/finish_weight_update"):
+            with suppress(Answered):  # it is in it, or takes no weights that are sent
+                await self.ask("POST", path)
 
     def check_length(self, prompt_length: int, params: SamplingParams) -> None:
         """Raise if it does not take a prompt of so many tokens with its response."""
@@ -335,12 +355,12 @@ class Server:
                 "parent directory in PYTHONPATH"
             )
         # Whoever is killed in between leaves no weights under the name of others.
-        await self.ask("POST", "/update_weight_version", {"new_version": f"{weights.name}-loading"})
+        await self.ask("POST", "/update_weight_version", {"new_version": weights.name + _LOADING})
         if weights.tensors is None:
             reload = {"method": "reload_weights", "kwargs": {"weights_path": weights.directory}}
             await self.ask("POST", "/collective_rpc", reload)
         else:
-            await self._receive(weights.tensors)
+            await self._send(weights.tensors)
         if needs_packing:
             await self.ask("POST", "/collective_rpc", {"method": "pack_output_layer"})
         # Not while anything still runs there, such as what another process asked before it noticed a restart.
@@ -348,22 +368,17 @@ class Server:
             await asyncio.sleep(_RETRY_S)
         await self.ask("POST", "/update_weight_version", {"new_version": weights.name})
 
-    async def _receive(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    async def _send(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Send it these from here."""
         assert self._transfer is not None
         if not self._transfer.is_joined:
             size = 1 + (await self.ask("GET", "/get_world_size"))["world_size"]
             await self._end_transfers()
-            address, port = meeting_place(self.url)
+            address, port = await asyncio.to_thread(meeting_place, self.url)
             init = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": size}
             joined = self.ask("POST", "/init_weight_transfer_engine", {"init_info": init})
             await self._transfer.join(address, port, size, joined)
-        try:
-            await self.ask("POST", "/start_weight_update")
-        except Answered:  # somebody was killed after that
-            with suppress(Answered):
-                await self.ask("POST", "/finish_weight_update")
-            await self.ask("POST", "/start_weight_update")
+        await self.ask("POST", "/start_weight_update")
         info = {
             "names": list(tensors),
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],

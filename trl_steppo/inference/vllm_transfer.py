@@ -6,7 +6,6 @@ This process and each server form a group of their own, so that a server that di
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import socket
 import threading
 import time
@@ -43,6 +42,8 @@ class NCCLGroup:
     A [`Group`] over NCCL, made when all of its members are there.
 
     Args:
+        open_endpoint (`Callable`):
+            vLLM's `trainer_init`: meets the others, and returns the communicator.
         device (`int`):
             The index of this process's GPU.
         address (`str`):
@@ -51,26 +52,43 @@ class NCCLGroup:
             Where this process waits for them.
         size (`int`):
             How many they are, with this one.
+
+    Raises:
+        ConfigurationError: If NCCL is not to be had here.
     """
 
-    def __init__(self, device: int, address: str, port: int, size: int) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
-
+    def __init__(
+        self, open_endpoint: Callable[[dict[str, Any]], Any], device: int, address: str, port: int, size: int
+    ) -> None:
         torch.cuda.set_device(device)  # of this thread
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # so that a server that hangs does not hold up training
-        self._members = trainer_init({"master_address": address, "master_port": port, "world_size": size})
+        self._stream = torch.cuda.Stream(device)  # training does not wait for it
+        self._is_left = threading.Event()
+        self._members = open_endpoint({"master_address": address, "master_port": port, "world_size": size})
+        if self._members.disabled:
+            raise ConfigurationError(
+                "`vllm_weight_transfer`='nccl', but vLLM finds no NCCL where the trainer runs, or VLLM_DISABLE_PYNCCL "
+                "tells it to do without; set it to 'files'"
+            )
 
     def send(self, tensors: Iterable[torch.Tensor]) -> None:
         """See [`Group`]."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             for tensor in tensors:
-                self._members.broadcast(tensor.cuda(self._device), src=0, stream=self._stream)
+                here = tensor.contiguous().cuda(self._device)
+                self._check()  # a copy waits for what was sent before, and goes on where that was broken off
+                self._members.broadcast(here, src=0, stream=self._stream)
         self._stream.synchronize()
+        self._check()
 
     def leave(self) -> None:
         """See [`Group`]."""
+        self._is_left.set()
         self._members.destroy()
+
+    def _check(self) -> None:
+        if self._is_left.is_set():
+            raise ConnectionError("the transfer was given up")
 
 
 def nccl_join(device: torch.device) -> Join:
@@ -82,19 +100,21 @@ def nccl_join(device: torch.device) -> Join:
             What the policy trains on.
 
     Raises:
-        ConfigurationError: If that is no GPU, or vLLM is not installed where this process runs.
+        ConfigurationError: If that is no GPU, or vLLM cannot be imported where this process runs.
     """
     if device.type != "cuda":
         raise ConfigurationError(
             f"`vllm_weight_transfer`='nccl' sends weights from one GPU to others, and the policy trains on {device}; "
             "set it to 'files'"
         )
-    if importlib.util.find_spec("vllm") is None:
+    try:
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+    except Exception as error:  # it imports much, of the versions that it was built for
         raise ConfigurationError(
-            "`vllm_weight_transfer`='nccl' uses vLLM's own side of the transfer, and vLLM is not installed where the "
-            "trainer runs; install the servers' version of it there, or set it to 'files'"
-        )
-    return partial(NCCLGroup, torch.cuda.current_device() if device.index is None else device.index)
+            "`vllm_weight_transfer`='nccl' uses vLLM's own side of the transfer, which cannot be imported where the "
+            f"trainer runs ({error}); install the servers' version of vLLM there, or set it to 'files'"
+        ) from error
+    return partial(NCCLGroup, trainer_init, torch.cuda.current_device() if device.index is None else device.index)
 
 
 class Transfer:
@@ -178,16 +198,16 @@ async def _both(here: Future[Any], asked: Coroutine[Any, Any, Any]) -> None:
 
 def _leave(made: Future[Group]) -> None:
     if made.exception() is None:
-        made.result().leave()
+        threading.Thread(target=made.result().leave, name="weights", daemon=True).start()
 
 
 def meeting_place(url: str) -> tuple[str, int]:
-    """This machine's address as a server at `url` sees it, and a port that is free."""
+    """This machine's IPv4 address as a server at `url` sees it, and a port that is free; may ask a name server."""
     parts = urlsplit(url)
-    family, _, _, _, peer = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as towards:
+    peer = socket.getaddrinfo(parts.hostname, parts.port or 80, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
         towards.connect(peer)  # which sends nothing
         address: str = towards.getsockname()[0]
-    with socket.socket(family, socket.SOCK_STREAM) as free:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as free:
         free.bind((address, 0))
         return address, int(free.getsockname()[1])

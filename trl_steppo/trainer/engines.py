@@ -25,7 +25,7 @@ from ..inference.base import Sampler
 from ..inference.local import LocalSampler
 from ..inference.vllm import VLLMSampler
 from ..inference.vllm_server import Weights
-from ..inference.vllm_transfer import nccl_join
+from ..inference.vllm_transfer import Join, nccl_join
 from ..inference.worker import WorkerSampler
 from ..models import is_peft_model, plain_model, whole_parameters, whole_state_dict
 from .exchange import together
@@ -33,6 +33,7 @@ from .networks import Network
 from .steppo_config import StepPOConfig
 
 _OWNER = ".trl-steppo-weights.json"
+_SENT = (torch.int8, torch.uint8, torch.int32, torch.int64)  # beside floating-point numbers
 
 
 class CountingSampler(Sampler, Protocol):
@@ -191,7 +192,7 @@ class InVLLM(_Beside):
     vLLM servers sample; see [`VLLMSampler`]. Every rank plays its rows on all of them. Rank 0 writes the policy to a
     directory that they can read, and has them take it, between responses: whole, or of a policy with a LoRA adapter
     the adapter alone. The directory is of this run; it goes with it, or, if it was killed, when another run begins.
-    Or it keeps the policy in its memory and sends it, as often as a server was started again.
+    Or it keeps the policy in its memory and sends it from there, to a server that was started again once more.
 
     Args:
         args ([`StepPOConfig`]):
@@ -219,9 +220,19 @@ class InVLLM(_Beside):
             args.vllm_urls,
             timeout_s=args.vllm_server_timeout,
             sends_weights=accelerator.is_main_process,
-            join=nccl_join(accelerator.device) if self._is_sent else None,
+            join=together(self._join) if self._is_sent else None,
         )
         self._written: list[Path] = []
+
+    def _join(self) -> Join | None:
+        """How rank 0 joins servers, if this is it."""
+        for name, tensor in plain_model(self._model).state_dict().items():
+            if not tensor.is_floating_point() and tensor.dtype not in _SENT:
+                raise ConfigurationError(
+                    f"`vllm_weight_transfer`='nccl', and NCCL does not know the type of {name}, {tensor.dtype}; set "
+                    "it to 'files'"
+                )
+        return nccl_join(self._accelerator.device) if self._accelerator.is_main_process else None
 
     def _start(self) -> None:
         self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
@@ -278,15 +289,10 @@ class InVLLM(_Beside):
 
     def snapshot(self, name: str, version: int) -> Weights:
         """The policy as it is now, in the memory of the rank that sends it, as a checkpoint would have it."""
-        is_sender, model = self._accelerator.is_main_process, plain_model(self._model)
+        is_sender = self._accelerator.is_main_process
         state = whole_state_dict(self._model, keep=is_sender)
-        if not is_sender:
-            return Weights(name, version, is_tied=self._is_tied())
-        if state is None:
-            state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        for twin in model.all_tied_weights_keys:
-            state.pop(twin, None)
-        return Weights(name, version, is_tied=self._is_tied(), tensors=revert_weight_conversion(model, state))
+        tensors = together(lambda: _as_in_a_checkpoint(plain_model(self._model), state) if is_sender else None)
+        return Weights(name, version, is_tied=self._is_tied(), tensors=tensors)
 
     def _is_tied(self) -> bool:
         return bool(plain_model(self._model).config.get_text_config().tie_word_embeddings)
@@ -302,6 +308,15 @@ class InVLLM(_Beside):
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise _not_written(path, error) from error
+
+
+def _as_in_a_checkpoint(model: Any, state: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` would write of a state, or of the model's own, in memory that is not the model's."""
+    if state is None:
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    for name in (*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())):
+        state.pop(name, None)
+    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, state).items()}
 
 
 def _this_process() -> dict[str, Any]:
