@@ -658,7 +658,7 @@ def test_a_run_that_ends_does_not_break_off_a_transfer(sent):
 
 def test_an_nccl_group_sends_on_a_stream_of_its_own_until_it_is_left(monkeypatch):
     """With stand-ins for the GPU and for vLLM's communicator."""
-    sent: list[tuple[list[float], int, Any]] = []
+    sent: list[Any] = []  # tensor, source and stream of each call
     stream = SimpleNamespace(synchronize=lambda: None)
     members = SimpleNamespace(disabled=False, destroy=lambda: sent.append("destroyed"))
     members.broadcast = lambda tensor, src, stream: sent.append((tensor, src, stream))

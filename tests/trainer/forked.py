@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkProcess
 from typing import Any
 
@@ -22,5 +22,13 @@ def fork(target: Callable[..., Any], *args: Any) -> ForkProcess:
 
 def _call(target: Callable[..., Any], *args: Any) -> None:
     # the lock of progress bars lies in memory that forked processes share: one that is killed with it stops the others
-    tqdm.set_lock(threading.RLock())
+    lock = threading.RLock()
+    for bar in _with_subclasses(tqdm):  # whichever was the first to be shown has a lock of its own
+        bar.set_lock(lock)
     target(*args)
+
+
+def _with_subclasses(kind: type[tqdm]) -> Iterator[type[tqdm]]:
+    yield kind
+    for subclass in kind.__subclasses__():
+        yield from _with_subclasses(subclass)

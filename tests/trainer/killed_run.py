@@ -16,15 +16,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from forked import context, fork
 from tiny import make_trainer, prompt_rows
 from transformers.trainer_utils import get_last_checkpoint
 
+from trl_steppo.trainer import player
+
 PHASES = {"_roll_out": 0.05, "_learn": 0.03, "_write_checkpoint": 0.02}  # method: seconds that it takes, about
+GRACE_S = 60.0
 SETTINGS: dict[str, Any] = {
     "num_mini_batches": 2,
     "num_ppo_epochs": 2,
@@ -51,7 +56,10 @@ def train(directory: Path, num_updates: int, entered: Any = None) -> None:
     )
     for index, name in enumerate(PHASES if entered is not None else ()):
         setattr(trainer, name, counted(getattr(trainer, name), entered, index))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(directory)) if directory.is_dir() else None)
+    newest = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    # However long a thread stalls, the sampler waits for it: else its batches differ, and with them its last digits.
+    with patch.object(player, "play_episodes", partial(player.play_episodes, grace_s=GRACE_S)):
+        trainer.train(resume_from_checkpoint=newest)
     trainer.save_model()
 
 

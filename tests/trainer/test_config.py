@@ -404,12 +404,8 @@ def test_command_line(tmp_path, name):
 def test_yaml(tmp_path):
     """All that go together, in one file; the help of every flag can be formatted."""
     apart = ("advantage_estimator", "num_generations", "replay_episodes_dir", "use_rollout_worker")
-    apart += (
-        "rollout_cache_tokens",
-        "top_p",
-        "top_k",
-        "vllm_weights_dir",
-    )  # without effect on servers that are sent weights
+    apart += ("rollout_cache_tokens", "top_p", "top_k")  # without effect on vLLM servers
+    apart += ("vllm_weights_dir",)  # nor on those that are sent weights
     settings = {name: other_value(name) for name in PARSED if name not in apart}
     settings |= {"per_device_train_batch_size": 8, "use_cpu": True, "max_prompt_length": 10, "max_episode_tokens": 99}
     settings["num_generations"] = 2

@@ -145,7 +145,7 @@ class VLLMSampler:
     def start(self) -> None:
         """Begin to look after the servers, again if this was closed before. Weights come with [`update`]."""
         assert self._loop is None
-        self._weights = self._adapter_before = self._failure = None
+        self._failure = None
         self._is_held = False
         self._loop = loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=(loop,), name="vLLM", daemon=True).start()
@@ -291,12 +291,11 @@ class VLLMSampler:
             return
         if server.options is None:
             await server.check_options()
-        if await server.has(weights):
-            if weights is self._weights:
-                server.win()
-        elif self.sends_weights:
+        if self.sends_weights and not await server.has(weights):
             server.is_ready = False
             server.send(weights, self._adapter_before)
+        elif weights is self._weights:
+            server.win()
 
     async def _take_sent(self, server: Server, sending: Sending, limit_s: float) -> None:
         """A server goes on loading when nobody waits any more; so what is begun is waited for, in trouble or not."""
