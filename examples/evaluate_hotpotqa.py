@@ -30,13 +30,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+from trl_steppo.chat import ChatFormat, parse_hermes
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import Message, Playable, Response
 from trl_steppo.environments.hotpotqa import HotpotQAData, HotpotQAEnvironment, hotpotqa_dataset
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
 from trl_steppo.environments.tools import MISTAKES
 from trl_steppo.inference.base import SamplingParams
-from trl_steppo.inference.chat import ChatFormat, parse_hermes
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.models import locate_model
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes

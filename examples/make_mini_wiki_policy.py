@@ -26,11 +26,11 @@ from small_policies import descend, small_config
 from tokenizers import pre_tokenizers, trainers
 from transformers import AutoTokenizer, HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
+from trl_steppo.chat import ChatFormat
 from trl_steppo.environments.hotpotqa import BM25Retriever, HotpotQAEnvironment, make_mini_wiki
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
 from trl_steppo.environments.hotpotqa.mini_wiki import TEMPTING_RELATION, MiniWiki
 from trl_steppo.environments.tools import make_playable
-from trl_steppo.inference.chat import ChatFormat
 
 # ChatML with tool calls as Qwen writes them; the tools themselves are named, not described, to keep prompts short.
 CHAT_TEMPLATE = """\

@@ -27,10 +27,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from trl_steppo.chat import ChatFormat
 from trl_steppo.environments.hotpotqa import BM25Retriever, HotpotQAEnvironment, make_mini_wiki
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
 from trl_steppo.environments.tools import make_playable
-from trl_steppo.inference.chat import ChatFormat
 
 IGNORED = -100  # a label that transformers leaves out of the loss
 

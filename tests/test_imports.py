@@ -16,7 +16,7 @@ PACKAGE = Path(trl_steppo.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"types", "errors", "masked", "durable", "calls"},
-    {"environments", "inference", "batching", "advantages", "losses", "models"},
+    {"environments", "chat", "inference", "batching", "advantages", "losses", "models"},
     {"gateway"},
     {"rollout"},
     {"trainer"},
@@ -89,7 +89,7 @@ def test_the_reader_sees_what_there_is():
     path = PACKAGE / "trainer" / "learner.py"
     assert {"batching", "losses", "masked", "types", "trainer"} <= stages_imported(path)
     assert ("accelerate", True) in set(imports(path))
-    assert any(name.startswith("trl.") and not at_top for name, at_top in imports(PACKAGE / "inference" / "chat.py"))
+    assert any(name.startswith("trl.") and not at_top for name, at_top in imports(PACKAGE / "chat" / "chat_format.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
@@ -107,7 +107,7 @@ def test_only_the_trainer_imports_trl_and_accelerate(path):
         found = {name for name, at_top in imports(path) if at_top and name.split(".")[0] in HEAVY}
     else:
         found = {name for name, _ in imports(path) if name.split(".")[0] in HEAVY}
-    if path == PACKAGE / "inference" / "chat.py":
+    if path == PACKAGE / "chat" / "chat_format.py":
         assert all(name.startswith("trl.chat_template_utils") for name in found)
         assert not any(at_top for name, at_top in imports(path) if name.split(".")[0] in HEAVY)
         return
@@ -137,6 +137,7 @@ def test_one_module_imports_the_experimental_ppo():
         "import trl_steppo.environments",
         "import trl_steppo.calls",
         "import trl_steppo.environments.tools",
+        "import trl_steppo.chat",
         "from trl_steppo.gateway import Gateway, GatewayServer, SessionSpec",
         "import trl_steppo.rollout",
     ],

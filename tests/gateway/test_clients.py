@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import get_json_schema
 
 from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.chat import ChatFormat
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
-from trl_steppo.inference.chat import ChatFormat
 from trl_steppo.models import MINI_WIKI_POLICY
 from trl_steppo.rollout import load_episodes
 

@@ -1,8 +1,8 @@
 import pytest
 from scripted import LookEnvironment, make_tokenizer
 
+from trl_steppo.chat import ChatFormat
 from trl_steppo.environments import make_playable
-from trl_steppo.inference.chat import ChatFormat
 
 
 @pytest.fixture(scope="session")

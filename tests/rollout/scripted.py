@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen2_5_chat_template
 
+from trl_steppo.chat import ChatFormat
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.inference.chat import ChatFormat
 from trl_steppo.types import StopReason, TokenIds
 
 END = "<|im_end|>"

@@ -31,8 +31,8 @@ from tiny import (
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from trl_steppo import StepPOTrainer
+from trl_steppo.chat import ChatFormat
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
-from trl_steppo.inference.chat import ChatFormat
 from trl_steppo.rollout import episode_file, load_episodes
 from trl_steppo.trainer.ppo import PPOTrainer
 

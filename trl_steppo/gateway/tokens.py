@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..chat import ChatFormat
 from ..errors import ChatTemplateError
-from ..inference.chat import ChatFormat
 from .conversation import Message, ModelRequest, RequestError, prefix_keys, stops_at, text_keys, tools_key
 from .sessions import Session
 
@@ -35,7 +35,7 @@ class Placement:
             what was not recorded.
         key (`bytes`, *optional*):
             Of the conversation up to here; `None` where the prompt is no messages.
-        chat ([`~inference.chat.ChatFormat`]):
+        chat ([`~chat.ChatFormat`]):
             How its messages are rendered.
         rewritten (`int`, *optional*):
             Position of the step whose response it says was another.

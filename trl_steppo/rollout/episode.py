@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..calls import CallTimeoutError, within
+from ..chat import ChatFormat
 from ..environments.base import Message, Outcome, Playable, Response
 from ..errors import ConfigurationError, DataError, SamplerError
 from ..inference.base import Sample, Sampler, SamplingParams, step_seed
-from ..inference.chat import ChatFormat
 from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds
 from .pacing import InFlight
 

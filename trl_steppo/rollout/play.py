@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..calls import DaemonThread
+from ..chat import ChatFormat
 from ..environments.base import Playable
 from ..environments.slots import Slots
 from ..errors import RolloutError, SamplerError
 from ..inference.base import Sampler, SamplingParams
-from ..inference.chat import ChatFormat
 from ..types import Episode, EpisodeLimits
 from .episode import failed_episode, run_episode
 from .pacing import InFlight

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..chat import ChatFormat
 from ..environments.base import Message
 from ..errors import ConfigurationError, DataError, RolloutError
-from ..inference.chat import ChatFormat
 from ..types import Episode, Step, StopReason
 from .play import run_coroutine
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..chat import ChatFormat
 from ..environments.base import Playable
 from ..environments.slots import Slots
 from ..environments.tools import make_playable
 from ..errors import ConfigurationError, DataError
 from ..inference.base import Sampler, SamplingParams
-from ..inference.chat import ChatFormat
 from ..models import score_sequences
 from ..rollout import (
     Agent,

@@ -13,17 +13,14 @@ messages the same way whatever follows them; construction checks it.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
 from ..errors import ChatTemplateError
-
-Message = dict[str, Any]
+from .parsing import Message, ParsedResponse, parse_hermes, sort_tool_calls, tool_call
 
 _PROBE = "probe_7d1f"  # appears in no template, so that its position in a rendering is known
 _USER: Message = {"role": "user", "content": "dummy"}
@@ -77,31 +74,11 @@ _TOOLS_IN_TEXT = """\
 _LEAVES_OUT = {"user": "leaves out what was said", "tool": "leaves out tool calls or the tools' answers"}
 
 
-def _tool_call(name: str, arguments: Mapping[str, Any]) -> Message:
-    return {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-
-
 def _reply(kind: str, name: str = _PROBE, content: str = "dummy") -> Message:
     """A dummy assistant turn of the kind that messages of role `kind` answer."""
     if kind == "tool":
-        return {"role": "assistant", "content": "", "tool_calls": [_tool_call(name, {})]}
+        return {"role": "assistant", "content": "", "tool_calls": [tool_call(name, {})]}
     return {"role": "assistant", "content": content}
-
-
-@dataclass(frozen=True)
-class ParsedResponse:
-    """
-    One response, read as a message.
-
-    Args:
-        message (`dict`):
-            `role`, `content`; `tool_calls` where there are any, and `reasoning_content` where the response thought.
-        malformed (`tuple[str, ...]`):
-            For each tool call that cannot be read: why, in words that the model can act on.
-    """
-
-    message: Message
-    malformed: tuple[str, ...] = ()
 
 
 class ChatFormat:
@@ -400,7 +377,7 @@ class ChatFormat:
 
     def _round_trips_hermes(self) -> bool:
         """Whether [`parse_hermes`] reads what the template writes; several forms share the `<tool_call>` marker."""
-        call = _tool_call(_PROBE, {"key": "value"})
+        call = tool_call(_PROBE, {"key": "value"})
         try:
             text = self._text([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
         except Exception:  # a template without tool calls
@@ -434,88 +411,12 @@ class ChatFormat:
 
         prefix = None if prompt_ids is None else list(prompt_ids)
         message = {"role": "assistant", **parse_response(tokenizer, list(response_ids), prefix=prefix)}
-        calls, malformed = _sort_tool_calls(message.pop("tool_calls", None) or [])
+        calls, malformed = sort_tool_calls(message.pop("tool_calls", None) or [])
         if calls:
             message["tool_calls"] = calls
         elif not malformed and _opens_tool_call(tokenizer, self._tokenizer.decode(list(response_ids))):
             malformed = ["it cannot be read"]  # TRL returns such a response as plain text
         return ParsedResponse(message, tuple(malformed))
-
-
-_HERMES_FORM = 'write <tool_call>\n{"name": <tool name>, "arguments": <object>}\n</tool_call>'
-
-
-def parse_hermes(text: str, *, opens_thinking: bool = False) -> ParsedResponse:
-    """
-    Read a response that writes tool calls as JSON between `<tool_call>` and `</tool_call>`.
-
-    Args:
-        text (`str`):
-            The decoded response.
-        opens_thinking (`bool`, *optional*, defaults to `False`):
-            Whether the prompt has already written `<think>`. What is thought is never read as a tool call.
-    """
-    reasoning, text = _split_thinking(text, opens_thinking)
-    content, *blocks = text.split("<tool_call>")
-    calls: list[Message] = []
-    malformed: list[str] = []
-    for block in blocks:
-        inside, closing, after = block.partition("</tool_call>")
-        content += after.strip()
-        reading = _read_call(inside) if closing else "the closing </tool_call> is missing"
-        if isinstance(reading, str):
-            malformed.append(f"{reading}; {_HERMES_FORM}")
-        else:
-            calls.append(reading)
-    message: Message = {"role": "assistant", "content": content.strip()}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = calls
-    return ParsedResponse(message, tuple(malformed))
-
-
-def _split_thinking(text: str, opens_thinking: bool) -> tuple[str, str]:
-    thought, closing, rest = text.partition("</think>")
-    if closing:
-        return thought.replace("<think>", "", 1).strip(), rest.lstrip()
-    if opens_thinking or text.lstrip().startswith("<think>"):
-        return text.replace("<think>", "", 1).strip(), ""  # cut before the thought ended
-    return "", text
-
-
-def _read_call(inside: str) -> Message | str:
-    """The tool call, or what is wrong with it."""
-    try:
-        call = json.loads(inside)
-    except ValueError as error:
-        return f"not valid JSON ({error})"
-    except RecursionError:
-        return "not valid JSON (nested too deeply)"
-    return _check_call(call) or _tool_call(call["name"], call["arguments"])
-
-
-def _check_call(call: Any) -> str | None:
-    if not isinstance(call, dict):
-        return "not a JSON object"
-    if not isinstance(call.get("name"), str):
-        return '"name" is missing or not a string'
-    if not isinstance(call.get("arguments"), dict):
-        return '"arguments" is missing or not an object'
-    return None
-
-
-def _sort_tool_calls(tool_calls: Sequence[Any]) -> tuple[list[Message], list[str]]:
-    calls: list[Message] = []
-    malformed: list[str] = []
-    for tool_call in tool_calls:
-        function = tool_call.get("function", tool_call) if isinstance(tool_call, dict) else tool_call
-        problem = _check_call(function)
-        if problem is None:
-            calls.append(_tool_call(function["name"], function["arguments"]))
-        else:
-            malformed.append(problem)
-    return calls, malformed
 
 
 def _has_response_format(tokenizer: Any) -> bool:

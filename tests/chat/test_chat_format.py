@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils as trl_templates
 
+from trl_steppo.chat import ChatFormat, parse_hermes
 from trl_steppo.errors import ChatTemplateError
-from trl_steppo.inference.chat import ChatFormat, parse_hermes
 
 SEARCH = {
     "type": "function",
