@@ -68,7 +68,7 @@ def test_the_old_name_of_the_position_still_works():
         episode = Episode(
             "x", row_index=7, generation_index=0, steps=(), terminated=False, truncated=False, error="no"
         )
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="`stream_position`"):
         assert episode.row_index == episode.stream_position == 7
     assert replace(episode, stream_position=8).stream_position == 8
     assert pickle.loads(pickle.dumps(episode)) == episode
