@@ -13,6 +13,7 @@ messages the same way whatever follows them; construction checks it.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -22,6 +23,7 @@ from typing import Any
 from ..errors import ChatTemplateError
 from .formats import FORMATS, PLAIN, CallFormat, Piece
 from .parsing import Message, ParsedResponse, check_tool_calls, join_pieces, split_pieces, tool_call
+from .tokenizing import characters_per_token
 
 _PROBE = "probe_7d1f"  # appears in no template, so that its position in a rendering is known
 _USER: Message = {"role": "user", "content": "dummy"}
@@ -202,6 +204,22 @@ class ChatFormat:
     def close(self, response_ids: Sequence[int]) -> list[int]:
         """The end-of-turn token that a response cut by length lacks: context for what follows, not an action."""
         return [] if len(response_ids) and response_ids[-1] in self.stop_token_ids else [self.end_of_turn_id]
+
+    def min_tokens(self, shown: str | Sequence[Message]) -> int:
+        """
+        A lower bound on the number of tokens of a text, or of messages once they are rendered. It is found from the
+        number of characters, thousands of times faster than by tokenizing: what cannot fit needs no tokenizing.
+
+        Args:
+            shown (`str` or `Sequence[dict]`):
+                The text, or the messages. Those of the assistant count as nothing, as templates leave parts of them
+                out.
+
+        Returns:
+            `int`: The bound; 0 where the tokenizer allows none, as one with a token for any unknown word.
+        """
+        texts = [shown] if isinstance(shown, str) else [text for message in shown for text in _shown_texts(message)]
+        return math.ceil(sum(map(len, texts)) / characters_per_token(self._tokenizer))
 
     # -- ids -> messages ----------------------------------------------------------------------------------------------
 
@@ -532,6 +550,16 @@ def _opens_tool_call(tokenizer: Any, text: str) -> bool:
     field = template.get("fields", {}).get("tool_calls", {})
     pattern = field.get("open_pattern") or re.escape(field.get("open", ""))
     return bool(pattern) and re.search(pattern, text) is not None
+
+
+def _shown_texts(message: Message) -> list[str]:
+    """What of a message every template shows, without the white space that some take off at its ends."""
+    if message.get("role") not in ("user", "tool"):
+        return []
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return [text.strip() for text in texts if isinstance(text, str)]
 
 
 def _is_framing(token: str) -> bool:
