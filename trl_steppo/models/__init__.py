@@ -12,6 +12,7 @@ from .adapters import (
     saved_with_adapter,
 )
 from .attention import prepare_for_tries, takes_tries
+from .context import context_length
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
 from .forward import Critic, PolicyScorer, rows_at_once
@@ -38,6 +39,7 @@ __all__ = [
     "as_reference",
     "build_critic",
     "check_critic",
+    "context_length",
     "critic_adapter",
     "disable_dropout",
     "gathered",

@@ -35,6 +35,7 @@ from ..models import (
     add_adapter,
     as_reference,
     build_critic,
+    context_length,
     critic_adapter,
     disable_dropout,
     gathered,
@@ -233,6 +234,7 @@ class StepPOTrainer(PPOTrainer):
             data_collator=data_collator,
             example_row=self.rows.example,
             agent=agent,
+            context=_context(model, ref_model, value_model, reward_model),
         )
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode, self.rows)
         self._described = describe_task(
@@ -938,6 +940,12 @@ class StepPOTrainer(PPOTrainer):
 
     def _runtime(self) -> dict[str, float]:
         return speed_metrics("train", self._start, self._num_played(), self.state.global_step - self._first_step)
+
+
+def _context(*models: Any) -> int | None:
+    """The most tokens that all of these can read: each of them reads the policy's prompts and responses."""
+    lengths = (context_length(plain_model(model).config) for model in models if hasattr(model, "config"))
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def _frozen(model: Any, device: torch.device | None = None) -> Any:
