@@ -95,6 +95,8 @@ class ModelRequest:
             Ids of the tool calls that the client sends back.
         ignored (`tuple[str, ...]`, *optional*):
             Fields that were taken and have no effect, for the client to be told.
+        size (`int`, *optional*, defaults to `0`):
+            Bytes of the body that said all this.
     """
 
     model: str
@@ -105,6 +107,7 @@ class ModelRequest:
     logprobs: bool = False
     call_ids: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    size: int = 0
 
 
 @dataclass(frozen=True)

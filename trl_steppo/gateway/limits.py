@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 
 from .conversation import RequestError
 
 _MARK = re.compile(rb'[\[\]{},"]')
-_QUOTE, _BACKSLASH, _COMMA = b'",'[0], b"\\"[0], b","[0]
+_QUOTE, _BACKSLASH, _COMMA, _OBJECT = b'"\\,{'
 _BYTES_PER_TOKEN = 64  # of JSON: text in which every character is escaped has about 20
 _VALUES_PER_TOKEN = 8
 _OVERHEAD_BYTES, _OVERHEAD_VALUES, _FEWEST_ITEMS = 2**16, 4096, 256  # tools' schemas, and what is no prompt
@@ -28,6 +29,8 @@ class BodyLimits:
             JSON values in it: token ids, strings, numbers, objects.
         max_items (`int`, *optional*, defaults to 16,384):
             Objects in its lists: messages, their parts, tools, tool calls.
+        max_fields (`int`, *optional*, defaults to `1024`):
+            Fields of one object.
         max_depth (`int`, *optional*, defaults to `64`):
             Objects and lists in one another.
     """
@@ -35,6 +38,7 @@ class BodyLimits:
     max_bytes: int = _MOST_BYTES
     max_values: int = 2 * _MOST_VALUES
     max_items: int = _MOST_ITEMS
+    max_fields: int = 1024
     max_depth: int = 64
 
     @classmethod
@@ -70,30 +74,38 @@ def check_structure(body: bytes, limits: BodyLimits) -> None:
         RequestError: There is too much of something.
     """
     num_opened = body.count(b"{") + body.count(b"[")  # those in strings, too
-    if num_opened <= limits.max_depth and num_opened + body.count(b",") <= limits.max_items:
+    few = min(limits.max_items, limits.max_fields)
+    if num_opened <= limits.max_depth and num_opened + body.count(b",") <= few:
         return
     num_values = num_items = position = 0
-    is_list: list[bool] = []  # of what is open
+    opened: list[int] = []  # how many fields each open object has by now; of lists, minus infinity
     while (mark := _MARK.search(body, position)) is not None:
         position, found = mark.end(), body[mark.start()]
         if found == _QUOTE:
             position = _end_of_string(body, position)
             continue
-        if found in b"{[":
-            num_items += found == b"{"[0] and bool(is_list) and is_list[-1]
-            is_list.append(found == b"["[0])
-            if len(is_list) > limits.max_depth:
-                raise RequestError(
-                    400, f"the body has more than {limits.max_depth} objects or lists in one another", code="too_deep"
-                )
-        elif found != _COMMA:
-            is_list[-1:] = []
+        if found in b"}]":
+            opened[-1:] = []
             continue
         num_values += 1
         if num_values > limits.max_values:
             raise _too_many("values, such as token ids", limits.max_values)
-        if num_items > limits.max_items:
-            raise _too_many("messages, parts, tools and tool calls", limits.max_items)
+        if found == _COMMA:
+            if opened:
+                opened[-1] += 1
+                if opened[-1] > limits.max_fields:
+                    raise RequestError(
+                        400, f"an object has more than {limits.max_fields} fields", code="too_many_fields"
+                    )
+            continue
+        if found == _OBJECT and opened and opened[-1] < 0:
+            num_items += 1
+            if num_items > limits.max_items:
+                raise _too_many("messages, parts, tools and tool calls", limits.max_items)
+        opened.append(1 if found == _OBJECT else -sys.maxsize)
+        if len(opened) > limits.max_depth:
+            problem = f"the body has more than {limits.max_depth} objects or lists in one another"
+            raise RequestError(400, problem, code="too_deep")
 
 
 def _end_of_string(body: bytes, start: int) -> int:

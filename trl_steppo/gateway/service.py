@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 import secrets
 import sqlite3
 import time
 from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigurationError, DataError
@@ -21,11 +23,12 @@ from .monitor import Monitor
 from .sampling import SamplingPort
 from .sessions import Notes, RecordedStep, Session, SessionSpec, budget_error, conversation_key, key_digest
 from .store import Store, StoredSession
-from .tokens import ChatFormats, Placement, place, read_response, token_texts
+from .tokens import ChatFormats, Placement, place, place_beside, read_response, token_texts
+from .work import INLINE_BYTES, Worker
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 60  # characters of a difference that are logged
+_SHOWN = 60  # tokens of a difference that are logged
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class _Flight:
     """A request on its way; retries wait for the same one."""
 
     name: str
-    placement: Placement
     seed_index: int
+    placement: Placement | None = None  # unknown while that is found out
     task: asyncio.Task[Answer] | None = None
     alarm: asyncio.TimerHandle | None = None  # when the episode's time is up
     num_waiting: int = 0
@@ -91,6 +94,9 @@ class Gateway:
             Who has it may make sessions and read all of them over HTTP; without one, nobody may.
         model_name (`str`, *optional*, defaults to `"policy"`):
             What `/v1/models` calls the policy. Requests may call it anything.
+        context (`int`, *optional*):
+            Most tokens of a prompt with its response that the policy can read; `None`: no bound is known. A longer
+            prompt is refused, and a response gets what is left.
     """
 
     def __init__(
@@ -102,8 +108,11 @@ class Gateway:
         monitor: Monitor | None = None,
         admin_key: str | None = None,
         model_name: str = "policy",
+        context: int | None = None,
     ) -> None:
         self.formats = formats
+        self.context = context
+        self.worker = Worker()
         self.port = port
         self.store = store or Store()
         self.monitor = monitor or Monitor()
@@ -351,28 +360,53 @@ class Gateway:
         return None
 
     def _start(self, session: Session, request: ModelRequest, retry: Retry, flights: list[_Flight]) -> _Flight:
-        """Prepare a step: nothing is recorded yet."""
+        """Begin a step: nothing is recorded yet. What takes as long as the request is long is done beside the loop."""
         if session.ended_early:
             raise budget_error(session)
-        placement = place(request, session, self.formats)
-        if placement.parent is not None:  # who goes on from an answer was told of it
-            session.told_of(session.steps[placement.parent].answer)
-        prompt_ids = [*session.state_ids(placement.parent), *placement.new_ids]
-        over = session.check_budget(len(prompt_ids), len(flights))
-        if over is not None:
-            session.end_by(over, placement.parent, placement.new_ids, placement.observed)
-            raise budget_error(session)
-        if placement.rewritten is not None:
-            self._report_mismatch(session, placement.rewritten, prompt_ids)
+        if self.context is not None and isinstance(request.prompt, tuple) and len(request.prompt) >= self.context:
+            raise context_error(self.context, f"this prompt has {len(request.prompt)}", request)
         taken = {step.seed_index for step in session.steps} | {flight.seed_index for flight in flights}
-        flight = _Flight(retry.name, placement, next(i for i in range(len(taken) + 1) if i not in taken))
+        flight = _Flight(retry.name, next(i for i in range(len(taken) + 1) if i not in taken))
+        if request.size <= INLINE_BYTES and self.formats.knows(request.tools):
+            placement = place(request, session, self.formats)
+            flying = self._fly(
+                session, request, flight, self._admit(session, request, flight, placement, len(flights))
+            )
+        else:
+            flying = self._place_and_fly(session, request, flight)
         flights.append(flight)
-        flight.task = asyncio.ensure_future(self._fly(session, request, flight, prompt_ids))
+        flight.task = asyncio.ensure_future(flying)
         flight.task.add_done_callback(lambda _: self._end(session, flight))
         if session.spec.limits.max_episode_s is not None:
             left_s = session.spec.limits.max_episode_s - session.age_s()
             flight.alarm = asyncio.get_running_loop().call_later(left_s, self._end_in_flight, session)
         return flight
+
+    async def _place_and_fly(self, session: Session, request: ModelRequest, flight: _Flight) -> Answer:
+        placement = await place_beside(request, session, self.formats, partial(self.worker.run, session.turn))
+        if session.ended_early:  # meanwhile
+            raise budget_error(session)
+        num_before = self._flights[session.session_id].index(flight)
+        prompt_ids = self._admit(session, request, flight, placement, num_before)
+        return await self._fly(session, request, flight, prompt_ids)
+
+    def _admit(
+        self, session: Session, request: ModelRequest, flight: _Flight, placement: Placement, num_before: int
+    ) -> list[int]:
+        """The prompt of a step that the session's budgets, and the model's context, allow."""
+        if placement.parent is not None:  # who goes on from an answer was told of it
+            session.told_of(session.steps[placement.parent].answer)
+        prompt_ids = [*session.state_ids(placement.parent), *placement.new_ids]
+        over = session.check_budget(len(prompt_ids), num_before)
+        if over is not None:
+            session.end_by(over, placement.parent, placement.new_ids, placement.observed)
+            raise budget_error(session)
+        if self.context is not None and len(prompt_ids) >= self.context:
+            raise context_error(self.context, f"this prompt has {len(prompt_ids)}", request)
+        if placement.rewritten is not None:
+            self._report_mismatch(session, placement.rewritten, prompt_ids)
+        flight.placement = placement
+        return prompt_ids
 
     def _end_in_flight(self, session: Session) -> None:
         """Time is up while responses are sampled: those that are not recorded by now are given up."""
@@ -411,10 +445,13 @@ class Gateway:
             session.told_of(flight.task.result(), to_the_end=False)
 
     async def _fly(self, session: Session, request: ModelRequest, flight: _Flight, prompt_ids: list[int]) -> Answer:
-        placement, spec = flight.placement, session.spec
+        placement = flight.placement
+        assert placement is not None
         params = self._params(session, request, flight, len(prompt_ids))
         sample = await self._sample(session, prompt_ids, params, flight.seed_index)
-        step = self._record(session, request, flight, prompt_ids, params, sample)
+        record = partial(self._record, request, flight, prompt_ids, params, sample)
+        is_long = len(prompt_ids) + len(sample.token_ids) > INLINE_BYTES
+        step = await self.worker.run(session.turn, record) if is_long else record()
         flight.is_recording = True
         async with session.recording:  # steps are in the store in the order in which they are in memory
             try:
@@ -423,8 +460,7 @@ class Gateway:
                 logger.error("a step of session %s cannot be recorded", session.session_id, exc_info=True)
                 raise RequestError(502, "the step cannot be recorded", code="store") from error
             session.add(step)
-        own_budget = min(spec.sampling.max_new_tokens, request.wishes.max_tokens or spec.sampling.max_new_tokens)
-        if step.stop_reason is StopReason.LENGTH and params.max_new_tokens < own_budget:
+        if step.stop_reason is StopReason.LENGTH and self._ends_episode(session, request, params, len(prompt_ids)):
             session.notes.cut = True
             await self._save(session)
         self.monitor.steps.labels(placement.history).inc()
@@ -456,7 +492,6 @@ class Gateway:
 
     def _record(
         self,
-        session: Session,
         request: ModelRequest,
         flight: _Flight,
         prompt_ids: list[int],
@@ -464,6 +499,7 @@ class Gateway:
         sample: Sample,
     ) -> RecordedStep:
         placement = flight.placement
+        assert placement is not None
         chat = placement.chat
         name = secrets.token_hex(12)
         read = read_response(chat, request, prompt_ids, TokenIds(sample.token_ids).tolist(), name=name)
@@ -511,9 +547,11 @@ class Gateway:
         spec, wishes = session.spec, request.wishes
         sampling, limits = spec.sampling, spec.limits
         budget = min(sampling.max_new_tokens, wishes.max_tokens or sampling.max_new_tokens)
-        if limits.max_episode_tokens is not None:
-            budget = min(budget, limits.max_episode_tokens - prompt_length)
+        for longest in (limits.max_episode_tokens, self.context):
+            if longest is not None:
+                budget = min(budget, longest - prompt_length)
         seed = step_seed(spec.run_seed, spec.row_index, spec.generation_index, flight.seed_index)
+        assert flight.placement is not None
         stop = sampling.stop_token_ids or flight.placement.chat.stop_token_ids
         params = replace(sampling, max_new_tokens=budget, stop_token_ids=stop, seed=seed)
         if spec.training:
@@ -522,6 +560,14 @@ class Gateway:
         if wishes.seed is not None:
             wished["seed"] = wishes.seed & (2**63 - 1)  # seeds of clients may be negative
         return replace(params, **{name: value for name, value in wished.items() if value is not None})
+
+    def _ends_episode(
+        self, session: Session, request: ModelRequest, params: SamplingParams, prompt_length: int
+    ) -> bool:
+        """Whether a response that was cut was cut by the episode's budget of tokens, and not by its own."""
+        longest = session.spec.limits.max_episode_tokens
+        own = min(session.spec.sampling.max_new_tokens, request.wishes.max_tokens or math.inf)
+        return longest is not None and params.max_new_tokens < own and prompt_length + params.max_new_tokens >= longest
 
     def _check_wishes(self, session: Session, request: ModelRequest) -> tuple[str, ...]:
         """What of the client's wishes does not hold, for it to be told once; what would falsify scores is refused."""
@@ -559,26 +605,36 @@ class Gateway:
         if "history" in session.told:
             return
         session.told.add("history")
-        recorded = self.formats.decode(session.state_ids(position))
-        found = self.formats.decode(prompt_ids)
-        pairs = enumerate(zip(recorded, found, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(recorded), len(found)))
-        start = max(0, at - _SHOWN // 3)
+        recorded = session.state_ids(position)
+        pairs = enumerate(zip(recorded, prompt_ids, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(recorded), len(prompt_ids)))
+        shown = slice(max(0, at - _SHOWN // 3), at + _SHOWN)
         logger.warning(
             "session %s rewrote its history, which opens a branch: recorded %r, now %r (told once a session)",
             session.session_id,
-            recorded[start : at + _SHOWN],
-            found[start : at + _SHOWN],
+            self.formats.decode(recorded[shown]),
+            self.formats.decode(prompt_ids[shown]),
         )
 
 
 def _end_by_time(session: Session, flights: list[_Flight]) -> None:
     """Time is up: before the step that is being sampled, or else before the one that waits to be answered."""
-    if flights:
-        asked = flights[-1].placement
+    placed = [flight.placement for flight in flights if flight.placement is not None]
+    if placed:
+        asked = placed[-1]
         session.end_by(StopReason.MAX_EPISODE_S, asked.parent, asked.new_ids, asked.observed)
     else:
         session.end_by_time()
+
+
+def context_error(context: int, what: str, request: ModelRequest) -> RequestError:
+    """What a client is told whose prompt the model cannot read, in the words that OpenAI's clients know."""
+    return RequestError(
+        400,
+        f"this model's context is {context} tokens for a prompt and its response, and {what}; shorten it",
+        param="prompt" if request.messages is None else "messages",
+        code="context_length_exceeded",
+    )
 
 
 def restored(stored: StoredSession) -> Session:

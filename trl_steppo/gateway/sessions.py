@@ -215,6 +215,7 @@ class Session:
         self.sampler_error: Exception | None = None  # of the last request, if the sampler failed
         self.recording = asyncio.Lock()
         self.ending = asyncio.Lock()
+        self.turn = asyncio.Lock()  # of its work beside the loop
         self.told: set[str] = set()  # of its wishes that do not hold
         self.lost: set[int] = set()  # steps whose client went away while it was told
         self.num_firsts: Counter[str] = Counter()  # of a request: how often it was asked for the first time

@@ -285,7 +285,7 @@ class EpisodePlayer:
         template_kwargs: Any = self.args.chat_template_kwargs
         formats = ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs)
         # The agents of another process are gone, so none of its sessions goes on.
-        with closing(GatewayServer(formats, store=store, restores=False)) as self._server:
+        with closing(GatewayServer(formats, store=store, restores=False, context=self.context)) as self._server:
             try:
                 yield self._server.start()
             finally:
