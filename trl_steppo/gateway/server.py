@@ -16,6 +16,7 @@ import uvicorn
 
 from ..errors import ConfigurationError
 from .app import make_app
+from .connections import ConnectionLimits, Connections, guarded_protocol
 from .late import HEARTBEAT_S
 from .limits import BodyLimits
 from .monitor import Monitor
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 _START_S = 30.0
 _LOOKS_S = 1.0  # between looks for idle sessions
-_BACKLOG = 2048
 
 
 class GatewayServer:
@@ -64,6 +64,8 @@ class GatewayServer:
             What a body may consist of; by default what the context has room for.
         max_body_bytes (`int`, *optional*):
             Longest body, instead of the one in `limits`.
+        connections ([`~gateway.connections.ConnectionLimits`], *optional*):
+            What is allowed to whoever connects; by default half of the files that this process may open.
         heartbeat_s (`float`, *optional*, defaults to `3.0`):
             How long a stream says nothing while its response is sampled.
         idle_s (`float`, *optional*):
@@ -88,6 +90,7 @@ class GatewayServer:
         context: int | None = None,
         limits: BodyLimits | None = None,
         max_body_bytes: int | None = None,
+        connections: ConnectionLimits | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         idle_s: float | None = None,
     ) -> None:
@@ -116,6 +119,8 @@ class GatewayServer:
         if max_body_bytes is not None:
             limits = replace(limits, max_bytes=max_body_bytes)
         app = make_app(self.gateway, default=default, limits=limits, heartbeat_s=heartbeat_s)
+        self.connections = Connections(connections or ConnectionLimits.of_process())
+        backlog = self.connections.limits.backlog
         # Neither uvicorn's access log nor its headers: the one is long, the others name versions.
         config = uvicorn.Config(
             app,
@@ -124,9 +129,14 @@ class GatewayServer:
             server_header=False,
             date_header=False,
             lifespan="off",
+            http=guarded_protocol(self.connections),
+            ws="none",
+            h11_max_incomplete_event_size=self.connections.limits.max_header_bytes,
+            # Requests at work; connections are closed before they are so many.
+            limit_concurrency=self.connections.limits.max_connections + 2 * backlog + 1,
             timeout_keep_alive=75,  # longer than clients keep connections, so that none is closed while it is used
             timeout_graceful_shutdown=1,
-            backlog=_BACKLOG,
+            backlog=backlog,
         )
         self._server = uvicorn.Server(config)
         self._loop: asyncio.AbstractEventLoop | None = None
