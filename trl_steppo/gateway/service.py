@@ -22,7 +22,7 @@ from .conversation import Answer, ModelRequest, RequestError
 from .monitor import Monitor
 from .sampling import SamplingPort
 from .sessions import Notes, RecordedStep, Session, SessionSpec, budget_error, conversation_key, key_digest
-from .store import Store, StoredSession
+from .store import Store, StoredSession, report_damage
 from .tokens import ChatFormats, Placement, place, place_beside, read_response, token_texts
 from .work import INLINE_BYTES, Worker
 
@@ -170,18 +170,21 @@ class Gateway:
         return session, key
 
     def restore(self) -> int:
-        """Take up the sessions that were running when the store was last used; how many there are."""
-        found = self.store.running()
-        for one in found:
-            self._add(restored(one))
+        """
+        Take up the sessions that were running when the store was last used, but for those whose record is damaged; how
+        many there are.
+        """
+        found = [session for session in map(restored, self.store.running()) if session is not None]
+        for session in found:
+            self._add(session)
         return len(found)
 
     def finished_episode(self, name: str, spec: SessionSpec) -> Episode | None:
         """What a session of this name left in the store, if it ended without an error and was allowed the same."""
         for one in self.store.named(name):
             if one.is_over and one.spec == spec.to_json():
-                episode = restored(one).episode()
-                if episode.valid:
+                session = restored(one)
+                if session is not None and (episode := session.episode()).valid:
                     return episode
         return None
 
@@ -273,9 +276,10 @@ class Gateway:
         if session_id in self._sessions:
             return self._sessions[session_id]
         stored = self.store.session(session_id)
-        if stored is None:
-            raise RequestError(404, f"there is no session {session_id!r}", param="session_id")
-        return restored(stored)
+        session = None if stored is None else restored(stored)
+        if session is None:
+            raise RequestError(404, f"there is no session {session_id!r} that can be read", param="session_id")
+        return session
 
     def __contains__(self, session_id: str) -> bool:
         """Whether a session is running."""
@@ -637,18 +641,23 @@ def context_error(context: int, what: str, request: ModelRequest) -> RequestErro
     )
 
 
-def restored(stored: StoredSession) -> Session:
-    """A session as it was when the store last heard of it."""
-    session = Session(
-        stored.session_id,
-        stored.name,
-        stored.key_digest,
-        SessionSpec.from_json(stored.spec),
-        Notes(**stored.notes),
-        is_over=stored.is_over,
-    )
-    for step in stored.steps:
-        session.commit(RecordedStep.from_json(step))
+def restored(stored: StoredSession) -> Session | None:
+    """A session as it was when the store last heard of it; `None`, and a warning, if that cannot be."""
+    try:
+        session = Session(
+            stored.session_id,
+            stored.name,
+            stored.key_digest,
+            SessionSpec.from_json(stored.spec),
+            Notes.from_json(stored.notes, num_steps=len(stored.steps)),
+            is_over=stored.is_over,
+        )
+        for step in stored.steps:
+            session.commit(RecordedStep.from_json(step, position=len(session.steps)))
+        session.episode()  # all of it fits together
+    except Exception as error:  # whatever reading what others wrote may raise
+        report_damage(stored.session_id, stored.name, error)
+        return None
     if not session.is_over:
         session.notes.undelivered.clear()  # what was being told when it was last written; clients ask again
     return session
