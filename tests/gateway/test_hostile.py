@@ -198,6 +198,25 @@ def test_a_response_gets_what_the_context_leaves(server, policy):
     assert client.post("/v1/chat/completions", json={"model": "m", "messages": [HI]}).status_code == 200  # it goes on
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 30_000}]}),
+        ("/v1/completions", {"prompt": "a" * 30_000}),
+    ],
+)
+def test_a_long_text_that_cannot_fit_is_never_tokenized(server, monkeypatch, path, body):
+    client = open_client(server)
+    chat = server.gateway.formats.of(())
+    for name in ("render", "append", "encode_text"):
+        monkeypatch.setattr(chat, name, None)
+    monkeypatch.setattr("trl_steppo.chat.chat_format.characters_per_token", lambda tokenizer: 10)
+    response = client.post(path, json={"model": "m", **body})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert "at least 3000" in response.json()["error"]["message"]
+
+
 # -- others -----------------------------------------------------------------------------------------------------------
 
 

@@ -162,6 +162,16 @@ class Answer:
         return {"role": "assistant", "content": self.text, **({"tool_calls": calls} if calls else {})}
 
 
+def context_error(context: int, what: str, request: ModelRequest) -> RequestError:
+    """What a client is told whose prompt the model cannot read, in the words that OpenAI's clients know."""
+    return RequestError(
+        400,
+        f"this model's context is {context} tokens for a prompt and its response, and {what}; shorten it",
+        param="prompt" if request.messages is None else "messages",
+        code="context_length_exceeded",
+    )
+
+
 # -- keys -------------------------------------------------------------------------------------------------------------
 
 

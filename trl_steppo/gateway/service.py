@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import ConfigurationError, DataError
 from ..inference.base import MIN_TEMPERATURE, Sample, SamplingParams, step_seed
 from ..types import Episode, StopReason, TokenIds
-from .conversation import Answer, ModelRequest, RequestError
+from .conversation import Answer, ModelRequest, RequestError, context_error
 from .monitor import Monitor
 from .sampling import SamplingPort
 from .sessions import Notes, RecordedStep, Session, SessionSpec, budget_error, conversation_key, key_digest
@@ -372,7 +372,7 @@ class Gateway:
         taken = {step.seed_index for step in session.steps} | {flight.seed_index for flight in flights}
         flight = _Flight(retry.name, next(i for i in range(len(taken) + 1) if i not in taken))
         if request.size <= INLINE_BYTES and self.formats.knows(request.tools):
-            placement = place(request, session, self.formats)
+            placement = place(request, session, self.formats, self.context)
             flying = self._fly(
                 session, request, flight, self._admit(session, request, flight, placement, len(flights))
             )
@@ -387,7 +387,8 @@ class Gateway:
         return flight
 
     async def _place_and_fly(self, session: Session, request: ModelRequest, flight: _Flight) -> Answer:
-        placement = await place_beside(request, session, self.formats, partial(self.worker.run, session.turn))
+        run = partial(self.worker.run, session.turn)
+        placement = await place_beside(request, session, self.formats, self.context, run)
         if session.ended_early:  # meanwhile
             raise budget_error(session)
         num_before = self._flights[session.session_id].index(flight)
@@ -629,16 +630,6 @@ def _end_by_time(session: Session, flights: list[_Flight]) -> None:
         session.end_by(StopReason.MAX_EPISODE_S, asked.parent, asked.new_ids, asked.observed)
     else:
         session.end_by_time()
-
-
-def context_error(context: int, what: str, request: ModelRequest) -> RequestError:
-    """What a client is told whose prompt the model cannot read, in the words that OpenAI's clients know."""
-    return RequestError(
-        400,
-        f"this model's context is {context} tokens for a prompt and its response, and {what}; shorten it",
-        param="prompt" if request.messages is None else "messages",
-        code="context_length_exceeded",
-    )
 
 
 def restored(stored: StoredSession) -> Session | None:

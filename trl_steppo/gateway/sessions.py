@@ -335,6 +335,10 @@ class Session:
         place = self._places[position]
         return self._branches[place.branch][: place.end].tolist()
 
+    def state_length(self, position: int | None) -> int:
+        """How many ids [`state_ids`] has."""
+        return 0 if position is None else self._places[position].end
+
     def has_child(self, position: int) -> bool:
         """Whether a step was continued."""
         return position in self._children

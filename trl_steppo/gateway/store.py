@@ -80,10 +80,10 @@ class Store:
         self._thread.start()
         try:
             opened.result()
+        except (sqlite3.OperationalError, OSError) as error:
+            raise CheckpointError(f"the gateway's store {path} cannot be opened: {error}") from error
         except sqlite3.DatabaseError as error:
             raise self._damage(error) from error
-        except OSError as error:
-            raise CheckpointError(f"the gateway's store {path} cannot be opened: {error}") from error
 
     def add_session(
         self, session_id: str, name: str, key_digest: str, spec: dict[str, Any], notes: dict[str, Any]

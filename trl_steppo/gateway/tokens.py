@@ -10,8 +10,18 @@ from typing import Any, Literal, cast
 
 from ..chat import ChatFormat
 from ..errors import ChatTemplateError
-from .conversation import Message, ModelRequest, RequestError, prefix_keys, stops_at, text_keys, tools_key
+from .conversation import (
+    Message,
+    ModelRequest,
+    RequestError,
+    context_error,
+    prefix_keys,
+    stops_at,
+    text_keys,
+    tools_key,
+)
 from .sessions import Session
+from .work import INLINE_BYTES
 
 _MOST_FORMATS = 64
 
@@ -99,14 +109,24 @@ class ChatFormats:
 Placing = Generator[Callable[[], Any], Any, Placement]
 
 
-def place(request: ModelRequest, session: Session, formats: ChatFormats) -> Placement:
+def place(request: ModelRequest, session: Session, formats: ChatFormats, context: int | None = None) -> Placement:
     """
     Find the longest recorded history that a request continues, and tokenize what it adds.
 
+    Args:
+        request ([`ModelRequest`]):
+            What is asked.
+        session ([`Session`]):
+            What is recorded.
+        formats ([`ChatFormats`]):
+            Messages to ids.
+        context (`int`, *optional*):
+            Tokens that a prompt has to be shorter than: a text that is not, however it is tokenized, never is.
+
     Raises:
-        RequestError: The messages cannot be rendered.
+        RequestError: The messages cannot be rendered, or are too long.
     """
-    placing, done = placing_of(request, session, formats), None
+    placing, done = placing_of(request, session, formats, context), None
     while True:
         try:
             done = placing.send(done)()
@@ -118,10 +138,11 @@ async def place_beside(
     request: ModelRequest,
     session: Session,
     formats: ChatFormats,
+    context: int | None,
     run: Callable[[Callable[[], Any]], Awaitable[Any]],
 ) -> Placement:
     """[`place`], where `run` does what takes as long as the request is long: somewhere else, without the session."""
-    placing, done = placing_of(request, session, formats), None
+    placing, done = placing_of(request, session, formats, context), None
     while True:
         try:
             work = placing.send(done)
@@ -130,13 +151,13 @@ async def place_beside(
         done = await run(work)
 
 
-def placing_of(request: ModelRequest, session: Session, formats: ChatFormats) -> Placing:
+def placing_of(request: ModelRequest, session: Session, formats: ChatFormats, context: int | None) -> Placing:
     """
     The steps of [`place`]: gives out, as functions, what takes long and needs nothing that may change, and is sent
     what they return. What lies between looks at the session.
     """
     if request.messages is None:
-        return (yield from _placing_text(request, session, formats))
+        return (yield from _placing_text(request, session, formats, context))
     messages = request.messages
 
     def prepare() -> tuple[list[bytes], ChatFormat]:
@@ -151,16 +172,21 @@ def placing_of(request: ModelRequest, session: Session, formats: ChatFormats) ->
     answered = (keys[n] for n in range(len(messages) - 1, count - 1, -1) if messages[n]["role"] == "assistant")
     rewritten = next((session.by_asked_key[key] for key in answered if key in session.by_asked_key), None)
     response_ids = None if parent is None else session.steps[parent].response_ids
+    kept = session.state_length(parent)
 
     def tokenize() -> tuple[bool, list[int]]:
         try:
             if response_ids is not None:
                 try:
+                    _check_fits(request, kept, added, chat, context)
                     ids = chat.close(response_ids) + chat.append(added, tool_call_names=_tool_names(added))
                     return True, ids
                 except ChatTemplateError:  # such messages change how those before them are rendered
                     pass
+            _check_fits(request, 0, messages, chat, context)
             return False, chat.render(messages)
+        except RequestError:
+            raise
         except Exception as error:  # whatever jinja code raises
             raise RequestError(400, f"the messages cannot be rendered: {error}", param="messages") from error
 
@@ -170,7 +196,7 @@ def placing_of(request: ModelRequest, session: Session, formats: ChatFormats) ->
     return Placement(parent, new_ids, _observation(added), history, keys[-1], chat, rewritten)
 
 
-def _placing_text(request: ModelRequest, session: Session, formats: ChatFormats) -> Placing:
+def _placing_text(request: ModelRequest, session: Session, formats: ChatFormats, context: int | None) -> Placing:
     prompt, lengths = request.prompt, frozenset(session.text_lengths)
 
     def prepare() -> tuple[ChatFormat, dict[int, bytes]]:
@@ -185,14 +211,39 @@ def _placing_text(request: ModelRequest, session: Session, formats: ChatFormats)
     assert prompt is not None
     known = [length for length, key in keys.items() if key in session.by_key]
     if not known:
-        new_ids = yield lambda: chat.encode_text(prompt)
+        new_ids = yield lambda: _encode(request, 0, prompt, chat, context, add_special_tokens=True)
         if not new_ids:
             raise RequestError(400, "the prompt is empty; there is nothing to continue", param="prompt")
         return Placement(None, new_ids, "", _history(session, None), None, chat)
     length = max(known)
     parent, added = session.ending_with(keys[length], ()), prompt[length:]
-    new_ids = (yield lambda: chat.encode_text(added, add_special_tokens=False)) if added else []
+    kept = session.state_length(parent)
+    new_ids = (yield lambda: _encode(request, kept, added, chat, context, add_special_tokens=False)) if added else []
     return Placement(parent, new_ids, added, _history(session, parent), None, chat)
+
+
+def _encode(
+    request: ModelRequest,
+    kept: int,
+    text: str,
+    chat: ChatFormat,
+    context: int | None,
+    *,
+    add_special_tokens: bool,
+) -> list[int]:
+    _check_fits(request, kept, text, chat, context)
+    return chat.encode_text(text, add_special_tokens=add_special_tokens)
+
+
+def _check_fits(
+    request: ModelRequest, kept: int, added: str | Sequence[Message], chat: ChatFormat, context: int | None
+) -> None:
+    """Refuse a long text that cannot fit behind so many kept tokens, before it is rendered or tokenized."""
+    if context is None or request.size <= INLINE_BYTES:
+        return
+    length = kept + chat.min_tokens(added)
+    if length >= context:
+        raise context_error(context, f"this prompt has at least {length}", request)
 
 
 def _history(session: Session, parent: int | None, rewritten: int | None = None) -> History:
