@@ -493,6 +493,19 @@ def test_a_refused_body_leaves_its_connection_usable(policy, parser):
     server.close()
 
 
+def test_a_header_may_begin_behind_a_long_body(policy, parser):
+    """In one piece with its end."""
+    server = start(policy, connections=limits(max_header_bytes=500))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 4000\r\n\r\n"
+    with connect(server) as client:
+        client.sendall(head + b"x" * 1000)
+        assert b" 401 " in client.recv(2**16)  # before it is whole
+        client.sendall(b"x" * 3000 + b"GET /healthz HT")
+        client.sendall(b"TP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        assert b" 200 " in read_all(client)
+    server.close()
+
+
 def test_connections_are_bounded_by_the_files_of_the_process():
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     found = ConnectionLimits.of_process()

@@ -242,8 +242,9 @@ class _Routes:
         if size <= INLINE_BYTES:
             return function()
         working = asyncio.ensure_future(self.gateway.worker.run(turn, function))
+        either: set[asyncio.Future[Any]] = {working} if gone is None else {working, gone}
         try:
-            await asyncio.wait({working, gone} if gone is not None else {working}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not working.done():
                 working.cancel()

@@ -18,7 +18,7 @@ class Body(BaseModel):
     """A body of which every field is known: one that is not is refused by its name, unless it is null."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
-    __pydantic_extra__: dict[str, None]
+    __pydantic_extra__: dict[str, None] = Field(init=False)
 
 
 def _check_finite(value: Any) -> Any:

@@ -132,7 +132,7 @@ class _Guarded:
         """Whether a request of it is being answered that is whole."""
         return self.cycle is not None and not self.cycle.response_complete and not self._is_incoming
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)  # type: ignore[misc]
         self._expect()
         self.connections_of_server.add(self)
@@ -146,13 +146,13 @@ class _Guarded:
         limits = self.connections_of_server.limits
         self.connections_of_server.touch(self)
         self._expect()
-        before = self.cycle
+        before, was_in_header = self.cycle, self._in_header
         super().data_received(data)  # type: ignore[misc]
         if self.transport.is_closing():
             return
         if self.cycle is not before:
             self._header_bytes = sum(len(name) + len(value) for name, value in self.cycle.scope["headers"])
-        if self._in_header:
+        if was_in_header and self._in_header:  # all of this; what came before its beginning is not known
             self._header_bytes += len(data)
         if self._header_bytes > limits.max_header_bytes:
             self.end(_TOO_LARGE)

@@ -175,11 +175,11 @@ def _read(kind: type[T], data: Mapping[str, Any]) -> T:
     _check_names(kind, data)
     if not is_finite(data):
         raise ValueError("a number is none")
-    return cast(T, _adapter(kind).validate_json(json.dumps(data), strict=True))
+    return cast(T, _adapter(cast(Any, kind)).validate_json(json.dumps(data), strict=True))
 
 
 @cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
