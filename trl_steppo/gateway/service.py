@@ -182,10 +182,9 @@ class Gateway:
     def finished_episode(self, name: str, spec: SessionSpec) -> Episode | None:
         """What a session of this name left in the store, if it ended without an error and was allowed the same."""
         for one in self.store.named(name):
-            if one.is_over and one.spec == spec.to_json():
-                session = restored(one)
-                if session is not None and (episode := session.episode()).valid:
-                    return episode
+            session = restored(one) if one.is_over else None
+            if session is not None and session.spec == spec and (episode := session.episode()).valid:
+                return episode
         return None
 
     async def set_reward(
@@ -216,6 +215,7 @@ class Gateway:
         observation: Any = None,
         error: str | None = None,
         out_of_time: bool = False,
+        terminated: bool = False,
     ) -> None:
         """
         The episode is over: its key is nobody's from now on. This alone decides how it ended; whoever calls it again
@@ -230,11 +230,15 @@ class Gateway:
                 Why it failed.
             out_of_time (`bool`, *optional*, defaults to `False`):
                 Whether it ends because its time is up, so that what its client is still at does not count.
+            terminated (`bool`, *optional*, defaults to `False`):
+                Whether the agent's environment ended the episode. Without that, an episode whose last response was
+                cut at its length is truncated.
         """
         async with session.ending:
             if not session.is_over:
                 session.is_over = True  # no request begins from here on
                 flights = await self._land(session)
+                session.notes.terminated = terminated
                 if out_of_time:
                     _end_by_time(session, flights)
             if reward is not None:
@@ -251,8 +255,8 @@ class Gateway:
                 self._flights.pop(session.session_id, None)
                 self.port.release(session.session_id)
                 self.monitor.undelivered.inc(len(session.steps) - len(visible) - len(session.notes.unanswered))
-                ending = "error" if session.notes.error else session.notes.stop_reason or "end"
-                self.monitor.episodes.labels(ending).inc()
+                ending = session.end_reason()
+                self.monitor.episodes.labels("end" if ending is StopReason.ENVIRONMENT else ending.value).inc()
 
     async def finish_idle(self, idle_s: float) -> None:
         """Finish the sessions whose agents have asked for nothing in so long."""
@@ -477,7 +481,7 @@ class Gateway:
     async def _sample(
         self, session: Session, prompt_ids: list[int], params: SamplingParams, seed_index: int
     ) -> Sample:
-        order = (session.spec.row_index, session.spec.generation_index, seed_index)
+        order = (session.spec.stream_position, session.spec.generation_index, seed_index)
         try:
             sample = await self.port.sample(prompt_ids, params, session_id=session.session_id, order=order)
         except RequestError:
@@ -555,7 +559,7 @@ class Gateway:
         for longest in (limits.max_episode_tokens, self.context):
             if longest is not None:
                 budget = min(budget, longest - prompt_length)
-        seed = step_seed(spec.run_seed, spec.row_index, spec.generation_index, flight.seed_index)
+        seed = step_seed(spec.run_seed, spec.stream_position, spec.generation_index, flight.seed_index)
         assert flight.placement is not None
         stop = sampling.stop_token_ids or flight.placement.chat.stop_token_ids
         params = replace(sampling, max_new_tokens=budget, stop_token_ids=stop, seed=seed)
