@@ -26,6 +26,7 @@ from trl_steppo.gateway import GatewayServer, SessionSpec
 from trl_steppo.gateway.conversation import Answer, ModelRequest
 from trl_steppo.gateway.sampling import Engine, SamplingPort
 from trl_steppo.gateway.service import Retry
+from trl_steppo.gateway.sessions import Notes, Session
 from trl_steppo.gateway.store import Store
 from trl_steppo.types import Episode, StopReason
 
@@ -362,7 +363,7 @@ def test_time_is_up_while_a_response_is_sampled(server, policy, num_before):
     for _ in range(num_before):
         messages += [client.say(messages), USER]
     server.call(hold(policy))
-    client.session.notes.created -= 1000  # two seconds are left
+    client.session.began -= 1000  # two seconds are left
     refused = client.chat(messages)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "episode_over")
     assert client.post("/sessions/current/finish", {"reward": 1.0}).status_code == 200
@@ -376,6 +377,19 @@ def test_time_is_up_while_a_response_is_sampled(server, policy, num_before):
     assert server.gateway.port.num_in_flight == 0
 
 
+def test_an_episode_lasts_as_long_as_it_does_whatever_the_wall_clock_is_set_to(server, monkeypatch):
+    client = Client(server, make_spec(max_episode_s=60))
+    now = time.time()
+    for set_to in (now + 1e6, now - 1e6):
+        monkeypatch.setattr(time, "time", lambda set_to=set_to: set_to)
+        assert 0 <= client.session.age_s() < 60
+        assert not client.session.is_out_of_time
+    monkeypatch.undo()
+    stored = Session("a", "b", "c", client.session.spec, Notes(created=time.time() - 100))
+    assert 100 <= stored.age_s() < 200
+    assert Session("a", "b", "c", client.session.spec, Notes(created=time.time() + 1e6)).age_s() < 100
+
+
 def test_sessions_that_nobody_goes_on_with_are_finished(server, policy):
     left, cut, late, busy = (
         Client(server, make_spec(max_interaction_steps=n, max_episode_s=60)) for n in (9, 1, 8, 7)
@@ -384,7 +398,7 @@ def test_sessions_that_nobody_goes_on_with_are_finished(server, policy):
         last = client.say([*[USER] * (1 + len(client.session.steps))])
         assert last
     assert cut.chat([USER, USER]).status_code == 400
-    late.session.notes.created = 0.0
+    late.session.began -= 1e6
     server.call(hold(policy))
     thread = threading.Thread(target=busy.chat, args=([USER],))
     thread.start()

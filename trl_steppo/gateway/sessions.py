@@ -219,6 +219,9 @@ class Session:
         self.lost: set[int] = set()  # steps whose client went away while it was told
         self.num_firsts: Counter[str] = Counter()  # of a request: how often it was asked for the first time
         self.last_active = time.monotonic()
+        # The wall clock may be set while an episode lasts; only what was stored before a restart has no other.
+        earlier_s = 0.0 if notes is None else max(0.0, time.time() - notes.created)
+        self.began = self.last_active - earlier_s
         self._branches: list[array[int]] = []
         self._places: list[_Place] = []
         self._children: dict[int, int] = {}  # the first of each
@@ -355,7 +358,7 @@ class Session:
 
     def age_s(self) -> float:
         """Seconds since it was made, restarts included."""
-        return time.time() - self.notes.created
+        return time.monotonic() - self.began
 
     @property
     def is_out_of_time(self) -> bool:

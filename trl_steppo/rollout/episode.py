@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..calls import CallTimeoutError, within
+from ..calls import CallTimeoutError, error_text, within
 from ..chat import ChatFormat
 from ..environments.base import Message, Outcome, Playable, Response
 from ..errors import ConfigurationError, DataError, SamplerError
@@ -97,7 +97,7 @@ def describe(error: BaseException, stage: str) -> str:
     """What broke, in one line: the stage, the exception, and where in the user's code it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{stage}: {type(error).__name__}: {error}{where}"
+    return f"{stage}: {type(error).__name__}: {error_text(error)}{where}"
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,19 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
-from ..calls import DaemonThread
+from ..calls import (
+    CallTimeoutError,
+    DaemonThread,
+    keeping_thread_state,
+    noticing_interruptions,
+    raise_interruption,
+    within,
+)
 from ..chat import ChatFormat
 from ..environments.base import Playable
 from ..environments.slots import Slots
@@ -25,6 +33,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ATTEMPTS = 3  # at an episode whose sampler fails
+_LETS_GO_S = 1.0  # for what was left behind in an event loop to clean up
 
 
 @dataclass(frozen=True)
@@ -227,23 +236,31 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     Run a coroutine to its end from sync code, whether or not this thread already runs an event loop.
 
     Unlike `asyncio.run` it does not wait for what the coroutine left behind: an async tool that hung in
-    `asyncio.to_thread` would hold it forever.
+    `asyncio.to_thread` would hold it forever. A task that the code of others has begun, and that ends in `SystemExit`
+    or `KeyboardInterrupt`, does not end it.
     """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return _run_in_new_loop(coroutine)
     outcome: list[Callable[[], T]] = []
-    thread = threading.Thread(target=lambda: outcome.append(_settle(coroutine)), name="rollout", daemon=True)
+    stops: list[Callable[[], None]] = []
+    run = lambda: outcome.append(_settle(coroutine, stops))  # noqa: E731
+    thread = threading.Thread(target=run, name="rollout", daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:  # Ctrl-C reaches this thread alone
+        for stop in stops:
+            stop()
+        raise
     return outcome[0]()
 
 
-def _settle(coroutine: Coroutine[Any, Any, T]) -> Callable[[], T]:
+def _settle(coroutine: Coroutine[Any, Any, T], stops: list[Callable[[], None]]) -> Callable[[], T]:
     """A function that returns or raises in the caller's thread what the coroutine did in this one."""
     try:
-        result = _run_in_new_loop(coroutine)
+        result = _run_in_new_loop(coroutine, stops)
     except BaseException as error:
         raised = error
 
@@ -254,13 +271,37 @@ def _settle(coroutine: Coroutine[Any, Any, T]) -> Callable[[], T]:
     return lambda: result
 
 
-def _run_in_new_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+def _run_in_new_loop(coroutine: Coroutine[Any, Any, T], stops: list[Callable[[], None]] | None = None) -> T:
+    """`stops`: where to put what stops it from another thread."""
     loop = asyncio.new_event_loop()
-    try:
-        return loop.run_until_complete(coroutine)
-    finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))  # lets the cancelled ones clean up, and waits for none of them
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+    with noticing_interruptions(), keeping_thread_state():
+        try:
+            main = loop.create_task(coroutine)
+            if stops is not None:
+                stops.append(partial(_stop, loop, main))
+            return _run_until_done(loop, main)
+        finally:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            # Lets the cancelled ones clean up, and waits for none of them for long.
+            _run_until_done(loop, loop.create_task(asyncio.sleep(0)))
+            with suppress(CallTimeoutError):
+                _run_until_done(loop, loop.create_task(within(loop.shutdown_asyncgens(), _LETS_GO_S, "cleaning up")))
+            loop.close()
+
+
+def _run_until_done(loop: asyncio.AbstractEventLoop, main: asyncio.Task[T]) -> T:
+    """Run the loop until `main` is done, whichever other task tries to end it."""
+    while True:
+        try:
+            return loop.run_until_complete(main)
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise_interruption(error)
+            if main.done():
+                return main.result()
+            logger.error("a task of an environment, a tool or a reward function ended in %r", error, exc_info=error)
+
+
+def _stop(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
+    with suppress(RuntimeError):  # the loop is closed: it has ended by itself
+        loop.call_soon_threadsafe(task.cancel)

@@ -59,6 +59,9 @@ class RowStream:
 
 
 def column_names(dataset: Any) -> Sequence[str]:
-    """The columns of a dataset, or of the first of its rows."""
+    """The columns of a dataset; of a list of rows those that any row has; of anything else those of the first row."""
     names = getattr(dataset, "column_names", None)
-    return names if names is not None else list(dataset[0])
+    if names is not None:
+        return names
+    rows = dataset if isinstance(dataset, list | tuple) else [dataset[0]]
+    return list(dict.fromkeys(name for row in rows for name in row))
