@@ -372,8 +372,8 @@ def test_the_threads_own_state_is_put_back():
 
 
 def test_an_exception_whose_message_breaks_is_told_all_the_same():
-    class Silent(Exception):
+    class SilentError(Exception):
         def __str__(self):
             raise OSError("no")
 
-    assert error_text(Silent()) == "(its message cannot be read)"
+    assert error_text(SilentError()) == "(its message cannot be read)"

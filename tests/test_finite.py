@@ -50,8 +50,23 @@ class Odd:
 
 @pytest.mark.parametrize(
     "value",
-    [None, "1.0", b"1", [1.0], (1.0,), {}, 1 + 2j, np.complex64(1), np.array(["1"]), np.zeros(2), object(), Odd()]
-    + [torch.zeros(2), torch.zeros(0), Decimal("sNaN"), (one for one in (1.0,))],
+    [
+        *[
+            None,
+            "1.0",
+            b"1",
+            [1.0],
+            (1.0,),
+            {},
+            1 + 2j,
+            np.complex64(1),
+            np.array(["1"]),
+            np.zeros(2),
+            object(),
+            Odd(),
+        ],
+        *[torch.zeros(2), torch.zeros(0), Decimal("sNaN"), (one for one in (1.0,))],
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_number(value):

@@ -298,7 +298,7 @@ def noticing_interruptions() -> Iterator[None]:
     nothing.
     """
     global _interruption
-    noticed: dict[int, Callable[..., Any]] = {}
+    noticed: dict[signal.Signals, Callable[..., Any]] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)

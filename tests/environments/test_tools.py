@@ -514,7 +514,7 @@ def test_lazy_values_of_an_environment_are_computed_or_refused():
 
 
 def test_half_characters_and_broken_messages_of_others_are_text():
-    class Silent(Exception):
+    class SilentError(Exception):
         def __str__(self):
             raise OSError("no")
 
@@ -528,14 +528,14 @@ def test_half_characters_and_broken_messages_of_others_are_text():
 
     def fails_silently():
         """Fail."""
-        raise Silent
+        raise SilentError
 
     tools = [half, fails, fails_silently]
     outcome = step(make_playable(None, tools), *[(tool.__name__, {}) for tool in tools])
     assert [message["content"] for message in outcome.observation] == [
         "\ufffd!",
         "Error: fails failed: ValueError: \ufffd",
-        "Error: fails_silently failed: Silent: (its message cannot be read)",
+        "Error: fails_silently failed: SilentError: (its message cannot be read)",
     ]
 
 

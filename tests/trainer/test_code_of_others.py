@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TOKENIZER, Hash, call, hashed, make_classifier, make_model, make_trainer, prompt_rows, same, weights
+from tiny import Hash, hashed, make_classifier, make_model, make_trainer, prompt_rows, same, weights
 
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 
@@ -235,6 +235,3 @@ print(most[0], int(episodes[0].metrics["refused_tool_calls"]))
     most, refused = map(int, done.stdout.split()[-2:])
     assert most < 256 + 40
     assert refused == 100 - 32
-
-
-assert TOKENIZER and call  # used by the program above

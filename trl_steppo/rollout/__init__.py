@@ -9,6 +9,7 @@ from .pacing import InFlight
 from .play import EpisodeRequest, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
 from .rewards import check_reward_funcs, checked_weights, score_episodes, within_float32
+from .rows import own_row
 
 __all__ = [
     "Agent",
@@ -22,6 +23,7 @@ __all__ = [
     "dump_episodes",
     "episode_file",
     "load_episodes",
+    "own_row",
     "play_agents",
     "play_episodes",
     "run_episode",

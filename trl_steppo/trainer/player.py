@@ -25,6 +25,7 @@ from ..rollout import (
     check_agent,
     check_reward_funcs,
     checked_weights,
+    own_row,
     play_agents,
     play_episodes,
     score_episodes,
@@ -241,7 +242,7 @@ class EpisodePlayer:
     def _collated(self, requests: Sequence[EpisodeRequest]) -> list[EpisodeRequest]:
         """Rows with the `input_ids` that `data_collator` makes of them, all at once, as `PPOTrainer` calls it."""
         assert self.data_collator is not None
-        rows = [dict(request.row) for request in requests]
+        rows = [own_row(request.row) for request in requests]
         try:
             batch = call_and_wait(self.data_collator, (rows,), {}, run_coroutine)
         except Exception as error:
