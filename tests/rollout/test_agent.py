@@ -212,7 +212,7 @@ class Blocks(ScriptedSampler):
 
     async def sample(self, prompt_ids, params, *, episode_id, order=()):
         if order[2] == self.at:
-            self.server.gateway.find(episode_id).notes.created = 0.0
+            self.server.gateway.find(episode_id).began -= 1e6
             await asyncio.sleep(60)
         return await super().sample(prompt_ids, params, episode_id=episode_id, order=order)
 
