@@ -79,6 +79,26 @@ def check_value(value: Any, levels: int = 0) -> Any:
     return value
 
 
+def find_end(
+    text: str, start: int, end: re.Pattern[str], *, begins: re.Pattern[str], closing: str
+) -> re.Match[str] | None:
+    """
+    Where a value ends that is written without quotes.
+
+    An end does not count behind the beginning of another call (`begins`) that is not closed (`closing`) before it: the
+    value quotes a call, and this is the end of the quoted one's value. So a response that breaks off behind a quoted
+    call is not taken for a whole one.
+    """
+    opened, at = 0, start
+    for found in end.finditer(text, start):
+        part = text[at : found.start()]
+        opened += len(begins.findall(part)) - part.count(closing)
+        if opened <= 0:
+            return found
+        at = found.start()
+    return None
+
+
 def read_text(text: str, schema: Mapping[str, Any] | None) -> Any:
     """
     What a text stands for, in a format that writes strings without quotes.
@@ -110,6 +130,8 @@ def read_text(text: str, schema: Mapping[str, Any] | None) -> Any:
     if names & {"number", "integer"} and "string" not in names and text.strip() in _NOT_FINITE:
         raise UnreadableError(f"{text.strip()} is not a finite number")
     for value in _as_json(text, is_strict="string" not in names and bool(names & {"number", "integer"})):
+        if isinstance(value, str):  # a text's quotes are part of it
+            continue
         if _name(value) in names or (isinstance(value, int) and _name(value) == "integer" and "number" in names):
             return value
     return text
