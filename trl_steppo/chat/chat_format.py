@@ -21,7 +21,7 @@ from itertools import takewhile
 from typing import Any
 
 from ..errors import ChatTemplateError
-from .formats import FORMATS, PLAIN, CallFormat, Piece
+from .formats import FORMATS, LLAMA, PLAIN, CallFormat, Piece
 from .parsing import Message, ParsedResponse, check_tool_calls, join_pieces, split_pieces, tool_call
 from .tokenizing import characters_per_token
 
@@ -494,7 +494,8 @@ class ChatFormat:
             pieces = form.read(text, schemas, opens_thinking=_opens_thought(form, prompt))
             message = join_pieces(pieces).message
             read = [one["function"] for one in message.get("tool_calls", ())]
-            if read == [call["function"]] and not message["content"]:
+            # Llama's has no delimiters: what stands before a call in it belongs to another form.
+            if read == [call["function"]] and (form is not LLAMA or not message["content"]):
                 return form
         return PLAIN if not self.tools and not _has_response_format(self._tokenizer) else None
 
