@@ -36,12 +36,13 @@ def read_json(text: str, at: int) -> tuple[Any, int]:
         UnreadableError: it is none, is not finite (`NaN`, `Infinity`, `1e999`), is nested too deeply, or the text
             breaks off before its end.
     """
-    at = skip_space(text, at)
+    start, at = at, skip_space(text, at)
     try:
         value, end = _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
         breaks_off = error.pos >= len(text) or error.msg.startswith("Unterminated string")
-        reason = f"{error.msg}: character {error.pos - at}"
+        # Line, column and character count from where the value may begin, not from the start of the response.
+        reason = json.JSONDecodeError(error.msg, text[start : error.pos], error.pos - start)
         raise UnreadableError(f"not valid JSON ({reason})", len(text) if breaks_off else error.pos) from error
     except ValueError as error:  # not finite, or an integer of thousands of digits
         raise UnreadableError(f"not valid JSON ({error})", at) from error
