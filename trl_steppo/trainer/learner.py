@@ -85,6 +85,8 @@ class Learner:
         self.scoring_value_collator = collate_values(bootstrap_truncated=args.bootstrap_truncated)
         self.clock = clock
         self.on_event = on_event
+        self.steps_taken = 0  # of optimizers, over the run
+        self.steps_skipped = 0  # as a loss or a gradient was not a finite number
         self.tokens_forwarded = 0  # by the policy's training passes, padding included; over the run
 
     # -- before the update --------------------------------------------------------------------------------------------
@@ -261,7 +263,10 @@ class Learner:
         self.on_event("on_optimizer_step")
         share = 1.0 / self.accelerator.num_processes
         if norm is not None:
+            self.steps_taken += 1
             stats.add(f"{name}/grad_norm", norm)
+        else:
+            self.steps_skipped += 1
         stats.add(f"{name}/skipped_steps", share if norm is None else 0.0, 0.0)
         stats.add("loss/policy_avg" if name == "policy" else "loss/value_avg", 0.0, share)
         if name == "policy" and self.args.kl_loss_coef:
@@ -370,11 +375,14 @@ class Learner:
     def _evaluating(self) -> Iterator[None]:
         """Dropout off."""
         modules = [self.policy.module] + ([self.critic.module] if self.critic is not None else [])
+        modes = [module.training for module in modules]
         for module in modules:
             module.eval()
-        yield
-        for module in modules:
-            module.train()
+        try:
+            yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.train(mode)
 
     def _zero_values(self, batch: StepBatch) -> torch.Tensor:
         per_token = self.args.advantage_estimator == "token_gae"
