@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import StepPOError
 
-_DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_DEFAULTS: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 # A launcher passes on what the terminal or the scheduler has sent to its processes already; that is no second request.
 _SAME_S = 2.0
 

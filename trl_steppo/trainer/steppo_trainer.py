@@ -253,6 +253,11 @@ class StepPOTrainer(PPOTrainer):
             agent=agent,
         )
         self.progress = Progress()
+        self._saved_step: int | None = None  # update of the newest checkpoint that holds this run
+        self._first_failure: str | None = None  # of the run's updates that moved nothing
+        self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
+        # Of Python, NumPy and torch, at the beginning of the update that is being made.
+        self._generators: tuple[Any, Any, torch.Tensor] | None = None
 
     # -- the story ----------------------------------------------------------------------------------------------------
 
@@ -839,9 +844,7 @@ class StepPOTrainer(PPOTrainer):
         self.is_in_train = True
         self.state.epoch = 0.0
         self._resumed_from = None
-        self._saved_step: int | None = None
-        self._first_failure: str | None = None
-        self._generators: tuple[Any, Any, torch.Tensor] | None = None
+        self._saved_step = self._first_failure = self._generators = None
         self._steps_taken, self._steps_skipped = self.learner.steps_taken, self.learner.steps_skipped
         if resume_from_checkpoint is not None:
             self._resume(resume_from_checkpoint)
