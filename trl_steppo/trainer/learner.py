@@ -375,14 +375,10 @@ class Learner:
     def _evaluating(self) -> Iterator[None]:
         """Dropout off."""
         modules = [self.policy.module] + ([self.critic.module] if self.critic is not None else [])
-        modes = [module.training for module in modules]
-        for module in modules:
-            module.eval()
-        try:
+        with modes_kept(modules):
+            for module in modules:
+                module.eval()
             yield
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.train(mode)
 
     def _zero_values(self, batch: StepBatch) -> torch.Tensor:
         per_token = self.args.advantage_estimator == "token_gae"
@@ -451,3 +447,14 @@ class Learner:
         stats.add("rollout/mismatch_kl", masked_sum(mismatch, mask), count)
         # Surprisal of whole episodes, as `objective/entropy` of `PPOTrainer`.
         stats.add("objective/entropy", masked_sum(-old, micro.action_mask), (micro.step_index == 0).sum())
+
+
+@contextmanager
+def modes_kept(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """After the block, each module of these networks is in training or evaluation mode as it was before."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

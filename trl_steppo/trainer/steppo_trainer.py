@@ -78,7 +78,7 @@ from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
-from .learner import Learner
+from .learner import Learner, modes_kept
 from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
 from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp, innermost
 from .player import EpisodePlayer
@@ -898,13 +898,11 @@ class StepPOTrainer(PPOTrainer):
     def _as_before(self) -> Iterator[None]:
         """What a run changes in this object and is no result of it is as before, however the run ends."""
         networks = [network.module for network in (self.learner.policy, self.learner.critic) if network is not None]
-        modes = [module.training for module in networks]
         try:
-            yield
+            with modes_kept(networks):
+                yield
         finally:
             self.is_in_train = False
-            for module, mode in zip(networks, modes, strict=True):
-                module.train(mode)
             close_progress_bars(self.callback_handler.callbacks)
 
     def _heed_requests_to_stop(self) -> None:
