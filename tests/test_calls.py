@@ -147,6 +147,7 @@ def test_a_task_left_in_the_loop_does_not_end_the_run(caplog):
             sys.exit(0)
 
         asyncio.get_running_loop().call_soon(sys.exit, 0)
+        asyncio.get_running_loop().stop()
         begins_one.task = asyncio.create_task(leaves())
         for _ in range(3):
             await asyncio.sleep(0)

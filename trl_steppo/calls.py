@@ -29,6 +29,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from .stopping import is_requested
+
 T = TypeVar("T")
 
 _MOST_ITEMS = 100_000  # that are taken of what is computed later; some are endless
@@ -331,8 +333,10 @@ def _notice(handler: Callable[..., Any], number: int, frame: Any) -> None:
 def raise_interruption(error: BaseException | None = None) -> None:
     """
     Raise what a signal's handler raised in this thread: always without `error`, as the interrupted code may have
-    swallowed it; else if `error` is that.
+    swallowed it; else if `error` is that. A `KeyboardInterrupt` of a process that was asked to stop is always one.
     """
+    if isinstance(error, KeyboardInterrupt) and is_requested():
+        raise error
     if _interruption is None or threading.current_thread() is not threading.main_thread():
         return
     if error is None or error is _interruption:

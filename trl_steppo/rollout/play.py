@@ -24,6 +24,7 @@ from ..environments.base import Playable
 from ..environments.slots import Slots
 from ..errors import RolloutError, SamplerError
 from ..inference.base import Sampler, SamplingParams
+from ..stopping import StopRequestedError, calling
 from ..types import Episode, EpisodeLimits, renamed_keyword
 from .episode import failed_episode, run_episode
 from .pacing import InFlight
@@ -249,6 +250,9 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     Unlike `asyncio.run` it does not wait for what the coroutine left behind: an async tool that hung in
     `asyncio.to_thread` would hold it forever. A task that the code of others has begun, and that ends in `SystemExit`
     or `KeyboardInterrupt`, does not end it.
+
+    Raises:
+        StopRequestedError: The process was asked to stop ([`stopping`]) before the coroutine had ended.
     """
     try:
         asyncio.get_running_loop()
@@ -286,23 +290,33 @@ def _run_in_new_loop(coroutine: Coroutine[Any, Any, T], stops: list[Callable[[],
     """`stops`: where to put what stops it from another thread."""
     loop = asyncio.new_event_loop()
     with noticing_interruptions(), keeping_thread_state():
+        main = loop.create_task(coroutine)
+        stopped = threading.Event()
+        stop = partial(_stop, loop, stopped)
+        if stops is not None:
+            stops.append(stop)
         try:
-            main = loop.create_task(coroutine)
-            if stops is not None:
-                stops.append(partial(_stop, loop, main))
-            return _run_until_done(loop, main)
+            with calling(stop):
+                return _run_until_done(loop, main, stopped)
+        except RuntimeError as error:
+            if main.done() or not stopped.is_set():
+                raise
+            raise StopRequestedError("a rollout was broken off, as a stop was requested") from error
         finally:
             for task in asyncio.all_tasks(loop):
                 task.cancel()
             # Lets the cancelled ones clean up, and waits for none of them for long.
+            closing = within(loop.shutdown_asyncgens(), _LETS_GO_S, "cleaning up")
             _run_until_done(loop, loop.create_task(asyncio.sleep(0)))
             with suppress(CallTimeoutError):
-                _run_until_done(loop, loop.create_task(within(loop.shutdown_asyncgens(), _LETS_GO_S, "cleaning up")))
+                _run_until_done(loop, loop.create_task(closing))
             loop.close()
 
 
-def _run_until_done(loop: asyncio.AbstractEventLoop, main: asyncio.Task[T]) -> T:
-    """Run the loop until `main` is done, whichever other task tries to end it."""
+def _run_until_done(
+    loop: asyncio.AbstractEventLoop, main: asyncio.Task[T], stopped: threading.Event | None = None
+) -> T:
+    """Run the loop until `main` is done, or `stopped` is set, whatever else tries to end it."""
     while True:
         try:
             return loop.run_until_complete(main)
@@ -311,8 +325,12 @@ def _run_until_done(loop: asyncio.AbstractEventLoop, main: asyncio.Task[T]) -> T
             if main.done():
                 return main.result()
             logger.error("a task of an environment, a tool or a reward function ended in %r", error, exc_info=error)
+        except RuntimeError:  # of `main`, or as the loop was stopped
+            if main.done() or (stopped is not None and stopped.is_set()):
+                raise
 
 
-def _stop(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
+def _stop(loop: asyncio.AbstractEventLoop, stopped: threading.Event) -> None:
+    stopped.set()
     with suppress(RuntimeError):  # the loop is closed: it has ended by itself
-        loop.call_soon_threadsafe(task.cancel)
+        loop.call_soon_threadsafe(loop.stop)
