@@ -158,6 +158,7 @@ def test_a_task_left_in_the_loop_does_not_end_the_run(caplog):
 
     assert run_coroutine(run()) == 7
     assert caplog.text.count("SystemExit(0)") == 2
+    assert isinstance(begins_one.task.exception(), SystemExit)  # looked at, or asyncio reports it as lost
 
 
 def test_what_is_thrown_away_unfinished_is_no_mistake():
