@@ -57,7 +57,13 @@ class EpisodeLimits:
 
 def writable(text: str) -> str:
     """Half a surrogate pair, which an environment may cut out of somewhere, is no character: it becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class TokenIds(Sequence[int]):

@@ -16,13 +16,15 @@ import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
 from ..errors import ChatTemplateError
+from ..types import writable
 from .parsing import Message, ParsedResponse, parse_hermes, sort_tool_calls, tool_call
-from .tokenizing import characters_per_token
+from .tokenizing import THINKING, Guarded, TextEncoder, characters_per_token
 
 _PROBE = "probe_7d1f"  # appears in no template, so that its position in a rendering is known
 _USER: Message = {"role": "user", "content": "dummy"}
@@ -129,7 +131,9 @@ class ChatFormat:
         self._template_kwargs = dict(chat_template_kwargs or {})
         self._added_ids = frozenset(tokenizer.get_added_vocab().values()) | frozenset(tokenizer.all_special_ids)
         self._hidden_ids = self._find_hidden_ids()
+        self._encoder = TextEncoder(tokenizer)  # for the template's own text, while it is looked at
         self.template = self._choose_template()
+        self._encoder = TextEncoder(tokenizer, self.template)
         kinds = ("user", "tool") if self.tools else ("user",)
         ends = [self._find_end_of_turn(self.template, kind) for kind in kinds]
         self.end_of_turn_id: int = ends[0]
@@ -144,27 +148,61 @@ class ChatFormat:
     # -- messages -> ids ----------------------------------------------------------------------------------------------
 
     def render(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt for a conversation: tools first, generation prompt last."""
-        return self._encode(self._text(messages, tools=self.tools, generation_prompt=True))
+        """
+        The prompt for a conversation: tools first, generation prompt last. Only the template writes control tokens:
+        where a message or a tool spells one, it is tokenized as the characters that it is.
+        """
+        guarded = self._guard(messages, tools=self.tools)
+        text = self._text(guarded.value["messages"], tools=guarded.value["tools"], generation_prompt=True)
+        return self._encoder.encode(text, guarded)
 
-    def prepare(self, prompt: str | Sequence[Message], extra: str | None = None) -> list[int]:
+    def prepare(
+        self, prompt: str | Sequence[Message], extra: str | None = None, *, is_observed: bool = False
+    ) -> list[int]:
         """
         The first prompt of an episode.
 
         Args:
             prompt (`str` or `Sequence[dict]`):
-                Plain text, or messages.
+                Plain text, or messages. Control tokens that are written in plain text are what they say.
             extra (`str`, *optional*):
                 What the environment's `reset` returned: goes to the end of the last user message (of the text), as
-                in TRL without a separator.
+                in TRL without a separator. Control tokens in it are tokenized as the characters that they are.
+            is_observed (`bool`, *optional*, defaults to `False`):
+                Whether the prompt was made by the environment of what it observed: then that holds for all of it.
         """
-        if isinstance(prompt, str):
-            return self.encode_text(prompt + (extra or ""))
-        return self.render(_extended(prompt, extra) if extra else prompt)
+        if not isinstance(prompt, str):
+            return self.render(_extended(prompt, extra) if extra else prompt)
+        return self.encode_text(prompt, extra or "", is_observed=is_observed)
 
-    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of plain text, tokenized as the tokenizer does by itself (with a BOS where it adds one)."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    def encode_text(
+        self, text: str, extra: str = "", *, add_special_tokens: bool = True, is_observed: bool = False
+    ) -> list[int]:
+        """
+        Ids of plain text, tokenized as the tokenizer does by itself (with a BOS where it adds one and the text does
+        not begin with it).
+
+        Args:
+            text (`str`):
+                The text. Control tokens in it are what they say.
+            extra (`str`, *optional*):
+                What follows it; control tokens in it are tokenized as the characters that they are.
+            add_special_tokens (`bool`, *optional*, defaults to `True`):
+                Whether the tokenizer adds what it adds by itself.
+            is_observed (`bool`, *optional*, defaults to `False`):
+                Whether all of the text is treated like `extra`.
+        """
+        text, extra = ("", text + extra) if is_observed else (writable(text), extra)
+        guarded = self._encoder.guard(extra) if extra else None
+        whole = text if guarded is None else text + guarded.value
+        ids = self._encoder.encode(whole, guarded, add_special_tokens=add_special_tokens)
+        bos, bos_id = self._tokenizer.bos_token, self._tokenizer.bos_token_id
+        is_doubled = add_special_tokens and bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]
+        return ids[1:] if is_doubled else ids
+
+    def count_control_tokens(self, shown: Any) -> int:
+        """How many control tokens a text, messages or any nested value of texts spells, which are shown as text."""
+        return self._encoder.count(shown)
 
     def append(self, observation_messages: Sequence[Message], *, tool_call_names: Sequence[str] = ()) -> list[int]:
         """
@@ -183,12 +221,12 @@ class ChatFormat:
         messages = list(observation_messages)
         kind = "tool" if messages and messages[0].get("role") == "tool" else "user"
         # One call is enough for the header, and some templates refuse several in one turn.
-        name = tool_call_names[0] if kind == "tool" and tool_call_names else _PROBE
-        dummy, head = self._head(kind, name)
-        text = self._text([*dummy, *messages], generation_prompt=True)
+        guarded = self._guard(messages, name=tool_call_names[0] if kind == "tool" and tool_call_names else _PROBE)
+        dummy, head = (self._head if guarded.mark is None else self._render_head)(kind, guarded.value["name"])
+        text = self._text([*dummy, *guarded.value["messages"]], generation_prompt=True)
         if not text.startswith(head):
-            raise ChatTemplateError(self._difference(head, text, f"{kind} messages"))
-        return self._encode_after_turn(text[len(head) :], kind)
+            raise ChatTemplateError(guarded.unmarked(self._difference(head, text, f"{kind} messages")))
+        return self._encode_after_turn(text[len(head) :], kind, guarded)
 
     def close(self, response_ids: Sequence[int]) -> list[int]:
         """The end-of-turn token that a response cut by length lacks: context for what follows, not an action."""
@@ -255,13 +293,19 @@ class ChatFormat:
             **self._template_kwargs,
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+    def _guard(self, messages: Sequence[Message], **more: Any) -> Guarded:
+        """Messages, and what else is shown with them, as data."""
+        split = [_split_thought(_without_nulls(message), self._opens_thinking) for message in messages]
+        data = {"messages": [message for message, _, _ in split], "thoughts": [inside for _, _, inside in split]}
+        guarded = self._encoder.guard({**data, **more})
+        parts = zip(guarded.value["messages"], split, guarded.value["thoughts"], strict=True)
+        joined = [_join_thought(message, opening, inside) for message, (_, opening, _), inside in parts]
+        return replace(guarded, value={**guarded.value, "messages": joined})
 
-    def _encode_after_turn(self, text: str, kind: str) -> list[int]:
+    def _encode_after_turn(self, text: str, kind: str, guarded: Guarded) -> list[int]:
         # The end-of-turn token goes in front and comes off again: some tokenizers treat the start of a text specially.
         end_id = self.stop_token_ids[-1] if kind == "tool" else self.end_of_turn_id
-        ids = self._encode(self._token_text(end_id) + text)
+        ids = self._encoder.encode(self._token_text(end_id) + text, guarded)
         assert ids[0] == end_id, "an end-of-turn token always stands alone"
         return ids[1:]
 
@@ -360,7 +404,7 @@ class ChatFormat:
         text = self._text([_USER, _reply(kind, content=_PROBE)], template=template)
         if _PROBE not in text:
             raise ChatTemplateError(f"the chat template of {self._name()} {_LEAVES_OUT[kind]}")
-        tail = self._encode(text[text.rindex(_PROBE) + len(_PROBE) :])
+        tail = self._encoder.encode(text[text.rindex(_PROBE) + len(_PROBE) :])
         if kind == "user":  # some templates end the whole conversation with one more token
             tail = self._kept_when_followed(template, tail)
         ends = [token_id for token_id in tail if token_id in self._added_ids]
@@ -377,7 +421,7 @@ class ChatFormat:
             text = self._text([_USER, _reply("user", content=_PROBE), _USER], template=template)
         except Exception:  # a template for a single turn
             return tail
-        followed = self._encode(text.partition(_PROBE)[2])
+        followed = self._encoder.encode(text.partition(_PROBE)[2])
         return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(tail, followed, strict=False))] or tail
 
     def _difference(self, expected: str, found: str, what: str) -> str:
@@ -448,6 +492,30 @@ def _opens_tool_call(tokenizer: Any, text: str) -> bool:
     field = template.get("fields", {}).get("tool_calls", {})
     pattern = field.get("open_pattern") or re.escape(field.get("open", ""))
     return bool(pattern) and re.search(pattern, text) is not None
+
+
+def _without_nulls(message: Message) -> Message:
+    """A message without the keys that have no value, which some templates would show as `None`."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _split_thought(message: Message, opens_thinking: bool) -> tuple[Message, str, str | None]:
+    """
+    An assistant's message without the thought that its text begins with, what opened that thought, and the thought.
+    There the marks `<think>` and `</think>` are what they say, as templates look for them in the text.
+    """
+    content = message.get("content")
+    if message.get("role") != "assistant" or not isinstance(content, str):
+        return message, "", None
+    thought, closing, answer = content.partition(THINKING[1])
+    before, opening, inside = thought.partition(THINKING[0])
+    if not closing or not (opens_thinking or opening) or (opening and before.strip()):
+        return message, "", None
+    return {**message, "content": answer}, before + opening if opening else "", inside if opening else thought
+
+
+def _join_thought(message: Message, opening: str, inside: str | None) -> Message:
+    return message if inside is None else {**message, "content": opening + inside + THINKING[1] + message["content"]}
 
 
 def _shown_texts(message: Message) -> list[str]:
