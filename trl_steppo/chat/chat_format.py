@@ -13,17 +13,19 @@ messages the same way whatever follows them; construction checks it.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any
 
 from ..errors import ChatTemplateError
 from ..types import writable
-from .parsing import Message, ParsedResponse, parse_hermes, sort_tool_calls, tool_call
+from .formats import FORMATS, PLAIN, CallFormat, Piece
+from .parsing import Message, ParsedResponse, check_tool_calls, join_pieces, split_pieces, tool_call
 from .tokenizing import THINKING, Guarded, TextEncoder, characters_per_token
 
 _PROBE = "probe_7d1f"  # appears in no template, so that its position in a rendering is known
@@ -75,6 +77,10 @@ _TOOLS_IN_TEXT = """\
 """
 """Stands before a template that knows no tools: rewrites the messages into some without tools, calls and answers."""
 
+_PROBE_ARGUMENTS = {"key": "a\\b 'c' \"d\"", "count": 2}  # the formats differ in how they write what is quoted
+_PROBE_SCHEMA = {"properties": {"key": {"type": "string"}, "count": {"type": "integer"}}}
+
+_FAILS_TO_RENDER = "it fails to render"
 _LEAVES_OUT = {"user": "leaves out what was said", "tool": "leaves out tool calls or the tools' answers"}
 
 
@@ -103,6 +109,10 @@ class ChatFormat:
             Passed on to the template, e.g. `{"enable_thinking": False}`.
         multi_turn (`bool`, *optional*, defaults to `True`):
             Whether anything will be appended. `False` takes any template that ends an assistant turn.
+        end_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a response beside those of the template, as the model's generation configuration names
+            them ([`~models.end_token_ids`]). What such a token ended gets the template's own end in addition, as
+            context for what follows.
 
     Raises:
         ChatTemplateError: the tokenizer has no chat template; the template cannot be appended to and TRL has no
@@ -124,6 +134,7 @@ class ChatFormat:
         tools: Sequence[Callable[..., Any] | dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         multi_turn: bool = True,
+        end_token_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._multi_turn = multi_turn or bool(tools)
@@ -138,12 +149,19 @@ class ChatFormat:
         ends = [self._find_end_of_turn(self.template, kind) for kind in kinds]
         self.end_of_turn_id: int = ends[0]
         """The token that ends an assistant turn; not always the tokenizer's `eos_token_id`."""
-        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
-        """`end_of_turn_id`, and the token that ends a turn of tool calls where it is another."""
-        self._opens_thinking = self._text([_USER], generation_prompt=True).rstrip().endswith("<think>")
+        self._turn_ends = tuple(dict.fromkeys(ends))
+        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*ends, *end_token_ids]))
+        """`end_of_turn_id`, the token that ends a turn of tool calls where it is another, and `end_token_ids`."""
+        self._call_end_id = ends[-1] if ends[-1] != ends[0] else None
         self._head = lru_cache(maxsize=256)(self._render_head)  # keyed by tool names, which the model may invent
-        self._writes_hermes = self._round_trips_hermes()
-        self._parser = None if self._writes_hermes else self._find_parser()
+        self._schemas = {
+            function["name"]: function.get("parameters") or {}
+            for function in (tool.get("function", tool) for tool in self.tools)
+        }
+        self._format = self._find_format()
+        prompt = self._text([_USER], generation_prompt=True)
+        self._opens_thinking = self._format is not None and _opens_thought(self._format, prompt)
+        self._parser = self._find_parser() if self._format is None else None
 
     # -- messages -> ids ----------------------------------------------------------------------------------------------
 
@@ -229,8 +247,15 @@ class ChatFormat:
         return self._encode_after_turn(text[len(head) :], kind, guarded)
 
     def close(self, response_ids: Sequence[int]) -> list[int]:
-        """The end-of-turn token that a response cut by length lacks: context for what follows, not an action."""
-        return [] if len(response_ids) and response_ids[-1] in self.stop_token_ids else [self.end_of_turn_id]
+        """
+        The end-of-turn token that a response lacks which was cut by length, or ended by another token than the
+        template's: context for what follows, not an action.
+        """
+        return [] if len(response_ids) and response_ids[-1] in self._turn_ends else [self.end_of_turn_id]
+
+    def _ends_otherwise(self, ids: Sequence[int]) -> bool:
+        """Whether a response was ended by a token that is none of the template's."""
+        return len(ids) > 0 and ids[-1] in self.stop_token_ids and ids[-1] not in self._turn_ends
 
     def min_tokens(self, shown: str | Sequence[Message]) -> int:
         """
@@ -252,27 +277,91 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens (those that frame a tool call stay)."""
-        visible = [token_id for token_id in ids if token_id not in self._hidden_ids]
+        kept = ids[:-1] if self._ends_otherwise(ids) else ids
+        visible = [token_id for token_id in kept if token_id not in self._hidden_ids]
         return self._tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def parse(self, response_ids: Sequence[int], prompt_ids: Sequence[int] | None = None) -> ParsedResponse:
+    def parse(
+        self,
+        response_ids: Sequence[int],
+        prompt_ids: Sequence[int] | None = None,
+        *,
+        until: str | None = None,
+    ) -> ParsedResponse:
         """
         Read a response as a message.
 
-        Templates that write tool calls as `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes, Qwen2.5,
-        Qwen3) are read by [`parse_hermes`]: it runs once per step, is many times faster than a general parser, and
-        knows what is wrong with a call it cannot read. Any other form goes through `trl.chat_template_utils`, which
-        needs the tokenizer's `response_template` (or `response_schema`), or a template that TRL knows.
+        It is read by the first of [`~chat.formats.FORMATS`] that reads what the template writes. A value that a format
+        writes without quotes is read as what the tool's schema declares. Any other form goes through
+        `trl.chat_template_utils`, which needs the tokenizer's `response_template` (or `response_schema`), or a
+        template that TRL knows.
+
+        A response that holds the beginning of a tool call and no whole one is malformed. So is one that ends with the
+        token that ends a turn of tool calls and holds none.
 
         Args:
             response_ids (`Sequence[int]`):
                 The sampled ids.
             prompt_ids (`Sequence[int]`, *optional*):
-                What they continue; TRL's parsers look there for a turn that the prompt has already begun.
+                What they continue: it may have begun a thought. `None`: the template's own prompt.
+            until (`str`, *optional*):
+                A text that ended the response; it and what follows are left out.
         """
-        if self._parser is None:
-            return parse_hermes(self.decode(response_ids), opens_thinking=self._opens_thinking)
-        return self._parser(response_ids, prompt_ids)
+        if self._format is None:
+            assert self._parser is not None, "one of the two is there"
+            ids = (
+                response_ids if until is None else self._encoder.encode(self.decode(response_ids).partition(until)[0])
+            )
+            if self._ends_otherwise(ids):  # the parsers know the template's end alone
+                ids = [*ids[:-1], self.end_of_turn_id]
+            parsed = self._parser(ids, prompt_ids)
+        else:
+            parsed = join_pieces(self._read(self._format, response_ids, prompt_ids, until))
+        is_call = len(response_ids) > 0 and response_ids[-1] == self._call_end_id
+        if is_call and until is None and not parsed.malformed and "tool_calls" not in parsed.message:
+            end = self._token_text(response_ids[-1])
+            return ParsedResponse(parsed.message, (f"{end} ends a turn of tool calls, and there is none in it",))
+        return parsed
+
+    def split_thoughts(
+        self,
+        response_ids: Sequence[int],
+        prompt_ids: Sequence[int] | None = None,
+        *,
+        until: str | None = None,
+    ) -> tuple[str, str]:
+        """
+        What a response thought, and what it said. Tool calls count as text. The arguments are those of `parse`.
+        """
+        if self._format is not None:
+            return split_pieces(self._read(self._format, response_ids, prompt_ids, until))
+        parsed = self.parse(response_ids, prompt_ids, until=until)
+        if parsed.malformed or "tool_calls" in parsed.message:
+            text = self.decode(response_ids)
+            return "", text if until is None else text.partition(until)[0]
+        return parsed.message.get("reasoning_content", ""), parsed.message["content"]
+
+    def _read(
+        self, form: CallFormat, response_ids: Sequence[int], prompt_ids: Sequence[int] | None, until: str | None
+    ) -> list[Piece]:
+        opens_thinking = self._opens_thinking
+        if prompt_ids is not None:  # as many ids as may have written the beginning of a thought
+            tail = list(prompt_ids[-len(form.opens_thought.encode()) - 8 :])
+            opens_thinking = _opens_thought(form, self._decode(tail))
+        text = self._framed_text(form, response_ids)
+        text = text if until is None else text.partition(until)[0]
+        return form.read(text, self._schemas, opens_thinking=opens_thinking)
+
+    def _framed_text(self, form: CallFormat, ids: Sequence[int]) -> str:
+        """Text of token ids, with the special tokens that the format is made of."""
+        framing = {self._tokenizer.convert_tokens_to_ids(token) for token in form.framing}
+        visible = [token_id for token_id in ids if token_id in framing or token_id not in self._hidden_ids]
+        if visible and visible[-1] in self.stop_token_ids and visible[-1] not in framing:
+            visible.pop()
+        return self._decode(visible)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     # -- the template -------------------------------------------------------------------------------------------------
 
@@ -284,27 +373,51 @@ class ChatFormat:
         tools: Sequence[dict[str, Any]] = (),
         template: str | None = None,
     ) -> str:
-        return self._tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) or None,
-            chat_template=template or self.template,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-            **self._template_kwargs,
-        )
+        def apply(some: Sequence[Message]) -> str:
+            return self._tokenizer.apply_chat_template(
+                list(some),
+                tools=list(tools) or None,
+                chat_template=template or self.template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **self._template_kwargs,
+            )
+
+        try:
+            return apply(messages)
+        except Exception as error:  # whatever jinja code raises
+            identified = _with_call_ids(messages)
+            if identified == list(messages):
+                raise
+            try:
+                return apply(identified)  # some templates demand ids of tool calls
+            except Exception:
+                raise error from None
 
     def _guard(self, messages: Sequence[Message], **more: Any) -> Guarded:
         """Messages, and what else is shown with them, as data."""
-        split = [_split_thought(_without_nulls(message), self._opens_thinking) for message in messages]
+        shown = [_without_nulls(message) for message in messages]
+        if any(message.get("tool_calls") for message in shown) and self._quotes_arguments:
+            shown = [_with_objects_as_arguments(message) for message in shown]
+        split = [_split_thought(message, self._opens_thinking) for message in shown]
         data = {"messages": [message for message, _, _ in split], "thoughts": [inside for _, _, inside in split]}
         guarded = self._encoder.guard({**data, **more})
         parts = zip(guarded.value["messages"], split, guarded.value["thoughts"], strict=True)
         joined = [_join_thought(message, opening, inside) for message, (_, opening, _), inside in parts]
         return replace(guarded, value={**guarded.value, "messages": joined})
 
+    @cached_property
+    def _quotes_arguments(self) -> bool:
+        """Whether the template shows arguments that are a JSON string as a string in quotes, which none should read."""
+        call = {"type": "function", "function": {"name": _PROBE, "arguments": '{"key": "value"}'}}
+        try:
+            return '\\"key\\"' in self._text([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        except Exception:  # it wants objects
+            return True
+
     def _encode_after_turn(self, text: str, kind: str, guarded: Guarded) -> list[int]:
         # The end-of-turn token goes in front and comes off again: some tokenizers treat the start of a text specially.
-        end_id = self.stop_token_ids[-1] if kind == "tool" else self.end_of_turn_id
+        end_id = self._turn_ends[-1] if kind == "tool" else self.end_of_turn_id
         ids = self._encoder.encode(self._token_text(end_id) + text, guarded)
         assert ids[0] == end_id, "an end-of-turn token always stands alone"
         return ids[1:]
@@ -335,11 +448,12 @@ class ChatFormat:
             training = self._training_template()  # which loads TRL, so it comes second
             if training is not None and self._takes(self._telling_tools(training), kinds):
                 return self._telling_tools(training)
-        problem = self._find_problem(own, "tool" if self.tools else "user")
+        problem = self._find_problem(own, "tool" if self.tools else "user") or ""
+        raises = problem.startswith(_FAILS_TO_RENDER)
+        cure = "takes such messages" if raises else "renders each message the same way whatever follows it"
         raise ChatTemplateError(
             f"the chat template of {self._name()} cannot be used for multi-turn training, and TRL has no training "
-            f"variant of it that can: {problem}. Set `tokenizer.chat_template` to one that renders each message the "
-            "same way whatever follows it"
+            f"variant of it that can: {problem}. Set `tokenizer.chat_template` to one that {cure}"
         )
 
     def _telling_tools(self, template: str) -> str:
@@ -373,7 +487,7 @@ class ChatFormat:
         except ChatTemplateError as error:
             return str(error).replace(f"the chat template of {self._name()}", "it")
         except Exception as error:  # whatever jinja code raises
-            return f"it fails to render {kind} messages ({type(error).__name__}: {error})"
+            return f"{_FAILS_TO_RENDER} {kind} messages ({type(error).__name__}: {error})"
 
     def _problem_after(self, template: str, reply: Message, kind: str) -> str | None:
         head = self._cut_head(template, [_USER, reply], kind, self.tools)
@@ -407,7 +521,7 @@ class ChatFormat:
         tail = self._encoder.encode(text[text.rindex(_PROBE) + len(_PROBE) :])
         if kind == "user":  # some templates end the whole conversation with one more token
             tail = self._kept_when_followed(template, tail)
-        ends = [token_id for token_id in tail if token_id in self._added_ids]
+        ends = [i for i in tail if i in self._added_ids and not _is_framing(self._token_text(i))]
         if not ends:
             raise ChatTemplateError(
                 f"the chat template of {self._name()} does not end an assistant turn with a special token; it ends "
@@ -437,15 +551,27 @@ class ChatFormat:
 
     # -- parsers ------------------------------------------------------------------------------------------------------
 
-    def _round_trips_hermes(self) -> bool:
-        """Whether [`parse_hermes`] reads what the template writes; several forms share the `<tool_call>` marker."""
-        call = tool_call(_PROBE, {"key": "value"})
+    def _find_format(self) -> CallFormat | None:
+        """The format that reads a tool call as the template writes it; `None` where TRL's parser has to."""
+        call = tool_call(_PROBE, _PROBE_ARGUMENTS)
+        schemas = {_PROBE: _PROBE_SCHEMA}
         try:
+            prompt = self._text([_USER], generation_prompt=True)
             text = self._text([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
-        except Exception:  # a template without tool calls
-            return False
-        parsed = parse_hermes(text[text.find("dummy") :])
-        return parsed.message.get("tool_calls") == [call]
+        except Exception as error:  # a template without tool calls
+            self._call_error = f"{type(error).__name__}: {error}"
+            return PLAIN if not self.tools else None
+        self._call_error = ""
+        prompt = _common_start(prompt, text)
+        response_ids = self._encoder.encode(text[len(prompt) :])
+        for form in FORMATS:
+            text = self._framed_text(form, response_ids)
+            pieces = form.read(text, schemas, opens_thinking=_opens_thought(form, prompt))
+            message = join_pieces(pieces).message
+            read = [one["function"] for one in message.get("tool_calls", ())]
+            if read == [call["function"]] and not message["content"]:
+                return form
+        return PLAIN if not self.tools and not _has_response_format(self._tokenizer) else None
 
     def _find_parser(self) -> Callable[[Sequence[int], Sequence[int] | None], ParsedResponse]:
         from trl.chat_template_utils import add_response_schema
@@ -456,10 +582,11 @@ class ChatFormat:
                 add_response_schema(tokenizer)
             except ValueError as error:
                 if self.tools:
+                    raised = f" The template fails to render one ({self._call_error})." if self._call_error else ""
                     raise ChatTemplateError(
-                        f"the tool calls of the chat template of {self._name()} cannot be parsed: TRL does not know "
-                        "it. Set `tokenizer.response_template`, or use a template that writes "
-                        '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+                        f"the tool calls of the chat template of {self._name()} cannot be parsed: they are written in "
+                        f"no form that is known here or to TRL.{raised} Set `tokenizer.response_template`, or use a "
+                        'template that writes <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
                     ) from error
                 return lambda response_ids, prompt_ids: ParsedResponse(
                     {"role": "assistant", "content": self.decode(response_ids)}
@@ -473,10 +600,16 @@ class ChatFormat:
 
         prefix = None if prompt_ids is None else list(prompt_ids)
         message = {"role": "assistant", **parse_response(tokenizer, list(response_ids), prefix=prefix)}
-        calls, malformed = sort_tool_calls(message.pop("tool_calls", None) or [])
+        thought = message.pop("thinking", None)
+        if thought and not message.get("reasoning_content"):
+            message["reasoning_content"] = thought
+        found = message.pop("tool_calls", None) or []
+        calls, malformed = check_tool_calls(found, self._schemas)
         if calls:
             message["tool_calls"] = calls
-        elif not malformed and _opens_tool_call(tokenizer, self._tokenizer.decode(list(response_ids))):
+        if malformed and not message["content"]:
+            message["content"] = self.decode(response_ids)
+        elif not found and _opens_tool_call(tokenizer, message["content"]):
             malformed = ["it cannot be read"]  # TRL returns such a response as plain text
         return ParsedResponse(message, tuple(malformed))
 
@@ -497,6 +630,24 @@ def _opens_tool_call(tokenizer: Any, text: str) -> bool:
 def _without_nulls(message: Message) -> Message:
     """A message without the keys that have no value, which some templates would show as `None`."""
     return {key: value for key, value in message.items() if value is not None}
+
+
+def _with_objects_as_arguments(message: Message) -> Message:
+    """A message whose tool calls have objects as arguments where they had them as JSON strings."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": list(map(_with_object, calls))} if isinstance(calls, list | tuple) else message
+
+
+def _with_object(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_object(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _split_thought(message: Message, opens_thinking: bool) -> tuple[Message, str, str | None]:
@@ -546,3 +697,45 @@ def _json_schema(tool: Callable[..., Any]) -> dict[str, Any]:
     from transformers.utils import get_json_schema
 
     return get_json_schema(tool)
+
+
+def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
+    """
+    The messages with an id of nine digits for every tool call that has none of that form, and for its answer.
+
+    The ids count the calls of one turn, so that a turn is rendered in the same way wherever it stands.
+    """
+    identified: list[Message] = []
+    pending: list[str] = []
+    renamed: dict[str, str] = {}
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = []
+            for index, call in enumerate(message["tool_calls"]):
+                given = call.get("id")
+                call_id = given if _is_call_id(given) else f"{index:09d}"
+                renamed[given] = call_id
+                calls.append({**call, "id": call_id})
+            pending = [call["id"] for call in calls]
+            message = {**message, "tool_calls": calls}
+        elif message.get("role") == "tool":
+            given = message.get("tool_call_id")
+            expected = pending.pop(0) if pending else f"{len(identified):09d}"
+            if not _is_call_id(given):
+                message = {**message, "tool_call_id": renamed.get(given, expected) if given else expected}
+        identified.append(message)
+    return identified
+
+
+def _is_call_id(call_id: Any) -> bool:
+    return isinstance(call_id, str) and len(call_id) == 9 and call_id.isascii() and call_id.isalnum()
+
+
+def _opens_thought(form: CallFormat, prompt: str) -> bool:
+    return prompt.rstrip().endswith(form.opens_thought.rstrip())
+
+
+def _common_start(prompt: str, text: str) -> str:
+    """What two texts begin with, without a tag that only one of them goes on with."""
+    common = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
+    return common if common.rfind(">") >= common.rfind("<") else common[: common.rindex("<")]

@@ -59,10 +59,20 @@ class ChatFormats:
             Tokenizer with a chat template.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
             Passed on to the template.
+        end_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a response beside those of the template, as the model's generation configuration names
+            them.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        end_token_ids: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._end_token_ids = tuple(end_token_ids)
         self._template_kwargs = chat_template_kwargs
         self._formats: OrderedDict[bytes, ChatFormat] = OrderedDict()
         self.num_ids = len(tokenizer)
@@ -72,7 +82,12 @@ class ChatFormats:
         key = tools_key(tools) if key is None else key
         if key not in self._formats:
             try:
-                chat = ChatFormat(self._tokenizer, tools=tools, chat_template_kwargs=self._template_kwargs)
+                chat = ChatFormat(
+                    self._tokenizer,
+                    tools=tools,
+                    chat_template_kwargs=self._template_kwargs,
+                    end_token_ids=self._end_token_ids,
+                )
             except Exception as error:  # whatever jinja code raises about the client's tools
                 raise RequestError(400, f"these tools cannot be shown: {error}", param="tools") from error
             self._formats[key] = chat
@@ -176,8 +191,9 @@ def read_response(
     chat: ChatFormat, request: ModelRequest, prompt_ids: Sequence[int], ids: list[int], *, name: str
 ) -> Reading:
     """
-    What the client is shown of a response. Without tools in the request it is the response's text, as it is; a tool
-    call that cannot be read is shown as the text that it is, too.
+    What the client is shown of a response: what it thought apart from what it said, with and without tools. Without
+    tools in the request a tool call is text; so is one that cannot be read. A prompt that is text or ids is continued
+    by the response's text as it is.
     """
     stop = stops_at(ids, request.wishes.stop, chat.decode)
     stop_sequence = None
@@ -185,21 +201,18 @@ def read_response(
         ids, stop_sequence = ids[: stop[0]], stop[1]
     text = chat.decode(ids)
     shown = text if stop_sequence is None else text[: text.index(stop_sequence)]
-    if not request.tools:
+    if request.messages is None or (stop_sequence is not None and not shown):
         return Reading(ids, shown, (), "", stop_sequence)
-    if stop_sequence is not None and shown:
-        parsed = chat.parse(chat.encode_text(shown, add_special_tokens=False), prompt_ids)
-    else:
-        parsed = chat.parse(ids, prompt_ids)
-    if stop_sequence is not None and not shown:
-        return Reading(ids, "", (), "", stop_sequence)
+    if not request.tools:
+        reasoning, content = chat.split_thoughts(ids, prompt_ids, until=stop_sequence)
+        return Reading(ids, content, (), reasoning, stop_sequence)
+    parsed = chat.parse(ids, prompt_ids, until=stop_sequence)
     calls = tuple(
         {"id": f"call_{name}_{index}", **one["function"]}
         for index, one in enumerate(parsed.message.get("tool_calls") or ())
     )
-    content = shown if parsed.malformed else parsed.message.get("content") or ""
-    reasoning = "" if parsed.malformed else parsed.message.get("reasoning_content", "")
-    return Reading(ids, content, calls, reasoning, stop_sequence)
+    content = parsed.message.get("content") or ""
+    return Reading(ids, content, calls, parsed.message.get("reasoning_content", ""), stop_sequence)
 
 
 def token_texts(chat: ChatFormat, ids: Sequence[int], formats: ChatFormats) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from ..models import (
     build_critic,
     critic_adapter,
     disable_dropout,
+    end_token_ids,
     gathered,
     is_peft_model,
     plain_model,
@@ -233,6 +234,7 @@ class StepPOTrainer(PPOTrainer):
             data_collator=data_collator,
             example_row=self.rows.example,
             agent=agent,
+            end_token_ids=end_token_ids(getattr(model, "generation_config", None)),
         )
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode, self.rows)
         self._described = describe_task(
