@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import json
 from array import array
 from collections.abc import Callable
 
@@ -110,6 +111,7 @@ def states(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
         )
     )
     assert episode.error is None
+    json.dumps([step.observation for step in episode.steps], ensure_ascii=False).encode()  # no half surrogate pair
     counted = episode.metrics.get("escaped_special_tokens", 0)
     assert (counted == 0) == (shown == HARMLESS or where == "tool schema")
     return chat, [prompt_ids for prompt_ids, _ in sampler.asked.values()]

@@ -408,7 +408,7 @@ class ChatFormat:
 
     @cached_property
     def _quotes_arguments(self) -> bool:
-        """Whether the template shows arguments that are a JSON string as a string in quotes, which none should read."""
+        """Whether the template shows arguments that are a JSON string as a string, in quotes, and not as an object."""
         call = {"type": "function", "function": {"name": _PROBE, "arguments": '{"key": "value"}'}}
         try:
             return '\\"key\\"' in self._text([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])

@@ -28,7 +28,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from ..types import writable
+from ..types import map_texts, writable
 
 THINKING = ("<think>", "</think>")
 FRAMING = frozenset({"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", *THINKING})
@@ -92,11 +92,11 @@ class TextEncoder:
         Data with a mark inside of whatever spells a control token, or may do so together with what follows it. Half of
         a surrogate pair, which is no character, becomes U+FFFD.
         """
-        value = _mapped(value, writable)
+        value = map_texts(value, writable)
         if not any(self._marks(text) for text in _texts(value)):
             return Guarded(value)
         mark = "".join(str(secrets.randbelow(10)) for _ in range(24))  # no data can foresee it; no template changes it
-        return Guarded(_mapped(value, lambda text: _inserted(text, self._marks(text), mark)), mark)
+        return Guarded(map_texts(value, lambda text: _inserted(text, self._marks(text), mark)), mark)
 
     def count(self, value: Any) -> int:
         """How many control tokens a nested value of texts spells."""
@@ -259,20 +259,6 @@ def _inserted(text: str, positions: Sequence[int], mark: str) -> str:
         pieces.append(text[start : position + 1])
         start = position + 1
     return mark.join([*pieces, text[start:]])
-
-
-def _mapped(value: Any, change: Any) -> Any:
-    """A nested value with all of its texts changed, keys included; the value itself where none of them changes."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        pairs = [(_mapped(key, change), _mapped(item, change)) for key, item in value.items()]
-        is_same = all(a is key and b is item for (a, b), (key, item) in zip(pairs, value.items(), strict=True))
-        return value if is_same else dict(pairs)
-    if isinstance(value, list | tuple):
-        items = [_mapped(item, change) for item in value]
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
-    return value
 
 
 def _texts(value: Any) -> Iterable[str]:

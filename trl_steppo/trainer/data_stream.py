@@ -46,16 +46,10 @@ class RowStream:
     @property
     def example(self) -> Mapping[str, Any]:
         """Any row."""
-        return self._row(0)
+        return row_of(self._dataset, 0)
 
     def __getitem__(self, position: int) -> Mapping[str, Any]:
-        return self._row(self.row_number(position))
-
-    def _row(self, number: int) -> Mapping[str, Any]:
-        row = self._dataset[number]
-        if not isinstance(self._dataset, Dataset):
-            return row  # its nulls were written by somebody
-        return {name: without_filled_nulls(value, is_shown=name == "tools") for name, value in row.items()}
+        return row_of(self._dataset, self.row_number(position))
 
     def row_number(self, position: int) -> int:
         """Which row of the dataset stands at a position of the stream."""
@@ -66,6 +60,14 @@ class RowStream:
             self._order = torch.randperm(self.num_rows, generator=generator).tolist()
             self._epoch = epoch
         return self._order[index]
+
+
+def row_of(dataset: Any, number: int) -> Mapping[str, Any]:
+    """A row of a dataset, as it was before Arrow stored it ([`without_filled_nulls`])."""
+    row = dataset[number]
+    if not isinstance(dataset, Dataset):
+        return row  # its nulls were written by somebody
+    return {name: without_filled_nulls(value, is_shown=name == "tools") for name, value in row.items()}
 
 
 def without_filled_nulls(value: Any, *, is_shown: bool = False) -> Any:

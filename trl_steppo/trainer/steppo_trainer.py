@@ -68,7 +68,7 @@ from .checks import (
     refuse_unsupported,
 )
 from .credit import Credit, assign_credit
-from .data_stream import RowStream, column_names
+from .data_stream import RowStream, column_names, row_of
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
@@ -438,7 +438,7 @@ class StepPOTrainer(PPOTrainer):
             return metrics
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        requests = [EpisodeRequest(dataset[i], i) for i in range(rank, len(dataset), num_ranks)]
+        requests = [EpisodeRequest(row_of(dataset, i), i) for i in range(rank, len(dataset), num_ranks)]
         episodes = self._play_greedily(requests, "eval/")
         means = Means()
         add_episode_metrics(means, episodes)
@@ -467,7 +467,7 @@ class StepPOTrainer(PPOTrainer):
             dataset = next(iter(dataset.values()))
         count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
         plays = self.accelerator.is_main_process
-        requests = [EpisodeRequest(dataset[index], index) for index in range(count)] if plays else []
+        requests = [EpisodeRequest(row_of(dataset, index), index) for index in range(count)] if plays else []
         episodes = self._play_greedily(requests, "shown/")
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
