@@ -39,6 +39,8 @@ class Placement:
             How its messages are rendered.
         rewritten (`int`, *optional*):
             Position of the step whose response it says was another.
+        escaped (`int`, *optional*, defaults to `0`):
+            How many control tokens the messages spell that are new, which are shown as text.
     """
 
     parent: int | None
@@ -48,6 +50,7 @@ class Placement:
     key: bytes | None
     chat: ChatFormat
     rewritten: int | None = None
+    escaped: int = 0
 
 
 class ChatFormats:
@@ -131,7 +134,8 @@ def place(request: ModelRequest, session: Session, formats: ChatFormats) -> Plac
     except Exception as error:  # whatever jinja code raises
         raise RequestError(400, f"the messages cannot be rendered: {error}", param="messages") from error
     history = _history(session, parent, rewritten)
-    return Placement(parent, new_ids, _observation(added), history, keys[-1], chat, rewritten)
+    escaped = chat.count_control_tokens(messages if parent is None else added)
+    return Placement(parent, new_ids, _observation(added), history, keys[-1], chat, rewritten, escaped)
 
 
 def _place_text(request: ModelRequest, session: Session, formats: ChatFormats) -> Placement:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from ..calls import CallTimeoutError, within
@@ -263,7 +263,7 @@ class _Play:
         if prompt is not None:
             over = self._cannot_fit(0, prompt, chat)
             if over is None:
-                self._count_control_tokens(chat, prompt)
+                self._count_control_tokens(chat, prompt, is_state_prompt=isinstance(prompt, str))
                 ids = await _in_time(lambda: chat.prepare(prompt, is_observed=True), prompt)
                 self.runs.append(TokenIds([*self.ids, *response_ids]))
                 self.ids = ids
@@ -323,13 +323,16 @@ class _Play:
         self._check_fits(0, prompt, chat)
         self._check_fits(0, extra or "", chat)
         means_what_it_says = isinstance(prompt, str) and not is_observed
-        self._count_control_tokens(chat, [extra] if means_what_it_says else [prompt, extra])
+        shown = [extra] if means_what_it_says else [prompt, extra]
+        self._count_control_tokens(chat, shown, is_state_prompt=is_observed and isinstance(prompt, str))
         return await _in_time(lambda: chat.prepare(prompt, extra, is_observed=is_observed), [prompt, extra])
 
-    def _count_control_tokens(self, chat: ChatFormat, shown: Any) -> None:
+    def _count_control_tokens(self, chat: ChatFormat, shown: Any, *, is_state_prompt: bool = False) -> None:
         count = chat.count_control_tokens(shown)
         if count:
             self.counts["escaped_special_tokens"] += count
+            if is_state_prompt:
+                _warn_of_state_prompt()
 
     def _over_budget(self) -> _Ending | None:
         """How the episode ends before its next step; an error if that would be its first."""
@@ -408,6 +411,14 @@ class _Play:
             observation=outcome.observation,
             info={} if outcome.state_key is None else {"state_key": outcome.state_key},
         )
+
+
+@lru_cache(maxsize=1)
+def _warn_of_state_prompt() -> None:
+    logger.warning(
+        "state_prompt() returned text that spells control tokens, which are tokenized as text: return messages, and "
+        "the chat template writes the turns (told once)"
+    )
 
 
 async def _in_time(tokenize: Callable[[], list[int]], shown: Any) -> list[int]:
