@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
@@ -83,8 +83,7 @@ class TextEncoder:
         """The control tokens by their text."""
         self._prefixes = frozenset(text[:end] for text in self.control_ids for end in range(1, len(text)))
         self._longest = max(map(len, self.control_ids), default=0)
-        self._any = re.compile(_trie_pattern(self.control_ids))
-        self._starts = re.compile("|".join(f"{first}(?={rest})" for first, rest in _tries(self.control_ids).items()))
+        self._any, self._starts = _patterns(tuple(self.control_ids))
         self._always_renames = _changes_letters(tokenizer)
 
     def guard(self, value: Any) -> Guarded:
@@ -228,6 +227,13 @@ def _changes_letters(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = () if backend is None else _parts(_state(backend.normalizer), "normalizers")
     return any(part["type"] not in _KEEPS_LETTERS for part in parts)
+
+
+@lru_cache(maxsize=64)
+def _patterns(words: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What finds the words, and what finds all places where one begins, even inside of another."""
+    starts = "|".join(f"{first}(?={rest})" for first, rest in _tries(words).items())
+    return re.compile(_trie_pattern(words)), re.compile(starts)
 
 
 def _tries(words: Iterable[str]) -> dict[str, str]:
