@@ -36,7 +36,6 @@ from trl_steppo.chat import ChatFormat
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.rollout import episode_file, load_episodes
 from trl_steppo.trainer.ppo import PPOTrainer
-from trl_steppo.types import StopReason
 
 
 def log_history(directory: Path) -> list[dict[str, Any]]:
