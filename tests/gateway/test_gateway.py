@@ -24,11 +24,12 @@ from gateway_policy import ADMIN, END, TOKENIZER, Policy, call, echo, make_spec,
 
 from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.gateway import GatewayServer, SessionSpec
+from trl_steppo.gateway.bodies import whole_characters
 from trl_steppo.gateway.conversation import Answer, ModelRequest
 from trl_steppo.gateway.sampling import Engine, SamplingPort
 from trl_steppo.gateway.service import Retry
 from trl_steppo.gateway.store import Store
-from trl_steppo.types import Episode, StopReason
+from trl_steppo.types import Episode, StopReason, writable
 
 USER = {"role": "user", "content": "hello"}
 SEARCH = {
@@ -1158,3 +1159,14 @@ def test_half_a_surrogate_pair_is_a_replacement_character(client, policy):
         response = client.http.post(f"/v1/{path}", content=json.dumps({"model": "m", **body}))
         assert response.status_code == 200, response.text
         assert "x\ufffd" in text(policy.asked[-1][0])
+
+
+@pytest.mark.parametrize(
+    "text", ["\ud83d", "x\ude00y", "\ud83d\ud83d\ude00", "\\ud83d", "\\\ud83d", "😀", "\ud83du", '"\\']
+)
+def test_only_half_a_pair_is_replaced_in_a_body(text):
+    body = json.dumps({"a": text}).encode()
+    assert json.loads(whole_characters(body)) == {"a": writable(text)}
+    assert json.loads(whole_characters(body.replace(b"d83d", b"D83D")))["a"] == writable(
+        json.loads(body.replace(b"d83d", b"D83D"))["a"]
+    )

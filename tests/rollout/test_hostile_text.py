@@ -106,7 +106,7 @@ def states(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
             limits=EpisodeLimits(max_interaction_steps=2),
             sampling=SamplingParams(max_new_tokens=9),
             run_seed=0,
-            row_index=0,
+            stream_position=0,
             generation_index=0,
         )
     )
