@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import CheckpointError, ConfigurationError
-from ..inference.base import Sampler
+from ..inference.base import Sampler, vocabulary_size
 from ..inference.local import LocalSampler
 from ..inference.vllm import VLLMSampler
 from ..inference.vllm_server import Weights
@@ -221,6 +221,7 @@ class InVLLM(_Beside):
             timeout_s=args.vllm_server_timeout,
             sends_weights=accelerator.is_main_process,
             join=together(self._join) if self._is_sent else None,
+            vocabulary_size=vocabulary_size(plain_model(model)),
         )
         self._written: list[Path] = []
 

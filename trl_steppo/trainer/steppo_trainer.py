@@ -21,12 +21,13 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
+from ..inference.base import vocabulary_size
 from ..losses import kl_estimate
 from ..models import (
     AdapterReference,
@@ -69,6 +70,7 @@ from .checks import (
 )
 from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names, row_of
+from .dataset_checks import check_dataset, check_eval_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
@@ -200,6 +202,14 @@ class StepPOTrainer(PPOTrainer):
         if args.model_adapter_name is not None:
             model.set_adapter(args.model_adapter_name)
         check_trainable(model, "model")
+        if isinstance(processing_class, ProcessorMixin):
+            raise ConfigurationError(
+                f"`processing_class` is a {type(processing_class).__name__}: images and other media are not "
+                "supported; pass its tokenizer, `processing_class.tokenizer`"
+            )
+        known: dict[str, Any] = {"vocabulary_size": vocabulary_size(model), "is_for_agent": agent is not None}
+        check_dataset(train_dataset, "train_dataset", **known)
+        check_eval_dataset(eval_dataset, **known)
         assert args.device is not None  # sets the process group up
         args.world_size = PartialState().num_processes  # a field of `PPOConfig`, which DeepSpeed's set-up reads
         Trainer.__init__(
@@ -436,6 +446,10 @@ class StepPOTrainer(PPOTrainer):
             for name, part in dataset.items():
                 metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return metrics
+        own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if not any(dataset is part for part in own):  # which were looked at when the trainer was made
+            size, is_for_agent = vocabulary_size(plain_model(self.model)), self.player.agent is not None
+            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
