@@ -98,6 +98,8 @@ class RecordedStep:
             Which request it answers.
         answer ([`Answer`]):
             What the client is told of it.
+        escaped (`int`, *optional*, defaults to `0`):
+            See [`~gateway.tokens.Placement`].
     """
 
     seed_index: int
@@ -115,6 +117,7 @@ class RecordedStep:
     text_length: int | None
     request: str
     answer: Answer
+    escaped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """For the store, bit for bit; log-probabilities are in it once."""
@@ -492,6 +495,7 @@ class Session:
             "branches": sum(self.steps[position].history == "branch" for position in visible),
             "rewritten_histories": sum(self.steps[position].history == "rewritten" for position in visible),
             "undelivered_steps": len(self.steps) - len(visible),
+            "escaped_special_tokens": sum(self.steps[position].escaped for position in visible),
         }
         return {**{name: float(count) for name, count in counts.items() if count}, **self.notes.metrics}
 

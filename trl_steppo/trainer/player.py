@@ -72,6 +72,9 @@ class EpisodePlayer:
             What `data_collator` is tried on.
         agent (`Callable`, `str` or `Sequence[str]`, *optional*):
             Plays the rows instead, through a gateway ([`~rollout.agent`]).
+        end_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a response to `prompt` beside those of the chat template, as the model's generation
+            configuration names them.
 
     Raises:
         ConfigurationError, DataError: If these do not fit together; every mistake that can be seen before the first
@@ -93,8 +96,10 @@ class EpisodePlayer:
         data_collator: Callable[[list[Any]], Any] | None = None,
         example_row: Mapping[str, Any] | None = None,
         agent: Agent | None = None,
+        end_token_ids: Sequence[int] = (),
     ) -> None:
         self.args = args
+        self._end_token_ids = tuple(end_token_ids)
         self.tokenizer = tokenizer
         self.sampler = sampler
         self._update_episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -133,6 +138,7 @@ class EpisodePlayer:
                 tools=example.tools or None,
                 chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
                 multi_turn=multi_turn,
+                end_token_ids=self._end_token_ids,
             )
             if needs_chat
             else None
@@ -274,7 +280,7 @@ class EpisodePlayer:
         from ..gateway.tokens import ChatFormats
 
         template_kwargs: Any = self.args.chat_template_kwargs
-        formats = ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs)
+        formats = ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs, end_token_ids=self._end_token_ids)
         # The agents of another process are gone, so none of its sessions goes on.
         with closing(GatewayServer(formats, store=store, restores=False)) as self._server:
             try:

@@ -41,6 +41,7 @@ from ..models import (
     build_critic,
     critic_adapter,
     disable_dropout,
+    end_token_ids,
     gathered,
     is_peft_model,
     plain_model,
@@ -75,7 +76,7 @@ from .checks import (
     refuse_unsupported,
 )
 from .credit import Credit, assign_credit
-from .data_stream import RowStream, column_names
+from .data_stream import RowStream, column_names, row_of
 from .dataset_checks import check_dataset, check_eval_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
@@ -259,6 +260,7 @@ class StepPOTrainer(PPOTrainer):
             data_collator=data_collator,
             example_row=self.rows.example,
             agent=agent,
+            end_token_ids=end_token_ids(getattr(model, "generation_config", None)),
         )
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode)
         self._described = describe_task(
@@ -509,7 +511,7 @@ class StepPOTrainer(PPOTrainer):
             check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
+        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
         episodes = self._play_greedily(requests, "eval/")
         means = Means()
         add_episode_metrics(means, episodes)
@@ -538,7 +540,7 @@ class StepPOTrainer(PPOTrainer):
             dataset = next(iter(dataset.values()))
         count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
         plays = self.accelerator.is_main_process
-        requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(count)] if plays else []
+        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(count)] if plays else []
         episodes = self._play_greedily(requests, "shown/")
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
