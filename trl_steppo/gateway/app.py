@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..calls import look_at
+from ..finite import LARGEST
 from ..inference.base import MIN_TEMPERATURE
 from ..types import Episode
 from . import anthropic, openai, responses
@@ -43,7 +44,7 @@ _RETRIES = {None: None, "": None, "0": False}  # what `x-stainless-retry-count` 
 T = TypeVar("T")
 
 Handler = Callable[[Request], Awaitable[Response]]
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]  # as of all rewards; `nan` and infinities are neither
 
 
 # -- bodies of our own ------------------------------------------------------------------------------------------------

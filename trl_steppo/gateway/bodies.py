@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -80,6 +81,7 @@ def read_body(kind: type[B], body: bytes, limits: BodyLimits) -> B:
         RequestError: It is not; names the first field that is wrong.
     """
     check_structure(body, limits)
+    body = whole_characters(body)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -89,6 +91,19 @@ def read_body(kind: type[B], body: bytes, limits: BodyLimits) -> B:
             raise RequestError(400, f"`{param}` is not supported", param=param) from None
         what = first["msg"]
         raise RequestError(400, f"`{param}`: {what}" if param else what, param=param) from None
+
+
+_ESCAPES = re.compile(
+    rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
+"""In JSON: an escaped backslash, a surrogate pair, or (the group) half of one."""
+
+
+def whole_characters(body: bytes) -> bytes:
+    """JSON in which half a surrogate pair, which a client may have cut out of a text, is U+FFFD."""
+    if b"\\ud" not in body and b"\\uD" not in body:
+        return body
+    return _ESCAPES.sub(lambda found: found[0] if found[1] is None else b"\\ufffd", body)
 
 
 def _names_a_type(part: Any) -> bool:

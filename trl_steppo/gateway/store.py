@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..durable import sync
+from ..durable import Lock, LockedError, sync
 from ..errors import CheckpointError
 
 T = TypeVar("T")
@@ -202,7 +202,7 @@ class Store:
     def _open(self, stack: ExitStack) -> sqlite3.Connection:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            stack.callback(os.close, _locked(self.path))
+            stack.callback(_locked(self.path).close)
             if self.path.exists():
                 _check_length(self.path)
             else:
@@ -254,23 +254,15 @@ def _check_length(path: Path) -> None:
         )
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path) -> Lock:
     """A file beside the database that one gateway holds for as long as it is open, or lives."""
-    lock = path.with_name(path.name + ".lock")
-    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return descriptor
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
+        return Lock(path.with_name(path.name + ".lock"))
+    except LockedError as error:
         raise CheckpointError(
-            f"the gateway's store {path} is open in another gateway, which holds {lock}; stop that one, or give this "
-            "one a directory of its own"
+            f"the gateway's store {path} is open in another gateway ({error.holder}), which holds {error.path}; stop "
+            "that one, or give this one a directory of its own"
         ) from error
-    return descriptor
 
 
 def _check_format(connection: sqlite3.Connection, path: Path) -> None:

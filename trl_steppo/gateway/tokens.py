@@ -50,6 +50,8 @@ class Placement:
             How its messages are rendered.
         rewritten (`int`, *optional*):
             Position of the step whose response it says was another.
+        escaped (`int`, *optional*, defaults to `0`):
+            How many control tokens the messages spell that are new, which are shown as text.
     """
 
     parent: int | None
@@ -59,6 +61,7 @@ class Placement:
     key: bytes | None
     chat: ChatFormat
     rewritten: int | None = None
+    escaped: int = 0
 
 
 class ChatFormats:
@@ -70,10 +73,20 @@ class ChatFormats:
             Tokenizer with a chat template.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
             Passed on to the template.
+        end_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a response beside those of the template, as the model's generation configuration names
+            them.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        end_token_ids: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._end_token_ids = tuple(end_token_ids)
         self._template_kwargs = chat_template_kwargs
         self._formats: OrderedDict[bytes, ChatFormat] = OrderedDict()
         self._lock = threading.Lock()
@@ -86,7 +99,12 @@ class ChatFormats:
             found = self._formats.get(key)
         if found is None:
             try:
-                found = ChatFormat(self._tokenizer, tools=tools, chat_template_kwargs=self._template_kwargs)
+                found = ChatFormat(
+                    self._tokenizer,
+                    tools=tools,
+                    chat_template_kwargs=self._template_kwargs,
+                    end_token_ids=self._end_token_ids,
+                )
             except Exception as error:  # whatever jinja code raises about the client's tools
                 raise RequestError(400, f"these tools cannot be shown: {error}", param="tools") from error
         with self._lock:
@@ -174,26 +192,26 @@ def placing_of(request: ModelRequest, session: Session, formats: ChatFormats, co
     response_ids = None if parent is None else session.steps[parent].response_ids
     kept = session.state_length(parent)
 
-    def tokenize() -> tuple[bool, list[int]]:
+    def tokenize() -> tuple[bool, list[int], int]:
         try:
             if response_ids is not None:
                 try:
                     _check_fits(request, kept, added, chat, context)
                     ids = chat.close(response_ids) + chat.append(added, tool_call_names=_tool_names(added))
-                    return True, ids
+                    return True, ids, chat.count_control_tokens(added)
                 except ChatTemplateError:  # such messages change how those before them are rendered
                     pass
             _check_fits(request, 0, messages, chat, context)
-            return False, chat.render(messages)
+            return False, chat.render(messages), chat.count_control_tokens(messages)
         except RequestError:
             raise
         except Exception as error:  # whatever jinja code raises
             raise RequestError(400, f"the messages cannot be rendered: {error}", param="messages") from error
 
-    continues, new_ids = yield tokenize
+    continues, new_ids, escaped = yield tokenize
     parent = parent if continues else None
     history = _history(session, parent, rewritten)
-    return Placement(parent, new_ids, _observation(added), history, keys[-1], chat, rewritten)
+    return Placement(parent, new_ids, _observation(added), history, keys[-1], chat, rewritten, escaped)
 
 
 def _placing_text(request: ModelRequest, session: Session, formats: ChatFormats, context: int | None) -> Placing:
