@@ -12,8 +12,10 @@ from .adapters import (
     saved_with_adapter,
 )
 from .attention import prepare_for_tries, takes_tries
+from .context import context_length
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
+from .endings import end_token_ids, stored_end_token_ids
 from .forward import Critic, PolicyScorer, rows_at_once
 from .reward import score_sequences
 from .sharding import (
@@ -38,8 +40,10 @@ __all__ = [
     "as_reference",
     "build_critic",
     "check_critic",
+    "context_length",
     "critic_adapter",
     "disable_dropout",
+    "end_token_ids",
     "gathered",
     "is_peft_model",
     "is_sharded",
@@ -50,6 +54,7 @@ __all__ = [
     "saved_with_adapter",
     "score_sequences",
     "shard_like",
+    "stored_end_token_ids",
     "take_shards",
     "takes_tries",
     "whole_parameters",

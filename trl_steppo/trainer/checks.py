@@ -21,7 +21,8 @@ def refuse_unsupported(args: StepPOConfig) -> None:
         ("neftune_noise_alpha", None),
         ("label_smoothing_factor", 0.0),
         ("auto_find_batch_size", False),
-        ("enable_jit_checkpoint", False),  # saves in the middle of an update, which no run can go on from
+        # Saves in the middle of an update, which no run can go on from; SIGTERM saves the last whole one in any case.
+        ("enable_jit_checkpoint", False),
     ):
         if getattr(args, name, unset) != unset:
             raise ConfigurationError(
@@ -106,6 +107,33 @@ def _check_apart_in_shards(args: StepPOConfig, optimizers: tuple[Any, Any], engi
     if args.critic_shares_base:
         raise ConfigurationError(
             f"`critic_shares_base` is set, and two networks cannot share parameters under {engine}; leave it out"
+        )
+
+
+def check_loaded(**given: Any) -> None:
+    """
+    Models and tokenizers that are given by their names, and what is no model at all.
+
+    Args:
+        given (`Any`):
+            Arguments of the trainer, by their names; `None` where there is none.
+    """
+    auto = {"processing_class": "AutoTokenizer", "model": "AutoModelForCausalLM", "ref_model": "AutoModelForCausalLM"}
+    for name, value in given.items():
+        if value is None and name not in ("model", "processing_class"):
+            continue
+        fits = callable(value) if name == "processing_class" else isinstance(value, nn.Module)
+        if fits:
+            continue
+        loader = auto.get(name, "AutoModelForSequenceClassification")
+        labels = ", num_labels=1" if name in ("reward_model", "value_model") else ""
+        if isinstance(value, str):
+            raise ConfigurationError(
+                f"`{name}` is the name {value!r}; load it: `transformers.{loader}.from_pretrained({value!r}{labels})`"
+            )
+        raise ConfigurationError(
+            f"`{name}` is {'missing' if value is None else f'a {type(value).__name__}'}; pass what "
+            f"`transformers.{loader}.from_pretrained(...{labels})` returns"
         )
 
 

@@ -110,9 +110,11 @@ class InProcess:
     def sampling(self) -> Iterator[None]:
         self.sampler.reset_cache()  # of other weights
         # The numerics of the policy's forward passes in training.
-        with self._policy.whole(), self._accelerator.autocast():
-            yield
-        self.sampler.reset_cache()
+        try:
+            with self._policy.whole(), self._accelerator.autocast():
+                yield
+        finally:
+            self.sampler.reset_cache()
 
     def take_weights(self, version: int) -> None:
         self.sampler.policy_version = version
@@ -130,9 +132,9 @@ class _Beside(ABC):
         if self._is_running:
             yield
             return
-        self._start()
         self._is_running = True
         try:
+            self._start()
             self.take_weights(version)
             yield
         finally:
@@ -224,6 +226,7 @@ class InVLLM(_Beside):
             vocabulary_size=vocabulary_size(plain_model(model)),
         )
         self._written: list[Path] = []
+        self._run = ""
 
     def _join(self) -> Join | None:
         """How rank 0 joins servers, if this is it."""
@@ -243,7 +246,7 @@ class InVLLM(_Beside):
     def _close(self) -> None:
         super()._close()
         self._written.clear()
-        if self._accelerator.is_main_process:
+        if self._run and self._accelerator.is_main_process:
             shutil.rmtree(self._directory / self._run, ignore_errors=True)
 
     def take_weights(self, version: int) -> None:

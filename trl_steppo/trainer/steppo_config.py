@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
+from ..finite import LARGEST, shown
 from ..inference.base import MIN_TEMPERATURE
 from .ppo import PPOConfig
 
@@ -83,7 +86,9 @@ class StepPOConfig(PPOConfig):
         max_interaction_steps (`int`, *optional*, defaults to `5`):
             Most steps of an episode. `response_length` is the budget of one step's response.
         max_prompt_length (`int`, *optional*):
-            Most tokens of a state; an episode that reaches more ends as truncated.
+            Most tokens of a state; an episode that reaches more ends as truncated. `None`: what the model's context
+            leaves beside `response_length` (`max_position_embeddings` of its configuration, rope scaling included; a
+            vLLM server's `--max-model-len`).
         max_episode_tokens (`int`, *optional*):
             Most tokens of a whole episode, prompts, responses and observations together.
         max_episode_s (`float`, *optional*):
@@ -91,9 +96,10 @@ class StepPOConfig(PPOConfig):
         tool_timeout_s (`float`, *optional*, defaults to `60.0`):
             Most seconds of one call of a tool or of an environment's method, and of making an environment. A tool that
             takes longer is reported to the model; an environment that does costs its own episode.
-        max_tool_calls (`int`, *optional*):
-            Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
-        max_concurrent_tool_calls (`int`, *optional*):
+        max_tool_calls (`int`, *optional*, defaults to `32`):
+            Most tool calls of one response that are run; those beyond are answered with an error. Each call of a tool
+            that is not async takes a thread. `None`: all.
+        max_concurrent_tool_calls (`int`, *optional*, defaults to `256`):
             Most calls of one tool that run at a time, over all episodes of a rank; others wait for their turn, which
             is not part of their `tool_timeout_s`. `None`: as many as come.
         max_concurrent_episodes (`int`, *optional*):
@@ -225,15 +231,20 @@ class StepPOConfig(PPOConfig):
 
     # The episodes
     max_interaction_steps: int = field(default=5, metadata={"help": "Most steps of an episode."})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of a state."})
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a state. None: what the model's context leaves beside `response_length`."},
+    )
     max_episode_tokens: int | None = field(default=None, metadata={"help": "Most tokens of an episode."})
     max_episode_s: float | None = field(default=None, metadata={"help": "Most seconds of an episode."})
     tool_timeout_s: float | None = field(
         default=60.0, metadata={"help": "Most seconds of one call of a tool or of an environment's method."}
     )
-    max_tool_calls: int | None = field(default=None, metadata={"help": "Most tool calls of a response that are run."})
+    max_tool_calls: int | None = field(
+        default=MAX_TOOL_CALLS, metadata={"help": "Most tool calls of a response that are run. None: all."}
+    )
     max_concurrent_tool_calls: int | None = field(
-        default=None, metadata={"help": "Most calls of one tool at a time on a rank. None: as many as come."}
+        default=256, metadata={"help": "Most calls of one tool at a time on a rank. None: as many as come."}
     )
     max_concurrent_episodes: int | None = field(
         default=None, metadata={"help": "Most episodes played at once on a rank. None: all of an update."}
@@ -377,7 +388,7 @@ class StepPOConfig(PPOConfig):
             "kl_loss_coef": (0, math.inf, False),
             "rollout_correction_cap": (1, math.inf, False),
             "critic_learning_rate": (0, math.inf, False),
-            "missing_eos_penalty": (0, math.inf, False),
+            "missing_eos_penalty": (0, LARGEST, False),
             "response_length": (1, math.inf, False),
             "max_interaction_steps": (1, math.inf, False),
             "max_prompt_length": (1, math.inf, False),
@@ -405,9 +416,9 @@ class StepPOConfig(PPOConfig):
             value = getattr(self, name)
             if value is None:
                 continue
-            if not (lowest < value if excluded else lowest <= value) or not value <= highest:
+            if not _is_number(value) or not (lowest < value if excluded else lowest <= value) or not value <= highest:
                 bounds = f"{'(' if excluded else '['}{lowest}, {highest}{']' if highest < math.inf else ')'}"
-                raise ConfigurationError(f"`{name}` is {value}; set it to a number in {bounds}")
+                raise ConfigurationError(f"`{name}` is {shown(value)}; set it to a number in {bounds}")
         choices = {
             "advantage_estimator": (*CRITIC_ESTIMATORS, *GROUP_BASELINES, "reinforce_plus_plus"),
             "importance_sampling_level": ("step", "token"),
@@ -531,6 +542,13 @@ class StepPOConfig(PPOConfig):
                     raise ConfigurationError(
                         f"`{name}`={getattr(self, name)!r} has no effect together with {reason}; remove one of the two"
                     )
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _accelerator_has_bf16() -> bool:

@@ -6,16 +6,18 @@ import copy
 import json
 import math
 import os
+import random
 import shutil
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -26,6 +28,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
+from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
 from ..inference.base import vocabulary_size
 from ..losses import kl_estimate
@@ -36,8 +39,10 @@ from ..models import (
     add_adapter,
     as_reference,
     build_critic,
+    context_length,
     critic_adapter,
     disable_dropout,
+    end_token_ids,
     gathered,
     is_peft_model,
     plain_model,
@@ -45,15 +50,18 @@ from ..models import (
     takes_tries,
     whole_state_dict,
 )
-from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes
+from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes, within_float32
+from ..stopping import StopRequestedError, is_requested, listening
 from ..types import Episode
-from .callbacks import StepPOProgressCallback, print_episodes
+from .callbacks import StepPOProgressCallback, close_progress_bars, print_episodes
 from .checkpoints import (
     Manifest,
     Progress,
+    check_whole,
     find_checkpoint,
     load_weights,
     read_manifest,
+    reading,
     rotate,
     shapes,
     written_whole,
@@ -62,21 +70,22 @@ from .checks import (
     check_adapters,
     check_apart,
     check_distribution,
+    check_loaded,
     check_models,
     check_saved,
     check_trainable,
     refuse_unsupported,
 )
 from .credit import Credit, assign_credit
-from .data_stream import RowStream, column_names
+from .data_stream import RowStream, column_names, row_of
 from .dataset_checks import check_dataset, check_eval_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
-from .learner import Learner
+from .learner import Learner, modes_kept
 from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
-from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp
+from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp, innermost
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
 from .steppo_config import StepPOConfig
@@ -84,6 +93,7 @@ from .steppo_config import StepPOConfig
 logger = transformers.utils.logging.get_logger(__name__)
 
 SETTINGS_FILE = "steppo_config.json"
+LOCK_FILE = "_run.lock"  # `Trainer` uploads nothing that begins so
 _NUM_SHOWN = 3  # episodes of a printed table
 
 
@@ -191,6 +201,13 @@ class StepPOTrainer(PPOTrainer):
     ) -> None:
         args = args if isinstance(args, StepPOConfig) else StepPOConfig.from_ppo_config(args)
         refuse_unsupported(args)
+        check_loaded(
+            processing_class=processing_class,
+            model=model,
+            ref_model=ref_model,
+            value_model=value_model,
+            reward_model=reward_model,
+        )
         check_models(args, model, ref_model, value_model, reward_model)
         if train_dataset is None:
             raise DataError("`train_dataset` is required; pass rows with `prompt` or `input_ids`")
@@ -236,6 +253,7 @@ class StepPOTrainer(PPOTrainer):
             processing_class,
             self.sampler,
             columns=column_names(train_dataset),
+            eval_columns=[column_names(dataset) for dataset in _datasets(eval_dataset)],
             environment_factory=environment_factory,
             tools=tools,
             reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
@@ -243,6 +261,8 @@ class StepPOTrainer(PPOTrainer):
             data_collator=data_collator,
             example_row=self.rows.example,
             agent=agent,
+            context=_context(model, ref_model, value_model, reward_model),
+            end_token_ids=end_token_ids(getattr(model, "generation_config", None)),
         )
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode)
         self._described = describe_task(
@@ -256,6 +276,11 @@ class StepPOTrainer(PPOTrainer):
             agent=agent,
         )
         self.progress = Progress()
+        self._saved_step: int | None = None  # update of the newest checkpoint that holds this run
+        self._first_failure: str | None = None  # of the run's updates that moved nothing
+        self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
+        # Of Python, NumPy and torch, at the beginning of the update that is being made.
+        self._generators: tuple[Any, Any, torch.Tensor] | None = None
 
     # -- the story ----------------------------------------------------------------------------------------------------
 
@@ -268,6 +293,11 @@ class StepPOTrainer(PPOTrainer):
         """
         Train until `total_episodes` (or `max_steps` updates) are reached, or a callback stops the run.
 
+        SIGTERM and SIGINT (Ctrl-C) stop the run, too: a rollout is broken off, while an update is finished; unless
+        `save_strategy` is "no", a checkpoint is written; then the process ends, by `SystemExit` with the status 143 or
+        by `KeyboardInterrupt`. What was broken off is played again by a run that resumes. A second signal ends the
+        process at once.
+
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 A checkpoint's directory to go on from, or `True` for the newest in `output_dir`. The run ends as it
@@ -279,21 +309,33 @@ class StepPOTrainer(PPOTrainer):
             `TrainOutput`: Number of updates; mean of `loss/policy_avg` as logged; how long it took.
 
         Raises:
-            RolloutError: If `max_failed_updates` updates in a row have no valid episode.
+            ConfigurationError: If another run, of this machine or of one that shares the file system, trains in the
+                same `output_dir`.
+            RolloutError: If `max_failed_updates` updates in a row have no valid episode; at the end, if not one update
+                of the run has moved any weights.
             CheckpointError: If a checkpoint cannot be written; if the one to resume from is missing, damaged, or of
                 another run.
         """
         if self.state.global_step > 0 and not resume_from_checkpoint:
             raise ConfigurationError("`train()` was called before, and its schedules have ended; make a new trainer")
-        checkpoint = resume_from_checkpoint or None
-        self._set_out(checkpoint)
+        with listening(), self._alone(), self._as_before():
+            self._set_out(resume_from_checkpoint or None)
+            self._train()
+        losses = [logs["loss/policy_avg"] for logs in self.state.log_history if "loss/policy_avg" in logs]
+        mean_loss = sum(losses) / len(losses) if losses else float("nan")
+        return TrainOutput(self.state.global_step, mean_loss, self._runtime())
+
+    def _train(self) -> None:
+        """All updates that are left, and all that is around them."""
         with (
-            self.player.running(resumed_at=None if checkpoint is None else self.state.global_step),
+            self.player.running(resumed_at=None if self._resumed_from is None else self.state.global_step),
             closing(self.ahead),  # when the sampler is closed, which ends what is still being played
             self.engine.running(self.state.global_step),
             self._running(),
+            self._saving_when_stopped(),
         ):
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+                self._heed_requests_to_stop()
                 with self._update():
                     episodes = self._roll_out()
                     rollout = self._collate(episodes)
@@ -304,16 +346,15 @@ class StepPOTrainer(PPOTrainer):
                     credit = self._assign_credit(rollout, scores)
                     with self.episode_log.around(self.state.global_step + 1, episodes, rollout, scores, credit):
                         self._learn(rollout, scores, credit)
-        losses = [logs["loss/policy_avg"] for logs in self.state.log_history if "loss/policy_avg" in logs]
-        mean_loss = sum(losses) / len(losses) if losses else float("nan")
-        return TrainOutput(self.state.global_step, mean_loss, self._runtime())
+        self._refuse_to_have_learned_nothing()
 
     def _roll_out(self) -> list[Episode]:
         """Play (or read back) this update's episodes on this rank."""
         update, rank, args = self.state.global_step, self.accelerator.process_index, self.args
         with self.clock.measure("rollout_s"):
             if args.replay_episodes_dir is not None:
-                episodes = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
+                found = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
+                episodes = [within_float32(episode) for episode in found]
             elif args.max_staleness:
                 self.ahead.begin(update, self.state.max_steps)
                 episodes = self._judge(*together(partial(self.ahead.take, update)))
@@ -354,8 +395,9 @@ class StepPOTrainer(PPOTrainer):
         """An update without a valid episode: nothing is learned. Too many of them end the run."""
         self.episode_log.failed(self.state.global_step + 1, episodes)
         self.progress.failed_updates += 1
+        error = next((episode.error for episode in episodes if not episode.valid), "on another rank")
+        self._note_failure(f"it had no valid episode: {error}")
         if self.progress.failed_updates >= self.args.max_failed_updates:
-            error = next((episode.error for episode in episodes if not episode.valid), "on another rank")
             raise RolloutError(
                 f"{self.progress.failed_updates} updates in a row had no valid episode (`max_failed_updates`); the "
                 f"last error was: {error}"
@@ -416,6 +458,27 @@ class StepPOTrainer(PPOTrainer):
                 train_policy=update >= self.args.critic_warmup_updates,
             )
         self._means.merge(stats)
+        if self.learner.steps_taken > self._steps_taken:
+            self.progress.learned_updates += 1
+        elif self.learner.steps_skipped > self._steps_skipped:
+            self._note_failure("its loss or gradient was not a finite number, so that no step was taken")
+        else:
+            self._note_failure("its episodes had nothing to learn from (all of them are masked)")
+        self._steps_taken, self._steps_skipped = self.learner.steps_taken, self.learner.steps_skipped
+
+    def _note_failure(self, what: str) -> None:
+        """Why an update moved nothing; of the run's first one."""
+        if self._first_failure is None:
+            self._first_failure = f"update {self.state.global_step + 1}: {what}"
+
+    def _refuse_to_have_learned_nothing(self) -> None:
+        """A run whose every update failed must not look like one that has trained."""
+        num_updates = self.state.global_step - self._first_step
+        if num_updates and not self.progress.learned_updates:
+            raise RolloutError(
+                f"none of the run's {self.state.global_step} updates has moved any weights, so the policy is the one "
+                f"that it began with; the first failure was in {self._first_failure}"
+            )
 
     # -- evaluation and saving ----------------------------------------------------------------------------------------
 
@@ -450,7 +513,7 @@ class StepPOTrainer(PPOTrainer):
             check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
+        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
         episodes = self._play_greedily(requests, "eval/")
         means = Means()
         add_episode_metrics(means, episodes)
@@ -479,7 +542,7 @@ class StepPOTrainer(PPOTrainer):
             dataset = next(iter(dataset.values()))
         count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
         plays = self.accelerator.is_main_process
-        requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(count)] if plays else []
+        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(count)] if plays else []
         episodes = self._play_greedily(requests, "shown/")
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
@@ -596,6 +659,7 @@ class StepPOTrainer(PPOTrainer):
             writes_together=self._saves_together,
         ) as partial:
             self._write_checkpoint(partial)
+        self._saved_step = state.global_step
         if self.args.push_to_hub:
             if self.args.should_save:  # what `Trainer` does not know of
                 for folder in (path for path in directory.iterdir() if path.is_dir()):
@@ -623,7 +687,8 @@ class StepPOTrainer(PPOTrainer):
     def _resume(self, resume_from_checkpoint: str | bool) -> None:
         """Everything as it was when the checkpoint was written; the random generators come last, in `_running`."""
         directory = find_checkpoint(Path(str(self.args.output_dir)), resume_from_checkpoint)
-        manifest = read_manifest(directory, self._identity())
+        identity, reads_all = self._identity(), self.accelerator.is_local_main_process
+        manifest = together(lambda: read_manifest(directory, identity, reads_all=reads_all))
         if not (directory / "scheduler.pt").is_file():
             raise CheckpointError(
                 f"{directory} holds no optimizer (`save_only_model`), so the run cannot go on from it; pass its model "
@@ -633,13 +698,16 @@ class StepPOTrainer(PPOTrainer):
             self._load_networks(directory)
         for folder, network in self._network_folders(directory):
             network.load_state(folder)
-        self._load_scaler(str(directory))
+        with reading(directory, "scaler.pt"):
+            self._load_scaler(str(directory))
         self.progress = manifest.progress
-        self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
+        with reading(directory, "trainer_state.json"):
+            self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
+            self._load_callback_state()
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
-        self._load_callback_state()
         self._resumed_from: Path | None = directory
+        self._saved_step = self.state.global_step
         logger.info(f"going on from {directory}, after update {self.state.global_step}")
 
     def _load_networks(self, directory: Path) -> None:
@@ -662,7 +730,9 @@ class StepPOTrainer(PPOTrainer):
             )
             return
         logger.info(f"loading the best networks, of {state.best_model_checkpoint}: {state.best_metric}")
-        self._load_networks(Path(state.best_model_checkpoint))
+        directory, reads_all = Path(state.best_model_checkpoint), self.accelerator.is_local_main_process
+        together(lambda: check_whole(directory, reads_all=reads_all))
+        self._load_networks(directory)
 
     def _network_folders(self, directory: Path) -> list[tuple[Path, Network]]:
         """Where each optimizer and schedule is kept; one that both networks share stands with the policy."""
@@ -678,6 +748,7 @@ class StepPOTrainer(PPOTrainer):
             "networks": {name: shapes(model) for name, model in networks.items() if model is not None},
             "train_dataset rows": self.rows.num_rows,
             "seed of the data": self.rows.seed,
+            "optimizer": type(innermost(self.optimizer)).__name__,
             "ranks of the shards": self.accelerator.num_processes if self.is_deepspeed_enabled else None,
         }
 
@@ -801,6 +872,8 @@ class StepPOTrainer(PPOTrainer):
         self.is_in_train = True
         self.state.epoch = 0.0
         self._resumed_from = None
+        self._saved_step = self._first_failure = self._generators = None
+        self._steps_taken, self._steps_skipped = self.learner.steps_taken, self.learner.steps_skipped
         if resume_from_checkpoint is not None:
             self._resume(resume_from_checkpoint)
         self.state.max_steps = args.num_total_batches
@@ -814,7 +887,7 @@ class StepPOTrainer(PPOTrainer):
     def _running(self) -> Iterator[None]:
         """Everything around the updates: callbacks, first and last evaluation, the state on disk."""
         args = self.args
-        self._start, self._first_step = time.time(), self.state.global_step
+        self._start, self._first_step = time.monotonic(), self.state.global_step
         if args.loss_aggregation is None:
             logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
         if args.should_save:
@@ -826,7 +899,8 @@ class StepPOTrainer(PPOTrainer):
             self.evaluate()
         self._event("on_epoch_begin")
         if self._resumed_from is not None:
-            self._load_rng_state(str(self._resumed_from))
+            with reading(self._resumed_from, "rng_state.pth"):
+                self._load_rng_state(str(self._resumed_from))
         yield
         if self.progress.unlogged:
             self.log(_averaged(self.progress.unlogged))
@@ -839,7 +913,47 @@ class StepPOTrainer(PPOTrainer):
         self._event("on_train_end")
         if args.should_save:
             self.state.save_to_json(os.path.join(str(args.output_dir), "trainer_state.json"))
-        self.is_in_train = False
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold `output_dir`, in which no other run may train meanwhile."""
+        directory = Path(str(self.args.output_dir))
+        lock = together(lambda: _locked(directory) if self.accelerator.is_main_process else None)
+        with closing(lock) if lock is not None else nullcontext():
+            yield
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """What a run changes in this object and is no result of it is as before, however the run ends."""
+        networks = [network.module for network in (self.learner.policy, self.learner.critic) if network is not None]
+        try:
+            with modes_kept(networks):
+                yield
+        finally:
+            self.is_in_train = False
+            close_progress_bars(self.callback_handler.callbacks)
+
+    def _heed_requests_to_stop(self) -> None:
+        """Raises a [`StopRequestedError`] on all ranks, where one of them was asked to stop."""
+        if any(gather_object([is_requested()])):
+            raise StopRequestedError("the run was asked to stop")
+
+    @contextmanager
+    def _saving_when_stopped(self) -> Iterator[None]:
+        """A run that is asked to stop can go on from the update that was done last."""
+        try:
+            yield
+        except StopRequestedError:
+            update = self.state.global_step
+            words = "it was not saved (`save_strategy`='no')"
+            if self._saved_step == update:
+                words = f"checkpoint-{update} holds it"
+            elif self.args.save_strategy != SaveStrategy.NO and update:
+                self._rewind_generators()
+                self._save_checkpoint(self.learner.policy.module, trial=None)
+                words = f"it was saved as checkpoint-{update}"
+            logger.warning(f"the run was asked to stop, and ends after update {update}; {words}")
+            raise
 
     @contextmanager
     def _update(self) -> Iterator[None]:
@@ -855,6 +969,7 @@ class StepPOTrainer(PPOTrainer):
             self.sampler.forward_s,
         )
         forwarded = self.learner.tokens_forwarded
+        self._generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
         start = time.perf_counter()
         learning_rate = self.learner.policy.learning_rate  # of this update, as `PPOTrainer` logs it
         critic_learning_rate = self.learner.critic.learning_rate if self.learner.critic is not None else None
@@ -879,7 +994,7 @@ class StepPOTrainer(PPOTrainer):
         self.state.epoch = self.progress.num_rows_played / self.rows.num_rows
         self._logs |= {
             "episode": self.progress.num_rows_played * args.num_generations,
-            "eps": self._num_played() / (time.time() - self._start),
+            "eps": self._num_played() / (time.monotonic() - self._start),
             "lr": learning_rate,
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
@@ -897,7 +1012,16 @@ class StepPOTrainer(PPOTrainer):
         if math.floor(self.state.epoch) > epoch_before:
             self._event("on_epoch_end")
             self._event("on_epoch_begin")
+        self._generators = None
         self._log_evaluate_save()
+
+    def _rewind_generators(self) -> None:
+        """To the beginning of the update that is broken off, so that its environments draw the same when resumed."""
+        if self._generators is not None:
+            of_python, of_numpy, of_torch = self._generators
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+            torch.set_rng_state(of_torch)
 
     def _log_evaluate_save(self) -> None:
         """What the callbacks asked for."""
@@ -953,7 +1077,28 @@ class StepPOTrainer(PPOTrainer):
         return (self.state.global_step - self._first_step) * self.args.batch_size
 
     def _runtime(self) -> dict[str, float]:
-        return speed_metrics("train", self._start, self._num_played(), self.state.global_step - self._first_step)
+        # It takes the beginning by the wall clock, which may have been set since.
+        began = time.time() - (time.monotonic() - self._start)
+        return speed_metrics("train", began, self._num_played(), self.state.global_step - self._first_step)
+
+
+def _locked(directory: Path) -> Lock:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return Lock(directory / LOCK_FILE)
+    except LockedError as error:
+        raise ConfigurationError(
+            f"another run trains in `output_dir`={str(directory)!r} ({error.holder}), and the two would overwrite "
+            "each other's files; wait for it, stop it, or set another `output_dir`"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"`output_dir`={str(directory)!r} cannot be written: {error}") from error
+
+
+def _context(*models: Any) -> int | None:
+    """The most tokens that all of these can read: each of them reads the policy's prompts and responses."""
+    lengths = (context_length(plain_model(model).config) for model in models if hasattr(model, "config"))
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def _frozen(model: Any, device: torch.device | None = None) -> Any:
@@ -981,6 +1126,12 @@ def _averaged(history: Sequence[dict[str, float]]) -> dict[str, float]:
         values = [logs[name] for logs in history if name in logs]
         averaged[name] = values[-1] if name in last else sum(values) / len(values)
     return averaged
+
+
+def _datasets(eval_dataset: Any) -> list[Any]:
+    """The data sets to evaluate on that have rows."""
+    given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    return [dataset for dataset in given if dataset is not None and isinstance(dataset, Sized) and len(dataset)]
 
 
 def _group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
