@@ -52,7 +52,7 @@ class ScriptedSampler:
         self.tokenizer = tokenizer
         self.rows = rows
         self.policy_version = 0
-        self.sampled_tokens = self.prompt_tokens = self.prefilled_tokens = 0
+        self.sampled_tokens = self.prompt_tokens = self.prefilled_tokens = self.uncached_rows = 0
         self.forward_s = 0.0
 
     async def sample(

@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from torch import nn
 from transformers import Trainer
 
+from ..compat import decoder_layers
 from ..errors import CheckpointError, ConfigurationError
 from ..models import gathered, is_sharded, shard_like, take_shards, whole_tensor
 from .checkpoints import load_tensors
@@ -375,10 +376,8 @@ def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
             param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
         ),
     }
-    model: Any = network.model
-    layers = set(model._no_split_modules or ())
-    for module in [module for module in network.modules() if type(module).__name__ in layers]:
-        fully_shard(module, **shared)
+    for layer in decoder_layers(network.model):
+        fully_shard(layer, **shared)
     fully_shard(network, **shared)
     for module in network.modules():
         module.register_load_state_dict_pre_hook(take_shards)
