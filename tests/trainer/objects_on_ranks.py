@@ -38,6 +38,7 @@ def main() -> None:
     total = torch.tensor([1.0])
     torch.distributed.all_reduce(total)  # what goes between tensors' ranks is not disturbed
     assert float(total) == 2.0
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from trl import TrlParser
 
 from trl_steppo import StepPOConfig
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.trainer import steppo_config
 from trl_steppo.trainer.ppo import PPOConfig
 
 CHANGED = {  # as the docstring of StepPOConfig says
@@ -96,14 +97,20 @@ def test_bf16_is_never_on_by_itself_on_a_cpu(tmp_path):
         ({"LOCAL_RANK": "1"}, False, True),
     ],
 )
-def test_a_run_knows_what_its_launcher_was_told(tmp_path, monkeypatch, environment, has_accelerator, expected):
+def test_a_run_knows_what_its_launcher_was_told(monkeypatch, environment, has_accelerator, expected):
     for name in ("ACCELERATE_USE_CPU", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
-    assert StepPOConfig(output_dir=str(tmp_path), bf16=False).use_cpu is expected
-    assert StepPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True).use_cpu is True
+    assert steppo_config._launched_on_cpu() is expected
+
+
+def test_the_launchers_cpu_is_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = StepPOConfig(output_dir=str(tmp_path))
+    assert config.use_cpu is True
+    assert config.bf16 is False
 
 
 @pytest.mark.parametrize(

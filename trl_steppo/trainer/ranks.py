@@ -7,6 +7,8 @@ its connections are closed.
 
 from __future__ import annotations
 
+import atexit
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ from accelerate import PartialState
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=30)  # `max_episode_s` bounds what is waited for
+_PATIENCE = timedelta(days=1)  # `max_episode_s` bounds what is waited for
 
 _groups: dict[Any, Any] = {}  # the gloo group of each process group of all ranks; a process has one in its life
 
@@ -49,4 +51,10 @@ def _object_group() -> Any:
     everyone = torch.distributed.group.WORLD
     if everyone not in _groups:
         _groups[everyone] = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        atexit.register(_end, _groups[everyone])  # its threads end before the interpreter does
     return _groups[everyone]
+
+
+def _end(group: Any) -> None:
+    with suppress(Exception):  # it may have ended with the group of all ranks
+        torch.distributed.destroy_process_group(group)
