@@ -64,7 +64,7 @@ def check_distribution(args: StepPOConfig, accelerator: Accelerator, optimizers:
             "and their episodes have different lengths; leave it at True"
         )
     config: Any = getattr(args, "hf_deepspeed_config", None)
-    mismatches = getattr(config, "mismatches", ())
+    mismatches = config.mismatches if config is not None else ()
     if mismatches:
         raise ConfigurationError(
             "the DeepSpeed configuration contradicts the run's settings; write 'auto' there:\n" + "\n".join(mismatches)
