@@ -341,3 +341,71 @@ def test_interrupts_pass(chat):
 
     with pytest.raises(KeyboardInterrupt):
         play(chat, None, sampler=ScriptedSampler(chat, interrupt))
+
+
+# -- texts that cannot fit --------------------------------------------------------------------------------------------
+
+
+class Flood(LookEnvironment):
+    """Answers every response with a text that no prompt can hold."""
+
+    look = stop = None
+
+    def __init__(self, text="x" * 4_000_000, **behaviour):
+        super().__init__(**behaviour)
+        self.text = text
+
+    def step(self, response):
+        return self.text, 1.0, False
+
+
+def untouched(chat, monkeypatch, longest=10_000):
+    """Fails whoever tokenizes a long text."""
+    encode = chat._tokenizer.encode
+
+    def checked(text, **settings):
+        assert len(text) <= longest, "a text that cannot fit was tokenized"
+        return encode(text, **settings)
+
+    monkeypatch.setattr(chat._tokenizer, "encode", checked)
+
+
+@pytest.mark.parametrize(("budget", "limit"), [("max_prompt_length", 200), ("max_episode_tokens", 300)])
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_an_observation_that_cannot_fit_is_never_tokenized(chat, monkeypatch, budget, limit, rewrites):
+    class Rewrites(Flood):
+        def state_prompt(self, observation):
+            return [{"role": "user", "content": observation}] if observation else "Go."
+
+    untouched(chat, monkeypatch)
+    episode, _ = play(chat, [f"a{END}"], (Rewrites if rewrites else Flood)(), row={"prompt": "Go."}, **{budget: limit})
+    assert (episode.stop_reason, episode.truncated, episode.error) == (StopReason(budget), True, None)
+    assert len(episode.final_prompt_ids or []) < 100  # nobody could read what was observed
+    assert [step.reward for step in episode.steps] == [2.0]
+    assert chat.decode(episode.steps[0].response_ids) == "a"
+
+
+def test_the_last_step_ends_by_the_number_of_steps_whatever_is_observed(chat, monkeypatch):
+    untouched(chat, monkeypatch)
+    limits = {"max_prompt_length": 200, "max_interaction_steps": 1}
+    episode, _ = play(chat, [f"a{END}"], Flood(), row={"prompt": "Go."}, **limits)
+    assert episode.stop_reason is StopReason.MAX_INTERACTION_STEPS
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Go."}, {"prompt": [{"role": "user", "content": ""}]}, {"input_ids": [5]}])
+def test_a_first_prompt_that_cannot_fit_is_never_tokenized(chat, monkeypatch, row):
+    untouched(chat, monkeypatch)
+    episode, _ = play(chat, [STOP], LookEnvironment(reset=lambda: "x" * 4_000_000), row=row, max_prompt_length=1000)
+    assert "the first prompt has at least" in episode.error
+    assert "`max_prompt_length` is 1000" in episode.error
+
+
+def test_a_long_text_is_tokenized_beside_the_loop(chat, monkeypatch):
+    threads = []
+    encode = chat._tokenizer.encode
+    monkeypatch.setattr(
+        chat._tokenizer, "encode", lambda *args, **kw: threads.append(threading.get_ident()) or encode(*args, **kw)
+    )
+    play(chat, [f"a{END}"] * 2, Flood("x" * 100_000), row={"prompt": "Go."}, max_interaction_steps=1)
+    assert threads[0] == threading.get_ident()
+    assert threads[-1] != threading.get_ident()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from .pacing import InFlight
 logger = logging.getLogger(__name__)
 
 _EPISODE = "the episode"
+_LONG_TEXT = 20_000  # characters; tokenizing more holds up the other episodes, and is not done in vain
 _EMPTY_PROMPT: list[Message] = [{"role": "user", "content": ""}]  # GRPOTrainer's, for rows that leave it to `reset`
 
 
@@ -201,7 +203,7 @@ class _Play:
 
     async def _play(self) -> _Ending:
         extra = await self.env.reset(self.row) if self.env is not None else None
-        self.ids = self._first_prompt(await self._rewritten(""), extra)
+        self.ids = await self._first_prompt(await self._rewritten(""), extra)
         while True:
             over = self._over_budget()
             if over is not None:
@@ -220,11 +222,14 @@ class _Play:
         self.played.append(_Played(len(self.runs), len(self.ids), sample, outcome))
         self.counts.update(outcome.metrics)
         cut = sample.stop_reason is StopReason.LENGTH and params.max_new_tokens < self.sampling.max_new_tokens
+        over = None
         if not outcome.done:
             self.stage = f"observation of step {self.step_index - 1}"
-            await self._proceed(sample, outcome)
+            over = await self._proceed(sample, outcome)
         if cut:
-            return _Ending(StopReason.MAX_EPISODE_TOKENS, has_next_state=not outcome.done)
+            return _Ending(StopReason.MAX_EPISODE_TOKENS, has_next_state=not outcome.done and over is None)
+        if over is not None:
+            return _Ending(over, has_next_state=False)
         return _Ending(StopReason.ENVIRONMENT) if outcome.done else None
 
     async def _sample(self, params: SamplingParams) -> Sample:
@@ -249,20 +254,27 @@ class _Play:
         outcome = await self.env.step(Response(chat.decode(response_ids), parsed.message, parsed.malformed))
         return replace(outcome, done=True) if "input_ids" in self.row else outcome
 
-    async def _proceed(self, sample: Sample, outcome: Outcome) -> None:
-        """To the next state."""
+    async def _proceed(self, sample: Sample, outcome: Outcome) -> StopReason | None:
+        """To the next state; or else which budget keeps from it, where a long text is not even tokenized."""
         chat = self._chat("a second step")
         response_ids = TokenIds(sample.token_ids).tolist()
         prompt = await self._rewritten(outcome.observation)
         if prompt is not None:
-            self.runs.append(TokenIds([*self.ids, *response_ids]))
-            self.ids = chat.prepare(prompt)
-            return
+            over = self._cannot_fit(0, prompt, chat)
+            if over is None:
+                ids = await _in_time(lambda: chat.prepare(prompt), prompt)
+                self.runs.append(TokenIds([*self.ids, *response_ids]))
+                self.ids = ids
+            return over
         messages = _as_messages(outcome.observation)
+        over = self._cannot_fit(len(self.ids) + len(response_ids), messages, chat)
+        if over is not None:
+            return over
         names = [message.get("name", "") for message in messages if message.get("role") == "tool"]
-        observed = chat.close(response_ids) + chat.append(messages, tool_call_names=names)
+        appended = await _in_time(lambda: chat.append(messages, tool_call_names=names), messages)
         # A new list: the sampler may have kept the old one.
-        self.ids = [*self.ids, *response_ids, *observed]
+        self.ids = [*self.ids, *response_ids, *chat.close(response_ids), *appended]
+        return None
 
     async def _rewritten(self, observation: str | list[Message]) -> str | list[Message] | None:
         return await self.env.state_prompt(observation) if self.env is not None else None
@@ -285,31 +297,60 @@ class _Play:
             raise DataError(f"{purpose} needs a chat format, and this rollout has none")
         return self.chat
 
-    def _first_prompt(self, rewritten: str | list[Message] | None, extra: str | None) -> list[int]:
+    async def _first_prompt(self, rewritten: str | list[Message] | None, extra: str | None) -> list[int]:
         if rewritten is not None:
-            return self._chat("an environment").prepare(rewritten, extra)
+            return await self._prepared(self._chat("an environment"), rewritten, extra)
         if "input_ids" in self.row:
             ids = [int(token_id) for token_id in self.row["input_ids"]]
-            return ids + self._chat("text from reset()").encode_text(extra, add_special_tokens=False) if extra else ids
+            if not extra:
+                return ids
+            chat = self._chat("text from reset()")
+            self._check_fits(len(ids), extra, chat)
+            return ids + await _in_time(lambda: chat.encode_text(extra, add_special_tokens=False), extra)
         if "prompt" not in self.row and self.env is None:
             raise DataError(f"the row has neither `prompt` nor `input_ids`, but {sorted(self.row)}")
-        return self._chat("a row with `prompt`").prepare(self.row.get("prompt", _EMPTY_PROMPT), extra)
+        return await self._prepared(self._chat("a row with `prompt`"), self.row.get("prompt", _EMPTY_PROMPT), extra)
+
+    async def _prepared(self, chat: ChatFormat, prompt: str | list[Message], extra: str | None) -> list[int]:
+        """The episode's first prompt; a `DataError`, before it is tokenized, where it cannot fit."""
+        self._check_fits(0, prompt, chat)
+        self._check_fits(0, extra or "", chat)
+        return await _in_time(lambda: chat.prepare(prompt, extra), [prompt, extra])
 
     def _over_budget(self) -> _Ending | None:
         """How the episode ends before its next step; an error if that would be its first."""
-        limits, length = self.limits, len(self.ids)
-        if self.step_index >= limits.max_interaction_steps:
+        if self.step_index >= self.limits.max_interaction_steps:
             return _Ending(StopReason.MAX_INTERACTION_STEPS)
+        over = self._beyond(len(self.ids))
+        if over is not None and not self.played:
+            raise self._too_long(str(len(self.ids)), over)
+        return None if over is None else _Ending(over)
+
+    def _cannot_fit(self, length: int, shown: str | list[Message], chat: ChatFormat) -> StopReason | None:
+        """The budget that a long text is beyond behind so many tokens, however it is tokenized."""
+        if not _is_long(shown) or self._beyond(length + chat.min_tokens(shown)) is None:
+            return None
+        if self.step_index >= self.limits.max_interaction_steps:
+            return StopReason.MAX_INTERACTION_STEPS
+        return self._beyond(length + chat.min_tokens(shown))
+
+    def _check_fits(self, length: int, shown: str | list[Message], chat: ChatFormat) -> None:
+        over = self._cannot_fit(length, shown, chat)
+        if over is not None:
+            raise self._too_long(f"at least {length + chat.min_tokens(shown)}", over)
+
+    def _beyond(self, length: int) -> StopReason | None:
+        """The budget that a state of this many tokens is beyond."""
+        limits = self.limits
         if limits.max_prompt_length is not None and length > limits.max_prompt_length:
-            return self._end_by(StopReason.MAX_PROMPT_LENGTH, limits.max_prompt_length)
+            return StopReason.MAX_PROMPT_LENGTH
         if limits.max_episode_tokens is not None and length >= limits.max_episode_tokens:
-            return self._end_by(StopReason.MAX_EPISODE_TOKENS, limits.max_episode_tokens)
+            return StopReason.MAX_EPISODE_TOKENS
         return None
 
-    def _end_by(self, budget: StopReason, limit: int) -> _Ending:
-        if not self.played:
-            raise DataError(f"the first prompt has {len(self.ids)} tokens; `{budget.value}` is {limit}")
-        return _Ending(budget)
+    def _too_long(self, length: str, budget: StopReason) -> DataError:
+        limit = getattr(self.limits, budget.value)
+        return DataError(f"the first prompt has {length} tokens; `{budget.value}` is {limit}")
 
     def _params(self) -> SamplingParams:
         stop = self.sampling.stop_token_ids
@@ -353,6 +394,25 @@ class _Play:
             observation=outcome.observation,
             info={} if outcome.state_key is None else {"state_key": outcome.state_key},
         )
+
+
+async def _in_time(tokenize: Callable[[], list[int]], shown: Any) -> list[int]:
+    """Tokenize; a long text in a thread, so that no other episode waits for it."""
+    return await asyncio.to_thread(tokenize) if _is_long(shown) else tokenize()
+
+
+def _is_long(shown: Any) -> bool:
+    """Whether there is much text in a nested value."""
+    waiting, characters = [shown], _LONG_TEXT
+    while waiting and characters >= 0:
+        value = waiting.pop()
+        if isinstance(value, str):
+            characters -= len(value)
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+    return characters < 0
 
 
 def _as_messages(observation: str | Iterable[Message]) -> list[Message]:
