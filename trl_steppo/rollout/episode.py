@@ -16,8 +16,9 @@ from ..chat import ChatFormat
 from ..environments.base import Message, Outcome, Playable, Response
 from ..errors import ConfigurationError, DataError, SamplerError
 from ..inference.base import Sample, Sampler, SamplingParams, step_seed
-from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds
+from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds, renamed_keyword
 from .pacing import InFlight
+from .rows import own
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ _LONG_TEXT = 20_000  # characters; tokenizing more holds up the other episodes, 
 _EMPTY_PROMPT: list[Message] = [{"role": "user", "content": ""}]  # GRPOTrainer's, for rows that leave it to `reset`
 
 
+@renamed_keyword("row_index", "stream_position")
 async def run_episode(
     env: Playable | None,
     sampler: Sampler,
@@ -35,7 +37,7 @@ async def run_episode(
     limits: EpisodeLimits,
     sampling: SamplingParams,
     run_seed: int,
-    row_index: int,
+    stream_position: int,
     generation_index: int,
     episode_id: str | None = None,
     pacer: InFlight | None = None,
@@ -60,12 +62,12 @@ async def run_episode(
             How to sample; the seed is replaced by each step's own ([`step_seed`]).
         run_seed (`int`):
             Seed of the run.
-        row_index (`int`):
-            Position of the row in the data stream.
+        stream_position (`int`):
+            Position of the row in the shuffled stream of rows.
         generation_index (`int`):
             Which of the row's episodes this is.
         episode_id (`str`, *optional*):
-            Unique within the run; `"{row_index}-{generation_index}"` if not given.
+            Unique within the run; `"{stream_position}-{generation_index}"` if not given.
         pacer ([`InFlight`], *optional*):
             Counts the episode as away whenever it is not waiting for the sampler. The caller has counted it before,
             and takes it back afterwards.
@@ -76,8 +78,8 @@ async def run_episode(
     Raises:
         SamplerError: The sampler failed, which is no fault of the episode's.
     """
-    name = episode_id or f"{row_index}-{generation_index}"
-    play = _Play(env, sampler, row, chat, limits, sampling, (run_seed, row_index, generation_index), name, pacer)
+    name = episode_id or f"{stream_position}-{generation_index}"
+    play = _Play(env, sampler, row, chat, limits, sampling, (run_seed, stream_position, generation_index), name, pacer)
     try:
         await play.run()
     finally:
@@ -85,13 +87,21 @@ async def run_episode(
     return play.episode()
 
 
+@renamed_keyword("row_index", "stream_position")
 def failed_episode(
-    row_index: int, generation_index: int, error: BaseException, *, stage: str, episode_id: str | None = None
+    stream_position: int, generation_index: int, error: BaseException, *, stage: str, episode_id: str | None = None
 ) -> Episode:
     """An episode that broke before its first step."""
-    name = episode_id or f"{row_index}-{generation_index}"
+    name = episode_id or f"{stream_position}-{generation_index}"
     return Episode(
-        name, row_index, generation_index, (), False, False, error=describe(error, stage), stop_reason=StopReason.ERROR
+        name,
+        stream_position,
+        generation_index,
+        (),
+        False,
+        False,
+        error=describe(error, stage),
+        stop_reason=StopReason.ERROR,
     )
 
 
@@ -100,16 +110,6 @@ def describe(error: BaseException, stage: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{stage}: {type(error).__name__}: {error}{where}"
-
-
-@dataclass(frozen=True)
-class _Ending:
-    stop_reason: StopReason
-    has_next_state: bool = True  # False where the environment ended the episode all the same
-
-    @property
-    def truncated(self) -> bool:
-        return self.stop_reason is not StopReason.ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Play:
     scores: dict[str, float] = field(default_factory=dict)
     final_reward: float = 0.0
     stage: str = "reset"
-    ending: _Ending | None = None
+    ending: StopReason | None = None
     error: str | None = None
 
     @property
@@ -175,33 +175,33 @@ class _Play:
     def episode(self) -> Episode:
         buffer = TokenIds(self._all_ids())
         buffers = [*self.runs, buffer]
-        ending = self.ending
-        truncated = self.error is None and ending is not None and ending.truncated
+        reason = StopReason.ERROR if self.error is not None or self.ending is None else self.ending
+        truncated = reason not in (StopReason.ERROR, StopReason.ENVIRONMENT)
         return Episode(
             self.episode_id,
-            row_index=self.seeds[1],
+            stream_position=self.seeds[1],
             generation_index=self.seeds[2],
             steps=tuple(self._step(buffers, index) for index in range(len(self.played))),
             terminated=self.error is None and not truncated,
             truncated=truncated,
-            final_prompt_ids=buffer[: len(self.ids)] if truncated and ending and ending.has_next_state else None,
+            final_prompt_ids=buffer if truncated else None,
             error=self.error,
             metrics={**self.counts, **self.scores},
-            stop_reason=StopReason.ERROR if self.error is not None or ending is None else ending.stop_reason,
+            stop_reason=reason,
         )
 
     # -- playing ------------------------------------------------------------------------------------------------------
 
-    async def _play_within_time(self) -> _Ending:
+    async def _play_within_time(self) -> StopReason:
         try:
             return await within(self._play(), self.limits.max_episode_s, _EPISODE)
         except CallTimeoutError as error:
             # An environment's own time limit arrives here, too; only the episode's leaves something to train on.
             if not self.played or error.what != _EPISODE:
                 raise
-            return _Ending(StopReason.MAX_EPISODE_S)
+            return StopReason.MAX_EPISODE_S
 
-    async def _play(self) -> _Ending:
+    async def _play(self) -> StopReason:
         extra = await self.env.reset(self.row) if self.env is not None else None
         self.ids = await self._first_prompt(await self._rewritten(""), extra)
         while True:
@@ -212,25 +212,33 @@ class _Play:
             if ending is not None:
                 return ending
 
-    async def _play_step(self) -> _Ending | None:
+    async def _play_step(self) -> StopReason | None:
         """One step; how it ends the episode, if it does."""
         params = self._params()
         self.stage = f"sampling step {self.step_index}"
         sample = await self._sample(params)
         self.stage = f"environment step {self.step_index}"
         outcome = await self._answer(sample)
-        self.played.append(_Played(len(self.runs), len(self.ids), sample, outcome))
+        # An environment may go on to change what it returned, a list of all messages for one.
+        recorded = replace(outcome, observation=own(outcome.observation, "an observation"))
+        self.played.append(_Played(len(self.runs), len(self.ids), sample, recorded))
         self.counts.update(outcome.metrics)
-        cut = sample.stop_reason is StopReason.LENGTH and params.max_new_tokens < self.sampling.max_new_tokens
         over = None
         if not outcome.done:
             self.stage = f"observation of step {self.step_index - 1}"
             over = await self._proceed(sample, outcome)
-        if cut:
-            return _Ending(StopReason.MAX_EPISODE_TOKENS, has_next_state=not outcome.done and over is None)
-        if over is not None:
-            return _Ending(over, has_next_state=False)
-        return _Ending(StopReason.ENVIRONMENT) if outcome.done else None
+        return self._ending(params, sample, outcome) or over
+
+    def _ending(self, params: SamplingParams, sample: Sample, outcome: Outcome) -> StopReason | None:
+        """How a step ends the episode, if it does."""
+        if outcome.done and not outcome.ended_by_response:
+            return StopReason.ENVIRONMENT
+        if sample.stop_reason is StopReason.LENGTH:
+            if params.max_new_tokens < self.sampling.max_new_tokens:
+                return StopReason.MAX_EPISODE_TOKENS
+            if outcome.done and params.stop_token_ids:  # without one, its full length is the response's planned end
+                return StopReason.RESPONSE_LENGTH
+        return StopReason.ENVIRONMENT if outcome.done else None
 
     async def _sample(self, params: SamplingParams) -> Sample:
         order = (*self.seeds[1:], self.step_index)
@@ -247,12 +255,14 @@ class _Play:
 
     async def _answer(self, sample: Sample) -> Outcome:
         if self.env is None:
-            return Outcome("", 0.0, done=True)
+            return Outcome("", 0.0, done=True, ended_by_response=True)
         chat = self._chat("an environment")
         response_ids = TokenIds(sample.token_ids).tolist()
         parsed = chat.parse(response_ids, self.ids)
         outcome = await self.env.step(Response(chat.decode(response_ids), parsed.message, parsed.malformed))
-        return replace(outcome, done=True) if "input_ids" in self.row else outcome
+        if "input_ids" in self.row and not outcome.done:
+            return replace(outcome, done=True, ended_by_response=True)
+        return outcome
 
     async def _proceed(self, sample: Sample, outcome: Outcome) -> StopReason | None:
         """To the next state; or else which budget keeps from it, where a long text is not even tokenized."""
@@ -317,14 +327,14 @@ class _Play:
         self._check_fits(0, extra or "", chat)
         return await _in_time(lambda: chat.prepare(prompt, extra), [prompt, extra])
 
-    def _over_budget(self) -> _Ending | None:
+    def _over_budget(self) -> StopReason | None:
         """How the episode ends before its next step; an error if that would be its first."""
         if self.step_index >= self.limits.max_interaction_steps:
-            return _Ending(StopReason.MAX_INTERACTION_STEPS)
+            return StopReason.MAX_INTERACTION_STEPS
         over = self._beyond(len(self.ids))
         if over is not None and not self.played:
             raise self._too_long(str(len(self.ids)), over)
-        return None if over is None else _Ending(over)
+        return over
 
     def _cannot_fit(self, length: int, shown: str | list[Message], chat: ChatFormat) -> StopReason | None:
         """The budget that a long text is beyond behind so many tokens, however it is tokenized."""
