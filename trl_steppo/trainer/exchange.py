@@ -15,13 +15,14 @@ from torch.nn.functional import pad
 
 from ..batching import StepBatch, step_ids
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError, SamplerError, StepPOError
+from ..stopping import StopRequestedError
 from ..types import Episode
 from .credit import Credit
 from .ranks import gather_objects
 
 T = TypeVar("T")
 
-_KINDS = (ConfigurationError, DataError, CheckpointError, SamplerError, RolloutError)
+_KINDS = (StopRequestedError, ConfigurationError, DataError, CheckpointError, SamplerError, RolloutError)
 
 
 @dataclass
