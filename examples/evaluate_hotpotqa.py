@@ -38,7 +38,7 @@ from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
 from trl_steppo.environments.tools import MISTAKES
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
-from trl_steppo.models import locate_model
+from trl_steppo.models import end_token_ids, locate_model
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes
 
 SCORES = ("exact_match", "f1", "answered", "steps", "tool_errors")
@@ -106,6 +106,7 @@ class LocalModel:
         self.args = args
         self.template_kwargs = read_template_kwargs(args)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.end_token_ids = end_token_ids(model.generation_config)
         self.sampler = LocalSampler(
             model.to("cuda") if torch.cuda.is_available() else model, allow_uncached=args.allow_uncached_sampling
         )
@@ -117,7 +118,12 @@ class LocalModel:
             [EpisodeRequest(row, index) for index, row in enumerate(rows)],
             lambda row: make(),
             self.sampler,
-            chat=ChatFormat(self.tokenizer, tools=make().tools, chat_template_kwargs=self.template_kwargs),
+            chat=ChatFormat(
+                self.tokenizer,
+                tools=make().tools,
+                chat_template_kwargs=self.template_kwargs,
+                end_token_ids=self.end_token_ids,
+            ),
             limits=EpisodeLimits(args.max_interaction_steps, args.max_prompt_length),
             sampling=SamplingParams(max_new_tokens=args.response_length, temperature=0.0),
             run_seed=0,

@@ -57,14 +57,14 @@ def serve(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .inference.local import LocalSampler
-    from .models import locate_model
+    from .models import locate_model, stored_end_token_ids
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigurationError(f"`--dtype` is {dtype!r}; it is auto, or a type of torch such as bfloat16")
     name = locate_model(model_name)
     key_file, admin_key = directory / "admin_key", f"sk-admin-{secrets.token_urlsafe(32)}"
     server = GatewayServer(
-        ChatFormats(AutoTokenizer.from_pretrained(name)),
+        ChatFormats(AutoTokenizer.from_pretrained(name), end_token_ids=stored_end_token_ids(name)),
         host=host,
         port=port,
         store=directory / "sessions.sqlite",

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..calls import look_at
+from ..finite import LARGEST
 from ..inference.base import MIN_TEMPERATURE
 from ..types import Episode
 from . import anthropic, openai, responses
@@ -40,7 +41,7 @@ _MOST_NOTES = 10
 _RETRIES = {None: None, "": None, "0": False}  # what `x-stainless-retry-count` says; any other: that it is one
 
 Handler = Callable[[Request], Awaitable[Response]]
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]  # as of all rewards; `nan` and infinities are neither
 
 
 # -- bodies of our own ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -53,6 +54,7 @@ def read_body(kind: type[B], body: bytes) -> B:
     Raises:
         RequestError: It is not; names the first field that is wrong.
     """
+    body = whole_characters(body)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -69,6 +71,19 @@ def read_body(kind: type[B], body: bytes) -> B:
             raise RequestError(400, f"`{param}` is not supported", param=param) from None
         what = first["msg"]
         raise RequestError(400, f"`{param}`: {what}" if param else what, param=param) from None
+
+
+_ESCAPES = re.compile(
+    rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
+"""In JSON: an escaped backslash, a surrogate pair, or (the group) half of one."""
+
+
+def whole_characters(body: bytes) -> bytes:
+    """JSON in which half a surrogate pair, which a client may have cut out of a text, is U+FFFD."""
+    if b"\\ud" not in body and b"\\uD" not in body:
+        return body
+    return _ESCAPES.sub(lambda found: found[0] if found[1] is None else b"\\ufffd", body)
 
 
 def _remove_null(data: Any, place: Sequence[Any]) -> bool:

@@ -196,7 +196,7 @@ def text_keys(text: str, lengths: Iterable[int]) -> dict[int, bytes]:
     keys: dict[int, bytes] = {}
     hasher, done = hashlib.blake2b(b"text", digest_size=16), 0
     for length in sorted(n for n in set(lengths) if n <= len(text)):
-        hasher.update(text[done:length].encode())
+        hasher.update(text[done:length].encode("utf-8", "surrogatepass"))
         keys[length], done = hasher.digest(), length
     return keys
 

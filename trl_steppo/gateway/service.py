@@ -508,6 +508,7 @@ class Gateway:
             text_length=text_length,
             request=flight.name,
             answer=answer,
+            escaped=placement.escaped,
         )
 
     # -- sampling settings --------------------------------------------------------------------------------------------

@@ -98,6 +98,8 @@ class RecordedStep:
             Which request it answers.
         answer ([`Answer`]):
             What the client is told of it.
+        escaped (`int`, *optional*, defaults to `0`):
+            See [`~gateway.tokens.Placement`].
     """
 
     seed_index: int
@@ -115,6 +117,7 @@ class RecordedStep:
     text_length: int | None
     request: str
     answer: Answer
+    escaped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """For the store, bit for bit; log-probabilities are in it once."""
@@ -226,6 +229,9 @@ class Session:
         self.lost: set[int] = set()  # steps whose client went away while it was told
         self.num_firsts: Counter[str] = Counter()  # of a request: how often it was asked for the first time
         self.last_active = time.monotonic()
+        # The wall clock may be set while an episode lasts; only what was stored before a restart has no other.
+        earlier_s = 0.0 if notes is None else max(0.0, time.time() - notes.created)
+        self.began = self.last_active - earlier_s
         self._branches: list[array[int]] = []
         self._places: list[_Place] = []
         self._children: dict[int, int] = {}  # the first of each
@@ -362,7 +368,7 @@ class Session:
 
     def age_s(self) -> float:
         """Seconds since it was made, restarts included."""
-        return time.time() - self.notes.created
+        return time.monotonic() - self.began
 
     @property
     def is_out_of_time(self) -> bool:
@@ -489,6 +495,7 @@ class Session:
             "branches": sum(self.steps[position].history == "branch" for position in visible),
             "rewritten_histories": sum(self.steps[position].history == "rewritten" for position in visible),
             "undelivered_steps": len(self.steps) - len(visible),
+            "escaped_special_tokens": sum(self.steps[position].escaped for position in visible),
         }
         return {**{name: float(count) for name, count in counts.items() if count}, **self.notes.metrics}
 

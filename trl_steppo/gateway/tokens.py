@@ -39,6 +39,8 @@ class Placement:
             How its messages are rendered.
         rewritten (`int`, *optional*):
             Position of the step whose response it says was another.
+        escaped (`int`, *optional*, defaults to `0`):
+            How many control tokens the messages spell that are new, which are shown as text.
     """
 
     parent: int | None
@@ -48,6 +50,7 @@ class Placement:
     key: bytes | None
     chat: ChatFormat
     rewritten: int | None = None
+    escaped: int = 0
 
 
 class ChatFormats:
@@ -59,10 +62,20 @@ class ChatFormats:
             Tokenizer with a chat template.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
             Passed on to the template.
+        end_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a response beside those of the template, as the model's generation configuration names
+            them.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        end_token_ids: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._end_token_ids = tuple(end_token_ids)
         self._template_kwargs = chat_template_kwargs
         self._formats: OrderedDict[bytes, ChatFormat] = OrderedDict()
         self.num_ids = len(tokenizer)
@@ -72,7 +85,12 @@ class ChatFormats:
         key = tools_key(tools) if key is None else key
         if key not in self._formats:
             try:
-                chat = ChatFormat(self._tokenizer, tools=tools, chat_template_kwargs=self._template_kwargs)
+                chat = ChatFormat(
+                    self._tokenizer,
+                    tools=tools,
+                    chat_template_kwargs=self._template_kwargs,
+                    end_token_ids=self._end_token_ids,
+                )
             except Exception as error:  # whatever jinja code raises about the client's tools
                 raise RequestError(400, f"these tools cannot be shown: {error}", param="tools") from error
             self._formats[key] = chat
@@ -116,7 +134,8 @@ def place(request: ModelRequest, session: Session, formats: ChatFormats) -> Plac
     except Exception as error:  # whatever jinja code raises
         raise RequestError(400, f"the messages cannot be rendered: {error}", param="messages") from error
     history = _history(session, parent, rewritten)
-    return Placement(parent, new_ids, _observation(added), history, keys[-1], chat, rewritten)
+    escaped = chat.count_control_tokens(messages if parent is None else added)
+    return Placement(parent, new_ids, _observation(added), history, keys[-1], chat, rewritten, escaped)
 
 
 def _place_text(request: ModelRequest, session: Session, formats: ChatFormats) -> Placement:

@@ -15,6 +15,7 @@ from .agreement import agrees_on_tries
 from .attention import prepare_for_tries, takes_tries
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
+from .endings import end_token_ids, stored_end_token_ids
 from .forward import Critic, PolicyScorer, rows_at_once
 from .reward import score_sequences
 from .sharding import (
@@ -42,6 +43,7 @@ __all__ = [
     "check_critic",
     "critic_adapter",
     "disable_dropout",
+    "end_token_ids",
     "gathered",
     "is_peft_model",
     "is_sharded",
@@ -52,6 +54,7 @@ __all__ = [
     "saved_with_adapter",
     "score_sequences",
     "shard_like",
+    "stored_end_token_ids",
     "take_shards",
     "takes_tries",
     "whole_parameters",

@@ -123,6 +123,33 @@ def _check_apart_in_shards(args: StepPOConfig, optimizers: tuple[Any, Any], engi
         )
 
 
+def check_loaded(**given: Any) -> None:
+    """
+    Models and tokenizers that are given by their names, and what is no model at all.
+
+    Args:
+        given (`Any`):
+            Arguments of the trainer, by their names; `None` where there is none.
+    """
+    auto = {"processing_class": "AutoTokenizer", "model": "AutoModelForCausalLM", "ref_model": "AutoModelForCausalLM"}
+    for name, value in given.items():
+        if value is None and name not in ("model", "processing_class"):
+            continue
+        fits = callable(value) if name == "processing_class" else isinstance(value, nn.Module)
+        if fits:
+            continue
+        loader = auto.get(name, "AutoModelForSequenceClassification")
+        labels = ", num_labels=1" if name in ("reward_model", "value_model") else ""
+        if isinstance(value, str):
+            raise ConfigurationError(
+                f"`{name}` is the name {value!r}; load it: `transformers.{loader}.from_pretrained({value!r}{labels})`"
+            )
+        raise ConfigurationError(
+            f"`{name}` is {'missing' if value is None else f'a {type(value).__name__}'}; pass what "
+            f"`transformers.{loader}.from_pretrained(...{labels})` returns"
+        )
+
+
 def check_models(
     args: StepPOConfig,
     model: PreTrainedModel,

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..calls import call_and_wait, error_text
 from ..chat import ChatFormat
 from ..environments.base import Playable
 from ..environments.slots import Slots
-from ..environments.tools import make_playable
+from ..environments.tools import check_reset, make_playable
 from ..errors import ConfigurationError, DataError
 from ..inference.base import Sampler, SamplingParams
 from ..models import score_sequences
@@ -22,12 +23,15 @@ from ..rollout import (
     EpisodeLimits,
     EpisodeRequest,
     check_agent,
+    check_reward_funcs,
     checked_weights,
     own_row,
     play_agents,
     play_episodes,
     score_episodes,
+    within_float32,
 )
+from ..rollout.play import run_coroutine
 from ..types import Episode, StopReason
 from .steppo_config import StepPOConfig
 
@@ -52,6 +56,8 @@ class EpisodePlayer:
             The policy.
         columns (`Sequence[str]`):
             The dataset's columns: rows have `prompt` or `input_ids`.
+        eval_columns (`Sequence[Sequence[str]]`, *optional*):
+            Those of each dataset that is evaluated on.
         environment_factory (`Callable[[], Any]`, *optional*):
             Makes one environment for each episode.
         tools (`Sequence[Callable]`, *optional*):
@@ -66,6 +72,9 @@ class EpisodePlayer:
             What `data_collator` is tried on.
         agent (`Callable`, `str` or `Sequence[str]`, *optional*):
             Plays the rows instead, through a gateway ([`~rollout.agent`]).
+        end_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a response to `prompt` beside those of the chat template, as the model's generation
+            configuration names them.
 
     Raises:
         ConfigurationError, DataError: If these do not fit together; every mistake that can be seen before the first
@@ -79,6 +88,7 @@ class EpisodePlayer:
         sampler: Sampler,
         *,
         columns: Sequence[str],
+        eval_columns: Sequence[Sequence[str]] = (),
         environment_factory: Callable[[], Any] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: Sequence[RewardFunc] | None = None,
@@ -86,8 +96,10 @@ class EpisodePlayer:
         data_collator: Callable[[list[Any]], Any] | None = None,
         example_row: Mapping[str, Any] | None = None,
         agent: Agent | None = None,
+        end_token_ids: Sequence[int] = (),
     ) -> None:
         self.args = args
+        self._end_token_ids = tuple(end_token_ids)
         self.tokenizer = tokenizer
         self.sampler = sampler
         self._update_episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -104,11 +116,17 @@ class EpisodePlayer:
         if agent is not None:
             self._check_agent()
         if data_collator is not None:
-            columns = [*columns, *self._collated([EpisodeRequest(example_row or {}, 0)])[0].row]
+            collated = self._collated([EpisodeRequest(example_row or {}, 0)])[0].row
+            made = [name for name in collated if name not in (example_row or {})]
+            columns, eval_columns = [*columns, *made], [[*names, *made] for names in eval_columns]
         _check_environment_factory(environment_factory)
         checked_weights(self.reward_funcs, args.reward_weights)
         has_input_ids = agent is None and _check_columns(columns)
-        environment = environment_factory() if environment_factory is not None else None
+        environment = _example_of(environment_factory)
+        for names in (columns, *eval_columns):
+            check_reward_funcs(self.reward_funcs, names)
+            if environment is not None and callable(getattr(environment, "reset", None)):
+                check_reset(environment, names)
         example = self._playable(environment)
         self._check_reward_source(environment)
         has_turns = agent is not None or bool(environment_factory or self.tools)
@@ -120,6 +138,7 @@ class EpisodePlayer:
                 tools=example.tools or None,
                 chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
                 multi_turn=multi_turn,
+                end_token_ids=self._end_token_ids,
             )
             if needs_chat
             else None
@@ -229,7 +248,11 @@ class EpisodePlayer:
     def _collated(self, requests: Sequence[EpisodeRequest]) -> list[EpisodeRequest]:
         """Rows with the `input_ids` that `data_collator` makes of them, all at once, as `PPOTrainer` calls it."""
         assert self.data_collator is not None
-        batch = self.data_collator([own_row(request.row) for request in requests])
+        rows = [own_row(request.row) for request in requests]
+        try:
+            batch = call_and_wait(self.data_collator, (rows,), {}, run_coroutine)
+        except Exception as error:
+            raise DataError(f"`data_collator` failed: {type(error).__name__}: {error_text(error)}") from error
         if "input_ids" not in batch or len(batch["input_ids"]) != len(requests):
             raise ConfigurationError(
                 f"`data_collator` made {list(batch)} of {len(requests)} rows; it must give `input_ids`, one for each. "
@@ -257,7 +280,7 @@ class EpisodePlayer:
         from ..gateway.tokens import ChatFormats
 
         template_kwargs: Any = self.args.chat_template_kwargs
-        formats = ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs)
+        formats = ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs, end_token_ids=self._end_token_ids)
         # The agents of another process are gone, so none of its sessions goes on.
         with closing(GatewayServer(formats, store=store, restores=False)) as self._server:
             try:
@@ -293,7 +316,8 @@ class EpisodePlayer:
         self, requests: Sequence[EpisodeRequest], episodes: list[Episode], *, trainer_state: Any = None
     ) -> list[Episode]:
         """
-        Add what reward functions and the reward model pay to the last steps of episodes that did not fail.
+        Add what reward functions and the reward model pay to the last steps of episodes that did not fail. Those whose
+        rewards together cannot be computed with in float32 fail.
 
         Args:
             requests (`Sequence[EpisodeRequest]`), episodes (`list[Episode]`):
@@ -322,7 +346,7 @@ class EpisodePlayer:
                 episodes[index] = _add_to_last_step(episodes[index], score)
         if self.args.missing_eos_penalty is not None:
             episodes = [self._penalize_missing_eos(episode) for episode in episodes]
-        return episodes
+        return [within_float32(episode) for episode in episodes]
 
     def _penalize_missing_eos(self, episode: Episode) -> Episode:
         """The last response of an episode should end by itself: with the end of its turn, or else with EOS."""
@@ -377,6 +401,19 @@ def _check_environment_factory(environment_factory: Any) -> None:
         "arguments that returns one environment. For several kinds of environment, pass one whose `reset(**row)` "
         "chooses by a column of the row"
     )
+
+
+def _example_of(environment_factory: Callable[[], Any] | None) -> Any:
+    """One environment, to see what it has. No episode is played in it."""
+    if environment_factory is None:
+        return None
+    try:
+        return call_and_wait(environment_factory, (), {}, run_coroutine)
+    except Exception as error:
+        raise ConfigurationError(
+            f"`environment_factory()` failed: {type(error).__name__}: {error_text(error)}; it is called without "
+            "arguments and returns one environment"
+        ) from error
 
 
 def _stop_token_ids(args: StepPOConfig, tokenizer: Any) -> tuple[int, ...]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
+from ..finite import LARGEST, shown
 from ..inference.base import MIN_TEMPERATURE
 from .ppo import PPOConfig
 
@@ -92,9 +95,10 @@ class StepPOConfig(PPOConfig):
         tool_timeout_s (`float`, *optional*, defaults to `60.0`):
             Most seconds of one call of a tool or of an environment's method, and of making an environment. A tool that
             takes longer is reported to the model; an environment that does costs its own episode.
-        max_tool_calls (`int`, *optional*):
-            Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
-        max_concurrent_tool_calls (`int`, *optional*):
+        max_tool_calls (`int`, *optional*, defaults to `32`):
+            Most tool calls of one response that are run; those beyond are answered with an error. Each call of a tool
+            that is not async takes a thread. `None`: all.
+        max_concurrent_tool_calls (`int`, *optional*, defaults to `256`):
             Most calls of one tool that run at a time, over all episodes of a rank; others wait for their turn, which
             is not part of their `tool_timeout_s`. `None`: as many as come.
         max_concurrent_episodes (`int`, *optional*):
@@ -239,9 +243,11 @@ class StepPOConfig(PPOConfig):
     tool_timeout_s: float | None = field(
         default=60.0, metadata={"help": "Most seconds of one call of a tool or of an environment's method."}
     )
-    max_tool_calls: int | None = field(default=None, metadata={"help": "Most tool calls of a response that are run."})
+    max_tool_calls: int | None = field(
+        default=MAX_TOOL_CALLS, metadata={"help": "Most tool calls of a response that are run. None: all."}
+    )
     max_concurrent_tool_calls: int | None = field(
-        default=None, metadata={"help": "Most calls of one tool at a time on a rank. None: as many as come."}
+        default=256, metadata={"help": "Most calls of one tool at a time on a rank. None: as many as come."}
     )
     max_concurrent_episodes: int | None = field(
         default=None, metadata={"help": "Most episodes played at once on a rank. None: all of an update."}
@@ -390,7 +396,7 @@ class StepPOConfig(PPOConfig):
             "kl_loss_coef": (0, math.inf, False),
             "rollout_correction_cap": (1, math.inf, False),
             "critic_learning_rate": (0, math.inf, False),
-            "missing_eos_penalty": (0, math.inf, False),
+            "missing_eos_penalty": (0, LARGEST, False),
             "response_length": (1, math.inf, False),
             "max_interaction_steps": (1, math.inf, False),
             "max_prompt_length": (1, math.inf, False),
@@ -418,9 +424,9 @@ class StepPOConfig(PPOConfig):
             value = getattr(self, name)
             if value is None:
                 continue
-            if not (lowest < value if excluded else lowest <= value) or not value <= highest:
+            if not _is_number(value) or not (lowest < value if excluded else lowest <= value) or not value <= highest:
                 bounds = f"{'(' if excluded else '['}{lowest}, {highest}{']' if highest < math.inf else ')'}"
-                raise ConfigurationError(f"`{name}` is {value}; set it to a number in {bounds}")
+                raise ConfigurationError(f"`{name}` is {shown(value)}; set it to a number in {bounds}")
         choices = {
             "advantage_estimator": (*CRITIC_ESTIMATORS, *GROUP_BASELINES, "reinforce_plus_plus"),
             "importance_sampling_level": ("step", "token"),
@@ -554,6 +560,13 @@ def _launched_on_cpu() -> bool:
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
         return True
     return "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _accelerator_has_bf16() -> bool:

@@ -11,7 +11,7 @@ import shutil
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,13 +42,14 @@ from ..models import (
     build_critic,
     critic_adapter,
     disable_dropout,
+    end_token_ids,
     gathered,
     is_peft_model,
     plain_model,
     takes_tries,
     whole_state_dict,
 )
-from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes
+from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes, within_float32
 from ..stopping import StopRequestedError, is_requested, listening
 from ..types import Episode
 from .callbacks import StepPOProgressCallback, close_progress_bars, print_episodes
@@ -68,6 +69,7 @@ from .checks import (
     check_adapters,
     check_apart,
     check_distribution,
+    check_loaded,
     check_models,
     check_saved,
     check_trainable,
@@ -75,7 +77,7 @@ from .checks import (
     warn_of_waiting,
 )
 from .credit import Credit, assign_credit
-from .data_stream import RowStream, column_names
+from .data_stream import RowStream, column_names, row_of
 from .dataset_checks import check_dataset, check_eval_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
@@ -200,6 +202,13 @@ class StepPOTrainer(PPOTrainer):
     ) -> None:
         args = args if isinstance(args, StepPOConfig) else StepPOConfig.from_ppo_config(args)
         refuse_unsupported(args)
+        check_loaded(
+            processing_class=processing_class,
+            model=model,
+            ref_model=ref_model,
+            value_model=value_model,
+            reward_model=reward_model,
+        )
         check_models(args, model, ref_model, value_model, reward_model)
         if train_dataset is None:
             raise DataError("`train_dataset` is required; pass rows with `prompt` or `input_ids`")
@@ -246,6 +255,7 @@ class StepPOTrainer(PPOTrainer):
             processing_class,
             self.sampler,
             columns=column_names(train_dataset),
+            eval_columns=[column_names(dataset) for dataset in _datasets(eval_dataset)],
             environment_factory=environment_factory,
             tools=tools,
             reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
@@ -253,6 +263,7 @@ class StepPOTrainer(PPOTrainer):
             data_collator=data_collator,
             example_row=self.rows.example,
             agent=agent,
+            end_token_ids=end_token_ids(getattr(model, "generation_config", None)),
         )
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode)
         self._described = describe_task(
@@ -343,7 +354,8 @@ class StepPOTrainer(PPOTrainer):
         update, rank, args = self.state.global_step, self.accelerator.process_index, self.args
         with self.clock.measure("rollout_s"):
             if args.replay_episodes_dir is not None:
-                episodes = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
+                found = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
+                episodes = [within_float32(episode) for episode in found]
             elif args.max_staleness:
                 self.ahead.begin(update, self.state.max_steps)
                 episodes = self._judge(*together(partial(self.ahead.take, update)))
@@ -502,7 +514,7 @@ class StepPOTrainer(PPOTrainer):
             check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
+        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
         episodes = self._play_greedily(requests, "eval/")
         means = Means()
         add_episode_metrics(means, episodes)
@@ -531,7 +543,7 @@ class StepPOTrainer(PPOTrainer):
             dataset = next(iter(dataset.values()))
         count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
         plays = self.accelerator.is_main_process
-        requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(count)] if plays else []
+        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(count)] if plays else []
         episodes = self._play_greedily(requests, "shown/")
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
@@ -885,7 +897,7 @@ class StepPOTrainer(PPOTrainer):
     def _running(self) -> Iterator[None]:
         """Everything around the updates: callbacks, first and last evaluation, the state on disk."""
         args = self.args
-        self._start, self._first_step = time.time(), self.state.global_step
+        self._start, self._first_step = time.monotonic(), self.state.global_step
         if args.loss_aggregation is None:
             logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
         if args.should_save:
@@ -994,7 +1006,7 @@ class StepPOTrainer(PPOTrainer):
         self.state.epoch = self.progress.num_rows_played / self.rows.num_rows
         self._logs |= {
             "episode": self.progress.num_rows_played * args.num_generations,
-            "eps": self._num_played() / (time.time() - self._start),
+            "eps": self._num_played() / (time.monotonic() - self._start),
             "lr": learning_rate,
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
@@ -1078,7 +1090,9 @@ class StepPOTrainer(PPOTrainer):
         return (self.state.global_step - self._first_step) * self.args.batch_size
 
     def _runtime(self) -> dict[str, float]:
-        return speed_metrics("train", self._start, self._num_played(), self.state.global_step - self._first_step)
+        # It takes the beginning by the wall clock, which may have been set since.
+        began = time.time() - (time.monotonic() - self._start)
+        return speed_metrics("train", began, self._num_played(), self.state.global_step - self._first_step)
 
 
 def _locked(directory: Path) -> Lock:
@@ -1119,6 +1133,12 @@ def _averaged(history: Sequence[dict[str, float]]) -> dict[str, float]:
         values = [logs[name] for logs in history if name in logs]
         averaged[name] = values[-1] if name in last else sum(values) / len(values)
     return averaged
+
+
+def _datasets(eval_dataset: Any) -> list[Any]:
+    """The data sets to evaluate on that have rows."""
+    given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    return [dataset for dataset in given if dataset is not None and isinstance(dataset, Sized) and len(dataset)]
 
 
 def _group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
