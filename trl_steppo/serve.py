@@ -54,14 +54,20 @@ def serve(
             Whether a model that cannot be sampled with a cache is served all the same, many times slower.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from .inference.local import LocalSampler
-    from .models import locate_model, stored_end_token_ids
+    from .models import context_length, locate_model, stored_end_token_ids
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigurationError(f"`--dtype` is {dtype!r}; it is auto, or a type of torch such as bfloat16")
     name = locate_model(model_name)
+    context = context_length(AutoConfig.from_pretrained(name))
+    if context is not None and response_length >= context:
+        raise ConfigurationError(
+            f"`--response_length` is {response_length}, and {model_name} has a context of {context} tokens for a "
+            "prompt and its response; give less"
+        )
     key_file, admin_key = directory / "admin_key", f"sk-admin-{secrets.token_urlsafe(32)}"
     server = GatewayServer(
         ChatFormats(AutoTokenizer.from_pretrained(name), end_token_ids=stored_end_token_ids(name)),
@@ -74,6 +80,7 @@ def serve(
             SamplingParams(response_length, temperature=temperature),
         ),
         model_name=model_name,
+        context=context,
         idle_s=idle_s,
     )
     with closing(server):  # its port is had before the model is loaded, which takes longer

@@ -145,6 +145,12 @@ class VLLMSampler:
     def pace(self, settled: Any) -> None:
         """Servers form their batches themselves."""
 
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt with its response that every server takes; `None` until one has said it."""
+        known = [server.options.max_tokens for server in self._servers if server.options is not None]
+        return min(known, default=None)
+
     # -- a run --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:

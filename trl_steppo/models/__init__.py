@@ -13,6 +13,7 @@ from .adapters import (
 )
 from .agreement import agrees_on_tries
 from .attention import prepare_for_tries, takes_tries
+from .context import context_length
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
 from .endings import end_token_ids, stored_end_token_ids
@@ -41,6 +42,7 @@ __all__ = [
     "as_reference",
     "build_critic",
     "check_critic",
+    "context_length",
     "critic_adapter",
     "disable_dropout",
     "end_token_ids",

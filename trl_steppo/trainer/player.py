@@ -32,7 +32,7 @@ from ..rollout import (
     within_float32,
 )
 from ..rollout.play import run_coroutine
-from ..types import Episode, StopReason
+from ..types import Episode, StopReason, TokenIds
 from .steppo_config import StepPOConfig
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class EpisodePlayer:
             What `data_collator` is tried on.
         agent (`Callable`, `str` or `Sequence[str]`, *optional*):
             Plays the rows instead, through a gateway ([`~rollout.agent`]).
+        context (`int`, *optional*):
+            Most tokens of a prompt with its response that the policy can read; `None`: no bound is known.
         end_token_ids (`Sequence[int]`, *optional*):
             Tokens that end a response to `prompt` beside those of the chat template, as the model's generation
             configuration names them.
@@ -96,6 +98,7 @@ class EpisodePlayer:
         data_collator: Callable[[list[Any]], Any] | None = None,
         example_row: Mapping[str, Any] | None = None,
         agent: Agent | None = None,
+        context: int | None = None,
         end_token_ids: Sequence[int] = (),
     ) -> None:
         self.args = args
@@ -109,6 +112,8 @@ class EpisodePlayer:
         self.reward_model = reward_model
         self.data_collator = data_collator
         self.agent = agent
+        self._model_context = context
+        check_context(args, context, "the model's context")
         self._server: GatewayServer | None = None
         self._tool_slots = _slots(args.max_concurrent_tool_calls)
         # One rollout bounds itself.
@@ -152,9 +157,29 @@ class EpisodePlayer:
             top_k=args.top_k,
             stop_token_ids=stop_token_ids,
         )
-        self.limits = EpisodeLimits(
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt with its response: what the model can read, or its servers take if that is less."""
+        known = (self._model_context, getattr(self.sampler, "context", None))
+        return min((length for length in known if length is not None), default=None)
+
+    @property
+    def limits(self) -> EpisodeLimits:
+        """
+        The budgets of an episode. A state has room for a whole response behind it.
+
+        Raises:
+            ConfigurationError: If the settings do not fit into what the servers take, which is known when they run.
+        """
+        args, context = self.args, self.context
+        check_context(args, context, "the context of the policy's servers (`--max-model-len`)")
+        longest = args.max_prompt_length
+        if longest is None and context is not None:
+            longest = context - args.response_length
+        return EpisodeLimits(
             max_interaction_steps=args.max_interaction_steps,
-            max_prompt_length=args.max_prompt_length,
+            max_prompt_length=longest,
             max_episode_tokens=args.max_episode_tokens,
             max_episode_s=args.max_episode_s,
         )
@@ -205,11 +230,12 @@ class EpisodePlayer:
         }
         if self.agent is None:
             common["make_timeout_s"] = self.args.tool_timeout_s
-            return play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
+            played = play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
+            return [_readable(episode, self.context) for episode in played]
         with self._serving() as server:
             if update is not None and update > self.args.max_staleness:
                 server.store.forget(_prefix(update - self.args.max_staleness - 1))  # which is trained
-            return play_agents(
+            played = play_agents(
                 requests,
                 self.agent,
                 server,
@@ -220,6 +246,7 @@ class EpisodePlayer:
                 overlaps=self.args.max_staleness > 0,
                 **common,
             )
+        return [_readable(episode, self.context) for episode in played]
 
     @contextmanager
     def running(self, *, resumed_at: int | None) -> Iterator[None]:
@@ -282,7 +309,7 @@ class EpisodePlayer:
         template_kwargs: Any = self.args.chat_template_kwargs
         formats = ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs, end_token_ids=self._end_token_ids)
         # The agents of another process are gone, so none of its sessions goes on.
-        with closing(GatewayServer(formats, store=store, restores=False)) as self._server:
+        with closing(GatewayServer(formats, store=store, restores=False, context=self.context)) as self._server:
             try:
                 yield self._server.start()
             finally:
@@ -366,6 +393,48 @@ class EpisodePlayer:
                 "nothing pays a reward: pass `reward_funcs` or `reward_model`, or an `environment_factory` whose "
                 "environment defines `get_reward()`, `step_reward()` or `step(response)`"
             )
+
+
+def check_context(args: StepPOConfig, context: int | None, what: str) -> None:
+    """
+    Find out whether the budgets of a step fit into a context.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The run's settings.
+        context (`int`, *optional*):
+            Most tokens of a prompt with its response; `None`: no bound is known.
+        what (`str`):
+            Whose context it is.
+
+    Raises:
+        ConfigurationError: If no prompt has room beside a response, or a longest one has not.
+    """
+    if context is None:
+        return
+    if args.response_length >= context:
+        raise ConfigurationError(
+            f"`response_length` is {args.response_length}, and {what} has {context} tokens for a prompt and its "
+            "response; set `response_length` to less"
+        )
+    if args.max_prompt_length is not None and args.max_prompt_length + args.response_length > context:
+        raise ConfigurationError(
+            f"`max_prompt_length`={args.max_prompt_length} and `response_length`={args.response_length} are more than "
+            f"{what}, {context} tokens; set `max_prompt_length` to {context - args.response_length} or less, or leave "
+            "it out, which means that"
+        )
+
+
+def _readable(episode: Episode, context: int | None) -> Episode:
+    """
+    An episode whose final state a critic can read: one that is longer than the context ends with the last response
+    instead, without what was observed behind it.
+    """
+    final = episode.final_prompt_ids
+    if context is None or final is None or len(final) <= context:
+        return episode
+    last = episode.steps[-1]
+    return replace(episode, final_prompt_ids=TokenIds([*last.prompt_ids, *last.response_ids]))
 
 
 def _slots(limit: int | None) -> Slots | None:

@@ -87,7 +87,9 @@ class StepPOConfig(PPOConfig):
         max_interaction_steps (`int`, *optional*, defaults to `5`):
             Most steps of an episode. `response_length` is the budget of one step's response.
         max_prompt_length (`int`, *optional*):
-            Most tokens of a state; an episode that reaches more ends as truncated.
+            Most tokens of a state; an episode that reaches more ends as truncated. `None`: what the model's context
+            leaves beside `response_length` (`max_position_embeddings` of its configuration, rope scaling included; a
+            vLLM server's `--max-model-len`).
         max_episode_tokens (`int`, *optional*):
             Most tokens of a whole episode, prompts, responses and observations together.
         max_episode_s (`float`, *optional*):
@@ -237,7 +239,10 @@ class StepPOConfig(PPOConfig):
 
     # The episodes
     max_interaction_steps: int = field(default=5, metadata={"help": "Most steps of an episode."})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of a state."})
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a state. None: what the model's context leaves beside `response_length`."},
+    )
     max_episode_tokens: int | None = field(default=None, metadata={"help": "Most tokens of an episode."})
     max_episode_s: float | None = field(default=None, metadata={"help": "Most seconds of an episode."})
     tool_timeout_s: float | None = field(

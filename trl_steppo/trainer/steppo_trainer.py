@@ -40,6 +40,7 @@ from ..models import (
     agrees_on_tries,
     as_reference,
     build_critic,
+    context_length,
     critic_adapter,
     disable_dropout,
     end_token_ids,
@@ -263,6 +264,7 @@ class StepPOTrainer(PPOTrainer):
             data_collator=data_collator,
             example_row=self.rows.example,
             agent=agent,
+            context=_context(model, ref_model, value_model, reward_model),
             end_token_ids=end_token_ids(getattr(model, "generation_config", None)),
         )
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode)
@@ -1106,6 +1108,12 @@ def _locked(directory: Path) -> Lock:
         ) from error
     except OSError as error:
         raise CheckpointError(f"`output_dir`={str(directory)!r} cannot be written: {error}") from error
+
+
+def _context(*models: Any) -> int | None:
+    """The most tokens that all of these can read: each of them reads the policy's prompts and responses."""
+    lengths = (context_length(plain_model(model).config) for model in models if hasattr(model, "config"))
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def _frozen(model: Any, device: torch.device | None = None) -> Any:
