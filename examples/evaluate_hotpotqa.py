@@ -56,6 +56,10 @@ class Arguments:
     output_dir: str = field(metadata={"help": "Where the scores go."})
     base_url: str | None = field(default=None, metadata={"help": "An OpenAI-compatible server. None: in-process."})
     dtype: str = field(default="float32", metadata={"help": "The weights' type: float32, bfloat16, or auto."})
+    allow_uncached_sampling: bool = field(
+        default=False,
+        metadata={"help": "Sample a model that no cache can be used for all the same, many times slower, in-process."},
+    )
     max_questions: int | None = field(default=None, metadata={"help": "Only the first ones of each data set."})
     batch_size: int = field(default=32, metadata={"help": "Questions played at a time."})
     max_interaction_steps: int = field(default=5, metadata={"help": "Most steps of an episode."})
@@ -103,7 +107,9 @@ class LocalModel:
         self.template_kwargs = read_template_kwargs(args)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.end_token_ids = end_token_ids(model.generation_config)
-        self.sampler = LocalSampler(model.to("cuda") if torch.cuda.is_available() else model)
+        self.sampler = LocalSampler(
+            model.to("cuda") if torch.cuda.is_available() else model, allow_uncached=args.allow_uncached_sampling
+        )
 
     def play(self, rows: Sequence[Row], make: Callable[[], Playable]) -> list[Scores]:
         """The scores of every row."""

@@ -31,6 +31,7 @@ def serve(
     temperature: float = 1.0,
     max_interaction_steps: int = 5,
     idle_s: float | None = 3600.0,
+    allow_uncached_sampling: bool = False,
 ) -> None:
     """
     Serve a model until a signal ends it. Sessions are opened with the admin's key, which is written to a file that its
@@ -49,6 +50,8 @@ def serve(
             What a session is allowed that does not say.
         idle_s (`float`, *optional*, defaults to `3600.0`):
             How long an agent may ask for nothing before its session is finished; `None`: for ever.
+        allow_uncached_sampling (`bool`, *optional*, defaults to `False`):
+            Whether a model that cannot be sampled with a cache is served all the same, many times slower.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -88,7 +91,7 @@ def serve(
         gc.collect()
         gc.freeze()  # what is loaded by now stays, and no later collection looks at it again
         server.start()
-        server.resume(Engine(LocalSampler(model), _loop_in_a_thread()))
+        server.resume(Engine(LocalSampler(model, allow_uncached=allow_uncached_sampling), _loop_in_a_thread()))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.stop())
         print(f"serving {model_name} on {server.base_url}; the admin's key is in {key_file}", flush=True)

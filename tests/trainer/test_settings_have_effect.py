@@ -36,7 +36,7 @@ from transformers import TrainingArguments
 
 from trl_steppo import Episode, StepPOConfig, StepPOTrainer, StopReason
 from trl_steppo.environments.base import Response
-from trl_steppo.errors import RolloutError
+from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
 
 # -- one run, and what can be seen of it ------------------------------------------------------------------------------
@@ -426,7 +426,7 @@ EFFECTS: dict[str, Effect] = {
 
 OWN_TESTS = {
     *("replay_episodes_dir", "max_failed_updates", "seed", "max_tool_calls"),  # below
-    *("max_concurrent_tool_calls", "max_episode_s"),  # below
+    *("max_concurrent_tool_calls", "max_episode_s", "allow_uncached_sampling"),  # below
     *("max_staleness", "use_rollout_worker"),  # test_engines.py
     *("use_vllm", "vllm_server_base_url", "vllm_server_timeout"),  # test_vllm_engine.py
     *("vllm_weights_dir", "vllm_weight_transfer"),  # there, too
@@ -449,6 +449,22 @@ def test_every_field_is_covered():
     expected = {f.name for f in fields(StepPOConfig)} - upstream | changed
     assert set(EFFECTS) | OWN_TESTS | WITHOUT_EFFECT == expected
     assert not set(EFFECTS) & (OWN_TESTS | WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize("use_rollout_worker", [False, True])
+def test_allow_uncached_sampling(tmp_path, use_rollout_worker):
+    """Without it a model that no cache can be used for is refused; with it what that costs is counted."""
+    settings = {"max_steps": 1, "use_rollout_worker": use_rollout_worker}
+    windowed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    with pytest.raises(ConfigurationError, match=r"sliding_attention.*allow_uncached_sampling"):
+        make_trainer(tmp_path / "off", model=make_model(**windowed), **settings)
+    cached = make_trainer(tmp_path / "cached", **settings)
+    uncached = make_trainer(tmp_path / "on", model=make_model(**windowed), allow_uncached_sampling=True, **settings)
+    for trainer in (cached, uncached):
+        trainer.train()
+    logs = [trainer.state.log_history[0] for trainer in (cached, uncached)]
+    assert logs[0]["rollout/uncached_rows"] == 0
+    assert logs[1]["rollout/uncached_rows"] == logs[1]["perf/sampled_tokens"] > 0
 
 
 def test_max_tool_calls(tmp_path):

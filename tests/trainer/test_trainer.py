@@ -322,7 +322,7 @@ def test_trainer_state_holds_the_documented_metrics(tmp_path):
             "perf/overhead_fraction",
         ),
         *("perf/tokens_per_s", "perf/sampled_tokens", "perf/prefilled_tokens", "perf/tokens_forwarded"),
-        "perf/unique_tokens",
+        *("perf/unique_tokens", "rollout/uncached_rows"),
     }
     assert of_ppo_trainer | ours <= names
     assert names - of_ppo_trainer - ours - {"epoch", "step"} <= {

@@ -107,6 +107,7 @@ class VLLMSampler:
         self.sampled_tokens = 0
         self.prompt_tokens = 0  # of responses whose server says how many of them were cached
         self.prefilled_tokens = 0
+        self.uncached_rows = 0
         self.forward_s = 0.0  # seconds in which servers had something to do
         self.num_retries = 0  # requests that were asked again
         self._servers = [Server(url.rstrip("/"), silent_s, join) for url in urls]

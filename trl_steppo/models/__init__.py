@@ -11,6 +11,7 @@ from .adapters import (
     plain_model,
     saved_with_adapter,
 )
+from .agreement import agrees_on_tries
 from .attention import prepare_for_tries, takes_tries
 from .context import context_length
 from .critic import build_critic, check_critic
@@ -37,6 +38,7 @@ __all__ = [
     "Critic",
     "PolicyScorer",
     "add_adapter",
+    "agrees_on_tries",
     "as_reference",
     "build_critic",
     "check_critic",

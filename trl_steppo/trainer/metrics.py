@@ -11,11 +11,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 
 from ..batching import StepBatch
 from ..losses import Level, importance_ratio
 from ..types import Episode, StopReason
+from .ranks import gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Means:
         """The means over all ranks; a name without a single element is absent. Every rank must call it."""
         sums: defaultdict[str, float] = defaultdict(float)
         counts: defaultdict[str, float] = defaultdict(float)
-        for rank_sums, rank_counts in gather_object([(dict(self._sums), dict(self._counts))]):
+        for rank_sums, rank_counts in gather_objects([(dict(self._sums), dict(self._counts))]):
             for name, total in rank_sums.items():
                 sums[name] += total
                 counts[name] += rank_counts[name]
@@ -152,7 +152,7 @@ def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_
             mentions[name] += 1
     if eos_token_id is not None:
         means.add("val/num_eos_tokens", 0.0)  # counted per rank, as in `PPOTrainer`
-    for name in sorted(set(gather_object(list(totals)))):  # of all ranks, so that they divide alike
+    for name in sorted(set(gather_objects(list(totals)))):  # of all ranks, so that they divide alike
         if name in _OWN_NAMES:  # an environment's or an agent's score, which must not be mixed with ours
             _warn_of_name(name)
         elif name.startswith("rewards/"):  # a reward function that does not apply to an episode says nothing about it

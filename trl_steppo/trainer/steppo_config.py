@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, ClassVar, Literal
@@ -115,6 +116,10 @@ class StepPOConfig(PPOConfig):
             Weight of each of `reward_funcs`. `None`: 1 each.
         rollout_cache_tokens (`int`, *optional*, defaults to `262144`):
             Most tokens whose keys and values the in-process sampler holds.
+        allow_uncached_sampling (`bool`, *optional*, defaults to `False`):
+            Whether a model that the in-process sampler cannot continue from stored keys and values (sliding windows,
+            state-space layers, ALiBi, flash attention) is sampled without. Each token then costs a forward pass over
+            its whole row; `rollout/uncached_rows` counts them. `False`: such a model is an error.
         max_failed_updates (`int`, *optional*, defaults to `3`):
             Updates in a row without one valid episode before the run stops with an error.
         dump_episodes_dir (`str`, *optional*):
@@ -162,6 +167,9 @@ class StepPOConfig(PPOConfig):
             started with `--weight-transfer-config '{"backend": "nccl"}'`.
 
     > [!NOTE]
+    > `use_cpu` is also on where accelerate's launcher says so, or started ranks on a machine whose GPUs, if it has
+    > any, are hidden.
+    >
     > *Changed* defaults, as in the paper (arXiv 2604.18401): `kl_coef` 0.0 (was 0.05), `lam` 1.0 (0.95), `gamma` 0.99
     > (1.0), `temperature` 1.0 (0.7), `num_ppo_epochs` 1 (4). `bf16=None` means on where the accelerator supports it,
     > and off on a CPU.
@@ -261,6 +269,10 @@ class StepPOConfig(PPOConfig):
     rollout_cache_tokens: int | None = field(
         default=262_144, metadata={"help": "Most tokens whose keys and values the in-process sampler holds."}
     )
+    allow_uncached_sampling: bool = field(
+        default=False,
+        metadata={"help": "Sample a model that no cache can be used for all the same, many times slower."},
+    )
     max_failed_updates: int = field(
         default=3, metadata={"help": "Updates in a row without a valid episode before the run stops."}
     )
@@ -308,6 +320,7 @@ class StepPOConfig(PPOConfig):
     ]
 
     def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or _launched_on_cpu()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         if getattr(self, "activation_checkpointing", True) is None:
@@ -508,7 +521,7 @@ class StepPOConfig(PPOConfig):
             (
                 self.use_vllm,
                 "`use_vllm`=True, whose servers sample, and have caches of their own",
-                ("use_rollout_worker", "rollout_cache_tokens"),
+                ("use_rollout_worker", "rollout_cache_tokens", "allow_uncached_sampling"),
             ),
             (
                 not self.use_vllm,
@@ -542,6 +555,16 @@ class StepPOConfig(PPOConfig):
                     raise ConfigurationError(
                         f"`{name}`={getattr(self, name)!r} has no effect together with {reason}; remove one of the two"
                     )
+
+
+def _launched_on_cpu() -> bool:
+    """
+    Whether a launcher started this rank for a CPU. accelerate tells a single process `use_cpu` of its file, but not
+    several: these see for themselves whether there is anything else, or they would never find each other.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
+        return True
+    return "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
 
 
 def _is_number(value: Any) -> bool:

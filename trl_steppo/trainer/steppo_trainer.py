@@ -21,13 +21,13 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
+from ..compat import attention_of
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
 from ..inference.base import vocabulary_size
@@ -37,6 +37,7 @@ from ..models import (
     Critic,
     PolicyScorer,
     add_adapter,
+    agrees_on_tries,
     as_reference,
     build_critic,
     context_length,
@@ -46,7 +47,6 @@ from ..models import (
     gathered,
     is_peft_model,
     plain_model,
-    prepare_for_tries,
     takes_tries,
     whole_state_dict,
 )
@@ -75,6 +75,7 @@ from .checks import (
     check_saved,
     check_trainable,
     refuse_unsupported,
+    warn_of_waiting,
 )
 from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names, row_of
@@ -88,6 +89,7 @@ from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_
 from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp, innermost
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
+from .ranks import gather_objects
 from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
@@ -240,6 +242,7 @@ class StepPOTrainer(PPOTrainer):
         self.args: StepPOConfig = args
         find_fsdp(self.accelerator)
         check_distribution(args, self.accelerator, optimizers)
+        warn_of_waiting(args, self.accelerator)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
@@ -374,8 +377,8 @@ class StepPOTrainer(PPOTrainer):
 
     def _judge(self, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
         """With the rewards of reward functions and the reward model."""
-        with self._scoring():
-            return self.player.score(requests, episodes, trainer_state=self.state)
+        score = partial(self.player.score, requests, episodes, trainer_state=self.state)
+        return together(score, self._scoring())  # a judge may take as long as an episode, or fail on one rank
 
     def _collate(self, episodes: Sequence[Episode]) -> Rollout | None:
         """Lay out the valid episodes; `None` where no rank has one."""
@@ -655,7 +658,7 @@ class StepPOTrainer(PPOTrainer):
             directory,
             manifest,
             is_writer=self.args.should_save,
-            gather=gather_object,
+            gather=gather_objects,
             writes_together=self._saves_together,
         ) as partial:
             self._write_checkpoint(partial)
@@ -802,6 +805,7 @@ class StepPOTrainer(PPOTrainer):
             disable_dropout(network)
             if args.gradient_checkpointing:
                 _enable_checkpointing(plain_model(network), args.gradient_checkpointing_kwargs)
+        layout = self._layout([model, self.value_model, ref_model])
         scorer = PolicyScorer(plain_model(model))
         self.ref_model: Any = None
         reference: nn.Module | None = None
@@ -828,7 +832,7 @@ class StepPOTrainer(PPOTrainer):
             policy,
             critic,
             reference,
-            self._layout([model, self.value_model, self.ref_model]),
+            layout,
             self.clock,
             self._event,
         )
@@ -849,12 +853,20 @@ class StepPOTrainer(PPOTrainer):
         for model in plain:
             if not takes_tries(model):
                 logger.warning(
-                    f"{type(model).__name__} with {model.config._attn_implementation!r} attention cannot attend to a "
-                    "tree of prefixes: only steps that continue one another will share a row"
+                    f"{type(model).__name__} with {attention_of(model.config)!r} attention cannot attend to a tree of "
+                    "prefixes: only steps that continue one another will share a row"
                 )
                 return "chains"
         for model in plain:
-            prepare_for_tries(model)
+            with gathered(model.parameters()):
+                agrees = agrees_on_tries(model)
+            if not agrees:
+                logger.warning(
+                    f"{type(model).__name__} computes other values for a tree of prefixes than for its rows with "
+                    f"transformers {transformers.__version__}: only steps that continue one another will share a row; "
+                    "take a version that the requirements name"
+                )
+                return "chains"
         return "trie"
 
     def _build_critic(self, model: PreTrainedModel) -> Any:
@@ -935,7 +947,7 @@ class StepPOTrainer(PPOTrainer):
 
     def _heed_requests_to_stop(self) -> None:
         """Raises a [`StopRequestedError`] on all ranks, where one of them was asked to stop."""
-        if any(gather_object([is_requested()])):
+        if any(gather_objects([is_requested()])):
             raise StopRequestedError("the run was asked to stop")
 
     @contextmanager
@@ -962,11 +974,12 @@ class StepPOTrainer(PPOTrainer):
         self._means = Means()
         self._logs: dict[str, float] = {}
         self.clock.seconds.clear()
-        sampled, prompted, prefilled, sampling = (
+        sampled, prompted, prefilled, sampling, uncached = (
             self.sampler.sampled_tokens,
             self.sampler.prompt_tokens,
             self.sampler.prefilled_tokens,
             self.sampler.forward_s,
+            self.sampler.uncached_rows,
         )
         forwarded = self.learner.tokens_forwarded
         self._generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -979,6 +992,7 @@ class StepPOTrainer(PPOTrainer):
         sampled = self.sampler.sampled_tokens - sampled  # now: those that are sampled meanwhile are of the next one
         prompted = self.sampler.prompt_tokens - prompted
         prefilled = self.sampler.prefilled_tokens - prefilled
+        uncached = self.sampler.uncached_rows - uncached
         self._means.add("rollout/prefix_cache_hit_rate", max(0, prompted - prefilled), prompted)
         model_s, rollout_s = self.clock.seconds["model_s"], max(self.clock.seconds["rollout_s"], 1e-9)
         if args.max_staleness:  # sampling goes on all the time, and takes none of this process's
@@ -1002,6 +1016,7 @@ class StepPOTrainer(PPOTrainer):
             "perf/tokens_per_s": sampled / rollout_s,
             "perf/sampled_tokens": sampled,
             "perf/prefilled_tokens": prefilled,
+            "rollout/uncached_rows": uncached,
         }
         if self.learner.tokens_forwarded > forwarded:
             count = self.learner.tokens_forwarded - forwarded
