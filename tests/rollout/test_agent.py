@@ -178,15 +178,14 @@ def test_one_that_hangs_costs_its_own_episode(server, chat):
     async def agent(row, *, base_url, api_key):
         if row["index"] == 1:
             await asyncio.to_thread(ask, base_url, api_key)
+            server.gateway.session_of(api_key).last_active -= 1000  # as if it had hung for so long
             release.wait(30)  # holds its own loop
         return await asyncio.to_thread(good, row, base_url=base_url, api_key=api_key)
 
-    start = time.monotonic()
-    episodes = play(server, chat, agent, rows=3, idle_s=0.5)
+    episodes = play(server, chat, agent, rows=3, idle_s=100.0)
     release.set()
-    assert time.monotonic() - start < 10
     assert [episode.valid for episode in episodes] == [True, False, True]
-    assert "asked for nothing in 0.5 s" in episodes[1].error
+    assert "asked for nothing in 100 s" in episodes[1].error
 
 
 def test_time_is_up(server, chat):
