@@ -349,7 +349,7 @@ class StepPOTrainer(PPOTrainer):
                     credit = self._assign_credit(rollout, scores)
                     with self.episode_log.around(self.state.global_step + 1, episodes, rollout, scores, credit):
                         self._learn(rollout, scores, credit)
-            self._heed_requests_to_stop()  # in the last update, too: nothing else may save it
+            self._heed_requests_to_stop()  # during the last update, too, which nothing else may save
         self._refuse_to_have_learned_nothing()
 
     def _roll_out(self) -> list[Episode]:
