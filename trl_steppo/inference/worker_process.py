@@ -15,7 +15,6 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from ..errors import SamplerError, StepPOError
+from ..numerics import Numerics, ProcessNumerics, give_back_memory, use_device
 from ..types import TokenIds
 from .base import Sample, SamplingParams
 from .local import LocalSampler
@@ -120,17 +120,17 @@ class Counts:
 class Settings:
     """Of the process; see [`WorkerSampler`]."""
 
-    device: torch.device
+    numerics: Numerics
     cache_tokens: int | None
-    autocast: torch.dtype | None
     stuck_s: float
-    num_threads: int
+    process: ProcessNumerics
 
 
 def serve(connection: Connection, shared: SharedModel, trained: Sequence[str], settings: Settings) -> None:
     """What the process does, for as long as somebody listens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end is ours
-    torch.set_num_threads(settings.num_threads)
+    use_device(settings.numerics.device)
+    settings.process.apply()
     asyncio.run(_Worker(connection, shared, trained, settings).run())
 
 
@@ -140,10 +140,10 @@ class _Worker:
     ) -> None:
         self.connection = connection
         self.settings = settings
-        model = shared.load(settings.device, private=set(trained))
+        model = shared.load(settings.numerics.device, private=set(trained))
         parameters = dict(model.named_parameters())
         self.trained = [(parameters[name], shared.weights[name]) for name in trained]
-        self.sampler = LocalSampler(model, cache_tokens=settings.cache_tokens)
+        self.sampler = LocalSampler(model, cache_tokens=settings.cache_tokens, numerics=settings.numerics)
         self.sending = threading.Lock()  # beside the event loop, the pulse's thread sends
         self.asked: dict[int, Ask] = {}  # and not begun
         self.begun: dict[int, asyncio.Task[None]] = {}
@@ -169,10 +169,9 @@ class _Worker:
         for target in (read, self._beat):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
         self.watch = asyncio.ensure_future(self._watch())
-        with self._numerics():
-            while True:
-                self._take(await inbox.get())
-                self._begin()
+        while True:
+            self._take(await inbox.get())
+            self._begin()
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Ask):
@@ -184,6 +183,7 @@ class _Worker:
         elif isinstance(message, Release):
             if message.episode_id is None:
                 self.sampler.reset_cache()
+                give_back_memory(self.settings.numerics.device)
             else:
                 self.sampler.release(message.episode_id)
         elif isinstance(message, Pace):
@@ -266,11 +266,6 @@ class _Worker:
                 self.connection.send(message)
             except OSError:
                 os._exit(0)  # nobody listens any more
-
-    def _numerics(self) -> AbstractContextManager[Any]:
-        if self.settings.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.settings.device.type, dtype=self.settings.autocast)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
 from .learner import Learner
 from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
-from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp
+from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp, hold_in_float32
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
 from .steppo_config import StepPOConfig
@@ -230,6 +230,7 @@ class StepPOTrainer(PPOTrainer):
             tools=tools,
             reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
             reward_model=plain_model(_frozen(reward_model, self.accelerator.device)),
+            numerics=self.learner.numerics,
             data_collator=data_collator,
             example_row=self.rows.example,
             agent=agent,
@@ -278,6 +279,7 @@ class StepPOTrainer(PPOTrainer):
         checkpoint = resume_from_checkpoint or None
         self._set_out(checkpoint)
         with (
+            self.learner.numerics.between_passes(),
             self.player.running(resumed_at=None if checkpoint is None else self.state.global_step),
             closing(self.ahead),  # when the sampler is closed, which ends what is still being played
             self.engine.running(self.state.global_step),
@@ -491,7 +493,7 @@ class StepPOTrainer(PPOTrainer):
     def _scoring(self) -> Iterator[None]:
         """Around the reward model's forward passes; all ranks come by."""
         reward_model = self.player.reward_model
-        with gathered(reward_model.parameters() if reward_model is not None else ()), self.accelerator.autocast():
+        with gathered(reward_model.parameters() if reward_model is not None else ()):
             yield
 
     def get_train_dataloader(self) -> Any:
@@ -701,12 +703,19 @@ class StepPOTrainer(PPOTrainer):
         self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None  # type: ignore[assignment]
         self.value_model: Any = None
         needs_copy = args.uses_reference and ref_model is None and self.policy_adapter is None
+        hold = partial(hold_in_float32, self.accelerator)
         with gathered(model.parameters()):
+            if not self.accelerator.is_fsdp2:
+                hold(model, "model")  # before it is copied: copies compute as it does
             if args.uses_critic:
                 self.value_model = value_model if value_model is not None else self._build_critic(model)
             if needs_copy:
                 ref_model = copy.deepcopy(model)
             twin = copy.deepcopy(plain_model(model)).cpu() if args.samples_in_worker else None
+            if self.accelerator.is_fsdp2:
+                hold(model, "model")  # all compute in the type that FSDP2 gives their layers
+        if args.uses_critic:
+            hold(self.value_model, "value_model")
         if args.uses_critic:
             check_trainable(self.value_model, "value_model")
             check_apart(model, self.value_model)
