@@ -94,7 +94,7 @@ class ScriptedSampler:
 
 def make_spec(index: int = 0) -> SessionSpec:
     """A session that may go on."""
-    return SessionSpec(EpisodeLimits(10_000), SamplingParams(RESPONSE_TOKENS), row_index=index)
+    return SessionSpec(EpisodeLimits(10_000), SamplingParams(RESPONSE_TOKENS), stream_position=index)
 
 
 async def sample_directly(sampler: ScriptedSampler, chat: ChatFormat, num_sessions: int, num_steps: int) -> float:

@@ -222,7 +222,7 @@ def roll_out(work: Work, keep: bool) -> tuple[float, float, list[list[int]]]:
         for step in range(work.num_steps):
             if not keep:
                 sampler.release(episode.episode_id)
-            order = (episode.row_index, episode.generation_index, step)
+            order = (episode.stream_position, episode.generation_index, step)
             sample = await sampler.sample(prompt, params, episode_id=episode.episode_id, order=order)
             said += sample.token_ids.tolist()
             prompts.add(tuple(prompt))

@@ -58,11 +58,11 @@ class ScriptedSampler:
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
-        row_index, generation_index, step_index = order
+        position, generation_index, step_index = order
         call: dict[str, Any] = {"name": "search", "arguments": {"query": "who"}}
         if step_index > 0:
-            knows = (row_index + generation_index) % 2 == 0
-            call = {"name": "answer", "arguments": {"text": self.rows[row_index]["answer"] if knows else "unknown"}}
+            knows = (position + generation_index) % 2 == 0
+            call = {"name": "answer", "arguments": {"text": self.rows[position]["answer"] if knows else "unknown"}}
         text = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + list(params.stop_token_ids)[:1]
         self.sampled_tokens += len(ids)

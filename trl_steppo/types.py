@@ -7,11 +7,15 @@ that the policy read and wrote; text is a view of them.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, overload
+from typing import Any, TypeVar, overload
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 
 class StopReason(str, Enum):
@@ -21,8 +25,9 @@ class StopReason(str, Enum):
     STOP = "stop"  # ... with a stop token, which is its last id
     LENGTH = "length"  # ... at `response_length`, without one
     # An episode ended ...
-    ENVIRONMENT = "environment"  # ... because the environment ended it (terminated)
-    MAX_INTERACTION_STEPS = "max_interaction_steps"  # ... at a budget (truncated)
+    ENVIRONMENT = "environment"  # ... because the environment, or a complete last response, ended it (terminated)
+    RESPONSE_LENGTH = "response_length"  # ... with a response that was cut at `response_length` (truncated)
+    MAX_INTERACTION_STEPS = "max_interaction_steps"  # ... at another budget (truncated)
     MAX_PROMPT_LENGTH = "max_prompt_length"
     MAX_EPISODE_TOKENS = "max_episode_tokens"
     MAX_EPISODE_S = "max_episode_s"
@@ -33,7 +38,8 @@ class StopReason(str, Enum):
 class EpisodeLimits:
     """
     Budgets of an episode. Beyond one the episode ends as truncated, with the budget's own stop reason; if not a single
-    step fits it fails, with an error that says so.
+    step fits it fails, with an error that says so. An episode that the environment ends itself is terminated, whatever
+    budget was reached at the same time.
 
     Args:
         max_interaction_steps (`int`, *optional*, defaults to `5`):
@@ -58,6 +64,39 @@ class EpisodeLimits:
 def writable(text: str) -> str:
     """Half a surrogate pair, which an environment may cut out of somewhere, is no character: it becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def renamed_keyword(old: str, new: str) -> Callable[[C], C]:
+    """
+    Decorator: a function, or the constructor of a class, still takes the keyword `old`, with a `DeprecationWarning`.
+    Type checkers see the new name alone.
+
+    Args:
+        old (`str`):
+            The name that callers may still use.
+        new (`str`):
+            The parameter's name.
+    """
+
+    def renamed(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                if new in kwargs:
+                    raise TypeError(f"`{old}` is the old name of `{new}`; give one of them")
+                warnings.warn(f"`{old}` is now called `{new}`", DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    def decorate(target: Any) -> Any:
+        if not isinstance(target, type):
+            return renamed(target)
+        target.__init__ = renamed(target.__init__)  # type: ignore[misc]
+        return target
+
+    return decorate
 
 
 class TokenIds(Sequence[int]):
@@ -189,6 +228,7 @@ class Step:
             )
 
 
+@renamed_keyword("row_index", "stream_position")
 @dataclass(frozen=True)
 class Episode:
     """
@@ -197,28 +237,35 @@ class Episode:
     Args:
         episode_id (`str`):
             Unique within a run.
-        row_index (`int`):
-            Position of the row in the data stream, counted over all epochs.
+        stream_position (`int`):
+            Position of the row in the shuffled stream of rows, counted over all epochs. The constructor also takes it
+            under its old name, `row_index`.
         generation_index (`int`):
             Which of the `num_generations` episodes of the row this is.
         steps (`Sequence[Step]`):
             The steps in order; empty only when `error` is set.
         terminated (`bool`):
-            The environment ended the episode: the value after it is 0.
+            The environment ended the episode, or a complete response that called no tool did: the value after it is 0.
         truncated (`bool`):
-            A budget cut the episode: bootstrapping from `final_prompt_ids` is optional.
+            A budget cut the episode, or its last response: bootstrapping from `final_prompt_ids` is optional.
         final_prompt_ids (`Sequence[int]`, *optional*):
-            The state after the last step of a truncated episode, which a bootstrap value reads.
+            The state after the last step of a truncated episode, which a bootstrap value reads: the next prompt, or
+            the last prompt and response where nothing follows them.
         error (`str`, *optional*):
             What broke. A failed episode trains nothing and leaves its group's statistics.
         metrics (`Mapping[str, float]`, *optional*):
             Counters and scores of the episode (`tool_calls`, `tool_errors`, `exact_match`, ...).
         stop_reason ([`StopReason`], *optional*):
             Which end it was: the environment, one of the budgets, or an error.
+        dataset_row (`int`, *optional*):
+            Index of the row in the dataset as the user gave it. `None` where it is not known.
+        question (`str` or `list[dict]`, *optional*):
+            What the row asks, as the dataset has it: its `prompt`, or its `question` where it has no prompt. A view
+            for people; what the policy read is in `prompt_ids`.
     """
 
     episode_id: str
-    row_index: int
+    stream_position: int
     generation_index: int
     steps: tuple[Step, ...]
     terminated: bool
@@ -227,6 +274,8 @@ class Episode:
     error: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     stop_reason: StopReason | None = None
+    dataset_row: int | None = None
+    question: str | list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(self.steps))
@@ -238,6 +287,12 @@ class Episode:
             raise ValueError(f"episode {self.episode_id} is both terminated and truncated; it ends in one way")
         if self.error is None and not self.steps:
             raise ValueError(f"episode {self.episode_id} has no steps and no error; set `error` to say what broke")
+
+    @property
+    def row_index(self) -> int:
+        """Deprecated: the old name of `stream_position`. The row of the dataset is `dataset_row`."""
+        warnings.warn("`row_index` is now called `stream_position`", DeprecationWarning, stacklevel=2)
+        return self.stream_position
 
     @property
     def valid(self) -> bool:

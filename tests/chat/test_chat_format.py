@@ -241,7 +241,7 @@ def test_what_is_malformed_says_why(inside, reason):
     assert len(parsed.malformed) == 1
     assert reason in parsed.malformed[0]
     assert "write <tool_call>" in parsed.malformed[0]
-    assert parsed.message == {"role": "assistant", "content": "Well."}
+    assert parsed.message == {"role": "assistant", "content": f"Well.\n<tool_call>{inside}"}
 
 
 def test_good_calls_beside_a_malformed_one_are_kept():
@@ -253,13 +253,23 @@ def test_good_calls_beside_a_malformed_one_are_kept():
 
 def test_what_is_only_thought_is_not_called():
     thought = 'maybe <tool_call>{"name": "a", "arguments": {}}</tool_call>'
-    for parsed in (parse_hermes(f"<think>{thought}</think>no"), parse_hermes(f"{thought}</think>no")):
+    for parsed in (
+        parse_hermes(f"<think>{thought}</think>no"),
+        parse_hermes(f"{thought}</think>no", opens_thinking=True),
+    ):
         assert parsed.message == {"role": "assistant", "content": "no", "reasoning_content": thought}
     assert "tool_calls" not in parse_hermes("<think>" + thought).message
     assert "tool_calls" not in parse_hermes(thought, opens_thinking=True).message
 
 
-def test_other_forms_are_read_by_trl():
+def test_the_end_of_a_thought_that_was_not_begun_is_text():
+    call = '<tool_call>{"name": "a", "arguments": {"x": "</think>"}}</tool_call>'
+    parsed = parse_hermes(f"I write </think> now.{call}")
+    assert parsed.message["content"] == "I write </think> now."
+    assert parsed.message["tool_calls"][0]["function"]["arguments"] == {"x": "</think>"}
+
+
+def test_other_forms_are_read_as_well():
     chat = make_chat("qwen3_5_think", tools=[SEARCH])
     prompt_ids = chat.render([USER])
     call = "<tool_call>\n<function=search>\n<parameter=query>\nEiffel\n</parameter>\n</function>\n</tool_call>"

@@ -67,7 +67,7 @@ def test_the_agent_searches_answers_and_is_scored(script):
     assert all(len(episode.steps) == 2 and episode.terminated for episode in episodes)
     for episode in episodes:
         assert episode.steps[0].observation == [{"role": "tool", "name": "search", "content": "No results."}]
-        question = script.DATA.train_dataset[episode.row_index]["question"]
+        question = script.DATA.train_dataset[episode.stream_position]["question"]
         assert question in TOKENIZER.decode(episode.steps[0].prompt_ids.tolist())
 
 

@@ -324,7 +324,7 @@ def train(name: str, directory: Path, *, updates: int, episodes: int) -> None:
     assert [episode.error for episode in played] == [None] * (updates * episodes)
     for episode in played:
         recorded = [read(chat, step.response_ids) for step in episode.steps]
-        assert recorded == received[trainer.rows[episode.row_index]["id"]]
+        assert recorded == received[trainer.rows[episode.stream_position]["id"]]
 
 
 def read(chat: ChatFormat, ids: Any) -> Received:

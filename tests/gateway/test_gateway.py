@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -352,6 +353,53 @@ def test_tokens_of_the_episode_cut_a_response(server):
     assert choice["finish_reason"] == "length"
     episode = cut.episode()
     assert (episode.stop_reason, len(episode.steps[0].response_ids)) == (StopReason.MAX_EPISODE_TOKENS, 10)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "body", "reason"),
+    [
+        (None, {"reward": 1.0}, StopReason.RESPONSE_LENGTH),  # agents pay for cut responses, too
+        (5, {}, StopReason.RESPONSE_LENGTH),  # whoever set the length
+        (None, {"terminated": True}, StopReason.ENVIRONMENT),
+    ],
+)
+def test_an_agent_that_ends_behind_a_cut_response_leaves_a_truncated_episode(server, max_tokens, body, reason):
+    server.resume(Engine(Policy(lambda prompt, order: "x" * 1000)))
+    client = Client(server)
+    asked = {} if max_tokens is None else {"max_tokens": max_tokens}
+    assert client.chat([USER], **asked).json()["choices"][0]["finish_reason"] == "length"
+    assert client.post("/sessions/current/finish", body).status_code == 200
+    stored = server.gateway.find(client.session.session_id)
+    for episode in (client.session.episode(), stored.episode()):
+        (step,) = episode.steps
+        assert (episode.stop_reason, episode.terminated) == (reason, reason is StopReason.ENVIRONMENT)
+        whole = [*step.prompt_ids, *step.response_ids]
+        assert episode.final_prompt_ids == (None if episode.terminated else whole)
+
+
+def test_a_session_says_which_row_it_plays(server):
+    """A spec that an older version stored has the position alone, under its old name."""
+    spec = make_spec(stream_position=7, dataset_row=3)
+    client = Client(server, spec)
+    client.say([USER])
+    episode = client.episode()
+    assert (episode.stream_position, episode.dataset_row) == (7, 3)
+    stored = spec.to_json()
+    assert SessionSpec.from_json(stored) == spec
+    del stored["dataset_row"]
+    stored["row_index"] = stored.pop("stream_position")
+    assert SessionSpec.from_json(stored) == replace(spec, dataset_row=None)
+
+
+def test_a_cut_response_that_is_gone_on_from_does_not_truncate(server):
+    server.resume(Engine(Policy(lambda prompt, order: "x" * 1000 if order[2] == 0 else "done<|im_end|>")))
+    client = Client(server)
+    first = client.say([USER])
+    client.say([USER, first, USER])
+    assert client.post("/sessions/current/finish", {"reward": 1.0}).status_code == 200
+    episode = client.session.episode()
+    assert [step.stop_reason for step in episode.steps] == [StopReason.LENGTH, StopReason.STOP]
+    assert (episode.terminated, episode.final_prompt_ids) == (True, None)
 
 
 @pytest.mark.parametrize("num_before", [0, 1])

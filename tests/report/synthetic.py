@@ -93,7 +93,7 @@ def _episode(update: int, position: int, episodes: int, generator: random.Random
     shared = {
         "update": update,
         "episode_id": f"{update - 1}/{row}-0",
-        "row_index": row,
+        "stream_position": row,
         "dataset_row": row,
         "generation_index": 0,
         "terminated": not failed,

@@ -105,6 +105,18 @@ def test_final_figures_are_taken_where_all_runs_have_come(tmp_path):
     assert "its runs have" not in equal
 
 
+def test_logs_of_older_versions_are_read(tmp_path):
+    """They have `row_index` for `stream_position`, and no `question`."""
+    runs = load_runs([write_run(tmp_path / "a")])
+    new = sample_episodes(group_runs(runs), max_bytes=10**6)
+    for file in (tmp_path / "a" / "episodes").iterdir():
+        table = pq.read_table(file).drop_columns(["question"])
+        names = ["row_index" if name == "stream_position" else name for name in table.column_names]
+        pq.write_table(table.rename_columns(names), file)
+    assert sample_episodes(group_runs(runs), max_bytes=10**6) == new
+    assert not new.unreadable
+
+
 @pytest.mark.parametrize("damage", ["truncated", "without a column", "without its JSON", "empty"])
 def test_a_damaged_log_costs_its_episodes_not_the_report(tmp_path, damage):
     runs = [write_run(tmp_path / name, seed=1, **settings) for name, settings in (("a", {}), ("b", TOKEN_PPO))]
@@ -158,7 +170,7 @@ def test_outcomes():
 def test_episodes_of_one_question_share_it_whatever_the_method(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=2, **TOKEN_PPO)]
     sample = sample_episodes(group_runs(load_runs(runs)), max_bytes=10**6)
-    of_row = {(e["method"], e["question"]) for e in sample.episodes if e["row"] == 4}
+    of_row = {(e["method"], e["question"]) for e in sample.episodes if e["position"] == 4}
     assert {method for method, _ in of_row} == {0, 1}
     assert len({question for _, question in of_row}) == 1
     assert sample.questions[next(iter(of_row))[1]] == "What is number 4?"

@@ -60,7 +60,7 @@ def good(row: Any, *, base_url: str, api_key: str) -> float:
 def play(server, chat, agent, *, rows=1, sampler=None, **settings):
     settings = {"limits": EpisodeLimits(), "sampling": SamplingParams(max_new_tokens=100), "run_seed": 0, **settings}
     sampler = sampler or ScriptedSampler(chat, lambda order: f"step {order[2]}<|im_end|>")
-    requests = [EpisodeRequest({"index": index}, row_index=index) for index in range(rows)]
+    requests = [EpisodeRequest({"index": index}, stream_position=index) for index in range(rows)]
     return play_agents(requests, agent, server, sampler, **settings)
 
 
@@ -79,6 +79,22 @@ def test_functions_and_coroutines_play(server, chat):
         assert sorted(sampler.asked) == [(row, 0, step) for row in range(3) for step in range(2)]
         assert sampler.paced == [True, False]
     assert play(server, chat, good, rows=0) == []
+
+
+def test_an_agent_may_change_its_row(server, chat):
+    rows = [{"facts": ["a", "b"]}]
+
+    def agent(row, *, base_url, api_key):
+        ask(base_url, api_key)
+        return float(len(row["facts"].pop() + row["facts"].pop()))
+
+    requests = [EpisodeRequest(rows[0], 5, generation, dataset_row=2) for generation in range(2)]
+    sampling = SamplingParams(max_new_tokens=100)
+    sampler = ScriptedSampler(chat, lambda order: "step<|im_end|>")
+    episodes = play_agents(requests, agent, server, sampler, limits=EpisodeLimits(), sampling=sampling, run_seed=0)
+    assert [episode.error for episode in episodes] == [None, None]
+    assert rows == [{"facts": ["a", "b"]}]
+    assert {(episode.stream_position, episode.dataset_row) for episode in episodes} == {(5, 2)}
 
 
 @pytest.mark.parametrize("num_accidents", [2, 3])

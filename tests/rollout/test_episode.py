@@ -32,7 +32,7 @@ def play(chat, script, env="look", row=ROW, sampling=SAMPLING, sampler=None, pla
         limits=EpisodeLimits(**limits),
         sampling=sampling,
         run_seed=3,
-        row_index=5,
+        stream_position=5,
         generation_index=1,
     )
     return asyncio.run(coroutine), sampler
@@ -41,7 +41,7 @@ def play(chat, script, env="look", row=ROW, sampling=SAMPLING, sampler=None, pla
 def test_an_episode_from_the_first_prompt_to_the_reward(chat):
     environment = LookEnvironment()
     episode, sampler = play(chat, [LOOK, LOOK, STOP], environment)
-    assert (episode.episode_id, episode.row_index, episode.generation_index) == ("5-1", 5, 1)
+    assert (episode.episode_id, episode.stream_position, episode.generation_index) == ("5-1", 5, 1)
     assert (episode.terminated, episode.truncated, episode.error) == (True, False, None)
     assert episode.stop_reason is StopReason.ENVIRONMENT
     assert episode.final_prompt_ids is None
@@ -224,13 +224,89 @@ def test_a_response_cut_by_the_episodes_budget_is_played_and_truncates(chat):
     assert sampler.asked[5, 1, 0][1].max_new_tokens == 4
     assert len(episode.steps[0].response_ids) == 4
     assert (episode.truncated, episode.stop_reason) == (True, StopReason.MAX_EPISODE_TOKENS)
-    assert episode.final_prompt_ids is None  # it called no tool: there is no state after it
+    cut = episode.steps[0]
+    assert episode.final_prompt_ids == [*cut.prompt_ids, *cut.response_ids]  # it called no tool: nothing follows
 
 
 def test_a_response_that_fits_into_what_is_left_does_not_truncate(chat):
     length = len(chat.render(ROW["prompt"])) + len(chat.encode_text(STOP, add_special_tokens=False))
     episode, _ = play(chat, [STOP], max_episode_tokens=length)
     assert episode.terminated
+
+
+class Answers:
+    """Takes the whole response; ends the episode with it or does not."""
+
+    def __init__(self, done):
+        self.done = done
+
+    def reset(self, **row):
+        return None
+
+    def step(self, response):
+        return "go on", 1.0, self.done
+
+
+CUT = replace(SAMPLING, max_new_tokens=40)
+LONG = "it is there " * 40
+
+
+@pytest.mark.parametrize(
+    ("script", "env", "row", "sampling", "reason"),
+    [
+        # One step: only a complete response ends it by itself
+        (LONG, None, ROW, CUT, StopReason.RESPONSE_LENGTH),
+        (f"there{END}", None, ROW, CUT, StopReason.ENVIRONMENT),
+        (LONG, None, {"prompt": "Where?"}, CUT, StopReason.RESPONSE_LENGTH),
+        # Tools: the first response that calls none ends it, if it is complete
+        (LONG, "look", ROW, CUT, StopReason.RESPONSE_LENGTH),
+        (f"there{END}", "look", ROW, CUT, StopReason.ENVIRONMENT),
+        # The environment ends it, whatever the response
+        (STOP.removesuffix(END) + LONG, "look", ROW, CUT, StopReason.ENVIRONMENT),
+        (LONG, Answers(True), ROW, CUT, StopReason.ENVIRONMENT),
+        # Ids without an end token: their full length is planned
+        (LONG, None, {"input_ids": [5, 6]}, CUT, StopReason.ENVIRONMENT),
+        (LONG, Answers(False), {"input_ids": [5, 6]}, CUT, StopReason.ENVIRONMENT),
+        # Ids with one
+        (LONG, None, {"input_ids": [5, 6]}, replace(CUT, stop_token_ids=(0,)), StopReason.RESPONSE_LENGTH),
+        (LONG, Answers(False), {"input_ids": [5, 6]}, replace(CUT, stop_token_ids=(0,)), StopReason.RESPONSE_LENGTH),
+        (LONG, Answers(True), {"input_ids": [5, 6]}, replace(CUT, stop_token_ids=(0,)), StopReason.ENVIRONMENT),
+    ],
+)
+def test_a_cut_last_response_truncates_unless_the_environment_ended_the_episode(
+    chat, script, env, row, sampling, reason
+):
+    episode, _ = play(chat, [script], env, row, sampling)
+    (step,) = episode.steps
+    assert (episode.error, episode.stop_reason) == (None, reason)
+    assert episode.truncated == (reason is StopReason.RESPONSE_LENGTH)
+    assert episode.terminated == (reason is StopReason.ENVIRONMENT)
+    assert episode.final_prompt_ids == ([*step.prompt_ids, *step.response_ids] if episode.truncated else None)
+
+
+def test_an_environment_that_ends_the_episode_outranks_a_budget_that_cut_the_response(chat):
+    prompt_length = len(chat.render(ROW["prompt"]))
+    for done, reason in ((True, StopReason.ENVIRONMENT), (False, StopReason.MAX_EPISODE_TOKENS)):
+        episode, _ = play(chat, [LONG], Answers(done), max_episode_tokens=prompt_length + 4)
+        assert (episode.stop_reason, len(episode.steps)) == (reason, 1)
+
+
+def test_ids_that_the_episodes_budget_cuts_are_truncated(chat):
+    """Their planned length is `response_length`, and not what the episode's budget leaves."""
+    episode, _ = play(chat, [LONG], None, {"input_ids": [5, 6]}, CUT, max_episode_tokens=12)
+    assert (episode.stop_reason, len(episode.steps[0].response_ids)) == (StopReason.MAX_EPISODE_TOKENS, 10)
+
+
+def test_time_up_before_the_next_prompt_is_known_ends_behind_the_response(chat):
+    class Slow(LookEnvironment):
+        def state_prompt(self, observation):
+            if observation != "":
+                threading.Event().wait()
+
+    episode, _ = play(chat, [LOOK], Slow(), max_episode_s=0.2)
+    (step,) = episode.steps
+    assert episode.stop_reason is StopReason.MAX_EPISODE_S
+    assert episode.final_prompt_ids == [*step.prompt_ids, *step.response_ids]
 
 
 class Forever(ScriptedSampler):
@@ -341,3 +417,71 @@ def test_interrupts_pass(chat):
 
     with pytest.raises(KeyboardInterrupt):
         play(chat, None, sampler=ScriptedSampler(chat, interrupt))
+
+
+# -- texts that cannot fit --------------------------------------------------------------------------------------------
+
+
+class Flood(LookEnvironment):
+    """Answers every response with a text that no prompt can hold."""
+
+    look = stop = None
+
+    def __init__(self, text="x" * 4_000_000, **behaviour):
+        super().__init__(**behaviour)
+        self.text = text
+
+    def step(self, response):
+        return self.text, 1.0, False
+
+
+def untouched(chat, monkeypatch, longest=10_000):
+    """Fails whoever tokenizes a long text."""
+    encode = chat._tokenizer.encode
+
+    def checked(text, **settings):
+        assert len(text) <= longest, "a text that cannot fit was tokenized"
+        return encode(text, **settings)
+
+    monkeypatch.setattr(chat._tokenizer, "encode", checked)
+
+
+@pytest.mark.parametrize(("budget", "limit"), [("max_prompt_length", 200), ("max_episode_tokens", 300)])
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_an_observation_that_cannot_fit_is_never_tokenized(chat, monkeypatch, budget, limit, rewrites):
+    class Rewrites(Flood):
+        def state_prompt(self, observation):
+            return [{"role": "user", "content": observation}] if observation else "Go."
+
+    untouched(chat, monkeypatch)
+    episode, _ = play(chat, [f"a{END}"], (Rewrites if rewrites else Flood)(), row={"prompt": "Go."}, **{budget: limit})
+    assert (episode.stop_reason, episode.truncated, episode.error) == (StopReason(budget), True, None)
+    assert len(episode.final_prompt_ids or []) < 100  # nobody could read what was observed
+    assert [step.reward for step in episode.steps] == [2.0]
+    assert chat.decode(episode.steps[0].response_ids) == "a"
+
+
+def test_the_last_step_ends_by_the_number_of_steps_whatever_is_observed(chat, monkeypatch):
+    untouched(chat, monkeypatch)
+    limits = {"max_prompt_length": 200, "max_interaction_steps": 1}
+    episode, _ = play(chat, [f"a{END}"], Flood(), row={"prompt": "Go."}, **limits)
+    assert episode.stop_reason is StopReason.MAX_INTERACTION_STEPS
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Go."}, {"prompt": [{"role": "user", "content": ""}]}, {"input_ids": [5]}])
+def test_a_first_prompt_that_cannot_fit_is_never_tokenized(chat, monkeypatch, row):
+    untouched(chat, monkeypatch)
+    episode, _ = play(chat, [STOP], LookEnvironment(reset=lambda: "x" * 4_000_000), row=row, max_prompt_length=1000)
+    assert "the first prompt has at least" in episode.error
+    assert "`max_prompt_length` is 1000" in episode.error
+
+
+def test_a_long_text_is_tokenized_beside_the_loop(chat, monkeypatch):
+    threads = []
+    encode = chat._tokenizer.encode
+    monkeypatch.setattr(
+        chat._tokenizer, "encode", lambda *args, **kw: threads.append(threading.get_ident()) or encode(*args, **kw)
+    )
+    play(chat, [f"a{END}"] * 2, Flood("x" * 100_000), row={"prompt": "Go."}, max_interaction_steps=1)
+    assert threads[0] == threading.get_ident()
+    assert threads[-1] != threading.get_ident()

@@ -31,7 +31,7 @@ def play(chat, environments, sampler=None, *, tool_timeout_s=20.0, limits=None, 
     rows = [{"prompt": PROMPT, "index": index} for index in range(len(environments))]
     options = {key: value for key, value in kwargs.items() if key != "environment_timeout_s"}
     return play_episodes(
-        [EpisodeRequest(row, row_index=row["index"]) for row in rows],
+        [EpisodeRequest(row, stream_position=row["index"]) for row in rows],
         make,
         sampler or ScriptedSampler(chat, lambda order: [LOOK, STOP][order[2]]),
         chat=chat,
@@ -63,6 +63,91 @@ def test_how_many_play_at_a_time_changes_nothing(chat):
     at_once = play(chat, [LookEnvironment] * 5)
     for limit in (1, 2, 9):
         assert play(chat, [LookEnvironment] * 5, max_concurrent_episodes=limit) == at_once
+
+
+def test_episodes_know_their_row_and_their_question(chat):
+    def play_rows(row, **known):
+        sampler = ScriptedSampler(chat, lambda order: f"there{END}")
+        return play_episodes(
+            [EpisodeRequest(row, 7, **known)],
+            lambda row: None,
+            sampler,
+            chat=chat,
+            limits=EpisodeLimits(),
+            sampling=SamplingParams(max_new_tokens=9),
+            run_seed=0,
+        )[0]
+
+    known = play_rows({"prompt": PROMPT}, dataset_row=3)
+    assert (known.stream_position, known.dataset_row, known.question) == (7, 3, PROMPT)
+    failed = play_rows({"question": "Where?"}, dataset_row=4)
+    assert (failed.valid, failed.dataset_row, failed.question) == (False, 4, "Where?")
+    unknown = play_rows({"prompt": PROMPT})
+    assert unknown.dataset_row is None
+
+
+class Takes(LookEnvironment):
+    """Takes the facts out of its row, and adds to the prompt's messages."""
+
+    def reset(self, facts, prompt, **row):
+        self.facts = [facts.pop(), facts.pop()]
+        prompt[0]["content"] += " Hurry!"
+
+    def look(self, where: str) -> str:
+        """
+        Look somewhere.
+
+        Args:
+            where: The place.
+        """
+        return self.facts.pop()
+
+
+@pytest.mark.parametrize("num_accidents", [0, 2])
+def test_every_episode_has_a_row_of_its_own(chat, num_accidents):
+    """Those of one row, and those that are played again after an accident of the sampler."""
+    accidents = []
+
+    def script(order):
+        if order[2] == 1 and len(accidents) < num_accidents:
+            accidents.append(order)
+            raise OSError("out of memory")
+        return [LOOK, STOP][order[2]]
+
+    lock = threading.Lock()  # which cannot be copied
+    row = {"prompt": [{"role": "user", "content": "Find it."}], "facts": ["a", "b"], "lock": lock}
+    episodes = play_episodes(
+        [EpisodeRequest(row, 0, generation) for generation in range(3)],
+        lambda row: make_playable(Takes(), tool_timeout_s=20),
+        ScriptedSampler(chat, script),
+        chat=chat,
+        limits=EpisodeLimits(),
+        sampling=SamplingParams(max_new_tokens=200),
+        run_seed=0,
+    )
+    assert row == {"prompt": PROMPT, "facts": ["a", "b"], "lock": lock}
+    assert [episode.error for episode in episodes] == [None] * 3
+    for episode in episodes:
+        assert episode.steps[0].observation[0]["content"] == "a"
+        assert episode.question == PROMPT
+
+
+def test_what_an_environment_goes_on_to_change_is_recorded_as_it_was(chat):
+    class Grows:
+        def reset(self, **row):
+            self.said, self.keys = [], []
+
+        def step(self, response):
+            self.keys.append(response)
+            self.said.append({"role": "user", "content": response})
+            return self.said, 0.0, len(self.said) == 2
+
+        def state_key(self):
+            return self.keys
+
+    (episode,) = play(chat, [Grows], ScriptedSampler(chat, lambda order: f"{order[2]}{END}"))
+    assert [[message["content"] for message in step.observation] for step in episode.steps] == [["0"], ["0", "1"]]
+    assert [step.info["state_key"] for step in episode.steps] == [[], ["0"]]
 
 
 def test_no_more_than_the_limit_play_at_a_time(chat):

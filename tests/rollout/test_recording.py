@@ -1,5 +1,6 @@
 import json
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -40,14 +41,39 @@ GROWING = Episode(
 REWRITTEN = Episode(
     "x", 0, 0, (make_step(0, [9, 8], [7, 6]), make_step(1, [9, 5], [7])), terminated=True, truncated=False
 )
+KNOWN = replace(REWRITTEN, dataset_row=12, question=[{"role": "user", "content": "Wo? ü\u2028"}])
 FAILED = Episode("y", 0, 2, (), False, False, error="reset: ValueError: no", stop_reason=StopReason.ERROR)
 
 
 def test_what_is_loaded_equals_what_was_dumped(tmp_path):
     path = tmp_path / "new" / "episodes.jsonl"
-    dump_episodes(path, [GROWING, REWRITTEN, FAILED])
-    assert load_episodes(path) == [GROWING, REWRITTEN, FAILED]
+    dump_episodes(path, [GROWING, REWRITTEN, KNOWN, FAILED])
+    assert load_episodes(path) == [GROWING, REWRITTEN, KNOWN, FAILED]
     assert [file.name for file in path.parent.iterdir()] == ["episodes.jsonl"]
+
+
+def test_recordings_of_older_versions_are_read(tmp_path):
+    """They have the position in the stream as `row_index`, and know nothing of the dataset."""
+    path = tmp_path / "e"
+    dump_episodes(path, [GROWING])
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert (data.pop("dataset_row"), data.pop("question")) == (None, None)
+    data["row_index"] = data.pop("stream_position")
+    path.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    assert load_episodes(path) == [GROWING]
+
+
+def test_the_old_name_of_the_position_still_works():
+    with pytest.warns(DeprecationWarning, match="`row_index` is now called `stream_position`"):
+        episode = Episode(
+            "x", row_index=7, generation_index=0, steps=(), terminated=False, truncated=False, error="no"
+        )
+    with pytest.warns(DeprecationWarning, match="`stream_position`"):
+        assert episode.row_index == episode.stream_position == 7
+    assert replace(episode, stream_position=8).stream_position == 8
+    assert pickle.loads(pickle.dumps(episode)) == episode
+    with pytest.raises(TypeError, match="give one of them"):
+        replace(episode, row_index=8)
 
 
 def test_floats_survive_to_the_last_bit(tmp_path):

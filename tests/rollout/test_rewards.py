@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -83,6 +84,25 @@ def test_text_prompts_have_text_completions(chat, episodes):
     assert "nothing here" in seen[0]
     score_episodes([remember], None, episodes[:1], [{"input_ids": [1]}], decode=lambda ids: f"{len(ids)} ids")
     assert seen[1].endswith(" ids")
+
+
+def test_every_function_has_arguments_of_its_own(chat, episodes):
+    """What one changes neither the next one nor the dataset sees; rows of one group hold the same objects."""
+    facts = ["a"]
+    rows = [{"prompt": ROWS[0]["prompt"], "facts": facts} for _ in ROWS]
+    before = copy.deepcopy(rows)
+
+    def takes(prompts, completions, completion_ids, facts, **kwargs):
+        prompts[0].clear()
+        completions[0].clear()
+        completion_ids[0].clear()
+        return [float(len(found) + len(found.pop())) for found in facts]
+
+    for found in (score_episodes([takes], None, episodes, rows, chat=chat) for _ in range(2)):
+        assert [episode.metrics["rewards/takes"] for episode in found[:2]] == [2.0, 2.0]
+    twice = score_episodes([takes, takes], None, episodes, rows, chat=chat)
+    assert twice[0].metrics["rewards/takes_2"] == 2.0
+    assert rows == before
 
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf])

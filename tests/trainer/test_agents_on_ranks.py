@@ -151,7 +151,7 @@ def test_ranks_play_ahead_of_their_updates(runs):
     for update in range(4):
         files = [episode_file(runs.two / "ahead" / "dumped", update, rank) for rank in range(2)]
         episodes = [episode for file in files for episode in load_episodes(file)]
-        assert [episode.row_index for episode in episodes] == list(range(8 * update, 8 * update + 8))
+        assert [episode.stream_position for episode in episodes] == list(range(8 * update, 8 * update + 8))
         assert all(episode.valid for episode in episodes)
         assert {update - step.policy_version for episode in episodes for step in episode.steps} <= {0, 1}
     assert {path.read_text() for path in (runs.two / "ahead").glob("ending_*.txt")} == {"the end"}

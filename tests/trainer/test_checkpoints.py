@@ -128,7 +128,7 @@ def test_a_longer_run_goes_on_with_the_next_rows(tmp_path):
     make_trainer(tmp_path, **SAVING).train()
     longer = make_trainer(tmp_path, **{**SAVING, "total_episodes": 40, "dump_episodes_dir": str(tmp_path / "played")})
     longer.train(resume_from_checkpoint=True)
-    played = [e.row_index for f in sorted((tmp_path / "played").glob("*")) for e in load_episodes(f)]
+    played = [e.stream_position for f in sorted((tmp_path / "played").glob("*")) for e in load_episodes(f)]
     assert played == list(range(24, 40))
 
 

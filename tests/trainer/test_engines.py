@@ -91,7 +91,7 @@ def test_rollouts_ahead_are_never_too_old_and_no_row_is_lost(tmp_path, max_stale
     assert trainer.sampler.num_restarts == 1
     for update in range(UPDATES):
         episodes = load_episodes(episode_file(tmp_path / "episodes", update, 0))
-        assert [episode.row_index for episode in episodes] == list(range(8 * update, 8 * update + 8))
+        assert [episode.stream_position for episode in episodes] == list(range(8 * update, 8 * update + 8))
         assert all(episode.valid for episode in episodes)
         ages = {update - step.policy_version for episode in episodes for step in episode.steps}
         assert ages <= set(range(max_staleness + 1))
@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_plays_what_was_in_flight_again_and_each_row_once(tmp
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # while update 3 was being played, or was
     assert trainer.state.global_step == UPDATES
     played = [load_episodes(episode_file(again, update, 0)) for update in (2, 3)]
-    assert [episode.row_index for episodes in played for episode in episodes] == list(range(16, 32))
+    assert [episode.stream_position for episodes in played for episode in episodes] == list(range(16, 32))
     assert {step.policy_version for episode in played[0] for step in episode.steps} == {2}
 
 
@@ -151,7 +151,9 @@ def test_no_row_is_lost_to_a_sampler_that_fails(tmp_path, max_staleness) -> None
     again = make_trainer(tmp_path, dump_episodes_dir=str(tmp_path / "again"), **settings)
     again.train(resume_from_checkpoint=True)
     played = [load_episodes(episode_file(tmp_path / "again", update, 0)) for update in range(done, UPDATES)]
-    assert [episode.row_index for episodes in played for episode in episodes] == list(range(8 * done, 8 * UPDATES))
+    assert [episode.stream_position for episodes in played for episode in episodes] == list(
+        range(8 * done, 8 * UPDATES)
+    )
 
 
 def test_a_run_that_is_stopped_leaves_no_rollout_behind(tmp_path) -> None:
@@ -233,7 +235,7 @@ class Watched(StepPOTrainer):
 
     def _collate(self, episodes):
         for episode in episodes:
-            self.trained[episode.row_index] += 1
+            self.trained[episode.stream_position] += 1
             self.ages.update(self.state.global_step - step.policy_version for step in episode.steps)
         return super()._collate(episodes)
 

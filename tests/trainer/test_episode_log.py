@@ -42,16 +42,17 @@ def test_a_row_a_step_with_its_text(tmp_path):
         rows = logged(tmp_path, number)
         assert len(rows) == len(steps)
         for row, (episode, step) in zip(rows, steps, strict=True):
-            assert (row["update"], row["episode_id"], row["row_index"]) == (
+            assert (row["update"], row["episode_id"], row["stream_position"]) == (
                 number,
                 episode.episode_id,
-                episode.row_index,
+                episode.stream_position,
             )
             assert (row["step_index"], row["reward"], row["score"]) == (
                 step.step_index,
                 step.reward,
                 episode.episode_return,
             )
+            assert row["question"] == f"row {row['dataset_row']}"
             assert row["response"] == TOKENIZER.decode(step.response_ids.tolist())
             assert row["observation"] == "go on"
             assert len(row["tokens"]) == len(row["new_logprobs"]) == len(step.response_ids)

@@ -38,6 +38,6 @@ def test_kill_9_at_random_moments(tmp_path, engine, num_kills, num_updates):
     assert [entry["episode"] for entry in logs] == [BATCH * (update + 1) for update in range(num_updates)]
     for update in range(num_updates):
         episodes = load_episodes(episode_file(tmp_path / "run" / "episodes", update, 0))
-        assert [episode.row_index for episode in episodes] == list(range(BATCH * update, BATCH * (update + 1)))
+        assert [episode.stream_position for episode in episodes] == list(range(BATCH * update, BATCH * (update + 1)))
         assert all(episode.valid for episode in episodes)
         assert {update - step.policy_version for episode in episodes for step in episode.steps} <= {0, 1, 2}

@@ -81,6 +81,9 @@ class Recording:
     def __getitem__(self, position: int) -> dict[str, list[int]]:
         return {"input_ids": self.queries[position]}
 
+    def row_number(self, position: int) -> int:
+        return position
+
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:

@@ -208,8 +208,10 @@ def check_max_concurrent(on: Run, off: Run) -> None:
 
 
 def check_groups(on: Run, off: Run) -> None:
-    assert [(e.row_index, e.generation_index) for e in on.updates[0]] == [(r, g) for r in range(4) for g in range(2)]
-    assert [(e.row_index, e.generation_index) for e in off.updates[0]] == [(r, 0) for r in range(8)]
+    assert [(e.stream_position, e.generation_index) for e in on.updates[0]] == [
+        (r, g) for r in range(4) for g in range(2)
+    ]
+    assert [(e.stream_position, e.generation_index) for e in off.updates[0]] == [(r, 0) for r in range(8)]
 
 
 def check_greedy(on: Run, off: Run) -> None:
@@ -549,7 +551,7 @@ def test_the_same_settings_have_no_effect(tmp_path):
 def test_seed(tmp_path):
     a, b = play(tmp_path / "a", seed=1), play(tmp_path / "b", seed=2)
     assert a.updates[0] != b.updates[0]
-    assert [e.row_index for e in a.updates[0]] == [e.row_index for e in b.updates[0]]
+    assert [e.stream_position for e in a.updates[0]] == [e.stream_position for e in b.updates[0]]
     assert [a.trainer.rows[i] for i in range(8)] != [b.trainer.rows[i] for i in range(8)]
 
 

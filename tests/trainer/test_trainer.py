@@ -30,7 +30,7 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from trl_steppo import StepPOTrainer
+from trl_steppo import StepPOTrainer, StopReason
 from trl_steppo.chat import ChatFormat
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.rollout import episode_file, load_episodes
@@ -68,7 +68,7 @@ def test_environment_that_takes_the_response(tmp_path, rows):
             for step in episode.steps:  # what the environment was given and paid is what was sampled
                 assert step.reward == hashed(chat.decode(step.response_ids))
             text = TOKENIZER.decode(episode.steps[0].prompt_ids.tolist())
-            prompt = f"row {next(i for i in range(16) if trainer.rows[episode.row_index]['number'] == i)}"
+            prompt = f"row {next(i for i in range(16) if trainer.rows[episode.stream_position]['number'] == i)}"
             form = prompt if rows is prompt_rows else f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
             assert text == form
 
@@ -147,7 +147,8 @@ def test_reward_functions_alone_make_episodes_of_one_step(tmp_path, rows):
     assert {type(completion) for completion in seen} == {kind}
     for update in range(2):
         for episode in load_episodes(episode_file(tmp_path / "episodes", update, 0)):
-            assert (len(episode.steps), episode.terminated) == (1, True)
+            is_cut = episode.steps[-1].stop_reason is StopReason.LENGTH
+            assert (len(episode.steps), episode.truncated, episode.terminated) == (1, is_cut, not is_cut)
     assert training_logs(tmp_path)[0]["env/reward"] == pytest.approx(sum(hashed(str(c)) for c in seen[:8]) / 8)
 
 
@@ -213,7 +214,10 @@ def test_groups_of_generations(tmp_path):
         dump_episodes_dir=str(tmp_path / "episodes"),
     )
     found = [
-        [(e.row_index, e.generation_index) for e in load_episodes(episode_file(tmp_path / "episodes", update, 0))]
+        [
+            (e.stream_position, e.generation_index)
+            for e in load_episodes(episode_file(tmp_path / "episodes", update, 0))
+        ]
         for update in range(2)
     ]
     assert found == [[(row, g) for row in rows for g in range(4)] for rows in ((0, 1), (2, 3))]
@@ -502,7 +506,7 @@ def test_a_broken_environment_costs_its_own_episodes(tmp_path, where):
     )
     assert trainer.state.global_step == 2
     failed = [
-        trainer.rows[e.row_index]["number"]
+        trainer.rows[e.stream_position]["number"]
         for update in range(2)
         for e in load_episodes(episode_file(tmp_path / "episodes", update, 0))
         if not e.valid

@@ -78,7 +78,9 @@ def agent_of(environment: type, *, stream: bool = False):
                 observation, done = outcome.observation, outcome.done
                 messages += [message.model_dump(exclude_none=True), *answers(observation, message)]
             reward = await playable.get_reward()
-            body = {"metrics": {**counts, **playable.metrics()}, **({"observation": observation} if done else {})}
+            body: dict[str, Any] = {"metrics": {**counts, **playable.metrics()}}
+            if done:
+                body |= {"observation": observation, "terminated": not outcome.ended_by_response}
             await http.post(f"{session}/finish", json=body)
         return reward
 
@@ -320,7 +322,7 @@ def test_agents_play_ahead_of_their_updates(tmp_path):
     assert again.state.global_step == 4
     for update in range(4):
         episodes = load_episodes(episode_file(tmp_path / "episodes", update, 0))
-        assert [episode.row_index for episode in episodes] == list(range(8 * update, 8 * update + 8))
+        assert [episode.stream_position for episode in episodes] == list(range(8 * update, 8 * update + 8))
         assert all(episode.valid for episode in episodes)
         assert {update - step.policy_version for episode in episodes for step in episode.steps} <= {0, 1}
     in_updates = [name for name in played if name not in {"row 0", "row 1", "row 2"}]  # those are evaluated, too

@@ -132,7 +132,7 @@ def test_a_server_that_is_started_again_in_mid_run_costs_no_row(
     assert server.num_starts == 2
     assert trainer.sampler.num_retries > 0
     for update, episodes in enumerate(played(tmp_path)):
-        assert [episode.row_index for episode in episodes] == list(range(8 * update, 8 * update + 8))
+        assert [episode.stream_position for episode in episodes] == list(range(8 * update, 8 * update + 8))
         assert all(episode.valid for episode in episodes)
         ages = {update - step.policy_version for episode in episodes for step in episode.steps}
         assert ages <= set(range(max_staleness + 1))

@@ -126,7 +126,7 @@ def check(trainer: Any, directory: Path, probe: ProbeOfOld, updates: int, restar
     assert max(probe.distances) < 1e-3 < probe.moved[-1]
     for update in range(updates):
         episodes = load_episodes(episode_file(directory / "episodes", update, 0))
-        assert [episode.row_index for episode in episodes] == list(range(4 * update, 4 * update + 4))
+        assert [episode.stream_position for episode in episodes] == list(range(4 * update, 4 * update + 4))
         assert all(episode.valid and len(episode.steps) == 3 for episode in episodes)
     logs = [logs for logs in trainer.state.log_history if "episode" in logs]
     assert [entry["episode"] for entry in logs] == [4 * update + 4 for update in range(updates)]

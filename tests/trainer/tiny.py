@@ -154,7 +154,7 @@ def call(name: str, **arguments: Any) -> str:
 
 
 class ScriptedSampler:
-    """Says `script(row_index, generation_index, step_index)`, with a log-probability of -1 a token."""
+    """Says `script(stream_position, generation_index, step_index)`, with a log-probability of -1 a token."""
 
     def __init__(self, script: Callable[..., str]) -> None:
         self.script = script

@@ -13,6 +13,7 @@ messages the same way whatever follows them; construction checks it.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -20,7 +21,9 @@ from itertools import takewhile
 from typing import Any
 
 from ..errors import ChatTemplateError
-from .parsing import Message, ParsedResponse, parse_hermes, sort_tool_calls, tool_call
+from .formats import FORMATS, PLAIN, CallFormat, Piece
+from .parsing import Message, ParsedResponse, check_tool_calls, join_pieces, split_pieces, tool_call
+from .tokenizing import characters_per_token
 
 _PROBE = "probe_7d1f"  # appears in no template, so that its position in a rendering is known
 _USER: Message = {"role": "user", "content": "dummy"}
@@ -71,6 +74,10 @@ _TOOLS_IN_TEXT = """\
 """
 """Stands before a template that knows no tools: rewrites the messages into some without tools, calls and answers."""
 
+_PROBE_ARGUMENTS = {"key": "a\\b 'c' \"d\"", "count": 2}  # the formats differ in how they write what is quoted
+_PROBE_SCHEMA = {"properties": {"key": {"type": "string"}, "count": {"type": "integer"}}}
+
+_FAILS_TO_RENDER = "it fails to render"
 _LEAVES_OUT = {"user": "leaves out what was said", "tool": "leaves out tool calls or the tools' answers"}
 
 
@@ -134,10 +141,16 @@ class ChatFormat:
         """The token that ends an assistant turn; not always the tokenizer's `eos_token_id`."""
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         """`end_of_turn_id`, and the token that ends a turn of tool calls where it is another."""
-        self._opens_thinking = self._text([_USER], generation_prompt=True).rstrip().endswith("<think>")
+        self._call_end_id = ends[-1] if ends[-1] != ends[0] else None
         self._head = lru_cache(maxsize=256)(self._render_head)  # keyed by tool names, which the model may invent
-        self._writes_hermes = self._round_trips_hermes()
-        self._parser = None if self._writes_hermes else self._find_parser()
+        self._schemas = {
+            function["name"]: function.get("parameters") or {}
+            for function in (tool.get("function", tool) for tool in self.tools)
+        }
+        self._format = self._find_format()
+        prompt = self._text([_USER], generation_prompt=True)
+        self._opens_thinking = self._format is not None and _opens_thought(self._format, prompt)
+        self._parser = self._find_parser() if self._format is None else None
 
     # -- messages -> ids ----------------------------------------------------------------------------------------------
 
@@ -192,6 +205,22 @@ class ChatFormat:
         """The end-of-turn token that a response cut by length lacks: context for what follows, not an action."""
         return [] if len(response_ids) and response_ids[-1] in self.stop_token_ids else [self.end_of_turn_id]
 
+    def min_tokens(self, shown: str | Sequence[Message]) -> int:
+        """
+        A lower bound on the number of tokens of a text, or of messages once they are rendered. It is found from the
+        number of characters, thousands of times faster than by tokenizing: what cannot fit needs no tokenizing.
+
+        Args:
+            shown (`str` or `Sequence[dict]`):
+                The text, or the messages. Those of the assistant count as nothing, as templates leave parts of them
+                out.
+
+        Returns:
+            `int`: The bound; 0 where the tokenizer allows none, as one with a token for any unknown word.
+        """
+        texts = [shown] if isinstance(shown, str) else [text for message in shown for text in _shown_texts(message)]
+        return math.ceil(sum(map(len, texts)) / characters_per_token(self._tokenizer))
+
     # -- ids -> messages ----------------------------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -199,24 +228,83 @@ class ChatFormat:
         visible = [token_id for token_id in ids if token_id not in self._hidden_ids]
         return self._tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def parse(self, response_ids: Sequence[int], prompt_ids: Sequence[int] | None = None) -> ParsedResponse:
+    def parse(
+        self,
+        response_ids: Sequence[int],
+        prompt_ids: Sequence[int] | None = None,
+        *,
+        until: str | None = None,
+    ) -> ParsedResponse:
         """
         Read a response as a message.
 
-        Templates that write tool calls as `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes, Qwen2.5,
-        Qwen3) are read by [`parse_hermes`]: it runs once per step, is many times faster than a general parser, and
-        knows what is wrong with a call it cannot read. Any other form goes through `trl.chat_template_utils`, which
-        needs the tokenizer's `response_template` (or `response_schema`), or a template that TRL knows.
+        It is read by the first of [`~chat.formats.FORMATS`] that reads what the template writes. A value that a format
+        writes without quotes is read as what the tool's schema declares. Any other form goes through
+        `trl.chat_template_utils`, which needs the tokenizer's `response_template` (or `response_schema`), or a
+        template that TRL knows.
+
+        A response that holds the beginning of a tool call and no whole one is malformed. So is one that ends with the
+        token that ends a turn of tool calls and holds none.
 
         Args:
             response_ids (`Sequence[int]`):
                 The sampled ids.
             prompt_ids (`Sequence[int]`, *optional*):
-                What they continue; TRL's parsers look there for a turn that the prompt has already begun.
+                What they continue: it may have begun a thought. `None`: the template's own prompt.
+            until (`str`, *optional*):
+                A text that ended the response; it and what follows are left out.
         """
-        if self._parser is None:
-            return parse_hermes(self.decode(response_ids), opens_thinking=self._opens_thinking)
-        return self._parser(response_ids, prompt_ids)
+        if self._format is None:
+            assert self._parser is not None, "one of the two is there"
+            ids = response_ids if until is None else self._encode(self.decode(response_ids).partition(until)[0])
+            parsed = self._parser(ids, prompt_ids)
+        else:
+            parsed = join_pieces(self._read(self._format, response_ids, prompt_ids, until))
+        is_call = len(response_ids) > 0 and response_ids[-1] == self._call_end_id
+        if is_call and until is None and not parsed.malformed and "tool_calls" not in parsed.message:
+            end = self._token_text(response_ids[-1])
+            return ParsedResponse(parsed.message, (f"{end} ends a turn of tool calls, and there is none in it",))
+        return parsed
+
+    def split_thoughts(
+        self,
+        response_ids: Sequence[int],
+        prompt_ids: Sequence[int] | None = None,
+        *,
+        until: str | None = None,
+    ) -> tuple[str, str]:
+        """
+        What a response thought, and what it said. Tool calls count as text. The arguments are those of `parse`.
+        """
+        if self._format is not None:
+            return split_pieces(self._read(self._format, response_ids, prompt_ids, until))
+        parsed = self.parse(response_ids, prompt_ids, until=until)
+        if parsed.malformed or "tool_calls" in parsed.message:
+            text = self.decode(response_ids)
+            return "", text if until is None else text.partition(until)[0]
+        return parsed.message.get("reasoning_content", ""), parsed.message["content"]
+
+    def _read(
+        self, form: CallFormat, response_ids: Sequence[int], prompt_ids: Sequence[int] | None, until: str | None
+    ) -> list[Piece]:
+        opens_thinking = self._opens_thinking
+        if prompt_ids is not None:  # as many ids as may have written the beginning of a thought
+            tail = list(prompt_ids[-len(form.opens_thought.encode()) - 8 :])
+            opens_thinking = _opens_thought(form, self._decode(tail))
+        text = self._framed_text(form, response_ids)
+        text = text if until is None else text.partition(until)[0]
+        return form.read(text, self._schemas, opens_thinking=opens_thinking)
+
+    def _framed_text(self, form: CallFormat, ids: Sequence[int]) -> str:
+        """Text of token ids, with the special tokens that the format is made of."""
+        framing = {self._tokenizer.convert_tokens_to_ids(token) for token in form.framing}
+        visible = [token_id for token_id in ids if token_id in framing or token_id not in self._hidden_ids]
+        if visible and visible[-1] in self.stop_token_ids and visible[-1] not in framing:
+            visible.pop()
+        return self._decode(visible)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     # -- the template -------------------------------------------------------------------------------------------------
 
@@ -228,14 +316,26 @@ class ChatFormat:
         tools: Sequence[dict[str, Any]] = (),
         template: str | None = None,
     ) -> str:
-        return self._tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) or None,
-            chat_template=template or self.template,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-            **self._template_kwargs,
-        )
+        def apply(some: Sequence[Message]) -> str:
+            return self._tokenizer.apply_chat_template(
+                list(some),
+                tools=list(tools) or None,
+                chat_template=template or self.template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **self._template_kwargs,
+            )
+
+        try:
+            return apply(messages)
+        except Exception as error:  # whatever jinja code raises
+            identified = _with_call_ids(messages)
+            if identified == list(messages):
+                raise
+            try:
+                return apply(identified)  # some templates demand ids of tool calls
+            except Exception:
+                raise error from None
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -273,11 +373,12 @@ class ChatFormat:
             training = self._training_template()  # which loads TRL, so it comes second
             if training is not None and self._takes(self._telling_tools(training), kinds):
                 return self._telling_tools(training)
-        problem = self._find_problem(own, "tool" if self.tools else "user")
+        problem = self._find_problem(own, "tool" if self.tools else "user") or ""
+        raises = problem.startswith(_FAILS_TO_RENDER)
+        cure = "takes such messages" if raises else "renders each message the same way whatever follows it"
         raise ChatTemplateError(
             f"the chat template of {self._name()} cannot be used for multi-turn training, and TRL has no training "
-            f"variant of it that can: {problem}. Set `tokenizer.chat_template` to one that renders each message the "
-            "same way whatever follows it"
+            f"variant of it that can: {problem}. Set `tokenizer.chat_template` to one that {cure}"
         )
 
     def _telling_tools(self, template: str) -> str:
@@ -311,7 +412,7 @@ class ChatFormat:
         except ChatTemplateError as error:
             return str(error).replace(f"the chat template of {self._name()}", "it")
         except Exception as error:  # whatever jinja code raises
-            return f"it fails to render {kind} messages ({type(error).__name__}: {error})"
+            return f"{_FAILS_TO_RENDER} {kind} messages ({type(error).__name__}: {error})"
 
     def _problem_after(self, template: str, reply: Message, kind: str) -> str | None:
         head = self._cut_head(template, [_USER, reply], kind, self.tools)
@@ -345,7 +446,7 @@ class ChatFormat:
         tail = self._encode(text[text.rindex(_PROBE) + len(_PROBE) :])
         if kind == "user":  # some templates end the whole conversation with one more token
             tail = self._kept_when_followed(template, tail)
-        ends = [token_id for token_id in tail if token_id in self._added_ids]
+        ends = [i for i in tail if i in self._added_ids and not _is_framing(self._token_text(i))]
         if not ends:
             raise ChatTemplateError(
                 f"the chat template of {self._name()} does not end an assistant turn with a special token; it ends "
@@ -375,15 +476,27 @@ class ChatFormat:
 
     # -- parsers ------------------------------------------------------------------------------------------------------
 
-    def _round_trips_hermes(self) -> bool:
-        """Whether [`parse_hermes`] reads what the template writes; several forms share the `<tool_call>` marker."""
-        call = tool_call(_PROBE, {"key": "value"})
+    def _find_format(self) -> CallFormat | None:
+        """The format that reads a tool call as the template writes it; `None` where TRL's parser has to."""
+        call = tool_call(_PROBE, _PROBE_ARGUMENTS)
+        schemas = {_PROBE: _PROBE_SCHEMA}
         try:
+            prompt = self._text([_USER], generation_prompt=True)
             text = self._text([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
-        except Exception:  # a template without tool calls
-            return False
-        parsed = parse_hermes(text[text.find("dummy") :])
-        return parsed.message.get("tool_calls") == [call]
+        except Exception as error:  # a template without tool calls
+            self._call_error = f"{type(error).__name__}: {error}"
+            return PLAIN if not self.tools else None
+        self._call_error = ""
+        prompt = _common_start(prompt, text)
+        response_ids = self._encode(text[len(prompt) :])
+        for form in FORMATS:
+            text = self._framed_text(form, response_ids)
+            pieces = form.read(text, schemas, opens_thinking=_opens_thought(form, prompt))
+            message = join_pieces(pieces).message
+            read = [one["function"] for one in message.get("tool_calls", ())]
+            if read == [call["function"]] and not message["content"]:
+                return form
+        return PLAIN if not self.tools and not _has_response_format(self._tokenizer) else None
 
     def _find_parser(self) -> Callable[[Sequence[int], Sequence[int] | None], ParsedResponse]:
         from trl.chat_template_utils import add_response_schema
@@ -394,10 +507,11 @@ class ChatFormat:
                 add_response_schema(tokenizer)
             except ValueError as error:
                 if self.tools:
+                    raised = f" The template fails to render one ({self._call_error})." if self._call_error else ""
                     raise ChatTemplateError(
-                        f"the tool calls of the chat template of {self._name()} cannot be parsed: TRL does not know "
-                        "it. Set `tokenizer.response_template`, or use a template that writes "
-                        '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+                        f"the tool calls of the chat template of {self._name()} cannot be parsed: they are written in "
+                        f"no form that is known here or to TRL.{raised} Set `tokenizer.response_template`, or use a "
+                        'template that writes <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
                     ) from error
                 return lambda response_ids, prompt_ids: ParsedResponse(
                     {"role": "assistant", "content": self.decode(response_ids)}
@@ -411,10 +525,16 @@ class ChatFormat:
 
         prefix = None if prompt_ids is None else list(prompt_ids)
         message = {"role": "assistant", **parse_response(tokenizer, list(response_ids), prefix=prefix)}
-        calls, malformed = sort_tool_calls(message.pop("tool_calls", None) or [])
+        thought = message.pop("thinking", None)
+        if thought and not message.get("reasoning_content"):
+            message["reasoning_content"] = thought
+        found = message.pop("tool_calls", None) or []
+        calls, malformed = check_tool_calls(found, self._schemas)
         if calls:
             message["tool_calls"] = calls
-        elif not malformed and _opens_tool_call(tokenizer, self._tokenizer.decode(list(response_ids))):
+        if malformed and not message["content"]:
+            message["content"] = self.decode(response_ids)
+        elif not found and _opens_tool_call(tokenizer, message["content"]):
             malformed = ["it cannot be read"]  # TRL returns such a response as plain text
         return ParsedResponse(message, tuple(malformed))
 
@@ -430,6 +550,16 @@ def _opens_tool_call(tokenizer: Any, text: str) -> bool:
     field = template.get("fields", {}).get("tool_calls", {})
     pattern = field.get("open_pattern") or re.escape(field.get("open", ""))
     return bool(pattern) and re.search(pattern, text) is not None
+
+
+def _shown_texts(message: Message) -> list[str]:
+    """What of a message every template shows, without the white space that some take off at its ends."""
+    if message.get("role") not in ("user", "tool"):
+        return []
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return [text.strip() for text in texts if isinstance(text, str)]
 
 
 def _is_framing(token: str) -> bool:
@@ -450,3 +580,45 @@ def _json_schema(tool: Callable[..., Any]) -> dict[str, Any]:
     from transformers.utils import get_json_schema
 
     return get_json_schema(tool)
+
+
+def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
+    """
+    The messages with an id of nine digits for every tool call that has none of that form, and for its answer.
+
+    The ids count the calls of one turn, so that a turn is rendered in the same way wherever it stands.
+    """
+    identified: list[Message] = []
+    pending: list[str] = []
+    renamed: dict[str, str] = {}
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = []
+            for index, call in enumerate(message["tool_calls"]):
+                given = call.get("id")
+                call_id = given if _is_call_id(given) else f"{index:09d}"
+                renamed[given] = call_id
+                calls.append({**call, "id": call_id})
+            pending = [call["id"] for call in calls]
+            message = {**message, "tool_calls": calls}
+        elif message.get("role") == "tool":
+            given = message.get("tool_call_id")
+            expected = pending.pop(0) if pending else f"{len(identified):09d}"
+            if not _is_call_id(given):
+                message = {**message, "tool_call_id": renamed.get(given, expected) if given else expected}
+        identified.append(message)
+    return identified
+
+
+def _is_call_id(call_id: Any) -> bool:
+    return isinstance(call_id, str) and len(call_id) == 9 and call_id.isascii() and call_id.isalnum()
+
+
+def _opens_thought(form: CallFormat, prompt: str) -> bool:
+    return prompt.rstrip().endswith(form.opens_thought.rstrip())
+
+
+def _common_start(prompt: str, text: str) -> str:
+    """What two texts begin with, without a tag that only one of them goes on with."""
+    common = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
+    return common if common.rfind(">") >= common.rfind("<") else common[: common.rindex("<")]

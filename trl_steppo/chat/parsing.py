@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, Any]
+from .formats.base import Message, Piece, tool_call
+from .formats.hermes import HERMES
+from .formats.values import UnreadableError, check_value, read_text
 
-
-def tool_call(name: str, arguments: Mapping[str, Any]) -> Message:
-    return {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+__all__ = ["Message", "ParsedResponse", "check_tool_calls", "join_pieces", "parse_hermes", "split_pieces", "tool_call"]
 
 
 @dataclass(frozen=True)
@@ -22,15 +21,13 @@ class ParsedResponse:
     Args:
         message (`dict`):
             `role`, `content`; `tool_calls` where there are any, and `reasoning_content` where the response thought.
+            The raw text of a call that cannot be read stays in `content`.
         malformed (`tuple[str, ...]`):
             For each tool call that cannot be read: why, in words that the model can act on.
     """
 
     message: Message
     malformed: tuple[str, ...] = ()
-
-
-_HERMES_FORM = 'write <tool_call>\n{"name": <tool name>, "arguments": <object>}\n</tool_call>'
 
 
 def parse_hermes(text: str, *, opens_thinking: bool = False) -> ParsedResponse:
@@ -43,64 +40,57 @@ def parse_hermes(text: str, *, opens_thinking: bool = False) -> ParsedResponse:
         opens_thinking (`bool`, *optional*, defaults to `False`):
             Whether the prompt has already written `<think>`. What is thought is never read as a tool call.
     """
-    reasoning, text = _split_thinking(text, opens_thinking)
-    content, *blocks = text.split("<tool_call>")
-    calls: list[Message] = []
-    malformed: list[str] = []
-    for block in blocks:
-        inside, closing, after = block.partition("</tool_call>")
-        content += after.strip()
-        reading = _read_call(inside) if closing else "the closing </tool_call> is missing"
-        if isinstance(reading, str):
-            malformed.append(f"{reading}; {_HERMES_FORM}")
-        else:
-            calls.append(reading)
-    message: Message = {"role": "assistant", "content": content.strip()}
-    if reasoning:
-        message["reasoning_content"] = reasoning
+    return join_pieces(HERMES.read(text, {}, opens_thinking=opens_thinking))
+
+
+def join_pieces(pieces: Sequence[Piece]) -> ParsedResponse:
+    """The message that the parts of a response make up."""
+    said = [piece.text.strip() for piece in pieces if piece.kind in ("text", "malformed")]
+    message: Message = {"role": "assistant", "content": "\n".join(filter(None, said))}
+    thoughts = [piece.text.strip() for piece in pieces if piece.kind == "thought"]
+    if any(thoughts):
+        message["reasoning_content"] = "\n".join(filter(None, thoughts))
+    calls = [call for piece in pieces for call in piece.calls]
     if calls:
         message["tool_calls"] = calls
-    return ParsedResponse(message, tuple(malformed))
+    return ParsedResponse(message, tuple(piece.problem for piece in pieces if piece.kind == "malformed"))
 
 
-def _split_thinking(text: str, opens_thinking: bool) -> tuple[str, str]:
-    thought, closing, rest = text.partition("</think>")
-    if closing:
-        return thought.replace("<think>", "", 1).strip(), rest.lstrip()
-    if opens_thinking or text.lstrip().startswith("<think>"):
-        return text.replace("<think>", "", 1).strip(), ""  # cut before the thought ended
-    return "", text
+def split_pieces(pieces: Sequence[Piece]) -> tuple[str, str]:
+    """What a response thought, and all that it said, where tool calls are the text that they are."""
+    thoughts = [piece.text.strip() for piece in pieces if piece.kind == "thought"]
+    said = "".join(piece.text for piece in pieces if piece.kind != "thought")
+    return "\n".join(filter(None, thoughts)), said.lstrip() if thoughts else said
 
 
-def _read_call(inside: str) -> Message | str:
-    """The tool call, or what is wrong with it."""
-    try:
-        call = json.loads(inside)
-    except ValueError as error:
-        return f"not valid JSON ({error})"
-    except RecursionError:
-        return "not valid JSON (nested too deeply)"
-    return _check_call(call) or tool_call(call["name"], call["arguments"])
+def check_tool_calls(
+    tool_calls: Sequence[Any], schemas: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[Message], list[str]]:
+    """
+    Sort the tool calls of another parser into good ones and reasons against the others.
 
-
-def _check_call(call: Any) -> str | None:
-    if not isinstance(call, dict):
-        return "not a JSON object"
-    if not isinstance(call.get("name"), str):
-        return '"name" is missing or not a string'
-    if not isinstance(call.get("arguments"), dict):
-        return '"arguments" is missing or not an object'
-    return None
-
-
-def sort_tool_calls(tool_calls: Sequence[Any]) -> tuple[list[Message], list[str]]:
+    A parser that does not know the schemas may leave numbers, booleans and lists as text; they become what the schema
+    of their tool declares.
+    """
     calls: list[Message] = []
     malformed: list[str] = []
     for one in tool_calls:
         function = one.get("function", one) if isinstance(one, dict) else one
-        problem = _check_call(function)
-        if problem is None:
-            calls.append(tool_call(function["name"], function["arguments"]))
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            malformed.append('"name" is missing or not a string')
+        elif not isinstance(function.get("arguments"), dict):
+            malformed.append('"arguments" is missing or not an object')
         else:
-            malformed.append(problem)
+            declared = schemas.get(function["name"], {}).get("properties", {})
+            try:
+                arguments = {
+                    name: read_text(value, declared[name])
+                    if isinstance(value, str) and name in declared
+                    else check_value(value)
+                    for name, value in function["arguments"].items()
+                }
+            except UnreadableError as error:
+                malformed.append(error.reason)
+            else:
+                calls.append(tool_call(function["name"], arguments))
     return calls, malformed

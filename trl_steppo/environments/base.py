@@ -88,13 +88,18 @@ class Response:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the environment answered to one response. `state_key` is that of the state the response was written in."""
+    """
+    What the environment answered to one response. `state_key` is that of the state the response was written in.
+    `ended_by_response`: the episode is done because the response asks for nothing more (it called no tool), and not
+    because the environment ended it. If such a response was cut at its length, the episode is truncated.
+    """
 
     observation: str | list[Message]
     reward: float
     done: bool
     state_key: Hashable = None
     metrics: Mapping[str, float] = field(default_factory=dict)  # counters to add up over the episode
+    ended_by_response: bool = False
 
 
 class Playable(Protocol):

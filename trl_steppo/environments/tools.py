@@ -8,6 +8,7 @@ hangs must occupy no pool, hold up no other episode and not keep the interpreter
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import math
 import numbers
@@ -148,7 +149,8 @@ class _EnvironmentCalls:
             self._thread.end()
 
     async def _state_key(self) -> Any:
-        return await self._call("state_key") if self._defines("state_key") else None
+        # A copy: the step that follows may change a key that is a list of all moves, say.
+        return copy.deepcopy(await self._call("state_key")) if self._defines("state_key") else None
 
 
 class ResponsePlayable(_EnvironmentCalls):
@@ -237,8 +239,15 @@ class ToolPlayable(_EnvironmentCalls):
         too_many = f"Error: not run: a response may make {self._max_tool_calls} tool calls"
         observation += [_message(one["name"], too_many) for one in refused]
         observation += [_message("error", f"Error: malformed tool call: {reason}") for reason in malformed]
-        done = await self._is_done() or not observation
-        return Outcome(observation, await self._step_reward(), done, state_key, dict(counts))
+        is_done, asks_nothing = await self._is_done(), not observation
+        return Outcome(
+            observation,
+            await self._step_reward(),
+            is_done or asks_nothing,
+            state_key,
+            dict(counts),
+            ended_by_response=asks_nothing and not is_done,
+        )
 
     async def _answer(self, name: str, arguments: Mapping[str, Any], counts: Counter[str]) -> str:
         """The tool's result, or what the model did wrong."""

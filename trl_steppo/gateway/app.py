@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, AliasChoices, Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -62,11 +62,15 @@ class RewardBody(Body):
 
 
 class FinishBody(Body):
-    """`POST /sessions/{session_id}/finish`: the episode is over; `reward` is added to its last step."""
+    """
+    `POST /sessions/{session_id}/finish`: the episode is over; `reward` is added to its last step. `terminated`: its
+    environment ended it; without that, an episode whose last response was cut at its length counts as truncated.
+    """
 
     reward: Number | None = None
     metrics: dict[str, Number] | None = None
     observation: str | list[dict[str, Any]] | None = None
+    terminated: bool = False
 
 
 class AbortBody(Body):
@@ -87,8 +91,11 @@ class OpenBody(Body):
     response_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_can_be_sampled)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    row_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stream_position: Annotated[
+        int | None, Field(ge=0, lt=2**63, validation_alias=AliasChoices("stream_position", "row_index"))
+    ] = None
     generation_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    dataset_row: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     def spec(self, default: SessionSpec) -> SessionSpec:
         """The gateway's own settings with these instead; a seed that is not given is drawn."""
@@ -97,8 +104,9 @@ class OpenBody(Body):
         own: dict[str, Any] = {
             "training": self.training,
             "run_seed": secrets.randbits(63) if self.seed is None else self.seed,
-            "row_index": self.row_index,
+            "stream_position": self.stream_position,
             "generation_index": self.generation_index,
+            "dataset_row": self.dataset_row,
         }
         return replace(
             default,
@@ -320,7 +328,12 @@ class _Routes:
 
     async def finish(self, request: Request) -> Response:
         def ending(body: FinishBody) -> dict[str, Any]:
-            return {"reward": body.reward, "metrics": body.metrics, "observation": body.observation}
+            return {
+                "reward": body.reward,
+                "metrics": body.metrics,
+                "observation": body.observation,
+                "terminated": body.terminated,
+            }
 
         return await self._end(request, FinishBody, ending)
 
@@ -532,6 +545,9 @@ def _episode(episode: Episode) -> dict[str, Any]:
     final = episode.final_prompt_ids
     return {
         "episode_id": episode.episode_id,
+        "stream_position": episode.stream_position,
+        "dataset_row": episode.dataset_row,
+        "generation_index": episode.generation_index,
         "terminated": episode.terminated,
         "truncated": episode.truncated,
         "stop_reason": None if episode.stop_reason is None else episode.stop_reason.value,

@@ -170,7 +170,7 @@ class Gateway:
     def finished_episode(self, name: str, spec: SessionSpec) -> Episode | None:
         """What a session of this name left in the store, if it ended without an error and was allowed the same."""
         for one in self.store.named(name):
-            if one.is_over and one.spec == spec.to_json():
+            if one.is_over and SessionSpec.from_json(one.spec) == spec:
                 episode = restored(one).episode()
                 if episode.valid:
                     return episode
@@ -204,6 +204,7 @@ class Gateway:
         observation: Any = None,
         error: str | None = None,
         out_of_time: bool = False,
+        terminated: bool = False,
     ) -> None:
         """
         The episode is over: its key is nobody's from now on. This alone decides how it ended; whoever calls it again
@@ -218,11 +219,15 @@ class Gateway:
                 Why it failed.
             out_of_time (`bool`, *optional*, defaults to `False`):
                 Whether it ends because its time is up, so that what its client is still at does not count.
+            terminated (`bool`, *optional*, defaults to `False`):
+                Whether the agent's environment ended the episode. Without that, an episode whose last response was
+                cut at its length is truncated.
         """
         async with session.ending:
             if not session.is_over:
                 session.is_over = True  # no request begins from here on
                 flights = await self._land(session)
+                session.notes.terminated = terminated
                 if out_of_time:
                     _end_by_time(session, flights)
             if reward is not None:
@@ -239,8 +244,8 @@ class Gateway:
                 self._flights.pop(session.session_id, None)
                 self.port.release(session.session_id)
                 self.monitor.undelivered.inc(len(session.steps) - len(visible) - len(session.notes.unanswered))
-                ending = "error" if session.notes.error else session.notes.stop_reason or "end"
-                self.monitor.episodes.labels(ending).inc()
+                ending = session.end_reason()
+                self.monitor.episodes.labels("end" if ending is StopReason.ENVIRONMENT else ending.value).inc()
 
     async def finish_idle(self, idle_s: float) -> None:
         """Finish the sessions whose agents have asked for nothing in so long."""
@@ -436,7 +441,7 @@ class Gateway:
     async def _sample(
         self, session: Session, prompt_ids: list[int], params: SamplingParams, seed_index: int
     ) -> Sample:
-        order = (session.spec.row_index, session.spec.generation_index, seed_index)
+        order = (session.spec.stream_position, session.spec.generation_index, seed_index)
         try:
             sample = await self.port.sample(prompt_ids, params, session_id=session.session_id, order=order)
         except RequestError:
@@ -513,7 +518,7 @@ class Gateway:
         budget = min(sampling.max_new_tokens, wishes.max_tokens or sampling.max_new_tokens)
         if limits.max_episode_tokens is not None:
             budget = min(budget, limits.max_episode_tokens - prompt_length)
-        seed = step_seed(spec.run_seed, spec.row_index, spec.generation_index, flight.seed_index)
+        seed = step_seed(spec.run_seed, spec.stream_position, spec.generation_index, flight.seed_index)
         stop = sampling.stop_token_ids or flight.placement.chat.stop_token_ids
         params = replace(sampling, max_new_tokens=budget, stop_token_ids=stop, seed=seed)
         if spec.training:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..inference.base import SamplingParams
-from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds
+from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds, renamed_keyword
 from .conversation import Answer, Message, RequestError, next_key, text_keys
 
 Observation = str | list[Message]
@@ -24,6 +24,7 @@ def key_digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+@renamed_keyword("row_index", "stream_position")
 @dataclass(frozen=True)
 class SessionSpec:
     """
@@ -37,16 +38,19 @@ class SessionSpec:
         training (`bool`, *optional*, defaults to `True`):
             Whether `sampling` holds whatever a client asks for, so that every step can be scored exactly. If not,
             clients choose within it.
-        run_seed, row_index, generation_index (`int`, *optional*):
+        run_seed, stream_position, generation_index (`int`, *optional*):
             Where the episode stands in its run: they seed its responses.
+        dataset_row (`int`, *optional*):
+            Which row of the dataset it plays; it is recorded.
     """
 
     limits: EpisodeLimits = field(default_factory=EpisodeLimits)
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=512))
     training: bool = True
     run_seed: int = 0
-    row_index: int = 0
+    stream_position: int = 0
     generation_index: int = 0
+    dataset_row: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the store, as it will be read from there."""
@@ -59,6 +63,8 @@ class SessionSpec:
         """What [`to_json`] gave."""
         sampling = {**data["sampling"], "stop_token_ids": tuple(data["sampling"]["stop_token_ids"])}
         rest = {name: value for name, value in data.items() if name not in ("limits", "sampling")}
+        if "row_index" in rest:  # as older versions stored it
+            rest["stream_position"] = rest.pop("row_index")
         return cls(limits=EpisodeLimits(**data["limits"]), sampling=SamplingParams(**sampling), **rest)
 
 
@@ -159,6 +165,7 @@ class Notes:
     unanswered: list[int] = field(default_factory=list)  # whose client was still at work when time was up
     stop_reason: str | None = None  # of an episode that a budget cut
     cut: bool = False  # the last response, by the episode's budget of tokens
+    terminated: bool = False  # the agent said that its environment ended the episode
     final_parent: int | None = None  # the state after the last step: this step's, with its response,
     final_new_ids: list[int] | None = None  # and this
     error: str | None = None
@@ -415,10 +422,8 @@ class Session:
         """The record as an episode, as the rollout's own loop would have made it."""
         notes, visible = self.notes, self.visible()
         error = notes.error if visible or notes.error else "the agent asked for no step"
-        reason = StopReason(notes.stop_reason) if notes.stop_reason else StopReason.ENVIRONMENT
-        if reason is StopReason.ENVIRONMENT and notes.cut:
-            reason = StopReason.MAX_EPISODE_TOKENS
-        truncated = error is None and reason is not StopReason.ENVIRONMENT
+        reason = self.end_reason()
+        truncated = reason not in (StopReason.ERROR, StopReason.ENVIRONMENT)
         buffers = [TokenIds(branch) for branch in self._branches]
         steps = tuple(
             self._step(buffers, position, index, is_last=index == len(visible) - 1)
@@ -427,18 +432,38 @@ class Session:
         final = None
         if truncated and notes.final_new_ids is not None:
             final = TokenIds([*self.state_ids(notes.final_parent), *notes.final_new_ids])
+        elif truncated:  # nothing was asked behind the last response
+            final = TokenIds(self.state_ids(visible[-1]))
         return Episode(
             self.name,
-            row_index=self.spec.row_index,
+            stream_position=self.spec.stream_position,
             generation_index=self.spec.generation_index,
+            dataset_row=self.spec.dataset_row,
             steps=steps,
             terminated=error is None and not truncated,
             truncated=truncated,
             final_prompt_ids=final,
             error=error,
             metrics=self._metrics(visible),
-            stop_reason=StopReason.ERROR if error is not None else reason,
+            stop_reason=reason,
         )
+
+    def end_reason(self) -> StopReason:
+        """
+        How the episode ended. A reward does not say that the environment ended it: agents pay for cut responses as for
+        others. So an agent whose environment ended it with a cut response has to say so.
+        """
+        visible = self.visible()
+        if self.notes.error is not None or not visible:
+            return StopReason.ERROR
+        if self.notes.stop_reason:
+            return StopReason(self.notes.stop_reason)
+        if self.notes.terminated:
+            return StopReason.ENVIRONMENT
+        if self.notes.cut:
+            return StopReason.MAX_EPISODE_TOKENS
+        is_cut = self.steps[visible[-1]].stop_reason is StopReason.LENGTH
+        return StopReason.RESPONSE_LENGTH if is_cut else StopReason.ENVIRONMENT
 
     def _step(self, buffers: list[TokenIds], position: int, index: int, *, is_last: bool) -> Step:
         recorded, place, name = self.steps[position], self._places[position], str(position)

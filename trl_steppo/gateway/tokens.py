@@ -176,8 +176,9 @@ def read_response(
     chat: ChatFormat, request: ModelRequest, prompt_ids: Sequence[int], ids: list[int], *, name: str
 ) -> Reading:
     """
-    What the client is shown of a response. Without tools in the request it is the response's text, as it is; a tool
-    call that cannot be read is shown as the text that it is, too.
+    What the client is shown of a response: what it thought apart from what it said, with and without tools. Without
+    tools in the request a tool call is text; so is one that cannot be read. A prompt that is text or ids is continued
+    by the response's text as it is.
     """
     stop = stops_at(ids, request.wishes.stop, chat.decode)
     stop_sequence = None
@@ -185,21 +186,18 @@ def read_response(
         ids, stop_sequence = ids[: stop[0]], stop[1]
     text = chat.decode(ids)
     shown = text if stop_sequence is None else text[: text.index(stop_sequence)]
-    if not request.tools:
+    if request.messages is None or (stop_sequence is not None and not shown):
         return Reading(ids, shown, (), "", stop_sequence)
-    if stop_sequence is not None and shown:
-        parsed = chat.parse(chat.encode_text(shown, add_special_tokens=False), prompt_ids)
-    else:
-        parsed = chat.parse(ids, prompt_ids)
-    if stop_sequence is not None and not shown:
-        return Reading(ids, "", (), "", stop_sequence)
+    if not request.tools:
+        reasoning, content = chat.split_thoughts(ids, prompt_ids, until=stop_sequence)
+        return Reading(ids, content, (), reasoning, stop_sequence)
+    parsed = chat.parse(ids, prompt_ids, until=stop_sequence)
     calls = tuple(
         {"id": f"call_{name}_{index}", **one["function"]}
         for index, one in enumerate(parsed.message.get("tool_calls") or ())
     )
-    content = shown if parsed.malformed else parsed.message.get("content") or ""
-    reasoning = "" if parsed.malformed else parsed.message.get("reasoning_content", "")
-    return Reading(ids, content, calls, reasoning, stop_sequence)
+    content = parsed.message.get("content") or ""
+    return Reading(ids, content, calls, parsed.message.get("reasoning_content", ""), stop_sequence)
 
 
 def token_texts(chat: ChatFormat, ids: Sequence[int], formats: ChatFormats) -> tuple[str, ...]:

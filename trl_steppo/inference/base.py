@@ -68,9 +68,9 @@ def check_request(prompt_ids: Sequence[int], params: SamplingParams, *, episode_
         raise ConfigurationError(f"`seed` is {params.seed}; give a number in [0, 2**64)")
 
 
-def step_seed(run_seed: int, row_index: int, generation_index: int, step_index: int) -> int:
+def step_seed(run_seed: int, stream_position: int, generation_index: int, step_index: int) -> int:
     """The seed of one response: 63 bits that are the same on every machine and in every order of execution."""
-    numbers = (run_seed, row_index, generation_index, step_index)
+    numbers = (run_seed, stream_position, generation_index, step_index)
     packed = struct.pack("<4Q", *(number & 0xFFFF_FFFF_FFFF_FFFF for number in numbers))
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
@@ -107,7 +107,7 @@ class Sampler(Protocol):
         """
         Continue `prompt_ids`. Called concurrently by many episodes.
 
-        `episode_id` lets an engine keep an episode's cache from step to step. `order` is `(row_index,
+        `episode_id` lets an engine keep an episode's cache from step to step. `order` is `(stream_position,
         generation_index, step_index)`: an engine that forms batches sorts by it, so that a batch does not depend on
         which coroutine woke first.
         """

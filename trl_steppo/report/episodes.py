@@ -24,11 +24,15 @@ _LONGEST_TEXT = 6_000  # characters of one prompt, response or observation
 _MOST_TOKENS = 400  # of one response
 _LONGEST_TITLE = 160
 _COLUMNS = (  # that are read; the log has more
-    *("update", "episode_id", "row_index", "dataset_row", "generation_index", "truncated", "stop_reason", "error"),
+    *("update", "episode_id", "stream_position", "dataset_row", "generation_index", "truncated", "stop_reason"),
+    "error",
     *("score", "metrics", "step_index", "prompt", "prompt_tokens", "prompt_kept_tokens", "response", "observation"),
     *("response_stop_reason", "reward", "tokens", "rollout_logprobs", "old_logprobs", "new_logprobs", "value"),
     *("return", "raw_advantage", "advantage", "clipped_fraction"),
 )
+
+
+_OLD_NAMES = {"stream_position": "row_index"}  # of columns, in logs of older versions
 
 
 @dataclass
@@ -99,7 +103,9 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
             if len(prompts) < len(numbers):
                 prompts.append(rows[0]["prompt"] or "")
     sample.questions = _titles(prompts)
-    sample.episodes.sort(key=lambda episode: (episode["update"], episode["row"], episode["method"], episode["id"]))
+    sample.episodes.sort(
+        key=lambda episode: (episode["update"], episode["position"], episode["method"], episode["id"])
+    )
     return sample
 
 
@@ -154,9 +160,12 @@ def _num_episodes(path: Path) -> int:
 
 def _read(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
-        missing = sorted(set(columns) - set(pq.read_schema(path).names))
+        names = set(pq.read_schema(path).names)
+        stored = {name: name if name in names else _OLD_NAMES.get(name, name) for name in columns}
+        missing = sorted(name for name, column in stored.items() if column not in names)
         if not missing:
-            return pq.read_table(path, columns=list(columns))
+            found = list(stored.values())
+            return pq.read_table(path, columns=found).select(found).rename_columns(list(stored))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} is no log of episodes: {error}") from error
     raise DataError(f"{path} is no log of episodes: it has no column {', '.join(missing)}")
@@ -222,7 +231,7 @@ def _for_viewer(method: int, run: Run, rows: Sequence[dict[str, Any]], question:
         "seed": run.seed,
         "update": first["update"],
         "id": first["episode_id"],
-        "row": first["row_index"],
+        "position": first["stream_position"],
         "datasetRow": first["dataset_row"],
         "generation": first["generation_index"],
         "question": question,

@@ -198,7 +198,7 @@
 
   function drawEpisode(episode) {
     const metrics = Object.entries(episode.metrics).filter(([, value]) => value !== 0).map(([name, value]) => `${name} ${number(value)}`).join(" · ");
-    const where = [`update ${episode.update}`, episode.seed === null ? null : `seed ${episode.seed}`, `row ${episode.row}`, episode.generation ? `generation ${episode.generation}` : null];
+    const where = [`update ${episode.update}`, episode.seed === null ? null : `seed ${episode.seed}`, episode.datasetRow === null ? `position ${episode.position}` : `row ${episode.datasetRow}`, episode.generation ? `generation ${episode.generation}` : null];
     return make(
       "section",
       { class: `episode ${episode.outcome}`, "aria-label": `Episode ${episode.id} of ${episode.run}`, "data-id": episode.id, "data-method": String(episode.method) },

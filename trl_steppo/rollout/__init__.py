@@ -9,6 +9,7 @@ from .pacing import InFlight
 from .play import EpisodeRequest, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
 from .rewards import checked_weights, score_episodes
+from .rows import own_row
 
 __all__ = [
     "Agent",
@@ -21,6 +22,7 @@ __all__ = [
     "dump_episodes",
     "episode_file",
     "load_episodes",
+    "own_row",
     "play_agents",
     "play_episodes",
     "run_episode",

@@ -220,13 +220,14 @@ class _AgentRollout:
         return self.server.gateway
 
     async def play_one(self, request: EpisodeRequest) -> Episode:
-        name = f"{self.id_prefix}{request.row_index}-{request.generation_index}"
+        name = f"{self.id_prefix}{request.stream_position}-{request.generation_index}"
         spec = SessionSpec(
             self.limits,
             self.sampling,
             run_seed=self.run_seed,
-            row_index=request.row_index,
+            stream_position=request.stream_position,
             generation_index=request.generation_index,
+            dataset_row=request.dataset_row,
         )
         found = self.gateway.finished_episode(name, spec) if self.resumes else None
         if found is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,15 +16,18 @@ from ..chat import ChatFormat
 from ..environments.base import Message, Outcome, Playable, Response
 from ..errors import ConfigurationError, DataError, SamplerError
 from ..inference.base import Sample, Sampler, SamplingParams, step_seed
-from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds
+from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds, renamed_keyword
 from .pacing import InFlight
+from .rows import own
 
 logger = logging.getLogger(__name__)
 
 _EPISODE = "the episode"
+_LONG_TEXT = 20_000  # characters; tokenizing more holds up the other episodes, and is not done in vain
 _EMPTY_PROMPT: list[Message] = [{"role": "user", "content": ""}]  # GRPOTrainer's, for rows that leave it to `reset`
 
 
+@renamed_keyword("row_index", "stream_position")
 async def run_episode(
     env: Playable | None,
     sampler: Sampler,
@@ -33,7 +37,7 @@ async def run_episode(
     limits: EpisodeLimits,
     sampling: SamplingParams,
     run_seed: int,
-    row_index: int,
+    stream_position: int,
     generation_index: int,
     episode_id: str | None = None,
     pacer: InFlight | None = None,
@@ -58,12 +62,12 @@ async def run_episode(
             How to sample; the seed is replaced by each step's own ([`step_seed`]).
         run_seed (`int`):
             Seed of the run.
-        row_index (`int`):
-            Position of the row in the data stream.
+        stream_position (`int`):
+            Position of the row in the shuffled stream of rows.
         generation_index (`int`):
             Which of the row's episodes this is.
         episode_id (`str`, *optional*):
-            Unique within the run; `"{row_index}-{generation_index}"` if not given.
+            Unique within the run; `"{stream_position}-{generation_index}"` if not given.
         pacer ([`InFlight`], *optional*):
             Counts the episode as away whenever it is not waiting for the sampler. The caller has counted it before,
             and takes it back afterwards.
@@ -74,8 +78,8 @@ async def run_episode(
     Raises:
         SamplerError: The sampler failed, which is no fault of the episode's.
     """
-    name = episode_id or f"{row_index}-{generation_index}"
-    play = _Play(env, sampler, row, chat, limits, sampling, (run_seed, row_index, generation_index), name, pacer)
+    name = episode_id or f"{stream_position}-{generation_index}"
+    play = _Play(env, sampler, row, chat, limits, sampling, (run_seed, stream_position, generation_index), name, pacer)
     try:
         await play.run()
     finally:
@@ -83,13 +87,21 @@ async def run_episode(
     return play.episode()
 
 
+@renamed_keyword("row_index", "stream_position")
 def failed_episode(
-    row_index: int, generation_index: int, error: BaseException, *, stage: str, episode_id: str | None = None
+    stream_position: int, generation_index: int, error: BaseException, *, stage: str, episode_id: str | None = None
 ) -> Episode:
     """An episode that broke before its first step."""
-    name = episode_id or f"{row_index}-{generation_index}"
+    name = episode_id or f"{stream_position}-{generation_index}"
     return Episode(
-        name, row_index, generation_index, (), False, False, error=describe(error, stage), stop_reason=StopReason.ERROR
+        name,
+        stream_position,
+        generation_index,
+        (),
+        False,
+        False,
+        error=describe(error, stage),
+        stop_reason=StopReason.ERROR,
     )
 
 
@@ -98,16 +110,6 @@ def describe(error: BaseException, stage: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{stage}: {type(error).__name__}: {error}{where}"
-
-
-@dataclass(frozen=True)
-class _Ending:
-    stop_reason: StopReason
-    has_next_state: bool = True  # False where the environment ended the episode all the same
-
-    @property
-    def truncated(self) -> bool:
-        return self.stop_reason is not StopReason.ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class _Play:
     scores: dict[str, float] = field(default_factory=dict)
     final_reward: float = 0.0
     stage: str = "reset"
-    ending: _Ending | None = None
+    ending: StopReason | None = None
     error: str | None = None
 
     @property
@@ -173,35 +175,35 @@ class _Play:
     def episode(self) -> Episode:
         buffer = TokenIds(self._all_ids())
         buffers = [*self.runs, buffer]
-        ending = self.ending
-        truncated = self.error is None and ending is not None and ending.truncated
+        reason = StopReason.ERROR if self.error is not None or self.ending is None else self.ending
+        truncated = reason not in (StopReason.ERROR, StopReason.ENVIRONMENT)
         return Episode(
             self.episode_id,
-            row_index=self.seeds[1],
+            stream_position=self.seeds[1],
             generation_index=self.seeds[2],
             steps=tuple(self._step(buffers, index) for index in range(len(self.played))),
             terminated=self.error is None and not truncated,
             truncated=truncated,
-            final_prompt_ids=buffer[: len(self.ids)] if truncated and ending and ending.has_next_state else None,
+            final_prompt_ids=buffer if truncated else None,
             error=self.error,
             metrics={**self.counts, **self.scores},
-            stop_reason=StopReason.ERROR if self.error is not None or ending is None else ending.stop_reason,
+            stop_reason=reason,
         )
 
     # -- playing ------------------------------------------------------------------------------------------------------
 
-    async def _play_within_time(self) -> _Ending:
+    async def _play_within_time(self) -> StopReason:
         try:
             return await within(self._play(), self.limits.max_episode_s, _EPISODE)
         except CallTimeoutError as error:
             # An environment's own time limit arrives here, too; only the episode's leaves something to train on.
             if not self.played or error.what != _EPISODE:
                 raise
-            return _Ending(StopReason.MAX_EPISODE_S)
+            return StopReason.MAX_EPISODE_S
 
-    async def _play(self) -> _Ending:
+    async def _play(self) -> StopReason:
         extra = await self.env.reset(self.row) if self.env is not None else None
-        self.ids = self._first_prompt(await self._rewritten(""), extra)
+        self.ids = await self._first_prompt(await self._rewritten(""), extra)
         while True:
             over = self._over_budget()
             if over is not None:
@@ -210,22 +212,33 @@ class _Play:
             if ending is not None:
                 return ending
 
-    async def _play_step(self) -> _Ending | None:
+    async def _play_step(self) -> StopReason | None:
         """One step; how it ends the episode, if it does."""
         params = self._params()
         self.stage = f"sampling step {self.step_index}"
         sample = await self._sample(params)
         self.stage = f"environment step {self.step_index}"
         outcome = await self._answer(sample)
-        self.played.append(_Played(len(self.runs), len(self.ids), sample, outcome))
+        # An environment may go on to change what it returned, a list of all messages for one.
+        recorded = replace(outcome, observation=own(outcome.observation, "an observation"))
+        self.played.append(_Played(len(self.runs), len(self.ids), sample, recorded))
         self.counts.update(outcome.metrics)
-        cut = sample.stop_reason is StopReason.LENGTH and params.max_new_tokens < self.sampling.max_new_tokens
+        over = None
         if not outcome.done:
             self.stage = f"observation of step {self.step_index - 1}"
-            await self._proceed(sample, outcome)
-        if cut:
-            return _Ending(StopReason.MAX_EPISODE_TOKENS, has_next_state=not outcome.done)
-        return _Ending(StopReason.ENVIRONMENT) if outcome.done else None
+            over = await self._proceed(sample, outcome)
+        return self._ending(params, sample, outcome) or over
+
+    def _ending(self, params: SamplingParams, sample: Sample, outcome: Outcome) -> StopReason | None:
+        """How a step ends the episode, if it does."""
+        if outcome.done and not outcome.ended_by_response:
+            return StopReason.ENVIRONMENT
+        if sample.stop_reason is StopReason.LENGTH:
+            if params.max_new_tokens < self.sampling.max_new_tokens:
+                return StopReason.MAX_EPISODE_TOKENS
+            if outcome.done and params.stop_token_ids:  # without one, its full length is the response's planned end
+                return StopReason.RESPONSE_LENGTH
+        return StopReason.ENVIRONMENT if outcome.done else None
 
     async def _sample(self, params: SamplingParams) -> Sample:
         order = (*self.seeds[1:], self.step_index)
@@ -242,27 +255,36 @@ class _Play:
 
     async def _answer(self, sample: Sample) -> Outcome:
         if self.env is None:
-            return Outcome("", 0.0, done=True)
+            return Outcome("", 0.0, done=True, ended_by_response=True)
         chat = self._chat("an environment")
         response_ids = TokenIds(sample.token_ids).tolist()
         parsed = chat.parse(response_ids, self.ids)
         outcome = await self.env.step(Response(chat.decode(response_ids), parsed.message, parsed.malformed))
-        return replace(outcome, done=True) if "input_ids" in self.row else outcome
+        if "input_ids" in self.row and not outcome.done:
+            return replace(outcome, done=True, ended_by_response=True)
+        return outcome
 
-    async def _proceed(self, sample: Sample, outcome: Outcome) -> None:
-        """To the next state."""
+    async def _proceed(self, sample: Sample, outcome: Outcome) -> StopReason | None:
+        """To the next state; or else which budget keeps from it, where a long text is not even tokenized."""
         chat = self._chat("a second step")
         response_ids = TokenIds(sample.token_ids).tolist()
         prompt = await self._rewritten(outcome.observation)
         if prompt is not None:
-            self.runs.append(TokenIds([*self.ids, *response_ids]))
-            self.ids = chat.prepare(prompt)
-            return
+            over = self._cannot_fit(0, prompt, chat)
+            if over is None:
+                ids = await _in_time(lambda: chat.prepare(prompt), prompt)
+                self.runs.append(TokenIds([*self.ids, *response_ids]))
+                self.ids = ids
+            return over
         messages = _as_messages(outcome.observation)
+        over = self._cannot_fit(len(self.ids) + len(response_ids), messages, chat)
+        if over is not None:
+            return over
         names = [message.get("name", "") for message in messages if message.get("role") == "tool"]
-        observed = chat.close(response_ids) + chat.append(messages, tool_call_names=names)
+        appended = await _in_time(lambda: chat.append(messages, tool_call_names=names), messages)
         # A new list: the sampler may have kept the old one.
-        self.ids = [*self.ids, *response_ids, *observed]
+        self.ids = [*self.ids, *response_ids, *chat.close(response_ids), *appended]
+        return None
 
     async def _rewritten(self, observation: str | list[Message]) -> str | list[Message] | None:
         return await self.env.state_prompt(observation) if self.env is not None else None
@@ -285,31 +307,60 @@ class _Play:
             raise DataError(f"{purpose} needs a chat format, and this rollout has none")
         return self.chat
 
-    def _first_prompt(self, rewritten: str | list[Message] | None, extra: str | None) -> list[int]:
+    async def _first_prompt(self, rewritten: str | list[Message] | None, extra: str | None) -> list[int]:
         if rewritten is not None:
-            return self._chat("an environment").prepare(rewritten, extra)
+            return await self._prepared(self._chat("an environment"), rewritten, extra)
         if "input_ids" in self.row:
             ids = [int(token_id) for token_id in self.row["input_ids"]]
-            return ids + self._chat("text from reset()").encode_text(extra, add_special_tokens=False) if extra else ids
+            if not extra:
+                return ids
+            chat = self._chat("text from reset()")
+            self._check_fits(len(ids), extra, chat)
+            return ids + await _in_time(lambda: chat.encode_text(extra, add_special_tokens=False), extra)
         if "prompt" not in self.row and self.env is None:
             raise DataError(f"the row has neither `prompt` nor `input_ids`, but {sorted(self.row)}")
-        return self._chat("a row with `prompt`").prepare(self.row.get("prompt", _EMPTY_PROMPT), extra)
+        return await self._prepared(self._chat("a row with `prompt`"), self.row.get("prompt", _EMPTY_PROMPT), extra)
 
-    def _over_budget(self) -> _Ending | None:
+    async def _prepared(self, chat: ChatFormat, prompt: str | list[Message], extra: str | None) -> list[int]:
+        """The episode's first prompt; a `DataError`, before it is tokenized, where it cannot fit."""
+        self._check_fits(0, prompt, chat)
+        self._check_fits(0, extra or "", chat)
+        return await _in_time(lambda: chat.prepare(prompt, extra), [prompt, extra])
+
+    def _over_budget(self) -> StopReason | None:
         """How the episode ends before its next step; an error if that would be its first."""
-        limits, length = self.limits, len(self.ids)
-        if self.step_index >= limits.max_interaction_steps:
-            return _Ending(StopReason.MAX_INTERACTION_STEPS)
+        if self.step_index >= self.limits.max_interaction_steps:
+            return StopReason.MAX_INTERACTION_STEPS
+        over = self._beyond(len(self.ids))
+        if over is not None and not self.played:
+            raise self._too_long(str(len(self.ids)), over)
+        return over
+
+    def _cannot_fit(self, length: int, shown: str | list[Message], chat: ChatFormat) -> StopReason | None:
+        """The budget that a long text is beyond behind so many tokens, however it is tokenized."""
+        if not _is_long(shown) or self._beyond(length + chat.min_tokens(shown)) is None:
+            return None
+        if self.step_index >= self.limits.max_interaction_steps:
+            return StopReason.MAX_INTERACTION_STEPS
+        return self._beyond(length + chat.min_tokens(shown))
+
+    def _check_fits(self, length: int, shown: str | list[Message], chat: ChatFormat) -> None:
+        over = self._cannot_fit(length, shown, chat)
+        if over is not None:
+            raise self._too_long(f"at least {length + chat.min_tokens(shown)}", over)
+
+    def _beyond(self, length: int) -> StopReason | None:
+        """The budget that a state of this many tokens is beyond."""
+        limits = self.limits
         if limits.max_prompt_length is not None and length > limits.max_prompt_length:
-            return self._end_by(StopReason.MAX_PROMPT_LENGTH, limits.max_prompt_length)
+            return StopReason.MAX_PROMPT_LENGTH
         if limits.max_episode_tokens is not None and length >= limits.max_episode_tokens:
-            return self._end_by(StopReason.MAX_EPISODE_TOKENS, limits.max_episode_tokens)
+            return StopReason.MAX_EPISODE_TOKENS
         return None
 
-    def _end_by(self, budget: StopReason, limit: int) -> _Ending:
-        if not self.played:
-            raise DataError(f"the first prompt has {len(self.ids)} tokens; `{budget.value}` is {limit}")
-        return _Ending(budget)
+    def _too_long(self, length: str, budget: StopReason) -> DataError:
+        limit = getattr(self.limits, budget.value)
+        return DataError(f"the first prompt has {length} tokens; `{budget.value}` is {limit}")
 
     def _params(self) -> SamplingParams:
         stop = self.sampling.stop_token_ids
@@ -353,6 +404,25 @@ class _Play:
             observation=outcome.observation,
             info={} if outcome.state_key is None else {"state_key": outcome.state_key},
         )
+
+
+async def _in_time(tokenize: Callable[[], list[int]], shown: Any) -> list[int]:
+    """Tokenize; a long text in a thread, so that no other episode waits for it."""
+    return await asyncio.to_thread(tokenize) if _is_long(shown) else tokenize()
+
+
+def _is_long(shown: Any) -> bool:
+    """Whether there is much text in a nested value."""
+    waiting, characters = [shown], _LONG_TEXT
+    while waiting and characters >= 0:
+        value = waiting.pop()
+        if isinstance(value, str):
+            characters -= len(value)
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+    return characters < 0
 
 
 def _as_messages(observation: str | Iterable[Message]) -> list[Message]:

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..calls import DaemonThread
@@ -16,9 +16,10 @@ from ..environments.base import Playable
 from ..environments.slots import Slots
 from ..errors import RolloutError, SamplerError
 from ..inference.base import Sampler, SamplingParams
-from ..types import Episode, EpisodeLimits
+from ..types import Episode, EpisodeLimits, renamed_keyword
 from .episode import failed_episode, run_episode
 from .pacing import InFlight
+from .rows import own_row, question_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ T = TypeVar("T")
 _ATTEMPTS = 3  # at an episode whose sampler fails
 
 
+@renamed_keyword("row_index", "stream_position")
 @dataclass(frozen=True)
 class EpisodeRequest:
     """
@@ -35,15 +37,18 @@ class EpisodeRequest:
     Args:
         row (`Mapping[str, Any]`):
             The dataset row.
-        row_index (`int`):
-            Position of the row in the data stream, counted over all epochs.
+        stream_position (`int`):
+            Position of the row in the shuffled stream of rows, counted over all epochs.
         generation_index (`int`, *optional*, defaults to `0`):
             Which of the row's episodes this is.
+        dataset_row (`int`, *optional*):
+            Index of the row in the dataset.
     """
 
     row: Mapping[str, Any]
-    row_index: int
+    stream_position: int
     generation_index: int = 0
+    dataset_row: int | None = None
 
 
 def play_episodes(
@@ -143,13 +148,13 @@ class _Rollout:
             maker.end()
 
     async def _play_one(self, request: EpisodeRequest, maker: DaemonThread) -> Episode:
-        episode_id = f"{self.id_prefix}{request.row_index}-{request.generation_index}"
+        episode_id = f"{self.id_prefix}{request.stream_position}-{request.generation_index}"
         make = lambda: self.make_playable(request.row)  # noqa: E731
         try:
             env = await maker.run(make, self.make_timeout_s, "making the environment")
         except Exception as error:
             return failed_episode(
-                request.row_index,
+                request.stream_position,
                 request.generation_index,
                 error,
                 stage="making the environment",
@@ -163,7 +168,7 @@ class _Rollout:
             limits=self.limits,
             sampling=self.sampling,
             run_seed=self.run_seed,
-            row_index=request.row_index,
+            stream_position=request.stream_position,
             generation_index=request.generation_index,
             episode_id=episode_id,
             pacer=self.in_flight,
@@ -190,7 +195,8 @@ async def play_concurrently(
     async def player() -> None:
         try:
             for index, request in waiting:
-                async with slots.of("episode", priority=request.row_index) if slots is not None else nullcontext():
+                turn = slots.of("episode", priority=request.stream_position) if slots is not None else nullcontext()
+                async with turn:
                     results[index] = await _despite_accidents(play_one, request)
                 on_episode()
         finally:
@@ -210,10 +216,15 @@ async def play_concurrently(
 async def _despite_accidents(
     play_one: Callable[[EpisodeRequest], Awaitable[Episode]], request: EpisodeRequest
 ) -> Episode:
-    """Play a request again, from its beginning, where the sampler failed, unless that itself has given up."""
+    """
+    Play a request again, from its beginning, where the sampler failed, unless that itself has given up. Each attempt
+    has a row of its own: what an environment or an agent does to it, no other episode sees.
+    """
     for attempt in range(1, _ATTEMPTS + 1):
+        own_request = replace(request, row=own_row(request.row))  # the last attempt may have changed its row
         try:
-            return await play_one(request)
+            episode = await play_one(own_request)
+            return replace(episode, dataset_row=request.dataset_row, question=question_of(request.row))
         except SamplerError as error:
             has_given_up = isinstance(error.__cause__, RolloutError) and not isinstance(error.__cause__, SamplerError)
             if attempt == _ATTEMPTS or has_given_up:

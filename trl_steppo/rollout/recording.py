@@ -68,7 +68,9 @@ def _to_json(episode: Episode) -> dict[str, Any]:
     token_ids = _shared_ids(episode)
     return {
         "episode_id": episode.episode_id,
-        "row_index": episode.row_index,
+        "stream_position": episode.stream_position,
+        "dataset_row": episode.dataset_row,
+        "question": episode.question,
         "generation_index": episode.generation_index,
         "terminated": episode.terminated,
         "truncated": episode.truncated,
@@ -103,7 +105,10 @@ def _from_json(data: Mapping[str, Any]) -> Episode:
     final = data["final_prompt_ids"]
     return Episode(
         episode_id=data["episode_id"],
-        row_index=data["row_index"],
+        # Recordings of older versions have the position alone, under another name.
+        stream_position=data["stream_position"] if "stream_position" in data else data["row_index"],
+        dataset_row=data.get("dataset_row"),
+        question=data.get("question"),
         generation_index=data["generation_index"],
         steps=tuple(_step_from_json(step, token_ids) for step in data["steps"]),
         terminated=data["terminated"],

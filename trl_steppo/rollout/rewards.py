@@ -14,6 +14,7 @@ from ..environments.base import Message
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..types import Episode, Step, StopReason
 from .play import run_coroutine
+from .rows import own
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,11 @@ def score_episodes(
     if not valid or not reward_funcs:
         return list(episodes)
     view = _View(chat, decode)
-    arguments = {**_arguments([episodes[i] for i in valid], [rows[i] for i in valid], view), **(extra or {})}
-    columns = {name: _call(func, name, arguments, len(valid)) for name, func in _named(reward_funcs).items()}
+    arguments = _arguments([episodes[i] for i in valid], [rows[i] for i in valid], view)
+    columns = {
+        name: _call(func, name, {**_own_arguments(arguments), **(extra or {})}, len(valid))
+        for name, func in _named(reward_funcs).items()
+    }
     scored = list(episodes)
     for position, index in enumerate(valid):
         rewards = {name: column[position] for name, column in columns.items()}
@@ -175,6 +179,15 @@ def _arguments(episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]], v
         "prompts": [_prompt(episode, row, view) for episode, row in zip(episodes, rows, strict=True)],
         "completions": [_completion(episode, row, view) for episode, row in zip(episodes, rows, strict=True)],
         "completion_ids": [_completion_ids(episode) for episode in episodes],
+    }
+
+
+def _own_arguments(arguments: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """What one function may change without another function, or the dataset, seeing it."""
+    others = {name: values for name, values in arguments.items() if name != "completion_ids"}
+    return {
+        **{name: [own(value, name) for value in values] for name, values in others.items()},
+        "completion_ids": [list(ids) for ids in arguments["completion_ids"]],  # many times faster
     }
 
 

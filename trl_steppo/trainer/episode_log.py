@@ -18,7 +18,6 @@ from ..errors import CheckpointError
 from ..losses import importance_ratio
 from ..types import Episode, Step, TokenIds, writable
 from .credit import Credit
-from .data_stream import RowStream
 from .exchange import Rollout, Scores, caught, first_failure
 from .learner import Learner
 from .steppo_config import StepPOConfig
@@ -30,8 +29,9 @@ SCHEMA = pa.schema(
         # The episode; the same in all of its rows
         ("update", pa.int64()),
         ("episode_id", pa.string()),
-        ("row_index", pa.int64()),
-        ("dataset_row", pa.int64()),  # which row of the dataset this is, whatever the seed of its order
+        ("stream_position", pa.int64()),
+        ("dataset_row", pa.int64()),  # which row of the dataset this is, whatever the seed of its order; null: unknown
+        ("question", pa.string()),  # the row's own prompt: text, or messages as JSON
         ("generation_index", pa.int64()),
         ("terminated", pa.bool_()),
         ("truncated", pa.bool_()),
@@ -76,17 +76,12 @@ class EpisodeLog:
             Gives log-probabilities.
         decode (`Callable[[Sequence[int]], str]`):
             Token ids to text.
-        rows ([`RowStream`]):
-            Where the episodes' rows are from.
     """
 
-    def __init__(
-        self, args: StepPOConfig, learner: Learner, decode: Callable[[Sequence[int]], str], rows: RowStream
-    ) -> None:
+    def __init__(self, args: StepPOConfig, learner: Learner, decode: Callable[[Sequence[int]], str]) -> None:
         self.args = args
         self.learner = learner
         self.decode = decode
-        self.rows = rows
 
     @contextmanager
     def around(
@@ -151,8 +146,9 @@ class EpisodeLog:
         shared = {
             "update": update,
             "episode_id": episode.episode_id,
-            "row_index": episode.row_index,
-            "dataset_row": self.rows.row_number(episode.row_index),
+            "stream_position": episode.stream_position,
+            "dataset_row": episode.dataset_row,
+            "question": _question(episode.question),
             "generation_index": episode.generation_index,
             "terminated": episode.terminated,
             "truncated": episode.truncated,
@@ -239,6 +235,12 @@ def _num_shared(before: Sequence[int], prompt_ids: TokenIds) -> int:
     """How many tokens two sequences have in common from their start on."""
     pairs = zip(before, prompt_ids.tolist(), strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(prompt_ids)))
+
+
+def _question(question: str | list[dict[str, Any]] | None) -> str | None:
+    if question is None or isinstance(question, str):
+        return None if question is None else writable(question)
+    return writable(json.dumps(question, default=repr, ensure_ascii=False))
 
 
 def _text(observation: str | list[dict[str, Any]]) -> str:

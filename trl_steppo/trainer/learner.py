@@ -218,7 +218,7 @@ class Learner:
         shares = divide(
             everything,
             lesson.steps.sequences,
-            [episode.row_index for episode in lesson.steps.episodes],
+            [episode.stream_position for episode in lesson.steps.episodes],
             layout=self.layout,
             num_ranks=len(chosen),
         )

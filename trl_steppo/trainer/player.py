@@ -24,6 +24,7 @@ from ..rollout import (
     EpisodeRequest,
     check_agent,
     checked_weights,
+    own_row,
     play_agents,
     play_episodes,
     score_episodes,
@@ -233,7 +234,7 @@ class EpisodePlayer:
     def _collated(self, requests: Sequence[EpisodeRequest]) -> list[EpisodeRequest]:
         """Rows with the `input_ids` that `data_collator` makes of them, all at once, as `PPOTrainer` calls it."""
         assert self.data_collator is not None
-        batch = self.data_collator([dict(request.row) for request in requests])
+        batch = self.data_collator([own_row(request.row) for request in requests])
         if "input_ids" not in batch or len(batch["input_ids"]) != len(requests):
             raise ConfigurationError(
                 f"`data_collator` made {list(batch)} of {len(requests)} rows; it must give `input_ids`, one for each. "

@@ -235,7 +235,7 @@ class StepPOTrainer(PPOTrainer):
             example_row=self.rows.example,
             agent=agent,
         )
-        self.episode_log = EpisodeLog(args, self.learner, self.player.decode, self.rows)
+        self.episode_log = EpisodeLog(args, self.learner, self.player.decode)
         self._described = describe_task(
             model=model,
             train_dataset=train_dataset,
@@ -438,7 +438,7 @@ class StepPOTrainer(PPOTrainer):
             return metrics
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        requests = [EpisodeRequest(dataset[i], i) for i in range(rank, len(dataset), num_ranks)]
+        requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
         episodes = self._play_greedily(requests, "eval/")
         means = Means()
         add_episode_metrics(means, episodes)
@@ -467,7 +467,7 @@ class StepPOTrainer(PPOTrainer):
             dataset = next(iter(dataset.values()))
         count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
         plays = self.accelerator.is_main_process
-        requests = [EpisodeRequest(dataset[index], index) for index in range(count)] if plays else []
+        requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(count)] if plays else []
         episodes = self._play_greedily(requests, "shown/")
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
@@ -921,11 +921,13 @@ class StepPOTrainer(PPOTrainer):
         rows_per_rank = rows_per_update // self.accelerator.num_processes
         before = (update - self.state.global_step) * rows_per_update
         first = self.progress.num_rows_played + before + rank * rows_per_rank
-        return [
-            EpisodeRequest(self.rows[position], position, generation)
-            for position in range(first, first + rows_per_rank)
-            for generation in range(args.num_generations)
-        ]
+        requests = []
+        for position in range(first, first + rows_per_rank):
+            row, dataset_row = self.rows[position], self.rows.row_number(position)
+            requests += [
+                EpisodeRequest(row, position, generation, dataset_row) for generation in range(args.num_generations)
+            ]
+        return requests
 
     def _shows_samples(self, *, finished: bool = False) -> bool:
         """Whether episodes of this update are printed (`finished`: of the one that has just been counted)."""
@@ -984,10 +986,10 @@ def _group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[t
         observed: Any = None  # the state of a step that has no key of its own: what was observed last
         for step in episode.steps:
             key = step.info.get("state_key", repr(observed))
-            step_states.append(states.setdefault((episode.row_index, _hashable(key)), len(states)))
+            step_states.append(states.setdefault((episode.stream_position, _hashable(key)), len(states)))
             observed = step.observation
     rows: dict[int, int] = {}
-    groups = [rows.setdefault(episode.row_index, len(rows)) for episode in episodes]
+    groups = [rows.setdefault(episode.stream_position, len(rows)) for episode in episodes]
     return torch.tensor(groups, device=device).long(), torch.tensor(step_states, device=device).long()
 
 
