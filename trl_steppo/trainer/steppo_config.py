@@ -149,8 +149,8 @@ class StepPOConfig(PPOConfig):
             `vllm_weights` in `output_dir`.
         vllm_weight_transfer (`str`, *optional*, defaults to `"files"`):
             How new weights get to the servers: `"files"`, which they read, or `"nccl"`, from rank 0's GPU to theirs,
-            by the transfer that vLLM brings: it has to be installed where the trainer runs, too, and servers are
-            started with `--weight-transfer-config '{"backend": "nccl"}'`.
+            which must be others, by the transfer that vLLM brings: it has to be installed where the trainer runs,
+            too, and servers are started with `--weight-transfer-config '{"backend": "nccl"}'`.
 
     > [!NOTE]
     > *Changed* defaults, as in the paper (arXiv 2604.18401): `kl_coef` 0.0 (was 0.05), `lam` 1.0 (0.95), `gamma` 0.99

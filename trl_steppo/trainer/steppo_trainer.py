@@ -32,11 +32,13 @@ from ..models import (
     AdapterReference,
     Critic,
     PolicyScorer,
+    adapter_changes_model,
     add_adapter,
     as_reference,
     build_critic,
     critic_adapter,
     disable_dropout,
+    freeze_copy,
     gathered,
     is_peft_model,
     plain_model,
@@ -100,8 +102,9 @@ class StepPOTrainer(PPOTrainer):
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, a causal language model.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            The reference of the KL terms. If `None` and a KL coefficient is not 0, a copy of the policy; of a policy
-            with adapters, the adapter `ref_adapter_name`, or its base model.
+            The reference of the KL terms. If `None` and a KL coefficient is not 0, the policy as it is given: a copy
+            of it, or for a policy with adapters its base model where the adapter is new, and a frozen copy of the
+            adapter where it was trained before. `ref_adapter_name` names another adapter.
         reward_model ([`~transformers.PreTrainedModel`], *optional*):
             A sequence classifier with one label that scores the last prompt and response of an episode. `None` when
             the environment or `reward_funcs` pay the reward.
@@ -246,7 +249,7 @@ class StepPOTrainer(PPOTrainer):
             reward_model=reward_model,
             agent=agent,
         )
-        self.progress = Progress()
+        self.progress = Progress(reference_adapter=self._copied_adapter)
 
     # -- the story ----------------------------------------------------------------------------------------------------
 
@@ -514,7 +517,7 @@ class StepPOTrainer(PPOTrainer):
     def null_ref_context(self) -> Iterator[None]:
         """Within the block, a policy with adapters is the reference, as in `PPOTrainer`; another is left as it is."""
         with (
-            as_reference(self.model, self.policy_adapter, self.args.ref_adapter_name)
+            as_reference(self.model, self.policy_adapter, self._reference_adapter)
             if self.policy_adapter is not None
             else nullcontext()
         ):
@@ -623,6 +626,7 @@ class StepPOTrainer(PPOTrainer):
             network.load_state(folder)
         self._load_scaler(str(directory))
         self.progress = manifest.progress
+        self._resume_reference(directory, self.progress.reference_adapter)
         self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
@@ -639,6 +643,23 @@ class StepPOTrainer(PPOTrainer):
             load_weights(self.model, directory)
             if self.value_model is not None:
                 load_weights(self.value_model, directory / "critic")
+
+    def _resume_reference(self, directory: Path, saved: str | None) -> None:
+        """The reference that the run had where it was chosen by default, whatever adapter `model` was given with."""
+        reference = self.learner.reference
+        if not isinstance(reference, AdapterReference) or self.args.ref_adapter_name is not None:
+            return
+        if saved is not None and self._reference_adapter is None:
+            raise CheckpointError(
+                f"the reference of the run in {directory} is the adapter that it began with, and `model` has a new "
+                "one; load that adapter, or the one in the checkpoint, as `PeftModel.from_pretrained(base, directory, "
+                "is_trainable=True)`"
+            )
+        if saved is None:
+            self._reference_adapter = reference.reference_adapter = None
+        elif not self.is_deepspeed_enabled:  # whose shards hold it, too
+            load_weights(self.model, directory, adapter=saved, into=self._copied_adapter)
+        self.progress.reference_adapter = self._reference_adapter  # by its name in this run
 
     def _load_best_model(self) -> None:
         """The networks of the checkpoint with the best metric."""
@@ -663,11 +684,16 @@ class StepPOTrainer(PPOTrainer):
         """What a checkpoint's run must have in common with this one."""
         networks = {"policy": self.model, "critic": self.value_model}
         return {
-            "networks": {name: shapes(model) for name, model in networks.items() if model is not None},
+            "networks": {name: self._shapes(model) for name, model in networks.items() if model is not None},
             "train_dataset rows": self.rows.num_rows,
             "seed of the data": self.rows.seed,
             "ranks of the shards": self.accelerator.num_processes if self.is_deepspeed_enabled else None,
         }
+
+    def _shapes(self, model: Any) -> dict[str, list[int]]:
+        """Of a network's parameters, without those of a reference that was copied."""
+        copied = self._copied_adapter
+        return {name: shape for name, shape in shapes(model).items() if copied not in name.split(".")}
 
     # -- construction -------------------------------------------------------------------------------------------------
 
@@ -703,10 +729,14 @@ class StepPOTrainer(PPOTrainer):
         self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None  # type: ignore[assignment]
         self.value_model: Any = None
         needs_copy = args.uses_reference and ref_model is None and self.policy_adapter is None
+        self._reference_adapter: str | None = args.ref_adapter_name
+        self._copied_adapter: str | None = None
         hold = partial(hold_in_float32, self.accelerator)
         with gathered(model.parameters()):
             if not self.accelerator.is_fsdp2:
                 hold(model, "model")  # before it is copied: copies compute as it does
+            if args.uses_reference and ref_model is None and self.policy_adapter is not None:
+                self._reference_adapter = self._choose_reference(model, self.policy_adapter)
             if args.uses_critic:
                 self.value_model = value_model if value_model is not None else self._build_critic(model)
             if needs_copy:
@@ -731,7 +761,7 @@ class StepPOTrainer(PPOTrainer):
         reference: nn.Module | None = None
         if args.uses_reference and ref_model is None:
             assert self.policy_adapter is not None
-            reference = AdapterReference(scorer, model, self.policy_adapter, args.ref_adapter_name)
+            reference = AdapterReference(scorer, model, self.policy_adapter, self._reference_adapter)
         elif args.uses_reference:
             self.ref_model = _frozen(ref_model)
             reference = build_reference(self.accelerator, PolicyScorer(plain_model(self.ref_model)))
@@ -764,6 +794,18 @@ class StepPOTrainer(PPOTrainer):
             self.engine = InWorker(args, self.accelerator, model, twin)
         else:
             self.engine = InProcess(args, self.accelerator, policy, model)
+
+    def _choose_reference(self, model: Any, policy_adapter: str) -> str | None:
+        """The adapter that is the reference; `None`: the base model without any, as for an adapter that is new."""
+        if self.args.ref_adapter_name is not None or not adapter_changes_model(model):
+            return self.args.ref_adapter_name
+        name = self._copied_adapter = freeze_copy(model, policy_adapter)
+        logger.warning(
+            f"the adapter {policy_adapter!r} of `model` was trained before, so a frozen copy of it, {name!r}, is the "
+            "reference of the KL terms; for the base model as the reference, add a new adapter and set "
+            "`ref_adapter_name` to its name"
+        )
+        return name
 
     def _layout(self, models: Sequence[Any]) -> LayoutName:
         """The layout of rows that saves the most and that all networks can take."""
