@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from _record import current_commit
 
+from trl_steppo.keeper import Keeper
 from trl_steppo.models import ROOMS_POLICY, locate_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -161,7 +162,7 @@ def play(
     """
     waiting = deque(runs)
     refuse_other_runs(waiting)
-    playing: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
+    playing: dict[Run, tuple[Keeper, subprocess.Popen[bytes], float]] = {}
     failed = []
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -171,10 +172,11 @@ def play(
                 if run.is_finished:
                     on_finish(run)
                 else:
-                    playing[run] = _start(run, num_threads), time.perf_counter()
-            for run, (process, start) in list(playing.items()):
+                    playing[run] = (*_start(run, num_threads), time.perf_counter())
+            for run, (keeper, process, start) in list(playing.items()):
                 if process.poll() is None:
                     continue
+                keeper.end()
                 del playing[run]
                 if process.returncode == 0:
                     _mark_finished(run, time.perf_counter() - start)
@@ -184,8 +186,9 @@ def play(
             if playing:
                 time.sleep(_POLL_S)
     finally:
-        for process, _ in playing.values():
-            os.killpg(process.pid, signal.SIGTERM)
+        for keeper, _, _ in playing.values():
+            keeper.end()
+        for _, process, _ in playing.values():
             process.wait()
         signal.signal(signal.SIGTERM, before)
     return failed
@@ -219,21 +222,25 @@ def updates_of(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [logs for logs in history if "perf/update_s" in logs]
 
 
-def _start(run: Run, num_threads: int | None) -> subprocess.Popen[bytes]:
+def _start(run: Run, num_threads: int | None) -> tuple[Keeper, subprocess.Popen[bytes]]:
+    """A run's process, which ends with what it has started, and with this process."""
     shutil.rmtree(run.output_dir, ignore_errors=True)
     run.output_dir.mkdir(parents=True)
     (run.output_dir / _COMMIT).write_text(f"{current_commit() or ''}\n")
     kept = {"settings": run.settings, "inputs": run.hashes()}
     (run.output_dir / _SETTINGS).write_text(json.dumps(kept, indent=2) + "\n")
     threads = {} if num_threads is None else {"OMP_NUM_THREADS": str(num_threads)}
-    with (run.output_dir / "log.txt").open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, *run.arguments],
+    keeper = Keeper([sys.executable, *run.arguments])
+    with (run.output_dir / "log.txt").open("w") as log, keeper.starting() as descriptor:
+        process = subprocess.Popen(
+            keeper.command,
             env={**os.environ, "PYTHONWARNINGS": "ignore", **threads},
             stdout=log,
             stderr=log,
-            start_new_session=True,  # with the processes it starts, so that all of them can be stopped
+            start_new_session=True,
+            pass_fds=[descriptor],
         )
+    return keeper, process
 
 
 def _mark_finished(run: Run, seconds: float) -> None:

@@ -132,7 +132,8 @@ def test_a_failed_run_does_not_stop_the_others(run_in):
         refuse_failures([broken])
 
 
-def test_whoever_is_terminated_takes_its_runs_along(run_in, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_whoever_is_terminated_takes_its_runs_along(run_in, tmp_path, how):
     run = run_in("a", "wait")
     program = f"""
 import sys
@@ -144,10 +145,12 @@ play([Run({run.arguments!r}, Path({str(run.output_dir)!r}))])
     process = subprocess.Popen([sys.executable, "-c", program])
     while not (tmp_path / "a.started").exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
-    mine = subprocess.run(["pgrep", "-f", str(run.output_dir)], capture_output=True, text=True).stdout
-    assert mine == ""
+    process.send_signal(how)
+    assert process.wait(30) == (128 + how if how == signal.SIGTERM else -how)
+    deadline = time.monotonic() + (0 if how == signal.SIGTERM else 20)  # nobody waits for them after a SIGKILL
+    while subprocess.run(["pgrep", "-f", str(run.output_dir)], capture_output=True).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert not run.is_finished
 
 

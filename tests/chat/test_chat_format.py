@@ -282,3 +282,66 @@ def test_tool_calls_that_nobody_can_parse_are_refused():
     template = make_tokenizer(trl_templates.qwen2_5_chat_template).chat_template.replace("<tool_call>", "[call]")
     with pytest.raises(ChatTemplateError, match="cannot be parsed"):
         ChatFormat(make_tokenizer(template), tools=[SEARCH])
+
+
+# As Mistral's own: tool calls and their answers must have ids of nine letters or digits.
+DEMANDS_IDS = """\
+{%- if tools %}{{ tools | tojson }}{% endif %}
+{%- for m in messages %}
+{%- if m.tool_calls %}
+{{- '[TOOL_CALLS][' }}
+{%- for call in m.tool_calls %}
+{%- if call.id is not defined or call.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{% endif %}
+{{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' + ('' if loop.last else ', ') }}
+{%- endfor %}
+{{- ']<|im_end|>' }}
+{%- elif m.role == 'tool' %}
+{%- if m.tool_call_id is not defined or m.tool_call_id | length != 9 %}
+{{- raise_exception('answers have ids of nine characters') }}{% endif %}
+{{- '[TOOL_RESULTS]' + m.tool_call_id + ' ' + m.content + '[/TOOL_RESULTS]' }}
+{%- else %}
+{{- '[' + m.role + ']' + m.content + '<|im_end|>' }}
+{%- endif %}
+{%- endfor %}"""
+
+
+def test_ids_are_made_where_a_template_demands_them():
+    chat = ChatFormat(make_tokenizer(DEMANDS_IDS), tools=[SEARCH])
+    turn = {**CALLING, "tool_calls": [CALL, CALL]}
+    whole, appended = chat.render([USER, turn, *ANSWERS]), chat.append(ANSWERS, tool_call_names=["search", "search"])
+    assert whole[-len(appended) :] == appended
+    assert "000000000 In Paris." in chat.decode(appended)
+    assert "000000001 " in chat.decode(appended)
+    assert CALL == {"type": "function", "function": {"name": "search", "arguments": {"query": "Eiffel"}}}
+
+
+def test_the_ids_that_a_model_gives_its_calls_are_kept():
+    chat = ChatFormat(make_tokenizer(DEMANDS_IDS), multi_turn=False)
+    written = '[TOOL_CALLS][{"name": "search", "arguments": {"query": "Eiffel"}, "id": "VvvODy9mT"}]<|im_end|>'
+    assert chat.parse(sampled(chat, written)).message["tool_calls"] == [{**CALL, "id": "VvvODy9mT"}]
+    answered = [
+        USER,
+        {**CALLING, "tool_calls": [{**CALL, "id": "VvvODy9mT"}]},
+        {**ANSWERS[0], "tool_call_id": "VvvODy9mT"},
+    ]
+    assert "[TOOL_RESULTS]VvvODy9mT In Paris." in chat.decode(chat.render(answered))
+
+
+def test_what_a_template_raises_is_quoted_with_the_right_cure():
+    refusing = "{% if m.role != 'user' %}{{ raise_exception('no replies') }}{% endif %}{{ m.content }}"
+    with pytest.raises(ChatTemplateError, match=r"no replies.*to one that takes such messages"):
+        ChatFormat(make_tokenizer(KNOWS_NO_TOOLS.replace("{{ m.content }}", refusing)))
+
+
+def test_a_malformed_value_is_no_call_of_another_parser():
+    from trl_steppo.chat.parsing import check_tool_calls
+
+    schemas = {"search": {"properties": {"query": {"type": "string"}, "k": {"type": "integer"}}}}
+    given = [
+        {"function": {"name": "search", "arguments": {"query": "7", "k": "7"}}},
+        {"function": {"name": "search", "arguments": {"k": float("nan")}}},
+        {"function": {"name": "search"}},
+    ]
+    calls, malformed = check_tool_calls(given, schemas)
+    assert [call["function"]["arguments"] for call in calls] == [{"query": "7", "k": 7}]
+    assert len(malformed) == 2

@@ -375,3 +375,16 @@ def test_an_environment_without_reset_and_two_tools_of_one_name_are_refused():
         make_playable(object())
     with pytest.raises(ConfigurationError, match="two tools are named `double`"):
         make_playable(None, [double, double])
+
+
+def test_an_answer_carries_the_id_that_the_model_gave_its_call():
+    calls = [
+        {"type": "function", "id": "VvvODy9mT", "function": {"name": "double", "arguments": {"x": 2}}},
+        {"type": "function", "function": {"name": "double", "arguments": {"x": 3}}},
+    ]
+    response = Response("", {"role": "assistant", "content": "", "tool_calls": calls})
+    (outcome,), _ = play(make_playable(tools=[double]), response)
+    assert outcome.observation == [
+        {"role": "tool", "name": "double", "content": "4", "tool_call_id": "VvvODy9mT"},
+        {"role": "tool", "name": "double", "content": "6"},
+    ]

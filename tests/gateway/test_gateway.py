@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import socket
 import sqlite3
 import stat
@@ -973,7 +974,8 @@ def test_a_restarted_gateway_goes_on(tmp_path, policy):
 def test_a_store_has_one_gateway(tmp_path):
     path = tmp_path / "s.sqlite"
     store = Store(path)
-    with pytest.raises(CheckpointError, match=r"is open in another gateway, which holds .*s\.sqlite\.lock; stop that"):
+    words = rf"is open in another gateway \(process {os.getpid()} on .*\), which holds .*s\.sqlite\.lock; stop that"
+    with pytest.raises(CheckpointError, match=words):
         Store(path)
     store.close()
     Store(path).close()

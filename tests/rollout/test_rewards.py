@@ -138,3 +138,25 @@ def test_as_many_weights_as_functions(chat, episodes):
 
 def test_nothing_to_score_calls_nothing(chat):
     assert score_episodes([None], None, [FAILED], [{}], chat=chat) == [FAILED]
+
+
+def test_a_malformed_call_reaches_a_reward_function_as_its_raw_text(chat):
+    malformed = '<tool_call>\n{"name": "look", "arguments": {"where": NaN}}\n</tool_call>'
+    (episode,) = play_episodes(
+        [EpisodeRequest(ROWS[0], 0)],
+        lambda row: make_playable(LookEnvironment()),
+        ScriptedSampler(chat, lambda order: [malformed + "<|im_end|>", STOP][order[2]]),
+        chat=chat,
+        limits=EpisodeLimits(),
+        sampling=SamplingParams(max_new_tokens=200),
+        run_seed=0,
+    )
+    seen = []
+
+    def remember(completions, **kwargs):
+        seen.extend(completions)
+        return [0.0]
+
+    score_episodes([remember], None, [episode], ROWS[:1], chat=chat)
+    assert seen[0][0] == {"role": "assistant", "content": malformed}
+    assert episode.metrics["malformed_tool_calls"] == 1

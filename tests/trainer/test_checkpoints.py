@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -19,7 +20,16 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from trl_steppo import StepPOTrainer
 from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.rollout import load_episodes
-from trl_steppo.trainer.checkpoints import Manifest, Progress, rotate, written_whole
+from trl_steppo.trainer import checkpoints
+from trl_steppo.trainer.checkpoints import (
+    Manifest,
+    Progress,
+    check_whole,
+    hashes,
+    rotate,
+    write_manifest,
+    written_whole,
+)
 
 SAVING: dict[str, Any] = {"total_episodes": 24, "save_strategy": "steps", "save_steps": 1}
 
@@ -271,6 +281,134 @@ def test_a_damaged_newest_checkpoint(finished, copied, name, damage):
     assert (copied / "checkpoint-3/model.safetensors").read_bytes() == (
         finished / "checkpoint-3/model.safetensors"
     ).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def of_another_run(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("another")
+    make_trainer(directory, **SAVING, seed=5, learning_rate=3e-3).train()
+    return directory
+
+
+READ = (*FILES, "scheduler.pt", "critic/scheduler.pt", "rng_state.pth", "config.json", "checkpoint.json")
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("damage", ["flipped", "another run's"])
+def test_a_file_of_the_right_size_with_another_content(of_another_run, copied, name, damage):
+    path = copied / "checkpoint-3" / name
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    else:
+        content = bytearray((of_another_run / "checkpoint-3" / name).read_bytes())
+        if content == path.read_bytes():
+            pytest.skip("both runs have the same one")
+    path.write_bytes(content)
+    trainer = make_trainer(copied, **SAVING)
+    before = weights(trainer.model)
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 (is|was written|holds)"):
+        trainer.train(resume_from_checkpoint=True)
+    assert same(weights(trainer.model), before)
+    assert not trainer.is_in_train
+
+
+def without_hashes(directory: Path) -> None:
+    """As older versions wrote it."""
+    content = json.loads((directory / "checkpoint.json").read_text())
+    del content["hashes"], content["hash"], content["identity"]["optimizer"], content["progress"]["learned_updates"]
+    content["files"] = {name: (directory / name).stat().st_size for name in content["files"]}
+    (directory / "checkpoint.json").write_text(json.dumps(content))
+
+
+def test_a_checkpoint_without_hashes_is_resumed(copied, caplog):
+    without_hashes(copied / "checkpoint-2")
+    trainer = make_trainer(copied, **SAVING)
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=str(copied / "checkpoint-2"))
+    assert "without hashes" in caplog.text
+    whole = make_trainer(copied.with_name("whole"), **SAVING)
+    whole.train()
+    assert same(weights(trainer.model), weights(whole.model))
+
+
+@pytest.mark.parametrize("name", [name for name in READ if name not in ("config.json", "checkpoint.json")])
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"garbage" * 100, "pickle"])
+def test_what_no_hash_tells_is_still_no_raw_error(copied, name, content):
+    directory = copied / "checkpoint-3"
+    if content == "pickle":  # a good file of this kind, which holds something else
+        torch.save([1, 2, {"state": 3}], directory / name)
+    else:
+        (directory / name).write_bytes(content)
+    without_hashes(directory)
+    trainer = make_trainer(copied, **SAVING)
+    with pytest.raises(CheckpointError, match=r"(?s)checkpoint-3.*(checkpoint-2|cannot be loaded)"):
+        trainer.train(resume_from_checkpoint=True)
+    assert not trainer.is_in_train
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": 5},
+        {"identity": {}},
+        {"progress": {"unheard": 1}},
+        {"progress": None},
+        {"files": {"model.safetensors": "x"}},
+        {"format": 7},
+        [1],
+    ],
+)
+def test_a_manifest_that_says_something_else(copied, change):
+    path = copied / "checkpoint-3" / "checkpoint.json"
+    content = {**json.loads(path.read_text()), **change} if isinstance(change, dict) else change
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 (is|has format)"):
+        make_trainer(copied, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_an_optimizer_of_another_shape(copied):
+    """Without a hash that tells it."""
+    directory = copied / "checkpoint-3"
+    state = torch.load(directory / "optimizer.pt", weights_only=True)
+    state["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, directory / "optimizer.pt")
+    without_hashes(directory)
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be read.*exp_avg of parameter 0 is.*`optim`"):
+        make_trainer(copied, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_another_optimizer(copied):
+    with pytest.raises(CheckpointError, match="the optimizer AdamW, and this run has SGD; set `optim` back"):
+        make_trainer(copied, **SAVING, optim="sgd").train(resume_from_checkpoint=True)
+
+
+def test_a_file_among_the_shards_that_was_not_written_with_them(tmp_path):
+    """DeepSpeed would unpickle it."""
+    shards = tmp_path / "checkpoint-1" / "shards"
+    shards.mkdir(parents=True)
+    (shards / "mp_rank_00_model_states.pt").write_bytes(b"1")
+    write_manifest(shards.parent, Manifest({"networks": {}}, Progress()))
+    check_whole(shards.parent)
+    (shards / "mp_rank_01_model_states.pt").write_bytes(b"1")
+    with pytest.raises(CheckpointError, match=r"shards/mp_rank_01_model_states\.pt is none of the files"):
+        check_whole(shards.parent)
+    (shards / "mp_rank_01_model_states.pt").unlink()
+    (shards / "mp_rank_00_model_states.pt").write_bytes(b"2")
+    with pytest.raises(CheckpointError, match=r"the content of shards/mp_rank_00_model_states\.pt has changed"):
+        check_whole(shards.parent)
+
+
+def test_every_byte_of_a_large_file_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_BLOCK", 10)
+    monkeypatch.setattr(checkpoints, "_PIECE", 3)
+    content = bytes(range(45))
+    (tmp_path / "file").write_bytes(content)
+    seen = {hashes(tmp_path, {"file": 45})["file"]}
+    for index in range(45):
+        (tmp_path / "file").write_bytes(content[:index] + b"x" + content[index + 1 :])
+        seen.add(hashes(tmp_path, {"file": 45})["file"])
+    assert len(seen) == 46
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -645,3 +646,124 @@ def test_no_reference_and_no_critic_are_built_where_none_is_used(tmp_path):
     assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
     trainer.train()
     assert same(weights(trainer.ref_model), weights(make_model()))
+
+
+# -- runs that fail ---------------------------------------------------------------------------------------------------
+
+
+def public_state(trainer: Any) -> dict[str, Any]:
+    """What a run changes while it lasts."""
+    return {
+        "is_in_train": trainer.is_in_train,
+        "policy trains": [module.training for module in trainer.model.modules()],
+        "critic trains": [module.training for module in trainer.value_model.modules()],
+        "serves": trainer.player._server,
+        "running": getattr(trainer.engine, "_is_running", False),
+        "bars": [getattr(callback, "training_bar", None) for callback in trainer.callback_handler.callbacks],
+    }
+
+
+def breaks_at(event: str, update: int) -> TrainerCallback:
+    callback = TrainerCallback()
+
+    def fail(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == update:
+            raise OSError("broken callback")
+
+    setattr(callback, event, fail)
+    return callback
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"use_rollout_worker": True}], ids=["local", "worker"])
+@pytest.mark.parametrize("where", ["rollout", "on_optimizer_step", "on_step_end", "on_evaluate", "on_train_end"])
+def test_a_run_that_fails_leaves_the_trainer_as_it_was(tmp_path, trains, settings, where):
+    if settings and where not in ("rollout", "on_step_end"):
+        pytest.skip("starting a process takes seconds")
+    if where == "rollout":
+        settings = {**settings, "environment_factory": always_broken(), "max_failed_updates": 1}
+    else:
+        settings = {**settings, "callbacks": [breaks_at(where, 2 if where == "on_train_end" else 1)]}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": prompt_rows(2), "disable_tqdm": False}
+    trainer = make_trainer(tmp_path, **settings)
+    for network in (trainer.model, trainer.value_model):
+        network.train(trains)
+    before = public_state(trainer)
+    with pytest.raises((RolloutError, OSError), match="broken"):
+        trainer.train()
+    assert public_state(trainer) == before
+
+
+def test_a_run_that_ends_well_leaves_the_trainer_as_it_was(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = public_state(trainer)
+    trainer.train()
+    assert public_state(trainer) == before
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("broken", ["logits", "reward", "callback"])
+def test_an_evaluation_that_fails_leaves_the_trainer_as_it_was(tmp_path, trains, broken):
+    settings: dict[str, Any] = {"eval_dataset": prompt_rows(3), "environment_factory": Hash}
+    if broken == "reward":
+        settings["reward_funcs"] = lambda completions, **kwargs: 1 / 0
+    if broken == "callback":
+        settings["callbacks"] = [breaks_at("on_prediction_step", 0)]
+    trainer = make_trainer(tmp_path, **settings)
+    if broken == "logits":
+        with torch.no_grad():
+            trainer.model.lm_head.weight.fill_(float("nan"))
+    for network in (trainer.model, trainer.value_model):
+        network.train(trains)
+    before = public_state(trainer)
+    with pytest.raises((RolloutError, OSError)):
+        trainer.evaluate()
+    assert public_state(trainer) == before
+
+
+def test_a_run_that_learned_nothing_is_an_error(tmp_path):
+    """Though it is too short for `max_failed_updates`."""
+    trainer = make_trainer(tmp_path, environment_factory=always_broken(), max_failed_updates=9)
+    words = r"none of the run's 2 updates has moved any weights.*in update 1: it had no valid episode: .*broken reset"
+    with pytest.raises(RolloutError, match=words):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_run_whose_every_step_was_skipped_is_an_error(tmp_path):
+    trainer = make_trainer(tmp_path, environment_factory=Hash)
+    trainer.learner._policy_loss = lambda *args: next(trainer.model.parameters()).sum() * float("nan")
+    trainer.learner._value_loss = lambda *args: next(trainer.value_model.parameters()).sum() * float("nan")
+    before = weights(trainer.model)
+    with pytest.raises(
+        RolloutError, match=r"none of the run's 2 updates.*update 1: its loss or gradient was not a fin"
+    ):
+        trainer.train()
+    assert same(weights(trainer.model), before)
+
+
+def test_one_update_that_learned_is_enough(tmp_path):
+    """Also before the run was interrupted."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_failed_updates": 9}
+    make_trainer(tmp_path, **settings, total_episodes=8).train()
+    rest = make_trainer(tmp_path, **settings, environment_factory=always_broken(), total_episodes=24)
+    rest.train(resume_from_checkpoint=True)
+    assert rest.state.global_step == 3
+
+
+def test_one_run_in_an_output_dir(tmp_path):
+    refused = []
+
+    class StartsAnother(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            other = make_trainer(tmp_path / "run", eval_dataset=prompt_rows(1))
+            other.evaluate()
+            with pytest.raises(ConfigurationError, match=rf"run'.*process {os.getpid()} on .*another `output_dir`"):
+                other.train()
+            assert not other.is_in_train
+            refused.append(other)
+
+    make_trainer(tmp_path / "run", callbacks=[StartsAnother()]).train()
+    assert len(refused) == 2
+    refused[0].train()
+    assert not (tmp_path / "run" / "_run.lock").exists()

@@ -21,7 +21,7 @@ from itertools import takewhile
 from typing import Any
 
 from ..errors import ChatTemplateError
-from .formats import FORMATS, PLAIN, CallFormat, Piece
+from .formats import FORMATS, LLAMA, PLAIN, CallFormat, Piece
 from .parsing import Message, ParsedResponse, check_tool_calls, join_pieces, split_pieces, tool_call
 from .tokenizing import characters_per_token
 
@@ -444,8 +444,7 @@ class ChatFormat:
         if _PROBE not in text:
             raise ChatTemplateError(f"the chat template of {self._name()} {_LEAVES_OUT[kind]}")
         tail = self._encode(text[text.rindex(_PROBE) + len(_PROBE) :])
-        if kind == "user":  # some templates end the whole conversation with one more token
-            tail = self._kept_when_followed(template, tail)
+        tail = self._kept_when_followed(template, tail, kind)  # some end the whole conversation with one more token
         ends = [i for i in tail if i in self._added_ids and not _is_framing(self._token_text(i))]
         if not ends:
             raise ChatTemplateError(
@@ -454,10 +453,11 @@ class ChatFormat:
             )
         return ends[-1]
 
-    def _kept_when_followed(self, template: str, tail: list[int]) -> list[int]:
-        """What of the ids behind a reply is still there when a user message follows; all of it if nothing is."""
+    def _kept_when_followed(self, template: str, tail: list[int], kind: str) -> list[int]:
+        """What of the ids behind a reply is still there when it is answered; all of it if nothing is."""
+        answer = _USER if kind == "user" else _FOLLOW_UP[kind]
         try:
-            text = self._text([_USER, _reply("user", content=_PROBE), _USER], template=template)
+            text = self._text([_USER, _reply(kind, content=_PROBE), answer], template=template)
         except Exception:  # a template for a single turn
             return tail
         followed = self._encode(text.partition(_PROBE)[2])
@@ -494,7 +494,8 @@ class ChatFormat:
             pieces = form.read(text, schemas, opens_thinking=_opens_thought(form, prompt))
             message = join_pieces(pieces).message
             read = [one["function"] for one in message.get("tool_calls", ())]
-            if read == [call["function"]] and not message["content"]:
+            # Llama's has no delimiters: what stands before a call in it belongs to another form.
+            if read == [call["function"]] and (form is not LLAMA or not message["content"]):
                 return form
         return PLAIN if not self.tools and not _has_response_format(self._tokenizer) else None
 
@@ -589,23 +590,22 @@ def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
     The ids count the calls of one turn, so that a turn is rendered in the same way wherever it stands.
     """
     identified: list[Message] = []
-    pending: list[str] = []
-    renamed: dict[str, str] = {}
+    ids: list[str] = []
+    renamed: dict[Any, str] = {}
+    answered = 0
     for message in messages:
         if message.get("tool_calls"):
-            calls = []
-            for index, call in enumerate(message["tool_calls"]):
-                given = call.get("id")
-                call_id = given if _is_call_id(given) else f"{index:09d}"
-                renamed[given] = call_id
-                calls.append({**call, "id": call_id})
-            pending = [call["id"] for call in calls]
-            message = {**message, "tool_calls": calls}
+            calls = list(enumerate(message["tool_calls"]))
+            ids = [call["id"] if _is_call_id(call.get("id")) else f"{index:09d}" for index, call in calls]
+            renamed = {call.get("id"): call_id for (_, call), call_id in zip(calls, ids, strict=True)}
+            message = {**message, "tool_calls": [{**call, "id": ids[index]} for index, call in calls]}
+            answered = 0
         elif message.get("role") == "tool":
             given = message.get("tool_call_id")
-            expected = pending.pop(0) if pending else f"{len(identified):09d}"
+            in_order = ids[answered] if answered < len(ids) else f"{answered:09d}"
             if not _is_call_id(given):
-                message = {**message, "tool_call_id": renamed.get(given, expected) if given else expected}
+                message = {**message, "tool_call_id": renamed.get(given, in_order) if given else in_order}
+            answered += 1
         identified.append(message)
     return identified
 

@@ -228,16 +228,16 @@ class ToolPlayable(_EnvironmentCalls):
     async def step(self, response: Response) -> Outcome:
         """Call the tools that the response asks for. Raises only what `done`, `step_reward` or `state_key` raise."""
         state_key = await self._state_key()
-        calls = [tool_call["function"] for tool_call in response.message.get("tool_calls") or ()]
+        calls = [_identified(tool_call) for tool_call in response.message.get("tool_calls") or ()]
         counts = Counter(dict.fromkeys(("tool_calls", *MISTAKES), 0))
         counts.update(tool_calls=len(calls), malformed_tool_calls=len(response.malformed))
         calls, malformed = (calls, response.malformed) if self.tools else ([], ())
         calls, refused = calls[: self._max_tool_calls], calls[len(calls[: self._max_tool_calls]) :]
         counts.update(refused_tool_calls=len(refused))
         answers = await asyncio.gather(*(self._answer(one["name"], one["arguments"], counts) for one in calls))
-        observation = [_message(one["name"], answer) for one, answer in zip(calls, answers, strict=True)]
+        observation = [_message(one["name"], answer, one["id"]) for one, answer in zip(calls, answers, strict=True)]
         too_many = f"Error: not run: a response may make {self._max_tool_calls} tool calls"
-        observation += [_message(one["name"], too_many) for one in refused]
+        observation += [_message(one["name"], too_many, one["id"]) for one in refused]
         observation += [_message("error", f"Error: malformed tool call: {reason}") for reason in malformed]
         is_done, asks_nothing = await self._is_done(), not observation
         return Outcome(
@@ -287,8 +287,14 @@ class ToolPlayable(_EnvironmentCalls):
         return _finite(await self._call("step_reward"), "step_reward()") if self._defines("step_reward") else 0.0
 
 
-def _message(name: str, content: str) -> Message:
-    return {"role": "tool", "name": name, "content": content}
+def _message(name: str, content: str, call_id: str | None = None) -> Message:
+    message: Message = {"role": "tool", "name": name, "content": content}
+    return message if call_id is None else {**message, "tool_call_id": call_id}
+
+
+def _identified(tool_call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Name and arguments, and the id that the model gave the call, where its format has ids."""
+    return {**tool_call["function"], "id": tool_call.get("id")}
 
 
 def _finite(value: Any, what: str) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..durable import sync
+from ..durable import Lock, LockedError, sync
 from ..errors import CheckpointError
 
 _SCHEMA = """
@@ -168,7 +168,7 @@ class Store:
     def _open(self, stack: ExitStack) -> sqlite3.Connection:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            stack.callback(os.close, _locked(self.path))
+            stack.callback(_locked(self.path).close)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             sync(self.path.parent)
         connection = sqlite3.connect(self.path or ":memory:", isolation_level=None)
@@ -182,23 +182,15 @@ class Store:
         return connection
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path) -> Lock:
     """A file beside the database that one gateway holds for as long as it is open, or lives."""
-    lock = path.with_name(path.name + ".lock")
-    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return descriptor
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
+        return Lock(path.with_name(path.name + ".lock"))
+    except LockedError as error:
         raise CheckpointError(
-            f"the gateway's store {path} is open in another gateway, which holds {lock}; stop that one, or give this "
-            "one a directory of its own"
+            f"the gateway's store {path} is open in another gateway ({error.holder}), which holds {error.path}; stop "
+            "that one, or give this one a directory of its own"
         ) from error
-    return descriptor
 
 
 def _check_format(connection: sqlite3.Connection, path: Path | None) -> None:

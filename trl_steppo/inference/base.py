@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import ConfigurationError, DataError
 from ..types import StopReason, TokenIds
@@ -45,16 +45,42 @@ class SamplingParams:
 MIN_TEMPERATURE = 1e-3  # below it logits leave what float32 can tell apart; 0 takes the most likely token
 
 
-def check_request(prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str) -> None:
+def vocabulary_size(model: Any) -> int | None:
+    """How many token ids a model can read: the rows of its input embeddings. `None` if it does not say."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    # An attribute, where there is one: engines that shard a model leave an empty weight behind.
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def check_request(
+    prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, vocabulary_size: int | None = None
+) -> None:
     """
     Find out what cannot be sampled before it shares a batch with others.
 
+    Args:
+        prompt_ids (`Sequence[int]`), params ([`SamplingParams`]), episode_id (`str`):
+            The request.
+        vocabulary_size (`int`, *optional*):
+            How many token ids the model can read. `None`: not known.
+
     Raises:
-        DataError: The prompt is empty.
+        DataError: The prompt is empty, or has a token id that the model cannot read.
         ConfigurationError: A number is outside of its range.
     """
     if not prompt_ids:
         raise DataError(f"the prompt of episode {episode_id!r} is empty; there is nothing to continue")
+    highest = 2**31 if vocabulary_size is None else vocabulary_size
+    if min(prompt_ids) < 0 or max(prompt_ids) >= highest:
+        place, token_id = next((i, t) for i, t in enumerate(prompt_ids) if not 0 <= t < highest)
+        raise DataError(
+            f"the prompt of episode {episode_id!r} has the token id {token_id} at position {place}, and the model has "
+            f"{highest} ids, from 0; if its tokenizer has more tokens, call "
+            "`model.resize_token_embeddings(len(tokenizer))`"
+        )
     temperature = params.temperature
     if params.max_new_tokens < 1:
         raise ConfigurationError(f"`max_new_tokens` is {params.max_new_tokens}; a response has at least one token")

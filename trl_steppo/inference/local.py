@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..errors import ConfigurationError, RolloutError
 from ..numerics import CastWeights, Numerics
 from ..types import StopReason, TokenIds
-from .base import Sample, SamplingParams, check_request
+from .base import Sample, SamplingParams, check_request, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class LocalSampler:
     Raises:
         ConfigurationError: If `cache_tokens` is not positive; from `sample`, if one response alone exceeds it, or a
             number of its [`SamplingParams`] is outside of its range.
-        DataError: From `sample`, if the prompt is empty.
+        DataError: From `sample`, if the prompt is empty, or has a token id that the model cannot read.
         RolloutError: From `sample`, if the model's logits are not numbers.
     """
 
@@ -67,6 +67,7 @@ class LocalSampler:
         if cache_tokens is not None and cache_tokens < 1:
             raise ConfigurationError(f"`rollout_cache_tokens` is {cache_tokens}; give a positive number, or None")
         self.model = model
+        self.vocabulary_size = vocabulary_size(model)
         self.policy_version = 0
         self.cache_tokens = cache_tokens
         self.numerics = numerics or Numerics(next(model.parameters()).device)
@@ -85,7 +86,7 @@ class LocalSampler:
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
         """Continue `prompt_ids`; see [`Sampler`]."""
-        check_request(prompt_ids, params, episode_id=episode_id)
+        check_request(prompt_ids, params, episode_id=episode_id, vocabulary_size=self.vocabulary_size)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sample] = loop.create_future()
         request = _Request(list(prompt_ids), params, episode_id, order, future)

@@ -68,6 +68,8 @@ class VLLMSampler:
         join (`Callable`, *optional*):
             Makes a group of this process and a server's, in which whole weights are sent ([`NCCLGroup`]). `None`:
             servers read them in a directory.
+        vocabulary_size (`int`, *optional*):
+            How many token ids the policy can read; prompts with others are refused here. `None`: not known.
 
     Raises:
         ConfigurationError: From the first `update`, if a server lacks an option; from `sample`, if prompt and response
@@ -88,6 +90,7 @@ class VLLMSampler:
         poll_s: float = 1.0,
         retry_s: float = _RETRY_S,
         join: Join | None = None,
+        vocabulary_size: int | None = None,
     ) -> None:
         try:
             import aiohttp  # noqa: F401
@@ -96,6 +99,7 @@ class VLLMSampler:
                 '`use_vllm` is set, but aiohttp is not installed: pip install "trl-steppo[vllm]"'
             ) from error
         self.timeout_s = timeout_s
+        self.vocabulary_size = vocabulary_size
         self.sends_weights = sends_weights
         self.silent_s = silent_s
         self.poll_s = poll_s
@@ -122,7 +126,7 @@ class VLLMSampler:
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
         """Continue `prompt_ids`; see [`Sampler`]. May be called from any event loop."""
-        check_request(prompt_ids, params, episode_id=episode_id)
+        check_request(prompt_ids, params, episode_id=episode_id, vocabulary_size=self.vocabulary_size)
         if params.top_p != 1 or params.top_k != 0:
             raise ConfigurationError(
                 f"`top_p` is {params.top_p} and `top_k` {params.top_k}: vLLM's log-probabilities are then of what "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -246,7 +247,11 @@ class _Worker:
 
     def _beat(self) -> None:
         """In a thread of its own: signs of life, also during a long forward pass."""
+        trainer = multiprocessing.parent_process()
+        assert trainer is not None
         while True:
+            if os.getppid() != trainer.pid:  # where a process that it forked still holds its end of the connection
+                os._exit(0)
             self._send(self._counts())
             time.sleep(_BEATS_S)
 

@@ -9,7 +9,9 @@ An agent is one of
   `ANTHROPIC_API_KEY`, `STEPPO_SESSION_URL`), which is the trainer's without the variables of its launcher. If the last
   line that it writes to its standard output is a number, that is the reward.
 
-Each runs in a thread or a process of its own: one that raises, dies or hangs costs its own episode.
+Each runs in a thread or a process of its own: one that raises, dies or hangs costs its own episode. A process ends
+with its episode, and with the trainer, whatever ended that: it and all that it started get SIGTERM, and 2 s later
+SIGKILL; see [`keeper`].
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import math
 import os
 import shlex
 import shutil
-import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from ..errors import ConfigurationError, SamplerError
 from ..gateway.sampling import Engine
 from ..gateway.sessions import Session, SessionSpec
 from ..inference.base import Sampler, SamplingParams
+from ..keeper import LETS_END_S, Keeper
 from ..types import Episode, EpisodeLimits
 from .episode import describe
 from .pacing import InFlight
@@ -52,7 +54,7 @@ _LOOKS_S = 0.25  # between looks whether an agent hangs
 _LETS_GO_S = 60.0  # that an agent whose episode is over may still take where it may be idle as long as it likes
 _TAIL_BYTES = 2**16  # of each of a process's streams that are kept
 _READS_OUT_S = 1.0  # for what a process that has ended wrote last
-_DIES_S = 2.0  # from a polite end to an impolite one
+_DIES_S = LETS_END_S + 2.0  # for a process and all that it started, from the moment when it is told to end
 
 # What torchrun, accelerate, DeepSpeed and MPI tell their own processes.
 _LAUNCHER_VARIABLES = frozenset(
@@ -351,10 +353,11 @@ class _Output(asyncio.SubprocessProtocol):
 
 
 class _ProcessRun:
-    """An agent in a process, with all that it starts in one group."""
+    """An agent in a process, which ends with all that it started, and with this process."""
 
     def __init__(self, command: str | Sequence[str]) -> None:
         self._words = command_words(command)
+        self._keeper: Keeper | None = None
         self._process: asyncio.SubprocessTransport | None = None
         self.output = _Output()
 
@@ -367,9 +370,15 @@ class _ProcessRun:
             "ANTHROPIC_API_KEY": key,
             "STEPPO_SESSION_URL": f"{server.origin}/sessions/{session_id}",
         }
-        self._process, _ = await asyncio.get_running_loop().subprocess_exec(
-            lambda: self.output, *self._words, env=environment, start_new_session=True
-        )
+        self._keeper = Keeper(self._words)
+        with self._keeper.starting() as descriptor:
+            self._process, _ = await asyncio.get_running_loop().subprocess_exec(
+                lambda: self.output,
+                *self._keeper.command,
+                env=environment,
+                start_new_session=True,
+                pass_fds=[descriptor],
+            )
         its_input: Any = self._process.get_pipe_transport(0)
         its_input.write(json.dumps(row, default=repr).encode())
         its_input.close()  # when all is written
@@ -389,22 +398,13 @@ class _ProcessRun:
 
     async def end(self) -> None:
         """End it and all that it started."""
+        if self._keeper is not None:
+            self._keeper.end()  # before anything that may be cancelled
         if self._process is None:
             return
-        pid = self._process.get_pid()
-        if not self.output.ended.is_set():
-            _kill(pid, signal.SIGTERM)
-            with suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(self.output.ended.wait(), _DIES_S)
-        _kill(pid, signal.SIGKILL)
         with suppress(TimeoutError, asyncio.TimeoutError):
             await asyncio.wait_for(self.output.ended.wait(), _DIES_S)
         self._process.close()
-
-
-def _kill(group: int, how: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, how)
 
 
 def _last_number(text: str) -> float | None:

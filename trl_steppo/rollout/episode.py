@@ -312,6 +312,8 @@ class _Play:
             return await self._prepared(self._chat("an environment"), rewritten, extra)
         if "input_ids" in self.row:
             ids = [int(token_id) for token_id in self.row["input_ids"]]
+            if any(not 0 <= token_id < 2**31 for token_id in ids):
+                raise DataError(f"`input_ids` has {min(ids)} to {max(ids)}; token ids are in [0, 2**31)")
             if not extra:
                 return ids
             chat = self._chat("text from reset()")

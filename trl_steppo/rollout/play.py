@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from ..environments.base import Playable
 from ..environments.slots import Slots
 from ..errors import RolloutError, SamplerError
 from ..inference.base import Sampler, SamplingParams
+from ..stopping import StopRequestedError, calling
 from ..types import Episode, EpisodeLimits, renamed_keyword
 from .episode import failed_episode, run_episode
 from .pacing import InFlight
@@ -239,6 +240,9 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
 
     Unlike `asyncio.run` it does not wait for what the coroutine left behind: an async tool that hung in
     `asyncio.to_thread` would hold it forever.
+
+    Raises:
+        StopRequestedError: The process was asked to stop ([`stopping`]) before the coroutine had ended.
     """
     try:
         asyncio.get_running_loop()
@@ -267,8 +271,19 @@ def _settle(coroutine: Coroutine[Any, Any, T]) -> Callable[[], T]:
 
 def _run_in_new_loop(coroutine: Coroutine[Any, Any, T]) -> T:
     loop = asyncio.new_event_loop()
+    main = loop.create_task(coroutine)
+
+    def stop() -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(loop.stop)
+
     try:
-        return loop.run_until_complete(coroutine)
+        with calling(stop):
+            return loop.run_until_complete(main)
+    except RuntimeError as error:
+        if main.done():
+            raise
+        raise StopRequestedError("a rollout was broken off, as a stop was requested") from error
     finally:
         for task in asyncio.all_tasks(loop):
             task.cancel()

@@ -46,6 +46,17 @@ class StepPOProgressCallback(ProgressCallback):
             print(line)
 
 
+def close_progress_bars(callbacks: Sequence[Any]) -> None:
+    """Those of a run, or an evaluation, that has ended with an exception."""
+    for callback in callbacks:
+        if isinstance(callback, ProgressCallback):
+            for name in ("training_bar", "prediction_bar"):
+                bar = getattr(callback, name, None)
+                if bar is not None:
+                    bar.close()
+                    setattr(callback, name, None)
+
+
 def summary_line(update: int, logs: dict[str, float]) -> str:
     """The essential metrics of one log, in one line."""
     if any(name.startswith("eval_") for name in logs):

@@ -1,14 +1,22 @@
 """Checkpoints: directories that are either whole or not there.
 
 A checkpoint is written beside its place, under a name that nothing picks up, and moved there when all of it is on the
-disk. Its manifest names every file with its size, the parameters of the networks, and how far the run had come.
+disk. Its manifest names every file with its size and a hash, the parameters of the networks, and how far the run had
+come. Before anything else of a checkpoint is read, its files are compared with that: a file that was cut, changed, or
+taken from another checkpoint is found out. That is no protection from someone who means harm, and can write a fitting
+manifest: whoever can write into a checkpoint of DeepSpeed's, whose shards are unpickled, can run code in the run that
+resumes from it. All other files are read without running code from them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,8 +31,15 @@ from ..errors import CheckpointError
 from ..models import is_peft_model, whole_shape
 from .exchange import Caught, caught, first_failure
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "checkpoint.json"
+SHARDS = "shards"  # folder of what the ranks of a DeepSpeed engine write
 _FORMAT = 1
+_BLOCK = 64 * 2**20  # bytes that one thread hashes at a time
+_PIECE = 2**20  # bytes that it reads at a time
+_HASH_BYTES = 16
+_MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}  # of optimizers, in the shape of their parameters
 
 
 @dataclass
@@ -37,6 +52,8 @@ class Progress:
             Position in the data stream.
         failed_updates (`int`):
             Updates in a row without a valid episode.
+        learned_updates (`int`):
+            Updates that moved weights.
         last_eval_step (`int`):
             Update of the last evaluation, -1 before the first.
         unlogged (`list[dict[str, float]]`):
@@ -48,6 +65,7 @@ class Progress:
 
     num_rows_played: int = 0
     failed_updates: int = 0
+    learned_updates: int = 0
     last_eval_step: int = -1
     unlogged: list[dict[str, float]] = field(default_factory=list)
     reference_adapter: str | None = None
@@ -169,8 +187,44 @@ def _remove_leftovers(output_dir: Path) -> None:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """The last file of a checkpoint, which names all others."""
     files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
-    content = {"format": _FORMAT, **asdict(manifest), "files": files}
+    content = {"format": _FORMAT, **asdict(manifest), "files": files, "hashes": hashes(directory, files)}
+    content["hash"] = _hash_of_content(content)
     (directory / MANIFEST).write_text(json.dumps(content, indent=1))
+
+
+def hashes(directory: Path, files: Mapping[str, int]) -> dict[str, str]:
+    """
+    A hash of each file, made of the hashes of its blocks, so that several threads can work on one large file.
+
+    Args:
+        directory (`Path`):
+            Where the files are.
+        files (`Mapping[str, int]`):
+            Their names, and their sizes in bytes.
+    """
+    blocks = [(name, start) for name, size in files.items() for start in range(0, max(size, 1), _BLOCK)]
+    whole = {name: hashlib.blake2b(digest_size=_HASH_BYTES) for name in files}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda block: _hash_of_block(directory / block[0], block[1]), blocks)
+        for (name, _), digest in zip(blocks, found, strict=True):
+            whole[name].update(digest)
+    return {name: digest.hexdigest() for name, digest in whole.items()}
+
+
+def _hash_of_block(path: Path, start: int) -> bytes:
+    digest, left = hashlib.blake2b(digest_size=_HASH_BYTES), _BLOCK
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (piece := file.read(min(_PIECE, left))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.digest()
+
+
+def _hash_of_content(content: Mapping[str, Any]) -> str:
+    """Of what the manifest says itself."""
+    text = json.dumps({name: value for name, value in content.items() if name != "hash"}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).hexdigest()
 
 
 def _sync(directory: Path) -> None:
@@ -214,7 +268,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool) -> Pat
     return newest
 
 
-def read_manifest(directory: Path, identity: Mapping[str, Any]) -> Manifest:
+def read_manifest(directory: Path, identity: Mapping[str, Any], *, reads_all: bool = True) -> Manifest:
     """
     Read a checkpoint's manifest, and check that all its files are whole and that it is of this run.
 
@@ -223,29 +277,102 @@ def read_manifest(directory: Path, identity: Mapping[str, Any]) -> Manifest:
             The checkpoint.
         identity (`dict`):
             Of this run, as it would write it.
+        reads_all (`bool`, *optional*, defaults to `True`):
+            Whether the content of the files is looked at, beside their sizes; one process of a machine is enough.
 
     Raises:
-        CheckpointError: If a file is missing or has another size, or the checkpoint is of another run.
+        CheckpointError: If a file is missing or has another size or content, or the checkpoint is of another run.
+    """
+    content = check_whole(directory, reads_all=reads_all)
+    _check_identity(directory, content["identity"], json.loads(json.dumps(identity)))
+    # Of a checkpoint that does not know, it is taken that the run had learned something.
+    return Manifest(content["identity"], Progress(**{"learned_updates": 1, **content["progress"]}))
+
+
+def check_whole(directory: Path, *, reads_all: bool = True) -> dict[str, Any]:
+    """
+    What a checkpoint's manifest says, once all its files are as it says.
+
+    Raises:
+        CheckpointError: If they are not.
     """
     try:
         content = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        version = content.get("format")
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{directory} is no complete checkpoint of a StepPOTrainer: its {MANIFEST} cannot be read ({error}). "
             f"{_others(directory)}"
         ) from error
-    if content.get("format") != _FORMAT:
+    if version != _FORMAT:
         raise CheckpointError(
-            f"{directory} has format {content.get('format')}, and this version reads {_FORMAT}; resume it with the "
+            f"{directory} has format {version}, and this version reads {_FORMAT}; resume it with the "
             "version of trl_steppo that wrote it"
         )
-    for name, size in content["files"].items():
+    try:
+        files = {str(name): int(size) for name, size in content["files"].items()}
+        expected = {str(name): str(digest) for name, digest in content.get("hashes", {}).items()}
+        Progress(**content["progress"])
+        dict(content["identity"]["networks"])
+        is_as_written = content.get("hash") in (None, _hash_of_content(content))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        is_as_written, trouble = False, f" ({type(error).__name__}: {error})"
+    else:
+        trouble = ""
+    if not is_as_written:
+        raise CheckpointError(
+            f"{directory} is damaged: the content of {MANIFEST} has changed since it was written{trouble}. "
+            f"{_others(directory)}"
+        )
+    for name, size in files.items():
         found = (directory / name).stat().st_size if (directory / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} of {size} bytes"
             raise CheckpointError(f"{directory} is damaged: {name} {state}. {_others(directory)}")
-    _check_identity(directory, content["identity"], json.loads(json.dumps(identity)))
-    return Manifest(content["identity"], Progress(**content["progress"]))
+    for path in directory.rglob(f"{SHARDS}/**/*"):
+        if path.is_file() and str(path.relative_to(directory)) not in files:
+            raise CheckpointError(
+                f"{directory} is damaged: {path.relative_to(directory)} is none of the files that were written, and "
+                f"would be read with them; remove it. {_others(directory)}"
+            )
+    if reads_all and not expected:
+        logger.warning("%s was written without hashes of its files: their sizes alone were compared", directory)
+    if reads_all and expected:
+        with reading(directory, "its files"):
+            found_hashes = hashes(directory, files)
+        for name, digest in found_hashes.items():
+            if expected.get(name) != digest:
+                raise CheckpointError(
+                    f"{directory} is damaged: the content of {name} has changed since it was written. "
+                    f"{_others(directory)}"
+                )
+    return dict(content)
+
+
+@contextmanager
+def reading(directory: Path, what: str, cure: str = "") -> Iterator[None]:
+    """
+    Whatever goes wrong in the block, a part of a checkpoint cannot be read.
+
+    Args:
+        directory (`Path`):
+            The checkpoint.
+        what (`str`):
+            The part, e.g. a file's name.
+        cure (`str`, *optional*):
+            What to do, other than to take another checkpoint.
+
+    Raises:
+        CheckpointError: For any exception.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory}: {what} cannot be read: {type(error).__name__}: {error}. {cure}{_others(directory)}"
+        ) from error
 
 
 def _others(directory: Path) -> str:
@@ -260,6 +387,13 @@ def _check_identity(directory: Path, saved: Mapping[str, Any], now: Mapping[str,
     for name in {**saved, **now}:
         if name == "networks" or saved.get(name) == now.get(name):
             continue
+        if name == "optimizer":
+            if name not in saved:  # as older versions wrote it
+                continue
+            raise CheckpointError(
+                f"{directory} holds the state of the optimizer {saved[name]}, and this run has {now.get(name)}; set "
+                "`optim` back, or start a new run"
+            )
         if name == "ranks of the shards":
             raise CheckpointError(
                 f"{directory} holds the shards of {saved.get(name) or 'no'} DeepSpeed ranks, and "
@@ -354,7 +488,51 @@ def _fit(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
 
 def load_tensors(path: Path) -> Any:
     """What `torch.save` wrote, without running code from it."""
-    try:
+    with reading(_checkpoint_of(path), path.name):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. {_others(path.parent)}") from error
+
+
+def _checkpoint_of(path: Path) -> Path:
+    """The checkpoint that a file is in, or else its folder."""
+    return next((folder for folder in path.parents if folder.name.startswith("checkpoint-")), path.parent)
+
+
+def load_optimizer_state(path: Path, parameters: Sequence[nn.Parameter], load: Callable[[Any], None]) -> None:
+    """
+    Give an optimizer the state that one of the same kind, over the same parameters, has saved.
+
+    Args:
+        path (`Path`):
+            The state's file.
+        parameters (`Sequence[nn.Parameter]`):
+            Of the optimizer, in its order, whose shapes its state has. Empty: it may have others.
+        load (`Callable`):
+            Takes the state.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is another optimizer's.
+    """
+    state = load_tensors(path)
+    cure = "It is the state of another optimizer; set `optim` back, or start a new run. "
+    with reading(_checkpoint_of(path), f"{path.parent.name}/{path.name}", cure):
+        for index, of_parameter in state["state"].items() if parameters else ():
+            shape = whole_shape(parameters[index])
+            for name in _MOMENTS & of_parameter.keys():
+                if list(of_parameter[name].shape) != shape:
+                    raise ValueError(f"{name} of parameter {index} is {list(of_parameter[name].shape)}, not {shape}")
+        load(state)
+
+
+def load_scheduler_state(path: Path, scheduler: Any) -> None:
+    """
+    Give a schedule of learning rates the state that one of the same kind has saved.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is another schedule's.
+    """
+    state = load_tensors(path)
+    cure = "It is the state of another schedule; set `lr_scheduler_type` back, or start a new run. "
+    with reading(_checkpoint_of(path), f"{path.parent.name}/{path.name}", cure):
+        if missing := {"last_epoch", "_last_lr"} - state.keys():
+            raise ValueError(f"it has no {sorted(missing)}")
+        scheduler.load_state_dict(state)

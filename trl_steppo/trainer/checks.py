@@ -21,7 +21,8 @@ def refuse_unsupported(args: StepPOConfig) -> None:
         ("neftune_noise_alpha", None),
         ("label_smoothing_factor", 0.0),
         ("auto_find_batch_size", False),
-        ("enable_jit_checkpoint", False),  # saves in the middle of an update, which no run can go on from
+        # Saves in the middle of an update, which no run can go on from; SIGTERM saves the last whole one in any case.
+        ("enable_jit_checkpoint", False),
     ):
         if getattr(args, name, unset) != unset:
             raise ConfigurationError(

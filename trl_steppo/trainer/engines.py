@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import CheckpointError, ConfigurationError
-from ..inference.base import Sampler
+from ..inference.base import Sampler, vocabulary_size
 from ..inference.local import LocalSampler
 from ..inference.vllm import VLLMSampler
 from ..inference.vllm_server import Weights
@@ -134,9 +134,9 @@ class _Beside(ABC):
         if self._is_running:
             yield
             return
-        self._start()
         self._is_running = True
         try:
+            self._start()
             self.take_weights(version)
             yield
         finally:
@@ -238,8 +238,10 @@ class InVLLM(_Beside):
             timeout_s=args.vllm_server_timeout,
             sends_weights=accelerator.is_main_process,
             join=together(self._join) if self._is_sent else None,
+            vocabulary_size=vocabulary_size(plain_model(model)),
         )
         self._written: list[Path] = []
+        self._run = ""
 
     def _join(self) -> Join | None:
         """How rank 0 joins servers, if this is it."""
@@ -259,7 +261,7 @@ class InVLLM(_Beside):
     def _close(self) -> None:
         super()._close()
         self._written.clear()
-        if self._accelerator.is_main_process:
+        if self._run and self._accelerator.is_main_process:
             shutil.rmtree(self._directory / self._run, ignore_errors=True)
 
     def take_weights(self, version: int) -> None:

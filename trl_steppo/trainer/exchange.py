@@ -16,12 +16,13 @@ from torch.nn.functional import pad
 
 from ..batching import StepBatch, step_ids
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError, SamplerError, StepPOError
+from ..stopping import StopRequestedError
 from ..types import Episode
 from .credit import Credit
 
 T = TypeVar("T")
 
-_KINDS = (ConfigurationError, DataError, CheckpointError, SamplerError, RolloutError)
+_KINDS = (StopRequestedError, ConfigurationError, DataError, CheckpointError, SamplerError, RolloutError)
 
 
 @dataclass

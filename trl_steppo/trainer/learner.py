@@ -86,6 +86,8 @@ class Learner:
         self.scoring_value_collator = collate_values(bootstrap_truncated=args.bootstrap_truncated)
         self.clock = clock
         self.on_event = on_event
+        self.steps_taken = 0  # of optimizers, over the run
+        self.steps_skipped = 0  # as a loss or a gradient was not a finite number
         self.tokens_forwarded = 0  # by the policy's training passes, padding included; over the run
 
     # -- before the update --------------------------------------------------------------------------------------------
@@ -262,7 +264,10 @@ class Learner:
         self.on_event("on_optimizer_step")
         share = 1.0 / self.accelerator.num_processes
         if norm is not None:
+            self.steps_taken += 1
             stats.add(f"{name}/grad_norm", norm)
+        else:
+            self.steps_skipped += 1
         stats.add(f"{name}/skipped_steps", share if norm is None else 0.0, 0.0)
         stats.add("loss/policy_avg" if name == "policy" else "loss/value_avg", 0.0, share)
         if name == "policy" and self.args.kl_loss_coef:
@@ -371,11 +376,10 @@ class Learner:
     def _evaluating(self) -> Iterator[None]:
         """Dropout off."""
         modules = [self.policy.module] + ([self.critic.module] if self.critic is not None else [])
-        for module in modules:
-            module.eval()
-        yield
-        for module in modules:
-            module.train()
+        with modes_kept(modules):
+            for module in modules:
+                module.eval()
+            yield
 
     def _zero_values(self, batch: StepBatch) -> torch.Tensor:
         per_token = self.args.advantage_estimator == "token_gae"
@@ -444,3 +448,14 @@ class Learner:
         stats.add("rollout/mismatch_kl", masked_sum(mismatch, mask), count)
         # Surprisal of whole episodes, as `objective/entropy` of `PPOTrainer`.
         stats.add("objective/entropy", masked_sum(-old, micro.action_mask), (micro.step_index == 0).sum())
+
+
+@contextmanager
+def modes_kept(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """After the block, each module of these networks is in training or evaluation mode as it was before."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -20,13 +20,12 @@ from transformers import Trainer
 from ..errors import CheckpointError, ConfigurationError
 from ..models import gathered, is_sharded, shard_like, take_shards, whole_tensor
 from ..numerics import Numerics
-from .checkpoints import load_tensors
+from .checkpoints import SHARDS, load_optimizer_state, load_scheduler_state, reading
 from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
 
 _HALVES = (torch.bfloat16, torch.float16)
-_SHARDS = "shards"  # folder of what the ranks of a DeepSpeed engine write
 
 
 @dataclass
@@ -97,8 +96,11 @@ class Network:
     def load_state(self, directory: Path) -> None:
         """Read what [`save_state`] wrote."""
         self.optimizer.zero_grad()  # of an update that was broken off
-        self._load_optimizer_state(load_tensors(directory / "optimizer.pt"))
-        self.scheduler.load_state_dict(load_tensors(directory / "scheduler.pt"))
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if not type(innermost(self.optimizer)).__module__.startswith("torch.optim"):
+            parameters = []  # of others, some keep projections
+        load_optimizer_state(directory / "optimizer.pt", parameters, self._load_optimizer_state)
+        load_scheduler_state(directory / "scheduler.pt", self.scheduler)
 
     def _optimizer_state(self, *, keep: bool) -> dict[str, Any]:
         """The optimizer's state, of which ranks that do not keep it need not hold all."""
@@ -195,19 +197,27 @@ class DeepSpeedNetwork(Network):
 
     def save_state(self, directory: Path, *, is_writer: bool) -> None:
         # Every rank writes its shards, those of the weights among them.
-        self.engine.save_checkpoint(str(directory), tag=_SHARDS, save_latest=False)
+        self.engine.save_checkpoint(str(directory), tag=SHARDS, save_latest=False)
         if is_writer:
             torch.save(self.scheduler.state_dict(), directory / "scheduler.pt")
 
     def load_state(self, directory: Path) -> None:
         self.load_shards(directory)
-        self.scheduler.load_state_dict(load_tensors(directory / "scheduler.pt"))
+        load_scheduler_state(directory / "scheduler.pt", self.scheduler)
 
     def load_shards(self, directory: Path) -> None:
-        """Weights, and the optimizer's state."""
-        if not (directory / _SHARDS).is_dir():
+        """Weights, and the optimizer's state. DeepSpeed unpickles them, whatever they hold."""
+        if not (directory / SHARDS).is_dir():
             raise CheckpointError(f"{directory} holds no shards of DeepSpeed's; it was written by another engine")
-        self.engine.load_checkpoint(str(directory), tag=_SHARDS, load_lr_scheduler_states=False)
+        with reading(directory, SHARDS):
+            self.engine.load_checkpoint(str(directory), tag=SHARDS, load_lr_scheduler_states=False)
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that accelerate, or an engine, has wrapped."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
 
 
 def end_update(networks: list[Network]) -> None:

@@ -49,7 +49,9 @@ class StepPOConfig(PPOConfig):
         entropy_coef (`float`, *optional*, defaults to `0.0`):
             Coefficient of an entropy bonus in the loss.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
-            Whether episodes that a budget cut are left out of the policy's loss. The critic still learns from them.
+            Whether episodes that a budget cut are left out of the policy's loss: those whose last response was cut at
+            `response_length`, unless the environment ended them, and those that reached another budget. The critic
+            still learns from them.
         rollout_correction (`str`, *optional*):
             Importance weights of the trainer's probabilities over the sampler's: `"none"`, `"truncate"` (weights are
             cut at `rollout_correction_cap`) or `"mask"` (what lies beyond it, or below its inverse, is left out).
@@ -70,7 +72,8 @@ class StepPOConfig(PPOConfig):
         critic_warmup_updates (`int`, *optional*, defaults to `0`):
             Number of first updates that train the critic alone.
         bootstrap_truncated (`bool`, *optional*, defaults to `False`):
-            Whether the value after a truncated episode is that of its last state, instead of 0.
+            Whether the value after a truncated episode is that of its last state, instead of 0. Behind a last response
+            that was cut, this state is its prompt and the response.
         critic_shares_base (`bool`, *optional*, defaults to `False`):
             With adapters on the policy and no `value_model`: whether the critic's adapter stands on the policy's own
             base weights, one copy of them in memory, instead of on a copy.

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import random
 import shutil
 import textwrap
 import time
@@ -16,17 +17,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
+from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
+from ..inference.base import vocabulary_size
 from ..losses import kl_estimate
 from ..models import (
     AdapterReference,
@@ -47,14 +51,17 @@ from ..models import (
     whole_state_dict,
 )
 from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes
+from ..stopping import StopRequestedError, is_requested, listening
 from ..types import Episode
-from .callbacks import StepPOProgressCallback, print_episodes
+from .callbacks import StepPOProgressCallback, close_progress_bars, print_episodes
 from .checkpoints import (
     Manifest,
     Progress,
+    check_whole,
     find_checkpoint,
     load_weights,
     read_manifest,
+    reading,
     rotate,
     shapes,
     written_whole,
@@ -70,13 +77,22 @@ from .checks import (
 )
 from .credit import Credit, assign_credit
 from .data_stream import RowStream, column_names
+from .dataset_checks import check_dataset, check_eval_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
-from .learner import Learner
+from .learner import Learner, modes_kept
 from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
-from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp, hold_in_float32
+from .networks import (
+    DeepSpeedNetwork,
+    Network,
+    build_networks,
+    build_reference,
+    find_fsdp,
+    hold_in_float32,
+    innermost,
+)
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
 from .steppo_config import StepPOConfig
@@ -84,6 +100,7 @@ from .steppo_config import StepPOConfig
 logger = transformers.utils.logging.get_logger(__name__)
 
 SETTINGS_FILE = "steppo_config.json"
+LOCK_FILE = "_run.lock"  # `Trainer` uploads nothing that begins so
 _NUM_SHOWN = 3  # episodes of a printed table
 
 
@@ -202,6 +219,14 @@ class StepPOTrainer(PPOTrainer):
         if args.model_adapter_name is not None:
             model.set_adapter(args.model_adapter_name)
         check_trainable(model, "model")
+        if isinstance(processing_class, ProcessorMixin):
+            raise ConfigurationError(
+                f"`processing_class` is a {type(processing_class).__name__}: images and other media are not "
+                "supported; pass its tokenizer, `processing_class.tokenizer`"
+            )
+        known: dict[str, Any] = {"vocabulary_size": vocabulary_size(model), "is_for_agent": agent is not None}
+        check_dataset(train_dataset, "train_dataset", **known)
+        check_eval_dataset(eval_dataset, **known)
         assert args.device is not None  # sets the process group up
         args.world_size = PartialState().num_processes  # a field of `PPOConfig`, which DeepSpeed's set-up reads
         Trainer.__init__(
@@ -250,6 +275,11 @@ class StepPOTrainer(PPOTrainer):
             agent=agent,
         )
         self.progress = Progress(reference_adapter=self._copied_adapter)
+        self._saved_step: int | None = None  # update of the newest checkpoint that holds this run
+        self._first_failure: str | None = None  # of the run's updates that moved nothing
+        self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
+        # Of Python, NumPy and torch, at the beginning of the update that is being made.
+        self._generators: tuple[Any, Any, torch.Tensor] | None = None
 
     # -- the story ----------------------------------------------------------------------------------------------------
 
@@ -262,6 +292,11 @@ class StepPOTrainer(PPOTrainer):
         """
         Train until `total_episodes` (or `max_steps` updates) are reached, or a callback stops the run.
 
+        SIGTERM and SIGINT (Ctrl-C) stop the run, too: a rollout is broken off, while an update is finished; unless
+        `save_strategy` is "no", a checkpoint is written; then the process ends, by `SystemExit` with the status 143 or
+        by `KeyboardInterrupt`. What was broken off is played again by a run that resumes. A second signal ends the
+        process at once.
+
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 A checkpoint's directory to go on from, or `True` for the newest in `output_dir`. The run ends as it
@@ -273,22 +308,34 @@ class StepPOTrainer(PPOTrainer):
             `TrainOutput`: Number of updates; mean of `loss/policy_avg` as logged; how long it took.
 
         Raises:
-            RolloutError: If `max_failed_updates` updates in a row have no valid episode.
+            ConfigurationError: If another run, of this machine or of one that shares the file system, trains in the
+                same `output_dir`.
+            RolloutError: If `max_failed_updates` updates in a row have no valid episode; at the end, if not one update
+                of the run has moved any weights.
             CheckpointError: If a checkpoint cannot be written; if the one to resume from is missing, damaged, or of
                 another run.
         """
         if self.state.global_step > 0 and not resume_from_checkpoint:
             raise ConfigurationError("`train()` was called before, and its schedules have ended; make a new trainer")
-        checkpoint = resume_from_checkpoint or None
-        self._set_out(checkpoint)
+        with listening(), self._alone(), self._as_before():
+            self._set_out(resume_from_checkpoint or None)
+            self._train()
+        losses = [logs["loss/policy_avg"] for logs in self.state.log_history if "loss/policy_avg" in logs]
+        mean_loss = sum(losses) / len(losses) if losses else float("nan")
+        return TrainOutput(self.state.global_step, mean_loss, self._runtime())
+
+    def _train(self) -> None:
+        """All updates that are left, and all that is around them."""
         with (
             self.learner.numerics.between_passes(),
-            self.player.running(resumed_at=None if checkpoint is None else self.state.global_step),
+            self.player.running(resumed_at=None if self._resumed_from is None else self.state.global_step),
             closing(self.ahead),  # when the sampler is closed, which ends what is still being played
             self.engine.running(self.state.global_step),
             self._running(),
+            self._saving_when_stopped(),
         ):
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+                self._heed_requests_to_stop()
                 with self._update():
                     episodes = self._roll_out()
                     rollout = self._collate(episodes)
@@ -299,9 +346,7 @@ class StepPOTrainer(PPOTrainer):
                     credit = self._assign_credit(rollout, scores)
                     with self.episode_log.around(self.state.global_step + 1, episodes, rollout, scores, credit):
                         self._learn(rollout, scores, credit)
-        losses = [logs["loss/policy_avg"] for logs in self.state.log_history if "loss/policy_avg" in logs]
-        mean_loss = sum(losses) / len(losses) if losses else float("nan")
-        return TrainOutput(self.state.global_step, mean_loss, self._runtime())
+        self._refuse_to_have_learned_nothing()
 
     def _roll_out(self) -> list[Episode]:
         """Play (or read back) this update's episodes on this rank."""
@@ -349,8 +394,9 @@ class StepPOTrainer(PPOTrainer):
         """An update without a valid episode: nothing is learned. Too many of them end the run."""
         self.episode_log.failed(self.state.global_step + 1, episodes)
         self.progress.failed_updates += 1
+        error = next((episode.error for episode in episodes if not episode.valid), "on another rank")
+        self._note_failure(f"it had no valid episode: {error}")
         if self.progress.failed_updates >= self.args.max_failed_updates:
-            error = next((episode.error for episode in episodes if not episode.valid), "on another rank")
             raise RolloutError(
                 f"{self.progress.failed_updates} updates in a row had no valid episode (`max_failed_updates`); the "
                 f"last error was: {error}"
@@ -411,6 +457,27 @@ class StepPOTrainer(PPOTrainer):
                 train_policy=update >= self.args.critic_warmup_updates,
             )
         self._means.merge(stats)
+        if self.learner.steps_taken > self._steps_taken:
+            self.progress.learned_updates += 1
+        elif self.learner.steps_skipped > self._steps_skipped:
+            self._note_failure("its loss or gradient was not a finite number, so that no step was taken")
+        else:
+            self._note_failure("its episodes had nothing to learn from (all of them are masked)")
+        self._steps_taken, self._steps_skipped = self.learner.steps_taken, self.learner.steps_skipped
+
+    def _note_failure(self, what: str) -> None:
+        """Why an update moved nothing; of the run's first one."""
+        if self._first_failure is None:
+            self._first_failure = f"update {self.state.global_step + 1}: {what}"
+
+    def _refuse_to_have_learned_nothing(self) -> None:
+        """A run whose every update failed must not look like one that has trained."""
+        num_updates = self.state.global_step - self._first_step
+        if num_updates and not self.progress.learned_updates:
+            raise RolloutError(
+                f"none of the run's {self.state.global_step} updates has moved any weights, so the policy is the one "
+                f"that it began with; the first failure was in {self._first_failure}"
+            )
 
     # -- evaluation and saving ----------------------------------------------------------------------------------------
 
@@ -439,6 +506,10 @@ class StepPOTrainer(PPOTrainer):
             for name, part in dataset.items():
                 metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return metrics
+        own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if not any(dataset is part for part in own):  # which were looked at when the trainer was made
+            size, is_for_agent = vocabulary_size(plain_model(self.model)), self.player.agent is not None
+            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
@@ -587,6 +658,7 @@ class StepPOTrainer(PPOTrainer):
             writes_together=self._saves_together,
         ) as partial:
             self._write_checkpoint(partial)
+        self._saved_step = state.global_step
         if self.args.push_to_hub:
             if self.args.should_save:  # what `Trainer` does not know of
                 for folder in (path for path in directory.iterdir() if path.is_dir()):
@@ -614,7 +686,8 @@ class StepPOTrainer(PPOTrainer):
     def _resume(self, resume_from_checkpoint: str | bool) -> None:
         """Everything as it was when the checkpoint was written; the random generators come last, in `_running`."""
         directory = find_checkpoint(Path(str(self.args.output_dir)), resume_from_checkpoint)
-        manifest = read_manifest(directory, self._identity())
+        identity, reads_all = self._identity(), self.accelerator.is_local_main_process
+        manifest = together(lambda: read_manifest(directory, identity, reads_all=reads_all))
         if not (directory / "scheduler.pt").is_file():
             raise CheckpointError(
                 f"{directory} holds no optimizer (`save_only_model`), so the run cannot go on from it; pass its model "
@@ -624,14 +697,17 @@ class StepPOTrainer(PPOTrainer):
             self._load_networks(directory)
         for folder, network in self._network_folders(directory):
             network.load_state(folder)
-        self._load_scaler(str(directory))
+        with reading(directory, "scaler.pt"):
+            self._load_scaler(str(directory))
         self.progress = manifest.progress
         self._resume_reference(directory, self.progress.reference_adapter)
-        self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
+        with reading(directory, "trainer_state.json"):
+            self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
+            self._load_callback_state()
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
-        self._load_callback_state()
         self._resumed_from: Path | None = directory
+        self._saved_step = self.state.global_step
         logger.info(f"going on from {directory}, after update {self.state.global_step}")
 
     def _load_networks(self, directory: Path) -> None:
@@ -671,7 +747,9 @@ class StepPOTrainer(PPOTrainer):
             )
             return
         logger.info(f"loading the best networks, of {state.best_model_checkpoint}: {state.best_metric}")
-        self._load_networks(Path(state.best_model_checkpoint))
+        directory, reads_all = Path(state.best_model_checkpoint), self.accelerator.is_local_main_process
+        together(lambda: check_whole(directory, reads_all=reads_all))
+        self._load_networks(directory)
 
     def _network_folders(self, directory: Path) -> list[tuple[Path, Network]]:
         """Where each optimizer and schedule is kept; one that both networks share stands with the policy."""
@@ -687,6 +765,7 @@ class StepPOTrainer(PPOTrainer):
             "networks": {name: self._shapes(model) for name, model in networks.items() if model is not None},
             "train_dataset rows": self.rows.num_rows,
             "seed of the data": self.rows.seed,
+            "optimizer": type(innermost(self.optimizer)).__name__,
             "ranks of the shards": self.accelerator.num_processes if self.is_deepspeed_enabled else None,
         }
 
@@ -838,6 +917,8 @@ class StepPOTrainer(PPOTrainer):
         self.is_in_train = True
         self.state.epoch = 0.0
         self._resumed_from = None
+        self._saved_step = self._first_failure = self._generators = None
+        self._steps_taken, self._steps_skipped = self.learner.steps_taken, self.learner.steps_skipped
         if resume_from_checkpoint is not None:
             self._resume(resume_from_checkpoint)
         self.state.max_steps = args.num_total_batches
@@ -863,7 +944,8 @@ class StepPOTrainer(PPOTrainer):
             self.evaluate()
         self._event("on_epoch_begin")
         if self._resumed_from is not None:
-            self._load_rng_state(str(self._resumed_from))
+            with reading(self._resumed_from, "rng_state.pth"):
+                self._load_rng_state(str(self._resumed_from))
         yield
         if self.progress.unlogged:
             self.log(_averaged(self.progress.unlogged))
@@ -876,7 +958,47 @@ class StepPOTrainer(PPOTrainer):
         self._event("on_train_end")
         if args.should_save:
             self.state.save_to_json(os.path.join(str(args.output_dir), "trainer_state.json"))
-        self.is_in_train = False
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold `output_dir`, in which no other run may train meanwhile."""
+        directory = Path(str(self.args.output_dir))
+        lock = together(lambda: _locked(directory) if self.accelerator.is_main_process else None)
+        with closing(lock) if lock is not None else nullcontext():
+            yield
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """What a run changes in this object and is no result of it is as before, however the run ends."""
+        networks = [network.module for network in (self.learner.policy, self.learner.critic) if network is not None]
+        try:
+            with modes_kept(networks):
+                yield
+        finally:
+            self.is_in_train = False
+            close_progress_bars(self.callback_handler.callbacks)
+
+    def _heed_requests_to_stop(self) -> None:
+        """Raises a [`StopRequestedError`] on all ranks, where one of them was asked to stop."""
+        if any(gather_object([is_requested()])):
+            raise StopRequestedError("the run was asked to stop")
+
+    @contextmanager
+    def _saving_when_stopped(self) -> Iterator[None]:
+        """A run that is asked to stop can go on from the update that was done last."""
+        try:
+            yield
+        except StopRequestedError:
+            update = self.state.global_step
+            words = "it was not saved (`save_strategy`='no')"
+            if self._saved_step == update:
+                words = f"checkpoint-{update} holds it"
+            elif self.args.save_strategy != SaveStrategy.NO and update:
+                self._rewind_generators()
+                self._save_checkpoint(self.learner.policy.module, trial=None)
+                words = f"it was saved as checkpoint-{update}"
+            logger.warning(f"the run was asked to stop, and ends after update {update}; {words}")
+            raise
 
     @contextmanager
     def _update(self) -> Iterator[None]:
@@ -892,6 +1014,7 @@ class StepPOTrainer(PPOTrainer):
             self.sampler.forward_s,
         )
         forwarded = self.learner.tokens_forwarded
+        self._generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
         start = time.perf_counter()
         learning_rate = self.learner.policy.learning_rate  # of this update, as `PPOTrainer` logs it
         critic_learning_rate = self.learner.critic.learning_rate if self.learner.critic is not None else None
@@ -934,7 +1057,16 @@ class StepPOTrainer(PPOTrainer):
         if math.floor(self.state.epoch) > epoch_before:
             self._event("on_epoch_end")
             self._event("on_epoch_begin")
+        self._generators = None
         self._log_evaluate_save()
+
+    def _rewind_generators(self) -> None:
+        """To the beginning of the update that is broken off, so that its environments draw the same when resumed."""
+        if self._generators is not None:
+            of_python, of_numpy, of_torch = self._generators
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+            torch.set_rng_state(of_torch)
 
     def _log_evaluate_save(self) -> None:
         """What the callbacks asked for."""
@@ -991,6 +1123,19 @@ class StepPOTrainer(PPOTrainer):
 
     def _runtime(self) -> dict[str, float]:
         return speed_metrics("train", self._start, self._num_played(), self.state.global_step - self._first_step)
+
+
+def _locked(directory: Path) -> Lock:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return Lock(directory / LOCK_FILE)
+    except LockedError as error:
+        raise ConfigurationError(
+            f"another run trains in `output_dir`={str(directory)!r} ({error.holder}), and the two would overwrite "
+            "each other's files; wait for it, stop it, or set another `output_dir`"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"`output_dir`={str(directory)!r} cannot be written: {error}") from error
 
 
 def _frozen(model: Any, device: torch.device | None = None) -> Any:

@@ -18,4 +18,4 @@ FORMATS: tuple[CallFormat, ...] = (
 PLAIN: CallFormat = PlainFormat()
 """Thoughts and text alone, for templates that write no tool calls."""
 
-__all__ = ["FORMATS", "PLAIN", "CallFormat", "Message", "Piece", "Schemas", "UnreadableError", "tool_call"]
+__all__ = ["FORMATS", "LLAMA", "PLAIN", "CallFormat", "Message", "Piece", "Schemas", "UnreadableError", "tool_call"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from .base import Piece, Schemas, tool_call
 from .tags import add_argument
-from .values import UnreadableError, read_json, skip_space
+from .values import UnreadableError, find_end, read_json, skip_space
 
 
 class HarmonyFormat:
@@ -42,7 +42,7 @@ class HarmonyFormat:
                 kind = "thought" if "<|channel|>analysis" in header["head"] else "text"
                 at = self._read_text(text, header.end(), kind, pieces)
         if text.rstrip().endswith("<|call|>") and all(piece.kind in ("text", "thought") for piece in pieces):
-            last = next((p.text for p in reversed(pieces) if p.kind == "text"), "")
+            last = next((piece.text for piece in reversed(pieces) if piece.kind == "text"), "") or "<|call|>"
             pieces = [piece for piece in pieces if piece.kind == "thought"]
             pieces.append(Piece("malformed", last, problem=f"<|call|> ends a message for no tool; {self.form}"))
         return pieces
@@ -50,7 +50,7 @@ class HarmonyFormat:
     def _read_headless(self, text: str) -> Piece:
         if _RECIPIENT.search(text) and _HEADER_START.match(text):
             return Piece("malformed", text, problem=f"the header of a tool call is cut; {self.form}")
-        return Piece("text", text)
+        return Piece("text", _TURN_END.sub("", text))
 
     def _read_text(self, text: str, at: int, kind: Any, pieces: list[Piece]) -> int:
         end = _TEXT_END.search(text, at)
@@ -109,7 +109,7 @@ class MuseFormat:
         to = re.match(r"\s*(?:<\|start\|>assistant)?\s*to=(\S*)\s*\Z", text)
         if to and not any(name.startswith(to[1]) for name in ("self", "user")):
             return Piece("malformed", text, problem=f"the header of a tool call is cut; {self.form}")
-        return Piece("text", text)
+        return Piece("text", _TURN_END.sub("", text))
 
     def _read_text(self, text: str, at: int, kind: Any, pieces: list[Piece]) -> int:
         end = _MUSE_END.search(text, at)
@@ -141,7 +141,7 @@ def _read_atem(text: str, at: int, schemas: Schemas) -> tuple[list[dict[str, Any
         arguments: dict[str, Any] = {}
         at = invoke.end()
         while (key := _ATEM_PARAMETER.match(text, at)) is not None:
-            end = _ATEM_VALUE_END.search(text, key.end())
+            end = find_end(text, key.end(), _ATEM_VALUE_END, begins=_ATEM_OPEN, closing="</atem:function_calls>")
             if end is None:
                 raise UnreadableError(f"</atem:parameter> is missing behind the value of {key['key']!r}", len(text))
             add_argument(arguments, key["key"], text[key.end() : end.start()], schemas, invoke["name"], at=end.end())
@@ -165,6 +165,7 @@ _HEADER = re.compile(
 _RECIPIENT = re.compile(r"(?:^|\s|>)to=(?P<to>[^\s<]+)")
 # The end of a message is followed by the next one's start, or by nothing; elsewhere it is part of the text.
 _TEXT_END = re.compile(r"<\|end\|>\s*(?=<\|start\|>|\Z)|<\|(?:return|call)\|>\s*\Z")
+_TURN_END = re.compile(r"\s*<\|(?:end|return|call|eom|eot)\|>\s*\Z")
 _MUSE_HEADER = re.compile(r"\s*(?:<\|start\|>assistant)?(?:\s*to=(?P<to>[^\s<]+))?\s*<\|message\|>")
 _MUSE_END = re.compile(r"<\|eom\|>\s*(?=<\|start\|>|\Z)|<\|eot\|>\s*\Z")
 _ATEM_OPEN = re.compile(r"\s*<atem:function_calls>")

@@ -19,7 +19,14 @@ class HermesFormat(TaggedFormat):
     form = 'write <tool_call>\n{"name": <tool name>, "arguments": <object>}\n</tool_call>'
 
     def read_calls(self, text: str, begin: re.Match[str], schemas: Schemas) -> tuple[Sequence[Message], int]:
-        value, end = read_json(text, begin.end())
+        try:
+            value, end = read_json(text, begin.end())
+        except UnreadableError as error:
+            following = self.opening.search(text, begin.end())
+            limit = following.start() if following else len(text)
+            if text.find(self.closing, begin.end(), limit) < 0:
+                raise UnreadableError("the closing </tool_call> is missing", error.at) from error
+            raise
         at = skip_space(text, end)
         if not text.startswith(self.closing, at):
             follows = text.find(self.closing, at) if self.opening.search(text, at) is None else -1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .base import Message, Schemas, TaggedFormat, ThoughtTags, tool_call
-from .values import UnreadableError, check_value, read_json, skip_space
+from .values import UnreadableError, check_value, find_end, read_json, skip_space
 
 _MOST_LEVELS = 64
 _CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
@@ -94,7 +94,8 @@ class PythonicFormat(TaggedFormat):
         if self._escapes or not text.startswith(("'", '"'), at):
             return _read_literal(text, at, 0)
         # Text as it is: a quote ends it only where an argument, a call or the calls go on behind it.
-        end = re.compile(text[at] + _TEXT_TAIL).search(text, at + 1)
+        pattern = re.compile(text[at] + _TEXT_TAIL)
+        end = find_end(text, at + 1, pattern, begins=_PYTHONIC_CALL, closing=self.closing)
         if end is None:
             raise UnreadableError("the closing quote of a text is missing", len(text))
         return text[at + 1 : end.start()], end.start() + 1
@@ -129,7 +130,7 @@ def _read_gemma(text: str, at: int, levels: int) -> tuple[Any, int]:
 
 
 def _read_gemma_text(text: str, at: int) -> tuple[str, int]:
-    end = _GEMMA_TEXT_END.search(text, at + len(_QUOTE))
+    end = find_end(text, at + len(_QUOTE), _GEMMA_TEXT_END, begins=_GEMMA_CALL, closing="<tool_call|>")
     if end is None:
         raise UnreadableError(f"the closing {_QUOTE} of a text is missing", len(text))
     return text[at + len(_QUOTE) : end.start()], end.end()
@@ -211,6 +212,8 @@ def _expect(text: str, at: int, what: str) -> int:
 
 
 _QUOTE = '<|"|>'
+_GEMMA_CALL = re.compile(r"<\|tool_call>call:")
+_PYTHONIC_CALL = re.compile(r"<\|tool_call_start\|>\[[\w.-]+\(")
 _GEMMA_HEAD = re.compile(r"\s*call:(?P<name>[^{\s]+)\{")
 _GEMMA_TEXT_END = re.compile(r'<\|"\|>(?=\s*[,\]}])')
 _GEMMA_KEY = re.compile(r'\s*(?:<\|"\|>(?P<quoted>.*?)<\|"\|>|(?P<bare>[^:{}\[\],]+?))\s*:', re.DOTALL)

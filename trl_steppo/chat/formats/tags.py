@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .base import Message, Schemas, TaggedFormat, tool_call
-from .values import UnreadableError, read_text, skip_space
+from .values import UnreadableError, find_end, read_text, skip_space
 
 
 class XmlFormat(TaggedFormat):
@@ -31,7 +31,8 @@ class XmlFormat(TaggedFormat):
             # A value on lines of its own ends with a line of its own; any other `</parameter>` is part of it.
             on_lines = text.startswith("\n", key.end())
             start = key.end() + on_lines
-            end = (_LINE_END if on_lines else _VALUE_END).search(text, start - on_lines)
+            pattern = _LINE_END if on_lines else _VALUE_END
+            end = find_end(text, key.end(), pattern, begins=_XML_CALL, closing=self.closing)
             if end is None:
                 raise UnreadableError(f"</parameter> is missing behind the value of {key['key']!r}", len(text))
             value = text[start : max(start, end.start())]
@@ -60,7 +61,7 @@ class GlmFormat(TaggedFormat):
         arguments: dict[str, Any] = {}
         at = head.end()
         while (key := _GLM_KEY.match(text, at)) is not None:
-            end = _GLM_VALUE_END.search(text, key.end())
+            end = find_end(text, key.end(), _GLM_VALUE_END, begins=_GLM_CALL, closing=self.closing)
             if end is None:
                 raise UnreadableError(f"</arg_value> is missing behind the value of {key['key']!r}", len(text))
             value = text[key.end() : end.start()]
@@ -90,8 +91,10 @@ def add_argument(arguments: dict[str, Any], key: str, value: str, schemas: Schem
 _FUNCTION = re.compile(r"\s*<function=(?P<name>[^>\n]+)>")
 _PARAMETER = re.compile(r"\s*<parameter=(?P<key>[^>\n]+)>")
 _VALUE_END = re.compile(r"</parameter>\s*(?=<parameter=|</function>)")
-_LINE_END = re.compile(r"\n</parameter>\s*(?=<parameter=|</function>)")
+_LINE_END = re.compile(r"\n</parameter>\n\s*(?=<parameter=|</function>)")
 _FUNCTION_END = re.compile(r"\s*</function>\s*</tool_call>")
+_XML_CALL = re.compile(r"<tool_call>\s*<function=")
+_GLM_CALL = re.compile(r"<tool_call>\s*[^\s<]+\s*(?:<arg_key>|</tool_call>)")
 _GLM_NAME = re.compile(r"\s*(?P<name>[^\s<]+)")
 _GLM_KEY = re.compile(r"\s*<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>")
 _GLM_VALUE_END = re.compile(r"</arg_value>\s*(?=<arg_key>|</tool_call>)")

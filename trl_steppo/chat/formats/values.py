@@ -36,12 +36,13 @@ def read_json(text: str, at: int) -> tuple[Any, int]:
         UnreadableError: it is none, is not finite (`NaN`, `Infinity`, `1e999`), is nested too deeply, or the text
             breaks off before its end.
     """
-    at = skip_space(text, at)
+    start, at = at, skip_space(text, at)
     try:
         value, end = _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
         breaks_off = error.pos >= len(text) or error.msg.startswith("Unterminated string")
-        reason = f"{error.msg}: character {error.pos - at}"
+        # Line, column and character count from where the value may begin, not from the start of the response.
+        reason = json.JSONDecodeError(error.msg, text[start : error.pos], error.pos - start)
         raise UnreadableError(f"not valid JSON ({reason})", len(text) if breaks_off else error.pos) from error
     except ValueError as error:  # not finite, or an integer of thousands of digits
         raise UnreadableError(f"not valid JSON ({error})", at) from error
@@ -79,6 +80,26 @@ def check_value(value: Any, levels: int = 0) -> Any:
     return value
 
 
+def find_end(
+    text: str, start: int, end: re.Pattern[str], *, begins: re.Pattern[str], closing: str
+) -> re.Match[str] | None:
+    """
+    Where a value ends that is written without quotes.
+
+    An end does not count behind the beginning of another call (`begins`) that is not closed (`closing`) before it: the
+    value quotes a call, and this is the end of the quoted one's value. So a response that breaks off behind a quoted
+    call is not taken for a whole one.
+    """
+    opened, at = 0, start
+    for found in end.finditer(text, start):
+        part = text[at : found.start()]
+        opened += len(begins.findall(part)) - part.count(closing)
+        if opened <= 0:
+            return found
+        at = found.start()
+    return None
+
+
 def read_text(text: str, schema: Mapping[str, Any] | None) -> Any:
     """
     What a text stands for, in a format that writes strings without quotes.
@@ -110,6 +131,8 @@ def read_text(text: str, schema: Mapping[str, Any] | None) -> Any:
     if names & {"number", "integer"} and "string" not in names and text.strip() in _NOT_FINITE:
         raise UnreadableError(f"{text.strip()} is not a finite number")
     for value in _as_json(text, is_strict="string" not in names and bool(names & {"number", "integer"})):
+        if isinstance(value, str):  # a text's quotes are part of it
+            continue
         if _name(value) in names or (isinstance(value, int) and _name(value) == "integer" and "number" in names):
             return value
     return text

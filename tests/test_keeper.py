@@ -1,0 +1,135 @@
+"""Commands that end with their owner."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trl_steppo.keeper import Keeper
+
+FAMILY = """
+sleep 600 & child=$!
+setsid sleep 600 & elsewhere=$!
+echo $$ $child $elsewhere > {pids}.partial
+mv {pids}.partial {pids}
+"""
+
+
+def start(words: list[str], **settings: object) -> tuple[Keeper, subprocess.Popen[bytes]]:
+    keeper = Keeper(words)
+    with keeper.starting() as descriptor:
+        process = subprocess.Popen(
+            keeper.command,
+            pass_fds=[descriptor],
+            start_new_session=True,
+            **settings,  # type: ignore[call-overload]
+        )
+    return keeper, process
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def are_gone(pids: list[int]) -> bool:
+    for pid in pids:
+        try:
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.NoSuchProcess:
+            continue
+    return True
+
+
+def family_of(path: Path) -> list[int]:
+    wait_for(path.exists)
+    return [int(pid) for pid in path.read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [("exit 0", 0), ("exit 3", 3), ("kill -TERM $$", -15), ("kill -SEGV $$", -11), ("kill -KILL $$", -9)],
+)
+def test_the_status_is_the_commands(script, status):
+    _, process = start(["sh", "-c", script])
+    assert process.wait(20) == status
+
+
+def test_streams_are_the_commands():
+    keeper, process = start(["sh", "-c", "cat; echo trouble >&2"], stdin=-1, stdout=-1, stderr=-1)
+    assert process.communicate(b"words", timeout=20) == (b"words", b"trouble\n")
+    keeper.end()
+
+
+def test_a_program_that_is_not_there():
+    _, process = start(["/no/such/program"], stderr=-1)
+    assert b"FileNotFoundError: [Errno 2] No such file or directory: '/no/such/program'" in process.communicate()[1]
+    assert process.returncode == 127
+
+
+@pytest.mark.parametrize("ignores", ["", "trap '' TERM"])
+@pytest.mark.parametrize("how", ["end", "front", "told"])
+def test_all_of_it_ends(tmp_path, ignores, how):
+    """When the owner lets go; when the program in front of it is killed, as asyncio does, or is told to end."""
+    keeper, process = start(["sh", "-c", ignores + FAMILY.format(pids=tmp_path / "pids") + "wait"])
+    family = family_of(tmp_path / "pids")
+    assert not any(are_gone([pid]) for pid in family)
+    if how == "end":
+        keeper.end()
+        keeper.end()
+    elif how == "front":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait(20)
+    wait_for(lambda: are_gone(family))
+
+
+def test_what_a_command_leaves_behind_ends(tmp_path):
+    _, process = start(["sh", "-c", FAMILY.format(pids=tmp_path / "pids") + "exit 4"])
+    assert process.wait(20) == 4
+    assert are_gone(family_of(tmp_path / "pids"))
+
+
+OWNER = """
+import os, subprocess, sys, time
+from trl_steppo.keeper import Keeper
+keeper = Keeper(["sh", "-c", sys.argv[1]])
+with keeper.starting() as descriptor:
+    subprocess.Popen(keeper.command, pass_fds=[descriptor], start_new_session=True)
+if os.fork() == 0:
+    time.sleep(600)
+time.sleep(600)
+"""
+
+
+def test_the_owner_is_killed_while_a_process_that_it_forked_lives_on(tmp_path):
+    command = FAMILY.format(pids=tmp_path / "pids") + "wait"
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, command], start_new_session=True)
+    try:
+        family = family_of(tmp_path / "pids")
+        wait_for(lambda: len(psutil.Process(owner.pid).children()) == 2)
+        owner.kill()
+        owner.wait()
+        wait_for(lambda: are_gone(family))
+    finally:
+        os.killpg(owner.pid, signal.SIGKILL)
+
+
+def test_it_starts_fast():
+    """It imports no more than it needs: agents start by the hundred."""
+    path = Path(__file__).parents[1] / "trl_steppo" / "keeper.py"
+    code = f"import sys; exec(open({str(path)!r}).read(), {{'__name__': 'k'}}); print(len(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    assert int(loaded.stdout) < 60

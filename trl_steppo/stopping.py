@@ -1,0 +1,102 @@
+"""SIGTERM and SIGINT ask a run to stop: it does so at a place from which it can go on later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+from .errors import StepPOError
+
+_DEFAULTS: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+# A launcher passes on what the terminal or the scheduler has sent to its processes already; that is no second request.
+_SAME_S = 2.0
+
+
+class StopRequestedError(StepPOError):
+    """This process, or another rank of its run, was asked to stop."""
+
+
+class _Request:
+    signal: signal.Signals | None = None
+    at = 0.0
+
+
+_request = _Request()
+_callbacks: dict[object, Callable[[], None]] = {}
+
+
+def is_requested() -> bool:
+    """Whether this process was asked to stop, within [`listening`]."""
+    return _request.signal is not None
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """
+    Within the block, SIGTERM and SIGINT end nothing: [`is_requested`] tells of them, and [`calling`] calls. The same
+    signal again, some seconds later, has its usual effect at once.
+
+    A block that raised [`StopRequestedError`], or ended although a stop was requested, becomes what ends this process:
+    after SIGTERM a `SystemExit` with the status 143 (128 + 15), after SIGINT a `KeyboardInterrupt`.
+
+    A signal for which someone else has installed a handler is left to that handler. Outside the main thread, Python
+    cannot handle signals, and nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread() or is_requested():
+        yield
+        return
+    replaced = {number: usual for number, usual in _DEFAULTS.items() if signal.getsignal(number) == usual}
+    for number in replaced:
+        signal.signal(number, _handle)
+    try:
+        yield
+    except StopRequestedError as error:
+        raise _end(_request.signal) from error
+    finally:
+        requested, _request.signal = _request.signal, None
+        for number, usual in replaced.items():
+            if signal.getsignal(number) == _handle:  # a callback may have installed its own meanwhile
+                signal.signal(number, usual)
+    if requested is not None:
+        raise _end(requested)
+
+
+def _end(requested: signal.Signals | None) -> BaseException:
+    """What ends the process; `None`: another rank was asked to stop, and this one ends with it."""
+    return KeyboardInterrupt() if requested == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def calling(callback: Callable[[], None]) -> Iterator[None]:
+    """
+    Within the block, have `callback` called when a stop is requested, at once if it was before. It is called in the
+    main thread, between any two instructions, and must do no more than wake up whoever waits.
+    """
+    key = object()
+    _callbacks[key] = callback
+    try:
+        if is_requested():
+            callback()
+        yield
+    finally:
+        del _callbacks[key]
+
+
+def _handle(number: int, frame: FrameType | None) -> Any:
+    received, now = signal.Signals(number), time.monotonic()
+    if _request.signal is None:
+        _request.signal, _request.at = received, now
+        # Not through `logging` or `sys.stderr`, in the midst of whose work this may be.
+        with suppress(OSError):
+            os.write(2, f"\n{received.name}: stopping when the current step is done; once more to end now\n".encode())
+        for callback in list(_callbacks.values()):
+            callback()
+    elif now - _request.at > _SAME_S:
+        signal.signal(received, _DEFAULTS[received])
+        os.kill(os.getpid(), received)

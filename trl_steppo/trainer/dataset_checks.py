@@ -1,0 +1,207 @@
+"""What is wrong with a dataset, found before a model is trained on it: the first message names the row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from ..errors import DataError
+
+_CHUNK_ROWS = 10_000
+_IMAGES = ("image", "images")  # as TRL's trainers name the columns whose images the model sees
+
+
+def check_dataset(dataset: Any, name: str, *, vocabulary_size: int | None, is_for_agent: bool = False) -> None:
+    """
+    Look at every row as far as that is cheap: Arrow tables as a whole, lists one by one. Rows of other datasets, which
+    may be made when they are asked for, are not read; what is wrong with one costs its episode.
+
+    Args:
+        dataset (`Dataset`, `Sequence[dict]` or any dataset with a length):
+            The rows.
+        name (`str`):
+            What the user passed it as, for messages.
+        vocabulary_size (`int`, *optional*):
+            How many token ids the policy can read. `None`: not known.
+        is_for_agent (`bool`, *optional*, defaults to `False`):
+            Whether an agent plays the rows, which reads what it likes in them.
+
+    Raises:
+        DataError: If rows cannot be taken by their index, have images or no prompt, or hold a token id that the policy
+            does not have. It names the row.
+    """
+    _check_kind(dataset, name)
+    if is_for_agent or len(dataset) == 0:
+        return
+    if isinstance(dataset, Dataset):
+        if dataset.format["type"] != "custom":  # a transform makes rows of what is stored
+            _check_table(dataset, name, vocabulary_size)
+    elif isinstance(dataset, list | tuple):
+        _check_rows(dataset, name, vocabulary_size)
+
+
+def check_eval_dataset(dataset: Any, *, vocabulary_size: int | None, is_for_agent: bool = False) -> None:
+    """[`check_dataset`] for evaluation, which may have several datasets by name."""
+    parts = dataset if isinstance(dataset, dict) else {None: dataset}
+    for part, rows in parts.items():
+        if rows is not None:
+            name = "eval_dataset" if part is None else f"eval_dataset[{part!r}]"
+            check_dataset(rows, name, vocabulary_size=vocabulary_size, is_for_agent=is_for_agent)
+
+
+def _check_kind(dataset: Any, name: str) -> None:
+    if isinstance(dataset, Mapping):
+        raise DataError(
+            f"`{name}` is a {type(dataset).__name__} with {list(dataset)}, not rows; pass one of its splits, or "
+            "`Dataset.from_dict(...)` of columns"
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DataError(
+            f"`{name}` is a {type(dataset).__name__}, which has no length and no row by its index; rows are shuffled "
+            "over the whole dataset, and a run goes on from a checkpoint by their index. Pass a `datasets.Dataset` "
+            "(`Dataset.from_generator(...)`, or `load_dataset(...)` without `streaming`), or a list of rows"
+        )
+
+
+# -- Arrow tables -----------------------------------------------------------------------------------------------------
+
+
+def _check_table(dataset: Dataset, name: str, vocabulary_size: int | None) -> None:
+    columns = dataset.column_names
+    _check_images(columns, name)
+    column = "input_ids" if "input_ids" in columns else "prompt"
+    if column not in columns:
+        return  # which the caller says
+    first = 0
+    for chunk in _chunks(dataset, column):
+        if chunk.null_count:
+            row = first + int(np.flatnonzero(chunk.is_null().to_numpy(zero_copy_only=False))[0])
+            raise _none(name, row, column)
+        if column == "input_ids":
+            _check_ids_of_chunk(chunk, name, first, vocabulary_size)
+        elif first == 0:
+            _check_prompt(chunk[0].as_py(), name, 0)  # the others are of the same type
+        if column == "prompt":
+            _check_parts_of_chunk(chunk, name, first)
+        first += len(chunk)
+
+
+def _chunks(dataset: Dataset, column: str) -> Iterator[pa.Array]:
+    """A column in the order of the rows, without a copy where they are as they are stored."""
+    if dataset._indices is None:
+        yield from dataset.data.column(column).chunks
+        return
+    for table in dataset.select_columns([column]).with_format("arrow").iter(_CHUNK_ROWS):
+        yield table.column(column).combine_chunks() if table.num_rows else pa.array([])
+
+
+def _check_ids_of_chunk(chunk: Any, name: str, first: int, vocabulary_size: int | None) -> None:
+    if not (pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)):
+        return
+    ids = chunk.flatten()
+    if not pa.types.is_integer(ids.type) or len(ids) == 0:
+        return
+    if ids.null_count == 0:
+        bounds = pc.min_max(ids).as_py()
+        if _fits(bounds["min"], bounds["max"], vocabulary_size):
+            return
+    for offset, row in enumerate(chunk):
+        _check_ids(row.as_py(), name, first + offset, vocabulary_size)
+
+
+def _check_parts_of_chunk(chunk: Any, name: str, first: int) -> None:
+    """Contents in parts; of plain text the type of the column says that there are none."""
+    if not pa.types.is_list(chunk.type) or not pa.types.is_struct(chunk.type.value_type):
+        return
+    fields = {field.name: field.type for field in chunk.type.value_type}
+    if "content" in fields and not pa.types.is_string(fields["content"]):
+        for offset, row in enumerate(chunk):
+            _check_prompt(row.as_py(), name, first + offset)
+
+
+# -- lists of rows ----------------------------------------------------------------------------------------------------
+
+
+def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None) -> None:
+    if not isinstance(rows[0], Mapping):
+        raise DataError(
+            f"row 0 of `{name}` is {_shown(rows[0])}; a row is a dict with `prompt` (text or messages) or `input_ids`"
+        )
+    column = "input_ids" if "input_ids" in rows[0] else "prompt"
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {index} of `{name}` is {_shown(row)}; a row is a dict, as the first is")
+        _check_images(row, name)
+        if column not in row:
+            continue  # it may leave its prompt to `reset`
+        if row[column] is None:
+            raise _none(name, index, column)
+        if column == "input_ids":
+            _check_ids(row[column], name, index, vocabulary_size)
+        else:
+            _check_prompt(row[column], name, index)
+
+
+# -- one row ----------------------------------------------------------------------------------------------------------
+
+
+def _none(name: str, row: int, column: str) -> DataError:
+    return DataError(
+        f"row {row} of `{name}` has no `{column}`: it is None. Leave such rows out "
+        f"(`dataset.filter(lambda row: row[{column!r}] is not None)`), or give them one"
+    )
+
+
+def _check_images(columns: Any, name: str) -> None:
+    found = [column for column in _IMAGES if column in columns]
+    if found:
+        raise DataError(
+            f"`{name}` has the column `{found[0]}`: images are not supported, the policy reads text. Remove the "
+            "column, or rename it if it is meant for the environment alone"
+        )
+
+
+def _check_prompt(prompt: Any, name: str, row: int) -> None:
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, list | tuple) or not all(isinstance(message, Mapping) for message in prompt):
+        raise DataError(f"`prompt` of row {row} of `{name}` is {_shown(prompt)}; give text, or a list of messages")
+    for message in prompt:
+        content = message.get("content")
+        for part in content if isinstance(content, list | tuple) else ():
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind not in (None, "text"):
+                raise DataError(
+                    f"`prompt` of row {row} of `{name}` has a part of type {kind!r}: images and other media are not "
+                    "supported, the policy reads text"
+                )
+
+
+def _check_ids(ids: Any, name: str, row: int, vocabulary_size: int | None) -> None:
+    try:
+        found = np.asarray(ids)
+    except (TypeError, ValueError):
+        found = np.asarray(None)
+    if found.dtype.kind not in "iu" and found.size:
+        raise DataError(f"`input_ids` of row {row} of `{name}` is {_shown(ids)}; give a list of token ids")
+    if found.size and not _fits(int(found.min()), int(found.max()), vocabulary_size):
+        is_bad = (found < 0) | (found >= (2**31 if vocabulary_size is None else vocabulary_size))
+        known = "" if vocabulary_size is None else f"; the policy has {vocabulary_size} ids, from 0"
+        raise DataError(
+            f"`input_ids` of row {row} of `{name}` has the token id {int(found[is_bad][0])}, which is outside of the "
+            f"vocabulary{known}. Tokenize with the policy's own tokenizer; if it has more tokens than the policy, "
+            "call `model.resize_token_embeddings(len(tokenizer))`"
+        )
+
+
+def _fits(lowest: int, highest: int, vocabulary_size: int | None) -> bool:
+    return lowest >= 0 and highest < (2**31 if vocabulary_size is None else vocabulary_size)
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {value!r:.80}"
