@@ -174,6 +174,9 @@ class StepPOTrainer(PPOTrainer):
     ```
     """
 
+    _reference_adapter: str | None  # which of the policy's adapters the reference is
+    _copied_adapter: str | None  # the one that was made for it
+
     _tag_names = ["trl", "ppo", "steppo"]  # noqa: RUF012  (as declared by the base class)
     _name = "StepPO"
     _paper = {  # noqa: RUF012
@@ -808,8 +811,8 @@ class StepPOTrainer(PPOTrainer):
         self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None  # type: ignore[assignment]
         self.value_model: Any = None
         needs_copy = args.uses_reference and ref_model is None and self.policy_adapter is None
-        self._reference_adapter: str | None = args.ref_adapter_name
-        self._copied_adapter: str | None = None
+        self._reference_adapter = args.ref_adapter_name
+        self._copied_adapter = None
         hold = partial(hold_in_float32, self.accelerator)
         with gathered(model.parameters()):
             if not self.accelerator.is_fsdp2:
