@@ -7,7 +7,21 @@ A scripted sampler takes 20 ms a token, whoever else is sampled at the same time
 sessions of several turns over HTTP, with and without trouble: clients that go away or ask twice, a sampler that fails.
 For comparison, agents in this process call the sampler itself. Every step is on the disk before its client is told of
 it. Then: memory over many sessions, one after the other, and the time that a turn takes the gateway when a
-conversation has 1, 8 and 64 of them.
+conversation has 1, 8 and 64 of them. Then (`_hostile_clients.py`): what others wait while a client sends far more than
+the model's context has room for, again and again, and beside 1,500 connections that say nothing, under a limit of
+1,024 open files.
+
+The figures, as `--json` has them:
+
+- `throughput_over_direct`, `lost_steps`, `mixed_steps`, `cpu_ms_per_request`, `client_cpu_ms_per_request`: of
+  `sessions` sessions of `steps` steps at once;
+- `memory_growth_mb`: over `finished_sessions`;
+- `turn_ms`, `new_tokens_turn_64_over_turn_2`: of a long conversation;
+- `hostile`: `healthz_p99_ms` and `one_token_p99_ms` of others, `idle` and beside each kind of hostile client
+  (`malformed_1.6_mb`, `malformed_7.6_mb`, `short_messages_100_000`, `prompt_ids_200_000`, `nested_1_mb`, with how many
+  requests that one sent and the statuses it was told; `silent_connections_1500`), over `requests_each`; the worst of
+  them, `worst_healthz_p99_ms` and `worst_one_token_p99_ms`, beside what is allowed (`allowed_...`: five times the idle
+  gateway's, or 50 ms).
 """
 
 from __future__ import annotations
@@ -30,6 +44,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+from _hostile_clients import measure_hostile
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoTokenizer
 
@@ -254,6 +269,7 @@ def measure(server: GatewayServer, chat: ChatFormat, args: BenchmarkArguments) -
         "sessions": num_sessions,
         "steps": num_steps,
         "finished_sessions": num_finished,
+        "hostile": measure_hostile(quick=args.quick),
     }
 
 

@@ -38,7 +38,7 @@ from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
 from trl_steppo.environments.tools import MISTAKES
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
-from trl_steppo.models import locate_model
+from trl_steppo.models import end_token_ids, locate_model
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes
 
 SCORES = ("exact_match", "f1", "answered", "steps", "tool_errors")
@@ -56,6 +56,10 @@ class Arguments:
     output_dir: str = field(metadata={"help": "Where the scores go."})
     base_url: str | None = field(default=None, metadata={"help": "An OpenAI-compatible server. None: in-process."})
     dtype: str = field(default="float32", metadata={"help": "The weights' type: float32, bfloat16, or auto."})
+    allow_uncached_sampling: bool = field(
+        default=False,
+        metadata={"help": "Sample a model that no cache can be used for all the same, many times slower, in-process."},
+    )
     max_questions: int | None = field(default=None, metadata={"help": "Only the first ones of each data set."})
     batch_size: int = field(default=32, metadata={"help": "Questions played at a time."})
     max_interaction_steps: int = field(default=5, metadata={"help": "Most steps of an episode."})
@@ -102,7 +106,10 @@ class LocalModel:
         self.args = args
         self.template_kwargs = read_template_kwargs(args)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.sampler = LocalSampler(model.to("cuda") if torch.cuda.is_available() else model)
+        self.end_token_ids = end_token_ids(model.generation_config)
+        self.sampler = LocalSampler(
+            model.to("cuda") if torch.cuda.is_available() else model, allow_uncached=args.allow_uncached_sampling
+        )
 
     def play(self, rows: Sequence[Row], make: Callable[[], Playable]) -> list[Scores]:
         """The scores of every row."""
@@ -111,7 +118,12 @@ class LocalModel:
             [EpisodeRequest(row, index) for index, row in enumerate(rows)],
             lambda row: make(),
             self.sampler,
-            chat=ChatFormat(self.tokenizer, tools=make().tools, chat_template_kwargs=self.template_kwargs),
+            chat=ChatFormat(
+                self.tokenizer,
+                tools=make().tools,
+                chat_template_kwargs=self.template_kwargs,
+                end_token_ids=self.end_token_ids,
+            ),
             limits=EpisodeLimits(args.max_interaction_steps, args.max_prompt_length),
             sampling=SamplingParams(max_new_tokens=args.response_length, temperature=0.0),
             run_seed=0,

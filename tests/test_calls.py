@@ -1,6 +1,8 @@
 """Code of others: it hangs, swallows what it is told, raises anything, and holds nothing up."""
 
 import asyncio
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -8,8 +10,18 @@ import threading
 import time
 
 import pytest
+import torch
 
-from trl_steppo.calls import CallTimeoutError, DaemonThread, call, within
+from trl_steppo.calls import (
+    CallTimeoutError,
+    DaemonThread,
+    as_text,
+    call,
+    call_and_wait,
+    error_text,
+    why_unbindable,
+    within,
+)
 from trl_steppo.rollout.play import run_coroutine
 
 
@@ -86,3 +98,284 @@ asyncio.run(main())
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
     assert (done.returncode, done.stdout.strip()) == (0, "given up")
+
+
+# -- exceptions that would end more than the call ---------------------------------------------------------------------
+
+FATAL = [SystemExit(0), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError("x"), StopIteration(4)]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "awaitable", "generator", "async generator"])
+@pytest.mark.parametrize("error", FATAL, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("timeout_s", [None, 30])
+def test_no_exception_ends_more_than_the_call(error, kind, timeout_s):
+    def raises():
+        raise error
+
+    async def raises_later():
+        await asyncio.sleep(0)
+        raise error
+
+    def yields():
+        yield 1
+        raise error
+
+    async def yields_later():
+        yield 1
+        raise error
+
+    functions = {
+        "sync": raises,
+        "async": raises_later,
+        "awaitable": lambda: raises_later(),
+        "generator": yields,
+        "async generator": yields_later,
+    }
+
+    async def two():
+        settings = {"thread": DaemonThread("x"), "timeout_s": timeout_s, "what": "it"}
+        with pytest.raises(RuntimeError):
+            await call(functions[kind], (), {}, **settings)
+        return await call(lambda: 7, (), {}, **settings)
+
+    assert run_coroutine(two()) == 7
+
+
+def test_a_task_left_in_the_loop_does_not_end_the_run(caplog):
+    async def begins_one():
+        async def leaves():
+            sys.exit(0)
+
+        asyncio.get_running_loop().call_soon(sys.exit, 0)
+        asyncio.get_running_loop().stop()
+        begins_one.task = asyncio.create_task(leaves())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return 7
+
+    async def run():
+        return await call(begins_one, (), {}, thread=DaemonThread("x"), timeout_s=None, what="it")
+
+    assert run_coroutine(run()) == 7
+    assert caplog.text.count("SystemExit(0)") == 2
+    assert isinstance(begins_one.task.exception(), SystemExit)  # looked at, or asyncio reports it as lost
+
+
+def test_what_is_thrown_away_unfinished_is_no_mistake():
+    hooked = []
+
+    async def waits():
+        await asyncio.Event().wait()
+
+    async def forgets():
+        begun = call(waits, (), {}, thread=DaemonThread("x"), timeout_s=None, what="it")
+        begun.send(None)
+        begun.close()
+
+    before = sys.unraisablehook
+    sys.unraisablehook = hooked.append
+    try:
+        run_coroutine(forgets())
+    finally:
+        sys.unraisablehook = before
+    assert not hooked
+
+
+def test_an_async_generator_that_does_not_end_is_left_behind():
+    async def endless():
+        try:
+            while True:
+                await asyncio.sleep(0)
+                yield "more"
+        finally:
+            await asyncio.Event().wait()
+
+    async def run():
+        with pytest.raises(CallTimeoutError):
+            await call(endless, (), {}, thread=DaemonThread("x"), timeout_s=0.05, what="it")
+
+    run_coroutine(run())
+
+
+INTERRUPTED = """
+import asyncio, os, signal, sys, threading
+from trl_steppo.calls import DaemonThread, call, call_and_wait
+from trl_steppo.rollout.play import run_coroutine
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+async def raised():
+    interrupt()
+    for _ in range(1000):  # handlers run between instructions
+        pass
+
+async def swallowed():
+    try:
+        interrupt()
+        for _ in range(1000):
+            pass
+    except BaseException:
+        pass
+
+def reward():
+    interrupt()
+    for _ in range(1000):
+        pass
+
+async def at_rest():
+    threading.Timer(0.1, interrupt).start()
+    await asyncio.Event().wait()
+
+async def inside():
+    return run_coroutine(at_rest())
+
+async def run(function):
+    await call(function, (), {}, thread=DaemonThread("x"), timeout_s=None, what="it")
+
+how = sys.argv[1]
+try:
+    if how == "reward":
+        call_and_wait(reward, (), {}, run_coroutine)
+    elif how == "inside":
+        asyncio.new_event_loop().run_until_complete(inside())  # as in a notebook
+    else:
+        run_coroutine(run(globals()[how]))
+    print("went on")
+except KeyboardInterrupt:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("how", ["raised", "swallowed", "reward", "at_rest", "inside"])
+def test_ctrl_c_ends_the_run_whatever_runs(how):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", INTERRUPTED, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, env=env)
+    assert done.stdout.strip() == "interrupted", done.stderr
+
+
+# -- values that are computed later -----------------------------------------------------------------------------------
+
+
+def pieces():
+    yield "a"
+    yield "b"
+
+
+async def later_pieces():
+    yield "a"
+    yield "b"
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        *[(pieces, "ab"), (later_pieces, "ab"), (lambda: iter("ab"), "ab"), (lambda: map(str, (1, 2)), "12")],
+        *[(lambda: (n for n in (1, 2)), [1, 2]), (lambda: pieces(), "ab"), (lambda: iter(()), [])],
+        *[(lambda: [1, 2], [1, 2]), (lambda: range(2), range(2)), (lambda: ["a"], ["a"])],
+    ],
+)
+def test_what_is_computed_later_is_computed(function, value):
+    assert run_call(function) == value
+
+
+def test_what_is_computed_later_is_computed_in_the_same_thread():
+    async def run():
+        threads = []
+
+        def remember():
+            threads.append(threading.get_ident())
+            yield 1
+            threads.append(threading.get_ident())
+
+        await call(remember, (), {}, thread=DaemonThread("x"), timeout_s=None, what="it")
+        return threads
+
+    first, second = asyncio.run(run())
+    assert first == second != threading.get_ident()
+
+
+def test_what_never_ends_is_given_up():
+    with pytest.raises(ValueError, match="more than 100000 items"):
+        run_call(lambda: itertools.count())
+
+
+@pytest.mark.parametrize("value", [object(), [pieces()], {"f": lambda: 0}, print.__call__, threading.Lock()])
+def test_an_address_is_no_text(value):
+    with pytest.raises(TypeError, match="has no text of its own"):
+        as_text(value)
+
+
+def test_text_that_mentions_an_address_is_text():
+    assert as_text("<object at 0x7f0000000000>") == "<object at 0x7f0000000000>"
+    assert as_text({"a": 1}) == "{'a': 1}"
+
+
+# -- names, and what belongs to the thread ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["function", "args", "kwargs", "thread", "timeout_s", "what", "convert", "self", "name"]
+)
+def test_arguments_may_have_any_name(name):
+    async def run(function):
+        return await call(function, (), {name: 7}, thread=DaemonThread("x"), timeout_s=None, what="it")
+
+    async def later(**row):
+        return row
+
+    assert asyncio.run(run(dict)) == asyncio.run(run(later)) == {name: 7}
+
+
+class Bound:
+    def reset(self, **row): ...
+
+    def free(self, /, **row): ...
+
+    def one(self, number): ...
+
+    __call__ = reset
+
+    @staticmethod
+    def static(**row): ...
+
+
+def test_why_a_function_cannot_be_called():
+    assert "first parameter" in why_unbindable(Bound().reset, ["self"])
+    assert "first parameter" in why_unbindable(Bound(), ["self"])
+    assert why_unbindable(Bound().free, ["self"]) is None
+    assert why_unbindable(Bound.static, ["self"]) is None
+    assert why_unbindable(Bound().reset, ["name"]) is None
+    assert "unexpected keyword argument 'name'" in why_unbindable(Bound().one, ["number", "name"])
+    assert "missing a required argument: 'number'" in why_unbindable(Bound().one, [])
+    assert why_unbindable(functools.partial(Bound().one, number=1), []) is None
+
+
+def test_the_threads_own_state_is_put_back():
+    async def tool():
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+
+    async def run():
+        await call(tool, (), {}, thread=DaemonThread("x"), timeout_s=None, what="it")
+
+    def reward():
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+
+    for act in (lambda: run_coroutine(run()), lambda: call_and_wait(reward, (), {}, run_coroutine)):
+        act()
+        assert torch.is_grad_enabled()
+        assert torch.get_default_dtype() is torch.float32
+
+
+def test_an_exception_whose_message_breaks_is_told_all_the_same():
+    class SilentError(Exception):
+        def __str__(self):
+            raise OSError("no")
+
+    assert error_text(SilentError()) == "(its message cannot be read)"

@@ -15,7 +15,7 @@ import trl_steppo
 PACKAGE = Path(trl_steppo.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"types", "errors", "masked", "durable", "calls", "numerics", "keeper", "stopping"},
+    {"types", "errors", "masked", "durable", "calls", "compat", "finite", "keeper", "numerics", "stopping"},
     {"environments", "chat", "inference", "batching", "advantages", "losses", "models"},
     {"gateway"},
     {"rollout"},
@@ -152,5 +152,6 @@ def test_light_imports_load_no_torch(statement):
 def test_names_resolve_and_unknown_ones_do_not():
     for name in trl_steppo.__all__:
         assert getattr(trl_steppo, name).__name__ == name
+    assert set(trl_steppo.__all__) <= set(dir(trl_steppo))
     with pytest.raises(AttributeError, match="no attribute 'Stepp'"):
         _ = trl_steppo.Stepp

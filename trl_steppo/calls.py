@@ -1,17 +1,39 @@
-"""Calls of code that others wrote, which may hang: time limits, and threads that hold nothing up."""
+"""
+Calls of code that others wrote: environments, tools, reward functions, agents, data collators.
+
+Every call of such code goes through this module. Whatever it does costs the call and nothing else:
+
+- It hangs: there are time limits, and threads that hold nothing up.
+- It leaves by an exception that would end more than the call (`SystemExit`, `KeyboardInterrupt`, `GeneratorExit`,
+  `CancelledError`, `StopIteration`): that becomes a `RuntimeError`. What a signal's handler raised, as on Ctrl-C, is
+  none of its doing and goes on its way.
+- It gives a value that is computed later (a coroutine, a generator, a `map`): it is computed here, in the same thread.
+- It changes what belongs to the thread, such as torch's grad mode: that is put back.
+
+Arguments travel as a mapping, never as keywords of our own functions, so that they may have any name.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import queue
+import re
+import signal
+import sys
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
+from .stopping import is_requested
+
 T = TypeVar("T")
+
+_MOST_ITEMS = 100_000  # that are taken of what is computed later; some are endless
 
 
 class CallTimeoutError(TimeoutError):
@@ -22,6 +44,9 @@ class CallTimeoutError(TimeoutError):
         self.what = what
 
 
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+
 async def call(
     function: Callable[..., Any],
     args: Sequence[Any],
@@ -30,17 +55,204 @@ async def call(
     thread: DaemonThread,
     timeout_s: float | None,
     what: str,
+    convert: Callable[[Any], Any] = lambda value: value,
 ) -> Any:
     """
     Call a function that someone else wrote: a coroutine function on the event loop, any other in `thread`.
+
+    Args:
+        function (`Callable`), args (`Sequence`), kwargs (`Mapping[str, Any]`):
+            What is called, and with what.
+        thread ([`DaemonThread`]):
+            Where a function runs that is not async.
+        timeout_s (`float`, *optional*):
+            Time limit in seconds; `None`: none.
+        what (`str`):
+            How messages name it.
+        convert (`Callable`, *optional*):
+            Called with the result, in the place where the function ran: looking at a result may run code of others,
+            too. Iterators are lists by then.
 
     Raises:
         CallTimeoutError: it took longer than `timeout_s`.
     """
     if inspect.iscoroutinefunction(function):
-        return await within(function(*args, **kwargs), timeout_s, what)
-    result = await thread.run(lambda: function(*args, **kwargs), timeout_s, what)
-    return await within(result, timeout_s, what) if inspect.isawaitable(result) else result
+        return await within(_contained(lambda: function(*args, **kwargs), convert), timeout_s, what)
+    result = await thread.run(lambda: _taken(function(*args, **kwargs), convert), timeout_s, what)
+    return await within(_contained(lambda: result, convert), timeout_s, what) if _is_async(result) else result
+
+
+def call_and_wait(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], run: Callable[[Any], Any]
+) -> Any:
+    """
+    Call a function that someone else wrote in this thread, without a time limit.
+
+    Args:
+        function (`Callable`), args (`Sequence`), kwargs (`Mapping[str, Any]`):
+            What is called, and with what.
+        run (`Callable[[Coroutine], Any]`):
+            Runs a coroutine to its end, for functions that are async.
+    """
+    with noticing_interruptions(), keeping_thread_state():
+        try:
+            result = _taken(function(*args, **kwargs), lambda value: value)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise_interruption(error)
+            raise as_error(error) from error
+        finally:
+            raise_interruption()
+        if not _is_async(result):
+            return result
+        return run(within(_contained(lambda: result, lambda value: value), None, "it"))
+
+
+async def _contained(begin: Callable[[], Any], convert: Callable[[Any], Any]) -> Any:
+    """What `begin` promises, converted. To be run in a task of its own."""
+    task = asyncio.current_task()
+    try:
+        result = begin()
+        while _is_async(result):
+            result = await result if inspect.isawaitable(result) else await _collected(result)
+        return convert(drained(result))
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        raise_interruption(error)
+        if isinstance(error, GeneratorExit) and not _is_running(task):  # it is being thrown away unfinished
+            raise
+        raise as_error(error) from error
+    finally:
+        raise_interruption()
+
+
+def _is_running(task: asyncio.Task[Any] | None) -> bool:
+    try:
+        return asyncio.current_task() is task
+    except RuntimeError:  # no loop runs
+        return False
+
+
+def _taken(result: Any, convert: Callable[[Any], Any]) -> Any:
+    return result if _is_async(result) else convert(drained(result))
+
+
+def _is_async(result: Any) -> bool:
+    return inspect.isawaitable(result) or isinstance(result, AsyncIterator)
+
+
+async def _collected(pieces: AsyncIterator[Any]) -> Any:
+    items: list[Any] = []
+    async for item in pieces:
+        items.append(item)
+        if len(items) > _MOST_ITEMS:
+            break
+    return _whole(items)
+
+
+def drained(value: Any) -> Any:
+    """
+    What an iterator (a generator, a `map`, a file) gives, which can be read once: text where all its pieces are text,
+    else a list. Any other value as it is.
+    """
+    return _whole(list(itertools.islice(value, _MOST_ITEMS + 1))) if isinstance(value, Iterator) else value
+
+
+def _whole(items: list[Any]) -> str | list[Any]:
+    if len(items) > _MOST_ITEMS:
+        raise ValueError(f"it gives more than {_MOST_ITEMS} items one by one")
+    return "".join(items) if items and all(isinstance(item, str) for item in items) else items
+
+
+def is_lazy(function: Any) -> bool:
+    """Whether a function does nothing when it is called but give a generator."""
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+
+
+def why_unbindable(
+    function: Callable[..., Any], names: Iterable[str], signature: inspect.Signature | None = None
+) -> str | None:
+    """
+    Why a function cannot be called with keywords of these names; `None` if it can, or if that cannot be known.
+
+    `inspect.Signature.bind` alone overlooks what a method is bound by: `def reset(self, **row)` cannot be called with
+    `self=...`.
+
+    Args:
+        function (`Callable`):
+            What is to be called.
+        names (`Iterable[str]`):
+            The keywords.
+        signature (`inspect.Signature`, *optional*):
+            The function's, if it is known; reading it takes longer than most calls.
+    """
+    names = list(names)
+    bound_by = _bound_by(function)
+    if bound_by in names:
+        return (
+            f"{bound_by!r} is the name of its first parameter; rename one of them, or put `/` behind the parameter: "
+            f"`({bound_by}, /, ...)`"
+        )
+    try:
+        (signature or inspect.signature(function)).bind(**dict.fromkeys(names))
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a callable without a signature is tried
+        return None
+    return None
+
+
+def _bound_by(function: Any) -> str | None:
+    """The name of the parameter that a bound method, or an instance with `__call__`, already has."""
+    if not inspect.ismethod(function) and not inspect.isroutine(function) and not inspect.isclass(function):
+        function = getattr(function, "__call__", None)  # noqa: B004  (the bound method)
+    if not inspect.ismethod(function):
+        return None
+    try:
+        first = next(iter(inspect.signature(function.__func__).parameters.values()), None)
+    except (TypeError, ValueError):
+        return None
+    return first.name if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else None
+
+
+# -- results and exceptions as text -----------------------------------------------------------------------------------
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>")  # as in `<generator object f at 0x7f...>`
+
+
+def as_text(value: Any) -> str:
+    """
+    A tool's result as the model reads it: `str` of it.
+
+    Raises:
+        TypeError: It, or something in it, has no text of its own, only a type and an address in memory.
+    """
+    text = str(value)
+    if not isinstance(value, str) and _ADDRESS.search(text):
+        raise TypeError(f"it returned a value of type {type(value).__name__} that has no text of its own; return text")
+    return text
+
+
+def error_text(error: BaseException) -> str:
+    """An exception's message, even if it fails to give one."""
+    try:
+        return str(error)
+    except Exception:
+        return "(its message cannot be read)"
+
+
+def as_error(error: BaseException) -> Exception:
+    """An exception that costs one call, instead of one that would end more than that."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration):
+        return error
+    wrapped = RuntimeError(f"{type(error).__name__}: {error_text(error)}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+# -- waiting ----------------------------------------------------------------------------------------------------------
 
 
 async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str) -> T:
@@ -50,19 +262,21 @@ async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str) ->
 
     Raises:
         CallTimeoutError: it took longer than `timeout_s`.
+        RuntimeError: it was cancelled, and not from here.
     """
-    if timeout_s is None:
-        return await awaitable
     task = asyncio.ensure_future(awaitable)
     try:
         await asyncio.wait({task}, timeout=timeout_s)
         if not task.done():
+            assert timeout_s is not None
             raise CallTimeoutError(what, timeout_s)
         if task.cancelled():
             raise RuntimeError(f"{what} was cancelled from inside")
         return task.result()
     finally:
-        if not task.done():
+        if task.done():
+            look_at(task)
+        else:
             task.cancel()
             task.add_done_callback(look_at)
 
@@ -71,6 +285,82 @@ def look_at(task: asyncio.Future[Any]) -> None:
     """Look at the outcome of a task that was given up, so that asyncio does not report it as never looked at."""
     if not task.cancelled():
         task.exception()
+
+
+# -- signals, and what belongs to a thread ----------------------------------------------------------------------------
+
+_interruption: BaseException | None = None  # what a signal's handler raised in the main thread
+
+
+@contextmanager
+def noticing_interruptions() -> Iterator[None]:
+    """
+    Within the block, what the handlers of SIGINT and SIGTERM raise is known as theirs ([`raise_interruption`]), and
+    not taken for something that the interrupted code raised. Only the main thread runs handlers; in others this does
+    nothing.
+    """
+    global _interruption
+    noticed: dict[signal.Signals, Callable[..., Any]] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler) and not _is_noticing(handler):
+                noticed[number] = partial(_notice, handler)
+                signal.signal(number, noticed[number])
+    try:
+        yield
+    finally:
+        for number, ours in noticed.items():
+            if signal.getsignal(number) is ours:  # nobody has set another one
+                signal.signal(number, ours.args[0])  # type: ignore[attr-defined]
+        if noticed:
+            _interruption = None
+
+
+def _is_noticing(handler: Any) -> bool:
+    return isinstance(handler, partial) and handler.func is _notice
+
+
+def _notice(handler: Callable[..., Any], number: int, frame: Any) -> None:
+    global _interruption
+    try:
+        handler(number, frame)
+    except BaseException as error:
+        _interruption = error
+        raise
+
+
+def raise_interruption(error: BaseException | None = None) -> None:
+    """
+    Raise what a signal's handler raised in this thread: always without `error`, as the interrupted code may have
+    swallowed it; else if `error` is that. A `KeyboardInterrupt` of a process that was asked to stop is always one.
+    """
+    if isinstance(error, KeyboardInterrupt) and is_requested():
+        raise error
+    if _interruption is None or threading.current_thread() is not threading.main_thread():
+        return
+    if error is None or error is _interruption:
+        raise _interruption
+
+
+@contextmanager
+def keeping_thread_state() -> Iterator[None]:
+    """What the block changes of torch's state is put back: grad mode and the default dtype."""
+    torch: Any = sys.modules.get("torch")  # who has not loaded it changes nothing of it
+    if torch is None or not hasattr(torch, "is_grad_enabled"):
+        yield
+        return
+    has_grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        if torch.is_grad_enabled() != has_grad:
+            torch.set_grad_enabled(has_grad)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
 
 
 class DaemonThread:
@@ -118,10 +408,11 @@ class DaemonThread:
 
     def _start(self) -> queue.SimpleQueue[Callable[[], None] | None]:
         if self._jobs is None:
-            self._jobs = queue.SimpleQueue()
+            jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+            threading.Thread(target=_work, args=(jobs,), name=self._name, daemon=True).start()
             # Neither the thread nor the finalizer holds `self`, so that a forgotten one ends by itself.
-            weakref.finalize(self, self._jobs.put, None).atexit = False
-            threading.Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True).start()
+            weakref.finalize(self, jobs.put, None).atexit = False
+            self._jobs = jobs  # now that the thread has started, which it may fail to
         return self._jobs
 
 
@@ -134,18 +425,11 @@ def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
 def _run_job(function: Callable[[], T], future: asyncio.Future[T], loop: asyncio.AbstractEventLoop) -> None:
     try:
         result = function()
-    except Exception as error:
-        _deliver(loop, future, lambda error=error: future.set_exception(_raisable(error)))  # type: ignore[misc]
     except BaseException as error:  # `exit()` in a tool ends neither this thread nor the run
-        wrapped = RuntimeError(f"{type(error).__name__}: {error}")
-        _deliver(loop, future, lambda: future.set_exception(wrapped))
+        failure = as_error(error)
+        _deliver(loop, future, lambda: future.set_exception(failure))
     else:
         _deliver(loop, future, lambda: future.set_result(result))
-
-
-def _raisable(error: Exception) -> Exception:
-    # A future refuses StopIteration, which means something else to the coroutine that would receive it.
-    return RuntimeError(f"StopIteration: {error}") if isinstance(error, StopIteration) else error
 
 
 def _deliver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], deliver: Callable[[], None]) -> None:

@@ -95,6 +95,11 @@ def _add_gateway(commands: argparse._SubParsersAction[_Parser]) -> None:
     gateway.add_argument(
         "--idle_s", type=float, default=3600.0, help="seconds without a request after which a session is finished"
     )
+    gateway.add_argument(
+        "--allow_uncached_sampling",
+        action="store_true",
+        help="serve a model that cannot be sampled with a cache all the same, many times slower",
+    )
     gateway.set_defaults(run=run_gateway)
 
 
@@ -224,6 +229,7 @@ def run_gateway(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         max_interaction_steps=args.max_interaction_steps,
         idle_s=args.idle_s,
+        allow_uncached_sampling=args.allow_uncached_sampling,
     )
     return 0
 

@@ -52,7 +52,7 @@ class ScriptedSampler:
         self.tokenizer = tokenizer
         self.rows = rows
         self.policy_version = 0
-        self.sampled_tokens = self.prompt_tokens = self.prefilled_tokens = 0
+        self.sampled_tokens = self.prompt_tokens = self.prefilled_tokens = self.uncached_rows = 0
         self.forward_s = 0.0
 
     async def sample(
@@ -225,6 +225,8 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         "use_rollout_worker": False,
         **dict.fromkeys(("vllm_server_base_url", "vllm_weights_dir"), None),
         "use_vllm": False,
+        # Servers have caches for models that the in-process sampler has none for.
+        "allow_uncached_sampling": bool(own.get("use_vllm") or own.get("allow_uncached_sampling")),
         "vllm_server_timeout": 240.0,
         "vllm_weight_transfer": "files",
         "rollout_correction": StepPOConfig(**own).correction,

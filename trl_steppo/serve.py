@@ -31,6 +31,7 @@ def serve(
     temperature: float = 1.0,
     max_interaction_steps: int = 5,
     idle_s: float | None = 3600.0,
+    allow_uncached_sampling: bool = False,
 ) -> None:
     """
     Serve a model until a signal ends it. Sessions are opened with the admin's key, which is written to a file that its
@@ -49,19 +50,27 @@ def serve(
             What a session is allowed that does not say.
         idle_s (`float`, *optional*, defaults to `3600.0`):
             How long an agent may ask for nothing before its session is finished; `None`: for ever.
+        allow_uncached_sampling (`bool`, *optional*, defaults to `False`):
+            Whether a model that cannot be sampled with a cache is served all the same, many times slower.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from .inference.local import LocalSampler
-    from .models import locate_model
+    from .models import context_length, locate_model, stored_end_token_ids
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigurationError(f"`--dtype` is {dtype!r}; it is auto, or a type of torch such as bfloat16")
     name = locate_model(model_name)
+    context = context_length(AutoConfig.from_pretrained(name))
+    if context is not None and response_length >= context:
+        raise ConfigurationError(
+            f"`--response_length` is {response_length}, and {model_name} has a context of {context} tokens for a "
+            "prompt and its response; give less"
+        )
     key_file, admin_key = directory / "admin_key", f"sk-admin-{secrets.token_urlsafe(32)}"
     server = GatewayServer(
-        ChatFormats(AutoTokenizer.from_pretrained(name)),
+        ChatFormats(AutoTokenizer.from_pretrained(name), end_token_ids=stored_end_token_ids(name)),
         host=host,
         port=port,
         store=directory / "sessions.sqlite",
@@ -71,6 +80,7 @@ def serve(
             SamplingParams(response_length, temperature=temperature),
         ),
         model_name=model_name,
+        context=context,
         idle_s=idle_s,
     )
     with closing(server):  # its port is had before the model is loaded, which takes longer
@@ -81,7 +91,7 @@ def serve(
         gc.collect()
         gc.freeze()  # what is loaded by now stays, and no later collection looks at it again
         server.start()
-        server.resume(Engine(LocalSampler(model), _loop_in_a_thread()))
+        server.resume(Engine(LocalSampler(model, allow_uncached=allow_uncached_sampling), _loop_in_a_thread()))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.stop())
         print(f"serving {model_name} on {server.base_url}; the admin's key is in {key_file}", flush=True)

@@ -63,7 +63,27 @@ class EpisodeLimits:
 
 def writable(text: str) -> str:
     """Half a surrogate pair, which an environment may cut out of somewhere, is no character: it becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A nested value with all of its texts changed, keys included; the value itself where none of them changes."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        pairs = [(map_texts(key, change), map_texts(item, change)) for key, item in value.items()]
+        is_same = all(a is key and b is item for (a, b), (key, item) in zip(pairs, value.items(), strict=True))
+        return value if is_same else dict(pairs)
+    if isinstance(value, list | tuple):
+        items = [map_texts(item, change) for item in value]
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    return value
 
 
 def renamed_keyword(old: str, new: str) -> Callable[[C], C]:
@@ -217,6 +237,7 @@ class Step:
         object.__setattr__(self, "prompt_ids", TokenIds(self.prompt_ids))
         object.__setattr__(self, "response_ids", TokenIds(self.response_ids))
         object.__setattr__(self, "rollout_logprobs", tuple(self.rollout_logprobs))
+        object.__setattr__(self, "observation", map_texts(self.observation, writable))  # it is stored and reported
         if not self.prompt_ids:
             raise ValueError(f"step {self.step_index} has an empty prompt; a value has to be read at its last token")
         if not self.response_ids:

@@ -4,8 +4,9 @@ import threading
 import pytest
 
 from trl_steppo.environments import Response, ToolPlayable, make_playable
-from trl_steppo.environments.tools import MISTAKES, ResponsePlayable
+from trl_steppo.environments.tools import MAX_TOOL_CALLS, MISTAKES, ResponsePlayable, check_reset
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.rollout.play import run_coroutine
 
 
 def calling(*calls: tuple[str, dict], malformed: tuple[str, ...] = ()) -> Response:
@@ -388,3 +389,234 @@ def test_an_answer_carries_the_id_that_the_model_gave_its_call():
         {"role": "tool", "name": "double", "content": "4", "tool_call_id": "VvvODy9mT"},
         {"role": "tool", "name": "double", "content": "6"},
     ]
+
+
+# -- what others' code may do -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "column", ["name", "args", "kwargs", "convert", "function", "thread", "what", "row", "environment"]
+)
+def test_a_column_may_have_any_name(column):
+    seen = {}
+
+    class Remembers(OnlyReward):
+        def reset(self, **row):
+            seen.update(row)
+
+    asyncio.run(make_playable(Remembers()).reset({column: 7}))
+    assert seen == {column: 7}
+
+
+def test_a_column_named_as_what_the_method_is_bound_by_is_refused():
+    with pytest.raises(ConfigurationError, match=r"`OnlyReward.reset`.*'self' is the name of its first parameter"):
+        check_reset(OnlyReward(), ["prompt", "self"])
+    check_reset(OnlyReward(), ["prompt", "name"])
+    with pytest.raises(ConfigurationError, match="missing a required argument: 'number'"):
+        check_reset(GuessNumber(), ["prompt"])
+
+
+FATAL = [SystemExit(0), KeyboardInterrupt(), asyncio.CancelledError(), GeneratorExit()]
+
+
+@pytest.mark.parametrize("error", FATAL, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("name", ["reset", "step", "get_reward", "state_key", "state_prompt", "close"])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_no_method_ends_more_than_its_episode(error, name, is_async):
+    def fails(*args, **kwargs):
+        raise error
+
+    async def fails_later(*args, **kwargs):
+        raise error
+
+    environment = GuessNumber()
+    setattr(environment, name, fails_later if is_async else fails)
+    playable = make_playable(environment)
+
+    async def run():
+        await playable.reset({"number": 1})
+        await playable.state_prompt("")
+        await playable.step(Response("1", {}))
+        await playable.get_reward()
+        await playable.close()
+
+    with pytest.raises(RuntimeError):
+        run_coroutine(run())
+
+
+@pytest.mark.parametrize("error", FATAL, ids=lambda error: type(error).__name__)
+def test_an_async_tool_that_would_end_the_run_is_answered(error):
+    async def leaves():
+        """Leave."""
+        raise error
+
+    playable = make_playable(None, [leaves, double])
+    outcome = run_coroutine(playable.step(calling(("leaves", {}), ("double", {"x": 1}))))
+    assert outcome.observation[0]["content"].startswith("Error: leaves failed: RuntimeError: ")
+    assert outcome.observation[1]["content"] == "2"
+    assert outcome.metrics["tool_errors"] == 1
+
+
+def test_done_as_a_property_is_the_environments_own_code():
+    class Leaves(OnlyReward):
+        @property
+        def done(self):
+            raise SystemExit(0)
+
+        def look(self):
+            """Look."""
+
+    with pytest.raises(RuntimeError, match="SystemExit: 0"):
+        step(make_playable(Leaves()), ("look", {}))
+
+
+def test_text_that_comes_in_pieces_is_whole():
+    def yields():
+        """Give pieces."""
+        yield "a"
+        yield "b"
+
+    async def yields_later():
+        """Give pieces."""
+        yield "a"
+        yield "b"
+
+    def maps():
+        """Give numbers."""
+        return map(int, "12")
+
+    def gives_object():
+        """Give what has no text."""
+        return [object()]
+
+    tools = [yields, yields_later, maps, gives_object]
+    outcome = step(make_playable(None, tools), *[(tool.__name__, {}) for tool in tools])
+    assert [message["content"] for message in outcome.observation[:3]] == ["ab", "ab", "[1, 2]"]
+    assert (
+        "Error: gives_object failed: TypeError: it returned a value of type list" in outcome.observation[3]["content"]
+    )
+    assert " at 0x" not in str(outcome.observation)
+
+
+def test_lazy_values_of_an_environment_are_computed_or_refused():
+    class Lazy(GuessNumber):
+        def reset(self, **row):
+            return (piece for piece in ("a", "b"))
+
+        def state_prompt(self, observation):
+            return ({"role": "user", "content": text} for text in "ab")
+
+        def step(self, response):
+            return map(dict, [{"role": "user", "content": "x"}]), 1.0, True
+
+    playable = make_playable(Lazy())
+    assert asyncio.run(playable.reset({})) == "ab"
+    assert [message["content"] for message in asyncio.run(playable.state_prompt(""))] == ["a", "b"]
+    assert asyncio.run(playable.step(Response("", {}))).observation == [{"role": "user", "content": "x"}]
+
+    Lazy.step = lambda self, response: ([{"role": "user", "content": iter("x")}], 1.0, True)
+    with pytest.raises(TypeError, match="a message with a str_"):
+        asyncio.run(make_playable(Lazy()).step(Response("", {})))
+
+    class Yields(GuessNumber):
+        def step(self, response):
+            yield "x", 1.0, True
+
+    with pytest.raises(ConfigurationError, match=r"`Yields.step` is a generator function"):
+        make_playable(Yields())
+
+
+def test_half_characters_and_broken_messages_of_others_are_text():
+    class SilentError(Exception):
+        def __str__(self):
+            raise OSError("no")
+
+    def half():
+        """Give half a pair."""
+        return "\ud83d!"
+
+    def fails():
+        """Fail."""
+        raise ValueError("\udc00")
+
+    def fails_silently():
+        """Fail."""
+        raise SilentError
+
+    tools = [half, fails, fails_silently]
+    outcome = step(make_playable(None, tools), *[(tool.__name__, {}) for tool in tools])
+    assert [message["content"] for message in outcome.observation] == [
+        "\ufffd!",
+        "Error: fails failed: ValueError: \ufffd",
+        "Error: fails_silently failed: SilentError: (its message cannot be read)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ({"a": 1, "b": float("nan"), "c": None, "d": "1", "e": 10**400, "f": True}, {"a": 1.0, "f": 1.0}),
+        ({"a": 1, 3: 1.0, None: 1.0, "": 1.0, ("x",): 1.0}, {"a": 1.0}),
+        *[(None, {}), ([1.0], {}), ("text", {}), (1.0, {})],
+    ],
+)
+def test_odd_scores_are_left_out(value, kept):
+    environment = Notebook()
+    environment.metrics = lambda: value
+    playable = make_playable(environment)
+    _, reward = play(playable, calling(("write", {"text": "a"})))
+    assert (reward, playable.metrics()) == (1.0, kept)
+
+
+def test_scores_that_break_are_left_out_with_one_warning(caplog):
+    def fails():
+        raise ValueError("only this once")
+
+    for _ in range(3):
+        environment = Notebook()
+        environment.metrics = fails
+        playable = make_playable(environment)
+        assert play(playable, calling(("write", {"text": "a"})))[1] == 1.0
+        assert playable.metrics() == {}
+    assert caplog.text.count("only this once") == 1
+
+
+@pytest.mark.parametrize("value", [1e300, 1e20, 10**400, 1j, [1.0], "1.0"])
+@pytest.mark.parametrize("name", ["get_reward", "step_reward"])
+def test_a_reward_that_float32_cannot_compute_with_raises(name, value):
+    environment = Notebook()
+    setattr(environment, name, lambda: value)
+    with pytest.raises((TypeError, ValueError), match=rf"{name}\(\) is "):
+        play(make_playable(environment), calling(("finish", {})))
+
+
+def test_arguments_that_json_does_not_know_are_wrong():
+    def scale(by: float, of: list[float]) -> str:
+        """
+        Scale.
+
+        Args:
+            by: Factor.
+            of: Numbers.
+        """
+        return "scaled"
+
+    for arguments in ({"by": float("inf"), "of": []}, {"by": 1.0, "of": [float("nan")]}):
+        outcome = step(make_playable(None, [scale]), ("scale", arguments))
+        assert outcome.metrics["wrong_arguments"] == 1
+        assert "numbers are finite" in outcome.observation[0]["content"]
+
+
+def test_a_flood_of_calls_starts_a_few_threads():
+    alive = []
+
+    def look() -> str:
+        """Look."""
+        alive.append(threading.active_count())
+        return "nothing"
+
+    before = threading.active_count()
+    outcome = step(make_playable(None, [look]), *[("look", {})] * 1200)
+    assert len(alive) == MAX_TOOL_CALLS == 32
+    assert max(alive) <= before + MAX_TOOL_CALLS
+    assert outcome.metrics["refused_tool_calls"] == 1200 - MAX_TOOL_CALLS

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +15,9 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
+from trl_steppo import compat
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
+from trl_steppo.inference import local
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.inference.local import LocalSampler, sample_tokens
 from trl_steppo.numerics import Numerics
@@ -105,7 +109,7 @@ def test_equals_a_plain_forward_pass_of_unusual_models(tiny_model, name):
     architecture, settings = UNUSUAL[name]
     implementation = "eager" if architecture == "Gemma2" else "sdpa"
     model = tiny_model(architecture, torch.float32, **settings, attn_implementation=implementation)
-    sampler, prompts = LocalSampler(model), PROMPTS
+    sampler, prompts = LocalSampler(model, allow_uncached=True), PROMPTS
     for _ in range(2):
         samples = ask(sampler, *asks(GREEDY, prompts))
         for prompt, sample in zip(prompts, samples, strict=True):
@@ -116,15 +120,83 @@ def test_equals_a_plain_forward_pass_of_unusual_models(tiny_model, name):
 def test_a_model_without_position_ids_is_not_continued_from_storage():
     config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None)
     model = BloomForCausalLM(config).eval()
-    for prompt, sample in zip(PROMPTS, ask(LocalSampler(model), *asks(GREEDY)), strict=True):
+    for prompt, sample in zip(PROMPTS, ask(LocalSampler(model, allow_uncached=True), *asks(GREEDY)), strict=True):
         assert_plain(model, prompt, GREEDY, sample)
+
+
+def test_what_costs_a_multiple_has_to_be_asked_for(tiny_model):
+    """An error names what the model lacks; where it is asked for, what it costs is counted."""
+    windowed, flash = tiny_model("Mistral", sliding_window=4), tiny_model("Llama", torch.float32)
+    flash.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ConfigurationError, match=r"sliding window of 4.*allow_uncached_sampling"):
+        LocalSampler(windowed)
+    with pytest.raises(ConfigurationError, match="'flash_attention_2' attention takes no dense mask"):
+        LocalSampler(flash)
+    uncached, cached = LocalSampler(windowed, allow_uncached=True), LocalSampler(tiny_model("Llama", torch.float32))
+    for sampler in (uncached, cached):
+        ask(sampler, *asks(GREEDY))
+    assert (uncached.uncached_rows, cached.uncached_rows) == (uncached.sampled_tokens, 0)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "state"])
+def test_both_names_of_the_cache(tiny_model, monkeypatch, name):
+    """transformers renamed it in every forward pass; by a third name nothing is computed in silence."""
+    model = tiny_model("Llama", torch.float32)
+    kind, known = type(model), compat.cache_argument(model)
+    original = kind.forward
+
+    def forward(self, input_ids=None, position_ids=None, attention_mask=None, use_cache=None, **kwargs):
+        cache = {known: kwargs.pop(name)} if name in kwargs else {}
+        return original(self, input_ids, attention_mask, position_ids, use_cache=use_cache, **cache, **kwargs)
+
+    own = inspect.signature(forward)
+    renamed = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    *others, keywords = own.parameters.values()
+    forward.__signature__ = own.replace(parameters=[*others, renamed, keywords])
+    monkeypatch.setattr(kind, "forward", forward)
+    monkeypatch.setattr(local, "_tried", {})
+    if name == "state":
+        with pytest.raises(ConfigurationError, match=r"takes no cache by a name that is known"):
+            LocalSampler(model)
+        return
+    sampler = LocalSampler(model)
+    for (_, prompt, how), sample in zip(asks(GREEDY), ask(sampler, *asks(GREEDY)), strict=True):
+        assert_plain(model, prompt, how, sample)
+    assert sampler.uncached_rows == 0
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_version_that_ignores_the_mask_is_noticed(tiny_model, monkeypatch, attention):
+    """Before anything is sampled with it."""
+    model = tiny_model("Llama", torch.float32, attn_implementation=attention)
+    monkeypatch.setattr(local, "_tried", {})
+    kind, original = type(model), type(model).forward
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        return original(self, *args, **{**kwargs, "attention_mask": None})
+
+    monkeypatch.setattr(kind, "forward", forward)
+    with pytest.raises(ConfigurationError, match=r"continues a row with transformers .* gives other logits"):
+        LocalSampler(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rounding_is_no_disagreement(tiny_model, monkeypatch, dtype, autocast):
+    monkeypatch.setattr(local, "_tried", {})
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for architecture in ("Llama", "Qwen2", "Mixtral"):
+            for seed in range(5):
+                local._tried.clear()
+                LocalSampler(tiny_model(architecture, dtype, seed=seed))
 
 
 def test_the_window_of_the_fallback_matters(tiny_model):
     """Otherwise the tests above would pass with a fallback that ignored it."""
     prompt = PROMPTS[1]
     windowed, full = (tiny_model("Mistral", sliding_window=window) for window in (4, None))
-    assert ask(LocalSampler(windowed), ("a", prompt, GREEDY))[0].logprobs != pytest.approx(
+    assert ask(LocalSampler(windowed, allow_uncached=True), ("a", prompt, GREEDY))[0].logprobs != pytest.approx(
         ask(LocalSampler(full), ("a", prompt, GREEDY))[0].logprobs, abs=1e-3
     )
 

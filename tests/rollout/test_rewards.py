@@ -1,3 +1,4 @@
+import asyncio
 import copy
 import math
 
@@ -8,6 +9,7 @@ from trl_steppo.environments import make_playable
 from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes, score_episodes
+from trl_steppo.rollout.rewards import check_reward_funcs, within_float32
 from trl_steppo.types import Episode, StopReason
 
 LOOK, STOP = call("look", where="here"), call("stop")
@@ -160,3 +162,71 @@ def test_a_malformed_call_reaches_a_reward_function_as_its_raw_text(chat):
     score_episodes([remember], None, [episode], ROWS[:1], chat=chat)
     assert seen[0][0] == {"role": "assistant", "content": malformed}
     assert episode.metrics["malformed_tool_calls"] == 1
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), asyncio.CancelledError(), StopIteration()])
+def test_a_function_that_would_end_the_run_is_named(chat, episodes, error):
+    def leaves(prompts, **kwargs):
+        raise error
+
+    async def leaves_later(prompts, **kwargs):
+        raise error
+
+    def leaves_while_it_yields(prompts, **kwargs):
+        yield 1.0
+        raise error
+
+    for func in (leaves, leaves_later, leaves_while_it_yields):
+        with pytest.raises(RolloutError, match=f"`{func.__name__}` failed"):
+            score_episodes([func], None, episodes, ROWS, chat=chat)
+
+
+def test_rewards_may_come_one_by_one(chat, episodes):
+    def yields(prompts, **kwargs):
+        yield from (1.0, 2.0)
+
+    async def yields_later(prompts, **kwargs):
+        yield 1.0
+        yield 2.0
+
+    for func in (yields, yields_later, lambda prompts, **kwargs: map(float, (1, 2))):
+        scored = score_episodes([func], None, episodes, ROWS, chat=chat)
+        assert [episode.metrics[f"rewards/{func.__name__}"] for episode in scored] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("reward", [1e300, 1e20, -1e20, 10**400])
+def test_a_reward_that_float32_cannot_compute_with_fails_its_episode(chat, episodes, reward):
+    scored = score_episodes([lambda prompts, **kwargs: [1.0, reward]], None, episodes, ROWS, chat=chat)
+    assert scored[0].valid
+    assert "in magnitude" in scored[1].error
+
+
+def test_rewards_that_are_too_large_together_fail_their_episode(chat, episodes):
+    twice = [lambda prompts, **kwargs: [1.0, 1e19]] * 2
+    scored = [within_float32(episode) for episode in score_episodes(twice, None, episodes, ROWS, chat=chat)]
+    assert scored[0].valid
+    assert "add up to 2e+19" in scored[1].error
+
+
+@pytest.mark.parametrize("weight", [float("nan"), 1e300, "1", None])
+def test_weights_are_numbers(chat, episodes, weight):
+    with pytest.raises(ConfigurationError, match=r"`reward_weights`\[1\] is"):
+        score_episodes([print, print], [1.0, weight], episodes, ROWS, chat=chat)
+
+
+def test_what_cannot_be_called_is_known_before():
+    def needs(completions, answer, difficulty, **kwargs): ...
+
+    def takes_no_more(completions): ...
+
+    columns = ["prompt", "answer"]
+    with pytest.raises(ConfigurationError, match=r"`needs`.*'difficulty'.*`prompts`.*\['answer'\]"):
+        check_reward_funcs([needs], columns)
+    with pytest.raises(ConfigurationError, match=r"`takes_no_more`.*unexpected keyword argument"):
+        check_reward_funcs([takes_no_more], columns)
+    with pytest.raises(ConfigurationError, match="column `completions`"):
+        check_reward_funcs([print], ["prompt", "completions"])
+    with pytest.raises(ConfigurationError, match=r"str 'OpenAssistant/reward'.*`reward_model`"):
+        check_reward_funcs(["OpenAssistant/reward"], columns)
+    check_reward_funcs([needs], [*columns, "difficulty"])
+    check_reward_funcs([], ["completions"])

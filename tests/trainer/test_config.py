@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from tiny import make_config
 from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
 from trl_steppo import StepPOConfig
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.trainer import steppo_config
 from trl_steppo.trainer.ppo import PPOConfig
 
 CHANGED = {  # as the docstring of StepPOConfig says
@@ -83,6 +85,32 @@ def test_added_defaults_are_those_documented():
 def test_bf16_is_never_on_by_itself_on_a_cpu(tmp_path):
     assert StepPOConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is False
     assert StepPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True).bf16 is True
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_accelerator", "expected"),
+    [
+        ({}, False, False),  # one process finds its device by itself
+        ({"ACCELERATE_USE_CPU": "True"}, True, True),
+        ({"ACCELERATE_USE_CPU": "False"}, True, False),
+        ({"LOCAL_RANK": "1"}, True, False),
+        ({"LOCAL_RANK": "1"}, False, True),
+    ],
+)
+def test_a_run_knows_what_its_launcher_was_told(monkeypatch, environment, has_accelerator, expected):
+    for name in ("ACCELERATE_USE_CPU", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
+    assert steppo_config._launched_on_cpu() is expected
+
+
+def test_the_launchers_cpu_is_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = StepPOConfig(output_dir=str(tmp_path))
+    assert config.use_cpu is True
+    assert config.bf16 is False
 
 
 @pytest.mark.parametrize(
@@ -241,6 +269,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         for name, value in {
             "use_rollout_worker": True,
             "rollout_cache_tokens": 99,
+            "allow_uncached_sampling": True,
             "replay_episodes_dir": "a",
             "top_p": 0.9,
             "top_k": 9,
@@ -404,7 +433,7 @@ def test_command_line(tmp_path, name):
 def test_yaml(tmp_path):
     """All that go together, in one file; the help of every flag can be formatted."""
     apart = ("advantage_estimator", "num_generations", "replay_episodes_dir", "use_rollout_worker")
-    apart += ("rollout_cache_tokens", "top_p", "top_k")  # without effect on vLLM servers
+    apart += ("rollout_cache_tokens", "allow_uncached_sampling", "top_p", "top_k")  # without effect on vLLM servers
     apart += ("vllm_weights_dir",)  # nor on those that are sent weights
     settings = {name: other_value(name) for name in PARSED if name not in apart}
     settings |= {"per_device_train_batch_size": 8, "use_cpu": True, "max_prompt_length": 10, "max_episode_tokens": 99}

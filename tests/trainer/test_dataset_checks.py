@@ -152,14 +152,15 @@ def test_a_bad_id_that_shows_later_costs_its_own_episode(tmp_path, bad):
 def test_text_with_tokens_that_the_policy_lacks_costs_its_own_episode(tmp_path):
     """A tokenizer with more tokens than the model: `<tool_call>` here."""
 
-    class Says(Hash):
-        def state_prompt(self, observation: Any) -> str:
-            return "a <tool_call>" if self.row["number"] == 3 else "a"
-
+    rows = prompt_rows()
+    rows[3]["prompt"] = "a <tool_call>"
     small = TOKENIZER.convert_tokens_to_ids("<tool_call>")
-    model = make_model(vocab_size=small)
     trainer = make_trainer(
-        tmp_path, model=model, environment_factory=Says, dump_episodes_dir=str(tmp_path / "episodes")
+        tmp_path,
+        model=make_model(vocab_size=small),
+        train_dataset=rows,
+        environment_factory=Hash,
+        dump_episodes_dir=str(tmp_path / "episodes"),
     )
     trainer.train()
     episodes = [e for update in range(2) for e in load_episodes(episode_file(tmp_path / "episodes", update, 0))]

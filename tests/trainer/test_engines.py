@@ -167,12 +167,12 @@ def test_a_run_that_is_stopped_leaves_no_rollout_behind(tmp_path) -> None:
 
 
 def test_what_fails_on_another_rank_is_raised_here(monkeypatch) -> None:
-    monkeypatch.setattr(exchange, "gather_object", lambda own: own)
+    monkeypatch.setattr(exchange, "gather_objects", lambda own: own)
     assert exchange.together(lambda: 7) == 7
     with pytest.raises(OSError, match="broken"):
         exchange.together(lambda: (_ for _ in ()).throw(OSError("broken")))
     other = exchange._that_travels(RolloutError("no server"))
-    monkeypatch.setattr(exchange, "gather_object", lambda own: [*own, other])
+    monkeypatch.setattr(exchange, "gather_objects", lambda own: [*own, other])
     with pytest.raises(RolloutError, match="on another rank: no server"):
         exchange.together(lambda: 7)
 
@@ -198,7 +198,7 @@ def test_settings_that_exclude_each_other(tmp_path) -> None:
 class Scripted:
     """An engine that says the same again and again, after a random time, and knows how many updates were done."""
 
-    prompt_tokens, prefilled_tokens, forward_s = 0, 0, 0.0
+    prompt_tokens, prefilled_tokens, uncached_rows, forward_s = 0, 0, 0, 0.0
 
     def __init__(self) -> None:
         self.sampler = self

@@ -7,8 +7,10 @@ import logging
 import pytest
 from tiny import Endless, distance, make_model, make_trainer, prompt_rows, weights
 from transformers import MistralConfig, MistralForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_steppo import StepPOTrainer
+from trl_steppo.models import agreement, attention
 
 UPDATES = 10
 SETTINGS = {
@@ -74,9 +76,25 @@ def test_a_model_with_windows_shares_chains_alone_and_says_so_once(tmp_path, cap
     windowed = MistralForCausalLM(MistralConfig(**shape, sliding_window=8))
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(
-            tmp_path, model=windowed, train_dataset=prompt_rows(4), per_device_train_batch_size=4, max_steps=2
+            tmp_path,
+            model=windowed,
+            train_dataset=prompt_rows(4),
+            per_device_train_batch_size=4,
+            max_steps=2,
+            allow_uncached_sampling=True,
         )
         trainer.train()
     assert trainer.learner.layout == "chains"
     said = [record for record in caplog.records if "only steps that continue one another" in record.getMessage()]
     assert len(said) == 1
+
+
+def test_a_version_that_ignores_branches_gets_no_tries(tmp_path, caplog, monkeypatch):
+    """However it comes that values of a trie are not those of its rows: they are not trained on, and it is said."""
+    ignoring = lambda *args, trie_runs=None, **kwargs: attention.run_attention(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(agreement, "_known", {})
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa_tree", ignoring)
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, train_dataset=prompt_rows(4), per_device_train_batch_size=4, max_steps=1)
+    assert trainer.learner.layout == "chains"
+    assert len([record for record in caplog.records if "computes other values" in record.getMessage()]) == 1

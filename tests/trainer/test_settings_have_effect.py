@@ -36,7 +36,7 @@ from transformers import TrainingArguments
 
 from trl_steppo import Episode, StepPOConfig, StepPOTrainer, StopReason
 from trl_steppo.environments.base import Response
-from trl_steppo.errors import RolloutError
+from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
 
 # -- one run, and what can be seen of it ------------------------------------------------------------------------------
@@ -110,13 +110,15 @@ def play(directory: Path, capsys: Any = None, **arguments: Any) -> Run:
 
 
 class SlowSecondStep(Endless):
+    """Of every second row: the others leave something to learn from."""
+
     def reset(self, **row: Any) -> None:
-        self.calls = 0
+        self.calls, self.is_slow = 0, row["number"] % 2 == 1
 
     def step(self, response: str) -> tuple[str, float, bool]:
         self.calls += 1
-        if self.calls == 2:
-            time.sleep(0.5)
+        if self.calls == 2 and self.is_slow:
+            time.sleep(3.0)
         return super().step(response)
 
 
@@ -199,7 +201,7 @@ def check_max_episode_tokens(on: Run, off: Run) -> None:
 
 
 def check_tool_timeout(on: Run, off: Run) -> None:
-    assert all("took longer than" in str(episode.error) for episode in on.episodes if len(episode.steps) < 1)
+    assert all("took longer than" in str(episode.error) for episode in on.episodes if not episode.valid)
     assert on.mean("env/failed_episodes") > 0 == off.mean("env/failed_episodes")
 
 
@@ -396,11 +398,8 @@ EFFECTS: dict[str, Effect] = {
     "max_interaction_steps": Effect(2, check_max_interaction_steps, ENDLESS),
     "max_prompt_length": Effect(30, check_max_prompt_length, ENDLESS),
     "max_episode_tokens": Effect(40, check_max_episode_tokens, ENDLESS),
-    "max_episode_s": Effect(
-        0.3, ends_with(StopReason.MAX_EPISODE_S), {"environment_factory": SlowSecondStep, "total_episodes": 8}
-    ),
     "tool_timeout_s": Effect(
-        0.2, check_tool_timeout, {"environment_factory": SlowSecondStep, "total_episodes": 8, "max_failed_updates": 9}
+        1.0, check_tool_timeout, {"environment_factory": SlowSecondStep, "total_episodes": 8, "max_failed_updates": 9}
     ),
     "max_concurrent_episodes": Effect(2, check_max_concurrent, {"environment_factory": Counted}),
     "num_generations": Effect(2, check_groups),
@@ -429,7 +428,7 @@ EFFECTS: dict[str, Effect] = {
 
 OWN_TESTS = {
     *("replay_episodes_dir", "max_failed_updates", "seed", "max_tool_calls"),  # below
-    "max_concurrent_tool_calls",  # below
+    *("max_concurrent_tool_calls", "max_episode_s", "allow_uncached_sampling"),  # below
     *("max_staleness", "use_rollout_worker"),  # test_engines.py
     *("use_vllm", "vllm_server_base_url", "vllm_server_timeout"),  # test_vllm_engine.py
     *("vllm_weights_dir", "vllm_weight_transfer"),  # there, too
@@ -452,6 +451,22 @@ def test_every_field_is_covered():
     expected = {f.name for f in fields(StepPOConfig)} - upstream | changed
     assert set(EFFECTS) | OWN_TESTS | WITHOUT_EFFECT == expected
     assert not set(EFFECTS) & (OWN_TESTS | WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize("use_rollout_worker", [False, True])
+def test_allow_uncached_sampling(tmp_path, use_rollout_worker):
+    """Without it a model that no cache can be used for is refused; with it what that costs is counted."""
+    settings = {"max_steps": 1, "use_rollout_worker": use_rollout_worker}
+    windowed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    with pytest.raises(ConfigurationError, match=r"sliding_attention.*allow_uncached_sampling"):
+        make_trainer(tmp_path / "off", model=make_model(**windowed), **settings)
+    cached = make_trainer(tmp_path / "cached", **settings)
+    uncached = make_trainer(tmp_path / "on", model=make_model(**windowed), allow_uncached_sampling=True, **settings)
+    for trainer in (cached, uncached):
+        trainer.train()
+    logs = [trainer.state.log_history[0] for trainer in (cached, uncached)]
+    assert logs[0]["rollout/uncached_rows"] == 0
+    assert logs[1]["rollout/uncached_rows"] == logs[1]["perf/sampled_tokens"] > 0
 
 
 def test_max_tool_calls(tmp_path):
@@ -492,6 +507,26 @@ def test_max_concurrent_tool_calls(tmp_path):
 
     asyncio.run(play())
     assert most == [2]
+
+
+def test_max_episode_s(tmp_path):
+    """A second step that never comes back, with seconds for the first: it is there on a busy machine, too."""
+    released = threading.Event()
+
+    class Hangs(Endless):
+        def reset(self, **row: Any) -> None:
+            self.calls = 0
+
+        def step(self, response: str) -> tuple[str, float, bool]:
+            self.calls += 1
+            if self.calls == 2:
+                released.wait(60)
+            return super().step(response)
+
+    on = play(tmp_path / "on", environment_factory=Hangs, max_episode_s=5.0, total_episodes=8)
+    released.set()
+    off = play(tmp_path / "off", environment_factory=Hangs, total_episodes=8)
+    ends_with(StopReason.MAX_EPISODE_S)(on, off)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import (
+    END,
     TOKENIZER,
     Endless,
     Hash,
@@ -53,6 +54,24 @@ def run(directory: Path, **arguments: Any) -> StepPOTrainer:
 
 
 # -- the ways to give a task ------------------------------------------------------------------------------------------
+
+
+def test_every_end_of_the_model_stops_a_response(tmp_path):
+    model, end = make_model(), TOKENIZER.eos_token_id
+    ends = [end, *range(60, 90)]
+    model.generation_config.eos_token_id = ends
+    steps = {"max_interaction_steps": 3, "environment_factory": Endless}
+    run(tmp_path, model=model, train_dataset=message_rows(), dump_episodes_dir=str(tmp_path / "episodes"), **steps)
+    episodes = load_episodes(episode_file(tmp_path / "episodes", 0, 0))
+    last = [step.response_ids[-1] for episode in episodes for step in episode.steps]
+    assert len(set(last) & set(ends)) > 1
+    for episode in episodes:
+        for step, after in zip(episode.steps, episode.steps[1:], strict=False):
+            ids = step.response_ids.tolist()
+            assert not set(ids[:-1]) & set(ends)
+            assert (step.stop_reason is StopReason.STOP) == (ids[-1] in ends)
+            follows = after.prompt_ids.tolist()[len(step.prompt_ids) + len(ids) :]
+            assert TOKENIZER.decode(follows).startswith("\n" if ids[-1] == end else f"{END}\n")
 
 
 @pytest.mark.parametrize("rows", [prompt_rows, message_rows])
@@ -303,7 +322,7 @@ def test_trainer_state_holds_the_documented_metrics(tmp_path):
             "perf/overhead_fraction",
         ),
         *("perf/tokens_per_s", "perf/sampled_tokens", "perf/prefilled_tokens", "perf/tokens_forwarded"),
-        "perf/unique_tokens",
+        *("perf/unique_tokens", "rollout/uncached_rows"),
     }
     assert of_ppo_trainer | ours <= names
     assert names - of_ppo_trainer - ours - {"epoch", "step"} <= {

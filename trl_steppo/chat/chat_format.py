@@ -13,17 +13,20 @@ messages the same way whatever follows them; construction checks it.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any
 
 from ..errors import ChatTemplateError
+from ..types import writable
 from .formats import FORMATS, LLAMA, PLAIN, CallFormat, Piece
 from .parsing import Message, ParsedResponse, check_tool_calls, join_pieces, split_pieces, tool_call
-from .tokenizing import characters_per_token
+from .tokenizing import THINKING, Guarded, TextEncoder, characters_per_token
 
 _PROBE = "probe_7d1f"  # appears in no template, so that its position in a rendering is known
 _USER: Message = {"role": "user", "content": "dummy"}
@@ -106,6 +109,10 @@ class ChatFormat:
             Passed on to the template, e.g. `{"enable_thinking": False}`.
         multi_turn (`bool`, *optional*, defaults to `True`):
             Whether anything will be appended. `False` takes any template that ends an assistant turn.
+        end_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a response beside those of the template, as the model's generation configuration names
+            them ([`~models.end_token_ids`]). What such a token ended gets the template's own end in addition, as
+            context for what follows.
 
     Raises:
         ChatTemplateError: the tokenizer has no chat template; the template cannot be appended to and TRL has no
@@ -127,6 +134,7 @@ class ChatFormat:
         tools: Sequence[Callable[..., Any] | dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         multi_turn: bool = True,
+        end_token_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._multi_turn = multi_turn or bool(tools)
@@ -134,13 +142,16 @@ class ChatFormat:
         self._template_kwargs = dict(chat_template_kwargs or {})
         self._added_ids = frozenset(tokenizer.get_added_vocab().values()) | frozenset(tokenizer.all_special_ids)
         self._hidden_ids = self._find_hidden_ids()
+        self._encoder = TextEncoder(tokenizer)  # for the template's own text, while it is looked at
         self.template = self._choose_template()
+        self._encoder = TextEncoder(tokenizer, self.template)
         kinds = ("user", "tool") if self.tools else ("user",)
         ends = [self._find_end_of_turn(self.template, kind) for kind in kinds]
         self.end_of_turn_id: int = ends[0]
         """The token that ends an assistant turn; not always the tokenizer's `eos_token_id`."""
-        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
-        """`end_of_turn_id`, and the token that ends a turn of tool calls where it is another."""
+        self._turn_ends = tuple(dict.fromkeys(ends))
+        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*ends, *end_token_ids]))
+        """`end_of_turn_id`, the token that ends a turn of tool calls where it is another, and `end_token_ids`."""
         self._call_end_id = ends[-1] if ends[-1] != ends[0] else None
         self._head = lru_cache(maxsize=256)(self._render_head)  # keyed by tool names, which the model may invent
         self._schemas = {
@@ -155,27 +166,61 @@ class ChatFormat:
     # -- messages -> ids ----------------------------------------------------------------------------------------------
 
     def render(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt for a conversation: tools first, generation prompt last."""
-        return self._encode(self._text(messages, tools=self.tools, generation_prompt=True))
+        """
+        The prompt for a conversation: tools first, generation prompt last. Only the template writes control tokens:
+        where a message or a tool spells one, it is tokenized as the characters that it is.
+        """
+        guarded = self._guard(messages, tools=self.tools)
+        text = self._text(guarded.value["messages"], tools=guarded.value["tools"], generation_prompt=True)
+        return self._encoder.encode(text, guarded)
 
-    def prepare(self, prompt: str | Sequence[Message], extra: str | None = None) -> list[int]:
+    def prepare(
+        self, prompt: str | Sequence[Message], extra: str | None = None, *, is_observed: bool = False
+    ) -> list[int]:
         """
         The first prompt of an episode.
 
         Args:
             prompt (`str` or `Sequence[dict]`):
-                Plain text, or messages.
+                Plain text, or messages. Control tokens that are written in plain text are what they say.
             extra (`str`, *optional*):
                 What the environment's `reset` returned: goes to the end of the last user message (of the text), as
-                in TRL without a separator.
+                in TRL without a separator. Control tokens in it are tokenized as the characters that they are.
+            is_observed (`bool`, *optional*, defaults to `False`):
+                Whether the prompt was made by the environment of what it observed: then that holds for all of it.
         """
-        if isinstance(prompt, str):
-            return self.encode_text(prompt + (extra or ""))
-        return self.render(_extended(prompt, extra) if extra else prompt)
+        if not isinstance(prompt, str):
+            return self.render(_extended(prompt, extra) if extra else prompt)
+        return self.encode_text(prompt, extra or "", is_observed=is_observed)
 
-    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of plain text, tokenized as the tokenizer does by itself (with a BOS where it adds one)."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    def encode_text(
+        self, text: str, extra: str = "", *, add_special_tokens: bool = True, is_observed: bool = False
+    ) -> list[int]:
+        """
+        Ids of plain text, tokenized as the tokenizer does by itself (with a BOS where it adds one and the text does
+        not begin with it).
+
+        Args:
+            text (`str`):
+                The text. Control tokens in it are what they say.
+            extra (`str`, *optional*):
+                What follows it; control tokens in it are tokenized as the characters that they are.
+            add_special_tokens (`bool`, *optional*, defaults to `True`):
+                Whether the tokenizer adds what it adds by itself.
+            is_observed (`bool`, *optional*, defaults to `False`):
+                Whether all of the text is treated like `extra`.
+        """
+        text, extra = ("", text + extra) if is_observed else (writable(text), extra)
+        guarded = self._encoder.guard(extra) if extra else None
+        whole = text if guarded is None else text + guarded.value
+        ids = self._encoder.encode(whole, guarded, add_special_tokens=add_special_tokens)
+        bos, bos_id = self._tokenizer.bos_token, self._tokenizer.bos_token_id
+        is_doubled = add_special_tokens and bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]
+        return ids[1:] if is_doubled else ids
+
+    def count_control_tokens(self, shown: Any) -> int:
+        """How many control tokens a text, messages or any nested value of texts spells, which are shown as text."""
+        return self._encoder.count(shown)
 
     def append(self, observation_messages: Sequence[Message], *, tool_call_names: Sequence[str] = ()) -> list[int]:
         """
@@ -194,16 +239,23 @@ class ChatFormat:
         messages = list(observation_messages)
         kind = "tool" if messages and messages[0].get("role") == "tool" else "user"
         # One call is enough for the header, and some templates refuse several in one turn.
-        name = tool_call_names[0] if kind == "tool" and tool_call_names else _PROBE
-        dummy, head = self._head(kind, name)
-        text = self._text([*dummy, *messages], generation_prompt=True)
+        guarded = self._guard(messages, name=tool_call_names[0] if kind == "tool" and tool_call_names else _PROBE)
+        dummy, head = (self._head if guarded.mark is None else self._render_head)(kind, guarded.value["name"])
+        text = self._text([*dummy, *guarded.value["messages"]], generation_prompt=True)
         if not text.startswith(head):
-            raise ChatTemplateError(self._difference(head, text, f"{kind} messages"))
-        return self._encode_after_turn(text[len(head) :], kind)
+            raise ChatTemplateError(guarded.unmarked(self._difference(head, text, f"{kind} messages")))
+        return self._encode_after_turn(text[len(head) :], kind, guarded)
 
     def close(self, response_ids: Sequence[int]) -> list[int]:
-        """The end-of-turn token that a response cut by length lacks: context for what follows, not an action."""
-        return [] if len(response_ids) and response_ids[-1] in self.stop_token_ids else [self.end_of_turn_id]
+        """
+        The end-of-turn token that a response lacks which was cut by length, or ended by another token than the
+        template's: context for what follows, not an action.
+        """
+        return [] if len(response_ids) and response_ids[-1] in self._turn_ends else [self.end_of_turn_id]
+
+    def _ends_otherwise(self, ids: Sequence[int]) -> bool:
+        """Whether a response was ended by a token that is none of the template's."""
+        return len(ids) > 0 and ids[-1] in self.stop_token_ids and ids[-1] not in self._turn_ends
 
     def min_tokens(self, shown: str | Sequence[Message]) -> int:
         """
@@ -225,7 +277,8 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens (those that frame a tool call stay)."""
-        visible = [token_id for token_id in ids if token_id not in self._hidden_ids]
+        kept = ids[:-1] if self._ends_otherwise(ids) else ids
+        visible = [token_id for token_id in kept if token_id not in self._hidden_ids]
         return self._tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def parse(
@@ -256,7 +309,11 @@ class ChatFormat:
         """
         if self._format is None:
             assert self._parser is not None, "one of the two is there"
-            ids = response_ids if until is None else self._encode(self.decode(response_ids).partition(until)[0])
+            ids = (
+                response_ids if until is None else self._encoder.encode(self.decode(response_ids).partition(until)[0])
+            )
+            if self._ends_otherwise(ids):  # the parsers know the template's end alone
+                ids = [*ids[:-1], self.end_of_turn_id]
             parsed = self._parser(ids, prompt_ids)
         else:
             parsed = join_pieces(self._read(self._format, response_ids, prompt_ids, until))
@@ -337,13 +394,31 @@ class ChatFormat:
             except Exception:
                 raise error from None
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+    def _guard(self, messages: Sequence[Message], **more: Any) -> Guarded:
+        """Messages, and what else is shown with them, as data."""
+        shown = [_without_nulls(message) for message in messages]
+        if any(message.get("tool_calls") for message in shown) and self._quotes_arguments:
+            shown = [_with_objects_as_arguments(message) for message in shown]
+        split = [_split_thought(message, self._opens_thinking) for message in shown]
+        data = {"messages": [message for message, _, _ in split], "thoughts": [inside for _, _, inside in split]}
+        guarded = self._encoder.guard({**data, **more})
+        parts = zip(guarded.value["messages"], split, guarded.value["thoughts"], strict=True)
+        joined = [_join_thought(message, opening, inside) for message, (_, opening, _), inside in parts]
+        return replace(guarded, value={**guarded.value, "messages": joined})
 
-    def _encode_after_turn(self, text: str, kind: str) -> list[int]:
+    @cached_property
+    def _quotes_arguments(self) -> bool:
+        """Whether the template shows arguments that are a JSON string as a string, in quotes, and not as an object."""
+        call = {"type": "function", "function": {"name": _PROBE, "arguments": '{"key": "value"}'}}
+        try:
+            return '\\"key\\"' in self._text([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        except Exception:  # it wants objects
+            return True
+
+    def _encode_after_turn(self, text: str, kind: str, guarded: Guarded) -> list[int]:
         # The end-of-turn token goes in front and comes off again: some tokenizers treat the start of a text specially.
-        end_id = self.stop_token_ids[-1] if kind == "tool" else self.end_of_turn_id
-        ids = self._encode(self._token_text(end_id) + text)
+        end_id = self._turn_ends[-1] if kind == "tool" else self.end_of_turn_id
+        ids = self._encoder.encode(self._token_text(end_id) + text, guarded)
         assert ids[0] == end_id, "an end-of-turn token always stands alone"
         return ids[1:]
 
@@ -443,7 +518,7 @@ class ChatFormat:
         text = self._text([_USER, _reply(kind, content=_PROBE)], template=template)
         if _PROBE not in text:
             raise ChatTemplateError(f"the chat template of {self._name()} {_LEAVES_OUT[kind]}")
-        tail = self._encode(text[text.rindex(_PROBE) + len(_PROBE) :])
+        tail = self._encoder.encode(text[text.rindex(_PROBE) + len(_PROBE) :])
         tail = self._kept_when_followed(template, tail, kind)  # some end the whole conversation with one more token
         ends = [i for i in tail if i in self._added_ids and not _is_framing(self._token_text(i))]
         if not ends:
@@ -460,7 +535,7 @@ class ChatFormat:
             text = self._text([_USER, _reply(kind, content=_PROBE), answer], template=template)
         except Exception:  # a template for a single turn
             return tail
-        followed = self._encode(text.partition(_PROBE)[2])
+        followed = self._encoder.encode(text.partition(_PROBE)[2])
         return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(tail, followed, strict=False))] or tail
 
     def _difference(self, expected: str, found: str, what: str) -> str:
@@ -488,7 +563,7 @@ class ChatFormat:
             return PLAIN if not self.tools else None
         self._call_error = ""
         prompt = _common_start(prompt, text)
-        response_ids = self._encode(text[len(prompt) :])
+        response_ids = self._encoder.encode(text[len(prompt) :])
         for form in FORMATS:
             text = self._framed_text(form, response_ids)
             pieces = form.read(text, schemas, opens_thinking=_opens_thought(form, prompt))
@@ -551,6 +626,48 @@ def _opens_tool_call(tokenizer: Any, text: str) -> bool:
     field = template.get("fields", {}).get("tool_calls", {})
     pattern = field.get("open_pattern") or re.escape(field.get("open", ""))
     return bool(pattern) and re.search(pattern, text) is not None
+
+
+def _without_nulls(message: Message) -> Message:
+    """A message without the keys that have no value, which some templates would show as `None`."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _with_objects_as_arguments(message: Message) -> Message:
+    """A message whose tool calls have objects as arguments where they had them as JSON strings."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": list(map(_with_object, calls))} if isinstance(calls, list | tuple) else message
+
+
+def _with_object(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_object(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
+def _split_thought(message: Message, opens_thinking: bool) -> tuple[Message, str, str | None]:
+    """
+    An assistant's message without the thought that its text begins with, what opened that thought, and the thought.
+    There the marks `<think>` and `</think>` are what they say, as templates look for them in the text.
+    """
+    content = message.get("content")
+    if message.get("role") != "assistant" or not isinstance(content, str):
+        return message, "", None
+    thought, closing, answer = content.partition(THINKING[1])
+    before, opening, inside = thought.partition(THINKING[0])
+    if not closing or not (opens_thinking or opening) or (opening and before.strip()):
+        return message, "", None
+    return {**message, "content": answer}, before + opening if opening else "", inside if opening else thought
+
+
+def _join_thought(message: Message, opening: str, inside: str | None) -> Message:
+    return message if inside is None else {**message, "content": opening + inside + THINKING[1] + message["content"]}
 
 
 def _shown_texts(message: Message) -> list[str]:

@@ -25,7 +25,8 @@ RESERVED_NAMES = frozenset(
 | `step_reward()`, `done` | after each step, in the form with tools; `done` is an attribute, a property or a method |
 | `state_key()` | before each step is played: the state the response was written in |
 | `state_prompt(observation)` | after `reset` (with `""`) and each step: the whole prompt of the state, text or \
-messages, instead of the row's prompt to which everything is appended; `None`: that one all the same |
+messages, instead of the row's prompt to which everything is appended; `None`: that one all the same. A control token \
+that is spelled in it is tokenized as text: return messages for the chat template to write the turns |
 | `get_reward()` | once, at the end |
 | `metrics()` | after it: scores to log, by name |
 | `close()` | when the episode is over, however it ended |

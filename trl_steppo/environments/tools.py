@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-import math
-import numbers
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,19 +18,28 @@ from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
-from ..calls import CallTimeoutError, DaemonThread, call
+from ..calls import CallTimeoutError, DaemonThread, as_text, call, drained, error_text, is_lazy, why_unbindable
 from ..errors import ConfigurationError
+from ..finite import as_number, not_finite_in, shown
+from ..types import writable
 from .base import RESERVED_NAMES, Message, Outcome, Playable, Response
 from .slots import Slots
 
+logger = logging.getLogger(__name__)
+
 Tool = Callable[..., Any]
 JsonSchema = dict[str, Any]
+
+MAX_TOOL_CALLS = 32
+"""How many tool calls of one response are run where nobody says otherwise."""
 
 MISTAKES = (
     *("malformed_tool_calls", "unknown_tools", "wrong_arguments", "tool_errors", "tool_timeouts"),
     "refused_tool_calls",
 )
 """Counters of what went wrong in an episode, beside `tool_calls`, which counts every call that could be read."""
+
+_COUNTERS = frozenset({"tool_calls", *MISTAKES})
 
 
 def make_playable(
@@ -40,7 +48,7 @@ def make_playable(
     *,
     tool_timeout_s: float | None = 60.0,
     environment_timeout_s: float | None = None,
-    max_tool_calls: int | None = None,
+    max_tool_calls: int | None = MAX_TOOL_CALLS,
     slots: Slots | None = None,
 ) -> Playable:
     """
@@ -57,19 +65,22 @@ def make_playable(
         environment_timeout_s (`float`, *optional*):
             Time limit of each of the environment's other calls (`reset`, `step`, `get_reward`, ...); `None`:
             `tool_timeout_s`.
-        max_tool_calls (`int`, *optional*):
+        max_tool_calls (`int`, *optional*, defaults to `32`):
             Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
         slots ([`Slots`], *optional*):
             Bounds how many calls of one tool run at a time; shared by the episodes. Waiting for one's turn does not
             count as the call's time.
 
     Raises:
-        ConfigurationError: the environment has no `reset`; a tool has no docstring or no type hints; two tools share a
-            name; or there are tools beside a `step(response)`, which takes the whole response.
+        ConfigurationError: the environment has no `reset`, or one of its methods that are not tools is a generator; a
+            tool has no docstring or no type hints; two tools share a name; or there are tools beside a
+            `step(response)`, which takes the whole response.
     """
     limit_s = tool_timeout_s if environment_timeout_s is None else environment_timeout_s
     if environment is not None and not callable(getattr(environment, "reset", None)):
         raise ConfigurationError(f"{_class_name(environment)} has no method `reset(**row)`, which every episode calls")
+    if environment is not None:
+        _refuse_generators(environment)
     if environment is not None and callable(getattr(environment, "step", None)):
         _refuse_tools_beside_step(environment, tools)
         return ResponsePlayable(environment, environment_timeout_s=limit_s)
@@ -81,6 +92,34 @@ def make_playable(
         max_tool_calls=max_tool_calls,
         slots=slots,
     )
+
+
+def check_reset(environment: Any, columns: Sequence[str]) -> None:
+    """
+    Raises a `ConfigurationError` where `reset` cannot be called with the columns of a dataset.
+
+    Args:
+        environment (`Any`):
+            An instance.
+        columns (`Sequence[str]`):
+            Names of the columns, each of which is passed as a keyword.
+    """
+    problem = why_unbindable(environment.reset, columns)
+    if problem is not None:
+        raise ConfigurationError(
+            f"`{_class_name(environment)}.reset` cannot be called with the columns of the dataset, {list(columns)}: "
+            f"{problem}. It gets every column as a keyword: take those that it needs by name, the others as `**row`"
+        )
+
+
+def _refuse_generators(environment: Any) -> None:
+    """A method that yields does nothing when it is called; only tools may give their text piece by piece."""
+    for name in sorted(RESERVED_NAMES):
+        if is_lazy(inspect.getattr_static(environment, name, None)):
+            raise ConfigurationError(
+                f"`{_class_name(environment)}.{name}` is a generator function, which does nothing when it is called; "
+                "return the value instead of yielding it"
+            )
 
 
 def _refuse_tools_beside_step(environment: Any, tools: Sequence[Tool]) -> None:
@@ -102,39 +141,57 @@ class _EnvironmentCalls:
         self._thread = DaemonThread(_class_name(environment))
         self._scores: dict[str, float] = {}
 
-    async def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call the environment's method `name`."""
+    async def _call(
+        self,
+        name: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        convert: Callable[[Any], Any] = lambda value: value,
+    ) -> Any:
+        """
+        Call the environment's method `name`. Keywords come as a mapping: a dataset's columns may have any name.
+        `convert` checks the result where the method ran.
+        """
         method = getattr(self._environment, name)
-        return await call(method, args, kwargs, thread=self._thread, timeout_s=self._timeout_s, what=f"{name}()")
+        what = f"{name}()"
+        return await call(
+            method, args, kwargs or {}, thread=self._thread, timeout_s=self._timeout_s, what=what, convert=convert
+        )
 
     def _defines(self, name: str) -> bool:
-        return callable(getattr(self._environment, name, None))
+        # Not of a property: that would run the environment's code here, outside of any limit.
+        static = inspect.getattr_static(self._environment, name, None)
+        return not isinstance(static, _COMPUTED) and callable(getattr(self._environment, name, None))
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
         """Start an episode. Raises what the environment raises."""
         if self._environment is None:
             return None
-        extra = await self._call("reset", **row)
-        if extra is not None and not isinstance(extra, str):
-            raise TypeError(f"reset() returned {type(extra).__name__}; it returns text for the prompt, or None")
-        return extra
+        return await self._call("reset", (), row, convert=_text_of_reset)
 
     async def state_prompt(self, observation: str | list[Message]) -> str | list[Message] | None:
         """The state's whole prompt; `None` without a `state_prompt`. A `TypeError` for one of another form."""
         if not self._defines("state_prompt"):
             return None
-        prompt = await self._call("state_prompt", observation)
-        if prompt is not None and not isinstance(prompt, str | list):
-            raise TypeError(f"state_prompt() returned {type(prompt).__name__}; it returns text, messages or None")
-        return prompt
+        return await self._call("state_prompt", [observation], convert=_prompt)
 
     async def get_reward(self) -> float:
         """The reward at the end; 0.0 without a `get_reward`. Reads the environment's scores, too."""
-        reward = _finite(await self._call("get_reward"), "get_reward()") if self._defines("get_reward") else 0.0
+        reward = 0.0
+        if self._defines("get_reward"):
+            reward = await self._call("get_reward", convert=lambda value: as_number(value, "get_reward()"))
         if self._defines("metrics"):
-            scores = await self._call("metrics")
-            self._scores = {name: _finite(score, f"metrics()[{name!r}]") for name, score in scores.items()}
+            self._scores = await self._scores_or_none()
         return reward
+
+    async def _scores_or_none(self) -> dict[str, float]:
+        """What `metrics()` gives. It is shown and not trained on, so that nothing that is wrong with it costs more."""
+        try:
+            return await self._call("metrics", convert=_scores)
+        except Exception as error:
+            _warn_once(f"metrics() failed, and its scores are left out: {type(error).__name__}: {error_text(error)}")
+            return {}
 
     def metrics(self) -> Mapping[str, float]:
         """The environment's own scores, as it gave them after `get_reward`."""
@@ -151,6 +208,65 @@ class _EnvironmentCalls:
     async def _state_key(self) -> Any:
         # A copy: the step that follows may change a key that is a list of all moves, say.
         return copy.deepcopy(await self._call("state_key")) if self._defines("state_key") else None
+
+
+def _text_of_reset(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"reset() returned {type(value).__name__}; it returns text for the prompt, or None")
+    return None if value is None else writable(value)
+
+
+def _prompt(value: Any) -> str | list[Message] | None:
+    if value is not None and not isinstance(value, str | list):
+        raise TypeError(f"state_prompt() returned {type(value).__name__}; it returns text, messages or None")
+    return _read(value, "state_prompt() returned")
+
+
+def _read(value: Any, what: str) -> Any:
+    """Text and messages without half surrogate pairs. A `TypeError` for values that are computed later."""
+    if isinstance(value, str):
+        return writable(value)
+    if isinstance(value, Mapping):
+        return {_read(key, what): _read(one, what) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_read(one, what) for one in value]
+    if hasattr(value, "__next__") or hasattr(value, "__anext__") or inspect.isawaitable(value):
+        raise TypeError(f"{what} a message with a {type(value).__name__} in it; compute it before")
+    return value
+
+
+def _scores(value: Any) -> dict[str, float]:
+    """The scores among what `metrics()` returned; the rest is left out, with a warning."""
+    if not isinstance(value, Mapping):
+        _warn_once(f"metrics() returned {shown(value)}, which is left out; it returns a dict of numbers by name")
+        return {}
+    scores = {}
+    for name, score in value.items():
+        if not isinstance(name, str) or not name.strip():
+            _warn_once(f"metrics() has a score named {shown(name)}, which is left out; a name is text")
+            continue
+        if name in _COUNTERS:
+            _warn_once(f"the score {name!r} of metrics() is left out: it is counted already; rename it")
+            continue
+        try:
+            scores[writable(name)] = as_number(score, f"metrics()[{name!r}]")
+        except (TypeError, ValueError) as error:
+            _warn_once(f"{error}; it is left out", about=name)
+    return scores
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(text: str, *, about: str | None = None) -> None:
+    """Warn, once for each text, or for each name that it is `about`."""
+    key = text if about is None else f"metric {about}"
+    if key not in _warned and len(_warned) < _MOST_WARNINGS:
+        _warned.add(key)
+        logger.warning("%s (said once)", text)
+
+
+_MOST_WARNINGS = 100  # of a process
 
 
 class ResponsePlayable(_EnvironmentCalls):
@@ -172,13 +288,18 @@ class ResponsePlayable(_EnvironmentCalls):
     async def step(self, response: Response) -> Outcome:
         """Let the environment answer. Raises what it raises, and a `TypeError` for an answer of another form."""
         state_key = await self._state_key()
-        answer = await self._call("step", response.text)
-        if not isinstance(answer, tuple) or len(answer) != 3:
-            raise TypeError(f"step() returned {answer!r:.100}; it returns (observation, reward, done)")
-        observation, reward, done = answer
-        if not isinstance(observation, str | list):
-            raise TypeError(f"step() returned an observation of type {type(observation).__name__}; text or messages")
-        return Outcome(observation, _finite(reward, "step()'s reward"), bool(done), state_key)
+        observation, reward, done = await self._call("step", [response.text], convert=_answer)
+        return Outcome(observation, reward, done, state_key)
+
+
+def _answer(value: Any) -> tuple[str | list[Message], float, bool]:
+    if not isinstance(value, tuple) or len(value) != 3:
+        raise TypeError(f"step() returned {shown(value)}; it returns (observation, reward, done)")
+    observation, reward, done = value
+    observation = drained(observation)
+    if not isinstance(observation, str | list):
+        raise TypeError(f"step() returned an observation of type {type(observation).__name__}; text or messages")
+    return _read(observation, "step() returned"), as_number(reward, "step()'s reward"), bool(done)
 
 
 class ToolPlayable(_EnvironmentCalls):
@@ -197,7 +318,7 @@ class ToolPlayable(_EnvironmentCalls):
             Time limit of one tool call; `None`: none.
         environment_timeout_s (`float`, *optional*):
             Time limit of each of the environment's other calls; `None`: none.
-        max_tool_calls (`int`, *optional*):
+        max_tool_calls (`int`, *optional*, defaults to `32`):
             Most tool calls of one response that are run; `None`: all.
         slots ([`Slots`], *optional*):
             Bounds how many calls of one tool run at a time.
@@ -213,7 +334,7 @@ class ToolPlayable(_EnvironmentCalls):
         *,
         tool_timeout_s: float | None = None,
         environment_timeout_s: float | None = None,
-        max_tool_calls: int | None = None,
+        max_tool_calls: int | None = MAX_TOOL_CALLS,
         slots: Slots | None = None,
     ) -> None:
         super().__init__(environment, environment_timeout_s)
@@ -260,20 +381,21 @@ class ToolPlayable(_EnvironmentCalls):
             counts["wrong_arguments"] += 1
             return f"Error: wrong arguments for {name}: {problem}; expected {_usage(self._schemas[name])}"
         try:
-            return str(await self._run(name, tool, arguments))
+            return writable(await self._run(name, tool, arguments))
         except CallTimeoutError:
             counts["tool_timeouts"] += 1
             return f"Error: {name} took longer than {self._tool_timeout_s:g} s and was given up"
         except Exception as error:
             counts["tool_errors"] += 1
-            return f"Error: {name} failed: {type(error).__name__}: {error}"
+            return writable(f"Error: {name} failed: {type(error).__name__}: {error_text(error)}")
 
-    async def _run(self, name: str, tool: Tool, arguments: Mapping[str, Any]) -> Any:
+    async def _run(self, name: str, tool: Tool, arguments: Mapping[str, Any]) -> str:
         # Functions share no state with the environment: each call of one has a thread to itself.
         thread = self._thread if name in self._methods else DaemonThread(name)
         try:
             async with self._slots.of(name) if self._slots is not None else nullcontext():
-                return await call(tool, (), arguments, thread=thread, timeout_s=self._tool_timeout_s, what=name)
+                timeout_s = self._tool_timeout_s
+                return await call(tool, (), arguments, thread=thread, timeout_s=timeout_s, what=name, convert=as_text)
         finally:
             if thread is not self._thread:
                 thread.end()
@@ -281,10 +403,18 @@ class ToolPlayable(_EnvironmentCalls):
     async def _is_done(self) -> bool:
         if self._environment is None:
             return False
-        return bool(await self._call("done") if self._defines("done") else getattr(self._environment, "done", False))
+        environment = self._environment
+
+        def done() -> Any:  # may be a property, which is code of the environment's, too
+            value = getattr(environment, "done", False)
+            return value() if callable(value) else value
+
+        return await call(done, (), {}, thread=self._thread, timeout_s=self._timeout_s, what="done", convert=bool)
 
     async def _step_reward(self) -> float:
-        return _finite(await self._call("step_reward"), "step_reward()") if self._defines("step_reward") else 0.0
+        if not self._defines("step_reward"):
+            return 0.0
+        return await self._call("step_reward", convert=lambda value: as_number(value, "step_reward()"))
 
 
 def _message(name: str, content: str, call_id: str | None = None) -> Message:
@@ -295,16 +425,6 @@ def _message(name: str, content: str, call_id: str | None = None) -> Message:
 def _identified(tool_call: Mapping[str, Any]) -> Mapping[str, Any]:
     """Name and arguments, and the id that the model gave the call, where its format has ids."""
     return {**tool_call["function"], "id": tool_call.get("id")}
-
-
-def _finite(value: Any, what: str) -> float:
-    """A reward as a float; a `ValueError` for anything that is not a finite number."""
-    if not isinstance(value, numbers.Number) and not hasattr(value, "item"):  # NumPy and torch scalars have `item`
-        raise ValueError(f"{what} is {value!r:.100}; it must be a number")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{what} is {number}; it must be finite")
-    return number
 
 
 # -- finding the tools and checking calls of them ---------------------------------------------------------------------
@@ -374,16 +494,18 @@ def _signature(tool: Tool) -> inspect.Signature:
 
 def _wrong_arguments(tool: Tool, schema: JsonSchema, arguments: Mapping[str, Any]) -> str | None:
     signature = _signature(tool)
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        return str(error)
+    problem = why_unbindable(tool, arguments, signature)
+    if problem is not None:
+        return problem
     properties = schema["function"]["parameters"]["properties"]
     for name, value in arguments.items():
         expected = properties.get(name, {})
         left_out = value is None and name in signature.parameters and signature.parameters[name].default is None
         if not left_out and not _fits(value, expected):
             return f"{name!r} must be {_describe(expected)}, not {_JSON_NAMES.get(type(value), type(value).__name__)}"
+        odd = not_finite_in(value)
+        if odd is not None:
+            return f"{name!r} has {odd}, which JSON does not know; numbers are finite"
     return None
 
 

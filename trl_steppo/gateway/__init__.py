@@ -11,6 +11,8 @@
 | `service.py` | these put together: one request in, one recorded step out |
 | `app.py`, `openapi.py`, `monitor.py` | HTTP: routes, the document that describes them, metrics |
 | `late.py` | streams that begin before their response is there |
+| `limits.py`, `work.py` | how much a body may consist of; a thread for what takes long, beside the event loop |
+| `connections.py` | silent and endless connections are closed |
 | `server.py` | a thread that serves |
 
 Nothing here loads torch.

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .bodies import Body, Part, call_message, dumps, event, text_of
+from .bodies import FIRST_ERROR, Body, Content, JsonObject, Part, call_message, dumps, event, text_of
 from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces
+from .limits import BodyLimits
 
 
 class ToolUse(Body):
@@ -17,9 +18,9 @@ class ToolUse(Body):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: dict[str, Any]
-    caller: dict[str, Any] | None = None
-    cache_control: dict[str, Any] | None = None
+    input: JsonObject
+    caller: JsonObject | None = None
+    cache_control: JsonObject | None = None
 
 
 class ToolResult(Body):
@@ -27,9 +28,9 @@ class ToolResult(Body):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[Part] | None = None
+    content: Content | None = None
     is_error: bool | None = None
-    cache_control: dict[str, Any] | None = None
+    cache_control: JsonObject | None = None
 
 
 class Thinking(Body):
@@ -47,7 +48,7 @@ class InputMessage(Body):
     """One message of a conversation."""
 
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: str | Annotated[list[Block], FIRST_ERROR]
 
 
 class AnthropicTool(Body):
@@ -56,8 +57,8 @@ class AnthropicTool(Body):
     type: Literal["custom"] | None = None
     name: str
     description: str | None = None
-    input_schema: dict[str, Any]
-    cache_control: dict[str, Any] | None = None
+    input_schema: JsonObject
+    cache_control: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -81,22 +82,22 @@ class MessagesBody(Body):
     """`POST /v1/messages`."""
 
     model: str
-    messages: Annotated[list[InputMessage], Field(min_length=1)]
+    messages: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
-    system: str | list[Part] | None = None
+    system: Content | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stop_sequences: Annotated[list[str], Field(max_length=16)] | None = None
+    stop_sequences: Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
-    tools: list[AnthropicTool] | None = None
+    tools: Annotated[list[AnthropicTool], FIRST_ERROR] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: ThinkingChoice | None = None
     metadata: dict[str, str | None] | None = None
     service_tier: str | None = None
-    cache_control: dict[str, Any] | None = None
+    cache_control: JsonObject | None = None
 
-    def request(self) -> ModelRequest:
+    def request(self, limits: BodyLimits) -> ModelRequest:
         """In our own form."""
         choice = self.tool_choice
         tools = () if choice is not None and choice.type == "none" else self.tools or ()

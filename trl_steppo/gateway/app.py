@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import secrets
@@ -11,7 +10,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, AliasChoices, Field
 from starlette.applications import Starlette
@@ -22,25 +22,29 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..calls import look_at
+from ..finite import LARGEST
 from ..inference.base import MIN_TEMPERATURE
 from ..types import Episode
 from . import anthropic, openai, responses
-from .bodies import B, Body, event, read_body
+from .bodies import FIRST_ERROR, B, Body, JsonObject, dumps, event, read_body
 from .conversation import Answer, ModelRequest, RequestError, request_key
 from .late import HEARTBEAT_S, LateStream, send_all
+from .limits import BodyLimits
 from .monitor import CONTENT_TYPE
 from .openapi import Operation, document
 from .service import Gateway, Reply, Retry, unauthorized
 from .sessions import Session, SessionSpec
+from .work import INLINE_BYTES
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 32 * 2**20
 _MOST_NOTES = 10
 _RETRIES = {None: None, "": None, "0": False}  # what `x-stainless-retry-count` says; any other: that it is one
 
+T = TypeVar("T")
+
 Handler = Callable[[Request], Awaitable[Response]]
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]  # as of all rewards; `nan` and infinities are neither
 
 
 # -- bodies of our own ------------------------------------------------------------------------------------------------
@@ -58,7 +62,7 @@ class RewardBody(Body):
     reward: Number
     step: Annotated[int, Field(ge=0)] | str | None = None
     state_key: str | int | None = None
-    observation: str | list[dict[str, Any]] | None = None
+    observation: str | Annotated[list[JsonObject], FIRST_ERROR] | None = None
 
 
 class FinishBody(Body):
@@ -69,7 +73,7 @@ class FinishBody(Body):
 
     reward: Number | None = None
     metrics: dict[str, Number] | None = None
-    observation: str | list[dict[str, Any]] | None = None
+    observation: str | Annotated[list[JsonObject], FIRST_ERROR] | None = None
     terminated: bool = False
 
 
@@ -205,25 +209,27 @@ class _Delivery(Response):
 class _Routes:
     """The handlers of one gateway."""
 
-    def __init__(self, gateway: Gateway, default: SessionSpec, max_body_bytes: int, heartbeat_s: float) -> None:
+    def __init__(self, gateway: Gateway, default: SessionSpec, limits: BodyLimits, heartbeat_s: float) -> None:
         self.gateway = gateway
         self.default = default
-        self.max_body_bytes = max_body_bytes
+        self.limits = limits
         self.heartbeat_s = heartbeat_s
+        self._admins_turn = asyncio.Lock()
 
     def model(self, api: Api) -> Handler:
         async def handle(request: Request) -> Response:
             session = self.gateway.session_of(_key(request))
             raw = await self._read(request)
-            body = read_body(api.body, raw)
-            retry = Retry(
-                request_key(api.path, raw),
-                is_retry=_RETRIES.get(request.headers.get("x-stainless-retry-count"), True),
-                idempotency_key=request.headers.get("idempotency-key"),
-            )
             gone = asyncio.ensure_future(_disconnected(request))
             try:
-                asked = await self._respond(session, body.request(), retry, gone, may_be_late=bool(body.stream))
+                understand = partial(self._understand, api, raw)
+                body, asks, key = await self._at_work(session.turn, len(raw), understand, gone)
+                retry = Retry(
+                    key,
+                    is_retry=_RETRIES.get(request.headers.get("x-stainless-retry-count"), True),
+                    idempotency_key=request.headers.get("idempotency-key"),
+                )
+                asked = await self._respond(session, asks, retry, gone, may_be_late=bool(body.stream))
             except BaseException:
                 gone.cancel()
                 raise
@@ -232,6 +238,28 @@ class _Routes:
             return self._deliver(api, session, body, asked.result(), gone)
 
         return handle
+
+    def _understand(self, api: Api, raw: bytes) -> tuple[Any, ModelRequest, str]:
+        """A body, what it asks for, and its key. Runs in any thread."""
+        body = read_body(api.body, raw, self.limits)
+        return body, replace(body.request(self.limits), size=len(raw)), request_key(api.path, raw)
+
+    async def _at_work(
+        self, turn: asyncio.Lock, size: int, function: Callable[[], T], gone: asyncio.Future[None] | None = None
+    ) -> T:
+        """What a function of a body returns: at once, or beside the loop if the body is long."""
+        if size <= INLINE_BYTES:
+            return function()
+        working = asyncio.ensure_future(self.gateway.worker.run(turn, function))
+        either: set[asyncio.Future[Any]] = {working} if gone is None else {working, gone}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not working.done():
+                working.cancel()
+        if not working.done():
+            raise _gone_away()
+        return working.result()
 
     async def _respond(
         self,
@@ -291,7 +319,7 @@ class _Routes:
             headers["cache-control"] = "no-cache"
             chunks: Iterable[bytes] = api.stream(reply.answer, body)
             return _Delivery(chunks, gone, on_told, media_type="text/event-stream", headers=headers)
-        whole = json.dumps(api.whole(reply.answer, body), separators=(",", ":")).encode()
+        whole = dumps(api.whole(reply.answer, body), compact=True).encode()
         return _Delivery([whole], gone, on_told, media_type="application/json", headers=headers, length=len(whole))
 
     async def models(self, request: Request) -> Response:
@@ -309,14 +337,14 @@ class _Routes:
 
     async def open_session(self, request: Request) -> Response:
         self.gateway.check_admin(_key(request))
-        body = read_body(OpenBody, await self._read(request) or b"{}")
+        body = await self._body(request, OpenBody, self._admins_turn)
         session, key = await self.gateway.open_session(body.spec(self.default), name=body.name)
         base = str(request.base_url).rstrip("/")
         return _json({"id": session.session_id, "api_key": key, "base_url": f"{base}/v1"}, status=201)
 
     async def reward(self, request: Request) -> Response:
-        self._own_session(request)
-        body = read_body(RewardBody, await self._read(request))
+        turn = self._own_session(request).turn
+        body = await self._body(request, RewardBody, turn)
         session = self._own_session(request)  # which may be over by now
         step: int | str | None = body.step
         if isinstance(step, str):  # an id as any of the APIs gives it
@@ -346,7 +374,7 @@ class _Routes:
     async def _end(self, request: Request, kind: type[B], ending: Callable[[B], dict[str, Any]]) -> Response:
         """End a session; one that is over stays as it is, so that a client may try again until it hears of it."""
         session = await self._own_session_even_if_over(request)
-        body = read_body(kind, await self._read(request) or b"{}")
+        body = await self._body(request, kind, session.turn)
         if session.session_id in self.gateway:
             await self.gateway.finish(session, **({} if session.is_over else ending(body)))
         return _json(_status(session))
@@ -394,17 +422,23 @@ class _Routes:
     async def metrics(self, request: Request) -> Response:
         return Response(self.gateway.monitor.text(), headers={"content-type": CONTENT_TYPE})
 
+    async def _body(self, request: Request, kind: type[B], turn: asyncio.Lock) -> B:
+        """A body of our own; nothing is as good as an empty object."""
+        raw = await self._read(request) or b"{}"
+        return await self._at_work(turn, len(raw), partial(read_body, kind, raw, self.limits))
+
     async def _read(self, request: Request) -> bytes:
         """The body, as long as it is not too long."""
-        too_large = RequestError(413, f"a body has at most {self.max_body_bytes} bytes", code="body_too_large")
+        most = self.limits.max_bytes
+        too_large = RequestError(413, f"a body has at most {most} bytes", code="body_too_large")
         declared = request.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self.max_body_bytes:
+        if declared.isdecimal() and int(declared) > most:
             raise too_large
         parts, length = [], 0
         try:
             async for part in request.stream():
                 length += len(part)
-                if length > self.max_body_bytes:
+                if length > most:
                     raise too_large
                 parts.append(part)
         except ClientDisconnect:
@@ -416,7 +450,7 @@ def make_app(
     gateway: Gateway,
     *,
     default: SessionSpec | None = None,
-    max_body_bytes: int = MAX_BODY_BYTES,
+    limits: BodyLimits | None = None,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> Starlette:
     """
@@ -427,12 +461,12 @@ def make_app(
             What it serves.
         default ([`SessionSpec`], *optional*):
             What a session is allowed that is opened over HTTP, where its body does not say.
-        max_body_bytes (`int`, *optional*):
-            Longest body.
+        limits ([`~gateway.limits.BodyLimits`], *optional*):
+            What a body may consist of; by default what the gateway's context has room for.
         heartbeat_s (`float`, *optional*, defaults to `3.0`):
             How long a stream says nothing.
     """
-    routes = _Routes(gateway, default or SessionSpec(), max_body_bytes, heartbeat_s)
+    routes = _Routes(gateway, default or SessionSpec(), limits or BodyLimits.of(gateway.context), heartbeat_s)
     session = "/sessions/{session_id}"
     operations: list[tuple[Operation, Handler]] = [
         *((Operation("POST", api.path, api.summary, api.body, streams=True), routes.model(api)) for api in APIS),
@@ -448,7 +482,7 @@ def make_app(
         (Operation("GET", "/healthz", "Whether it serves", is_open=True), routes.health),
         (Operation("GET", "/metrics", "For Prometheus", is_open=True, media_type="text/plain"), routes.metrics),
     ]
-    described = json.dumps(document([operation for operation, _ in operations])).encode()
+    described = dumps(document([operation for operation, _ in operations])).encode()
 
     async def openapi(request: Request) -> Response:
         return Response(described, media_type="application/json")
@@ -504,7 +538,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _json(data: Any, *, status: int = 200) -> Response:
-    return Response(json.dumps(data), status_code=status, media_type="application/json")
+    return Response(dumps(data), status_code=status, media_type="application/json")
 
 
 def _error(request: Request, error: RequestError) -> Response:

@@ -95,6 +95,8 @@ class ModelRequest:
             Ids of the tool calls that the client sends back.
         ignored (`tuple[str, ...]`, *optional*):
             Fields that were taken and have no effect, for the client to be told.
+        size (`int`, *optional*, defaults to `0`):
+            Bytes of the body that said all this.
     """
 
     model: str
@@ -105,6 +107,7 @@ class ModelRequest:
     logprobs: bool = False
     call_ids: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,16 @@ class Answer:
         return {"role": "assistant", "content": self.text, **({"tool_calls": calls} if calls else {})}
 
 
+def context_error(context: int, what: str, request: ModelRequest) -> RequestError:
+    """What a client is told whose prompt the model cannot read, in the words that OpenAI's clients know."""
+    return RequestError(
+        400,
+        f"this model's context is {context} tokens for a prompt and its response, and {what}; shorten it",
+        param="prompt" if request.messages is None else "messages",
+        code="context_length_exceeded",
+    )
+
+
 # -- keys -------------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +209,7 @@ def text_keys(text: str, lengths: Iterable[int]) -> dict[int, bytes]:
     keys: dict[int, bytes] = {}
     hasher, done = hashlib.blake2b(b"text", digest_size=16), 0
     for length in sorted(n for n in set(lengths) if n <= len(text)):
-        hasher.update(text[done:length].encode())
+        hasher.update(text[done:length].encode("utf-8", "surrogatepass"))
         keys[length], done = hasher.digest(), length
     return keys
 

@@ -7,8 +7,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .bodies import Body, Content, OpenAIOptions, arguments_of, call_message, dumps, event, text_of
+from .bodies import (
+    FIRST_ERROR,
+    Body,
+    Content,
+    JsonList,
+    JsonObject,
+    OpenAIOptions,
+    arguments_of,
+    call_message,
+    dumps,
+    event,
+    text_of,
+)
 from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces, token_logprobs
+from .limits import BodyLimits
 
 
 class Function(Body):
@@ -16,8 +29,8 @@ class Function(Body):
 
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None
-    returns: Annotated[dict[str, Any] | None, Field(alias="return")] = None
+    parameters: JsonObject | None = None
+    returns: Annotated[JsonObject | None, Field(alias="return")] = None
     strict: bool | None = None
 
     def schema_dict(self) -> dict[str, Any]:
@@ -61,12 +74,12 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FIRST_ERROR] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    annotations: list[Any] | None = None
+    annotations: JsonList | None = None
     audio: None = None
     function_call: None = None
 
@@ -106,7 +119,7 @@ class _Sampling(Body):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -124,17 +137,17 @@ class _Sampling(Body):
 class ChatBody(_Sampling, OpenAIOptions):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], FIRST_ERROR] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
 
-    def request(self) -> ModelRequest:
-        """In our own form."""
+    def request(self, limits: BodyLimits) -> ModelRequest:
+        """In our own form; what its tool calls say is read within the same limits."""
         tools = () if self.tool_choice == "none" else self.tools or ()
         ignored = {
             "tool_choice": self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice),
@@ -147,7 +160,7 @@ class ChatBody(_Sampling, OpenAIOptions):
         calls = (call for message in self.messages for call in message.tool_calls or ())
         return ModelRequest(
             self.model,
-            messages=tuple(_messages(self.messages)),
+            messages=tuple(_messages(self.messages, limits)),
             tools=tuple({"type": "function", "function": tool.function.schema_dict()} for tool in tools),
             wishes=Wishes(
                 self.max_completion_tokens or self.max_tokens,
@@ -166,14 +179,18 @@ class ChatBody(_Sampling, OpenAIOptions):
 class CompletionBody(_Sampling):
     """`POST /v1/completions`."""
 
-    prompt: str | list[Annotated[int, Field(ge=0, lt=2**31)]] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: (
+        str
+        | Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FIRST_ERROR]
+        | Annotated[list[str], Field(min_length=1, max_length=1, fail_fast=True)]
+    )
     echo: Literal[False] | None = None
     suffix: None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
 
-    def request(self) -> ModelRequest:
-        """In our own form."""
+    def request(self, limits: BodyLimits) -> ModelRequest:
+        """In our own form; what its tool calls say is read within the same limits."""
         prompt = self.prompt
         given: str | tuple[int, ...]
         if isinstance(prompt, str):
@@ -192,7 +209,7 @@ class CompletionBody(_Sampling):
         )
 
 
-def _messages(messages: list[ChatMessage]) -> Iterator[Message]:
+def _messages(messages: list[ChatMessage], limits: BodyLimits) -> Iterator[Message]:
     names: dict[str, str] = {}
     for index, message in enumerate(messages):
         content = text_of(message.content)
@@ -200,7 +217,7 @@ def _messages(messages: list[ChatMessage]) -> Iterator[Message]:
             calls = []
             for number, call in enumerate(message.tool_calls or ()):
                 param = f"messages.{index}.tool_calls.{number}.function.arguments"
-                calls.append((call.function.name, arguments_of(call.function.arguments, param)))
+                calls.append((call.function.name, arguments_of(call.function.arguments, param, limits)))
                 names[call.id or ""] = call.function.name
             yield call_message(content, calls)
         elif message.role == "tool":

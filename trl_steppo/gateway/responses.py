@@ -6,10 +6,23 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from .bodies import Body, Content, OpenAIOptions, arguments_of, call_message, dumps, event, text_of
+from .bodies import (
+    FIRST_ERROR,
+    Body,
+    Content,
+    JsonList,
+    JsonObject,
+    OpenAIOptions,
+    arguments_of,
+    call_message,
+    dumps,
+    event,
+    text_of,
+)
 from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces, token_logprobs
+from .limits import BodyLimits
 from .openai import error_body
 
 
@@ -34,7 +47,7 @@ class FunctionCall(Body):
     id: str | None = None
     status: str | None = None
     namespace: str | None = None
-    caller: dict[str, Any] | None = None
+    caller: JsonObject | None = None
 
 
 class FunctionCallOutput(Body):
@@ -45,7 +58,7 @@ class FunctionCallOutput(Body):
     output: Content
     id: str | None = None
     status: str | None = None
-    caller: dict[str, Any] | None = None
+    caller: JsonObject | None = None
 
 
 class ReasoningItem(Body):
@@ -53,13 +66,25 @@ class ReasoningItem(Body):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[Any] | None = None
-    content: list[Any] | None = None
+    summary: JsonList | None = None
+    content: JsonList | None = None
     encrypted_content: str | None = None
     status: str | None = None
 
 
-Item = FunctionCall | FunctionCallOutput | ReasoningItem | InputMessage
+def _kind(item: Any) -> str | None:
+    """Which item it is; a message may leave that out."""
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) else None
+
+
+Item = Annotated[
+    Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[InputMessage, Tag("message")],
+    Discriminator(_kind),
+]
 
 
 class ResponseTool(Body):
@@ -68,7 +93,7 @@ class ResponseTool(Body):
     type: Literal["function"]
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
     defer_loading: Literal[False] | None = None
 
@@ -97,24 +122,24 @@ class ResponsesBody(OpenAIOptions):
     """`POST /v1/responses`."""
 
     model: str
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Annotated[list[ResponseTool], FIRST_ERROR] | None = None
     tool_choice: Literal["auto", "none", "required"] | ResponseToolChoice | None = None
     stream: bool | None = None
     stream_options: dict[str, bool] | None = None
     text: TextOptions | None = None
     reasoning: dict[str, str | None] | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], FIRST_ERROR] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     user: str | None = None
 
-    def request(self) -> ModelRequest:
-        """In our own form."""
+    def request(self, limits: BodyLimits) -> ModelRequest:
+        """In our own form; what its tool calls say is read within the same limits."""
         tools = () if self.tool_choice == "none" else self.tools or ()
         ignored = {
             "tool_choice": self.tool_choice == "required" or isinstance(self.tool_choice, ResponseToolChoice),
@@ -125,7 +150,7 @@ class ResponsesBody(OpenAIOptions):
         items = [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         return ModelRequest(
             self.model,
-            messages=(*system, *_messages(items)),
+            messages=(*system, *_messages(items, limits)),
             tools=tuple(_tool(tool) for tool in tools),
             wishes=Wishes(self.max_output_tokens, self.temperature, self.top_p),
             call_ids=tuple(item.call_id for item in items if isinstance(item, FunctionCall)),
@@ -140,7 +165,7 @@ def _tool(tool: ResponseTool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _messages(items: list[Any]) -> Iterator[Message]:
+def _messages(items: list[Any], limits: BodyLimits) -> Iterator[Message]:
     """One turn of the model may be several items: its text, and each of its calls."""
     names: dict[str, str] = {}
     turn: tuple[list[str], list[tuple[str, dict[str, Any]]]] | None = None
@@ -151,7 +176,7 @@ def _messages(items: list[Any]) -> Iterator[Message]:
             turn = turn or ([], [])
             if isinstance(item, FunctionCall):
                 names[item.call_id] = item.name
-                turn[1].append((item.name, arguments_of(item.arguments, f"input.{index}.arguments")))
+                turn[1].append((item.name, arguments_of(item.arguments, f"input.{index}.arguments", limits)))
             else:
                 turn[0].append(text_of(item.content))
             continue

@@ -8,14 +8,17 @@ import socket
 import threading
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 
 from ..errors import ConfigurationError
-from .app import MAX_BODY_BYTES, make_app
+from .app import make_app
+from .connections import ConnectionLimits, Connections, guarded_protocol
 from .late import HEARTBEAT_S
+from .limits import BodyLimits
 from .monitor import Monitor
 from .sampling import Engine, SamplingPort
 from .service import Gateway
@@ -29,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 _START_S = 30.0
 _LOOKS_S = 1.0  # between looks for idle sessions
-_BACKLOG = 2048
 
 
 class GatewayServer:
@@ -55,8 +57,15 @@ class GatewayServer:
             What `/v1/models` calls the policy.
         max_wait_s (`float`, *optional*, defaults to `20.0`):
             How long a request waits while the gateway is paused.
+        context (`int`, *optional*):
+            Most tokens of a prompt with its response that the policy can read ([`~models.context_length`]); `None`: no
+            bound is known.
+        limits ([`~gateway.limits.BodyLimits`], *optional*):
+            What a body may consist of; by default what the context has room for.
         max_body_bytes (`int`, *optional*):
-            Longest body.
+            Longest body, instead of the one in `limits`.
+        connections ([`~gateway.connections.ConnectionLimits`], *optional*):
+            What is allowed to whoever connects; by default half of the files that this process may open.
         heartbeat_s (`float`, *optional*, defaults to `3.0`):
             How long a stream says nothing while its response is sampled.
         idle_s (`float`, *optional*):
@@ -78,7 +87,10 @@ class GatewayServer:
         default: SessionSpec | None = None,
         model_name: str = "policy",
         max_wait_s: float = 20.0,
-        max_body_bytes: int = MAX_BODY_BYTES,
+        context: int | None = None,
+        limits: BodyLimits | None = None,
+        max_body_bytes: int | None = None,
+        connections: ConnectionLimits | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         idle_s: float | None = None,
     ) -> None:
@@ -99,10 +111,16 @@ class GatewayServer:
             monitor=Monitor(),
             admin_key=admin_key,
             model_name=model_name,
+            context=context,
         )
         if restores:
             self.gateway.restore()
-        app = make_app(self.gateway, default=default, max_body_bytes=max_body_bytes, heartbeat_s=heartbeat_s)
+        limits = limits or BodyLimits.of(context)
+        if max_body_bytes is not None:
+            limits = replace(limits, max_bytes=max_body_bytes)
+        app = make_app(self.gateway, default=default, limits=limits, heartbeat_s=heartbeat_s)
+        self.connections = Connections(connections or ConnectionLimits.of_process())
+        backlog = self.connections.limits.backlog
         # Neither uvicorn's access log nor its headers: the one is long, the others name versions.
         config = uvicorn.Config(
             app,
@@ -111,9 +129,14 @@ class GatewayServer:
             server_header=False,
             date_header=False,
             lifespan="off",
+            http=guarded_protocol(self.connections),
+            ws="none",
+            h11_max_incomplete_event_size=self.connections.limits.max_header_bytes,
+            # Requests at work; connections are closed before they are so many.
+            limit_concurrency=self.connections.limits.max_connections + 2 * backlog + 1,
             timeout_keep_alive=75,  # longer than clients keep connections, so that none is closed while it is used
             timeout_graceful_shutdown=1,
-            backlog=_BACKLOG,
+            backlog=backlog,
         )
         self._server = uvicorn.Server(config)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -181,6 +204,7 @@ class GatewayServer:
         if self._thread.is_alive():
             self._thread.join()
         self._socket.close()  # which is open still if it never served
+        self.gateway.worker.close()
         self.store.close()
 
     def _serve(self) -> None:

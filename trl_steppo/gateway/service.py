@@ -5,27 +5,30 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 import secrets
 import sqlite3
 import time
 from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigurationError, DataError
 from ..inference.base import MIN_TEMPERATURE, Sample, SamplingParams, step_seed
 from ..types import Episode, StopReason, TokenIds
-from .conversation import Answer, ModelRequest, RequestError
+from .conversation import Answer, ModelRequest, RequestError, context_error
 from .monitor import Monitor
 from .sampling import SamplingPort
 from .sessions import Notes, RecordedStep, Session, SessionSpec, budget_error, conversation_key, key_digest
-from .store import Store, StoredSession
-from .tokens import ChatFormats, Placement, place, read_response, token_texts
+from .store import Store, StoredSession, report_damage
+from .tokens import ChatFormats, Placement, place, place_beside, read_response, token_texts
+from .work import INLINE_BYTES, Worker
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 60  # characters of a difference that are logged
+_SHOWN = 60  # tokens of a difference that are logged
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class _Flight:
     """A request on its way; retries wait for the same one."""
 
     name: str
-    placement: Placement
     seed_index: int
+    placement: Placement | None = None  # unknown while that is found out
     task: asyncio.Task[Answer] | None = None
     alarm: asyncio.TimerHandle | None = None  # when the episode's time is up
     num_waiting: int = 0
@@ -91,6 +94,9 @@ class Gateway:
             Who has it may make sessions and read all of them over HTTP; without one, nobody may.
         model_name (`str`, *optional*, defaults to `"policy"`):
             What `/v1/models` calls the policy. Requests may call it anything.
+        context (`int`, *optional*):
+            Most tokens of a prompt with its response that the policy can read; `None`: no bound is known. A longer
+            prompt is refused, and a response gets what is left.
     """
 
     def __init__(
@@ -102,8 +108,11 @@ class Gateway:
         monitor: Monitor | None = None,
         admin_key: str | None = None,
         model_name: str = "policy",
+        context: int | None = None,
     ) -> None:
         self.formats = formats
+        self.context = context
+        self.worker = Worker()
         self.port = port
         self.store = store or Store()
         self.monitor = monitor or Monitor()
@@ -161,19 +170,21 @@ class Gateway:
         return session, key
 
     def restore(self) -> int:
-        """Take up the sessions that were running when the store was last used; how many there are."""
-        found = self.store.running()
-        for one in found:
-            self._add(restored(one))
+        """
+        Take up the sessions that were running when the store was last used, but for those whose record is damaged; how
+        many there are.
+        """
+        found = [session for session in map(restored, self.store.running()) if session is not None]
+        for session in found:
+            self._add(session)
         return len(found)
 
     def finished_episode(self, name: str, spec: SessionSpec) -> Episode | None:
         """What a session of this name left in the store, if it ended without an error and was allowed the same."""
         for one in self.store.named(name):
-            if one.is_over and SessionSpec.from_json(one.spec) == spec:
-                episode = restored(one).episode()
-                if episode.valid:
-                    return episode
+            session = restored(one) if one.is_over else None
+            if session is not None and session.spec == spec and (episode := session.episode()).valid:
+                return episode
         return None
 
     async def set_reward(
@@ -269,9 +280,10 @@ class Gateway:
         if session_id in self._sessions:
             return self._sessions[session_id]
         stored = self.store.session(session_id)
-        if stored is None:
-            raise RequestError(404, f"there is no session {session_id!r}", param="session_id")
-        return restored(stored)
+        session = None if stored is None else restored(stored)
+        if session is None:
+            raise RequestError(404, f"there is no session {session_id!r} that can be read", param="session_id")
+        return session
 
     def __contains__(self, session_id: str) -> bool:
         """Whether a session is running."""
@@ -356,28 +368,54 @@ class Gateway:
         return None
 
     def _start(self, session: Session, request: ModelRequest, retry: Retry, flights: list[_Flight]) -> _Flight:
-        """Prepare a step: nothing is recorded yet."""
+        """Begin a step: nothing is recorded yet. What takes as long as the request is long is done beside the loop."""
         if session.ended_early:
             raise budget_error(session)
-        placement = place(request, session, self.formats)
-        if placement.parent is not None:  # who goes on from an answer was told of it
-            session.told_of(session.steps[placement.parent].answer)
-        prompt_ids = [*session.state_ids(placement.parent), *placement.new_ids]
-        over = session.check_budget(len(prompt_ids), len(flights))
-        if over is not None:
-            session.end_by(over, placement.parent, placement.new_ids, placement.observed)
-            raise budget_error(session)
-        if placement.rewritten is not None:
-            self._report_mismatch(session, placement.rewritten, prompt_ids)
+        if self.context is not None and isinstance(request.prompt, tuple) and len(request.prompt) >= self.context:
+            raise context_error(self.context, f"this prompt has {len(request.prompt)}", request)
         taken = {step.seed_index for step in session.steps} | {flight.seed_index for flight in flights}
-        flight = _Flight(retry.name, placement, next(i for i in range(len(taken) + 1) if i not in taken))
+        flight = _Flight(retry.name, next(i for i in range(len(taken) + 1) if i not in taken))
+        if request.size <= INLINE_BYTES and self.formats.knows(request.tools):
+            placement = place(request, session, self.formats, self.context)
+            flying = self._fly(
+                session, request, flight, self._admit(session, request, flight, placement, len(flights))
+            )
+        else:
+            flying = self._place_and_fly(session, request, flight)
         flights.append(flight)
-        flight.task = asyncio.ensure_future(self._fly(session, request, flight, prompt_ids))
+        flight.task = asyncio.ensure_future(flying)
         flight.task.add_done_callback(lambda _: self._end(session, flight))
         if session.spec.limits.max_episode_s is not None:
             left_s = session.spec.limits.max_episode_s - session.age_s()
             flight.alarm = asyncio.get_running_loop().call_later(left_s, self._end_in_flight, session)
         return flight
+
+    async def _place_and_fly(self, session: Session, request: ModelRequest, flight: _Flight) -> Answer:
+        run = partial(self.worker.run, session.turn)
+        placement = await place_beside(request, session, self.formats, self.context, run)
+        if session.ended_early:  # meanwhile
+            raise budget_error(session)
+        num_before = self._flights[session.session_id].index(flight)
+        prompt_ids = self._admit(session, request, flight, placement, num_before)
+        return await self._fly(session, request, flight, prompt_ids)
+
+    def _admit(
+        self, session: Session, request: ModelRequest, flight: _Flight, placement: Placement, num_before: int
+    ) -> list[int]:
+        """The prompt of a step that the session's budgets, and the model's context, allow."""
+        if placement.parent is not None:  # who goes on from an answer was told of it
+            session.told_of(session.steps[placement.parent].answer)
+        prompt_ids = [*session.state_ids(placement.parent), *placement.new_ids]
+        over = session.check_budget(len(prompt_ids), num_before)
+        if over is not None:
+            session.end_by(over, placement.parent, placement.new_ids, placement.observed)
+            raise budget_error(session)
+        if self.context is not None and len(prompt_ids) >= self.context:
+            raise context_error(self.context, f"this prompt has {len(prompt_ids)}", request)
+        if placement.rewritten is not None:
+            self._report_mismatch(session, placement.rewritten, prompt_ids)
+        flight.placement = placement
+        return prompt_ids
 
     def _end_in_flight(self, session: Session) -> None:
         """Time is up while responses are sampled: those that are not recorded by now are given up."""
@@ -416,10 +454,13 @@ class Gateway:
             session.told_of(flight.task.result(), to_the_end=False)
 
     async def _fly(self, session: Session, request: ModelRequest, flight: _Flight, prompt_ids: list[int]) -> Answer:
-        placement, spec = flight.placement, session.spec
+        placement = flight.placement
+        assert placement is not None
         params = self._params(session, request, flight, len(prompt_ids))
         sample = await self._sample(session, prompt_ids, params, flight.seed_index)
-        step = self._record(session, request, flight, prompt_ids, params, sample)
+        record = partial(self._record, request, flight, prompt_ids, params, sample)
+        is_long = len(prompt_ids) + len(sample.token_ids) > INLINE_BYTES
+        step = await self.worker.run(session.turn, record) if is_long else record()
         flight.is_recording = True
         async with session.recording:  # steps are in the store in the order in which they are in memory
             try:
@@ -428,8 +469,7 @@ class Gateway:
                 logger.error("a step of session %s cannot be recorded", session.session_id, exc_info=True)
                 raise RequestError(502, "the step cannot be recorded", code="store") from error
             session.add(step)
-        own_budget = min(spec.sampling.max_new_tokens, request.wishes.max_tokens or spec.sampling.max_new_tokens)
-        if step.stop_reason is StopReason.LENGTH and params.max_new_tokens < own_budget:
+        if step.stop_reason is StopReason.LENGTH and self._ends_episode(session, request, params, len(prompt_ids)):
             session.notes.cut = True
             await self._save(session)
         self.monitor.steps.labels(placement.history).inc()
@@ -461,7 +501,6 @@ class Gateway:
 
     def _record(
         self,
-        session: Session,
         request: ModelRequest,
         flight: _Flight,
         prompt_ids: list[int],
@@ -469,6 +508,7 @@ class Gateway:
         sample: Sample,
     ) -> RecordedStep:
         placement = flight.placement
+        assert placement is not None
         chat = placement.chat
         name = secrets.token_hex(12)
         read = read_response(chat, request, prompt_ids, TokenIds(sample.token_ids).tolist(), name=name)
@@ -508,6 +548,7 @@ class Gateway:
             text_length=text_length,
             request=flight.name,
             answer=answer,
+            escaped=placement.escaped,
         )
 
     # -- sampling settings --------------------------------------------------------------------------------------------
@@ -516,9 +557,11 @@ class Gateway:
         spec, wishes = session.spec, request.wishes
         sampling, limits = spec.sampling, spec.limits
         budget = min(sampling.max_new_tokens, wishes.max_tokens or sampling.max_new_tokens)
-        if limits.max_episode_tokens is not None:
-            budget = min(budget, limits.max_episode_tokens - prompt_length)
+        for longest in (limits.max_episode_tokens, self.context):
+            if longest is not None:
+                budget = min(budget, longest - prompt_length)
         seed = step_seed(spec.run_seed, spec.stream_position, spec.generation_index, flight.seed_index)
+        assert flight.placement is not None
         stop = sampling.stop_token_ids or flight.placement.chat.stop_token_ids
         params = replace(sampling, max_new_tokens=budget, stop_token_ids=stop, seed=seed)
         if spec.training:
@@ -527,6 +570,14 @@ class Gateway:
         if wishes.seed is not None:
             wished["seed"] = wishes.seed & (2**63 - 1)  # seeds of clients may be negative
         return replace(params, **{name: value for name, value in wished.items() if value is not None})
+
+    def _ends_episode(
+        self, session: Session, request: ModelRequest, params: SamplingParams, prompt_length: int
+    ) -> bool:
+        """Whether a response that was cut was cut by the episode's budget of tokens, and not by its own."""
+        longest = session.spec.limits.max_episode_tokens
+        own = min(session.spec.sampling.max_new_tokens, request.wishes.max_tokens or math.inf)
+        return longest is not None and params.max_new_tokens < own and prompt_length + params.max_new_tokens >= longest
 
     def _check_wishes(self, session: Session, request: ModelRequest) -> tuple[str, ...]:
         """What of the client's wishes does not hold, for it to be told once; what would falsify scores is refused."""
@@ -564,40 +615,45 @@ class Gateway:
         if "history" in session.told:
             return
         session.told.add("history")
-        recorded = self.formats.decode(session.state_ids(position))
-        found = self.formats.decode(prompt_ids)
-        pairs = enumerate(zip(recorded, found, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(recorded), len(found)))
-        start = max(0, at - _SHOWN // 3)
+        recorded = session.state_ids(position)
+        pairs = enumerate(zip(recorded, prompt_ids, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(recorded), len(prompt_ids)))
+        shown = slice(max(0, at - _SHOWN // 3), at + _SHOWN)
         logger.warning(
             "session %s rewrote its history, which opens a branch: recorded %r, now %r (told once a session)",
             session.session_id,
-            recorded[start : at + _SHOWN],
-            found[start : at + _SHOWN],
+            self.formats.decode(recorded[shown]),
+            self.formats.decode(prompt_ids[shown]),
         )
 
 
 def _end_by_time(session: Session, flights: list[_Flight]) -> None:
     """Time is up: before the step that is being sampled, or else before the one that waits to be answered."""
-    if flights:
-        asked = flights[-1].placement
+    placed = [flight.placement for flight in flights if flight.placement is not None]
+    if placed:
+        asked = placed[-1]
         session.end_by(StopReason.MAX_EPISODE_S, asked.parent, asked.new_ids, asked.observed)
     else:
         session.end_by_time()
 
 
-def restored(stored: StoredSession) -> Session:
-    """A session as it was when the store last heard of it."""
-    session = Session(
-        stored.session_id,
-        stored.name,
-        stored.key_digest,
-        SessionSpec.from_json(stored.spec),
-        Notes(**stored.notes),
-        is_over=stored.is_over,
-    )
-    for step in stored.steps:
-        session.commit(RecordedStep.from_json(step))
+def restored(stored: StoredSession) -> Session | None:
+    """A session as it was when the store last heard of it; `None`, and a warning, if that cannot be."""
+    try:
+        session = Session(
+            stored.session_id,
+            stored.name,
+            stored.key_digest,
+            SessionSpec.from_json(stored.spec),
+            Notes.from_json(stored.notes, num_steps=len(stored.steps)),
+            is_over=stored.is_over,
+        )
+        for step in stored.steps:
+            session.commit(RecordedStep.from_json(step, position=len(session.steps)))
+        session.episode()  # all of it fits together
+    except Exception as error:  # whatever reading what others wrote may raise
+        report_damage(stored.session_id, stored.name, error)
+        return None
     if not session.is_over:
         session.notes.undelivered.clear()  # what was being told when it was last written; clients ask again
     return session

@@ -5,16 +5,24 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import time
 from array import array
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from typing import Any, TypeVar, cast
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # typing's own is not read by pydantic before Python 3.12
 
 from ..inference.base import SamplingParams
 from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds, renamed_keyword
+from .bodies import is_finite
 from .conversation import Answer, Message, RequestError, next_key, text_keys
+
+T = TypeVar("T")
 
 Observation = str | list[Message]
 
@@ -60,12 +68,11 @@ class SessionSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SessionSpec:
-        """What [`to_json`] gave."""
-        sampling = {**data["sampling"], "stop_token_ids": tuple(data["sampling"]["stop_token_ids"])}
-        rest = {name: value for name, value in data.items() if name not in ("limits", "sampling")}
-        if "row_index" in rest:  # as older versions stored it
-            rest["stream_position"] = rest.pop("row_index")
-        return cls(limits=EpisodeLimits(**data["limits"]), sampling=SamplingParams(**sampling), **rest)
+        """What [`to_json`] gave; an error of any kind for what it never gives."""
+        for name, kind in (("limits", EpisodeLimits), ("sampling", SamplingParams)):
+            _check_names(kind, data[name])
+        older = {"stream_position": data["row_index"]} if "row_index" in data else {}
+        return _read(cls, {**{name: value for name, value in data.items() if name != "row_index"}, **older})
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ class RecordedStep:
             Which request it answers.
         answer ([`Answer`]):
             What the client is told of it.
+        escaped (`int`, *optional*, defaults to `0`):
+            See [`~gateway.tokens.Placement`].
     """
 
     seed_index: int
@@ -115,6 +124,7 @@ class RecordedStep:
     text_length: int | None
     request: str
     answer: Answer
+    escaped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """For the store, bit for bit; log-probabilities are in it once."""
@@ -124,18 +134,67 @@ class RecordedStep:
         return {**data, **packed, "stop_reason": self.stop_reason.value, "answer": answer}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RecordedStep:
-        """What [`to_json`] gave."""
-        ids = {name: _unpack("i", data[name]) for name in ("new_ids", "response_ids")}
+    def from_json(cls, data: Mapping[str, Any], *, position: int) -> RecordedStep:
+        """What [`to_json`] gave of the step at a position; an error of any kind for what it never gives."""
+        new_ids, response_ids = _unpack("i", data["new_ids"]), _unpack("i", data["response_ids"])
         logprobs = _unpack("d", data["logprobs"])
-        answer = dict(data["answer"])
-        answer |= {"tokens": tuple(answer["tokens"]), "tool_calls": tuple(answer["tool_calls"])}
-        rest = {
-            "logprobs": logprobs,
-            "stop_reason": StopReason(data["stop_reason"]),
-            "answer": Answer(**answer, logprobs=tuple(logprobs) if answer["tokens"] else ()),
-        }
-        return cls(**{**data, **ids, **rest})
+        answer = {**data["answer"], "logprobs": logprobs.tolist() if data["answer"]["tokens"] else []}
+        step = cls(
+            **{
+                **data,
+                "new_ids": new_ids,
+                "response_ids": response_ids,
+                "logprobs": logprobs,
+                "stop_reason": StopReason(data["stop_reason"]),
+                "answer": _read(Answer, answer),
+            }
+        )
+        plain = {name: data[name] for name in _PLAIN}
+        _adapter(_PlainFields).validate_json(json.dumps(plain), strict=True)
+        if not (response_ids and len(logprobs) == len(response_ids) and is_finite([*logprobs, step.temperature])):
+            raise ValueError(f"{len(response_ids)} ids and {len(logprobs)} log-probabilities are no response")
+        if min(*response_ids, *new_ids, 0) < 0 or not (new_ids or step.parent is not None):
+            raise ValueError("its ids are no token ids, or it has no prompt")
+        if step.parent is not None and not 0 <= step.parent < position:
+            raise ValueError(f"step {position} continues step {step.parent}")
+        return step
+
+
+class _PlainFields(TypedDict):
+    """The fields of a [`RecordedStep`] that JSON holds as they are."""
+
+    seed_index: int
+    parent: int | None
+    policy_version: int
+    temperature: float
+    observed: str | list[Message]
+    history: str
+    asked_key: str | None
+    key: str
+    text_length: int | None
+    request: str
+
+
+_PLAIN = tuple(_PlainFields.__annotations__)
+
+
+def _read(kind: type[T], data: Mapping[str, Any]) -> T:
+    """A dataclass whose fields are what they are declared to be."""
+    _check_names(kind, data)
+    if not is_finite(data):
+        raise ValueError("a number is none")
+    return cast(T, _adapter(cast(Any, kind)).validate_json(json.dumps(data), strict=True))
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _check_names(kind: type[Any], data: Mapping[str, Any]) -> None:
+    unknown = set(data) - {one.name for one in fields(kind)}
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no {sorted(unknown)}")
 
 
 def _pack(values: array[Any]) -> str:
@@ -169,6 +228,21 @@ class Notes:
     final_parent: int | None = None  # the state after the last step: this step's, with its response,
     final_new_ids: list[int] | None = None  # and this
     error: str | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], *, num_steps: int) -> Notes:
+        """What is in the store of a session with so many steps; an error of any kind for what cannot be."""
+        notes = _read(cls, data)
+        named = [int(name) for kept in (notes.rewards, notes.state_keys, notes.observations) for name in kept]
+        of_parent = [] if notes.final_parent is None else [notes.final_parent]
+        positions = {*named, *notes.undelivered, *notes.unanswered, *of_parent}
+        if not positions <= set(range(num_steps)):
+            raise ValueError(f"it has {num_steps} steps, and something is noted of steps {sorted(positions)}")
+        if notes.stop_reason is not None:
+            StopReason(notes.stop_reason)
+        if any(not 0 <= token_id < 2**31 for token_id in notes.final_new_ids or ()):
+            raise ValueError("the ids of its last state are no token ids")
+        return notes
 
 
 @dataclass(frozen=True)
@@ -222,10 +296,14 @@ class Session:
         self.sampler_error: Exception | None = None  # of the last request, if the sampler failed
         self.recording = asyncio.Lock()
         self.ending = asyncio.Lock()
+        self.turn = asyncio.Lock()  # of its work beside the loop
         self.told: set[str] = set()  # of its wishes that do not hold
         self.lost: set[int] = set()  # steps whose client went away while it was told
         self.num_firsts: Counter[str] = Counter()  # of a request: how often it was asked for the first time
         self.last_active = time.monotonic()
+        # The wall clock may be set while an episode lasts; only what was stored before a restart has no other.
+        earlier_s = 0.0 if notes is None else max(0.0, time.time() - notes.created)
+        self.began = self.last_active - earlier_s
         self._branches: list[array[int]] = []
         self._places: list[_Place] = []
         self._children: dict[int, int] = {}  # the first of each
@@ -268,6 +346,10 @@ class Session:
             return []
         place = self._places[position]
         return self._branches[place.branch][: place.end].tolist()
+
+    def state_length(self, position: int | None) -> int:
+        """How many ids [`state_ids`] has."""
+        return 0 if position is None else self._places[position].end
 
     def has_child(self, position: int) -> bool:
         """Whether a step was continued."""
@@ -362,7 +444,7 @@ class Session:
 
     def age_s(self) -> float:
         """Seconds since it was made, restarts included."""
-        return time.time() - self.notes.created
+        return time.monotonic() - self.began
 
     @property
     def is_out_of_time(self) -> bool:
@@ -489,6 +571,7 @@ class Session:
             "branches": sum(self.steps[position].history == "branch" for position in visible),
             "rewritten_histories": sum(self.steps[position].history == "rewritten" for position in visible),
             "undelivered_steps": len(self.steps) - len(visible),
+            "escaped_special_tokens": sum(self.steps[position].escaped for position in visible),
         }
         return {**{name: float(count) for name, count in counts.items() if count}, **self.notes.metrics}
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..durable import Lock, LockedError, sync
 from ..errors import CheckpointError
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -30,6 +35,10 @@ CREATE TABLE IF NOT EXISTS steps (
 """
 _APPLICATION_ID = 0x53745050  # "StPP", as `PRAGMA application_id` of our databases
 _FORMAT = 1  # of what they hold
+_COLUMNS = {
+    "sessions": ["id", "name", "key_digest", "spec", "notes", "is_over"],
+    "steps": ["session", "position", "body"],
+}
 _MOST_AT_ONCE = 512  # writes of one transaction
 
 
@@ -55,8 +64,11 @@ class Store:
         path (`Path`, *optional*):
             The database's file, for its owner's eyes alone; `None`: in memory.
 
+    A session whose record is damaged is left out of what is read, and named in a warning.
+
     Raises:
-        CheckpointError: It cannot be opened, is no database of ours, or another gateway has it open.
+        CheckpointError: It cannot be opened, is damaged, is no database of ours, or another gateway has it open; from
+            what reads, if its file was damaged since.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -68,8 +80,10 @@ class Store:
         self._thread.start()
         try:
             opened.result()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.OperationalError, OSError) as error:
             raise CheckpointError(f"the gateway's store {path} cannot be opened: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise self._damage(error) from error
 
     def add_session(
         self, session_id: str, name: str, key_digest: str, spec: dict[str, Any], notes: dict[str, Any]
@@ -111,29 +125,49 @@ class Store:
             connection.execute(f"DELETE FROM steps WHERE session IN (SELECT id FROM sessions WHERE {where})", values)
             connection.execute(f"DELETE FROM sessions WHERE {where}", values)
 
-        return self._submit(run)
+        return self._submit(self._undamaged(run))
 
     def named(self, name: str) -> list[StoredSession]:
         """The sessions of one name, oldest first."""
-        return self._submit(lambda connection: list(_load(connection, "name = ?", (name,)))).result()
+        return self._submit(self._undamaged(lambda connection: list(_load(connection, "name = ?", (name,))))).result()
 
     def session(self, session_id: str) -> StoredSession | None:
         """The session of that id."""
-        found = self._submit(lambda connection: list(_load(connection, "id = ?", (session_id,)))).result()
-        return found[0] if found else None
+        read = self._undamaged(lambda connection: next(_load(connection, "id = ?", (session_id,)), None))
+        return self._submit(read).result()
 
     def of_key(self, key_digest: str) -> Future[StoredSession | None]:
         """The session whose key has that digest."""
-        return self._submit(lambda connection: next(_load(connection, "key_digest = ?", (key_digest,)), None))
+        read = self._undamaged(lambda connection: next(_load(connection, "key_digest = ?", (key_digest,)), None))
+        return self._submit(read)
 
     def running(self) -> list[StoredSession]:
         """The sessions that are not over."""
-        return self._submit(lambda connection: list(_load(connection, "is_over = 0", ()))).result()
+        return self._submit(self._undamaged(lambda connection: list(_load(connection, "is_over = 0", ())))).result()
 
     def close(self) -> None:
         """Write what is left, and close."""
         self._jobs.put(None)
         self._thread.join()
+
+    def _undamaged(self, job: Callable[[sqlite3.Connection], T]) -> Callable[[sqlite3.Connection], T]:
+        """A job that says in words of ours what sqlite has to say of a damaged file."""
+
+        def run(connection: sqlite3.Connection) -> T:
+            try:
+                return job(connection)
+            except sqlite3.DatabaseError as error:
+                raise self._damage(error) from error
+
+        return run
+
+    def _damage(self, error: Exception) -> CheckpointError:
+        what = " ".join(str(error).split())
+        return CheckpointError(
+            f"the gateway's store {self.path} cannot be read: {what}. If its disk is sound, the file is damaged: "
+            "move it away, with those beside it that end in -wal and -shm, to begin with an empty one; the sessions "
+            "that were running are lost, and a run plays its episodes again"
+        )
 
     def _write(self, statement: str, row: Sequence[Any]) -> Future[Any]:
         return self._submit(lambda connection: connection.execute(statement, row))
@@ -169,17 +203,55 @@ class Store:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stack.callback(_locked(self.path).close)
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            sync(self.path.parent)
+            if self.path.exists():
+                _check_length(self.path)
+            else:
+                _create(self.path)
         connection = sqlite3.connect(self.path or ":memory:", isolation_level=None)
         stack.callback(connection.close)
-        _check_format(connection, self.path)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {_FORMAT}")
-        connection.executescript(_SCHEMA)
+        # So that what is no text in a column of text is found out where it is read.
+        connection.text_factory = _text
+        if self.path is None:
+            _set_up(connection)
+        else:
+            _check_format(connection, self.path)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
         return connection
+
+
+def _text(data: bytes) -> str | bytes:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _set_up(connection: sqlite3.Connection) -> None:
+    connection.executescript(_SCHEMA)
+    connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {_FORMAT}")
+
+
+def _create(path: Path) -> None:
+    """Make an empty store. It is there as a whole or not at all, so that a file that is not whole is damaged."""
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    with closing(sqlite3.connect(partial, isolation_level=None)) as connection:
+        connection.execute("PRAGMA synchronous = FULL")
+        _set_up(connection)
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def _check_length(path: Path) -> None:
+    if path.is_file() and path.stat().st_size == 0:
+        raise CheckpointError(
+            f"the gateway's store {path} is empty, which no store is: what it held is lost. Put back a copy of it, or "
+            "remove it, with those beside it that end in -wal and -shm, to begin with an empty one"
+        )
 
 
 def _locked(path: Path) -> Lock:
@@ -193,14 +265,11 @@ def _locked(path: Path) -> Lock:
         ) from error
 
 
-def _check_format(connection: sqlite3.Connection, path: Path | None) -> None:
-    """Nothing is written into a database that is not ours."""
-    (application_id,), (version,), (num_tables,) = (
-        connection.execute(query).fetchone()
-        for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+def _check_format(connection: sqlite3.Connection, path: Path) -> None:
+    """Nothing is written into a database that is not ours, or is not whole."""
+    (application_id,), (version,) = (
+        connection.execute(query).fetchone() for query in ("PRAGMA application_id", "PRAGMA user_version")
     )
-    if not application_id and not version and not num_tables:
-        return  # a new one
     if application_id != _APPLICATION_ID:
         raise CheckpointError(f"{path} is a database, but not of a gateway; give the gateway a directory of its own")
     if version != _FORMAT:
@@ -208,6 +277,13 @@ def _check_format(connection: sqlite3.Connection, path: Path | None) -> None:
             f"the gateway's store {path} has the format {version}, and this version of trl_steppo reads {_FORMAT}; go "
             "on with the version that wrote it, or give the gateway a new directory"
         )
+    for table, columns in _COLUMNS.items():
+        found = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+        if found != columns:
+            raise sqlite3.DatabaseError(f"its table {table} has the columns {found}, not {columns}")
+    (problem,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if problem != "ok":
+        raise sqlite3.DatabaseError(problem)
 
 
 def _run_together(
@@ -237,8 +313,40 @@ def _tell(tell: Callable[[Any], None], outcome: Any) -> None:
 
 
 def _load(connection: sqlite3.Connection, where: str, values: Sequence[Any]) -> Iterator[StoredSession]:
-    columns = "id, name, key_digest, spec, notes, is_over"
+    """The sessions that can be read."""
+    columns = ", ".join(_COLUMNS["sessions"])
     for row in connection.execute(f"SELECT {columns} FROM sessions WHERE {where} ORDER BY rowid", values).fetchall():
-        found = connection.execute("SELECT body FROM steps WHERE session = ? ORDER BY position", (row[0],))
-        steps = tuple(json.loads(body) for (body,) in found)
-        yield StoredSession(row[0], row[1], row[2], json.loads(row[3]), json.loads(row[4]), bool(row[5]), steps)
+        query = "SELECT position, body FROM steps WHERE session = ? ORDER BY position"
+        found = connection.execute(query, (row[0],)).fetchall()
+        try:
+            yield _read(row, found)
+        except (TypeError, ValueError, RecursionError) as error:
+            report_damage(row[0], row[1], error)
+
+
+def _read(row: Sequence[Any], found: Sequence[tuple[Any, Any]]) -> StoredSession:
+    session_id, name, digest, spec, notes, is_over = row
+    if not all(isinstance(text, str) for text in row[:5]):
+        raise ValueError("a column holds no text")
+    if any(position != index for index, (position, _) in enumerate(found)):
+        raise ValueError("a step of it is missing")
+    steps = tuple(_object(body) for _, body in found)
+    return StoredSession(session_id, name, digest, _object(spec), _object(notes), bool(is_over), steps)
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("what should be an object is none")
+    return value
+
+
+def report_damage(session_id: str, name: str, error: Exception) -> None:
+    """Tell which session is left out, because its record cannot be read."""
+    logger.warning(
+        "session %r (%r) is left out: its record in the gateway's store is damaged, or of another version (%s: %s)",
+        session_id,
+        name,
+        type(error).__name__,
+        error,
+    )

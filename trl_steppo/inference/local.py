@@ -9,7 +9,6 @@ episode's previous step ended, and a row that leaves takes its part along.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import math
 import time
@@ -21,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..compat import attention_of, cache_argument, deviates, special_attention, takes_positions
 from ..errors import ConfigurationError, RolloutError
 from ..numerics import CastWeights, Numerics
 from ..types import StopReason, TokenIds
@@ -44,25 +45,34 @@ class LocalSampler:
 
     Args:
         model (`PreTrainedModel`):
-            Any causal language model. Models whose layers are not all full attention through SDPA or eager (sliding
-            windows, state-space layers, ALiBi, flash attention) are sampled without a cache, which is exact and slow.
+            A causal language model whose layers are all full attention through SDPA or eager. Others (sliding
+            windows, state-space layers, ALiBi, flash attention) need `allow_uncached`.
         cache_tokens (`int`, *optional*, defaults to `262144`):
             Bound on the tokens whose keys and values are held: for running responses their number times the longest
             of them, for waiting episodes what they have. Responses that do not fit wait for others to end; waiting
             episodes are forgotten least-recently-used first and prefilled again. `None`: no bound.
+        allow_uncached (`bool`, *optional*, defaults to `False`):
+            Whether a model that cannot be continued from stored keys and values is sampled without: exact, but each
+            token costs a forward pass over its whole row.
         numerics ([`~numerics.Numerics`], *optional*):
             The device and the precision of forward passes, in whichever thread they run. `None`: the device where the
             model is now, and the types of its weights.
 
     Raises:
-        ConfigurationError: If `cache_tokens` is not positive; from `sample`, if one response alone exceeds it, or a
-            number of its [`SamplingParams`] is outside of its range.
+        ConfigurationError: If `cache_tokens` is not positive; if the model cannot be sampled with a cache and
+            `allow_uncached` is not set; from `sample`, if one response alone exceeds the bound, or a number of its
+            [`SamplingParams`] is outside of its range.
         DataError: From `sample`, if the prompt is empty, or has a token id that the model cannot read.
         RolloutError: From `sample`, if the model's logits are not numbers.
     """
 
     def __init__(
-        self, model: nn.Module, *, cache_tokens: int | None = 262_144, numerics: Numerics | None = None
+        self,
+        model: nn.Module,
+        *,
+        cache_tokens: int | None = 262_144,
+        allow_uncached: bool = False,
+        numerics: Numerics | None = None,
     ) -> None:
         if cache_tokens is not None and cache_tokens < 1:
             raise ConfigurationError(f"`rollout_cache_tokens` is {cache_tokens}; give a positive number, or None")
@@ -75,12 +85,15 @@ class LocalSampler:
         self.sampled_tokens = 0
         self.prompt_tokens = 0
         self.prefilled_tokens = 0
+        self.uncached_rows = 0  # forwarded whole for one more token each
         self.forward_s = 0.0  # seconds in the model's forward passes
         self._waiting: list[_Request] = []
         self._driver: asyncio.Task[None] | None = None
         self._settled: Callable[[], Awaitable[None]] | None = None
         # Any object with the same methods would do: which one is a question of the model's attention alone.
-        self._rows = _CachedRows(model, cache_tokens) if _takes_a_mask(model) else _UncachedRows(model)
+        with self.numerics.forward_pass():
+            is_cached = samples_with_a_cache(model, allow_uncached=allow_uncached)
+        self._rows = _CachedRows(model, cache_tokens) if is_cached else _UncachedRows(model)
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
@@ -181,6 +194,7 @@ class LocalSampler:
         """Sample one token for each row that has logits, and let go of those that are complete."""
         requests, logits, prefilled = update
         self.prefilled_tokens += prefilled
+        self.uncached_rows += len(requests) if isinstance(self._rows, _UncachedRows) else 0
         tokens, logprobs = sample_tokens(
             logits, [request.params for request in requests], [request.next_uniform() for request in requests]
         )
@@ -300,26 +314,98 @@ def _keep_most_likely(logprobs: torch.Tensor, params: Sequence[SamplingParams]) 
     return logprobs.masked_fill(torch.zeros_like(excluded).scatter(-1, order, excluded), -torch.inf)
 
 
-def _takes_a_mask(model: nn.Module) -> bool:
-    """Whether every layer attends to all before it, through an attention that takes a dense mask."""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    attention = getattr(config, "_attn_implementation", None)
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
-    positioned = {"position_ids", "past_key_values"} <= set(inspect.signature(model.forward).parameters)
-    alibi = getattr(config, "alibi", False) or not positioned
-    if layer_types == {"full_attention"} and not (windowed or alibi) and attention in _MASKED:
+def samples_with_a_cache(model: nn.Module, *, allow_uncached: bool) -> bool:
+    """
+    Whether responses of a model are sampled with stored keys and values, as is known from its configuration and tried
+    out, once for each class of model and attention implementation.
+
+    Args:
+        model (`PreTrainedModel`):
+            A causal language model, whole on this rank.
+        allow_uncached (`bool`):
+            Whether it may be sampled without, which costs a multiple of the time.
+
+    Raises:
+        ConfigurationError: If it has to be sampled without, and may not.
+    """
+    obstacles = list(_obstacles(model)) or list(_disagreements(model))
+    if not obstacles:
         return True
-    logger.warning(
-        "%s (attention %r, layers %s%s%s) cannot be continued from one key-value storage: sampling will recompute the "
-        "whole row for every token",
-        type(model).__name__,
-        attention,
-        sorted(layer_types),
-        ", sliding window" if windowed else "",
-        ", no position ids" if alibi else "",
-    )
+    found = f"{type(model).__name__} cannot be continued from stored keys and values ({', '.join(obstacles)})"
+    if not allow_uncached:
+        raise ConfigurationError(
+            f"{found}: each token would cost a forward pass over its whole row. Load the model with "
+            "`attn_implementation='sdpa'` if that is what it lacks, sample on a server (`use_vllm`), or set "
+            "`allow_uncached_sampling` to sample it all the same"
+        )
+    logger.warning("%s: sampling recomputes the whole row for every token (`allow_uncached_sampling`)", found)
     return False
+
+
+def _obstacles(model: nn.Module) -> Iterator[str]:
+    """What keeps a model's rows from being continued with a dense mask over one storage."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    yield from special_attention(config)
+    if not takes_positions(model):
+        yield "its forward pass takes no position ids"
+    if cache_argument(model) is None:
+        yield f"its forward pass takes no cache by a name that is known for transformers {transformers.__version__}"
+    if attention_of(config) not in _MASKED:
+        yield f"{attention_of(config)!r} attention takes no dense mask"
+
+
+def _disagreements(model: nn.Module) -> Iterator[str]:
+    """What rows that are continued from their storage have other logits than the same rows whole."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    key = (type(model), attention_of(config), next(model.parameters()).dtype)
+    if key not in _tried:
+        was_training = model.training
+        model.eval()
+        try:
+            _tried[key] = _first_disagreement(model, config.vocab_size)
+        finally:
+            model.train(was_training)
+    if _tried[key]:
+        yield f"{_tried[key]} with transformers {transformers.__version__} gives other logits than a whole row"
+
+
+_tried: dict[tuple[Any, ...], str] = {}  # of this process, whose versions are what they are; "": they agree
+
+
+@torch.no_grad()
+def _first_disagreement(model: nn.Module, vocab_size: int) -> str:
+    """Two rows of different lengths are begun, each is given a token, and one goes on by several after a pause."""
+    rows = _CachedRows(model, None)
+
+    def row(episode_id: str, ids: Sequence[int]) -> _Request:
+        nobody: Any = None
+        return _Request([token % vocab_size for token in ids], SamplingParams(4), episode_id, (), nobody)
+
+    def plain(ids: Sequence[int]) -> torch.Tensor:
+        device = next(model.parameters()).device
+        logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[:, -1]
+        return logits
+
+    def differs(update: _Update) -> bool:
+        for request, found in zip(update[0], update[1], strict=True):
+            expected = plain(request.ids)
+            # As far off as the same last token behind others.
+            mistake = plain([*((token + 1) % vocab_size for token in request.ids[:-1]), request.ids[-1]]) - expected
+            if deviates(found[None], expected, mistake):
+                return True
+        return False
+
+    long, short = row("long", range(1, 8)), row("short", range(11, 14))
+    if differs(rows.join([long, short])):
+        return "a prompt"
+    long.response_ids.append(21 % vocab_size)
+    short.response_ids.append(22 % vocab_size)
+    if differs(rows.step()):
+        return "a token that continues a row"
+    rows.leave(long, keep=True)
+    if differs(rows.join([row("long", [*long.ids, 31, 32, 33])])):
+        return "a prompt that continues a row"
+    return ""
 
 
 # The rows of the running batch. `join` and `step` return the requests that have logits for their next token, these
@@ -416,6 +502,8 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in transformers before 5.13
+
 
 @dataclass
 class _Cursor:
@@ -444,6 +532,7 @@ class _CachedRows:
 
     def __init__(self, model: nn.Module, cache_tokens: int | None) -> None:
         self.model = model
+        self.cache_argument = str(cache_argument(model))
         self.cache_tokens = cache_tokens
         self.requests: list[_Request] = []
         self.lengths: list[int] = []  # tokens of each row whose keys and values are stored
@@ -587,7 +676,7 @@ class _CachedRows:
             mask = None  # every row starts here: plain causal attention, and padding comes last
         else:
             mask = (torch.arange(seen) <= positions[:, :, None])[:, None].to(device)  # (rows, 1, width, seen)
-            if self.model.config._attn_implementation == "eager":  # type: ignore[union-attr]
+            if attention_of(self.model.config) == "eager":
                 dtype = next(self.model.parameters()).dtype  # eager attention adds its mask to the scores
                 mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
         input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in new], device=device)
@@ -597,8 +686,8 @@ class _CachedRows:
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=positions.to(device),
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_argument: self.cache},
         )
         for row, count in zip(range(first, last), new_lengths.tolist(), strict=True):
             self.lengths[row] += count

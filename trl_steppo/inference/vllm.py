@@ -107,6 +107,7 @@ class VLLMSampler:
         self.sampled_tokens = 0
         self.prompt_tokens = 0  # of responses whose server says how many of them were cached
         self.prefilled_tokens = 0
+        self.uncached_rows = 0
         self.forward_s = 0.0  # seconds in which servers had something to do
         self.num_retries = 0  # requests that were asked again
         self._servers = [Server(url.rstrip("/"), silent_s, join) for url in urls]
@@ -143,6 +144,12 @@ class VLLMSampler:
 
     def pace(self, settled: Any) -> None:
         """Servers form their batches themselves."""
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt with its response that every server takes; `None` until one has said it."""
+        known = [server.options.max_tokens for server in self._servers if server.options is not None]
+        return min(known, default=None)
 
     # -- a run --------------------------------------------------------------------------------------------------------
 

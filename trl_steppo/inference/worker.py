@@ -32,6 +32,7 @@ from ..errors import RolloutError
 from ..numerics import Numerics, ProcessNumerics
 from ..types import TokenIds
 from .base import Sample, SamplingParams
+from .local import samples_with_a_cache
 from .shared_model import SharedModel
 from .worker_process import (
     Answer,
@@ -68,6 +69,8 @@ class WorkerSampler:
             Where the process puts its copy. `None`: on the CPU, where it copies no more than `trained`.
         cache_tokens (`int`, *optional*, defaults to `262144`):
             As [`LocalSampler`]'s.
+        allow_uncached (`bool`, *optional*, defaults to `False`):
+            As [`LocalSampler`]'s.
         autocast (`torch.dtype`, *optional*):
             Type of mixed precision in forward passes; `None`: without.
         is_paced (`bool`, *optional*, defaults to `True`):
@@ -82,6 +85,7 @@ class WorkerSampler:
             How often a process that died, or was given up, is started again with the same weights.
 
     Raises:
+        ConfigurationError: If the model cannot be sampled with a cache and `allow_uncached` is not set.
         RolloutError: From `sample`, if the process died too often, or was closed.
     """
 
@@ -92,6 +96,7 @@ class WorkerSampler:
         trained: Sequence[str],
         device: torch.device | None = None,
         cache_tokens: int | None = 262_144,
+        allow_uncached: bool = False,
         autocast: torch.dtype | None = None,
         is_paced: bool = True,
         silent_s: float = 20.0,
@@ -103,12 +108,14 @@ class WorkerSampler:
         self.max_restarts = max_restarts
         self.num_restarts = 0
         self._trained = tuple(trained)
+        samples_with_a_cache(model, allow_uncached=allow_uncached)  # told here, before a process starts
         self._shared = SharedModel(model)
         self._settings = Settings(
             Numerics(device or torch.device("cpu"), autocast),
             cache_tokens,
             stuck_s,
             ProcessNumerics.of_this_process(),
+            allow_uncached,
         )
         self._numbers = itertools.count()
         # Held for moments only: event loops take it. Notified when weights were taken, a process or the sampler ended.
@@ -142,6 +149,11 @@ class WorkerSampler:
     def prefilled_tokens(self) -> int:
         """Tokens of prompts that were forwarded."""
         return self._counts().prefilled_tokens
+
+    @property
+    def uncached_rows(self) -> int:
+        """Rows that were forwarded whole for one more token."""
+        return self._counts().uncached_rows
 
     @property
     def forward_s(self) -> float:

@@ -107,6 +107,7 @@ class Counts:
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
     forward_s: float = 0.0
+    uncached_rows: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -114,6 +115,7 @@ class Counts:
             self.prompt_tokens + other.prompt_tokens,
             self.prefilled_tokens + other.prefilled_tokens,
             self.forward_s + other.forward_s,
+            self.uncached_rows + other.uncached_rows,
         )
 
 
@@ -125,6 +127,7 @@ class Settings:
     cache_tokens: int | None
     stuck_s: float
     process: ProcessNumerics
+    allow_uncached: bool = False
 
 
 def serve(connection: Connection, shared: SharedModel, trained: Sequence[str], settings: Settings) -> None:
@@ -144,7 +147,13 @@ class _Worker:
         model = shared.load(settings.numerics.device, private=set(trained))
         parameters = dict(model.named_parameters())
         self.trained = [(parameters[name], shared.weights[name]) for name in trained]
-        self.sampler = LocalSampler(model, cache_tokens=settings.cache_tokens, numerics=settings.numerics)
+        self._copy_weights()  # what the model makes of a cache is tried out
+        self.sampler = LocalSampler(
+            model,
+            cache_tokens=settings.cache_tokens,
+            allow_uncached=settings.allow_uncached,
+            numerics=settings.numerics,
+        )
         self.sending = threading.Lock()  # beside the event loop, the pulse's thread sends
         self.asked: dict[int, Ask] = {}  # and not begun
         self.begun: dict[int, asyncio.Task[None]] = {}
@@ -213,13 +222,16 @@ class _Worker:
         self.asked.clear()
 
     def _take_weights(self, weights: Weights) -> None:
-        with torch.no_grad():
-            for own, shared in self.trained:
-                own.copy_(shared)
+        self._copy_weights()
         self.sampler.reset_cache()
         self.sampler.policy_version = weights.version
         self.has_weights = True
         self._send(Taken(weights.edition))
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        for own, shared in self.trained:
+            own.copy_(shared)
 
     async def _answer(self, ask: Ask) -> None:
         outcome: Sample | StepPOError
@@ -263,7 +275,13 @@ class _Worker:
 
     def _counts(self) -> Counts:
         sampler = self.sampler
-        return Counts(sampler.sampled_tokens, sampler.prompt_tokens, sampler.prefilled_tokens, sampler.forward_s)
+        return Counts(
+            sampler.sampled_tokens,
+            sampler.prompt_tokens,
+            sampler.prefilled_tokens,
+            sampler.forward_s,
+            sampler.uncached_rows,
+        )
 
     def _send(self, message: Any) -> None:
         with self.sending:

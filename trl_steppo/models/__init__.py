@@ -13,9 +13,12 @@ from .adapters import (
     plain_model,
     saved_with_adapter,
 )
+from .agreement import agrees_on_tries
 from .attention import prepare_for_tries, takes_tries
+from .context import context_length
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
+from .endings import end_token_ids, stored_end_token_ids
 from .forward import Critic, PolicyScorer, rows_at_once
 from .reward import score_sequences
 from .sharding import (
@@ -38,11 +41,14 @@ __all__ = [
     "PolicyScorer",
     "adapter_changes_model",
     "add_adapter",
+    "agrees_on_tries",
     "as_reference",
     "build_critic",
     "check_critic",
+    "context_length",
     "critic_adapter",
     "disable_dropout",
+    "end_token_ids",
     "freeze_copy",
     "gathered",
     "is_peft_model",
@@ -54,6 +60,7 @@ __all__ = [
     "saved_with_adapter",
     "score_sequences",
     "shard_like",
+    "stored_end_token_ids",
     "take_shards",
     "takes_tries",
     "whole_parameters",

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ..compat import attention_of, exchange_attention, special_attention
 from ..errors import ConfigurationError
 
 NAMES = {"sdpa": "sdpa_tree", "flex_attention": "flex_tree"}
@@ -46,14 +47,10 @@ def takes_tries(model: nn.Module) -> bool:
     positions: no sliding windows, no state-space layers, no ALiBi.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
     return (
-        layer_types == {"full_attention"}
-        and not windowed
-        and not getattr(config, "alibi", False)
+        not any(special_attention(config))
         and bool(getattr(model, "_supports_attention_backend", False))
-        and getattr(config, "_attn_implementation", None) in (*NAMES, *NAMES.values())
+        and attention_of(config) in (*NAMES, *NAMES.values())
         and hasattr(config, "rope_parameters")
     )
 
@@ -63,16 +60,17 @@ def prepare_for_tries(model: Any) -> None:
     Have a model attend by [`run_attention`] or [`block_attention`], which are `sdpa` wherever no trie is given.
 
     Raises:
-        ConfigurationError: If its attention cannot be exchanged; see [`takes_tries`].
+        ConfigurationError: If its attention cannot be exchanged; see [`takes_tries`] and [`exchange_attention`].
     """
-    if model.config._attn_implementation in NAMES.values():
+    attention = attention_of(model.config)
+    if attention in NAMES.values():
         return
     if not takes_tries(model):
         raise ConfigurationError(
-            f"{type(model).__name__} with {model.config._attn_implementation!r} attention cannot attend to a trie of "
-            "prefixes; collate with `layout='chains'`"
+            f"{type(model).__name__} with {attention!r} attention cannot attend to a trie of prefixes; collate with "
+            "`layout='chains'`"
         )
-    model.set_attn_implementation(NAMES[model.config._attn_implementation])
+    exchange_attention(model, NAMES[attention])
 
 
 def forward_arguments(model: Any, runs: Sequence[Run] | None) -> dict[str, Any]:
@@ -80,11 +78,19 @@ def forward_arguments(model: Any, runs: Sequence[Run] | None) -> dict[str, Any]:
     if runs is None:
         return {}
     prepare_for_tries(model)
-    # A mask of four dimensions is handed on as it is: this one only keeps the model from making another.
-    arguments: dict[str, Any] = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)}
-    if model.config._attn_implementation == NAMES["flex_attention"] and model.device.type == "cuda":
-        return arguments | {"trie_mask": block_mask(runs, model.device)}
-    return arguments | {"trie_runs": runs}
+    if attention_of(model.config) == NAMES["flex_attention"] and model.device.type == "cuda":
+        return _mask_argument(model) | {"trie_mask": block_mask(runs, model.device)}
+    return run_arguments(model, runs)
+
+
+def run_arguments(model: Any, runs: Sequence[Run]) -> dict[str, Any]:
+    """The arguments with which a prepared model attends run by run, whichever implementation it has."""
+    return _mask_argument(model) | {"trie_runs": runs}
+
+
+def _mask_argument(model: Any) -> dict[str, Any]:
+    """A mask of four dimensions is handed on as it is: this one only keeps the model from making another."""
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)}
 
 
 # -- a call for each run ----------------------------------------------------------------------------------------------

@@ -37,20 +37,21 @@ def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> Pre
         raise ConfigurationError(
             "the policy is quantized, and no critic can be built from its weights; pass `value_model`"
         )
-    config = copy.deepcopy(plain.config)
-    config.num_labels = 1
-    critic_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    critic_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(plain.config), None)
     if critic_class is None:
         raise ConfigurationError(
             f"transformers has no sequence classifier for {type(plain).__name__}, so no critic can be built from it; "
             "pass `value_model` (a backbone at its `base_model_prefix`, and a head named `score`)"
         )
+    copied = shared_copy(policy)
+    config, backbone = copied.config, getattr(copied, plain.base_model_prefix)
+    if not share_weights:
+        config, backbone = copy.deepcopy((config, backbone))
+    # The backbone's own configuration, not a copy: what is set on the critic has to reach the layers that read it.
+    config.num_labels = 1
     with made_whole(), torch.device("meta"):  # for its class and its head; its backbone is the policy's
         critic = critic_class(config).to(plain.dtype)
     check_critic(critic)
-    backbone = getattr(shared_copy(policy), plain.base_model_prefix)
-    if not share_weights:
-        backbone = copy.deepcopy(backbone)
     setattr(critic, critic.base_model_prefix, backbone)
     head = critic.score.to_empty(device=plain.device)
     for parameter in head.parameters():

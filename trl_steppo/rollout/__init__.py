@@ -8,7 +8,7 @@ from .episode import run_episode
 from .pacing import InFlight
 from .play import EpisodeRequest, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
-from .rewards import checked_weights, score_episodes
+from .rewards import check_reward_funcs, checked_weights, score_episodes, within_float32
 from .rows import own_row
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "EpisodeRequest",
     "InFlight",
     "check_agent",
+    "check_reward_funcs",
     "checked_weights",
     "dump_episodes",
     "episode_file",
@@ -28,4 +29,5 @@ __all__ = [
     "run_episode",
     "score_episodes",
     "step_seed",
+    "within_float32",
 ]

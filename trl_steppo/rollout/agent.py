@@ -20,7 +20,6 @@ import asyncio
 import inspect
 import json
 import logging
-import math
 import os
 import shlex
 import shutil
@@ -29,9 +28,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..calls import DaemonThread, look_at
+from ..calls import DaemonThread, is_lazy, look_at
 from ..environments.slots import Slots
 from ..errors import ConfigurationError, SamplerError
+from ..finite import as_number
 from ..gateway.sampling import Engine
 from ..gateway.sessions import Session, SessionSpec
 from ..inference.base import Sampler, SamplingParams
@@ -79,6 +79,11 @@ def check_agent(agent: Any) -> None:
     if not callable(agent):
         raise ConfigurationError(
             f"`agent` is {agent!r:.100}; pass a function `agent(row, *, base_url, api_key)`, or a command to run"
+        )
+    if is_lazy(agent):
+        raise ConfigurationError(
+            f"`agent` is the generator function `{getattr(agent, '__name__', agent)}`, which does nothing when it is "
+            "called; return its reward instead of yielding"
         )
     try:
         inspect.signature(agent).bind({}, base_url="", api_key="")
@@ -277,12 +282,9 @@ class _AgentRollout:
             missing = self.needs_reward and not has_reward
             return {"error": "the agent neither returned nor posted a reward"} if missing else {}
         try:
-            number = float(reward)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            return {"error": f"the agent returned {reward!r:.100}; a reward is a finite number, or None"}
-        return {"reward": number}
+            return {"reward": as_number(reward, "what the agent returned")}
+        except (TypeError, ValueError) as error:
+            return {"error": f"{error}; a reward is a finite number, or None"}
 
     async def _at_gateway(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return await asyncio.wrap_future(self.server.submit(coroutine))

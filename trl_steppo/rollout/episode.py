@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
-from ..calls import CallTimeoutError, within
+from ..calls import CallTimeoutError, error_text, within
 from ..chat import ChatFormat
 from ..environments.base import Message, Outcome, Playable, Response
 from ..errors import ConfigurationError, DataError, SamplerError
@@ -109,7 +110,7 @@ def describe(error: BaseException, stage: str) -> str:
     """What broke, in one line: the stage, the exception, and where in the user's code it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{stage}: {type(error).__name__}: {error}{where}"
+    return f"{stage}: {type(error).__name__}: {error_text(error)}{where}"
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,8 @@ class _Play:
         if prompt is not None:
             over = self._cannot_fit(0, prompt, chat)
             if over is None:
-                ids = await _in_time(lambda: chat.prepare(prompt), prompt)
+                self._count_control_tokens(chat, prompt, is_state_prompt=isinstance(prompt, str))
+                ids = await _in_time(lambda: chat.prepare(prompt, is_observed=True), prompt)
                 self.runs.append(TokenIds([*self.ids, *response_ids]))
                 self.ids = ids
             return over
@@ -280,6 +282,7 @@ class _Play:
         over = self._cannot_fit(len(self.ids) + len(response_ids), messages, chat)
         if over is not None:
             return over
+        self._count_control_tokens(chat, messages)
         names = [message.get("name", "") for message in messages if message.get("role") == "tool"]
         appended = await _in_time(lambda: chat.append(messages, tool_call_names=names), messages)
         # A new list: the sampler may have kept the old one.
@@ -309,7 +312,7 @@ class _Play:
 
     async def _first_prompt(self, rewritten: str | list[Message] | None, extra: str | None) -> list[int]:
         if rewritten is not None:
-            return await self._prepared(self._chat("an environment"), rewritten, extra)
+            return await self._prepared(self._chat("an environment"), rewritten, extra, is_observed=True)
         if "input_ids" in self.row:
             ids = [int(token_id) for token_id in self.row["input_ids"]]
             if any(not 0 <= token_id < 2**31 for token_id in ids):
@@ -318,16 +321,30 @@ class _Play:
                 return ids
             chat = self._chat("text from reset()")
             self._check_fits(len(ids), extra, chat)
-            return ids + await _in_time(lambda: chat.encode_text(extra, add_special_tokens=False), extra)
+            self._count_control_tokens(chat, extra)
+            encode = partial(chat.encode_text, extra, add_special_tokens=False, is_observed=True)
+            return ids + await _in_time(encode, extra)
         if "prompt" not in self.row and self.env is None:
             raise DataError(f"the row has neither `prompt` nor `input_ids`, but {sorted(self.row)}")
         return await self._prepared(self._chat("a row with `prompt`"), self.row.get("prompt", _EMPTY_PROMPT), extra)
 
-    async def _prepared(self, chat: ChatFormat, prompt: str | list[Message], extra: str | None) -> list[int]:
+    async def _prepared(
+        self, chat: ChatFormat, prompt: str | list[Message], extra: str | None, *, is_observed: bool = False
+    ) -> list[int]:
         """The episode's first prompt; a `DataError`, before it is tokenized, where it cannot fit."""
         self._check_fits(0, prompt, chat)
         self._check_fits(0, extra or "", chat)
-        return await _in_time(lambda: chat.prepare(prompt, extra), [prompt, extra])
+        means_what_it_says = isinstance(prompt, str) and not is_observed
+        shown = [extra] if means_what_it_says else [prompt, extra]
+        self._count_control_tokens(chat, shown, is_state_prompt=is_observed and isinstance(prompt, str))
+        return await _in_time(lambda: chat.prepare(prompt, extra, is_observed=is_observed), [prompt, extra])
+
+    def _count_control_tokens(self, chat: ChatFormat, shown: Any, *, is_state_prompt: bool = False) -> None:
+        count = chat.count_control_tokens(shown)
+        if count:
+            self.counts["escaped_special_tokens"] += count
+            if is_state_prompt:
+                _warn_of_state_prompt()
 
     def _over_budget(self) -> StopReason | None:
         """How the episode ends before its next step; an error if that would be its first."""
@@ -406,6 +423,14 @@ class _Play:
             observation=outcome.observation,
             info={} if outcome.state_key is None else {"state_key": outcome.state_key},
         )
+
+
+@lru_cache(maxsize=1)
+def _warn_of_state_prompt() -> None:
+    logger.warning(
+        "state_prompt() returned text that spells control tokens, which are tokenized as text: return messages, and "
+        "the chat template writes the turns (told once)"
+    )
 
 
 async def _in_time(tokenize: Callable[[], list[int]], shown: Any) -> list[int]:

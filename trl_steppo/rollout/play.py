@@ -8,9 +8,17 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
-from ..calls import DaemonThread
+from ..calls import (
+    CallTimeoutError,
+    DaemonThread,
+    keeping_thread_state,
+    noticing_interruptions,
+    raise_interruption,
+    within,
+)
 from ..chat import ChatFormat
 from ..environments.base import Playable
 from ..environments.slots import Slots
@@ -27,6 +35,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ATTEMPTS = 3  # at an episode whose sampler fails
+_LETS_GO_S = 1.0  # for what was left behind in an event loop to clean up
 
 
 @renamed_keyword("row_index", "stream_position")
@@ -239,7 +248,8 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     Run a coroutine to its end from sync code, whether or not this thread already runs an event loop.
 
     Unlike `asyncio.run` it does not wait for what the coroutine left behind: an async tool that hung in
-    `asyncio.to_thread` would hold it forever.
+    `asyncio.to_thread` would hold it forever. A task that the code of others has begun, and that ends in `SystemExit`
+    or `KeyboardInterrupt`, does not end it.
 
     Raises:
         StopRequestedError: The process was asked to stop ([`stopping`]) before the coroutine had ended.
@@ -249,16 +259,23 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     except RuntimeError:
         return _run_in_new_loop(coroutine)
     outcome: list[Callable[[], T]] = []
-    thread = threading.Thread(target=lambda: outcome.append(_settle(coroutine)), name="rollout", daemon=True)
+    stops: list[Callable[[], None]] = []
+    run = lambda: outcome.append(_settle(coroutine, stops))  # noqa: E731
+    thread = threading.Thread(target=run, name="rollout", daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:  # Ctrl-C reaches this thread alone
+        for stop in stops:
+            stop()
+        raise
     return outcome[0]()
 
 
-def _settle(coroutine: Coroutine[Any, Any, T]) -> Callable[[], T]:
+def _settle(coroutine: Coroutine[Any, Any, T], stops: list[Callable[[], None]]) -> Callable[[], T]:
     """A function that returns or raises in the caller's thread what the coroutine did in this one."""
     try:
-        result = _run_in_new_loop(coroutine)
+        result = _run_in_new_loop(coroutine, stops)
     except BaseException as error:
         raised = error
 
@@ -269,24 +286,51 @@ def _settle(coroutine: Coroutine[Any, Any, T]) -> Callable[[], T]:
     return lambda: result
 
 
-def _run_in_new_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+def _run_in_new_loop(coroutine: Coroutine[Any, Any, T], stops: list[Callable[[], None]] | None = None) -> T:
+    """`stops`: where to put what stops it from another thread."""
     loop = asyncio.new_event_loop()
-    main = loop.create_task(coroutine)
+    with noticing_interruptions(), keeping_thread_state():
+        main = loop.create_task(coroutine)
+        stopped = threading.Event()
+        stop = partial(_stop, loop, stopped)
+        if stops is not None:
+            stops.append(stop)
+        try:
+            with calling(stop):
+                return _run_until_done(loop, main, stopped)
+        except RuntimeError as error:
+            if main.done() or not stopped.is_set():
+                raise
+            raise StopRequestedError("a rollout was broken off, as a stop was requested") from error
+        finally:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            # Lets the cancelled ones clean up, and waits for none of them for long.
+            closing = within(loop.shutdown_asyncgens(), _LETS_GO_S, "cleaning up")
+            _run_until_done(loop, loop.create_task(asyncio.sleep(0)))
+            with suppress(CallTimeoutError):
+                _run_until_done(loop, loop.create_task(closing))
+            loop.close()
 
-    def stop() -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(loop.stop)
 
-    try:
-        with calling(stop):
+def _run_until_done(
+    loop: asyncio.AbstractEventLoop, main: asyncio.Task[T], stopped: threading.Event | None = None
+) -> T:
+    """Run the loop until `main` is done, or `stopped` is set, whatever else tries to end it."""
+    while True:
+        try:
             return loop.run_until_complete(main)
-    except RuntimeError as error:
-        if main.done():
-            raise
-        raise StopRequestedError("a rollout was broken off, as a stop was requested") from error
-    finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))  # lets the cancelled ones clean up, and waits for none of them
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise_interruption(error)
+            if main.done():
+                return main.result()
+            logger.error("a task of an environment, a tool or a reward function ended in %r", error, exc_info=error)
+        except RuntimeError:  # of `main`, or as the loop was stopped
+            if main.done() or (stopped is not None and stopped.is_set()):
+                raise
+
+
+def _stop(loop: asyncio.AbstractEventLoop, stopped: threading.Event) -> None:
+    stopped.set()
+    with suppress(RuntimeError):  # the loop is closed: it has ended by itself
+        loop.call_soon_threadsafe(loop.stop)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..calls import call_and_wait, error_text, why_unbindable
 from ..chat import ChatFormat
 from ..environments.base import Message
 from ..errors import ConfigurationError, DataError, RolloutError
+from ..finite import LARGEST, NotFiniteError, as_number
 from ..types import Episode, Step, StopReason
 from .play import run_coroutine
 from .rows import own
@@ -22,6 +22,8 @@ RewardFunc = Callable[..., Any]
 Decode = Callable[[Sequence[int]], str]
 
 _NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
+_OURS = ("prompts", "completions", "completion_ids", "trainer_state")
+"""What a reward function is given beside the columns, each as a keyword."""
 
 
 def score_episodes(
@@ -60,7 +62,7 @@ def score_episodes(
 
     Returns:
         `list[Episode]`: in the same order. Each function's reward is in `metrics` as `rewards/{name}`. An episode
-        whose reward is not finite is failed.
+        whose reward is not finite in float32 is failed ([`~finite.as_number`]).
 
     Raises:
         ConfigurationError: there are not as many weights as functions.
@@ -95,13 +97,62 @@ def checked_weights(reward_funcs: Sequence[RewardFunc], reward_weights: Sequence
         raise ConfigurationError(
             f"`reward_weights` has {len(weights)} entries and `reward_funcs` {len(reward_funcs)}; give one for each"
         )
-    return weights
+    try:
+        return [as_number(weight, f"`reward_weights`[{index}]") for index, weight in enumerate(weights)]
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def check_reward_funcs(reward_funcs: Sequence[RewardFunc], columns: Iterable[str]) -> None:
+    """
+    Raises a `ConfigurationError` for what is no function, and for a function that cannot be called with what it would
+    be given: the columns of the dataset, `prompts`, `completions`, `completion_ids` and `trainer_state`.
+
+    Args:
+        reward_funcs (`Sequence[Callable]`):
+            The functions.
+        columns (`Iterable[str]`):
+            Names of the dataset's columns.
+    """
+    columns = [name for name in columns if name not in _NOT_COLUMNS]
+    hidden = [name for name in columns if name in _OURS]
+    if hidden and reward_funcs:
+        raise ConfigurationError(
+            f"the dataset has a column `{hidden[0]}`, and reward functions are given something else of that name; "
+            "rename the column"
+        )
+    for func in reward_funcs:
+        if not callable(func) or hasattr(func, "state_dict"):  # GRPOTrainer takes models and their names here
+            raise ConfigurationError(
+                f"`reward_funcs` has {type(func).__name__} {str(func)[:100]!r}, which is no function; pass functions, "
+                "and a sequence classifier, loaded, as `reward_model`"
+            )
+        problem = why_unbindable(func, [*columns, *_OURS])
+        if problem is not None:
+            raise ConfigurationError(
+                f"the reward function `{_name_of(func)}` cannot be called: {problem}. It is given, as keywords, "
+                f"{', '.join(f'`{name}`' for name in _OURS)} and the columns {columns}; take those that it needs by "
+                "name, and the others as `**kwargs`"
+            )
+
+
+def within_float32(episode: Episode) -> Episode:
+    """
+    The episode, failed where its rewards together are more than float32 can compute with. Each of them may be finite;
+    their sum, which returns and advantages are made of, decides.
+    """
+    total = sum(abs(step.reward) for step in episode.steps)
+    if not episode.valid or total <= LARGEST:
+        return episode
+    return _failed(
+        episode, f"its rewards add up to {total:g}; more than {LARGEST:g} cannot be computed with in float32"
+    )
 
 
 def _named(reward_funcs: Sequence[RewardFunc]) -> dict[str, RewardFunc]:
     named: dict[str, RewardFunc] = {}
     for func in reward_funcs:
-        name = base = getattr(func, "__name__", type(func).__name__)
+        name = base = _name_of(func)
         count = 2
         while name in named:  # two functions of one name are two rewards
             name, count = f"{base}_{count}", count + 1
@@ -109,35 +160,37 @@ def _named(reward_funcs: Sequence[RewardFunc]) -> dict[str, RewardFunc]:
     return named
 
 
-def _call(func: RewardFunc, name: str, arguments: Mapping[str, Any], num_episodes: int) -> list[float | None]:
+def _name_of(func: RewardFunc) -> str:
+    return getattr(func, "__name__", type(func).__name__)
+
+
+def _call(func: RewardFunc, name: str, arguments: Mapping[str, Any], num_episodes: int) -> list[_Reward]:
     try:
-        rewards = func(**arguments)
-        rewards = run_coroutine(_awaited(rewards)) if inspect.isawaitable(rewards) else rewards
-        rewards = [None if reward is None else float(reward) for reward in rewards]
+        rewards = [_reward(one, name) for one in call_and_wait(func, (), arguments, run_coroutine)]
     except Exception as error:
-        raise RolloutError(f"the reward function `{name}` failed: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error_text(error)}"
+        raise RolloutError(f"the reward function `{name}` failed: {reason}") from error
     if len(rewards) != num_episodes:
         raise RolloutError(f"the reward function `{name}` returned {len(rewards)} rewards for {num_episodes} episodes")
     return rewards
 
 
-async def _awaited(awaitable: Any) -> Any:
-    return await awaitable
+_Reward = float | NotFiniteError | None
 
 
-def _rewarded(episode: Episode, rewards: Mapping[str, float | None], weights: Sequence[float]) -> Episode:
-    applied = {name: reward for name, reward in rewards.items() if reward is not None}
-    broken = [name for name, reward in applied.items() if not math.isfinite(reward)]
-    if broken:
-        error = f"reward_funcs: `{broken[0]}` returned {applied[broken[0]]}; a reward is finite"
-        return replace(
-            episode,
-            error=error,
-            terminated=False,
-            truncated=False,
-            final_prompt_ids=None,
-            stop_reason=StopReason.ERROR,
-        )
+def _reward(value: Any, name: str) -> _Reward:
+    """A number; why it costs its episode; or `None`, where the function does not apply."""
+    try:
+        return None if value is None else as_number(value, f"`{name}` returned a reward that")
+    except NotFiniteError as error:
+        return error
+
+
+def _rewarded(episode: Episode, rewards: Mapping[str, _Reward], weights: Sequence[float]) -> Episode:
+    broken = next((reward for reward in rewards.values() if isinstance(reward, NotFiniteError)), None)
+    if broken is not None:
+        return _failed(episode, f"reward_funcs: {broken}")
+    applied = {name: reward for name, reward in rewards.items() if isinstance(reward, float)}
     if not applied:
         logger.warning("no reward function applies to episode %s; its reward from them is 0", episode.episode_id)
     total = sum(weight * applied.get(name, 0.0) for name, weight in zip(rewards, weights, strict=True))
@@ -145,6 +198,17 @@ def _rewarded(episode: Episode, rewards: Mapping[str, float | None], weights: Se
     steps = (*episode.steps[:-1], replace(last, reward=last.reward + total))
     metrics = {**episode.metrics, **{f"rewards/{name}": reward for name, reward in applied.items()}}
     return replace(episode, steps=steps, metrics=metrics)
+
+
+def _failed(episode: Episode, error: str) -> Episode:
+    return replace(
+        episode,
+        error=error,
+        terminated=False,
+        truncated=False,
+        final_prompt_ids=None,
+        stop_reason=StopReason.ERROR,
+    )
 
 
 # -- what a reward function sees --------------------------------------------------------------------------------------

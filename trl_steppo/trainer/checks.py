@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,6 +14,8 @@ from transformers.trainer_utils import SchedulerType
 from ..errors import ConfigurationError
 from ..models import check_critic, is_peft_model, plain_model, saved_with_adapter
 from .steppo_config import CRITIC_ESTIMATORS, StepPOConfig
+
+logger = transformers.utils.logging.get_logger(__name__)
 
 
 def refuse_unsupported(args: StepPOConfig) -> None:
@@ -62,10 +65,20 @@ def check_distribution(args: StepPOConfig, accelerator: Accelerator, optimizers:
             "and their episodes have different lengths; leave it at True"
         )
     config: Any = getattr(args, "hf_deepspeed_config", None)
-    mismatches = getattr(config, "mismatches", ())
+    mismatches = config.mismatches if config is not None else ()
     if mismatches:
         raise ConfigurationError(
             "the DeepSpeed configuration contradicts the run's settings; write 'auto' there:\n" + "\n".join(mismatches)
+        )
+
+
+def warn_of_waiting(args: StepPOConfig, accelerator: Accelerator) -> None:
+    """Ranks wait for the slowest of them, and nothing bounds how long."""
+    plays = args.replay_episodes_dir is None
+    if accelerator.num_processes > 1 and plays and args.max_episode_s is None and accelerator.is_main_process:
+        logger.warning(
+            f"{accelerator.num_processes} ranks wait for each other's episodes, and nothing bounds how long one "
+            "takes: a hanging environment or agent would hold all of them up; set `max_episode_s`"
         )
 
 
@@ -107,6 +120,33 @@ def _check_apart_in_shards(args: StepPOConfig, optimizers: tuple[Any, Any], engi
     if args.critic_shares_base:
         raise ConfigurationError(
             f"`critic_shares_base` is set, and two networks cannot share parameters under {engine}; leave it out"
+        )
+
+
+def check_loaded(**given: Any) -> None:
+    """
+    Models and tokenizers that are given by their names, and what is no model at all.
+
+    Args:
+        given (`Any`):
+            Arguments of the trainer, by their names; `None` where there is none.
+    """
+    auto = {"processing_class": "AutoTokenizer", "model": "AutoModelForCausalLM", "ref_model": "AutoModelForCausalLM"}
+    for name, value in given.items():
+        if value is None and name not in ("model", "processing_class"):
+            continue
+        fits = callable(value) if name == "processing_class" else isinstance(value, nn.Module)
+        if fits:
+            continue
+        loader = auto.get(name, "AutoModelForSequenceClassification")
+        labels = ", num_labels=1" if name in ("reward_model", "value_model") else ""
+        if isinstance(value, str):
+            raise ConfigurationError(
+                f"`{name}` is the name {value!r}; load it: `transformers.{loader}.from_pretrained({value!r}{labels})`"
+            )
+        raise ConfigurationError(
+            f"`{name}` is {'missing' if value is None else f'a {type(value).__name__}'}; pass what "
+            f"`transformers.{loader}.from_pretrained(...{labels})` returns"
         )
 
 

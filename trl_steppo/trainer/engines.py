@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -31,6 +30,7 @@ from ..models import is_peft_model, plain_model, whole_parameters, whole_state_d
 from ..numerics import give_back_memory
 from .exchange import together
 from .networks import Network, cast_parameters, engine_dtype, numerics_of
+from .ranks import from_first_rank
 from .steppo_config import StepPOConfig
 
 _OWNER = ".trl-steppo-weights.json"
@@ -53,6 +53,11 @@ class CountingSampler(Sampler, Protocol):
     @property
     def prefilled_tokens(self) -> int:
         """Those of them that were forwarded; the others were in the cache."""
+        ...
+
+    @property
+    def uncached_rows(self) -> int:
+        """Rows that were forwarded whole for one more token."""
         ...
 
     @property
@@ -98,9 +103,13 @@ class InProcess:
     """
 
     def __init__(self, args: StepPOConfig, accelerator: Accelerator, policy: Network, model: Any) -> None:
-        self.sampler = LocalSampler(
-            plain_model(model), cache_tokens=args.rollout_cache_tokens, numerics=numerics_of(accelerator)
-        )
+        with policy.whole():  # what the model makes of a cache is tried out
+            self.sampler = LocalSampler(
+                plain_model(model),
+                cache_tokens=args.rollout_cache_tokens,
+                allow_uncached=args.allow_uncached_sampling,
+                numerics=numerics_of(accelerator),
+            )
         self._policy = policy
 
     @contextmanager
@@ -187,6 +196,7 @@ class InWorker(_Beside):
             trained=[name for name, _ in self._trained()],
             device=None if device.type == "cpu" else device,
             cache_tokens=args.rollout_cache_tokens,
+            allow_uncached=args.allow_uncached_sampling,
             autocast=numerics.autocast,
             is_paced=self._is_alone,
         )
@@ -254,7 +264,7 @@ class InVLLM(_Beside):
         return nccl_join(self._accelerator.device) if self._accelerator.is_main_process else None
 
     def _start(self) -> None:
-        self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
+        self._run = from_first_rank(uuid.uuid4().hex[:12])
         together(lambda: self._own() if self._accelerator.is_main_process and not self._is_sent else None)
         super()._start()
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch.nn.functional import pad
 
 from ..batching import StepBatch, step_ids
@@ -19,6 +18,7 @@ from ..errors import CheckpointError, ConfigurationError, DataError, RolloutErro
 from ..stopping import StopRequestedError
 from ..types import Episode
 from .credit import Credit
+from .ranks import gather_objects
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ def caught() -> Iterator[Caught]:
         found.error = error
 
 
-def first_failure(found: Caught, gather: Callable[[list[Any]], list[Any]] = gather_object) -> str | None:
+def first_failure(found: Caught, gather: Callable[[list[Any]], list[Any]] = gather_objects) -> str | None:
     """What the first rank caught that caught anything, told to all of them. Every rank must call it."""
     failures = gather([None if found.error is None else str(found.error)])
     return next((failure for failure in failures if failure is not None), None)
@@ -137,7 +137,7 @@ def together(act: Callable[[], T], within: AbstractContextManager[Any] | None = 
     with within or nullcontext():
         with caught() as found:
             result = act()
-        failures = gather_object([None if found.error is None else _that_travels(found.error)])
+        failures = gather_objects([None if found.error is None else _that_travels(found.error)])
     if found.error is not None:
         raise found.error
     for failure in failures:
@@ -163,7 +163,7 @@ def lesson_of_all_ranks(rollout: Rollout, scores: Scores, credit: Credit) -> Les
     if PartialState().num_processes == 1:
         return own_lesson(rollout, scores, credit)
     device = rollout.batch.rewards.device
-    found = gather_object([(list(map(_bare, rollout.episodes)), _moved(scores, "cpu"), _moved(credit, "cpu"))])
+    found = gather_objects([(list(map(_bare, rollout.episodes)), _moved(scores, "cpu"), _moved(credit, "cpu"))])
     episodes, all_scores, all_credit = zip(*found, strict=True)
     return Lesson(
         Steps.of([episode for of_rank in episodes for episode in of_rank]),

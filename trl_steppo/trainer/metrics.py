@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -9,11 +11,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 
 from ..batching import StepBatch
 from ..losses import Level, importance_ratio
 from ..types import Episode, StopReason
+from .ranks import gather_objects
+
+logger = logging.getLogger(__name__)
 
 
 class Means:
@@ -37,7 +41,7 @@ class Means:
         """The means over all ranks; a name without a single element is absent. Every rank must call it."""
         sums: defaultdict[str, float] = defaultdict(float)
         counts: defaultdict[str, float] = defaultdict(float)
-        for rank_sums, rank_counts in gather_object([(dict(self._sums), dict(self._counts))]):
+        for rank_sums, rank_counts in gather_objects([(dict(self._sums), dict(self._counts))]):
             for name, total in rank_sums.items():
                 sums[name] += total
                 counts[name] += rank_counts[name]
@@ -111,6 +115,15 @@ def add_correction_metrics(
         means.add(f"rollout/correction_ratio_p{percentile:02d}", float(ratio))
 
 
+_OWN_NAMES = frozenset({"failed_episodes", "reward", "episode_steps", "truncated"})
+"""What is logged as `env/*` of every episode, whatever its environment measures."""
+
+
+@functools.cache  # once a name
+def _warn_of_name(name: str) -> None:
+    logger.warning("the score %r of metrics() is left out: `env/%s` is logged already; rename it", name, name)
+
+
 def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_id: int | None = None) -> None:
     """
     `env/*`: what happened in the world, per episode. `rollout/*`: how it was sampled. `objective/scores`,
@@ -139,8 +152,10 @@ def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_
             mentions[name] += 1
     if eos_token_id is not None:
         means.add("val/num_eos_tokens", 0.0)  # counted per rank, as in `PPOTrainer`
-    for name in sorted(set(gather_object(list(totals)))):  # of all ranks, so that they divide alike
-        if name.startswith("rewards/"):  # a reward function that does not apply to an episode says nothing about it
+    for name in sorted(set(gather_objects(list(totals)))):  # of all ranks, so that they divide alike
+        if name in _OWN_NAMES:  # an environment's or an agent's score, which must not be mixed with ours
+            _warn_of_name(name)
+        elif name.startswith("rewards/"):  # a reward function that does not apply to an episode says nothing about it
             means.add(name, totals[name], mentions[name])
         else:  # a counter that an episode does not mention is 0 in it
             means.add(f"env/{name}", totals[name], len(valid))

@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from torch import nn
 from transformers import Trainer
 
+from ..compat import decoder_layers
 from ..errors import CheckpointError, ConfigurationError
 from ..models import gathered, is_sharded, shard_like, take_shards, whole_tensor
 from ..numerics import Numerics
@@ -389,6 +390,8 @@ def _build_engines(
         optimizer = make_optimizer(args, network, learning_rate, set(decay_parameter_names(network)))
         accelerator.deepspeed_engine_wrapped = None  # accelerate's own loop has one engine; ours calls its own
         engine, _ = accelerator.prepare(network, optimizer)
+        if accelerator.deepspeed_plugin.zero_stage == 3 and not any(map(is_sharded, network.parameters())):
+            raise _no_shards("DeepSpeed's ZeRO-3")
         network.prepare_sharding()  # type: ignore[operator]
         # On a CPU-offloaded run the engine has made an optimizer of another class.
         scheduler = make_scheduler(args, engine.basic_optimizer)
@@ -444,18 +447,26 @@ def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
             param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
         ),
     }
-    model: Any = network.model
-    layers = set(model._no_split_modules or ())
-    for module in [module for module in network.modules() if type(module).__name__ in layers]:
-        fully_shard(module, **shared)
+    for layer in decoder_layers(network.model):
+        fully_shard(layer, **shared)
     fully_shard(network, **shared)
     for module in network.modules():
         module.register_load_state_dict_pre_hook(take_shards)
     # Now, while adapters are on: or the first layer to run would take itself for the root, and only what happens to be
     # on in the first pass would be trained in float32.
+    if not any(map(is_sharded, network.parameters())):
+        raise _no_shards("FSDP2")
     sharded: Any = network
     sharded._get_fsdp_state()._lazy_init()
     return network
+
+
+def _no_shards(engine: str) -> ConfigurationError:
+    """What says that a parameter is in shards is a name of the engine's own, which versions may change."""
+    return ConfigurationError(
+        f"none of the parameters that {engine} was given is known to be in shards: this version of it is not known "
+        "here, and weights would be read and saved in parts; install one that the requirements name"
+    )
 
 
 def make_optimizer(args: StepPOConfig, network: nn.Module, learning_rate: float, decays: set[str]) -> Any:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..calls import call_and_wait, error_text
 from ..chat import ChatFormat
 from ..environments.base import Playable
 from ..environments.slots import Slots
-from ..environments.tools import make_playable
+from ..environments.tools import check_reset, make_playable
 from ..errors import ConfigurationError, DataError
 from ..inference.base import Sampler, SamplingParams
 from ..models import score_sequences
@@ -23,13 +24,16 @@ from ..rollout import (
     EpisodeLimits,
     EpisodeRequest,
     check_agent,
+    check_reward_funcs,
     checked_weights,
     own_row,
     play_agents,
     play_episodes,
     score_episodes,
+    within_float32,
 )
-from ..types import Episode, StopReason
+from ..rollout.play import run_coroutine
+from ..types import Episode, StopReason, TokenIds
 from .steppo_config import StepPOConfig
 
 if TYPE_CHECKING:
@@ -53,6 +57,8 @@ class EpisodePlayer:
             The policy.
         columns (`Sequence[str]`):
             The dataset's columns: rows have `prompt` or `input_ids`.
+        eval_columns (`Sequence[Sequence[str]]`, *optional*):
+            Those of each dataset that is evaluated on.
         environment_factory (`Callable[[], Any]`, *optional*):
             Makes one environment for each episode.
         tools (`Sequence[Callable]`, *optional*):
@@ -69,6 +75,11 @@ class EpisodePlayer:
             What `data_collator` is tried on.
         agent (`Callable`, `str` or `Sequence[str]`, *optional*):
             Plays the rows instead, through a gateway ([`~rollout.agent`]).
+        context (`int`, *optional*):
+            Most tokens of a prompt with its response that the policy can read; `None`: no bound is known.
+        end_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a response to `prompt` beside those of the chat template, as the model's generation
+            configuration names them.
 
     Raises:
         ConfigurationError, DataError: If these do not fit together; every mistake that can be seen before the first
@@ -82,6 +93,7 @@ class EpisodePlayer:
         sampler: Sampler,
         *,
         columns: Sequence[str],
+        eval_columns: Sequence[Sequence[str]] = (),
         environment_factory: Callable[[], Any] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: Sequence[RewardFunc] | None = None,
@@ -90,8 +102,11 @@ class EpisodePlayer:
         data_collator: Callable[[list[Any]], Any] | None = None,
         example_row: Mapping[str, Any] | None = None,
         agent: Agent | None = None,
+        context: int | None = None,
+        end_token_ids: Sequence[int] = (),
     ) -> None:
         self.args = args
+        self._end_token_ids = tuple(end_token_ids)
         self.tokenizer = tokenizer
         self.sampler = sampler
         self._update_episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -102,6 +117,8 @@ class EpisodePlayer:
         self.numerics = numerics
         self.data_collator = data_collator
         self.agent = agent
+        self._model_context = context
+        check_context(args, context, "the model's context")
         self._server: GatewayServer | None = None
         self._tool_slots = _slots(args.max_concurrent_tool_calls)
         # One rollout bounds itself.
@@ -109,11 +126,17 @@ class EpisodePlayer:
         if agent is not None:
             self._check_agent()
         if data_collator is not None:
-            columns = [*columns, *self._collated([EpisodeRequest(example_row or {}, 0)])[0].row]
+            collated = self._collated([EpisodeRequest(example_row or {}, 0)])[0].row
+            made = [name for name in collated if name not in (example_row or {})]
+            columns, eval_columns = [*columns, *made], [[*names, *made] for names in eval_columns]
         _check_environment_factory(environment_factory)
         checked_weights(self.reward_funcs, args.reward_weights)
         has_input_ids = agent is None and _check_columns(columns)
-        environment = environment_factory() if environment_factory is not None else None
+        environment = _example_of(environment_factory)
+        for names in (columns, *eval_columns):
+            check_reward_funcs(self.reward_funcs, names)
+            if environment is not None and callable(getattr(environment, "reset", None)):
+                check_reset(environment, names)
         example = self._playable(environment)
         self._check_reward_source(environment)
         has_turns = agent is not None or bool(environment_factory or self.tools)
@@ -125,6 +148,7 @@ class EpisodePlayer:
                 tools=example.tools or None,
                 chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
                 multi_turn=multi_turn,
+                end_token_ids=self._end_token_ids,
             )
             if needs_chat
             else None
@@ -138,9 +162,29 @@ class EpisodePlayer:
             top_k=args.top_k,
             stop_token_ids=stop_token_ids,
         )
-        self.limits = EpisodeLimits(
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt with its response: what the model can read, or its servers take if that is less."""
+        known = (self._model_context, getattr(self.sampler, "context", None))
+        return min((length for length in known if length is not None), default=None)
+
+    @property
+    def limits(self) -> EpisodeLimits:
+        """
+        The budgets of an episode. A state has room for a whole response behind it.
+
+        Raises:
+            ConfigurationError: If the settings do not fit into what the servers take, which is known when they run.
+        """
+        args, context = self.args, self.context
+        check_context(args, context, "the context of the policy's servers (`--max-model-len`)")
+        longest = args.max_prompt_length
+        if longest is None and context is not None:
+            longest = context - args.response_length
+        return EpisodeLimits(
             max_interaction_steps=args.max_interaction_steps,
-            max_prompt_length=args.max_prompt_length,
+            max_prompt_length=longest,
             max_episode_tokens=args.max_episode_tokens,
             max_episode_s=args.max_episode_s,
         )
@@ -191,11 +235,12 @@ class EpisodePlayer:
         }
         if self.agent is None:
             common["make_timeout_s"] = self.args.tool_timeout_s
-            return play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
+            played = play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
+            return [_readable(episode, self.context) for episode in played]
         with self._serving() as server:
             if update is not None and update > self.args.max_staleness:
                 server.store.forget(_prefix(update - self.args.max_staleness - 1))  # which is trained
-            return play_agents(
+            played = play_agents(
                 requests,
                 self.agent,
                 server,
@@ -206,6 +251,7 @@ class EpisodePlayer:
                 overlaps=self.args.max_staleness > 0,
                 **common,
             )
+        return [_readable(episode, self.context) for episode in played]
 
     @contextmanager
     def running(self, *, resumed_at: int | None) -> Iterator[None]:
@@ -234,7 +280,11 @@ class EpisodePlayer:
     def _collated(self, requests: Sequence[EpisodeRequest]) -> list[EpisodeRequest]:
         """Rows with the `input_ids` that `data_collator` makes of them, all at once, as `PPOTrainer` calls it."""
         assert self.data_collator is not None
-        batch = self.data_collator([own_row(request.row) for request in requests])
+        rows = [own_row(request.row) for request in requests]
+        try:
+            batch = call_and_wait(self.data_collator, (rows,), {}, run_coroutine)
+        except Exception as error:
+            raise DataError(f"`data_collator` failed: {type(error).__name__}: {error_text(error)}") from error
         if "input_ids" not in batch or len(batch["input_ids"]) != len(requests):
             raise ConfigurationError(
                 f"`data_collator` made {list(batch)} of {len(requests)} rows; it must give `input_ids`, one for each. "
@@ -262,9 +312,9 @@ class EpisodePlayer:
         from ..gateway.tokens import ChatFormats
 
         template_kwargs: Any = self.args.chat_template_kwargs
-        formats = ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs)
+        formats = ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs, end_token_ids=self._end_token_ids)
         # The agents of another process are gone, so none of its sessions goes on.
-        with closing(GatewayServer(formats, store=store, restores=False)) as self._server:
+        with closing(GatewayServer(formats, store=store, restores=False, context=self.context)) as self._server:
             try:
                 yield self._server.start()
             finally:
@@ -298,7 +348,8 @@ class EpisodePlayer:
         self, requests: Sequence[EpisodeRequest], episodes: list[Episode], *, trainer_state: Any = None
     ) -> list[Episode]:
         """
-        Add what reward functions and the reward model pay to the last steps of episodes that did not fail.
+        Add what reward functions and the reward model pay to the last steps of episodes that did not fail. Those whose
+        rewards together cannot be computed with in float32 fail.
 
         Args:
             requests (`Sequence[EpisodeRequest]`), episodes (`list[Episode]`):
@@ -330,7 +381,7 @@ class EpisodePlayer:
                 episodes[index] = _add_to_last_step(episodes[index], score)
         if self.args.missing_eos_penalty is not None:
             episodes = [self._penalize_missing_eos(episode) for episode in episodes]
-        return episodes
+        return [within_float32(episode) for episode in episodes]
 
     def _penalize_missing_eos(self, episode: Episode) -> Episode:
         """The last response of an episode should end by itself: with the end of its turn, or else with EOS."""
@@ -350,6 +401,48 @@ class EpisodePlayer:
                 "nothing pays a reward: pass `reward_funcs` or `reward_model`, or an `environment_factory` whose "
                 "environment defines `get_reward()`, `step_reward()` or `step(response)`"
             )
+
+
+def check_context(args: StepPOConfig, context: int | None, what: str) -> None:
+    """
+    Find out whether the budgets of a step fit into a context.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The run's settings.
+        context (`int`, *optional*):
+            Most tokens of a prompt with its response; `None`: no bound is known.
+        what (`str`):
+            Whose context it is.
+
+    Raises:
+        ConfigurationError: If no prompt has room beside a response, or a longest one has not.
+    """
+    if context is None:
+        return
+    if args.response_length >= context:
+        raise ConfigurationError(
+            f"`response_length` is {args.response_length}, and {what} has {context} tokens for a prompt and its "
+            "response; set `response_length` to less"
+        )
+    if args.max_prompt_length is not None and args.max_prompt_length + args.response_length > context:
+        raise ConfigurationError(
+            f"`max_prompt_length`={args.max_prompt_length} and `response_length`={args.response_length} are more than "
+            f"{what}, {context} tokens; set `max_prompt_length` to {context - args.response_length} or less, or leave "
+            "it out, which means that"
+        )
+
+
+def _readable(episode: Episode, context: int | None) -> Episode:
+    """
+    An episode whose final state a critic can read: one that is longer than the context ends with the last response
+    instead, without what was observed behind it.
+    """
+    final = episode.final_prompt_ids
+    if context is None or final is None or len(final) <= context:
+        return episode
+    last = episode.steps[-1]
+    return replace(episode, final_prompt_ids=TokenIds([*last.prompt_ids, *last.response_ids]))
 
 
 def _slots(limit: int | None) -> Slots | None:
@@ -385,6 +478,19 @@ def _check_environment_factory(environment_factory: Any) -> None:
         "arguments that returns one environment. For several kinds of environment, pass one whose `reset(**row)` "
         "chooses by a column of the row"
     )
+
+
+def _example_of(environment_factory: Callable[[], Any] | None) -> Any:
+    """One environment, to see what it has. No episode is played in it."""
+    if environment_factory is None:
+        return None
+    try:
+        return call_and_wait(environment_factory, (), {}, run_coroutine)
+    except Exception as error:
+        raise ConfigurationError(
+            f"`environment_factory()` failed: {type(error).__name__}: {error_text(error)}; it is called without "
+            "arguments and returns one environment"
+        ) from error
 
 
 def _stop_token_ids(args: StepPOConfig, tokenizer: Any) -> tuple[int, ...]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
+from ..finite import LARGEST, shown
 from ..inference.base import MIN_TEMPERATURE
 from .ppo import PPOConfig
 
@@ -83,7 +87,9 @@ class StepPOConfig(PPOConfig):
         max_interaction_steps (`int`, *optional*, defaults to `5`):
             Most steps of an episode. `response_length` is the budget of one step's response.
         max_prompt_length (`int`, *optional*):
-            Most tokens of a state; an episode that reaches more ends as truncated.
+            Most tokens of a state; an episode that reaches more ends as truncated. `None`: what the model's context
+            leaves beside `response_length` (`max_position_embeddings` of its configuration, rope scaling included; a
+            vLLM server's `--max-model-len`).
         max_episode_tokens (`int`, *optional*):
             Most tokens of a whole episode, prompts, responses and observations together.
         max_episode_s (`float`, *optional*):
@@ -91,9 +97,10 @@ class StepPOConfig(PPOConfig):
         tool_timeout_s (`float`, *optional*, defaults to `60.0`):
             Most seconds of one call of a tool or of an environment's method, and of making an environment. A tool that
             takes longer is reported to the model; an environment that does costs its own episode.
-        max_tool_calls (`int`, *optional*):
-            Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
-        max_concurrent_tool_calls (`int`, *optional*):
+        max_tool_calls (`int`, *optional*, defaults to `32`):
+            Most tool calls of one response that are run; those beyond are answered with an error. Each call of a tool
+            that is not async takes a thread. `None`: all.
+        max_concurrent_tool_calls (`int`, *optional*, defaults to `256`):
             Most calls of one tool that run at a time, over all episodes of a rank; others wait for their turn, which
             is not part of their `tool_timeout_s`. `None`: as many as come.
         max_concurrent_episodes (`int`, *optional*):
@@ -109,6 +116,10 @@ class StepPOConfig(PPOConfig):
             Weight of each of `reward_funcs`. `None`: 1 each.
         rollout_cache_tokens (`int`, *optional*, defaults to `262144`):
             Most tokens whose keys and values the in-process sampler holds.
+        allow_uncached_sampling (`bool`, *optional*, defaults to `False`):
+            Whether a model that the in-process sampler cannot continue from stored keys and values (sliding windows,
+            state-space layers, ALiBi, flash attention) is sampled without. Each token then costs a forward pass over
+            its whole row; `rollout/uncached_rows` counts them. `False`: such a model is an error.
         max_failed_updates (`int`, *optional*, defaults to `3`):
             Updates in a row without one valid episode before the run stops with an error.
         dump_episodes_dir (`str`, *optional*):
@@ -156,6 +167,9 @@ class StepPOConfig(PPOConfig):
             too, and servers are started with `--weight-transfer-config '{"backend": "nccl"}'`.
 
     > [!NOTE]
+    > `use_cpu` is also on where accelerate's launcher says so, or started ranks on a machine whose GPUs, if it has
+    > any, are hidden.
+    >
     > *Changed* defaults, as in the paper (arXiv 2604.18401): `kl_coef` 0.0 (was 0.05), `lam` 1.0 (0.95), `gamma` 0.99
     > (1.0), `temperature` 1.0 (0.7), `num_ppo_epochs` 1 (4). `bf16=None` means on where the accelerator supports it,
     > and off on a CPU.
@@ -225,15 +239,20 @@ class StepPOConfig(PPOConfig):
 
     # The episodes
     max_interaction_steps: int = field(default=5, metadata={"help": "Most steps of an episode."})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of a state."})
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a state. None: what the model's context leaves beside `response_length`."},
+    )
     max_episode_tokens: int | None = field(default=None, metadata={"help": "Most tokens of an episode."})
     max_episode_s: float | None = field(default=None, metadata={"help": "Most seconds of an episode."})
     tool_timeout_s: float | None = field(
         default=60.0, metadata={"help": "Most seconds of one call of a tool or of an environment's method."}
     )
-    max_tool_calls: int | None = field(default=None, metadata={"help": "Most tool calls of a response that are run."})
+    max_tool_calls: int | None = field(
+        default=MAX_TOOL_CALLS, metadata={"help": "Most tool calls of a response that are run. None: all."}
+    )
     max_concurrent_tool_calls: int | None = field(
-        default=None, metadata={"help": "Most calls of one tool at a time on a rank. None: as many as come."}
+        default=256, metadata={"help": "Most calls of one tool at a time on a rank. None: as many as come."}
     )
     max_concurrent_episodes: int | None = field(
         default=None, metadata={"help": "Most episodes played at once on a rank. None: all of an update."}
@@ -249,6 +268,10 @@ class StepPOConfig(PPOConfig):
     )
     rollout_cache_tokens: int | None = field(
         default=262_144, metadata={"help": "Most tokens whose keys and values the in-process sampler holds."}
+    )
+    allow_uncached_sampling: bool = field(
+        default=False,
+        metadata={"help": "Sample a model that no cache can be used for all the same, many times slower."},
     )
     max_failed_updates: int = field(
         default=3, metadata={"help": "Updates in a row without a valid episode before the run stops."}
@@ -297,6 +320,7 @@ class StepPOConfig(PPOConfig):
     ]
 
     def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or _launched_on_cpu()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         if getattr(self, "activation_checkpointing", True) is None:
@@ -377,7 +401,7 @@ class StepPOConfig(PPOConfig):
             "kl_loss_coef": (0, math.inf, False),
             "rollout_correction_cap": (1, math.inf, False),
             "critic_learning_rate": (0, math.inf, False),
-            "missing_eos_penalty": (0, math.inf, False),
+            "missing_eos_penalty": (0, LARGEST, False),
             "response_length": (1, math.inf, False),
             "max_interaction_steps": (1, math.inf, False),
             "max_prompt_length": (1, math.inf, False),
@@ -405,9 +429,9 @@ class StepPOConfig(PPOConfig):
             value = getattr(self, name)
             if value is None:
                 continue
-            if not (lowest < value if excluded else lowest <= value) or not value <= highest:
+            if not _is_number(value) or not (lowest < value if excluded else lowest <= value) or not value <= highest:
                 bounds = f"{'(' if excluded else '['}{lowest}, {highest}{']' if highest < math.inf else ')'}"
-                raise ConfigurationError(f"`{name}` is {value}; set it to a number in {bounds}")
+                raise ConfigurationError(f"`{name}` is {shown(value)}; set it to a number in {bounds}")
         choices = {
             "advantage_estimator": (*CRITIC_ESTIMATORS, *GROUP_BASELINES, "reinforce_plus_plus"),
             "importance_sampling_level": ("step", "token"),
@@ -497,7 +521,7 @@ class StepPOConfig(PPOConfig):
             (
                 self.use_vllm,
                 "`use_vllm`=True, whose servers sample, and have caches of their own",
-                ("use_rollout_worker", "rollout_cache_tokens"),
+                ("use_rollout_worker", "rollout_cache_tokens", "allow_uncached_sampling"),
             ),
             (
                 not self.use_vllm,
@@ -531,6 +555,23 @@ class StepPOConfig(PPOConfig):
                     raise ConfigurationError(
                         f"`{name}`={getattr(self, name)!r} has no effect together with {reason}; remove one of the two"
                     )
+
+
+def _launched_on_cpu() -> bool:
+    """
+    Whether a launcher started this rank for a CPU. accelerate tells a single process `use_cpu` of its file, but not
+    several: these see for themselves whether there is anything else, or they would never find each other.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
+        return True
+    return "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _accelerator_has_bf16() -> bool:

@@ -11,7 +11,7 @@ import shutil
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,13 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
+from ..compat import attention_of
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
 from ..inference.base import vocabulary_size
@@ -38,19 +38,21 @@ from ..models import (
     PolicyScorer,
     adapter_changes_model,
     add_adapter,
+    agrees_on_tries,
     as_reference,
     build_critic,
+    context_length,
     critic_adapter,
     disable_dropout,
+    end_token_ids,
     freeze_copy,
     gathered,
     is_peft_model,
     plain_model,
-    prepare_for_tries,
     takes_tries,
     whole_state_dict,
 )
-from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes
+from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes, within_float32
 from ..stopping import StopRequestedError, is_requested, listening
 from ..types import Episode
 from .callbacks import StepPOProgressCallback, close_progress_bars, print_episodes
@@ -70,13 +72,15 @@ from .checks import (
     check_adapters,
     check_apart,
     check_distribution,
+    check_loaded,
     check_models,
     check_saved,
     check_trainable,
     refuse_unsupported,
+    warn_of_waiting,
 )
 from .credit import Credit, assign_credit
-from .data_stream import RowStream, column_names
+from .data_stream import RowStream, column_names, row_of
 from .dataset_checks import check_dataset, check_eval_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
@@ -95,6 +99,7 @@ from .networks import (
 )
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
+from .ranks import gather_objects
 from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
@@ -212,6 +217,13 @@ class StepPOTrainer(PPOTrainer):
     ) -> None:
         args = args if isinstance(args, StepPOConfig) else StepPOConfig.from_ppo_config(args)
         refuse_unsupported(args)
+        check_loaded(
+            processing_class=processing_class,
+            model=model,
+            ref_model=ref_model,
+            value_model=value_model,
+            reward_model=reward_model,
+        )
         check_models(args, model, ref_model, value_model, reward_model)
         if train_dataset is None:
             raise DataError("`train_dataset` is required; pass rows with `prompt` or `input_ids`")
@@ -244,6 +256,7 @@ class StepPOTrainer(PPOTrainer):
         self.args: StepPOConfig = args
         find_fsdp(self.accelerator)
         check_distribution(args, self.accelerator, optimizers)
+        warn_of_waiting(args, self.accelerator)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
@@ -257,6 +270,7 @@ class StepPOTrainer(PPOTrainer):
             processing_class,
             self.sampler,
             columns=column_names(train_dataset),
+            eval_columns=[column_names(dataset) for dataset in _datasets(eval_dataset)],
             environment_factory=environment_factory,
             tools=tools,
             reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
@@ -265,6 +279,8 @@ class StepPOTrainer(PPOTrainer):
             data_collator=data_collator,
             example_row=self.rows.example,
             agent=agent,
+            context=_context(model, ref_model, value_model, reward_model),
+            end_token_ids=end_token_ids(getattr(model, "generation_config", None)),
         )
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode)
         self._described = describe_task(
@@ -356,7 +372,8 @@ class StepPOTrainer(PPOTrainer):
         update, rank, args = self.state.global_step, self.accelerator.process_index, self.args
         with self.clock.measure("rollout_s"):
             if args.replay_episodes_dir is not None:
-                episodes = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
+                found = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
+                episodes = [within_float32(episode) for episode in found]
             elif args.max_staleness:
                 self.ahead.begin(update, self.state.max_steps)
                 episodes = self._judge(*together(partial(self.ahead.take, update)))
@@ -376,8 +393,8 @@ class StepPOTrainer(PPOTrainer):
 
     def _judge(self, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
         """With the rewards of reward functions and the reward model."""
-        with self._scoring():
-            return self.player.score(requests, episodes, trainer_state=self.state)
+        score = partial(self.player.score, requests, episodes, trainer_state=self.state)
+        return together(score, self._scoring())  # a judge may take as long as an episode, or fail on one rank
 
     def _collate(self, episodes: Sequence[Episode]) -> Rollout | None:
         """Lay out the valid episodes; `None` where no rank has one."""
@@ -515,7 +532,7 @@ class StepPOTrainer(PPOTrainer):
             check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
+        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
         episodes = self._play_greedily(requests, "eval/")
         means = Means()
         add_episode_metrics(means, episodes)
@@ -544,7 +561,7 @@ class StepPOTrainer(PPOTrainer):
             dataset = next(iter(dataset.values()))
         count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
         plays = self.accelerator.is_main_process
-        requests = [EpisodeRequest(dataset[i], i, dataset_row=i) for i in range(count)] if plays else []
+        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(count)] if plays else []
         episodes = self._play_greedily(requests, "shown/")
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
@@ -657,7 +674,7 @@ class StepPOTrainer(PPOTrainer):
             directory,
             manifest,
             is_writer=self.args.should_save,
-            gather=gather_object,
+            gather=gather_objects,
             writes_together=self._saves_together,
         ) as partial:
             self._write_checkpoint(partial)
@@ -838,6 +855,7 @@ class StepPOTrainer(PPOTrainer):
             disable_dropout(network)
             if args.gradient_checkpointing:
                 _enable_checkpointing(plain_model(network), args.gradient_checkpointing_kwargs)
+        layout = self._layout([model, self.value_model, ref_model])
         scorer = PolicyScorer(plain_model(model))
         self.ref_model: Any = None
         reference: nn.Module | None = None
@@ -864,7 +882,7 @@ class StepPOTrainer(PPOTrainer):
             policy,
             critic,
             reference,
-            self._layout([model, self.value_model, self.ref_model]),
+            layout,
             self.clock,
             self._event,
         )
@@ -897,12 +915,20 @@ class StepPOTrainer(PPOTrainer):
         for model in plain:
             if not takes_tries(model):
                 logger.warning(
-                    f"{type(model).__name__} with {model.config._attn_implementation!r} attention cannot attend to a "
-                    "tree of prefixes: only steps that continue one another will share a row"
+                    f"{type(model).__name__} with {attention_of(model.config)!r} attention cannot attend to a tree of "
+                    "prefixes: only steps that continue one another will share a row"
                 )
                 return "chains"
         for model in plain:
-            prepare_for_tries(model)
+            with gathered(model.parameters()):
+                agrees = agrees_on_tries(model)
+            if not agrees:
+                logger.warning(
+                    f"{type(model).__name__} computes other values for a tree of prefixes than for its rows with "
+                    f"transformers {transformers.__version__}: only steps that continue one another will share a row; "
+                    "take a version that the requirements name"
+                )
+                return "chains"
         return "trie"
 
     def _build_critic(self, model: PreTrainedModel) -> Any:
@@ -935,7 +961,7 @@ class StepPOTrainer(PPOTrainer):
     def _running(self) -> Iterator[None]:
         """Everything around the updates: callbacks, first and last evaluation, the state on disk."""
         args = self.args
-        self._start, self._first_step = time.time(), self.state.global_step
+        self._start, self._first_step = time.monotonic(), self.state.global_step
         if args.loss_aggregation is None:
             logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
         if args.should_save:
@@ -983,7 +1009,7 @@ class StepPOTrainer(PPOTrainer):
 
     def _heed_requests_to_stop(self) -> None:
         """Raises a [`StopRequestedError`] on all ranks, where one of them was asked to stop."""
-        if any(gather_object([is_requested()])):
+        if any(gather_objects([is_requested()])):
             raise StopRequestedError("the run was asked to stop")
 
     @contextmanager
@@ -1010,11 +1036,12 @@ class StepPOTrainer(PPOTrainer):
         self._means = Means()
         self._logs: dict[str, float] = {}
         self.clock.seconds.clear()
-        sampled, prompted, prefilled, sampling = (
+        sampled, prompted, prefilled, sampling, uncached = (
             self.sampler.sampled_tokens,
             self.sampler.prompt_tokens,
             self.sampler.prefilled_tokens,
             self.sampler.forward_s,
+            self.sampler.uncached_rows,
         )
         forwarded = self.learner.tokens_forwarded
         self._generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -1027,6 +1054,7 @@ class StepPOTrainer(PPOTrainer):
         sampled = self.sampler.sampled_tokens - sampled  # now: those that are sampled meanwhile are of the next one
         prompted = self.sampler.prompt_tokens - prompted
         prefilled = self.sampler.prefilled_tokens - prefilled
+        uncached = self.sampler.uncached_rows - uncached
         self._means.add("rollout/prefix_cache_hit_rate", max(0, prompted - prefilled), prompted)
         model_s, rollout_s = self.clock.seconds["model_s"], max(self.clock.seconds["rollout_s"], 1e-9)
         if args.max_staleness:  # sampling goes on all the time, and takes none of this process's
@@ -1042,7 +1070,7 @@ class StepPOTrainer(PPOTrainer):
         self.state.epoch = self.progress.num_rows_played / self.rows.num_rows
         self._logs |= {
             "episode": self.progress.num_rows_played * args.num_generations,
-            "eps": self._num_played() / (time.time() - self._start),
+            "eps": self._num_played() / (time.monotonic() - self._start),
             "lr": learning_rate,
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
@@ -1050,6 +1078,7 @@ class StepPOTrainer(PPOTrainer):
             "perf/tokens_per_s": sampled / rollout_s,
             "perf/sampled_tokens": sampled,
             "perf/prefilled_tokens": prefilled,
+            "rollout/uncached_rows": uncached,
         }
         if self.learner.tokens_forwarded > forwarded:
             count = self.learner.tokens_forwarded - forwarded
@@ -1125,7 +1154,9 @@ class StepPOTrainer(PPOTrainer):
         return (self.state.global_step - self._first_step) * self.args.batch_size
 
     def _runtime(self) -> dict[str, float]:
-        return speed_metrics("train", self._start, self._num_played(), self.state.global_step - self._first_step)
+        # It takes the beginning by the wall clock, which may have been set since.
+        began = time.time() - (time.monotonic() - self._start)
+        return speed_metrics("train", began, self._num_played(), self.state.global_step - self._first_step)
 
 
 def _locked(directory: Path) -> Lock:
@@ -1139,6 +1170,12 @@ def _locked(directory: Path) -> Lock:
         ) from error
     except OSError as error:
         raise CheckpointError(f"`output_dir`={str(directory)!r} cannot be written: {error}") from error
+
+
+def _context(*models: Any) -> int | None:
+    """The most tokens that all of these can read: each of them reads the policy's prompts and responses."""
+    lengths = (context_length(plain_model(model).config) for model in models if hasattr(model, "config"))
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def _frozen(model: Any, device: torch.device | None = None) -> Any:
@@ -1166,6 +1203,12 @@ def _averaged(history: Sequence[dict[str, float]]) -> dict[str, float]:
         values = [logs[name] for logs in history if name in logs]
         averaged[name] = values[-1] if name in last else sum(values) / len(values)
     return averaged
+
+
+def _datasets(eval_dataset: Any) -> list[Any]:
+    """The data sets to evaluate on that have rows."""
+    given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    return [dataset for dataset in given if dataset is not None and isinstance(dataset, Sized) and len(dataset)]
 
 
 def _group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

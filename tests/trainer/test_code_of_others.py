@@ -1,0 +1,237 @@
+"""Environments, tools, reward functions and collators that misbehave, in whole runs: what each of them costs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from tiny import Hash, hashed, make_classifier, make_model, make_trainer, prompt_rows, same, weights
+
+from trl_steppo.errors import ConfigurationError, DataError, RolloutError
+
+COLUMNS = (
+    "name",
+    "row",
+    "args",
+    "kwargs",
+    "function",
+    "thread",
+    "what",
+    "convert",
+    "timeout_s",
+    "environment",
+    "answer",
+)
+
+
+def scores(completions: list[str], **kwargs: Any) -> list[float]:
+    return [hashed(completion) for completion in completions]
+
+
+def train(directory: Any, **arguments: Any) -> list[dict[str, float]]:
+    """Two updates of eight episodes; what was logged of each."""
+    before = weights(model := make_model())
+    trainer = make_trainer(directory, model=model, **arguments)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert not same(before, weights(model))
+    return [logs for logs in trainer.state.log_history if "env/failed_episodes" in logs]
+
+
+def test_columns_may_have_any_name(tmp_path):
+    rows = [{**row, **dict.fromkeys(COLUMNS, "v")} for row in prompt_rows()]
+    seen: list[set[str]] = []
+
+    class Remembers(Hash):
+        def reset(self, **row: Any) -> None:
+            seen.append(set(row))
+
+    logs = train(tmp_path, environment_factory=Remembers, reward_funcs=scores, train_dataset=rows)
+    assert [update["env/failed_episodes"] for update in logs] == [0.0, 0.0]
+    assert all(columns == {"prompt", "number", *COLUMNS} for columns in seen)
+
+
+@pytest.mark.parametrize(
+    ("column", "arguments", "message"),
+    [
+        ("self", {"environment_factory": Hash}, r"`Hash.reset`.*'self' is the name of its first parameter"),
+        ("prompts", {"reward_funcs": scores}, "the dataset has a column `prompts`"),
+        ("trainer_state", {"reward_funcs": scores}, "the dataset has a column `trainer_state`"),
+    ],
+)
+def test_columns_that_cannot_be_passed_are_refused(tmp_path, column, arguments, message):
+    rows = [{**row, column: "v"} for row in prompt_rows()]
+    with pytest.raises(ConfigurationError, match=message):
+        make_trainer(tmp_path, train_dataset=rows, **arguments)
+    with pytest.raises(ConfigurationError, match=message):
+        make_trainer(tmp_path, eval_dataset={"a": rows}, **arguments)
+
+
+class NeedsAnswer(Hash):
+    def reset(self, answer: str, **row: Any) -> None: ...
+
+
+def needs_difficulty(completions: list[str], difficulty: list[int], **kwargs: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def needs_environments(environments: list[Any], **kwargs: Any) -> list[float]:
+    return [0.0] * len(environments)
+
+
+def leaves(*args: Any) -> None:
+    sys.exit(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"environment_factory": NeedsAnswer}, r"`NeedsAnswer.reset`.*\['prompt', 'number'\].*argument: 'answer'"),
+        ({"environment_factory": leaves}, r"`environment_factory\(\)` failed: RuntimeError: SystemExit: 0"),
+        ({"environment_factory": lambda size: Hash()}, r"`environment_factory\(\)` failed: TypeError.*'size'"),
+        ({"reward_funcs": needs_difficulty}, r"`needs_difficulty`.*'difficulty'.*`completions`.*\['number'\]"),
+        ({"reward_funcs": needs_environments}, r"`needs_environments`.*'environments'"),
+        ({"reward_funcs": lambda completions: [0.0]}, "unexpected keyword argument"),
+        ({"reward_funcs": ["a/reward-model"]}, "'a/reward-model', which is no function.*`reward_model`"),
+        ({"reward_funcs": [make_classifier()]}, "is no function.*`reward_model`"),
+        ({"reward_model": "a/reward-model"}, "`reward_model` is the name 'a/reward-model'; load it.*num_labels=1"),
+        ({"model": "Qwen/Qwen3-0.6B"}, "`model` is the name 'Qwen/Qwen3-0.6B'; load it: .*AutoModelForCausalLM"),
+        ({"ref_model": "Qwen/Qwen3-0.6B", "kl_coef": 0.1}, "`ref_model` is the name"),
+        ({"value_model": 3}, "`value_model` is a int; pass what"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_construction(tmp_path, arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make_trainer(tmp_path, **arguments)
+
+
+def test_rows_of_a_list_may_have_different_columns(tmp_path):
+    rows: list[dict[str, Any]] = prompt_rows()
+    rows[-1]["difficulty"] = 1
+    make_trainer(tmp_path, reward_funcs=needs_difficulty, train_dataset=rows)
+
+
+class LeavesAtOne(Hash):
+    """Its async step ends the process in one row."""
+
+    def reset(self, number: int, **row: Any) -> None:
+        self.number = number
+
+    async def step(self, response: str) -> tuple[str, float, bool]:
+        await asyncio.sleep(0)
+        if self.number == 3:
+            sys.exit(0)
+        return "", hashed(response), True
+
+
+def test_an_async_step_that_exits_costs_its_own_episode(tmp_path):
+    logs = train(tmp_path, environment_factory=LeavesAtOne)
+    assert sum(update["env/failed_episodes"] for update in logs) == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_reward_function_that_exits_ends_the_run_by_its_name(tmp_path, is_async):
+    async def leaves_later(completions: list[str], **kwargs: Any) -> list[float]:
+        sys.exit(0)
+
+    def leaves_at_once(completions: list[str], **kwargs: Any) -> list[float]:
+        sys.exit(0)
+
+    func = leaves_later if is_async else leaves_at_once
+    with pytest.raises(RolloutError, match=f"`{func.__name__}` failed: RuntimeError: SystemExit: 0"):
+        make_trainer(tmp_path, reward_funcs=func).train()
+
+
+def test_a_collator_that_exits_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="`data_collator` failed: RuntimeError: SystemExit"):
+        make_trainer(tmp_path, data_collator=leaves, reward_funcs=scores)
+
+
+@pytest.mark.parametrize("reward", [1e300, 1e20, 10**400, float("nan")])
+def test_one_reward_undoes_no_update(tmp_path, reward):
+    """Neither of an environment nor of a reward function; the others' episodes are learned from, by both networks."""
+
+    class Pays(Hash):
+        def reset(self, number: int, **row: Any) -> None:
+            self.number = number
+
+        def step(self, response: str) -> tuple[str, Any, bool]:
+            return "", reward if self.number == 3 else hashed(response), True
+
+    def pays(completions: list[str], number: list[int], **kwargs: Any) -> list[Any]:
+        return [reward if n == 3 else hashed(c) for n, c in zip(number, completions, strict=True)]
+
+    for arguments in ({"environment_factory": Pays}, {"reward_funcs": pays}):
+        logs = train(tmp_path, **arguments)
+        assert sum(update["env/failed_episodes"] for update in logs) == pytest.approx(1 / 8)
+        for update in logs:
+            numbers = torch.tensor([update["loss/value_avg"], update["critic/grad_norm"], update["policy/grad_norm"]])
+            assert numbers.isfinite().all()
+
+
+def test_a_reward_model_that_scores_infinity_costs_its_own_episodes(tmp_path):
+    model = make_classifier()
+    torch.nn.init.constant_(model.score.weight, float("inf"))
+    trainer = make_trainer(tmp_path, reward_model=model)
+    requests = trainer.player.prepare(trainer._requests(0))
+    episodes = trainer.player.score(requests, trainer.player.play(requests))
+    assert all("its rewards add up to" in episode.error for episode in episodes)
+
+
+def test_metrics_of_any_kind_end_nothing(tmp_path):
+    class Measures(Hash):
+        def metrics(self) -> dict[Any, Any]:
+            return {"good": 1.0, "odd": float("nan"), "none": None, 3: 1.0, ("a",): 1.0, "": 2.0, "huge": 10**400}
+
+    logs = train(tmp_path, environment_factory=Measures)
+    assert [update["env/good"] for update in logs] == [1.0, 1.0]
+    assert not {"env/odd", "env/none", "env/3", "env/", "env/huge"} & set(logs[0])
+    assert [update["env/failed_episodes"] for update in logs] == [0.0, 0.0]
+
+
+def test_scores_named_like_the_trainers_own_metrics_do_not_mix_with_them(tmp_path):
+    class Measures(Hash):
+        def metrics(self) -> dict[str, float]:
+            return {"reward": 100.0, "truncated": 5.0, "rewards/scores": 7.0, "tool_calls": 9.0}
+
+    logs = train(tmp_path, environment_factory=Measures, reward_funcs=scores)
+    assert all(update["env/reward"] < 10 for update in logs)
+    assert all(update["env/truncated"] <= 1 for update in logs)
+    assert all(update["rewards/scores"] < 1 for update in logs)
+
+
+def test_one_response_of_many_calls_is_an_ordinary_episode(tmp_path):
+    """In a process of its own, whose threads are counted."""
+    program = """
+import sys, tempfile, threading
+from tiny import *
+most = [0]
+
+def look() -> str:
+    "Look."
+    most[0] = max(most[0], threading.active_count())
+    return "nothing"
+
+def pays(completions, **kwargs):
+    return [0.0] * len(completions)
+
+trainer = make_trainer(tempfile.mkdtemp(), tools=[look], reward_funcs=pays, max_interaction_steps=1)
+trainer.sampler = trainer.player.sampler = ScriptedSampler(lambda *order: call("look").removesuffix(END) * 100 + END)
+requests = trainer.player.prepare(trainer._requests(0))
+episodes = trainer.player.play(requests)
+assert all(episode.valid for episode in episodes), episodes[0].error
+print(most[0], int(episodes[0].metrics["refused_tool_calls"]))
+"""
+    path = [os.path.dirname(os.path.abspath(__file__)), *sys.path]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    most, refused = map(int, done.stdout.split()[-2:])
+    assert most < 256 + 40
+    assert refused == 100 - 32

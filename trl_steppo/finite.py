@@ -1,0 +1,97 @@
+"""
+What counts as a number: the one place that judges rewards, scores, metrics and weights that other code gives.
+
+Numbers are computed with in float32. A number that float32 does not hold, or whose square it does not hold, turns
+losses and gradient norms into `inf` or `nan`, for all episodes of an update and not only for its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+LARGEST = 1.8e19
+"""Largest magnitude of a number whose square is finite in float32 (its largest value is about 3.4e38)."""
+
+_SHOWN = 100  # characters of a value that a message quotes
+
+
+class NotANumberError(TypeError):
+    """A value that is no number at all: text, `None`, a list, a complex number, an array of several elements."""
+
+
+class NotFiniteError(ValueError):
+    """A number that cannot be computed with: `nan`, infinite, or beyond [`LARGEST`]."""
+
+
+def as_number(value: Any, what: str) -> float:
+    """
+    A value as a float that can be computed with in float32.
+
+    Python's, NumPy's and torch's numbers are taken, arrays and tensors of one element, booleans (0 or 1), `Decimal`
+    and `Fraction`.
+
+    Args:
+        value (`Any`):
+            What other code gave.
+        what (`str`):
+            How a message names it, such as `"get_reward()"`.
+
+    Returns:
+        `float`: finite, of a magnitude up to [`LARGEST`].
+
+    Raises:
+        NotANumberError: It is no number.
+        NotFiniteError: It is `nan` or infinite, or too large.
+
+    Example:
+    ```python
+    >>> as_number(Fraction(1, 2), "the reward")
+    0.5
+    ```
+    """
+    try:
+        number = _to_float(value)
+    except OverflowError:
+        raise NotFiniteError(f"{what} is {shown(value)}; {_RANGE}") from None
+    except Exception:  # whatever a foreign `__float__` or `item` raises
+        raise NotANumberError(f"{what} is {shown(value)}; it must be a number") from None
+    if not math.isfinite(number):
+        raise NotFiniteError(f"{what} is {number}; it must be finite")
+    if abs(number) > LARGEST:
+        raise NotFiniteError(f"{what} is {number:g}; {_RANGE}")
+    return number
+
+
+_RANGE = f"it must be finite, and at most {LARGEST:g} in magnitude: float32 does not hold the square of more"
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, str | bytes | bytearray):  # `float` would read them
+        raise TypeError("text")
+    kind = type(value)
+    if not isinstance(value, int | float) and hasattr(kind, "item"):  # NumPy's and torch's: of one element
+        value = value.item()
+        if isinstance(value, str | bytes):
+            raise TypeError("text")
+    elif not hasattr(kind, "__float__") and not hasattr(kind, "__index__"):
+        raise TypeError("no number")
+    return float(value)
+
+
+def not_finite_in(value: Any) -> float | None:
+    """The first float in a JSON value, however deep, that is `nan` or infinite; `None` if there is none."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    inner: Any = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return next((found for found in map(not_finite_in, inner) if found is not None), None)
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value's `repr`, for a message; its type where that cannot be had."""
+    try:
+        text = repr(value)
+    except Exception:  # of other code; or an integer of more digits than Python writes
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -1,0 +1,79 @@
+"""Whether a model attends to a trie as it is asked to, tried out on a handful of tokens.
+
+The layouts rely on how a version of transformers hands masks, positions and other arguments on to its attention, which
+no interface promises. One that ignores them computes other numbers without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat import attention_of, deviates, exchange_attention
+from .attention import prepare_for_tries, run_arguments
+
+_STEM, _BRANCH = 3, 3  # tokens that both branches begin with, and of each branch
+_known: dict[tuple[Any, ...], bool] = {}  # of this process, whose versions are what they are
+
+
+@dataclass
+class _Run:
+    start: int
+    stop: int
+    ancestors: Sequence[tuple[int, int]] = ()
+
+
+def agrees_on_tries(model: nn.Module) -> bool:
+    """
+    Whether two short branches give the same hidden states in one trie as in a row each. It is tried once for each
+    class of model and attention implementation; the model's attention is exchanged for that, see
+    [`prepare_for_tries`].
+
+    Args:
+        model (`PreTrainedModel`):
+            A model with a backbone at `base_model_prefix`, whole on this rank.
+    """
+    prepare_for_tries(model)
+    exchange_attention(model, attention_of(model.config))  # also where a configuration only says that it is prepared
+    backbone = getattr(model, str(model.base_model_prefix))
+    attention = attention_of(model.config)
+    key = (type(model), type(backbone), attention, next(model.parameters()).dtype)
+    if key not in _known:
+        _known[key] = _agrees(model)
+    return _known[key]
+
+
+@torch.no_grad()
+def _agrees(model: nn.Module) -> bool:
+    config: Any = model.config
+    backbone: Any = getattr(model, str(model.base_model_prefix))
+    device = next(model.parameters()).device
+    stem, end = _STEM, _STEM + _BRANCH
+    ids = torch.arange(1, end + _BRANCH + 1, device=device) % config.get_text_config().vocab_size
+    positions = torch.arange(end, device=device)
+    one, other = ids[:end], torch.cat([ids[:stem], ids[end:]])
+    runs = [_Run(0, stem), _Run(stem, end, [(0, stem)]), _Run(end, end + _BRANCH, [(0, stem)])]
+
+    def states(input_ids: torch.Tensor, position_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        found: torch.Tensor = backbone(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments
+        ).last_hidden_state
+        return found
+
+    was_training = model.training
+    model.eval()
+    try:
+        apart = states(torch.stack([one, other]), positions.repeat(2, 1))
+        packed = torch.cat([positions, positions[stem:]])[None]
+        trie = states(ids[None], packed, **run_arguments(model, runs))[0]
+        # One branch after the other in a row: as far off as a version that knows of no branches would be.
+        mixed = states(ids[None], torch.arange(len(ids), device=device)[None])
+    finally:
+        model.train(was_training)
+    expected = torch.cat([apart[0], apart[1, stem:]])
+    spans = (slice(0, stem), slice(stem, end), slice(end, None))
+    return not any(deviates(trie[span], expected[span], mixed[0, end:] - expected[end:]) for span in spans)
