@@ -41,7 +41,8 @@ def test_an_environment_with_a_tool_runs_as_it_stands(tmp_path, monkeypatch):
     trainer = run_snippet("class PhoneBook", {})["trainer"]
     updates = [logs for logs in trainer.state.log_history if "env/reward" in logs]
     assert trainer.state.global_step == 2
-    assert sum(logs["env/tool_calls"] for logs in updates) > 0
+    # The built-in policy knows another tool: its calls of this one may or may not be readable.
+    assert sum(logs["env/tool_calls"] + logs["env/malformed_tool_calls"] for logs in updates) > 0
     assert all(logs["env/failed_episodes"] == 0 for logs in updates)
 
 

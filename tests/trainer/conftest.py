@@ -1,10 +1,13 @@
 import logging
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from trl_steppo.trainer import player
 
 sys.path.append(str(Path(__file__).parents[1] / "inference"))  # fake_vllm.py
 
@@ -21,3 +24,9 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, logger="transformers")
+
+
+@pytest.fixture
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler waits however long a thread stalls: else its batches differ, and with them its last digits."""
+    monkeypatch.setattr(player, "play_episodes", partial(player.play_episodes, grace_s=60.0))
