@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from trl_steppo.calls import DaemonThread
 from trl_steppo.environments import Response, ToolPlayable, make_playable
 from trl_steppo.environments.tools import MAX_TOOL_CALLS, MISTAKES, ResponsePlayable, check_reset
 from trl_steppo.errors import ConfigurationError
@@ -151,6 +152,30 @@ def test_a_state_key_is_copied_where_the_environment_runs():
         play(make_playable(Keyed()), calling(("write", {"text": "x"})))
     assert threading.get_ident() not in threads
     assert len(threads) == 1
+
+
+@pytest.mark.parametrize("has_done", [False, True])
+def test_a_plain_done_is_read_without_a_thread(monkeypatch, has_done):
+    class Plain:
+        async def reset(self, **row): ...
+
+        async def write(self, text: str) -> str:
+            """
+            Write.
+
+            Args:
+                text: What.
+            """
+            if has_done:
+                self.done = True
+            return text
+
+    async def refuse(self, function, timeout_s, what):
+        raise AssertionError(what)
+
+    monkeypatch.setattr(DaemonThread, "run", refuse)
+    (outcome,), _ = play(make_playable(Plain()), calling(("write", {"text": "x"})))
+    assert outcome.done is has_done
 
 
 def test_an_environments_sync_methods_all_run_in_one_thread():

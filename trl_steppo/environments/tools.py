@@ -406,6 +406,10 @@ class ToolPlayable(_EnvironmentCalls):
         if self._environment is None:
             return False
         environment = self._environment
+        computes = hasattr(type(environment), "__getattr__")
+        plain = inspect.getattr_static(environment, "done", None if computes else False)
+        if isinstance(plain, bool):  # no code runs, so it needs no thread
+            return plain
 
         def done() -> Any:  # may be a property, which is code of the environment's, too
             value = getattr(environment, "done", False)
