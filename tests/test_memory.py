@@ -71,13 +71,13 @@ def test_a_worker_holds_a_copy_of_the_policy_by_hand():
     places = ("trainer", "worker", "vllm")
     alone, beside, away = (plan(SMALL, Setting(**setting, samples_in=place)) for place in places)
     assert {name: size for name, size in beside.held.items() if name not in alone.held} == {
-        "worker's policy": 400.0,  # float32, as it is loaded
-        "worker's cast weights": 200.0,  # by autocast
+        "worker's policy": 200.0,  # bfloat16, as the engine's layers have it
+        "worker's cast weights": 0.0,
         "worker's generation cache": 5 * 1 * 2 * 2 * 2.0,
         "worker's sampling": 3 * 10 * 24.0,
         "worker's CUDA": 1.5 * 2**30,
     }
-    assert beside.host == {"weights on their way to the worker": 400.0}
+    assert beside.host == {"weights on their way to the worker": 200.0}
     assert away.held == alone.held
     assert alone.rollout
     assert not beside.rollout
@@ -85,6 +85,18 @@ def test_a_worker_holds_a_copy_of_the_policy_by_hand():
     assert not away.host
     half = plan(SMALL, Setting(**setting, samples_in="worker", weights="bfloat16"))
     assert (half.held["worker's policy"], half.held["worker's cast weights"]) == (200.0, 0.0)
+    for weights in ("float32", "bfloat16"):  # trained ones become float32, and are cast for the layers
+        single = plan(SMALL, Setting("single", 1, samples_in="worker", weights=weights))
+        assert (single.held["worker's policy"], single.held["worker's cast weights"]) == (400.0, 200.0)
+    adapted = plan(SMALL, Setting("single", 1, samples_in="worker", weights="bfloat16", lora_rank=2))
+    assert (adapted.held["worker's policy"], adapted.held["worker's cast weights"]) == (200.0, 0.0)
+
+
+def test_what_is_trained_under_autocast_is_float32_however_it_was_loaded():
+    whole, half = (plan(SMALL, Setting("ddp", 4, reference=True, weights=w)) for w in ("float32", "bfloat16"))
+    assert whole == half
+    assert half.held["policy's weights"] == half.held["reference"] == 400.0
+    assert plan(SMALL, Setting("ddp", 4, bf16=False, weights="bfloat16")).held["policy's weights"] == 200.0
 
 
 def test_zero3_shards_everything_that_is_held():
@@ -121,8 +133,8 @@ def test_offloading_moves_the_optimizer_to_the_host():
 def test_adapters_train_little():
     found = plan(SMALL, Setting("single", 1, lora_rank=2, critic_shares_base=True, weights="bfloat16", reference=True))
     adapter = 2 * (4 + 6)
-    assert found.held["policy's optimizer"] == 2 * 2 * adapter
-    assert found.held["critic's weights"] == 2 * adapter
+    assert found.held["policy's optimizer"] == 2 * 4 * adapter
+    assert found.held["critic's weights"] == 4 * adapter
     assert "reference" not in found.held, "the base model is"
 
 

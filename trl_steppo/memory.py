@@ -161,8 +161,8 @@ class Setting:
         num_gpus (`int`):
             Ranks.
         weights (`str`, *optional*, defaults to `"float32"`):
-            Type that the weights are loaded in; under DeepSpeed with bfloat16 it makes no difference, and under FSDP2
-            only to those that are not trained.
+            Type that the weights are loaded in. With `bf16` it makes a difference only to those that are not trained:
+            trained ones are held in float32 (under DeepSpeed all are bfloat16, beside its float32 copies).
         bf16 (`bool`, *optional*, defaults to `True`):
             Mixed precision.
         critic, reference (`bool`, *optional*):
@@ -217,6 +217,12 @@ class Setting:
     @property
     def fsdp2(self) -> bool:
         return self.engine == "fsdp2"
+
+    @property
+    def loaded(self) -> str:
+        """The weights' type while a run is going on: trained ones become float32 where autocast makes bfloat16."""
+        becomes_float32 = self.bf16 and not self.runs_in_bf16 and not self.lora_rank
+        return "float32" if becomes_float32 else self.weights
 
     @property
     def runs_in_bf16(self) -> bool:
@@ -295,8 +301,8 @@ def plan(shape: Shape, setting: Setting) -> Plan:
     if setting.samples_in == "trainer":
         whole = shape.parameters * gathered if setting.shards_weights else _cast_bytes(shape, setting)
         return Plan(held, training, {**rollout, "gathered or cast weights": whole}, host)
-    copy = shape.parameters * (4.0 if setting.weights == "float32" else 2.0)  # as loaded, whatever the engine does
-    casts = shape.parameters * 2.0 if setting.bf16 and setting.weights == "float32" else 0.0
+    copy = shape.parameters * (2.0 if setting.runs_in_bf16 or setting.loaded == "bfloat16" else 4.0)
+    casts = _cast_bytes(shape, setting)
     worker = {"policy": copy, "cast weights": casts, **rollout, "CUDA": RESERVED}
     held |= {f"worker's {name}": size for name, size in worker.items()}
     return Plan(held, training, {}, {**host, "weights on their way to the worker": copy})
@@ -314,7 +320,8 @@ def _network(shape: Shape, setting: Setting, parameters: int, name: str) -> _Net
     trained = parameters
     if setting.lora_rank:
         trained = sum(setting.lora_rank * (a + b) for a, b in shape.linear)
-    weight = 4.0 if setting.fsdp2 and setting.bf16 else _frozen_bytes(setting)  # of those that are trained
+    # Of those that are trained.
+    weight = 4.0 if setting.bf16 and not setting.deepspeed else _frozen_bytes(setting)
     base = 0 if setting.lora_rank and setting.critic_shares_base and name == "critic" else parameters
     adapter = trained if setting.lora_rank else 0
     base_weight = _frozen_bytes(setting) if setting.lora_rank else weight
@@ -345,7 +352,7 @@ def _compute_bytes(setting: Setting) -> int:
 
 def _frozen_bytes(setting: Setting) -> float:
     """Bytes of a weight on the GPU."""
-    return 2.0 if setting.weights == "bfloat16" or (setting.deepspeed and setting.bf16) else 4.0
+    return 2.0 if setting.loaded == "bfloat16" or (setting.deepspeed and setting.bf16) else 4.0
 
 
 def _units(shape: Shape) -> tuple[float, float]:
@@ -356,7 +363,7 @@ def _units(shape: Shape) -> tuple[float, float]:
 
 def _cast_bytes(shape: Shape, setting: Setting) -> float:
     """Autocast keeps a bfloat16 copy of each weight for as long as it lasts."""
-    casts = setting.bf16 and not setting.runs_in_bf16 and setting.weights == "float32"
+    casts = setting.bf16 and not setting.runs_in_bf16 and setting.loaded == "float32"
     return shape.parameters * 2.0 if casts else 0.0
 
 
@@ -366,7 +373,7 @@ def _activations(shape: Shape, setting: Setting) -> float:
     inputs and outputs of its linear layers, and queries, keys and values before and after their rotation.
     """
     compute = _compute_bytes(setting)
-    stream = 4 if setting.weights == "float32" and not setting.runs_in_bf16 else 2
+    stream = 4 if setting.loaded == "float32" and not setting.runs_in_bf16 else 2
     H, I = shape.hidden, shape.intermediate  # noqa: E741
     layer = (16 + 2 * stream) * H + compute * (2 * H + 3 * shape.queries + 4 * shape.keys + 4 * I)
     if not setting.gradient_checkpointing:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,6 +20,7 @@ from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.inference import local
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.inference.local import LocalSampler, sample_tokens
+from trl_steppo.numerics import Numerics
 from trl_steppo.types import StopReason
 
 ARCHITECTURES = ["Llama", "Qwen2", "Qwen3"]
@@ -632,6 +635,108 @@ def test_a_cancelled_request_leaves_the_others_alone(model, cache_tokens):
     (again,) = ask(sampler, asks(SAMPLED)[1])
     assert sampler.prefilled_tokens - before == len(PROMPTS[1])
     assert_plain(model, PROMPTS[1], SAMPLED, again)
+
+
+# --- mixed precision ---
+
+BF16 = Numerics(autocast=torch.bfloat16)
+
+
+@pytest.fixture
+def float_model(tiny_model) -> PreTrainedModel:
+    """Autocast leaves float64 as it is."""
+    return tiny_model("Qwen2").float()
+
+
+@torch.no_grad()
+def move(model: PreTrainedModel) -> None:
+    """New weights, in place, as an optimizer makes them."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_mixed_precision_is_that_of_autocast(tiny_model, tied, attention):
+    """Weights are cast once instead of in every pass; the numbers are the same."""
+    model = tiny_model("Qwen2", tie_word_embeddings=tied, attn_implementation=attention).float()
+    inside = LocalSampler(model, numerics=BF16)
+
+    class Plain(LocalSampler):
+        def _forward_pass(self):
+            return torch.autocast("cpu", torch.bfloat16)
+
+    assert ask(inside, *asks(SAMPLED)) == ask(Plain(model), *asks(SAMPLED))
+    assert ask(inside, *asks(SAMPLED)) != ask(LocalSampler(model), *asks(SAMPLED))
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("numerics", [None, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("outer", [False, True], ids=["", "within-autocast"])
+def test_new_weights_are_sampled_from(float_model, numerics, outer):
+    """Also where the thread is in an autocast context of its own, which keeps casts of old weights until it ends."""
+    model = float_model
+    sampler, other = LocalSampler(model, numerics=numerics), copy.deepcopy(model)
+    move(other)
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        before = ask(sampler, *asks(SAMPLED))
+        move(model)
+        sampler.reset_cache()
+        after = ask(sampler, *asks(SAMPLED))
+    assert after == ask(LocalSampler(other, numerics=numerics), *asks(SAMPLED))
+    assert after != before
+
+
+def test_weights_that_change_while_a_cancelled_request_still_runs(float_model):
+    model = float_model
+    sampler, other = LocalSampler(model, numerics=BF16), copy.deepcopy(model)
+    move(other)
+
+    async def play() -> Sample:
+        passed = asyncio.Event()
+        hook = model.register_forward_hook(lambda *_: passed.set())
+        cancelled = asyncio.ensure_future(sampler.sample([1, 2], replace(SAMPLED, max_new_tokens=50), episode_id="x"))
+        await passed.wait()
+        hook.remove()
+        cancelled.cancel()
+        move(model)  # what drives the batch has not noticed yet
+        sampler.reset_cache()
+        return await sampler.sample(PROMPTS[0], SAMPLED, episode_id="y")
+
+    assert asyncio.run(play()) == ask(LocalSampler(other, numerics=BF16), ("y", PROMPTS[0], SAMPLED))[0]
+
+
+def test_mixed_precision_is_of_the_passes_alone(float_model):
+    """What else runs in the thread meanwhile, such as an async tool, computes as it would."""
+    model, seen = float_model, []
+    sampler = LocalSampler(model, numerics=BF16)
+
+    async def look() -> None:
+        while len(seen) < 5:
+            seen.append((torch.is_autocast_enabled("cpu"), model.lm_head.weight.dtype))
+            await asyncio.sleep(0)
+
+    async def both() -> None:
+        await asyncio.gather(sampler.sample(PROMPTS[0], SAMPLED, episode_id="a"), look())
+
+    asyncio.run(both())
+    assert set(seen) == {(False, torch.float32)}
+
+
+def test_a_pass_runs_with_its_device_as_the_current_one(monkeypatch):
+    """With stand-ins for a GPU: another thread begins with the first one as its current device."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device(which: torch.device) -> Iterator[None]:
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with Numerics(torch.device("cuda", 3)).forward_pass(), Numerics().forward_pass():
+        pass
+    assert entered == [torch.device("cuda", 3)]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -26,7 +26,7 @@ from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.inference.vllm import VLLMSampler
 from trl_steppo.inference.vllm_server import Weights
-from trl_steppo.inference.vllm_transfer import NCCLGroup, meeting_place, nccl_join
+from trl_steppo.inference.vllm_transfer import NCCLGroup, Transfer, meeting_place, nccl_join
 from trl_steppo.types import StopReason
 
 SAMPLED = SamplingParams(max_new_tokens=4, seed=7)
@@ -714,6 +714,29 @@ def test_where_weights_cannot_be_sent(sent, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigurationError, match="cannot be imported where the trainer runs"):
         nccl_join(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("side", ["trainer", "server"])
+def test_a_group_on_one_gpu_is_refused_in_words(side):
+    """NCCL says no more than this, on both sides."""
+    refused = RuntimeError("NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)")
+
+    def join(address: str, port: int, size: int) -> Any:
+        raise refused if side == "trainer" else RuntimeError("timed out")
+
+    async def joined() -> None:
+        if side == "server":
+            raise refused
+        await asyncio.sleep(60)
+
+    with pytest.raises(ConfigurationError, match="both are on one GPU"):
+        asyncio.run(Transfer(join if side == "trainer" else hanging).join("10.0.0.1", 9, 2, joined()))
+
+
+def hanging(address: str, port: int, size: int) -> Any:
+    """A member that waits for the others."""
+    threading.Event().wait(1)
+    raise RuntimeError("given up")
 
 
 def test_where_a_server_meets_this_process():

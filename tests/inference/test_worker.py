@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,13 @@ from transformers import PreTrainedModel
 
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.inference import worker as worker_module
+from trl_steppo.inference import worker_process
 from trl_steppo.inference.base import Sample, Sampler, SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.inference.shared_model import SharedModel
 from trl_steppo.inference.worker import WorkerSampler
+from trl_steppo.inference.worker_process import Release, Settings
+from trl_steppo.numerics import Numerics, ProcessNumerics
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13, 14, 15]]
 SAMPLED = SamplingParams(max_new_tokens=9)
@@ -94,6 +98,57 @@ def test_says_what_the_one_in_this_process_says_before_and_after_new_weights(mod
     )
     assert {sample.policy_version for sample in changed} == {7}
     assert changed != expected
+
+
+def test_new_weights_are_sampled_from_in_mixed_precision(model) -> None:
+    numerics = Numerics(autocast=torch.bfloat16)
+    model = copy.deepcopy(model).float()  # autocast leaves float64 as it is
+    worker = make_worker(model, autocast=torch.bfloat16)
+    try:
+        for current, version in ((model, 0), (moved(model), 1)):
+            worker.update_weights(current.named_parameters(), version)
+            found = [replace(sample, policy_version=0) for sample in asyncio.run(respond(worker, PROMPTS))]
+            assert found == asyncio.run(respond(LocalSampler(current, numerics=numerics), PROMPTS))
+    finally:
+        worker.close()
+
+
+def settings_of_process(numerics: Numerics) -> Settings:
+    return Settings(numerics, None, 1.0, ProcessNumerics.of_this_process())
+
+
+def test_the_process_uses_its_gpu_and_gives_back_what_it_does_not_need(monkeypatch) -> None:
+    """With stand-ins for the GPU."""
+    called: list[Any] = []
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda which: called.append(which))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("empty_cache"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    worker: Any = object.__new__(worker_process._Worker)
+    worker.settings, worker.sampler = settings_of_process(Numerics(device)), SimpleNamespace(reset_cache=lambda: None)
+
+    async def run() -> None:
+        worker._take(Release(None))
+
+    monkeypatch.setattr(worker_process, "_Worker", lambda *_: SimpleNamespace(run=run))
+    worker_process.serve(None, None, (), worker.settings)  # type: ignore[arg-type]
+    assert called == [device, "empty_cache"]
+
+
+def test_the_process_computes_as_the_trainer_s_does(monkeypatch) -> None:
+    found = ProcessNumerics.of_this_process()
+    name = next(name for name, _ in found.switches if name.endswith("allow_bf16_reduced_precision_reduction"))
+    changed = replace(
+        found,
+        default_dtype=torch.float64,
+        switches=tuple((n, not value if n == name else value) for n, value in found.switches),
+    )
+    try:
+        changed.apply()
+        assert ProcessNumerics.of_this_process() == changed
+    finally:
+        found.apply()
+    assert ProcessNumerics.of_this_process() == found
 
 
 def test_a_response_comes_from_one_version_and_none_is_given_up(model, worker) -> None:

@@ -13,12 +13,20 @@ from tiny import make_model
 
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
+from trl_steppo.numerics import Numerics
 
 
 class Policy:
-    """What a small server samples from: at first other weights than anybody trains."""
+    """
+    What a small server samples from: at first other weights than anybody trains.
 
-    def __init__(self) -> None:
+    Args:
+        autocast (`torch.dtype`, *optional*):
+            What it computes in.
+    """
+
+    def __init__(self, autocast: torch.dtype | None = None) -> None:
+        self.numerics = Numerics(autocast=autocast)
         self.samplers: dict[str | None, LocalSampler] = {}
 
     def load(self, directory: Path | None) -> None:
@@ -26,13 +34,13 @@ class Policy:
         if directory is not None:
             # Not `from_pretrained`, which patches its class for all threads while it loads, and here several load.
             model.load_state_dict(load_file(directory / "model.safetensors"))
-        self.samplers = {None: LocalSampler(model)}
+        self.samplers = {None: LocalSampler(model, numerics=self.numerics)}
 
     async def respond(
         self, prompt: list[int], params: dict[str, Any], adapter: str | None
     ) -> tuple[list[int], list[float]]:
         if adapter not in self.samplers:
-            self.samplers[adapter] = LocalSampler(_with_adapter(adapter))
+            self.samplers[adapter] = LocalSampler(_with_adapter(adapter), numerics=self.numerics)
         sampling = SamplingParams(
             params["max_tokens"],
             params["temperature"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import subprocess
 import sys
@@ -11,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny import TOKENIZER, make_classifier, make_model, make_trainer, prompt_rows, same, weights
 from torch import nn
 
 from trl_steppo import StepPOTrainer
-from trl_steppo.errors import ConfigurationError
+from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.models import plain_model
 
 KL: dict[str, Any] = {"kl_coef": 0.1}
@@ -274,3 +275,105 @@ def test_rollouts_are_sampled_with_the_adapter(tmp_path):
     trainer = trained(tmp_path, eval_dataset=prompt_rows(4), num_ppo_epochs=2)
     assert trainer.sampler.model is plain_model(trainer.model)
     assert all(abs(logs["rollout/mismatch_kl"]) < 1e-9 for logs in trainer.state.log_history if "episode" in logs)
+
+
+# -- an adapter that was trained before -------------------------------------------------------------------------------
+
+
+def make_trained(adapter: str = "default", **changes: Any) -> Any:
+    """A policy with an adapter that changes it."""
+    torch.manual_seed(1)
+    return get_peft_model(make_model(), lora(init_lora_weights=False, **changes), adapter_name=adapter)
+
+
+def kl_of(trainer: StepPOTrainer) -> list[float]:
+    return [logs["objective/kl"] for logs in trainer.state.log_history if "episode" in logs]
+
+
+@pytest.mark.parametrize("adapter", ["default", "policy"])
+@pytest.mark.parametrize("setting", ["kl_coef", "kl_loss_coef"])
+def test_an_adapter_trained_before_is_its_own_reference(tmp_path, adapter, setting, caplog):
+    """As with a `ref_model` that has a copy of it; the base model is another policy."""
+    caplog.set_level(logging.WARNING, logger="trl_steppo")
+    within = make_trainer(tmp_path / "within", model=make_trained(adapter), **{setting: 0.1})
+    assert f"the adapter '{adapter}' of `model` was trained before" in caplog.text
+    before = weights(within.model)
+    within.train()
+    beside = trained(
+        tmp_path / "beside", model=make_trained(adapter), ref_model=make_trained(), peft_config=None, **{setting: 0.1}
+    )
+    assert within.ref_model is None
+    assert kl_of(within)[0] == pytest.approx(0, abs=1e-6)
+    assert kl_of(within)[1] > 1e-3
+    assert kl_of(within) == pytest.approx(kl_of(beside), abs=1e-6)
+    assert moved(before, within.model) == {n for n in before if f".{adapter}." in n}  # the copy stays as it is
+    with within.null_ref_context():
+        assert within.model.active_adapter == "reference"
+    assert within.model.active_adapter == adapter
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+def test_the_base_is_the_reference_of_a_new_adapter(tmp_path, changes, caplog):
+    caplog.set_level(logging.WARNING, logger="trl_steppo")
+    trainer = make_trainer(tmp_path, peft_config=lora(**changes), **KL)
+    assert list(trainer.model.peft_config) == ["default"]
+    assert "reference" not in caplog.text
+
+
+def test_the_base_can_be_asked_for(tmp_path):
+    """By a new adapter, which changes nothing."""
+    model = make_trained()
+    model.add_adapter("base", lora())
+    trainer = trained(tmp_path, model=model, ref_adapter_name="base", peft_config=None, **KL)
+    assert kl_of(trainer)[0] > 0.1
+
+
+def test_no_copy_is_made_where_there_is_no_reference(tmp_path):
+    assert list(make_trainer(tmp_path, model=make_trained()).model.peft_config) == ["default"]
+
+
+def test_a_copy_of_an_adapter_is_sent_to_no_worker_and_saved_beside(tmp_path):
+    trainer = trained(tmp_path, model=make_trained(), use_rollout_worker=True, peft_config=None, **KL)
+    assert not any("reference" in name for name in trainer.sampler._trained)
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "reference" / "adapter_model.safetensors").is_file()
+
+
+def loaded(directory: Path) -> Any:
+    return PeftModel.from_pretrained(make_model(), directory, is_trainable=True)
+
+
+@pytest.mark.parametrize("begins", ["new", "trained"])
+@pytest.mark.parametrize("goes_on", ["as it began", "from the checkpoint's adapter"])
+def test_a_run_that_goes_on_has_the_reference_that_it_began_with(tmp_path, begins, goes_on):
+    settings: dict[str, Any] = {"total_episodes": 24, "save_strategy": "steps", "save_steps": 1, **KL}
+
+    def given() -> dict[str, Any]:
+        return {"peft_config": lora()} if begins == "new" else {"model": make_trained(), "peft_config": None}
+
+    whole = trained(tmp_path / "whole", **given(), **settings)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+
+    def start() -> dict[str, Any]:
+        return given() if goes_on == "as it began" else {"model": loaded(checkpoint)}
+
+    rest = make_trainer(tmp_path / "rest", **start(), **settings)
+    rest.train(resume_from_checkpoint=str(checkpoint))
+    assert kl_of(rest) == kl_of(whole)
+    assert same(weights_of(rest, "default"), weights_of(whole, "default"))
+    again = make_trainer(tmp_path / "again", **start(), **settings)  # from a checkpoint of the run that went on
+    again.train(resume_from_checkpoint=str(tmp_path / "rest" / "checkpoint-3"))
+    assert again._reference_adapter == whole._reference_adapter
+
+
+def weights_of(trainer: StepPOTrainer, adapter: str) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in weights(trainer.model).items() if adapter in name.split(".")}
+
+
+def test_a_run_that_began_with_a_trained_adapter_does_not_go_on_with_a_new_one(tmp_path):
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, **KL}
+    trained(tmp_path, model=make_trained(), peft_config=None, **settings)
+    rest = make_trainer(tmp_path, peft_config=lora(), **settings)
+    with pytest.raises(CheckpointError, match="`model` has a new one; load that adapter"):
+        rest.train(resume_from_checkpoint=True)

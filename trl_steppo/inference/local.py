@@ -14,6 +14,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..compat import attention_of, cache_argument, deviates, special_attention, takes_positions
 from ..errors import ConfigurationError, RolloutError
+from ..numerics import CastWeights, Numerics
 from ..types import StopReason, TokenIds
 from .base import Sample, SamplingParams, check_request, vocabulary_size
 
@@ -52,6 +54,9 @@ class LocalSampler:
         allow_uncached (`bool`, *optional*, defaults to `False`):
             Whether a model that cannot be continued from stored keys and values is sampled without: exact, but each
             token costs a forward pass over its whole row.
+        numerics ([`~numerics.Numerics`], *optional*):
+            The device and the precision of forward passes, in whichever thread they run. `None`: the device where the
+            model is now, and the types of its weights.
 
     Raises:
         ConfigurationError: If `cache_tokens` is not positive; if the model cannot be sampled with a cache and
@@ -61,13 +66,22 @@ class LocalSampler:
         RolloutError: From `sample`, if the model's logits are not numbers.
     """
 
-    def __init__(self, model: nn.Module, *, cache_tokens: int | None = 262_144, allow_uncached: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        cache_tokens: int | None = 262_144,
+        allow_uncached: bool = False,
+        numerics: Numerics | None = None,
+    ) -> None:
         if cache_tokens is not None and cache_tokens < 1:
             raise ConfigurationError(f"`rollout_cache_tokens` is {cache_tokens}; give a positive number, or None")
         self.model = model
         self.vocabulary_size = vocabulary_size(model)
         self.policy_version = 0
         self.cache_tokens = cache_tokens
+        self.numerics = numerics or Numerics(next(model.parameters()).device)
+        self._casts: CastWeights | None = None  # of the weights as they are, while responses are sampled
         self.sampled_tokens = 0
         self.prompt_tokens = 0
         self.prefilled_tokens = 0
@@ -77,7 +91,8 @@ class LocalSampler:
         self._driver: asyncio.Task[None] | None = None
         self._settled: Callable[[], Awaitable[None]] | None = None
         # Any object with the same methods would do: which one is a question of the model's attention alone.
-        is_cached = samples_with_a_cache(model, allow_uncached=allow_uncached)
+        with self.numerics.forward_pass():
+            is_cached = samples_with_a_cache(model, allow_uncached=allow_uncached)
         self._rows = _CachedRows(model, cache_tokens) if is_cached else _UncachedRows(model)
 
     async def sample(
@@ -108,7 +123,8 @@ class LocalSampler:
         self._settled = settled
 
     def reset_cache(self) -> None:
-        """Forget every waiting episode's keys and values: the weights they were computed with have changed."""
+        """Forget all that was computed with the weights, which have changed: waiting episodes' keys and values too."""
+        self._casts = None
         self._rows.forget_all()
 
     async def _drive(self) -> None:
@@ -116,6 +132,7 @@ class LocalSampler:
         running: list[_Request] = []
         if self._rows.requests:
             self._rows.clear()  # left behind by a driver that was cancelled
+        self._casts = None
         was_training = self.model.training
         self.model.eval()
         try:
@@ -130,7 +147,8 @@ class LocalSampler:
                 running += arrived
                 if running:
                     start = time.perf_counter()
-                    update = self._rows.join(arrived) if arrived else self._rows.step()
+                    with self._forward_pass():
+                        update = self._rows.join(arrived) if arrived else self._rows.step()
                     self.forward_s += time.perf_counter() - start
                     self._advance(running, update)
         except Exception as error:
@@ -140,7 +158,20 @@ class LocalSampler:
             self._waiting.clear()
             self._rows.clear()
         finally:
+            self._casts = None
             self.model.train(was_training)
+
+    @contextmanager
+    def _forward_pass(self) -> Iterator[None]:
+        """Around what calls the model; nothing of it stays in the thread, which others use meanwhile."""
+        with self.numerics.forward_pass():
+            if self.numerics.autocast is None:
+                yield
+                return
+            if self._casts is None:
+                self._casts = CastWeights(self.model, self.numerics.autocast)
+            with self._casts.in_use():
+                yield
 
     def _admit(self, running: list[_Request]) -> list[_Request]:
         """Move waiting requests into the batch, in an order that no coroutine's timing can change."""

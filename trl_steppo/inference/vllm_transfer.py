@@ -141,8 +141,14 @@ class Transfer:
         made = self._start(lambda: self._join(address, port, size))
         try:
             await _both(made, joined)
-        except BaseException:
+        except BaseException as error:
             made.add_done_callback(_leave)  # it may still come about
+            if "invalid usage" in str(error).lower():  # NCCL's word for it, from either side
+                raise ConfigurationError(
+                    "`vllm_weight_transfer`='nccl', and NCCL refuses a group of the trainer and the server at "
+                    f"{address} ({error}); it does so where both are on one GPU. Give the server another GPU "
+                    "(CUDA_VISIBLE_DEVICES), or set `vllm_weight_transfer` to 'files'"
+                ) from error
             raise
         self._group = made.result()
 

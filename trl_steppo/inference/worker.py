@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from ..errors import RolloutError
+from ..numerics import Numerics, ProcessNumerics
 from ..types import TokenIds
 from .base import Sample, SamplingParams
 from .local import samples_with_a_cache
@@ -110,7 +111,11 @@ class WorkerSampler:
         samples_with_a_cache(model, allow_uncached=allow_uncached)  # told here, before a process starts
         self._shared = SharedModel(model)
         self._settings = Settings(
-            device or torch.device("cpu"), cache_tokens, autocast, stuck_s, torch.get_num_threads(), allow_uncached
+            Numerics(device or torch.device("cpu"), autocast),
+            cache_tokens,
+            stuck_s,
+            ProcessNumerics.of_this_process(),
+            allow_uncached,
         )
         self._numbers = itertools.count()
         # Held for moments only: event loops take it. Notified when weights were taken, a process or the sampler ended.
@@ -185,7 +190,7 @@ class WorkerSampler:
         self._send(Release(episode_id))
 
     def reset_cache(self) -> None:
-        """Forget every waiting episode's keys and values."""
+        """Forget every waiting episode's keys and values; the process gives their memory back to its device."""
         self._send(Release(None))
 
     def pace(self, settled: Callable[[], Awaitable[None]] | None) -> None:

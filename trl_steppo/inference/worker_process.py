@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import SamplerError, StepPOError
+from ..numerics import Numerics, ProcessNumerics, give_back_memory, use_device
 from ..types import TokenIds
 from .base import Sample, SamplingParams
 from .local import LocalSampler
@@ -123,18 +123,18 @@ class Counts:
 class Settings:
     """Of the process; see [`WorkerSampler`]."""
 
-    device: torch.device
+    numerics: Numerics
     cache_tokens: int | None
-    autocast: torch.dtype | None
     stuck_s: float
-    num_threads: int
+    process: ProcessNumerics
     allow_uncached: bool = False
 
 
 def serve(connection: Connection, shared: SharedModel, trained: Sequence[str], settings: Settings) -> None:
     """What the process does, for as long as somebody listens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end is ours
-    torch.set_num_threads(settings.num_threads)
+    use_device(settings.numerics.device)
+    settings.process.apply()
     asyncio.run(_Worker(connection, shared, trained, settings).run())
 
 
@@ -144,10 +144,16 @@ class _Worker:
     ) -> None:
         self.connection = connection
         self.settings = settings
-        model = shared.load(settings.device, private=set(trained))
+        model = shared.load(settings.numerics.device, private=set(trained))
         parameters = dict(model.named_parameters())
         self.trained = [(parameters[name], shared.weights[name]) for name in trained]
-        self.sampler = LocalSampler(model, cache_tokens=settings.cache_tokens, allow_uncached=settings.allow_uncached)
+        self._copy_weights()  # what the model makes of a cache is tried out
+        self.sampler = LocalSampler(
+            model,
+            cache_tokens=settings.cache_tokens,
+            allow_uncached=settings.allow_uncached,
+            numerics=settings.numerics,
+        )
         self.sending = threading.Lock()  # beside the event loop, the pulse's thread sends
         self.asked: dict[int, Ask] = {}  # and not begun
         self.begun: dict[int, asyncio.Task[None]] = {}
@@ -173,10 +179,9 @@ class _Worker:
         for target in (read, self._beat):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
         self.watch = asyncio.ensure_future(self._watch())
-        with self._numerics():
-            while True:
-                self._take(await inbox.get())
-                self._begin()
+        while True:
+            self._take(await inbox.get())
+            self._begin()
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Ask):
@@ -188,6 +193,7 @@ class _Worker:
         elif isinstance(message, Release):
             if message.episode_id is None:
                 self.sampler.reset_cache()
+                give_back_memory(self.settings.numerics.device)
             else:
                 self.sampler.release(message.episode_id)
         elif isinstance(message, Pace):
@@ -216,13 +222,16 @@ class _Worker:
         self.asked.clear()
 
     def _take_weights(self, weights: Weights) -> None:
-        with torch.no_grad():
-            for own, shared in self.trained:
-                own.copy_(shared)
+        self._copy_weights()
         self.sampler.reset_cache()
         self.sampler.policy_version = weights.version
         self.has_weights = True
         self._send(Taken(weights.edition))
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        for own, shared in self.trained:
+            own.copy_(shared)
 
     async def _answer(self, ask: Ask) -> None:
         outcome: Sample | StepPOError
@@ -280,11 +289,6 @@ class _Worker:
                 self.connection.send(message)
             except OSError:
                 os._exit(0)  # nobody listens any more
-
-    def _numerics(self) -> AbstractContextManager[Any]:
-        if self.settings.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.settings.device.type, dtype=self.settings.autocast)
 
 
 @dataclass(frozen=True)

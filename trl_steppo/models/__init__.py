@@ -4,9 +4,11 @@ from pathlib import Path
 
 from .adapters import (
     AdapterReference,
+    adapter_changes_model,
     add_adapter,
     as_reference,
     critic_adapter,
+    freeze_copy,
     is_peft_model,
     plain_model,
     saved_with_adapter,
@@ -37,6 +39,7 @@ __all__ = [
     "AdapterReference",
     "Critic",
     "PolicyScorer",
+    "adapter_changes_model",
     "add_adapter",
     "agrees_on_tries",
     "as_reference",
@@ -46,6 +49,7 @@ __all__ = [
     "critic_adapter",
     "disable_dropout",
     "end_token_ids",
+    "freeze_copy",
     "gathered",
     "is_peft_model",
     "is_sharded",

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -99,6 +100,67 @@ def shared_copy(model: Any) -> PreTrainedModel:
     return copied.unload() if is_peft_model(copied) else copied
 
 
+@torch.no_grad()
+def adapter_changes_model(model: Any) -> bool:
+    """
+    Whether the active adapter changes what a model computes. A new one does not: e.g. one factor of LoRA's is zero.
+
+    It is tried on a few tokens, so that it holds for every kind of adapter.
+
+    Args:
+        model (`PeftModel`):
+            A causal language model with adapters.
+    """
+    size = plain_model(model).config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, size, (1, 16), generator=generator).to(device)
+    was_training = model.training
+    model.eval()
+    try:
+        with_it = plain_model(model)(input_ids=input_ids, use_cache=False).logits
+        with model.disable_adapter():
+            without = plain_model(model)(input_ids=input_ids, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    return not torch.equal(with_it, without)
+
+
+def freeze_copy(model: Any, adapter: str) -> str:
+    """
+    Add a copy of an adapter that is not trained.
+
+    Args:
+        model (`PeftModel`):
+            The model; the adapter that is active stays so.
+        adapter (`str`):
+            Name of the adapter.
+
+    Returns:
+        `str`: Name of the copy: `"reference"`, or with a number where there is one of that name.
+    """
+    names = ["reference", *(f"reference_{number}" for number in range(2, len(model.peft_config) + 3))]
+    name = next(name for name in names if name not in model.peft_config)
+    config = copy.deepcopy(model.peft_config[adapter])
+    config.inference_mode = True
+    model.add_adapter(name, config)
+    copy_adapter(model, adapter, name)
+    model.set_adapter(adapter)
+    return name
+
+
+def copy_adapter(model: Any, source: str, target: str) -> None:
+    """Give one adapter of a model the weights of another, of the same kind; it is frozen."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False)
+    state = {name: tensor.detach().clone() for name, tensor in state.items()}
+    set_peft_model_state_dict(model, state, adapter_name=target)
+    for name, parameter in model.named_parameters():
+        if target in name.split("."):
+            parameter.requires_grad_(False)
+
+
 @contextmanager
 def as_reference(model: Any, policy_adapter: str, reference_adapter: str | None) -> Iterator[None]:
     """
@@ -137,9 +199,10 @@ class AdapterReference(nn.Module):
     def __init__(self, scorer: nn.Module, model: Any, policy_adapter: str, reference_adapter: str | None) -> None:
         super().__init__()
         self.scorer = scorer
-        self._switched = partial(as_reference, model, policy_adapter, reference_adapter)
+        self.reference_adapter = reference_adapter
+        self._switched = partial(as_reference, model, policy_adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the scorer's."""
-        with self._switched():
+        with self._switched(self.reference_adapter):
             return self.scorer(*args, **kwargs)

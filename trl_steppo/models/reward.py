@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..numerics import Numerics
 from .forward import Critic, rows_at_once
 
 
@@ -19,7 +20,9 @@ class _PaddedRows:
 
 
 @torch.no_grad()
-def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], *, batch_size: int) -> list[float]:
+def score_sequences(
+    model: nn.Module, sequences: Sequence[Sequence[int]], *, batch_size: int, numerics: Numerics | None = None
+) -> list[float]:
     """
     The reward model's score of each sequence, read at its last token.
 
@@ -30,8 +33,11 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], *, bat
             Token ids, none empty.
         batch_size (`int`):
             Sequences of one forward pass, at most.
+        numerics ([`~numerics.Numerics`], *optional*):
+            The precision of forward passes; `None`: that of the weights.
     """
     scorer, device = Critic(model), next(model.parameters()).device
+    numerics = numerics or Numerics(device)
     scores: list[float] = []
     batch_size = rows_at_once(batch_size, max(map(len, sequences), default=1), device)
     for start in range(0, len(sequences), batch_size):
@@ -43,5 +49,7 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], *, bat
             input_ids.to(device),
             torch.arange(width).repeat(num_rows, 1).to(device),
         )
-        scores += scorer(padded, (torch.arange(num_rows) * width + lengths - 1).to(device)).tolist()
+        with numerics.forward_pass():
+            values = scorer(padded, (torch.arange(num_rows) * width + lengths - 1).to(device))
+        scores += values.tolist()
     return scores

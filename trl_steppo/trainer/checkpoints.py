@@ -58,6 +58,9 @@ class Progress:
             Update of the last evaluation, -1 before the first.
         unlogged (`list[dict[str, float]]`):
             Metrics of the updates since the last log.
+        reference_adapter (`str`, *optional*):
+            Name of the frozen copy of an adapter that is the reference by default; `None`: the base model is, or a
+            model or an adapter that was named.
     """
 
     num_rows_played: int = 0
@@ -65,6 +68,7 @@ class Progress:
     learned_updates: int = 0
     last_eval_step: int = -1
     unlogged: list[dict[str, float]] = field(default_factory=list)
+    reference_adapter: str | None = None
 
 
 @dataclass
@@ -425,7 +429,7 @@ def shapes(network: nn.Module) -> dict[str, list[int]]:
     return {name: whole_shape(parameter) for name, parameter in network.named_parameters()}
 
 
-def load_weights(model: Any, directory: Path) -> None:
+def load_weights(model: Any, directory: Path, *, adapter: str | None = None, into: str | None = None) -> None:
     """
     Put saved weights into a model that exists already, bit for bit.
 
@@ -433,7 +437,11 @@ def load_weights(model: Any, directory: Path) -> None:
         model (`PreTrainedModel` or `PeftModel`):
             Where to put them.
         directory (`Path`):
-            Where `save_pretrained` wrote them; of a `PeftModel`, the adapter that is active.
+            Where `save_pretrained` wrote them.
+        adapter (`str`, *optional*):
+            Which of a `PeftModel`'s adapters; `None`: the one that is active.
+        into (`str`, *optional*):
+            The adapter that takes them; `None`: the one of that name.
 
     Raises:
         CheckpointError: If they are not this model's.
@@ -444,10 +452,10 @@ def load_weights(model: Any, directory: Path) -> None:
         if is_peft_model(model):
             from peft import load_peft_weights, set_peft_model_state_dict
 
-            adapter = model.active_adapter
+            adapter = adapter or model.active_adapter
             folder = directory if adapter == "default" else directory / adapter
             weights = load_peft_weights(str(folder), device="cpu")
-            loaded: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter)
+            loaded: Any = set_peft_model_state_dict(model, weights, adapter_name=into or adapter)
             if loaded.unexpected_keys:
                 raise CheckpointError(f"{folder} has weights that this model has not: {loaded.unexpected_keys[:3]}")
             return

@@ -27,8 +27,9 @@ from ..inference.vllm_server import Weights
 from ..inference.vllm_transfer import Join, nccl_join
 from ..inference.worker import WorkerSampler
 from ..models import is_peft_model, plain_model, whole_parameters, whole_state_dict
+from ..numerics import give_back_memory
 from .exchange import together
-from .networks import Network
+from .networks import Network, cast_parameters, engine_dtype, numerics_of
 from .ranks import from_first_rank
 from .steppo_config import StepPOConfig
 
@@ -102,13 +103,13 @@ class InProcess:
     """
 
     def __init__(self, args: StepPOConfig, accelerator: Accelerator, policy: Network, model: Any) -> None:
-        with policy.whole(), accelerator.autocast():  # what the model makes of a cache is tried out
+        with policy.whole():  # what the model makes of a cache is tried out
             self.sampler = LocalSampler(
                 plain_model(model),
                 cache_tokens=args.rollout_cache_tokens,
                 allow_uncached=args.allow_uncached_sampling,
+                numerics=numerics_of(accelerator),
             )
-        self._accelerator = accelerator
         self._policy = policy
 
     @contextmanager
@@ -119,12 +120,12 @@ class InProcess:
     @contextmanager
     def sampling(self) -> Iterator[None]:
         self.sampler.reset_cache()  # of other weights
-        # The numerics of the policy's forward passes in training.
         try:
-            with self._policy.whole(), self._accelerator.autocast():
+            with self._policy.whole():
                 yield
         finally:
             self.sampler.reset_cache()
+            give_back_memory(self.sampler.numerics.device)
 
     def take_weights(self, version: int) -> None:
         self.sampler.policy_version = version
@@ -185,16 +186,29 @@ class InWorker(_Beside):
 
     def __init__(self, args: StepPOConfig, accelerator: Accelerator, model: Any, twin: Any) -> None:
         self._model = plain_model(model)
-        device = accelerator.device
+        device, numerics = accelerator.device, numerics_of(accelerator)
+        self._device, self._is_alone = device, args.max_staleness == 0
+        dtype = engine_dtype(accelerator)
+        if dtype is not None:  # the engine's layers have weights of this type, and compute all of it in that
+            cast_parameters(twin, dtype)
         self.sampler = WorkerSampler(
             twin,
             trained=[name for name, _ in self._trained()],
             device=None if device.type == "cpu" else device,
             cache_tokens=args.rollout_cache_tokens,
             allow_uncached=args.allow_uncached_sampling,
-            autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision),
-            is_paced=args.max_staleness == 0,
+            autocast=numerics.autocast,
+            is_paced=self._is_alone,
         )
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        give_back_memory(self._device)  # to the process, which may be on the same GPU
+        try:
+            yield
+        finally:
+            if self._is_alone:  # it samples nothing while the policy is updated
+                self.sampler.reset_cache()
 
     def take_weights(self, version: int) -> None:
         self.sampler.update_weights(whole_parameters(self._trained()), version)

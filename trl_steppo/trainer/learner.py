@@ -29,7 +29,7 @@ from ..types import Episode
 from .credit import Credit
 from .exchange import Lesson, Rollout, Scores, Steps, lesson_of_all_ranks, own_lesson
 from .metrics import Clock, Means
-from .networks import Network, end_update
+from .networks import Network, end_update, numerics_of
 from .steppo_config import StepPOConfig
 
 
@@ -70,6 +70,7 @@ class Learner:
     ) -> None:
         self.args = args
         self.accelerator = accelerator
+        self.numerics = numerics_of(accelerator)
         self.policy = policy
         self.critic = critic
         self.reference = reference
@@ -368,7 +369,7 @@ class Learner:
     def _forward(self, module: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
         assert module is not None
         # The reference is not prepared by accelerate: it has to see the numerics of the networks that are.
-        with self.clock.measure("model_s"), self.accelerator.autocast():
+        with self.clock.measure("model_s"), self.numerics.forward_pass():
             return module(*args, **kwargs)
 
     @contextmanager

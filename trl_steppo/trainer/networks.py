@@ -20,8 +20,13 @@ from transformers import Trainer
 from ..compat import decoder_layers
 from ..errors import CheckpointError, ConfigurationError
 from ..models import gathered, is_sharded, shard_like, take_shards, whole_tensor
+from ..numerics import Numerics
 from .checkpoints import SHARDS, load_optimizer_state, load_scheduler_state, reading
 from .steppo_config import StepPOConfig
+
+logger = transformers.utils.logging.get_logger(__name__)
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -225,6 +230,66 @@ def end_update(networks: list[Network]) -> None:
             scheduler.step()
 
 
+def numerics_of(accelerator: Accelerator) -> Numerics:
+    """
+    How all forward passes of a run compute, training's as well as those without a gradient.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Knows the device and the mixed precision, and whether autocast does that or an engine (DeepSpeed).
+    """
+    autocast = None
+    if accelerator.native_amp:
+        autocast = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
+    return Numerics(accelerator.device, autocast)
+
+
+def engine_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """The type that DeepSpeed or FSDP2 gives the weights of layers in mixed precision; `None`: their own."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED and not accelerator.is_fsdp2:
+        return None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """As engines do it: buffers, such as the frequencies of rotary positions, keep their type."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def hold_in_float32(accelerator: Accelerator, network: nn.Module, name: str) -> None:
+    """
+    Hold what is trained in float32 where mixed precision is on. An optimizer's step is often smaller than half the
+    distance between two numbers of bfloat16, and would be rounded away. DeepSpeed keeps float32 copies by itself.
+
+    Without mixed precision, weights in bfloat16 or float16 stay as they are, and a warning names the cure.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Knows the precision.
+        network (`torch.nn.Module`):
+            The model; changed in place.
+        name (`str`):
+            What messages call it.
+    """
+    trained = [p for p in network.parameters() if p.requires_grad and p.dtype in _HALVES]
+    if not trained:
+        return
+    dtype = str(trained[0].dtype).removeprefix("torch.")
+    if accelerator.mixed_precision == "no":
+        logger.warning(
+            f"`{name}` trains weights in {dtype} without mixed precision: steps of the optimizer that are smaller "
+            "than what it can tell apart are lost, and most weights hardly move. Set `bf16=True`, which holds them in "
+            "float32, or load the model with dtype=torch.float32"
+        )
+    elif accelerator.distributed_type != DistributedType.DEEPSPEED:
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+        count = sum(parameter.numel() for parameter in trained)
+        logger.info(f"`{name}`: {count:,} trained weights are held in float32; they were loaded in {dtype}")
+
+
 def build_networks(
     args: StepPOConfig,
     accelerator: Accelerator,
@@ -344,11 +409,9 @@ def build_reference(accelerator: Accelerator, scorer: nn.Module) -> nn.Module:
         engine: nn.Module = prepare_deepspeed(scorer, accelerator)
         scorer.prepare_sharding()  # type: ignore[operator]
         return engine
-    if (
-        accelerator.distributed_type == DistributedType.DEEPSPEED
-    ):  # casts its networks, where accelerate would autocast
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        scorer = scorer.to(dtypes.get(accelerator.mixed_precision, torch.float32))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # It casts its networks, where accelerate would autocast.
+        cast_parameters(scorer, engine_dtype(accelerator) or torch.float32)
     return scorer.to(accelerator.device)
 
 
@@ -367,18 +430,15 @@ def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
 
     Args:
         network (`torch.nn.Module`):
-            A [`PolicyScorer`] or a [`Critic`], on any device; changed in place. In mixed precision what is trained
-            becomes float32, and gradients are summed in it.
+            A [`PolicyScorer`] or a [`Critic`], on any device; changed in place. In mixed precision what is trained is
+            float32 by now ([`hold_in_float32`]), and gradients are summed in it.
         accelerator ([`~accelerate.Accelerator`]):
             Knows the ranks, their device, and the precision.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    if dtype is not None:
-        for parameter in network.parameters():
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    dtype = engine_dtype(accelerator)
     shared: dict[str, Any] = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "reshard_after_forward": True,

@@ -18,6 +18,7 @@ from ..environments.tools import check_reset, make_playable
 from ..errors import ConfigurationError, DataError
 from ..inference.base import Sampler, SamplingParams
 from ..models import score_sequences
+from ..numerics import Numerics
 from ..rollout import (
     Agent,
     EpisodeLimits,
@@ -66,6 +67,8 @@ class EpisodePlayer:
             Score finished episodes, as in `GRPOTrainer`.
         reward_model (`torch.nn.Module`, *optional*):
             A sequence classifier with one label that scores the last prompt and response, at the last token.
+        numerics ([`~numerics.Numerics`], *optional*):
+            The precision of the reward model's forward passes; `None`: that of its weights.
         data_collator (`Callable[[list[dict]], dict]`, *optional*):
             Makes `input_ids` of rows, as `PPOTrainer`'s.
         example_row (`dict`, *optional*):
@@ -95,6 +98,7 @@ class EpisodePlayer:
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: Sequence[RewardFunc] | None = None,
         reward_model: nn.Module | None = None,
+        numerics: Numerics | None = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         example_row: Mapping[str, Any] | None = None,
         agent: Agent | None = None,
@@ -110,6 +114,7 @@ class EpisodePlayer:
         self.tools = list(tools or ())
         self.reward_funcs = list(reward_funcs or ())
         self.reward_model = reward_model
+        self.numerics = numerics
         self.data_collator = data_collator
         self.agent = agent
         self._model_context = context
@@ -367,7 +372,10 @@ class EpisodePlayer:
             last = [episodes[index].steps[-1] for index in valid]
             sequences = [[*step.prompt_ids, *step.response_ids] for step in last]
             scores = score_sequences(
-                self.reward_model, sequences, batch_size=self.args.local_rollout_forward_batch_size
+                self.reward_model,
+                sequences,
+                batch_size=self.args.local_rollout_forward_batch_size,
+                numerics=self.numerics,
             )
             for index, score in zip(valid, scores, strict=True):
                 episodes[index] = _add_to_last_step(episodes[index], score)

@@ -163,8 +163,8 @@ class StepPOConfig(PPOConfig):
             `vllm_weights` in `output_dir`.
         vllm_weight_transfer (`str`, *optional*, defaults to `"files"`):
             How new weights get to the servers: `"files"`, which they read, or `"nccl"`, from rank 0's GPU to theirs,
-            by the transfer that vLLM brings: it has to be installed where the trainer runs, too, and servers are
-            started with `--weight-transfer-config '{"backend": "nccl"}'`.
+            which must be others, by the transfer that vLLM brings: it has to be installed where the trainer runs,
+            too, and servers are started with `--weight-transfer-config '{"backend": "nccl"}'`.
 
     > [!NOTE]
     > `use_cpu` is also on where accelerate's launcher says so, or started ranks on a machine whose GPUs, if it has

@@ -36,6 +36,7 @@ from ..models import (
     AdapterReference,
     Critic,
     PolicyScorer,
+    adapter_changes_model,
     add_adapter,
     agrees_on_tries,
     as_reference,
@@ -44,6 +45,7 @@ from ..models import (
     critic_adapter,
     disable_dropout,
     end_token_ids,
+    freeze_copy,
     gathered,
     is_peft_model,
     plain_model,
@@ -86,7 +88,15 @@ from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
 from .learner import Learner, modes_kept
 from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
-from .networks import DeepSpeedNetwork, Network, build_networks, build_reference, find_fsdp, innermost
+from .networks import (
+    DeepSpeedNetwork,
+    Network,
+    build_networks,
+    build_reference,
+    find_fsdp,
+    hold_in_float32,
+    innermost,
+)
 from .player import EpisodePlayer
 from .ppo import PPOConfig, PPOTrainer
 from .ranks import gather_objects
@@ -114,8 +124,9 @@ class StepPOTrainer(PPOTrainer):
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, a causal language model.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            The reference of the KL terms. If `None` and a KL coefficient is not 0, a copy of the policy; of a policy
-            with adapters, the adapter `ref_adapter_name`, or its base model.
+            The reference of the KL terms. If `None` and a KL coefficient is not 0, the policy as it is given: a copy
+            of it, or for a policy with adapters its base model where the adapter is new, and a frozen copy of the
+            adapter where it was trained before. `ref_adapter_name` names another adapter.
         reward_model ([`~transformers.PreTrainedModel`], *optional*):
             A sequence classifier with one label that scores the last prompt and response of an episode. `None` when
             the environment or `reward_funcs` pay the reward.
@@ -167,6 +178,9 @@ class StepPOTrainer(PPOTrainer):
     trainer.train()
     ```
     """
+
+    _reference_adapter: str | None  # which of the policy's adapters the reference is
+    _copied_adapter: str | None  # the one that was made for it
 
     _tag_names = ["trl", "ppo", "steppo"]  # noqa: RUF012  (as declared by the base class)
     _name = "StepPO"
@@ -261,6 +275,7 @@ class StepPOTrainer(PPOTrainer):
             tools=tools,
             reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
             reward_model=plain_model(_frozen(reward_model, self.accelerator.device)),
+            numerics=self.learner.numerics,
             data_collator=data_collator,
             example_row=self.rows.example,
             agent=agent,
@@ -278,7 +293,7 @@ class StepPOTrainer(PPOTrainer):
             reward_model=reward_model,
             agent=agent,
         )
-        self.progress = Progress()
+        self.progress = Progress(reference_adapter=self._copied_adapter)
         self._saved_step: int | None = None  # update of the newest checkpoint that holds this run
         self._first_failure: str | None = None  # of the run's updates that moved nothing
         self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
@@ -331,6 +346,7 @@ class StepPOTrainer(PPOTrainer):
     def _train(self) -> None:
         """All updates that are left, and all that is around them."""
         with (
+            self.learner.numerics.between_passes(),
             self.player.running(resumed_at=None if self._resumed_from is None else self.state.global_step),
             closing(self.ahead),  # when the sampler is closed, which ends what is still being played
             self.engine.running(self.state.global_step),
@@ -571,7 +587,7 @@ class StepPOTrainer(PPOTrainer):
     def _scoring(self) -> Iterator[None]:
         """Around the reward model's forward passes; all ranks come by."""
         reward_model = self.player.reward_model
-        with gathered(reward_model.parameters() if reward_model is not None else ()), self.accelerator.autocast():
+        with gathered(reward_model.parameters() if reward_model is not None else ()):
             yield
 
     def get_train_dataloader(self) -> Any:
@@ -592,7 +608,7 @@ class StepPOTrainer(PPOTrainer):
     def null_ref_context(self) -> Iterator[None]:
         """Within the block, a policy with adapters is the reference, as in `PPOTrainer`; another is left as it is."""
         with (
-            as_reference(self.model, self.policy_adapter, self.args.ref_adapter_name)
+            as_reference(self.model, self.policy_adapter, self._reference_adapter)
             if self.policy_adapter is not None
             else nullcontext()
         ):
@@ -704,6 +720,7 @@ class StepPOTrainer(PPOTrainer):
         with reading(directory, "scaler.pt"):
             self._load_scaler(str(directory))
         self.progress = manifest.progress
+        self._resume_reference(directory, self.progress.reference_adapter)
         with reading(directory, "trainer_state.json"):
             self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
             self._load_callback_state()
@@ -722,6 +739,23 @@ class StepPOTrainer(PPOTrainer):
             load_weights(self.model, directory)
             if self.value_model is not None:
                 load_weights(self.value_model, directory / "critic")
+
+    def _resume_reference(self, directory: Path, saved: str | None) -> None:
+        """The reference that the run had where it was chosen by default, whatever adapter `model` was given with."""
+        reference = self.learner.reference
+        if not isinstance(reference, AdapterReference) or self.args.ref_adapter_name is not None:
+            return
+        if saved is not None and self._reference_adapter is None:
+            raise CheckpointError(
+                f"the reference of the run in {directory} is the adapter that it began with, and `model` has a new "
+                "one; load that adapter, or the one in the checkpoint, as `PeftModel.from_pretrained(base, directory, "
+                "is_trainable=True)`"
+            )
+        if saved is None:
+            self._reference_adapter = reference.reference_adapter = None
+        elif not self.is_deepspeed_enabled:  # whose shards hold it, too
+            load_weights(self.model, directory, adapter=saved, into=self._copied_adapter)
+        self.progress.reference_adapter = self._reference_adapter  # by its name in this run
 
     def _load_best_model(self) -> None:
         """The networks of the checkpoint with the best metric."""
@@ -748,12 +782,17 @@ class StepPOTrainer(PPOTrainer):
         """What a checkpoint's run must have in common with this one."""
         networks = {"policy": self.model, "critic": self.value_model}
         return {
-            "networks": {name: shapes(model) for name, model in networks.items() if model is not None},
+            "networks": {name: self._shapes(model) for name, model in networks.items() if model is not None},
             "train_dataset rows": self.rows.num_rows,
             "seed of the data": self.rows.seed,
             "optimizer": type(innermost(self.optimizer)).__name__,
             "ranks of the shards": self.accelerator.num_processes if self.is_deepspeed_enabled else None,
         }
+
+    def _shapes(self, model: Any) -> dict[str, list[int]]:
+        """Of a network's parameters, without those of a reference that was copied."""
+        copied = self._copied_adapter
+        return {name: shape for name, shape in shapes(model).items() if copied not in name.split(".")}
 
     # -- construction -------------------------------------------------------------------------------------------------
 
@@ -789,12 +828,23 @@ class StepPOTrainer(PPOTrainer):
         self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None  # type: ignore[assignment]
         self.value_model: Any = None
         needs_copy = args.uses_reference and ref_model is None and self.policy_adapter is None
+        self._reference_adapter = args.ref_adapter_name
+        self._copied_adapter = None
+        hold = partial(hold_in_float32, self.accelerator)
         with gathered(model.parameters()):
+            if not self.accelerator.is_fsdp2:
+                hold(model, "model")  # before it is copied: copies compute as it does
+            if args.uses_reference and ref_model is None and self.policy_adapter is not None:
+                self._reference_adapter = self._choose_reference(model, self.policy_adapter)
             if args.uses_critic:
                 self.value_model = value_model if value_model is not None else self._build_critic(model)
             if needs_copy:
                 ref_model = copy.deepcopy(model)
             twin = copy.deepcopy(plain_model(model)).cpu() if args.samples_in_worker else None
+            if self.accelerator.is_fsdp2:
+                hold(model, "model")  # all compute in the type that FSDP2 gives their layers
+        if args.uses_critic:
+            hold(self.value_model, "value_model")
         if args.uses_critic:
             check_trainable(self.value_model, "value_model")
             check_apart(model, self.value_model)
@@ -811,7 +861,7 @@ class StepPOTrainer(PPOTrainer):
         reference: nn.Module | None = None
         if args.uses_reference and ref_model is None:
             assert self.policy_adapter is not None
-            reference = AdapterReference(scorer, model, self.policy_adapter, args.ref_adapter_name)
+            reference = AdapterReference(scorer, model, self.policy_adapter, self._reference_adapter)
         elif args.uses_reference:
             self.ref_model = _frozen(ref_model)
             reference = build_reference(self.accelerator, PolicyScorer(plain_model(self.ref_model)))
@@ -844,6 +894,18 @@ class StepPOTrainer(PPOTrainer):
             self.engine = InWorker(args, self.accelerator, model, twin)
         else:
             self.engine = InProcess(args, self.accelerator, policy, model)
+
+    def _choose_reference(self, model: Any, policy_adapter: str) -> str | None:
+        """The adapter that is the reference; `None`: the base model without any, as for an adapter that is new."""
+        if self.args.ref_adapter_name is not None or not adapter_changes_model(model):
+            return self.args.ref_adapter_name
+        name = self._copied_adapter = freeze_copy(model, policy_adapter)
+        logger.warning(
+            f"the adapter {policy_adapter!r} of `model` was trained before, so a frozen copy of it, {name!r}, is the "
+            "reference of the KL terms; for the base model as the reference, add a new adapter and set "
+            "`ref_adapter_name` to its name"
+        )
+        return name
 
     def _layout(self, models: Sequence[Any]) -> LayoutName:
         """The layout of rows that saves the most and that all networks can take."""

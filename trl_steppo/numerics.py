@@ -1,0 +1,186 @@
+"""The precision and the device of forward passes: one place that enters both, in any thread or process.
+
+Autocast and the current CUDA device belong to a thread, so code that runs a model in another thread, or in another
+process, does not inherit them. Autocast also keeps the low-precision copies of trained weights until its outermost
+context ends; a context that stays open while weights change goes on using the old ones. Therefore every forward pass
+of the package enters [`Numerics.forward_pass`], and nothing else enters autocast.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+_INDEXED = ("cuda", "xpu")  # device types with a current device
+
+# Switches of a process that decide how torch multiplies. Newer versions of torch name the first ones; the `allow_tf32`
+# switches are their names before.
+_SWITCHES = (
+    "backends.fp32_precision",
+    "backends.cuda.matmul.fp32_precision",
+    "backends.cudnn.conv.fp32_precision",
+    "backends.mkldnn.matmul.fp32_precision",
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
+)
+_SWITCHES_BEFORE = ("backends.cuda.matmul.allow_tf32", "backends.cudnn.allow_tf32")
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """
+    How forward passes compute.
+
+    Args:
+        device (`torch.device`, *optional*, defaults to the CPU):
+            Where the model is.
+        autocast (`torch.dtype`, *optional*):
+            Type of mixed precision; `None`: passes compute in the types of the weights.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    autocast: torch.dtype | None = None
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """
+        Around one forward pass, or several with the same weights. It must not be held over an `await`, during which
+        the thread does other work.
+
+        Within, mixed precision is what it should be even if the thread has an autocast context of its own, and casts
+        of weights that were made earlier are forgotten.
+        """
+        device_type = self.device.type
+        with ExitStack() as stack:
+            if device_type in _INDEXED and self.device.index is not None:
+                stack.enter_context(getattr(torch, device_type).device(self.device))
+            if self.autocast is not None or torch.is_autocast_enabled(device_type):
+                # An outer context of the user's may be open for the whole run.
+                torch.clear_autocast_cache()
+                stack.callback(torch.clear_autocast_cache)
+                stack.enter_context(
+                    torch.autocast(device_type, dtype=self.autocast, enabled=self.autocast is not None)
+                )
+            yield
+
+    @contextmanager
+    def between_passes(self) -> Iterator[None]:
+        """Around what a run computes beside forward passes (losses, backward passes): without mixed precision."""
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+            return
+        yield
+
+
+class CastWeights:
+    """
+    Low-precision copies of a model's linear weights, made once and used in many forward passes.
+
+    Autocast casts every float32 weight anew in each context. A sampler forwards a few tokens a pass, so that casting
+    would cost more than the products. Results are the same bit for bit, since autocast would cast the same weights to
+    the same type. Weights of other modules are left to autocast.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model; it is not changed.
+        dtype (`torch.dtype`):
+            The type to cast to.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        copies: dict[int, torch.Tensor] = {}  # by the parameter: two modules may share one
+        self._swaps: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        for module in model.modules():
+            if type(module) is not nn.Linear or "forward" in vars(module):  # hooks may load its weights in its forward
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dtype == torch.float32:
+                    if id(parameter) not in copies:
+                        copies[id(parameter)] = parameter.detach().to(dtype)
+                    self._swaps.append((module._parameters, name, copies[id(parameter)]))
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within, the model's linear layers have the copies instead of their weights."""
+        own = [parameters[name] for parameters, name, _ in self._swaps]
+        try:
+            for parameters, name, copy in self._swaps:
+                parameters[name] = copy
+            yield
+        finally:
+            for (parameters, name, _), parameter in zip(self._swaps, own, strict=True):
+                parameters[name] = parameter
+
+
+@dataclass(frozen=True)
+class ProcessNumerics:
+    """
+    What decides a process's numerics beside its models: to be read in the process that trains, and applied in one that
+    samples for it.
+
+    Args:
+        default_dtype (`torch.dtype`):
+            Type of new tensors.
+        num_threads (`int`):
+            Threads of one operation on a CPU.
+        switches (`tuple[tuple[str, Any], ...]`):
+            Names of torch's switches for the precision of products, and their values.
+    """
+
+    default_dtype: torch.dtype
+    num_threads: int
+    switches: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of_this_process(cls) -> ProcessNumerics:
+        """As they are now."""
+        found = _read(_SWITCHES)
+        if not any(name.endswith("fp32_precision") for name, _ in found):
+            found += _read(_SWITCHES_BEFORE)
+        return cls(
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            tuple(found),
+        )
+
+    def apply(self) -> None:
+        """Have this process compute in the same way."""
+        torch.set_default_dtype(self.default_dtype)
+        torch.set_num_threads(self.num_threads)
+        for name, value in self.switches:
+            if _read((name,)) != [(name, value)]:
+                owner, _, attribute = name.rpartition(".")
+                setattr(operator.attrgetter(owner)(torch), attribute, value)
+
+
+def _read(names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """The switches that this version of torch has, and that are set in a way that it can tell."""
+    found: list[tuple[str, Any]] = []
+    for name in names:
+        with suppress(AttributeError, RuntimeError):
+            found.append((name, operator.attrgetter(name)(torch)))
+    return found
+
+
+def use_device(device: torch.device) -> None:
+    """Make a device the current one of this thread; without it, a new process takes memory of the first GPU."""
+    if device.type in _INDEXED and device.index is not None:
+        getattr(torch, device.type).set_device(device)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """
+    Give memory that this process holds and does not use back to the device. Sampling and training need it in blocks of
+    other sizes, and other processes on the device can have none of it before.
+    """
+    empty_cache = getattr(getattr(torch, device.type, None), "empty_cache", None)
+    if empty_cache is not None:
+        empty_cache()
