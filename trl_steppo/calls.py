@@ -83,7 +83,11 @@ async def call(
 
 
 def call_and_wait(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], run: Callable[[Any], Any]
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    run: Callable[[Any], Any],
+    convert: Callable[[Any], Any] = lambda value: value,
 ) -> Any:
     """
     Call a function that someone else wrote in this thread, without a time limit.
@@ -93,20 +97,32 @@ def call_and_wait(
             What is called, and with what.
         run (`Callable[[Coroutine], Any]`):
             Runs a coroutine to its end, for functions that are async.
+        convert (`Callable`, *optional*):
+            Called with the result; see [`call`].
     """
     with noticing_interruptions(), keeping_thread_state():
-        try:
-            result = _taken(function(*args, **kwargs), lambda value: value)
-        except Exception:
-            raise
-        except BaseException as error:
-            raise_interruption(error)
-            raise as_error(error) from error
-        finally:
-            raise_interruption()
+        with containing():
+            result = _taken(function(*args, **kwargs), convert)
         if not _is_async(result):
             return result
-        return run(within(_contained(lambda: result, lambda value: value), None, "it"))
+        return run(within(_contained(lambda: result, convert), None, "it"))
+
+
+@contextmanager
+def containing() -> Iterator[None]:
+    """
+    Within the block, code of others may run in this thread without a time limit, such as a value's `__deepcopy__`.
+    What would end more than the call becomes a `RuntimeError`.
+    """
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        raise_interruption(error)
+        raise as_error(error) from error
+    finally:
+        raise_interruption()
 
 
 async def _contained(begin: Callable[[], Any], convert: Callable[[Any], Any]) -> Any:
@@ -238,7 +254,8 @@ def as_text(value: Any) -> str:
 def error_text(error: BaseException) -> str:
     """An exception's message, even if it fails to give one."""
     try:
-        return str(error)
+        with containing():
+            return str(error)
     except Exception:
         return "(its message cannot be read)"
 
@@ -341,6 +358,13 @@ def raise_interruption(error: BaseException | None = None) -> None:
         return
     if error is None or error is _interruption:
         raise _interruption
+
+
+def forget_interruption() -> None:
+    """What a signal's handler raised in this thread is on its way to the caller: what ends meanwhile may clean up."""
+    global _interruption
+    if threading.current_thread() is threading.main_thread():
+        _interruption = None
 
 
 @contextmanager

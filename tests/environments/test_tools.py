@@ -1,4 +1,5 @@
 import asyncio
+import sys
 import threading
 
 import pytest
@@ -124,6 +125,32 @@ def test_calls_beyond_the_limit_are_answered_and_not_run():
         *["Error: not run: a response may make 2 tool calls"] * 2,
     ]
     assert outcome.metrics == {"tool_calls": 4, **dict.fromkeys(MISTAKES, 0), "refused_tool_calls": 2}
+
+
+def test_malformed_calls_beyond_the_limit_are_counted_and_not_answered():
+    response = Response("", {"role": "assistant", "content": ""}, ("it is cut",) * 5)
+    (outcome,), _ = play(make_playable(Notebook(), max_tool_calls=2), response)
+    assert [message["content"] for message in outcome.observation] == ["Error: malformed tool call: it is cut"] * 2
+    assert outcome.metrics["malformed_tool_calls"] == 5
+    (outcome,), _ = play(make_playable(Notebook(), max_tool_calls=None), response)
+    assert len(outcome.observation) == 5
+
+
+def test_a_state_key_is_copied_where_the_environment_runs():
+    class Key:
+        def __deepcopy__(self, memo):
+            threads.add(threading.get_ident())
+            sys.exit(0)
+
+    class Keyed(Notebook):
+        def state_key(self):
+            return Key()
+
+    threads = set()
+    with pytest.raises(RuntimeError, match="SystemExit: 0"):
+        play(make_playable(Keyed()), calling(("write", {"text": "x"})))
+    assert threading.get_ident() not in threads
+    assert len(threads) == 1
 
 
 def test_an_environments_sync_methods_all_run_in_one_thread():

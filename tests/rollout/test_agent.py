@@ -172,6 +172,20 @@ def test_an_agent_that_would_end_the_run_costs_its_own_episode(server, chat):
     assert [episode.valid for episode in episodes] == [False] * len(errors) + [True]
 
 
+def test_a_reward_whose_own_code_would_end_the_run_costs_its_own_episode(server, chat):
+    class Reward:
+        def __float__(self):
+            sys.exit(0)
+
+    def agent(row, *, base_url, api_key):
+        ask(base_url, api_key)
+        return Reward() if row["index"] == 0 else 1.0
+
+    episodes = play(server, chat, agent, rows=2)
+    assert [episode.valid for episode in episodes] == [False, True]
+    assert "SystemExit: 0" in episodes[0].error
+
+
 def test_one_that_hangs_costs_its_own_episode(server, chat):
     release = threading.Event()
 

@@ -1,4 +1,5 @@
 import asyncio
+import signal
 import threading
 import time
 from collections import Counter
@@ -6,6 +7,8 @@ from collections import Counter
 import pytest
 from scripted import END, LookEnvironment, ScriptedSampler, call
 
+from trl_steppo.calls import DaemonThread
+from trl_steppo.calls import call as call_others
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.slots import Slots
 from trl_steppo.errors import RolloutError, SamplerError
@@ -416,3 +419,36 @@ def test_with_a_slow_tool_the_sampler_stops_waiting(chat):
     assert all(episode.terminated for episode in episodes)
     assert episodes[0].metrics["tool_errors"] == 0
     assert len(sampler.batches) > 3
+
+
+def test_what_ctrl_c_interrupts_cleans_up_and_leaves_nothing_behind():
+    """Several async tools are running: each of them, and what waits for it, gets to its `finally`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    cleaned, loops = [], []
+
+    async def tool():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cleaned.append("tool")
+
+    async def episode():
+        try:
+            await call_others(tool, (), {}, thread=DaemonThread("x"), timeout_s=None, what="tool")
+        finally:
+            cleaned.append("episode")
+
+    async def rollout():
+        loops.append(asyncio.get_running_loop())
+        episodes = asyncio.gather(episode(), episode())
+        await asyncio.sleep(0)  # they begin
+        loops[0].call_later(0.01, signal.raise_signal, signal.SIGINT)
+        await episodes
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_coroutine(rollout())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert sorted(cleaned) == ["episode", "episode", "tool", "tool"]
+    assert loops[0].is_closed()

@@ -1,6 +1,7 @@
 import asyncio
 import copy
 import math
+import sys
 
 import pytest
 from scripted import LookEnvironment, ScriptedSampler, call
@@ -206,6 +207,25 @@ def test_rewards_that_are_too_large_together_fail_their_episode(chat, episodes):
     scored = [within_float32(episode) for episode in score_episodes(twice, None, episodes, ROWS, chat=chat)]
     assert scored[0].valid
     assert "add up to 2e+19" in scored[1].error
+
+
+class Leaves:
+    def __float__(self):
+        sys.exit(0)
+
+    def __iter__(self):
+        sys.exit(0)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("rewards", [[1.0, Leaves()], Leaves()], ids=["one", "all"])
+def test_rewards_whose_own_code_would_end_the_run_are_an_error(chat, episodes, rewards, is_async):
+    async def later(prompts, **kwargs):
+        return rewards
+
+    func = later if is_async else lambda prompts, **kwargs: rewards
+    with pytest.raises(RolloutError, match="SystemExit: 0"):
+        score_episodes([func], None, episodes, ROWS, chat=chat)
 
 
 @pytest.mark.parametrize("weight", [float("nan"), 1e300, "1", None])

@@ -6,8 +6,10 @@ import asyncio
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Sequence, Value
+from datasets.table import InMemoryTable
 from tiny import TOKENIZER, VOCABULARY, Hash, id_rows, make_config, make_model, make_trainer, prompt_rows
 from transformers import ProcessorMixin
 
@@ -56,6 +58,17 @@ WRONG: dict[str, tuple[Any, str]] = {
         f"row 6 of `{{name}}` has the token id {VOCABULARY}, which is outside of the vocabulary; the policy has",
     ),
     "a negative id": (lambda: with_one(id_rows(), 6, {"input_ids": [3, -1]}), "row 6 of `{name}` has the token id -1"),
+    "a high id in rows of one length": (
+        lambda: Dataset.from_dict(
+            {"input_ids": [[3, 4], [3, 99_999]] * 8},
+            features=Features({"input_ids": Sequence(Value("int64"), length=2)}),
+        ),
+        "row 1 of `{name}` has the token id 99999",
+    ),
+    "a null behind an empty chunk": (
+        lambda: Dataset(InMemoryTable(pa.table({"prompt": pa.chunked_array([[], ["a", None]], pa.string())}))),
+        "row 1 of `{name}` has no `prompt`",
+    ),
     "Arrow's high id": (
         lambda: Dataset.from_list(with_one(id_rows(), 6, {"input_ids": [3, 99_999]})),
         "row 6 of `{name}` has the token id 99999",

@@ -133,6 +133,23 @@ def test_a_signal_in_the_last_moment_is_not_lost(tmp_path):
     assert trainer.state.global_step == 3
 
 
+class EndsAfterTwo(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == 2
+
+
+@pytest.mark.parametrize("event", ["on_optimizer_step", "on_step_end", "on_prediction_step"])
+def test_what_the_last_update_has_done_is_saved(tmp_path, event):
+    """Also where a callback ends the run, so that nothing else saves that update; the evaluation comes behind it."""
+    settings = {**SAVING, "eval_strategy": "steps", "eval_steps": 100, "eval_dataset": prompt_rows(2)}
+    done = 1 if event == "on_optimizer_step" else 2
+    trainer = make_trainer(tmp_path, **settings, callbacks=[EndsAfterTwo(), SendsAt(event, done)])
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
 def test_the_same_signal_again_ends_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(stopping, "_SAME_S", -1.0)
     seen = []

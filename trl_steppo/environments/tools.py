@@ -66,7 +66,8 @@ def make_playable(
             Time limit of each of the environment's other calls (`reset`, `step`, `get_reward`, ...); `None`:
             `tool_timeout_s`.
         max_tool_calls (`int`, *optional*, defaults to `32`):
-            Most tool calls of one response that are run; those beyond are answered with an error. `None`: all.
+            Most tool calls of one response that are run; those beyond are answered with an error. As many calls that
+            cannot be read are answered. `None`: all.
         slots ([`Slots`], *optional*):
             Bounds how many calls of one tool run at a time; shared by the episodes. Waiting for one's turn does not
             count as the call's time.
@@ -207,7 +208,7 @@ class _EnvironmentCalls:
 
     async def _state_key(self) -> Any:
         # A copy: the step that follows may change a key that is a list of all moves, say.
-        return copy.deepcopy(await self._call("state_key")) if self._defines("state_key") else None
+        return await self._call("state_key", convert=copy.deepcopy) if self._defines("state_key") else None
 
 
 def _text_of_reset(value: Any) -> str | None:
@@ -353,13 +354,14 @@ class ToolPlayable(_EnvironmentCalls):
         counts = Counter(dict.fromkeys(("tool_calls", *MISTAKES), 0))
         counts.update(tool_calls=len(calls), malformed_tool_calls=len(response.malformed))
         calls, malformed = (calls, response.malformed) if self.tools else ([], ())
-        calls, refused = calls[: self._max_tool_calls], calls[len(calls[: self._max_tool_calls]) :]
+        most = len(calls) + len(malformed) if self._max_tool_calls is None else self._max_tool_calls
+        calls, refused = calls[:most], calls[most:]
         counts.update(refused_tool_calls=len(refused))
         answers = await asyncio.gather(*(self._answer(one["name"], one["arguments"], counts) for one in calls))
         observation = [_message(one["name"], answer, one["id"]) for one, answer in zip(calls, answers, strict=True)]
-        too_many = f"Error: not run: a response may make {self._max_tool_calls} tool calls"
+        too_many = f"Error: not run: a response may make {most} tool calls"
         observation += [_message(one["name"], too_many, one["id"]) for one in refused]
-        observation += [_message("error", f"Error: malformed tool call: {reason}") for reason in malformed]
+        observation += [_message("error", f"Error: malformed tool call: {reason}") for reason in malformed[:most]]
         is_done, asks_nothing = await self._is_done(), not observation
         return Outcome(
             observation,

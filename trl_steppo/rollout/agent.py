@@ -276,18 +276,28 @@ class _AgentRollout:
                     return {}
                 return {"error": f"the agent asked for nothing in {patience_s:g} s, and was given up"}
 
-    def _judge(self, session: Session, reward: Any) -> dict[str, Any]:
+    def _judge(self, session: Session, reward: _Reward) -> dict[str, Any]:
+        if isinstance(reward, Exception):
+            return {"error": f"{reward}; a reward is a finite number, or None"}
         if reward is None:
             has_reward = bool(session.notes.rewards) or session.is_over or session.ended_early
             missing = self.needs_reward and not has_reward
             return {"error": "the agent neither returned nor posted a reward"} if missing else {}
-        try:
-            return {"reward": as_number(reward, "what the agent returned")}
-        except (TypeError, ValueError) as error:
-            return {"error": f"{error}; a reward is a finite number, or None"}
+        return {"reward": reward}
 
     async def _at_gateway(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return await asyncio.wrap_future(self.server.submit(coroutine))
+
+
+_Reward = float | TypeError | ValueError | None
+
+
+def _reward(value: Any) -> _Reward:
+    """What an agent gave as its reward, or what is wrong with it. Runs the value's code: `__float__`, `__repr__`."""
+    try:
+        return None if value is None else as_number(value, "what the agent returned")
+    except (TypeError, ValueError) as error:
+        return error
 
 
 class _FunctionRun:
@@ -298,10 +308,10 @@ class _FunctionRun:
         self._thread = DaemonThread("agent")
         self._cancel: Callable[[], None] | None = None
 
-    async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> Any:
-        def run() -> Any:
+    async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> _Reward:
+        def run() -> _Reward:
             result = self._agent(row, base_url=server.base_url, api_key=key)
-            return self._run_async(result) if inspect.isawaitable(result) else result
+            return _reward(self._run_async(result) if inspect.isawaitable(result) else result)
 
         return await self._thread.run(run, None, "the agent")
 
@@ -363,7 +373,7 @@ class _ProcessRun:
         self._process: asyncio.SubprocessTransport | None = None
         self.output = _Output()
 
-    async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> float | None:
+    async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> _Reward:
         environment = {
             **without_launcher(os.environ),
             "OPENAI_BASE_URL": server.base_url,
@@ -390,7 +400,7 @@ class _ProcessRun:
         if code:
             tail = self.output.text(2).replace(key, "[key]")[-_STDERR_SHOWN:].strip()
             raise RuntimeError(f"exit status {code}: {tail}")
-        return _last_number(self.output.text(1))
+        return _reward(_last_number(self.output.text(1)))
 
     async def _read_out(self) -> None:
         """What is still in the pipes, which a child that lives on may keep open."""

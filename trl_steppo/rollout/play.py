@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from ..calls import (
     CallTimeoutError,
     DaemonThread,
+    forget_interruption,
     keeping_thread_state,
     noticing_interruptions,
     raise_interruption,
@@ -303,14 +304,16 @@ def _run_in_new_loop(coroutine: Coroutine[Any, Any, T], stops: list[Callable[[],
                 raise
             raise StopRequestedError("a rollout was broken off, as a stop was requested") from error
         finally:
+            forget_interruption()
             for task in asyncio.all_tasks(loop):
                 task.cancel()
-            # Lets the cancelled ones clean up, and waits for none of them for long.
-            closing = within(loop.shutdown_asyncgens(), _LETS_GO_S, "cleaning up")
-            _run_until_done(loop, loop.create_task(asyncio.sleep(0)))
-            with suppress(CallTimeoutError):
-                _run_until_done(loop, loop.create_task(closing))
-            loop.close()
+            try:  # lets the cancelled ones clean up, and waits for none of them for long
+                _run_until_done(loop, loop.create_task(asyncio.sleep(0)))
+                closing = within(loop.shutdown_asyncgens(), _LETS_GO_S, "cleaning up")
+                with suppress(CallTimeoutError):
+                    _run_until_done(loop, loop.create_task(closing))
+            finally:
+                loop.close()
 
 
 def _run_until_done(

@@ -165,8 +165,11 @@ def _name_of(func: RewardFunc) -> str:
 
 
 def _call(func: RewardFunc, name: str, arguments: Mapping[str, Any], num_episodes: int) -> list[_Reward]:
+    def convert(values: Any) -> list[_Reward]:
+        return [_reward(value, name) for value in values]
+
     try:
-        rewards = [_reward(one, name) for one in call_and_wait(func, (), arguments, run_coroutine)]
+        rewards: list[_Reward] = call_and_wait(func, (), arguments, run_coroutine, convert)
     except Exception as error:
         reason = f"{type(error).__name__}: {error_text(error)}"
         raise RolloutError(f"the reward function `{name}` failed: {reason}") from error

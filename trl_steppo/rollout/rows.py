@@ -7,6 +7,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ..calls import containing
+
 logger = logging.getLogger(__name__)
 
 _shared: set[str] = set()  # what was warned of
@@ -26,7 +28,8 @@ def own(value: Any, name: str) -> Any:
     if isinstance(value, str | int | float | bool | None):
         return value
     try:
-        return copy.deepcopy(value)
+        with containing():
+            return copy.deepcopy(value)
     except Exception as error:
         if name not in _shared:
             _shared.add(name)

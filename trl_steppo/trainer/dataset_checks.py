@@ -79,6 +79,8 @@ def _check_table(dataset: Dataset, name: str, vocabulary_size: int | None) -> No
         return  # which the caller says
     first = 0
     for chunk in _chunks(dataset, column):
+        if len(chunk) == 0:
+            continue
         if chunk.null_count:
             row = first + int(np.flatnonzero(chunk.is_null().to_numpy(zero_copy_only=False))[0])
             raise _none(name, row, column)
@@ -101,7 +103,8 @@ def _chunks(dataset: Dataset, column: str) -> Iterator[pa.Array]:
 
 
 def _check_ids_of_chunk(chunk: Any, name: str, first: int, vocabulary_size: int | None) -> None:
-    if not (pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)):
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(chunk.type) for is_kind in kinds):
         return
     ids = chunk.flatten()
     if not pa.types.is_integer(ids.type) or len(ids) == 0:

@@ -98,8 +98,8 @@ class StepPOConfig(PPOConfig):
             Most seconds of one call of a tool or of an environment's method, and of making an environment. A tool that
             takes longer is reported to the model; an environment that does costs its own episode.
         max_tool_calls (`int`, *optional*, defaults to `32`):
-            Most tool calls of one response that are run; those beyond are answered with an error. Each call of a tool
-            that is not async takes a thread. `None`: all.
+            Most tool calls of one response that are run; those beyond are answered with an error. Of the calls that
+            cannot be read, as many are answered. Each call of a tool that is not async takes a thread. `None`: all.
         max_concurrent_tool_calls (`int`, *optional*, defaults to `256`):
             Most calls of one tool that run at a time, over all episodes of a rank; others wait for their turn, which
             is not part of their `tool_timeout_s`. `None`: as many as come.

@@ -350,8 +350,8 @@ class StepPOTrainer(PPOTrainer):
             self.player.running(resumed_at=None if self._resumed_from is None else self.state.global_step),
             closing(self.ahead),  # when the sampler is closed, which ends what is still being played
             self.engine.running(self.state.global_step),
-            self._running(),
             self._saving_when_stopped(),
+            self._running(),
         ):
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 self._heed_requests_to_stop()
@@ -365,6 +365,7 @@ class StepPOTrainer(PPOTrainer):
                     credit = self._assign_credit(rollout, scores)
                     with self.episode_log.around(self.state.global_step + 1, episodes, rollout, scores, credit):
                         self._learn(rollout, scores, credit)
+            self._heed_requests_to_stop()  # during the last update, too, which nothing else may save
         self._refuse_to_have_learned_nothing()
 
     def _roll_out(self) -> list[Episode]:
@@ -372,15 +373,15 @@ class StepPOTrainer(PPOTrainer):
         update, rank, args = self.state.global_step, self.accelerator.process_index, self.args
         with self.clock.measure("rollout_s"):
             if args.replay_episodes_dir is not None:
-                found = load_episodes(episode_file(args.replay_episodes_dir, update, rank))
+                found = together(partial(load_episodes, episode_file(args.replay_episodes_dir, update, rank)))
                 episodes = [within_float32(episode) for episode in found]
             elif args.max_staleness:
-                self.ahead.begin(update, self.state.max_steps)
+                together(partial(self.ahead.begin, update, self.state.max_steps))
                 episodes = self._judge(*together(partial(self.ahead.take, update)))
             else:
-                episodes = self._judge(*together(self._rollout(update), self._generating()))
+                episodes = self._judge(*together(lambda: self._rollout(update)(), self._generating()))
             if args.dump_episodes_dir is not None:
-                dump_episodes(episode_file(args.dump_episodes_dir, update, rank), episodes)
+                together(partial(dump_episodes, episode_file(args.dump_episodes_dir, update, rank), episodes))
         if self._shows_samples() and self.eval_dataset is None and self.accelerator.is_main_process:
             print_episodes(episodes[:_NUM_SHOWN], self.player.decode, f"episodes sampled in update {update + 1}")
         return episodes
@@ -567,15 +568,13 @@ class StepPOTrainer(PPOTrainer):
             print_episodes(episodes, self.player.decode, "episodes played greedily")
 
     def _play_greedily(self, requests: Sequence[EpisodeRequest], id_prefix: str) -> list[Episode]:
-        requests = self.player.prepare(requests)
-        play = partial(
-            self.player.play,
-            requests,
-            greedy=True,
-            id_prefix=id_prefix,
-            on_episode=lambda: self._event("on_prediction_step"),
-        )
-        return self._judge(requests, together(play, self._generating()))
+        def play() -> tuple[Sequence[EpisodeRequest], list[Episode]]:
+            prepared = self.player.prepare(requests)
+            return prepared, self.player.play(
+                prepared, greedy=True, id_prefix=id_prefix, on_episode=lambda: self._event("on_prediction_step")
+            )
+
+        return self._judge(*together(play, self._generating()))
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
@@ -1019,7 +1018,7 @@ class StepPOTrainer(PPOTrainer):
             yield
         except StopRequestedError:
             update = self.state.global_step
-            words = "it was not saved (`save_strategy`='no')"
+            words = "it was not saved (`save_strategy`='no')" if update else "there is nothing to save"
             if self._saved_step == update:
                 words = f"checkpoint-{update} holds it"
             elif self.args.save_strategy != SaveStrategy.NO and update:

@@ -31,7 +31,7 @@ class HarmonyFormat:
         if opens_thinking:
             at = self._read_text(text, 0, "thought", pieces)
         while at < len(text):
-            header = _HEADER.match(text, at)
+            header = _HEADER.match(text, skip_space(text, at))
             if header is None:
                 pieces.append(self._read_headless(text[at:]))
                 break
@@ -50,7 +50,7 @@ class HarmonyFormat:
     def _read_headless(self, text: str) -> Piece:
         if _RECIPIENT.search(text) and _HEADER_START.match(text):
             return Piece("malformed", text, problem=f"the header of a tool call is cut; {self.form}")
-        return Piece("text", _TURN_END.sub("", text))
+        return Piece("text", _without_turn_end(text))
 
     def _read_text(self, text: str, at: int, kind: Any, pieces: list[Piece]) -> int:
         end = _TEXT_END.search(text, at)
@@ -106,10 +106,10 @@ class MuseFormat:
         return pieces
 
     def _read_headless(self, text: str) -> Piece:
-        to = re.match(r"\s*(?:<\|start\|>assistant)?\s*to=(\S*)\s*\Z", text)
+        to = re.match(r"(?:\s*<\|start\|>assistant)?\s*to=(\S*)\s*\Z", text)
         if to and not any(name.startswith(to[1]) for name in ("self", "user")):
             return Piece("malformed", text, problem=f"the header of a tool call is cut; {self.form}")
-        return Piece("text", _TURN_END.sub("", text))
+        return Piece("text", _without_turn_end(text))
 
     def _read_text(self, text: str, at: int, kind: Any, pieces: list[Piece]) -> int:
         end = _MUSE_END.search(text, at)
@@ -157,16 +157,23 @@ def _read_atem(text: str, at: int, schemas: Schemas) -> tuple[list[dict[str, Any
     return calls, end_of_calls.end()
 
 
-_HEADER_START = re.compile(r"\s*(?:<\|start\|>assistant)?\s*(?:to=|<\|channel\|>)")
+def _without_turn_end(text: str) -> str:
+    end = _TURN_END.search(text)
+    return text if end is None else text[: end.start()].rstrip()
+
+
+# In none of these may two parts share a run of white space between them, or its length counts squared.
+_HEADER_START = re.compile(r"(?:\s*<\|start\|>assistant)?\s*(?:to=|<\|channel\|>)")
+_WORDS = r"[^<\n]*(?:\n\s*(?=<\|constrain\|>))?"
 _HEADER = re.compile(
-    r"\s*(?:<\|start\|>assistant)?(?P<head>"
-    r"(?:\s*to=[^<\n]*)?(?:<\|channel\|>[^<\n]*)?(?:\s*<\|constrain\|>[^<\n]*)?)<\|message\|>"
+    r"(?:<\|start\|>assistant\s*)?(?P<head>"
+    rf"(?:to={_WORDS})?(?:<\|channel\|>{_WORDS})?(?:<\|constrain\|>[^<\n]*)?)<\|message\|>"
 )
 _RECIPIENT = re.compile(r"(?:^|\s|>)to=(?P<to>[^\s<]+)")
 # The end of a message is followed by the next one's start, or by nothing; elsewhere it is part of the text.
 _TEXT_END = re.compile(r"<\|end\|>\s*(?=<\|start\|>|\Z)|<\|(?:return|call)\|>\s*\Z")
-_TURN_END = re.compile(r"\s*<\|(?:end|return|call|eom|eot)\|>\s*\Z")
-_MUSE_HEADER = re.compile(r"\s*(?:<\|start\|>assistant)?(?:\s*to=(?P<to>[^\s<]+))?\s*<\|message\|>")
+_TURN_END = re.compile(r"<\|(?:end|return|call|eom|eot)\|>\s*\Z")
+_MUSE_HEADER = re.compile(r"(?:\s*<\|start\|>assistant)?(?:\s*to=(?P<to>[^\s<]+))?\s*<\|message\|>")
 _MUSE_END = re.compile(r"<\|eom\|>\s*(?=<\|start\|>|\Z)|<\|eot\|>\s*\Z")
 _ATEM_OPEN = re.compile(r"\s*<atem:function_calls>")
 _ATEM_INVOKE = re.compile(r'\s*<atem:invoke name="(?P<name>[^"\n]+)">')

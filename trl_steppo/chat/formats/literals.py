@@ -216,7 +216,9 @@ _GEMMA_CALL = re.compile(r"<\|tool_call>call:")
 _PYTHONIC_CALL = re.compile(r"<\|tool_call_start\|>\[[\w.-]+\(")
 _GEMMA_HEAD = re.compile(r"\s*call:(?P<name>[^{\s]+)\{")
 _GEMMA_TEXT_END = re.compile(r'<\|"\|>(?=\s*[,\]}])')
-_GEMMA_KEY = re.compile(r'\s*(?:<\|"\|>(?P<quoted>.*?)<\|"\|>|(?P<bare>[^:{}\[\],]+?))\s*:', re.DOTALL)
+_GEMMA_KEY = re.compile(
+    r'\s*(?:<\|"\|>(?P<quoted>.*?)<\|"\|>|(?P<bare>[^:{}\[\],\s]+(?:\s+[^:{}\[\],\s]+)*))\s*:', re.DOTALL
+)
 _CALL_HEAD = re.compile(r"\s*(?P<name>[^\W\d][\w.-]*)\(")
 _ARGUMENT = re.compile(r"\s*(?P<key>[^\W\d]\w*)\s*=\s*")
 _TEXT_TAIL = r"(?=\s*(?:,\s*[^\W\d]\w*\s*=|\)\s*(?:,\s*[^\W\d][\w.-]*\(|\]\s*<\|tool_call_end\|>)))"

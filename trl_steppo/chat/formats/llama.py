@@ -24,7 +24,7 @@ class LlamaFormat(TaggedFormat):
 
     framing = frozenset({_TAG})
     opening = re.compile(
-        r'<\|python_tag\|>|^[ \t]*;?[ \t]*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:', re.MULTILINE
+        r'<\|python_tag\|>|^[ \t]*(?:;[ \t]*)?\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:', re.MULTILINE
     )
     form = 'write {"name": <tool name>, "parameters": <object>}'
 
