@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,6 +17,18 @@ VOCABULARY = 64
 
 # Tensors this small gain nothing from threads, and on a busy machine threads that wait for each other cost minutes.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _handlers_of_signals_are_put_back() -> Iterator[None]:
+    """What a test leaves behind would change how later ones, in the same process, are stopped."""
+    watched = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in watched]
+    yield
+    after = [signal.getsignal(number) for number in watched]
+    for number, handler in zip(watched, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before
 
 
 @pytest.fixture(scope="session")

@@ -59,10 +59,13 @@ def failed(episode: Episode) -> Episode:
 
 
 def spoil(update: int, episodes: list[Episode]) -> list[Episode]:
-    """Update 0: all of the second rank's episodes failed. Update 1: a reward is not a number. Update 2: all failed."""
+    """
+    Update 0: all of the second rank's episodes failed. Update 1: a step whose log-probabilities are no numbers, with a
+    reward as large as may be, so that the critic's gradient overflows. Update 2: all failed.
+    """
     if update == 1:
         first = episodes[0]
-        steps = (replace(first.steps[0], reward=float("nan")), *first.steps[1:])
+        steps = (replace(first.steps[0], temperature=1e-42, reward=1.7e19), *first.steps[1:])
         return [replace(first, steps=steps), *episodes[1:]]
     if update == 2:
         return [failed(episode) for episode in episodes]
