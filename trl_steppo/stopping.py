@@ -11,11 +11,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from .errors import StepPOError
 
 _DEFAULTS: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 # A launcher passes on what the terminal or the scheduler has sent to its processes already; that is no second request.
 _SAME_S = 2.0
+_LOOKS_S = 0.5  # between two looks at the launcher
 
 
 class StopRequestedError(StepPOError):
@@ -45,6 +48,8 @@ def listening() -> Iterator[None]:
     A block that raised [`StopRequestedError`], or ended although a stop was requested, becomes what ends this process:
     after SIGTERM a `SystemExit` with the status 143 (128 + 15), after SIGINT a `KeyboardInterrupt`.
 
+    `accelerate launch` does not pass signals on to a single process, so the end of that launcher counts as SIGTERM.
+
     A signal for which someone else has installed a handler is left to that handler. Outside the main thread, Python
     cannot handle signals, and nothing changes.
     """
@@ -54,17 +59,38 @@ def listening() -> Iterator[None]:
     replaced = {number: usual for number, usual in _DEFAULTS.items() if signal.getsignal(number) == usual}
     for number in replaced:
         signal.signal(number, _handle)
+    is_over = threading.Event()
+    if signal.SIGTERM in replaced and _is_accelerate_launch(os.getppid()):
+        watch = threading.Thread(target=_watch_launcher, args=(os.getppid(), is_over), name="launcher", daemon=True)
+        watch.start()
     try:
         yield
     except StopRequestedError as error:
         raise _end(_request.signal) from error
     finally:
+        is_over.set()
         requested, _request.signal = _request.signal, None
         for number, usual in replaced.items():
             if signal.getsignal(number) == _handle:  # a callback may have installed its own meanwhile
                 signal.signal(number, usual)
     if requested is not None:
         raise _end(requested)
+
+
+def _is_accelerate_launch(pid: int) -> bool:
+    try:
+        words = psutil.Process(pid).cmdline()
+    except psutil.Error:  # it has ended, or may not be looked at
+        return False
+    return any("accelerate" in word for word in words[:3]) and any(word.endswith("launch") for word in words[:4])
+
+
+def _watch_launcher(pid: int, is_over: threading.Event) -> None:
+    while not is_over.wait(_LOOKS_S):
+        if os.getppid() != pid:  # whose parent ends gets another one
+            if not is_requested():  # a second request would end the run at once
+                os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def _end(requested: signal.Signals | None) -> BaseException:

@@ -672,3 +672,17 @@ def test_a_flood_of_calls_starts_a_few_threads():
     assert len(alive) == MAX_TOOL_CALLS == 32
     assert max(alive) <= before + MAX_TOOL_CALLS
     assert outcome.metrics["refused_tool_calls"] == 1200 - MAX_TOOL_CALLS
+
+
+def test_looking_a_method_up_is_the_environments_own_code():
+    class Leaves:
+        def reset(self, **row):
+            return None
+
+        def __getattr__(self, name):
+            if name == "get_reward":
+                raise SystemExit(0)
+            raise AttributeError(name)
+
+    with pytest.raises(RuntimeError, match="SystemExit: 0"):
+        asyncio.run(make_playable(Leaves(), [double]).get_reward())

@@ -547,3 +547,11 @@ def test_a_rank_that_cannot_write_waits_only_for_ranks_that_come(tmp_path, write
         raise OSError("no space left")
     assert heard == ([None] if writes_together else [None, "no space left"])
     assert not directory.exists()
+
+
+def test_a_new_run_beside_old_checkpoints_is_warned(tmp_path, caplog):
+    make_trainer(tmp_path, **SAVING).train()
+    assert "of an earlier run" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, **SAVING).train()
+    assert "checkpoint-3 is of an earlier run" in caplog.text

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -204,3 +207,32 @@ def test_ranks_that_got_no_signal_hear_of_it():
     with pytest.raises(SystemExit) as ended, stopping.listening():
         raise error
     assert ended.value.code == 143
+
+
+LISTENS = """
+import sys, time
+from trl_steppo.stopping import is_requested, listening
+with listening():
+    print("listens", flush=True)
+    while not is_requested():
+        time.sleep(0.05)
+    open(sys.argv[1], "w").close()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_stops_with_its_launcher(tmp_path, number):
+    """`accelerate launch` ends without a word to the one process that it has started."""
+    script, stopped = tmp_path / "listens.py", tmp_path / "stopped"
+    script.write_text(LISTENS)
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([*words, script, stopped], stdout=subprocess.PIPE, env=environment, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert any("listens" in line for line in iter(launcher.stdout.readline, ""))
+        launcher.send_signal(number)
+        launcher.wait(60)
+        deadline = time.monotonic() + 60
+        while not stopped.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert stopped.exists()

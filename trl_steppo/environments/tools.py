@@ -18,7 +18,17 @@ from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
-from ..calls import CallTimeoutError, DaemonThread, as_text, call, drained, error_text, is_lazy, why_unbindable
+from ..calls import (
+    CallTimeoutError,
+    DaemonThread,
+    as_text,
+    call,
+    containing,
+    drained,
+    error_text,
+    is_lazy,
+    why_unbindable,
+)
 from ..errors import ConfigurationError
 from ..finite import as_number, not_finite_in, shown
 from ..types import writable
@@ -154,7 +164,8 @@ class _EnvironmentCalls:
         Call the environment's method `name`. Keywords come as a mapping: a dataset's columns may have any name.
         `convert` checks the result where the method ran.
         """
-        method = getattr(self._environment, name)
+        with containing():  # a `__getattr__` is code of the environment's, too
+            method = getattr(self._environment, name)
         what = f"{name}()"
         return await call(
             method, args, kwargs or {}, thread=self._thread, timeout_s=self._timeout_s, what=what, convert=convert
@@ -163,7 +174,8 @@ class _EnvironmentCalls:
     def _defines(self, name: str) -> bool:
         # Not of a property: that would run the environment's code here, outside of any limit.
         static = inspect.getattr_static(self._environment, name, None)
-        return not isinstance(static, _COMPUTED) and callable(getattr(self._environment, name, None))
+        with containing():
+            return not isinstance(static, _COMPUTED) and callable(getattr(self._environment, name, None))
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
         """Start an episode. Raises what the environment raises."""

@@ -168,6 +168,11 @@ def rotate(output_dir: Path, limit: int | None, *, keep: set[str]) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The whole checkpoint of the latest update that a directory holds."""
+    return max(_checkpoints(output_dir), key=_step, default=None)
+
+
 def _checkpoints(output_dir: Path) -> list[Path]:
     """Whole ones: another name is that of one which is being written, or deleted."""
     found = (path for path in output_dir.glob("checkpoint-*") if path.is_dir())
@@ -259,11 +264,11 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool) -> Pat
         if not directory.is_dir():
             raise CheckpointError(f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is no directory")
         return directory
-    newest = max(_checkpoints(output_dir), key=_step, default=None)
+    newest = newest_checkpoint(output_dir)
     if newest is None:
         raise CheckpointError(
             f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but {output_dir} holds no checkpoint; leave it "
-            "out to start a new run"
+            "out to start a new run, and set `save_strategy` and `save_steps` to have checkpoints"
         )
     return newest
 

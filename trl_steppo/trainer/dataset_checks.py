@@ -55,16 +55,19 @@ def check_eval_dataset(dataset: Any, *, vocabulary_size: int | None, is_for_agen
 
 
 def _check_kind(dataset: Any, name: str) -> None:
+    if isinstance(dataset, str):
+        raise DataError(f"`{name}` is the text {dataset!r:.100}, not rows; pass `datasets.load_dataset(...)` of it")
     if isinstance(dataset, Mapping):
         raise DataError(
-            f"`{name}` is a {type(dataset).__name__} with {list(dataset)}, not rows; pass one of its splits, or "
+            f"`{name}` is of type {type(dataset).__name__} with {list(dataset)}, not rows; pass one of its splits, or "
             "`Dataset.from_dict(...)` of columns"
         )
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise DataError(
-            f"`{name}` is a {type(dataset).__name__}, which has no length and no row by its index; rows are shuffled "
-            "over the whole dataset, and a run goes on from a checkpoint by their index. Pass a `datasets.Dataset` "
-            "(`Dataset.from_generator(...)`, or `load_dataset(...)` without `streaming`), or a list of rows"
+            f"`{name}` is of type {type(dataset).__name__}, which has no length and no row by its index; rows are "
+            "shuffled over the whole dataset, and a run goes on from a checkpoint by their index. Pass a "
+            "`datasets.Dataset` (`Dataset.from_generator(...)`, or `load_dataset(...)` without `streaming`), or a "
+            "list of rows"
         )
 
 

@@ -321,6 +321,8 @@ class EpisodePlayer:
                 self._server = None
 
     def _check_agent(self) -> None:
+        from ..gateway import GatewayServer  # noqa: F401  (told now if its packages are missing)
+
         check_agent(self.agent)
         for name in ("environment_factory", "tools", "data_collator"):
             if getattr(self, name):

@@ -62,6 +62,7 @@ from .checkpoints import (
     check_whole,
     find_checkpoint,
     load_weights,
+    newest_checkpoint,
     read_manifest,
     reading,
     rotate,
@@ -813,7 +814,8 @@ class StepPOTrainer(PPOTrainer):
         if args.critic_warmup_updates >= args.num_total_batches and args.critic_warmup_updates > 0:
             raise ConfigurationError(
                 f"`critic_warmup_updates`={args.critic_warmup_updates} leaves none of the {args.num_total_batches} "
-                "updates to the policy; lower it, or raise `total_episodes`"
+                f"updates to the policy: `total_episodes`={args.total_episodes} at {args.batch_size} episodes an "
+                "update; lower it, or raise `total_episodes`"
             )
 
     def _build_learner(
@@ -949,6 +951,12 @@ class StepPOTrainer(PPOTrainer):
         self._steps_taken, self._steps_skipped = self.learner.steps_taken, self.learner.steps_skipped
         if resume_from_checkpoint is not None:
             self._resume(resume_from_checkpoint)
+        elif self.accelerator.is_main_process and (old := newest_checkpoint(Path(str(args.output_dir)))) is not None:
+            logger.warning(
+                "%s is of an earlier run, and this one writes its own checkpoints beside it; set another "
+                "`output_dir`, or go on from it with `resume_from_checkpoint=True`",
+                old,
+            )
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = math.ceil(args.num_train_epochs)
         self.state.train_batch_size = args.per_device_train_batch_size
