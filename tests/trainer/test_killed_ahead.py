@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ def test_kill_9_at_random_moments(tmp_path, engine, num_kills, num_updates):
         timeout=290,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    kills = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("killed")]
+    # Several processes write to this, so that a line of one may begin in a line of another.
+    kills = [(int(which), int(update)) for which, update in re.findall(r"killed (\d+) (\d+)", done.stdout)]
     print("(trainer or sampler, updates done):", kills)
     assert len(kills) == num_kills
     assert 0 < kills[0][1] <= kills[-1][1] < num_updates
