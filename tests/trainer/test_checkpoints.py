@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,8 @@ def test_kill_9_at_random_moments(tmp_path, num_kills, num_updates):
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    kills = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("killed")]
+    # Several processes write to this, so that a line of one may begin in a line of another.
+    kills = [tuple(map(int, found)) for found in re.findall(r"killed (\d+) (\d+) (\d+)", done.stdout)]
     assert len(kills) == num_kills
     print("(phase, update of the newest checkpoint, whether a half-written one is left):", kills)
     newest = [update for _, update, _ in kills]
