@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .base import Message, Schemas, TaggedFormat, ThoughtTags, tool_call
-from .values import UnreadableError, check_value, find_end, read_json, skip_space
+from .values import MOST_LEVELS, UnreadableError, check_value, find_end, read_json, skip_space
 
-_MOST_LEVELS = 64
 _CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 _WORD = re.compile(r"[\w.+-]+")
 
@@ -27,7 +27,7 @@ class GemmaFormat(TaggedFormat):
         head = _GEMMA_HEAD.match(text, begin.end())
         if head is None:
             raise UnreadableError("call:<tool name>{ is missing behind <|tool_call>", begin.end())
-        arguments, at = _read_gemma(text, head.end() - 1, 0)
+        arguments, at = _read_value(text, head.end() - 1, _GEMMA)
         at = skip_space(text, at)
         if not text.startswith(self.closing, at):
             raise UnreadableError("<tool_call|> is missing behind the arguments", at)
@@ -78,21 +78,21 @@ class PythonicFormat(TaggedFormat):
                 raise UnreadableError("<argument name>= is missing", at)
             if key["key"] in arguments:
                 raise UnreadableError(f"the argument {key['key']!r} is given twice", at)
-            value, at = self._read_value(text, key.end())
+            value, at = self._read_argument(text, key.end())
             arguments[key["key"]] = check_value(value)
             at = skip_space(text, at)
             if text.startswith(")", at):
                 return arguments, at + 1
             at = _expect(text, at, ",")
 
-    def _read_value(self, text: str, at: int) -> tuple[Any, int]:
+    def _read_argument(self, text: str, at: int) -> tuple[Any, int]:
         if text.startswith(("[", "{"), at):  # JSON, or a list as Python writes it
             try:
                 return read_json(text, at)
             except UnreadableError:
-                return _read_literal(text, at, 0)
+                return _read_value(text, at, _PYTHON)
         if self._escapes or not text.startswith(("'", '"'), at):
-            return _read_literal(text, at, 0)
+            return _read_value(text, at, _PYTHON)
         # Text as it is: a quote ends it only where an argument, a call or the calls go on behind it.
         pattern = re.compile(text[at] + _TEXT_TAIL)
         end = find_end(text, at + 1, pattern, begins=_PYTHONIC_CALL, closing=self.closing)
@@ -101,18 +101,27 @@ class PythonicFormat(TaggedFormat):
         return text[at + 1 : end.start()], end.start() + 1
 
 
-def _read_gemma(text: str, at: int, levels: int) -> tuple[Any, int]:
-    """A value in Gemma's notation, and the position behind it."""
-    if levels > _MOST_LEVELS:
+@dataclass(frozen=True)
+class _Notation:
+    """How values are written: what text begins with, how it is read, and how a key with its colon is."""
+
+    quotes: tuple[str, ...]
+    read_text: Callable[[str, int], tuple[str, int]]
+    read_key: Callable[[str, int], tuple[str, int]]
+
+
+def _read_value(text: str, at: int, notation: _Notation, levels: int = 0) -> tuple[Any, int]:
+    """A value, and the position behind it."""
+    if levels > MOST_LEVELS:
         raise UnreadableError("nested too deeply", at)
     at = skip_space(text, at)
-    if text.startswith(_QUOTE, at):
-        return _read_gemma_text(text, at)
+    if text.startswith(notation.quotes, at):
+        return notation.read_text(text, at)
     if text.startswith("[", at):
         items: list[Any] = []
         at = skip_space(text, at + 1)
         while not text.startswith("]", at):
-            item, at = _read_gemma(text, at, levels + 1)
+            item, at = _read_value(text, at, notation, levels + 1)
             items.append(item)
             at = _next_item(text, at, "]")
         return items, at + 1
@@ -120,10 +129,10 @@ def _read_gemma(text: str, at: int, levels: int) -> tuple[Any, int]:
         members: dict[str, Any] = {}
         at = skip_space(text, at + 1)
         while not text.startswith("}", at):
-            key, at = _read_gemma_key(text, at)
+            key, at = notation.read_key(text, at)
             if key in members:
                 raise UnreadableError(f"{key!r} is given twice", at)
-            members[key], at = _read_gemma(text, at, levels + 1)
+            members[key], at = _read_value(text, at, notation, levels + 1)
             at = _next_item(text, at, "}")
         return members, at + 1
     return _read_word(text, at)
@@ -143,32 +152,12 @@ def _read_gemma_key(text: str, at: int) -> tuple[str, int]:
     return key["quoted"] if key["quoted"] is not None else key["bare"], key.end()
 
 
-def _read_literal(text: str, at: int, levels: int) -> tuple[Any, int]:
-    """A value in Python's or JSON's notation, and the position behind it."""
-    if levels > _MOST_LEVELS:
-        raise UnreadableError("nested too deeply", at)
+def _read_python_key(text: str, at: int) -> tuple[str, int]:
     at = skip_space(text, at)
-    if text.startswith(("'", '"'), at):
-        return _read_python_text(text, at)
-    if text.startswith("[", at):
-        items: list[Any] = []
-        at = skip_space(text, at + 1)
-        while not text.startswith("]", at):
-            item, at = _read_literal(text, at, levels + 1)
-            items.append(item)
-            at = _next_item(text, at, "]")
-        return items, at + 1
-    if text.startswith("{", at):
-        members: dict[Any, Any] = {}
-        at = skip_space(text, at + 1)
-        while not text.startswith("}", at):
-            key, at = _read_literal(text, at, levels + 1)
-            if not isinstance(key, str):
-                raise UnreadableError("a key is not text", at)
-            members[key], at = _read_literal(text, _expect(text, skip_space(text, at), ":"), levels + 1)
-            at = _next_item(text, at, "}")
-        return members, at + 1
-    return _read_word(text, at)
+    if not text.startswith(_PYTHON.quotes, at):
+        raise UnreadableError("a key is not text", at)
+    key, at = _read_python_text(text, at)
+    return key, _expect(text, skip_space(text, at), ":")
 
 
 def _read_python_text(text: str, at: int) -> tuple[str, int]:
@@ -225,6 +214,8 @@ _TEXT_TAIL = r"(?=\s*(?:,\s*[^\W\d]\w*\s*=|\)\s*(?:,\s*[^\W\d][\w.-]*\(|\]\s*<\|
 _PYTHON_TEXT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:(?P<code>x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8})|(?P<character>.))", re.DOTALL)
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
+_GEMMA = _Notation((_QUOTE,), _read_gemma_text, _read_gemma_key)
+_PYTHON = _Notation(("'", '"'), _read_python_text, _read_python_key)
 
 GEMMA = GemmaFormat()
 PYTHONIC = PythonicFormat(escapes=False)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_MOST_LEVELS = 64  # of lists and objects in each other; Python's own limit is reached at some hundreds
+MOST_LEVELS = 64  # of lists and objects in each other; Python's own limit is reached at some hundreds
 
 
 class UnreadableError(ValueError):
@@ -67,7 +67,7 @@ def check_value(value: Any, levels: int = 0) -> Any:
     Raises:
         UnreadableError: it is not finite, or nested too deeply.
     """
-    if levels > _MOST_LEVELS:
+    if levels > MOST_LEVELS:
         raise UnreadableError("nested too deeply")
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
