@@ -742,11 +742,13 @@ def test_a_pass_runs_with_its_device_as_the_current_one(monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_flag_is_restored(tiny_model, training):
     model = tiny_model("Llama", attention_dropout=0.5).train(training)
+    model.model.layers[0].train(not training)  # as frozen layers may be
+    modes = [module.training for module in model.modules()]
     seen: list[bool] = []
     hook = model.register_forward_hook(lambda module, *_: seen.append(module.training))
     (sample,) = ask(LocalSampler(model), ("a", PROMPTS[0], GREEDY))
     hook.remove()
-    assert model.training is training
+    assert [module.training for module in model.modules()] == modes
     assert not any(seen)
     assert_plain(model.eval(), PROMPTS[0], GREEDY, sample)
 

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..compat import attention_of, cache_argument, deviates, special_attention, takes_positions
 from ..errors import ConfigurationError, RolloutError
+from ..modes import evaluating
 from ..numerics import CastWeights, Numerics
 from ..types import StopReason, TokenIds
 from .base import Sample, SamplingParams, check_request, vocabulary_size
@@ -133,9 +134,20 @@ class LocalSampler:
         if self._rows.requests:
             self._rows.clear()  # left behind by a driver that was cancelled
         self._casts = None
-        was_training = self.model.training
-        self.model.eval()
         try:
+            await self._sample_all(running)
+        except Exception as error:
+            for request in running + self._waiting:
+                if not request.future.done():
+                    request.future.set_exception(error)
+            self._waiting.clear()
+            self._rows.clear()
+        finally:
+            self._casts = None
+
+    async def _sample_all(self, running: list[_Request]) -> None:
+        """Fill the batch and sample from it until nobody waits."""
+        with evaluating(self.model):
             while running or self._waiting:
                 await asyncio.sleep(0)  # lets episodes whose answer just came hand in their next prompt
                 if self._settled is not None:
@@ -151,15 +163,6 @@ class LocalSampler:
                         update = self._rows.join(arrived) if arrived else self._rows.step()
                     self.forward_s += time.perf_counter() - start
                     self._advance(running, update)
-        except Exception as error:
-            for request in running + self._waiting:
-                if not request.future.done():
-                    request.future.set_exception(error)
-            self._waiting.clear()
-            self._rows.clear()
-        finally:
-            self._casts = None
-            self.model.train(was_training)
 
     @contextmanager
     def _forward_pass(self) -> Iterator[None]:
@@ -359,12 +362,8 @@ def _disagreements(model: nn.Module) -> Iterator[str]:
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     key = (type(model), attention_of(config), next(model.parameters()).dtype)
     if key not in _tried:
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             _tried[key] = _first_disagreement(model, config.vocab_size)
-        finally:
-            model.train(was_training)
     if _tried[key]:
         yield f"{_tried[key]} with transformers {transformers.__version__} gives other logits than a whole row"
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError
+from ..modes import evaluating
 
 
 def is_peft_model(model: Any) -> bool:
@@ -115,14 +116,10 @@ def adapter_changes_model(model: Any) -> bool:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, size, (1, 16), generator=generator).to(device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with_it = plain_model(model)(input_ids=input_ids, use_cache=False).logits
         with model.disable_adapter():
             without = plain_model(model)(input_ids=input_ids, use_cache=False).logits
-    finally:
-        model.train(was_training)
     return not torch.equal(with_it, without)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..compat import attention_of, deviates, exchange_attention
+from ..modes import evaluating
 from .attention import prepare_for_tries, run_arguments
 
 _STEM, _BRANCH = 3, 3  # tokens that both branches begin with, and of each branch
@@ -64,16 +65,12 @@ def _agrees(model: nn.Module) -> bool:
         ).last_hidden_state
         return found
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         apart = states(torch.stack([one, other]), positions.repeat(2, 1))
         packed = torch.cat([positions, positions[stem:]])[None]
         trie = states(ids[None], packed, **run_arguments(model, runs))[0]
         # One branch after the other in a row: as far off as a version that knows of no branches would be.
         mixed = states(ids[None], torch.arange(len(ids), device=device)[None])
-    finally:
-        model.train(was_training)
     expected = torch.cat([apart[0], apart[1, stem:]])
     spans = (slice(0, stem), slice(stem, end), slice(end, None))
     return not any(deviates(trie[span], expected[span], mixed[0, end:] - expected[end:]) for span in spans)

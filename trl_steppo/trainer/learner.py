@@ -25,6 +25,7 @@ from ..losses import (
 )
 from ..masked import masked_sum
 from ..models import rows_at_once
+from ..modes import evaluating
 from ..types import Episode
 from .credit import Credit
 from .exchange import Lesson, Rollout, Scores, Steps, lesson_of_all_ranks, own_lesson
@@ -376,9 +377,7 @@ class Learner:
     def _evaluating(self) -> Iterator[None]:
         """Dropout off."""
         modules = [self.policy.module] + ([self.critic.module] if self.critic is not None else [])
-        with modes_kept(modules):
-            for module in modules:
-                module.eval()
+        with evaluating(*modules):
             yield
 
     def _zero_values(self, batch: StepBatch) -> torch.Tensor:
@@ -448,14 +447,3 @@ class Learner:
         stats.add("rollout/mismatch_kl", masked_sum(mismatch, mask), count)
         # Surprisal of whole episodes, as `objective/entropy` of `PPOTrainer`.
         stats.add("objective/entropy", masked_sum(-old, micro.action_mask), (micro.step_index == 0).sum())
-
-
-@contextmanager
-def modes_kept(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """After the block, each module of these networks is in training or evaluation mode as it was before."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -52,6 +52,7 @@ from ..models import (
     takes_tries,
     whole_state_dict,
 )
+from ..modes import modes_kept
 from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes, within_float32
 from ..stopping import StopRequestedError, is_requested, listening
 from ..types import Episode
@@ -87,7 +88,7 @@ from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
-from .learner import Learner, modes_kept
+from .learner import Learner
 from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
 from .networks import (
     DeepSpeedNetwork,
@@ -1008,7 +1009,7 @@ class StepPOTrainer(PPOTrainer):
         """What a run changes in this object and is no result of it is as before, however the run ends."""
         networks = [network.module for network in (self.learner.policy, self.learner.critic) if network is not None]
         try:
-            with modes_kept(networks):
+            with modes_kept(*networks):
                 yield
         finally:
             self.is_in_train = False
