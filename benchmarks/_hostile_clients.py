@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-CONTEXT = 2048
+CONTEXTS = (2_048, 131_072)  # tokens; a long one has room for more of what hostile clients send
 MOST_FILES = 1024
 NUM_SILENT = 1500
 ALLOWED_MS = 50.0  # or five times the idle gateway's, if that is more
@@ -45,10 +45,15 @@ def hostile_bodies() -> dict[str, tuple[str, bytes]]:
 
 
 def measure_hostile(*, quick: bool) -> dict[str, Any]:
-    """All figures of this file."""
+    """All figures of this file, for each context."""
     num_asked = 40 if quick else 400
-    figures: dict[str, Any] = {"requests_each": num_asked, "context": CONTEXT}
-    with serving() as (port, key):
+    contexts = CONTEXTS[:1] if quick else CONTEXTS
+    return {"requests_each": num_asked, **{f"context_{one}": _measure(one, num_asked) for one in contexts}}
+
+
+def _measure(context: int, num_asked: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    with serving(context) as (port, key):
         figures["idle"] = ask_others(port, key, num_asked)
         for name, (path, body) in hostile_bodies().items():
             with sending(port, key, path, body) as told:
@@ -64,10 +69,10 @@ def measure_hostile(*, quick: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def serving() -> Iterator[tuple[int, str]]:
+def serving(context: int) -> Iterator[tuple[int, str]]:
     """A gateway in a process of its own: its port, and the admin's key."""
     with TemporaryDirectory() as directory:
-        command = [sys.executable, __file__, directory]
+        command = [sys.executable, __file__, directory, str(context)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -151,7 +156,7 @@ def p99_ms(ask: Callable[[], None], count: int) -> float:
     return sorted(times)[min(count - 1, int(0.99 * count))]
 
 
-def serve(directory: Path) -> None:
+def serve(directory: Path, context: int) -> None:
     """Serve until standard input ends."""
     from transformers import AutoTokenizer
 
@@ -180,7 +185,7 @@ def serve(directory: Path) -> None:
         store=directory / "sessions.sqlite",
         admin_key="admin",
         default=SessionSpec(EpisodeLimits(10**6), SamplingParams(1)),
-        context=CONTEXT,
+        context=context,
     ).start()
     server.resume(Engine(OneToken()))
     print(server.port, flush=True)
@@ -189,4 +194,4 @@ def serve(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), int(sys.argv[2]))

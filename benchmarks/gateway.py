@@ -17,11 +17,11 @@ The figures, as `--json` has them:
   `sessions` sessions of `steps` steps at once;
 - `memory_growth_mb`: over `finished_sessions`;
 - `turn_ms`, `new_tokens_turn_64_over_turn_2`: of a long conversation;
-- `hostile`: `healthz_p99_ms` and `one_token_p99_ms` of others, `idle` and beside each kind of hostile client
-  (`malformed_1.6_mb`, `malformed_7.6_mb`, `short_messages_100_000`, `prompt_ids_200_000`, `nested_1_mb`, with how many
-  requests that one sent and the statuses it was told; `silent_connections_1500`), over `requests_each`; the worst of
-  them, `worst_healthz_p99_ms` and `worst_one_token_p99_ms`, beside what is allowed (`allowed_...`: five times the idle
-  gateway's, or 50 ms).
+- `hostile`, for models of two contexts (`context_2048`, `context_131072`; `--quick`: the first): `healthz_p99_ms` and
+  `one_token_p99_ms` of others, `idle` and beside each kind of hostile client (`malformed_1.6_mb`, `malformed_7.6_mb`,
+  `short_messages_100_000`, `prompt_ids_200_000`, `nested_1_mb`, with how many requests that one sent and the statuses
+  it was told; `silent_connections_1500`), over `requests_each`; the worst of them, `worst_healthz_p99_ms` and
+  `worst_one_token_p99_ms`, beside what is allowed (`allowed_...`: five times the idle gateway's, or 50 ms).
 """
 
 from __future__ import annotations
