@@ -331,3 +331,13 @@ def test_a_text_that_begins_with_bos_gets_no_second_one():
     assert chat.encode_text("<|begin|><|begin|>the")[:3] == [bos, bos, chat.encode_text("the")[1]]
     assert chat.encode_text("<|begin|>", add_special_tokens=False) == [bos]
     assert chat.encode_text("<|begin|>the", is_observed=True).count(bos) == 1
+
+
+def test_a_conversation_never_waits_for_a_copy_of_the_tokenizer(monkeypatch):
+    chat = ChatFormat(make_tokenizer(NAMES[0]), multi_turn=False)
+
+    def copied(*_args):
+        raise AssertionError("the copy is made when the format is")
+
+    monkeypatch.setattr("trl_steppo.chat.tokenizing._rename", copied)
+    chat.render([{"role": "user", "content": hostile(chat)}])

@@ -145,6 +145,7 @@ class ChatFormat:
         self._encoder = TextEncoder(tokenizer)  # for the template's own text, while it is looked at
         self.template = self._choose_template()
         self._encoder = TextEncoder(tokenizer, self.template)
+        self._encoder.warm_up()
         kinds = ("user", "tool") if self.tools else ("user",)
         ends = [self._find_end_of_turn(self.template, kind) for kind in kinds]
         self.end_of_turn_id: int = ends[0]

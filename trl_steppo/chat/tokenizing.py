@@ -124,6 +124,14 @@ class TextEncoder:
         ids = self._encode_in_pieces(text, guarded)
         return self._tokenizer.build_inputs_with_special_tokens(ids) if add_special_tokens else ids
 
+    def warm_up(self) -> None:
+        """
+        Make now what the first text that spells a control token needs, once for each tokenizer: with a vocabulary of
+        150,000 it takes more than a second, for which an event loop should not wait.
+        """
+        if self.control_ids:
+            _ = self._renamed
+
     def _marks(self, text: str) -> list[int]:
         """The positions where a control token begins, or its beginning ends the text."""
         if not self.control_ids:
