@@ -171,8 +171,9 @@ class ChatFormat:
         The prompt for a conversation: tools first, generation prompt last. Only the template writes control tokens:
         where a message or a tool spells one, it is tokenized as the characters that it is.
         """
-        guarded = self._guard(messages, tools=self.tools)
-        text = self._text(guarded.value["messages"], tools=guarded.value["tools"], generation_prompt=True)
+        guarded = self._guard(messages, **({} if self._tools_are_harmless else {"tools": self.tools}))
+        tools = guarded.value.get("tools", self.tools)
+        text = self._text(guarded.value["messages"], tools=tools, generation_prompt=True)
         return self._encoder.encode(text, guarded)
 
     def prepare(
@@ -406,6 +407,11 @@ class ChatFormat:
         parts = zip(guarded.value["messages"], split, guarded.value["thoughts"], strict=True)
         joined = [_join_thought(message, opening, inside) for message, (_, opening, _), inside in parts]
         return replace(guarded, value={**guarded.value, "messages": joined})
+
+    @cached_property
+    def _tools_are_harmless(self) -> bool:
+        """Whether no text of the tools, which are the same for every prompt, has to be guarded."""
+        return self._encoder.guard(self.tools).value is self.tools
 
     @cached_property
     def _quotes_arguments(self) -> bool:

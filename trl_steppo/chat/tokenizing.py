@@ -82,6 +82,7 @@ class TextEncoder:
         self.control_ids: dict[str, int] = {text: id_ for text, id_ in ids.items() if id_ is not None}
         """The control tokens by their text."""
         self._prefixes = frozenset(text[:end] for text in self.control_ids for end in range(1, len(text)))
+        self._first_letters = frozenset(text[0] for text in self.control_ids)
         self._longest = max(map(len, self.control_ids), default=0)
         self._any, self._starts = _patterns(tuple(self.control_ids))
         self._always_renames = _changes_letters(tokenizer)
@@ -134,7 +135,9 @@ class TextEncoder:
 
     def _marks(self, text: str) -> list[int]:
         """The positions where a control token begins, or its beginning ends the text."""
-        if not self.control_ids:
+        if not any(
+            letter in text for letter in self._first_letters
+        ):  # as in nearly all texts, of which there are many
             return []
         found = [match.start() for match in self._starts.finditer(text)]
         first_end = max(0, len(text) - self._longest)

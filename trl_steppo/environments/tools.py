@@ -151,6 +151,7 @@ class _EnvironmentCalls:
         self._timeout_s = timeout_s
         self._thread = DaemonThread(_class_name(environment))
         self._scores: dict[str, float] = {}
+        self._defined: dict[str, bool] = {}
 
     async def _call(
         self,
@@ -172,10 +173,13 @@ class _EnvironmentCalls:
         )
 
     def _defines(self, name: str) -> bool:
-        # Not of a property: that would run the environment's code here, outside of any limit.
-        static = inspect.getattr_static(self._environment, name, None)
-        with containing():
-            return not isinstance(static, _COMPUTED) and callable(getattr(self._environment, name, None))
+        if name not in self._defined:  # to look takes long, and some are asked for in every step
+            # Not of a property: that would run the environment's code here, outside of any limit.
+            static = inspect.getattr_static(self._environment, name, None)
+            with containing():
+                is_method = not isinstance(static, _COMPUTED) and callable(getattr(self._environment, name, None))
+            self._defined[name] = is_method
+        return self._defined[name]
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
         """Start an episode. Raises what the environment raises."""
