@@ -339,7 +339,7 @@ class StepPOTrainer(PPOTrainer):
         """
         if self.state.global_step > 0 and not resume_from_checkpoint:
             raise ConfigurationError("`train()` was called before, and its schedules have ended; make a new trainer")
-        with listening(), self._alone(), self._as_before(), _short_collections():
+        with listening(), self._alone(), self._as_before(), _short_collections(self.accelerator.device):
             self._set_out(resume_from_checkpoint or None)
             self._train()
         losses = [logs["loss/policy_avg"] for logs in self.state.log_history if "loss/policy_avg" in logs]
@@ -1253,7 +1253,7 @@ def _enable_checkpointing(network: PreTrainedModel, kwargs: Any) -> None:
 
 
 @contextmanager
-def _short_collections() -> Iterator[None]:
+def _short_collections(device: torch.device) -> Iterator[None]:
     """
     Leave what exists already out of garbage collection. A full collection takes 0.3 s with all that torch and
     transformers have loaded, longer than a rollout waits for environments that it takes to be quick.
@@ -1261,7 +1261,8 @@ def _short_collections() -> Iterator[None]:
     if gc.get_freeze_count():  # the program does so by itself
         yield
         return
-    gc.collect()
+    if device.type != "cpu":
+        gc.collect()  # a model that nobody uses any more may hold the device's memory
     gc.freeze()
     try:
         yield
