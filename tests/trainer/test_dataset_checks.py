@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from datasets.table import InMemoryTable
 from tiny import TOKENIZER, VOCABULARY, Hash, id_rows, make_config, make_model, make_trainer, prompt_rows
 from transformers import ProcessorMixin
 
-from trl_steppo import StepPOTrainer
+from trl_steppo import Episode, StepPOTrainer
 from trl_steppo.errors import ConfigurationError, DataError
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.vllm import VLLMSampler
@@ -143,6 +144,14 @@ def test_servers_are_not_asked_for_what_the_policy_cannot_read():
         asyncio.run(sampler.sample([9, 10], SamplingParams(4), episode_id="a"))
 
 
+def only_row_3_failed(directory: Path) -> Episode:
+    """The one episode of two updates that failed."""
+    episodes = [e for update in range(2) for e in load_episodes(episode_file(directory, update, 0))]
+    failed = [episode for episode in episodes if not episode.valid]
+    assert [episode.dataset_row for episode in failed] == [3]
+    return failed[0]
+
+
 @pytest.mark.parametrize("bad", [99_999, -2, 2**40])
 def test_a_bad_id_that_shows_later_costs_its_own_episode(tmp_path, bad):
     """From a collator, which was tried on one row alone."""
@@ -159,10 +168,8 @@ def test_a_bad_id_that_shows_later_costs_its_own_episode(tmp_path, bad):
         dump_episodes_dir=str(tmp_path / "episodes"),
     )
     trainer.train()
-    episodes = [e for update in range(2) for e in load_episodes(episode_file(tmp_path / "episodes", update, 0))]
-    failed = [episode for episode in episodes if not episode.valid]
-    assert [episode.dataset_row for episode in failed] == [3]
-    assert str(bad) in failed[0].error
+    failed = only_row_3_failed(tmp_path / "episodes")
+    assert str(bad) in failed.error
 
 
 def test_text_with_tokens_that_the_policy_lacks_costs_its_own_episode(tmp_path):
@@ -179,7 +186,5 @@ def test_text_with_tokens_that_the_policy_lacks_costs_its_own_episode(tmp_path):
         dump_episodes_dir=str(tmp_path / "episodes"),
     )
     trainer.train()
-    episodes = [e for update in range(2) for e in load_episodes(episode_file(tmp_path / "episodes", update, 0))]
-    failed = [episode for episode in episodes if not episode.valid]
-    assert [episode.dataset_row for episode in failed] == [3]
-    assert f"has the token id {small}" in failed[0].error
+    failed = only_row_3_failed(tmp_path / "episodes")
+    assert f"has the token id {small}" in failed.error

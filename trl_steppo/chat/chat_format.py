@@ -26,7 +26,7 @@ from ..errors import ChatTemplateError
 from ..types import writable
 from .formats import FORMATS, LLAMA, PLAIN, CallFormat, Piece
 from .parsing import Message, ParsedResponse, check_tool_calls, join_pieces, split_pieces, tool_call
-from .tokenizing import THINKING, Guarded, TextEncoder, characters_per_token
+from .tokenizing import THINKING, WRITTEN, Guarded, TextEncoder, characters_per_token
 
 _PROBE = "probe_7d1f"  # appears in no template, so that its position in a rendering is known
 _USER: Message = {"role": "user", "content": "dummy"}
@@ -154,6 +154,9 @@ class ChatFormat:
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*ends, *end_token_ids]))
         """`end_of_turn_id`, the token that ends a turn of tool calls where it is another, and `end_token_ids`."""
         self._call_end_id = ends[-1] if ends[-1] != ends[0] else None
+        self._framing_ids = lru_cache(maxsize=None)(
+            lambda texts: frozenset(map(tokenizer.convert_tokens_to_ids, texts))
+        )
         self._head = lru_cache(maxsize=256)(self._render_head)  # keyed by tool names, which the model may invent
         self._schemas = {
             function["name"]: function.get("parameters") or {}
@@ -356,7 +359,7 @@ class ChatFormat:
 
     def _framed_text(self, form: CallFormat, ids: Sequence[int]) -> str:
         """Text of token ids, with the special tokens that the format is made of."""
-        framing = {self._tokenizer.convert_tokens_to_ids(token) for token in form.framing}
+        framing = self._framing_ids(form.framing)
         visible = [token_id for token_id in ids if token_id in framing or token_id not in self._hidden_ids]
         if visible and visible[-1] in self.stop_token_ids and visible[-1] not in framing:
             visible.pop()
@@ -435,7 +438,7 @@ class ChatFormat:
     def _find_hidden_ids(self) -> frozenset[int]:
         decoder = self._tokenizer.added_tokens_decoder
         special = {token_id for token_id, token in decoder.items() if token.special}
-        framing = {token_id for token_id, token in decoder.items() if _is_framing(token.content)}
+        framing = {token_id for token_id, token in decoder.items() if token.content in WRITTEN}
         return frozenset((special | set(self._tokenizer.all_special_ids)) - framing)
 
     def _choose_template(self) -> str:
@@ -527,7 +530,7 @@ class ChatFormat:
             raise ChatTemplateError(f"the chat template of {self._name()} {_LEAVES_OUT[kind]}")
         tail = self._encoder.encode(text[text.rindex(_PROBE) + len(_PROBE) :])
         tail = self._kept_when_followed(template, tail, kind)  # some end the whole conversation with one more token
-        ends = [i for i in tail if i in self._added_ids and not _is_framing(self._token_text(i))]
+        ends = [i for i in tail if i in self._added_ids and self._token_text(i) not in WRITTEN]
         if not ends:
             raise ChatTemplateError(
                 f"the chat template of {self._name()} does not end an assistant turn with a special token; it ends "
@@ -685,10 +688,6 @@ def _shown_texts(message: Message) -> list[str]:
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
     return [text.strip() for text in texts if isinstance(text, str)]
-
-
-def _is_framing(token: str) -> bool:
-    return token in {"<tool_call>", "</tool_call>", "<think>", "</think>"}
 
 
 def _extended(messages: Sequence[Message], extra: str) -> list[Message]:

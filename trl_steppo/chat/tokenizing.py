@@ -31,7 +31,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from ..types import map_texts, writable
 
 THINKING = ("<think>", "</think>")
-FRAMING = frozenset({"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", *THINKING})
+WRITTEN = frozenset({"<tool_call>", "</tool_call>", *THINKING})
+"""What frames the parts of a response: a model writes it."""
+FRAMING = WRITTEN | {"<tool_response>", "</tool_response>"}
 _MARKER_SHAPE = re.compile(r"<[|｜].*>|<.*[|｜]>", re.DOTALL)
 _FRAMING_SHAPE = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)
 _KEEPS_LETTERS = frozenset({"NFC", "NFD", "Prepend", "Replace", "ByteLevel"})

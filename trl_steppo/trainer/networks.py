@@ -26,7 +26,7 @@ from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
 
-_HALVES = (torch.bfloat16, torch.float16)
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by accelerate's names of mixed precision
 
 
 @dataclass
@@ -238,9 +238,7 @@ def numerics_of(accelerator: Accelerator) -> Numerics:
         accelerator ([`~accelerate.Accelerator`]):
             Knows the device and the mixed precision, and whether autocast does that or an engine (DeepSpeed).
     """
-    autocast = None
-    if accelerator.native_amp:
-        autocast = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
+    autocast = _HALVES.get(accelerator.mixed_precision, torch.bfloat16) if accelerator.native_amp else None
     return Numerics(accelerator.device, autocast)
 
 
@@ -248,7 +246,7 @@ def engine_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """The type that DeepSpeed or FSDP2 gives the weights of layers in mixed precision; `None`: their own."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED and not accelerator.is_fsdp2:
         return None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return _HALVES.get(accelerator.mixed_precision)
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
@@ -273,7 +271,7 @@ def hold_in_float32(accelerator: Accelerator, network: nn.Module, name: str) -> 
         name (`str`):
             What messages call it.
     """
-    trained = [p for p in network.parameters() if p.requires_grad and p.dtype in _HALVES]
+    trained = [p for p in network.parameters() if p.requires_grad and p.dtype in _HALVES.values()]
     if not trained:
         return
     dtype = str(trained[0].dtype).removeprefix("torch.")

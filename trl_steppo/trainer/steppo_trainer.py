@@ -530,8 +530,9 @@ class StepPOTrainer(PPOTrainer):
             for name, part in dataset.items():
                 metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
             return metrics
-        own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        if not any(dataset is part for part in own):  # which were looked at when the trainer was made
+        if not any(
+            dataset is part for part in _datasets(self.eval_dataset)
+        ):  # which were looked at when the trainer was made
             size, is_for_agent = vocabulary_size(plain_model(self.model)), self.player.agent is not None
             check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
         start = time.perf_counter()
@@ -848,7 +849,6 @@ class StepPOTrainer(PPOTrainer):
                 hold(model, "model")  # all compute in the type that FSDP2 gives their layers
         if args.uses_critic:
             hold(self.value_model, "value_model")
-        if args.uses_critic:
             check_trainable(self.value_model, "value_model")
             check_apart(model, self.value_model)
             check_saved(self.value_model, "value_model")
