@@ -50,11 +50,17 @@ def _object_group() -> Any:
     """A gloo group of all ranks, made when they first meet here, whatever their tensors go over."""
     everyone = torch.distributed.group.WORLD
     if everyone not in _groups:
+        if not _groups:
+            atexit.register(_end)
         _groups[everyone] = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
-        atexit.register(_end, _groups[everyone])  # its threads end before the interpreter does
     return _groups[everyone]
 
 
-def _end(group: Any) -> None:
-    with suppress(Exception):  # it may have ended with the group of all ranks
-        torch.distributed.destroy_process_group(group)
+def _end() -> None:
+    """
+    Let go of all groups, which ends their threads: one that drops a tensor while the interpreter ends would abort it.
+    """
+    while _groups:
+        _, group = _groups.popitem()
+        with suppress(Exception):  # it may have ended with the group of all ranks
+            torch.distributed.destroy_process_group(group)
