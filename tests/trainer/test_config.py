@@ -16,6 +16,7 @@ from trl import TrlParser
 
 from trl_steppo import PPOConfig, StepPOConfig
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.trainer import ppo_config
 
 CHANGED = {  # as the docstring of StepPOConfig says
     "bf16": None,
