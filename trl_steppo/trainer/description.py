@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from typing import Any
 
+from ..compat.transformers import source_of
+
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -53,7 +55,7 @@ def _model_name(model: Any) -> str | None:
     if model is None:
         return None
     config = getattr(model, "config", None)  # a reward model may be any module
-    return getattr(config, "_name_or_path", None) or type(model).__name__
+    return source_of(config) or type(model).__name__
 
 
 def _describe_rows(dataset: Any) -> str | None:
