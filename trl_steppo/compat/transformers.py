@@ -48,6 +48,11 @@ def attention_of(config: Any) -> str:
     return str(attribute("transformers", config, "_attn_implementation"))
 
 
+def source_of(config: Any) -> str | None:
+    """Where the weights of a model with this configuration were loaded from: a name or a directory, if any."""
+    return getattr(config, "_name_or_path", None) or None
+
+
 def exchange_attention(model: Any, name: str) -> None:
     """
     Have every attention layer of a model use another implementation, and make sure that each does: each layer reads a
@@ -109,11 +114,6 @@ def takes_positions(model: Any) -> bool:
 def supports_attention_backend(model: Any) -> bool:
     """Whether a model's layers attend by an implementation that can be exchanged."""
     return bool(attribute("transformers", model, "_supports_attention_backend"))
-
-
-def source_of(config: Any) -> str | None:
-    """Where a configuration was loaded from: a name on the Hub or a path; `None` if it was made in the program."""
-    return getattr(config, "_name_or_path", None) or None  # modules of the user have configurations of their own
 
 
 def enable_checkpointing(model: Any, kwargs: Any) -> None:
