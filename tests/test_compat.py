@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
@@ -13,6 +14,9 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from torch import nn
 
 from trl_steppo.compat import accelerate as of_accelerate
@@ -32,6 +36,8 @@ from trl_steppo.compat.transformers import (
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.models import build_critic
 
+ROOT = Path(__file__).parents[1]
+UNTESTED_EXTRAS = ("dense", "dev")  # models of text that no test loads; tools
 ARCHITECTURES = ["Llama", "Qwen2", "Qwen3", "Mixtral"]
 
 
@@ -186,3 +192,38 @@ def test_the_newer_name_of_checkpointing_follows_the_older():
         assert args.activation_checkpointing is expected
     of_transformers.follow_checkpointing(old := Old())
     assert vars(old) == {"gradient_checkpointing": True}
+
+
+# -- the versions that are tested -------------------------------------------------------------------------------------
+
+
+def constraints(name: str) -> dict[str, Version]:
+    """The versions that a constraints file gives this interpreter, by the names of projects."""
+    mine = [r for r in map(Requirement, (ROOT / name).read_text().splitlines()) if not r.marker or r.marker.evaluate()]
+    return {canonicalize_name(r.name): Version(str(r.specifier).removeprefix("==")) for r in mine}
+
+
+def requirements() -> list[Requirement]:
+    """What the package and its extras ask for."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name: asked for name, asked in project["optional-dependencies"].items() if name not in UNTESTED_EXTRAS}
+    return [Requirement(text) for asked in (project["dependencies"], *extras.values()) for text in asked]
+
+
+def test_the_oldest_versions_are_the_bounds():
+    oldest = constraints("constraints-oldest.txt")
+    for requirement in requirements():
+        bound = next(Version(s.version) for s in requirement.specifier if s.operator == ">=")
+        if requirement.name != "torch":
+            assert oldest[canonicalize_name(requirement.name)].release[: len(bound.release)] == bound.release, (
+                requirement
+            )
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-newest.txt"])
+def test_the_sets_of_versions_are_within_the_ranges(name):
+    versions = constraints(name)
+    for requirement in requirements():
+        if (project := canonicalize_name(requirement.name)) in versions:
+            assert versions[project] in requirement.specifier, requirement
