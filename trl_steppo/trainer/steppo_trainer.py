@@ -119,7 +119,7 @@ class StepPOTrainer(PPOTrainer):
         agent: Agent | None = None,
     ) -> None:
         self._set_up(
-            args if isinstance(args, StepPOConfig) else StepPOConfig.from_ppo_config(args),
+            StepPOConfig.of(args),
             processing_class,
             model,
             ref_model,
