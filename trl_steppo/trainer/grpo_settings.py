@@ -9,12 +9,15 @@ from dataclasses import MISSING, dataclass, fields
 from math import ceil
 from typing import Any, TypeVar
 
+import transformers
 from transformers import TrainingArguments
 
 from ..errors import ConfigurationError
 from ..finite import shown
 
 Config = TypeVar("Config", bound=type)
+
+logger = transformers.utils.logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ _NO_SYNC = "the reference model stays as it is; there is nothing in its place"
 
 COUNTERPARTS: dict[str, Counterpart] = {
     # Models
-    "model_init_kwargs": _refused("load the model yourself, with these arguments, and pass it as `model`", {}),
-    "trust_remote_code": _refused("load the model yourself, with `trust_remote_code=True`, and pass it as `model`"),
+    "model_init_kwargs": _as("model_init_kwargs"),
+    "trust_remote_code": Counterpart("`model_init_kwargs`, with `trust_remote_code`"),
     "router_aux_loss_coef": _refused("there is no auxiliary loss for routers; set it to 0", None, 0, 0.0, 0.001),
     "disable_dropout": Counterpart("dropout is always off"),
     "cast_lm_head_to_fp32": _refused("logits are computed in the model's type, their log-probabilities in float32"),
@@ -69,7 +72,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
     ),
     "ds3_gather_for_generation": _as("ds3_gather_for_generation"),
     "shuffle_dataset": _refused("rows are always shuffled, by `data_seed`", None),
-    "pad_to_multiple_of": _refused("rows are packed, not padded to a multiple", None, "auto"),
+    "pad_to_multiple_of": Counterpart("rows are packed, not padded to a multiple"),
     "generation_batch_size": Counterpart(
         "`per_device_train_batch_size` × `gradient_accumulation_steps` × ranks, the episodes of an update"
     ),
@@ -90,19 +93,22 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "use_transformers_paged": Counterpart("the sampler always batches continuously"),
     "transformers_continuous_batching_config": _refused("see `rollout_cache_tokens`, `max_concurrent_episodes`", {}),
     # vLLM
-    "use_vllm": _as("use_vllm"),
-    "vllm_mode": Counterpart("only servers are used, started with `vllm serve`; set `vllm_mode` to 'server'"),
+    "use_vllm": Counterpart("`use_vllm`"),
+    "vllm_mode": Counterpart(
+        "`use_vllm` for 'server', with servers that `vllm serve` started; the in-process sampler takes the place of "
+        "'colocate'"
+    ),
     "vllm_server_base_url": Counterpart("`vllm_server_base_url`"),
     "vllm_server_host": Counterpart("`vllm_server_base_url`"),
     "vllm_server_port": Counterpart("`vllm_server_base_url`"),
     "vllm_server_timeout": Counterpart("`vllm_server_timeout`"),
-    "vllm_group_port": _refused("weights are sent as `vllm_weight_transfer` says, on a port that is found"),
-    "vllm_model_impl": _refused(f"{_SERVERS}--model-impl`"),
-    "vllm_enable_sleep_mode": _refused(f"{_SERVERS}--enable-sleep-mode`"),
+    "vllm_group_port": Counterpart("weights are sent as `vllm_weight_transfer` says, on a port that is found"),
+    "vllm_model_impl": Counterpart(f"{_SERVERS}--model-impl`"),
+    "vllm_enable_sleep_mode": Counterpart(f"{_SERVERS}--enable-sleep-mode`"),
     "vllm_structured_outputs_regex": _refused("responses are sampled from the distribution that is trained"),
-    "vllm_gpu_memory_utilization": _refused(f"{_SERVERS}--gpu-memory-utilization`"),
-    "vllm_max_model_length": _refused(f"{_SERVERS}--max-model-len`"),
-    "vllm_tensor_parallel_size": _refused(f"{_SERVERS}--tensor-parallel-size`"),
+    "vllm_gpu_memory_utilization": Counterpart(f"{_SERVERS}--gpu-memory-utilization`"),
+    "vllm_max_model_length": Counterpart(f"{_SERVERS}--max-model-len`"),
+    "vllm_tensor_parallel_size": Counterpart(f"{_SERVERS}--tensor-parallel-size`"),
     "vllm_importance_sampling_correction": Counterpart("`rollout_correction`"),
     "vllm_importance_sampling_mode": Counterpart("`rollout_correction` and `rollout_correction_level`"),
     "vllm_importance_sampling_clip_max": Counterpart("`rollout_correction_cap`"),
@@ -149,7 +155,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "log_completions": Counterpart("`num_sample_generations`, and `log_episodes` for `trl-steppo report`"),
     "num_completions_to_print": Counterpart("`log_episodes`"),
     "log_multimodal": Counterpart("there are no images to log"),
-    "log_unique_prompts": _refused("all of a row's episodes are shown"),
+    "log_unique_prompts": Counterpart("all of a row's episodes are shown"),
     "log_completions_hub_repo": _refused("`log_episodes` writes to `output_dir`, which `push_to_hub` uploads"),
 }
 """Every setting that `GRPOConfig` has beside those of `TrainingArguments`, of all versions of TRL that can be used."""
@@ -181,6 +187,8 @@ def converted(args: Any, *, advantage_estimator: str) -> dict[str, Any]:
     values = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
     faults = _unusable(args)
     values |= {c.field: getattr(args, name) for name, c in COUNTERPARTS.items() if c.field and hasattr(args, name)}
+    if args.trust_remote_code:
+        values["model_init_kwargs"] = {"trust_remote_code": True, **(args.model_init_kwargs or {})}
     for convert in (_batches, _responses, _loss, _vllm):
         convert(args, values, faults)
     if advantage_estimator == "grpo" and args.scale_rewards != "group":
@@ -254,10 +262,11 @@ def _loss(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
 
 
 def _vllm(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
-    if not args.use_vllm:
+    values["use_vllm"] = args.use_vllm and args.vllm_mode == "server"
+    if not values["use_vllm"]:
+        if args.use_vllm:
+            logger.warning(f"`vllm_mode` is {args.vllm_mode!r}; the in-process sampler takes the place of vLLM")
         return
-    if args.vllm_mode != "server":
-        faults["vllm_mode"] = args.vllm_mode
     host = "localhost" if args.vllm_server_host == "0.0.0.0" else args.vllm_server_host
     values["vllm_server_base_url"] = args.vllm_server_base_url or f"http://{host}:{args.vllm_server_port}"
     values["vllm_server_timeout"] = args.vllm_server_timeout
@@ -300,7 +309,7 @@ def explain_unknown(names: Iterable[str], known: Iterable[str]) -> str:
 
 def names_unknown_settings(config: Config) -> Config:
     """A dataclass whose constructor names all unknown settings at once, and what there is in their place."""
-    init: Callable[..., None] = config.__init__
+    init: Callable[..., None] = config.__init__  # type: ignore[misc]
     known = [f.name for f in fields(config) if f.init]
 
     @functools.wraps(init)
@@ -308,7 +317,7 @@ def names_unknown_settings(config: Config) -> Config:
         _refuse_unknown(config.__name__, settings, known)
         init(self, *args, **settings)
 
-    config.__init__ = checked_init
+    config.__init__ = checked_init  # type: ignore[misc]
     return config
 
 

@@ -406,9 +406,7 @@ class StepPOConfig(PPOConfig):
         return cls(**values, advantage_estimator="token_gae", importance_sampling_level="token")
 
     @classmethod
-    def from_grpo_config(
-        cls, args: GRPOConfig, *, advantage_estimator: str = "grpo", **changes: Any
-    ) -> StepPOConfig:
+    def from_grpo_config(cls, args: GRPOConfig, *, advantage_estimator: str = "grpo", **changes: Any) -> StepPOConfig:
         """
         The settings under which [`StepPOTrainer`] does what TRL's `GRPOTrainer` does with its own: an update has as
         many prompts, each with as many episodes, and as many optimizer steps.
@@ -429,7 +427,7 @@ class StepPOConfig(PPOConfig):
         """
         values = converted(args, advantage_estimator=advantage_estimator)
         values["bf16"] = _bf16_of(args)
-        return cls(**{**values, "advantage_estimator": advantage_estimator, **changes})  # type: ignore[arg-type]
+        return cls(**{**values, "advantage_estimator": advantage_estimator, **changes})
 
     def _check_ranges(self) -> None:
         within = {  # name: (lowest, highest, whether the lowest itself is excluded)
