@@ -36,7 +36,7 @@ FOUNDATION = LAYERS[0]
 HEAVY = ("trl", "accelerate")
 LIBRARIES = {"transformers", "trl", "accelerate", "peft", "deepspeed", "datasets", "torch", "vllm"}
 DOCUMENTED = {
-    *(LIBRARIES - {"trl", "vllm"}),
+    *(LIBRARIES - {"vllm"}),
     "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
