@@ -1,0 +1,38 @@
+"""Programs written for `GRPOTrainer` under `StepPOTrainer`: reward functions see the same, and say the same."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import scripted_runs
+from programs import PROGRAMS
+from scripted_runs import GRPOConfig, Recording, say
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> str:
+    return scripted_runs.save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def play(name: str, make_trainer, policy: str, folder: Path) -> Recording:
+    program, recording = PROGRAMS[name], Recording()
+
+    def says(prompt: str, generation: int, step: int) -> str:
+        turns = program.said[generation]
+        return turns[step] if step < len(turns) else say("done")
+
+    program.run(GRPOConfig, make_trainer(says, recording, policy), str(folder))
+    return recording
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_as_under_grpo_trainer(name, policy, tmp_path):
+    theirs = play(name, scripted_runs.grpo_trainer, policy, tmp_path / "grpo")
+    ours = play(name, scripted_runs.steppo_trainer, policy, tmp_path / "steppo")
+    assert ours.episodes == theirs.episodes
+    assert len({str(rewards) for rewards in theirs.rewards()}) > 1  # else the comparison would say nothing
+    assert ours.metrics_of_rewards() == pytest.approx(theirs.metrics_of_rewards(), abs=1e-6)
