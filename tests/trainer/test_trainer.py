@@ -32,11 +32,10 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from trl_steppo import StepPOTrainer, StopReason
+from trl_steppo import PPOTrainer, StepPOTrainer, StopReason
 from trl_steppo.chat import ChatFormat
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.rollout import episode_file, load_episodes
-from trl_steppo.trainer.ppo import PPOTrainer
 
 
 def log_history(directory: Path) -> list[dict[str, Any]]:

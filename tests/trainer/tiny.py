@@ -12,9 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from trl_steppo import Episode, Step, StepPOConfig, StepPOTrainer, StopReason
+from trl_steppo import Episode, PPOConfig, Step, StepPOConfig, StepPOTrainer, StopReason
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.trainer.ppo import PPOConfig
 from trl_steppo.types import TokenIds
 
 END = "<|im_end|>"
