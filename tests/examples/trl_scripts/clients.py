@@ -68,7 +68,17 @@ class TextArenaEnv:
     def _board(self) -> str:
         if "sudoku" not in self.base_url:
             return ""
-        rows = "534678912 672195348 198342567 859761423 426853791 713924856 961537284 287419635 345286179".split()
+        rows = [
+            "534678912",
+            "672195348",
+            "198342567",
+            "859761423",
+            "426853791",
+            "713924856",
+            "961537284",
+            "287419635",
+            "345286179",
+        ]
         rows[0] = rows[0] if "[1 1 5]" in self.solved else "." + rows[0][1:]
         rows[4] = rows[4] if "[5 5 5]" in self.solved else rows[4][:4] + "." + rows[4][5:]
         lines = [f"R{number} {' '.join(row[:3])} | {' '.join(row[3:])}" for number, row in enumerate(rows, 1)]

@@ -132,8 +132,12 @@ def shopping(config: type, trainer: type, folder: str) -> None:
 SHOPPING = [
     [call(("buy", {"item": "tea"}), text="First tea.")] * 8,
     [call(("buy", {"item": "cup", "count": 1}), ("basket", {}), ("step", {"seconds": 0.5})), say("That was it.")],
-    [call(("buy", {"item": "hat"})), call(("sell", {"item": "tea"})), call(("close", {"reason": "late"}))]
-    + [call(("buy", {"item": "tea"}))],
+    [
+        call(("buy", {"item": "hat"})),
+        call(("sell", {"item": "tea"})),
+        call(("close", {"reason": "late"})),
+        call(("buy", {"item": "tea"})),
+    ],
     [say("<think>\nWhat for?\n</think>\n\nNothing.")],
 ]
 
@@ -216,9 +220,9 @@ def asking(config: type, trainer: type, folder: str) -> None:
 
 ASKING = [
     [call(("lookup", {"name": "Basel"})), say("On the river.")],
-    [call(("distance", {"first": "Basel", "second": "Bern"}), ("lookup", {"name": "Bern"})), say("I do not know.")],
+    [call(("lookup", {"name": "Bern"})), call(("distance", {"first": "Basel", "second": "Bern"})), say("No river.")],
     [call(("lookup", {"name": "Nowhere"})), call(("lookup", {"town": "Basel"})), say("river")],
-    [say('<tool_call>\n{"name": "lookup", "arguments": \n</tool_call>')],
+    [say("I do not know.")],
 ]
 
 
@@ -290,8 +294,17 @@ class Opening(Door):
     """The same, without a row."""
 
 
+def many_words(completions: list[Any], prompts: list[Any], **kwargs: Any) -> list[float]:
+    return [len(str(completion)) + len(str(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
 def without_rows(config: type, trainer: type, folder: str) -> None:
-    trainer(model="somebody/a-model", args=config(output_dir=folder), environment_factory=Opening).train()
+    trainer(
+        model="somebody/a-model",
+        reward_funcs=many_words,
+        args=config(output_dir=folder, chat_template_kwargs={"enable_thinking": False}),
+        environment_factory=Opening,
+    ).train()
 
 
 @dataclass(frozen=True)

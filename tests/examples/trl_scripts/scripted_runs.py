@@ -35,6 +35,7 @@ Script = Callable[[str, int, int], str]
 _OF_THE_BATCH = ("trainer_state", "log_extra", "log_metric")
 _UNTOLD = ("completion_ids", *_OF_THE_BATCH)  # ids depend on how a template is rendered
 
+
 @dataclass
 class Recording:
     """
@@ -63,7 +64,7 @@ class Recording:
         """What is logged of reward functions, and by them."""
         kept: dict[str, float] = {}
         for name, value in self.metrics[0].items():
-            if value is not None and (name.startswith("shop/") or name.startswith("rewards/")) and "/std" not in name:
+            if value is not None and (name.startswith(("shop/", "rewards/"))) and "/std" not in name:
                 kept[name.removesuffix("/mean")] = value
         return kept
 
@@ -78,6 +79,7 @@ def recorded(func: Callable[..., Any], recording: Recording) -> Callable[..., An
     def keep(given: Mapping[str, Any], rewards: Any) -> Any:
         rewards = list(rewards)
         told = {name: plain(value) for name, value in given.items() if name not in _UNTOLD}
+        told["completions"] = [[_with_any_error(message) for message in messages] for messages in told["completions"]]
         batch = json.dumps(told, sort_keys=True)
         recording.calls.append({"name": func.__name__, "given": told, "rewards": rewards, "batch": batch})
         return rewards
@@ -100,6 +102,12 @@ def recorded(func: Callable[..., Any], recording: Recording) -> Callable[..., An
 def plain(value: Any) -> Any:
     """As JSON; of an environment its class, whose state is compared by the rewards that are made of it."""
     return json.loads(json.dumps(value, default=lambda other: type(other).__name__))
+
+
+def _with_any_error(message: dict[str, Any]) -> dict[str, Any]:
+    """A tool's message, whose error either trainer says in words of its own."""
+    is_error = message["role"] == "tool" and str(message["content"]).startswith(("{'error': ", "Error: "))
+    return {**message, "content": "an error"} if is_error else message
 
 
 # -- the policy -------------------------------------------------------------------------------------------------------
@@ -193,6 +201,7 @@ HERE: dict[str, Any] = {
     "logging_steps": 1,
 }
 """This machine's settings, whatever else is asked for: one update of two rows and four generations."""
+
 
 class GRPOConfig(trl.GRPOConfig):
     """The settings of a run on this machine."""

@@ -34,7 +34,7 @@ CHANGES = [
     ("trainer = GRPOTrainer(", "trainer = StepPOTrainer("),
 ]
 
-# Of each script: its command line, and what the policy says in the episodes of a row, the last of them again and again.
+# Of each script: its command line, and what the policy says in the episodes of a row; when all is said, "done".
 SCRIPTS: dict[str, tuple[str, list[list[str]]]] = {
     "openenv/echo.py": (
         "",
@@ -49,7 +49,10 @@ SCRIPTS: dict[str, tuple[str, list[list[str]]]] = {
         "--dataset-size 8",
         [
             [call(("guess", {"guess": f"[{word}]"})) for word in ("slate", "crate", "brine", "crane", "crane")],
-            [call(("guess", {"guess": f"[{word}]"})) for word in ("aaaaa", "bbbbb", "ccccc", "ddddd", "eeeee", "crank")],
+            [
+                call(("guess", {"guess": f"[{word}]"}))
+                for word in ("aaaaa", "bbbbb", "ccccc", "ddddd", "eeeee", "crank")
+            ],
             [call(("guess", {"guess": "[slate]"})), call(("guess", {"guess": "too long"}))],
             [call(("stay", {}))],
         ],
@@ -75,8 +78,11 @@ SCRIPTS: dict[str, tuple[str, list[list[str]]]] = {
     "openenv/multi_env.py": (
         "--wordle-url http://wordle --catch-url http://catch",
         [
-            [call(("guess", {"guess": "[slate]"}), ("move", {"direction": "right"})), call(("move", {"direction": "right"}))]
-            + [call(("stay", {}))],
+            [
+                call(("guess", {"guess": "[slate]"}), ("move", {"direction": "right"})),
+                call(("move", {"direction": "right"})),
+                call(("stay", {})),
+            ],
             [call(("guess", {"guess": "[crane]"})), call(("guess", {"guess": "[crane]"}))],
             [call(("stay", {})), call(("stay", {})), call(("stay", {}))],
             [say("nothing")],
@@ -95,7 +101,9 @@ SCRIPTS: dict[str, tuple[str, list[list[str]]]] = {
         "--model_name_or_path Qwen/Qwen3-1.7B --output_dir out --max_completion_length 1024",
         [
             [
-                call(("query_biogrid", {"sql_command": "SELECT * FROM interactions WHERE Alt_IDs_Interactor_A='TP53'"})),
+                call(
+                    ("query_biogrid", {"sql_command": "SELECT * FROM interactions WHERE Alt_IDs_Interactor_A='TP53'"})
+                ),
                 say("It is *yes*"),
             ],
             [call(("query_biogrid", {"sql_command": "SELECT * FROM gone LIMIT 1"})), say("*No*")],
