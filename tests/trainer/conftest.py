@@ -22,6 +22,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _warm(warm_workers: None) -> None:
+    """Most tests with a sampler in a process of its own are about what it says, not about its start."""
+
+
+@pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, logger="transformers")
 

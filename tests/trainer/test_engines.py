@@ -44,6 +44,7 @@ def logs_of(directory: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in logs.items() if not name.startswith(timed)} for logs in history]
 
 
+@pytest.mark.usefixtures("cold_workers")
 def test_a_process_of_its_own_trains_the_same_weights_bit_by_bit(tmp_path) -> None:
     settings = {"eval_dataset": message_rows(), "eval_strategy": "steps", "eval_steps": 2}
     inside = run(tmp_path / "inside", **settings)
