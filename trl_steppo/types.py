@@ -43,7 +43,7 @@ class EpisodeLimits:
 
     Args:
         max_interaction_steps (`int`, *optional*, defaults to `5`):
-            Steps.
+            Steps. `None`: no limit.
         max_prompt_length (`int`, *optional*):
             Tokens of a state.
         max_episode_tokens (`int`, *optional*):
@@ -55,10 +55,14 @@ class EpisodeLimits:
             Time. A step that is not answered by then does not count. `get_reward` may take as long again.
     """
 
-    max_interaction_steps: int = 5
+    max_interaction_steps: int | None = 5
     max_prompt_length: int | None = None
     max_episode_tokens: int | None = None
     max_episode_s: float | None = None
+
+    def allows_steps(self, number: int) -> bool:
+        """Whether an episode may have so many."""
+        return self.max_interaction_steps is None or number <= self.max_interaction_steps
 
 
 def writable(text: str) -> str:

@@ -27,6 +27,8 @@ from ..batching import StepBatch
 from ..masked import Reduce, masked_whiten
 from .steppo_config import StepPOConfig
 
+_SHOWN_STEPS = 32  # of the explained variance, where episodes have no limit of steps
+
 
 @dataclass
 class Credit:
@@ -149,11 +151,12 @@ def _explained_variance(
     returns: torch.Tensor,
     mask: torch.Tensor,
     step_numbers: torch.Tensor,
-    max_steps: int,
+    max_steps: int | None,
     reduce: Reduce | None,
 ) -> dict[str, float]:
     found = {"critic/explained_variance": explained_variance(values, returns, mask, reduce)}
-    for number in range(max_steps):  # a bound that all ranks share: each of them reduces as often
+    # A bound that all ranks share: each of them reduces as often.
+    for number in range(_SHOWN_STEPS if max_steps is None else max_steps):
         at_step = mask & (step_numbers == number)
         found[f"critic/explained_variance/step_{number}"] = explained_variance(values, returns, at_step, reduce)
     return {name: float(value) for name, value in found.items() if value is not None}

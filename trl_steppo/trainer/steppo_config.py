@@ -11,6 +11,7 @@ from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
 from ..finite import LARGEST, shown
 from ..inference.base import MIN_TEMPERATURE
+from .grpo_settings import from_grpo_settings
 from .ppo_config import PPOConfig, accelerator_has_bf16
 
 GROUP_BASELINES = ("grpo", "rloo", "gigpo")
@@ -82,7 +83,7 @@ class StepPOConfig(PPOConfig):
         > Parameters that control the episodes
 
         max_interaction_steps (`int`, *optional*, defaults to `5`):
-            Most steps of an episode. `response_length` is the budget of one step's response.
+            Most steps of an episode; `None`: no limit. `response_length` is the budget of one step's response.
         max_prompt_length (`int`, *optional*):
             Most tokens of a state; an episode that reaches more ends as truncated. `None`: what the model's context
             leaves beside `response_length` (`max_position_embeddings` of its configuration, rope scaling included; a
@@ -231,7 +232,9 @@ class StepPOConfig(PPOConfig):
     )
 
     # The episodes
-    max_interaction_steps: int = field(default=5, metadata={"help": "Most steps of an episode."})
+    max_interaction_steps: int | None = field(
+        default=5, metadata={"help": "Most steps of an episode. None: no limit."}
+    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={"help": "Most tokens of a state. None: what the model's context leaves beside `response_length`."},
@@ -368,6 +371,32 @@ class StepPOConfig(PPOConfig):
         # A plain config turns bf16 on by default, on a CPU too, where PPOTrainer then ignores it.
         values["bf16"] = bool(args.bf16) and not args.use_cpu and accelerator_has_bf16()
         return cls(**values, advantage_estimator="token_gae", importance_sampling_level="token")
+
+    @classmethod
+    def from_grpo_config(cls, args: Any, **settings: Any) -> StepPOConfig:
+        """
+        The settings that mean what those of a `GRPOConfig` of TRL's mean: group-relative advantages
+        (`advantage_estimator="grpo"`), episodes without a limit of steps unless `max_tool_calling_iterations` is one,
+        vLLM where `vllm_mode` is `"server"` (with `"colocate"` the in-process sampler takes its place).
+        `max_completion_length` becomes `response_length`, the budget of each response; there it is that of all
+        responses and tool results of an episode together.
+
+        Args:
+            args (`GRPOConfig`):
+                TRL's configuration.
+            settings:
+                Settings that take the place of what `args` says, e.g. `advantage_estimator="step_gae"`.
+
+        Raises:
+            ConfigurationError: settings differ from their defaults, and there is nothing like them here; names all of
+                them, and the cures.
+
+        Example:
+        ```python
+        StepPOConfig.from_grpo_config(GRPOConfig(max_completion_length=1024), advantage_estimator="step_gae")
+        ```
+        """
+        return cls(**{**from_grpo_settings(args, {f.name for f in fields(cls) if f.init}), **settings})
 
     def _check_ranges(self) -> None:
         within = {  # name: (lowest, highest, whether the lowest itself is excluded)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from trl import GRPOConfig
 
 from ..rollout import Agent
 from .ppo_config import PPOConfig
@@ -23,8 +24,9 @@ class StepPOTrainer(PPOTrainer):
     steps where it is given an environment or tools.
 
     Args:
-        args ([`StepPOConfig`] or [`PPOConfig`]):
-            The run's settings. A plain `PPOConfig` means token-level PPO, as in `PPOTrainer`.
+        args ([`StepPOConfig`], [`PPOConfig`] or [`~trl.GRPOConfig`]):
+            The run's settings. A plain `PPOConfig` means token-level PPO, as in `PPOTrainer`; TRL's `GRPOConfig` is
+            read by [`StepPOConfig.from_grpo_config`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer; with a chat template where rows have `prompt`.
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -100,7 +102,7 @@ class StepPOTrainer(PPOTrainer):
 
     def __init__(
         self,
-        args: StepPOConfig | PPOConfig,
+        args: StepPOConfig | PPOConfig | GRPOConfig,
         processing_class: Any,
         model: PreTrainedModel,
         ref_model: PreTrainedModel | None = None,
@@ -119,7 +121,7 @@ class StepPOTrainer(PPOTrainer):
         agent: Agent | None = None,
     ) -> None:
         self._set_up(
-            args if isinstance(args, StepPOConfig) else StepPOConfig.from_ppo_config(args),
+            _converted(args),
             processing_class,
             model,
             ref_model,
@@ -136,3 +138,10 @@ class StepPOTrainer(PPOTrainer):
             reward_funcs=reward_funcs,
             agent=agent,
         )
+
+
+def _converted(args: StepPOConfig | PPOConfig | GRPOConfig) -> StepPOConfig:
+    """The settings as this trainer has them."""
+    if isinstance(args, StepPOConfig):
+        return args
+    return StepPOConfig.from_grpo_config(args) if isinstance(args, GRPOConfig) else StepPOConfig.from_ppo_config(args)
