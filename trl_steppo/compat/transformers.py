@@ -29,6 +29,11 @@ def attention_of(config: Any) -> str:
         raise _unknown(f"`_attn_implementation` of a {type(config).__name__}") from error
 
 
+def source_of(config: Any) -> str | None:
+    """Where the weights of a model with this configuration were loaded from: a name or a directory, if any."""
+    return getattr(config, "_name_or_path", None) or None
+
+
 def exchange_attention(model: Any, name: str) -> None:
     """
     Have every attention layer of a model use another implementation, and make sure that each does: each layer reads a

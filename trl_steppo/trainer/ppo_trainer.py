@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
-from ..compat.transformers import attention_of
+from ..compat.transformers import attention_of, source_of
 from ..compat.trl import ppo_bases
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
@@ -76,7 +77,7 @@ from .checks import (
     check_adapters,
     check_apart,
     check_distribution,
-    check_loaded,
+    check_kinds,
     check_models,
     check_saved,
     check_trainable,
@@ -84,13 +85,14 @@ from .checks import (
     warn_of_waiting,
 )
 from .credit import Credit, assign_credit
-from .data_stream import RowStream, column_names, row_of
-from .dataset_checks import check_dataset, check_eval_dataset
+from .data_stream import column_names, make_rows, numbered_rows
+from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
 from .learner import Learner
+from .loading import Loader
 from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
 from .model_card import model_card
 from .networks import (
@@ -105,6 +107,7 @@ from .networks import (
 from .player import EpisodePlayer
 from .ppo_config import PPOConfig
 from .ranks import gather_objects
+from .reward_models import RewardFuncs, RewardModel, load_reward_funcs
 from .steppo_config import StepPOConfig
 
 if TYPE_CHECKING:
@@ -236,11 +239,11 @@ class PPOTrainer(_Base):
         self,
         args: StepPOConfig,
         processing_class: Any,
-        model: PreTrainedModel,
-        ref_model: PreTrainedModel | None,
-        reward_model: nn.Module | None,
+        model: Any,
+        ref_model: Any,
+        reward_model: Any,
         train_dataset: Any,
-        value_model: PreTrainedModel | None,
+        value_model: Any,
         data_collator: Any,
         eval_dataset: Any,
         optimizers: tuple[Any, Any],
@@ -249,21 +252,41 @@ class PPOTrainer(_Base):
         *,
         environment_factory: Callable[[], Any] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
-        reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+        reward_funcs: RewardFuncs | None = None,
+        reward_processing_classes: Any = None,
         agent: Agent | None = None,
     ) -> None:
         """All arguments of both trainers, checked and put together."""
         refuse_unsupported(args)
-        check_loaded(
+        check_kinds(
             processing_class=processing_class,
             model=model,
             ref_model=ref_model,
             value_model=value_model,
             reward_model=reward_model,
         )
-        check_models(args, model, ref_model, value_model, reward_model)
+        if isinstance(processing_class, ProcessorMixin):
+            raise ConfigurationError(
+                f"`processing_class` is a {type(processing_class).__name__}: images and other media are not "
+                "supported; pass its tokenizer, `processing_class.tokenizer`"
+            )
         if train_dataset is None:
-            raise DataError("`train_dataset` is required; pass rows with `prompt` or `input_ids`")
+            check_no_dataset(environment_factory)
+        check_length(args, train_dataset)
+        loader = Loader(args.model_init_kwargs, seed=args.seed)  # type: ignore[arg-type]  # JSON is read by now
+        model, ref_model = loader.model("model", model), loader.model("ref_model", ref_model)
+        value_model = loader.model("value_model", value_model)
+        reward_model = loader.model("reward_model", reward_model)
+        processing_class = loader.tokenizer("processing_class", processing_class, model)
+        funcs = load_reward_funcs(
+            reward_funcs,
+            reward_processing_classes,
+            loader,
+            chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+            batch_size=args.local_rollout_forward_batch_size,
+        )
+        loader.check_used()
+        check_models(args, model, ref_model, value_model, reward_model)
         if peft_config is not None:
             transformers.set_seed(args.seed)  # a new adapter starts at random
             model = add_adapter(model, peft_config, name=args.model_adapter_name or "default")
@@ -271,13 +294,9 @@ class PPOTrainer(_Base):
         if args.model_adapter_name is not None:
             model.set_adapter(args.model_adapter_name)
         check_trainable(model, "model")
-        if isinstance(processing_class, ProcessorMixin):
-            raise ConfigurationError(
-                f"`processing_class` is a {type(processing_class).__name__}: images and other media are not "
-                "supported; pass its tokenizer, `processing_class.tokenizer`"
-            )
         known: dict[str, Any] = {"vocabulary_size": vocabulary_size(model), "is_for_agent": agent is not None}
-        check_dataset(train_dataset, "train_dataset", **known)
+        if train_dataset is not None:
+            check_dataset(train_dataset, "train_dataset", **known)
         check_eval_dataset(eval_dataset, **known)
         assert args.device is not None  # sets the process group up
         args.world_size = PartialState().num_processes  # a field of `PPOConfig`, which DeepSpeed's set-up reads
@@ -285,20 +304,27 @@ class PPOTrainer(_Base):
             self,
             model=model,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=train_dataset
+            if isinstance(train_dataset, Sized)
+            else None,  # it asks others for `max_steps`
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
         )
         self.args: StepPOConfig = args
+        self.train_dataset = train_dataset
         find_fsdp(self.accelerator)
         check_distribution(args, self.accelerator, optimizers)
         warn_of_waiting(args, self.accelerator)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
-        self.rows = RowStream(train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
+        self.rows = make_rows(train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
         self._derive_sizes()
+        self._judges = [func for func in funcs if isinstance(func, RewardModel)]
+        for judge in self._judges:
+            judge.check_prompt(self.rows.example.get("prompt"))
+            _frozen(judge.model, self.accelerator.device)
         self.clock = Clock()
         self._build_learner(model, ref_model, value_model, optimizers)
         self.sampler = self.engine.sampler
@@ -306,11 +332,11 @@ class PPOTrainer(_Base):
             args,
             processing_class,
             self.sampler,
-            columns=column_names(train_dataset),
+            columns=self.rows.columns,
             eval_columns=[column_names(dataset) for dataset in _datasets(eval_dataset)],
             environment_factory=environment_factory,
             tools=tools,
-            reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
+            reward_funcs=funcs,
             reward_model=plain_model(_frozen(reward_model, self.accelerator.device)),
             numerics=self.learner.numerics,
             data_collator=data_collator,
@@ -326,7 +352,7 @@ class PPOTrainer(_Base):
             eval_dataset=eval_dataset,
             environment_factory=environment_factory,
             tools=tools,
-            reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
+            reward_funcs=funcs,
             reward_model=reward_model,
             agent=agent,
         )
@@ -571,14 +597,16 @@ class PPOTrainer(_Base):
             check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
+        rows = numbered_rows(dataset, first=rank, every=num_ranks)
+        requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
+        num_rows = sum(gather_objects([len(requests)]))
         episodes = self._play_greedily(requests, "eval/")
         means = Means()
         add_episode_metrics(means, episodes)
         runtime = time.perf_counter() - start
         shown = {name: value for name, value in means.reduced().items() if name != "objective/scores"}
         short = {name.removeprefix("env/").removeprefix("rollout/"): value for name, value in shown.items()}
-        short |= {"runtime": runtime, "samples_per_second": len(dataset) / runtime}
+        short |= {"runtime": runtime, "samples_per_second": num_rows / runtime}
         result = {f"{metric_key_prefix}_{k}": v for k, v in short.items() if k not in (ignore_keys or ())}
         self.log(result)
         self.progress.last_eval_step = self.state.global_step
@@ -598,9 +626,9 @@ class PPOTrainer(_Base):
             return
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
-        count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
         plays = self.accelerator.is_main_process
-        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(count)] if plays else []
+        rows = islice(numbered_rows(dataset), _NUM_SHOWN if sampling else None) if plays else ()
+        requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
         episodes = self._play_greedily(requests, "shown/")
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
@@ -622,9 +650,9 @@ class PPOTrainer(_Base):
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        """Around the reward model's forward passes; all ranks come by."""
-        reward_model = self.player.reward_model
-        with gathered(reward_model.parameters() if reward_model is not None else ()):
+        """Around the forward passes of reward models; all ranks come by."""
+        models = [self.player.reward_model, *(judge.model for judge in self._judges)]
+        with gathered([parameter for model in models if model is not None for parameter in model.parameters()]):
             yield
 
     def get_train_dataloader(self) -> Any:
@@ -708,7 +736,7 @@ class PPOTrainer(_Base):
         if not self.is_world_process_zero():
             return
         output_dir = Path(str(self.args.output_dir))
-        source = getattr(plain_model(self.model).config, "_name_or_path", "")
+        source = source_of(plain_model(self.model).config)
         card = model_card(
             name=model_name or output_dir.name,
             base_model=source if source and not os.path.isdir(source) else None,
@@ -874,6 +902,7 @@ class PPOTrainer(_Base):
             args.num_total_batches = args.max_steps
         else:
             if args.total_episodes is None:
+                assert self.rows.num_rows is not None  # or its length would have been asked for
                 args.total_episodes = math.ceil(args.num_train_epochs * self.rows.num_rows * args.num_generations)
             args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)
         if args.critic_warmup_updates >= args.num_total_batches and args.critic_warmup_updates > 0:
@@ -1138,7 +1167,10 @@ class PPOTrainer(_Base):
         assert args.batch_size is not None
         self.progress.num_rows_played += args.batch_size // args.num_generations
         epoch_before = math.floor(self.state.epoch or 0.0)
-        self.state.epoch = self.progress.num_rows_played / self.rows.num_rows
+        if self.rows.num_rows is not None:
+            self.state.epoch = self.progress.num_rows_played / self.rows.num_rows
+        else:  # of a run whose epochs have no end, as `Trainer` counts them
+            self.state.epoch = self.state.global_step / self.state.max_steps
         self._logs |= {
             "episode": self.progress.num_rows_played * args.num_generations,
             "eps": self._num_played() / (time.monotonic() - self._start),
@@ -1277,9 +1309,10 @@ def _averaged(history: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _datasets(eval_dataset: Any) -> list[Any]:
-    """The data sets to evaluate on that have rows."""
+    """The data sets to evaluate on, without those that are empty, as far as they have a length."""
     given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-    return [dataset for dataset in given if dataset is not None and isinstance(dataset, Sized) and len(dataset)]
+    is_empty = lambda dataset: isinstance(dataset, Sized) and not len(dataset)  # noqa: E731
+    return [dataset for dataset in given if dataset is not None and not is_empty(dataset)]
 
 
 def _group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,6 +110,9 @@ class StepPOConfig(PPOConfig):
             Restrict sampling to the most likely tokens. Log-probabilities stay those of the whole distribution.
         chat_template_kwargs (`dict`, *optional*):
             Extra arguments of the chat template, e.g. `{"enable_thinking": false}`.
+        model_init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained` for the models that the trainer is given by their names. `dtype` is float32
+            without them.
         reward_weights (`list[float]`, *optional*):
             Weight of each of `reward_funcs`. `None`: 1 each.
         rollout_cache_tokens (`int`, *optional*, defaults to `262144`):
@@ -259,6 +262,10 @@ class StepPOConfig(PPOConfig):
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Extra arguments of the chat template, as JSON on the command line."}
     )
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of `from_pretrained` for models given by their names, as JSON."},
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. None: 1 each."}
     )
@@ -313,6 +320,7 @@ class StepPOConfig(PPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # unannotated upstream
         *PPOConfig._VALID_DICT_FIELDS,
         "chat_template_kwargs",
+        "model_init_kwargs",
     ]
 
     def __post_init__(self) -> None:
