@@ -294,14 +294,16 @@ class Opening(Door):
     """The same, without a row."""
 
 
-def many_words(completions: list[Any], prompts: list[Any], **kwargs: Any) -> list[float]:
-    return [len(str(completion)) + len(str(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
+def many_turns(completions: list[Any], prompts: list[Any], **kwargs: Any) -> list[float]:
+    return [
+        len(completion) + len(prompt[-1]["content"]) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def without_rows(config: type, trainer: type, folder: str) -> None:
     trainer(
         model="somebody/a-model",
-        reward_funcs=many_words,
+        reward_funcs=many_turns,
         args=config(output_dir=folder, chat_template_kwargs={"enable_thinking": False}),
         environment_factory=Opening,
     ).train()

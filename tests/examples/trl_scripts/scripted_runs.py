@@ -62,11 +62,10 @@ class Recording:
 
     def metrics_of_rewards(self) -> dict[str, float]:
         """What is logged of reward functions, and by them."""
-        kept: dict[str, float] = {}
-        for name, value in self.metrics[0].items():
-            if value is not None and (name.startswith(("shop/", "rewards/"))) and "/std" not in name:
-                kept[name.removesuffix("/mean")] = value
-        return kept
+        names = {call["name"] for call in self.calls}
+        means = {name.removesuffix("/mean"): value for name, value in self.metrics[0].items()}
+        of_functions = {name: means[f"rewards/{name}"] for name in names}
+        return of_functions | {name: value for name, value in means.items() if name.startswith("shop/")}
 
     def rewards(self) -> list[dict[str, float | None]]:
         """Of each episode, by function."""
