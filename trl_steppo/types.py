@@ -42,8 +42,8 @@ class EpisodeLimits:
     budget was reached at the same time.
 
     Args:
-        max_interaction_steps (`int`, *optional*, defaults to `5`):
-            Steps. `None`: no limit.
+        max_interaction_steps (`int` or `None`, *optional*, defaults to `5`):
+            Steps. `None`: as many as the other budgets and the model's context leave room for.
         max_prompt_length (`int`, *optional*):
             Tokens of a state.
         max_episode_tokens (`int`, *optional*):
@@ -60,9 +60,9 @@ class EpisodeLimits:
     max_episode_tokens: int | None = None
     max_episode_s: float | None = None
 
-    def allows_steps(self, number: int) -> bool:
-        """Whether an episode may have so many."""
-        return self.max_interaction_steps is None or number <= self.max_interaction_steps
+    def allows_step(self, index: int) -> bool:
+        """Whether an episode may have a step with this index, from 0."""
+        return self.max_interaction_steps is None or index < self.max_interaction_steps
 
 
 def writable(text: str) -> str:

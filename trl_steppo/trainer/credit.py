@@ -27,7 +27,8 @@ from ..batching import StepBatch
 from ..masked import Reduce, masked_whiten
 from .steppo_config import StepPOConfig
 
-_SHOWN_STEPS = 32  # of the explained variance, where episodes have no limit of steps
+_MOST_STEPS_LOGGED = 16
+"""Steps that have an explained variance of their own where `max_interaction_steps` is `None`."""
 
 
 @dataclass
@@ -156,7 +157,7 @@ def _explained_variance(
 ) -> dict[str, float]:
     found = {"critic/explained_variance": explained_variance(values, returns, mask, reduce)}
     # A bound that all ranks share: each of them reduces as often.
-    for number in range(_SHOWN_STEPS if max_steps is None else max_steps):
+    for number in range(_MOST_STEPS_LOGGED if max_steps is None else max_steps):
         at_step = mask & (step_numbers == number)
         found[f"critic/explained_variance/step_{number}"] = explained_variance(values, returns, at_step, reduce)
     return {name: float(value) for name, value in found.items() if value is not None}

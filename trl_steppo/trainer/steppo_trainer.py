@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
-from trl import GRPOConfig
 
 from ..compat.transformers import source_of
 from ..models import plain_model
@@ -28,10 +27,9 @@ class StepPOTrainer(PPOTrainer):
     steps where it is given an environment or tools.
 
     Args:
-        args ([`StepPOConfig`], [`PPOConfig`] or [`~trl.GRPOConfig`], *optional*):
-            The run's settings. A plain `PPOConfig` means token-level PPO, as in `PPOTrainer`; TRL's `GRPOConfig` is
-            read by [`StepPOConfig.from_grpo_config`]. `None`: a `StepPOConfig` whose `output_dir` is the model's name
-            and "-StepPO".
+        args ([`StepPOConfig`] or [`PPOConfig`], *optional*):
+            The run's settings. A plain `PPOConfig` means token-level PPO, as in `PPOTrainer`. `None`: a
+            `StepPOConfig` whose `output_dir` is the model's name and "-StepPO".
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*):
             Tokenizer; with a chat template where rows have `prompt`. `None`: the model's own, loaded from where its
             weights are from.
@@ -113,7 +111,7 @@ class StepPOTrainer(PPOTrainer):
 
     def __init__(
         self,
-        args: StepPOConfig | PPOConfig | GRPOConfig | None = None,
+        args: StepPOConfig | PPOConfig | None = None,
         processing_class: Any = None,
         model: PreTrainedModel | str | None = None,
         ref_model: PreTrainedModel | str | None = None,
@@ -136,7 +134,7 @@ class StepPOTrainer(PPOTrainer):
             args = StepPOConfig(f"{_name_of(model)}-StepPO")
         check_args(args)
         self._set_up(
-            _converted(args),
+            StepPOConfig.of(args),
             processing_class,
             model,
             ref_model,
@@ -161,10 +159,3 @@ def _name_of(model: Any) -> str:
     config = getattr(plain_model(model), "config", None)
     name = model if isinstance(model, str) else source_of(config)
     return (name or type(model).__name__).rstrip("/").split("/")[-1]
-
-
-def _converted(args: StepPOConfig | PPOConfig | GRPOConfig) -> StepPOConfig:
-    """The settings as this trainer has them."""
-    if isinstance(args, StepPOConfig):
-        return args
-    return StepPOConfig.from_grpo_config(args) if isinstance(args, GRPOConfig) else StepPOConfig.from_ppo_config(args)
