@@ -3,7 +3,7 @@ Training programs written for TRL's `GRPOTrainer`, which have in them what its e
 the environment, several tools, tools that refuse, hang or answer with lists, scores kept as attributes and properties,
 environments chosen by a column, reward functions that read environments, messages and columns.
 
-Each takes the two classes that it would import, and is the same for every trainer.
+Each takes what makes its settings, of those of `GRPOConfig`, and the trainer's class; else it is the same for both.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 from datasets import Dataset
 from scripted_runs import call, say
+
+Config = Callable[..., Any]
 
 
 class Client:
@@ -117,7 +119,7 @@ def wished(environments: list[Shop], wish: list[str], log_extra: Callable[..., N
     return [float(w in shop.bought) if shop.bought else None for shop, w in zip(environments, wish, strict=True)]
 
 
-def shopping(config: type, trainer: type, folder: str) -> None:
+def shopping(config: Config, trainer: type, folder: str) -> None:
     rows = [{"money": 20, "wish": "cup"}, {"money": 5, "wish": "tea"}]
     prompt = [{"role": "system", "content": "You shop."}, {"role": "user", "content": "Buy something."}]
     trainer(
@@ -206,7 +208,7 @@ async def short(completions: list[Any], prompts: list[Any], **kwargs: Any) -> li
     return [len(p[-1]["content"]) / (1 + len(c[-1]["content"])) for p, c in zip(prompts, completions, strict=True)]
 
 
-def asking(config: type, trainer: type, folder: str) -> None:
+def asking(config: Config, trainer: type, folder: str) -> None:
     rows = [{"question": "Where is Basel?", "answer": "river"}, {"question": "Where is Bern?", "answer": "river"}]
     prompts = [{"prompt": [{"role": "user", "content": row["question"]}], **row} for row in rows]
     trainer(
@@ -268,7 +270,7 @@ def counted(environments: list[Any], environment: list[str], **kwargs: Any) -> l
     return [float(env.count == env.goal) if name == "counter" else None for env, name in pairs]
 
 
-def choosing(config: type, trainer: type, folder: str) -> None:
+def choosing(config: Config, trainer: type, folder: str) -> None:
     rows = [{"environment": "counter", "goal": 7}, {"environment": "door", "goal": 0}]
     trainer(
         model="somebody/a-model",
@@ -300,7 +302,7 @@ def many_turns(completions: list[Any], prompts: list[Any], **kwargs: Any) -> lis
     ]
 
 
-def without_rows(config: type, trainer: type, folder: str) -> None:
+def without_rows(config: Config, trainer: type, folder: str) -> None:
     trainer(
         model="somebody/a-model",
         reward_funcs=many_turns,
@@ -311,7 +313,7 @@ def without_rows(config: type, trainer: type, folder: str) -> None:
 
 @dataclass(frozen=True)
 class Program:
-    run: Callable[[type, type, str], None]
+    run: Callable[[Config, type, str], None]
     said: list[list[str]]  # in the episodes of a row; when all is said, "done"
 
 

@@ -22,7 +22,7 @@ import trl
 from trl.chat_template_utils import qwen3_chat_template
 
 import trl_steppo
-from trl_steppo import StepPOTrainer
+from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.types import StopReason, TokenIds
 
@@ -207,6 +207,11 @@ class GRPOConfig(trl.GRPOConfig):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, **HERE})
+
+
+def steppo_config(**settings: Any) -> StepPOConfig:
+    """The same settings of a `StepPOConfig`."""
+    return StepPOConfig.from_grpo_config(GRPOConfig(**settings))
 
 
 def grpo_trainer(script: Script, recording: Recording, policy: str) -> type:

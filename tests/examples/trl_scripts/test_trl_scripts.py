@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -29,10 +30,22 @@ pytestmark = pytest.mark.skipif(
 
 MOST_CHANGED_LINES = 4
 
+_IMPORT = "from trl import GRPOConfig, GRPOTrainer"
+_INLINE = r"args=GRPOConfig\((.*?)\n        \),"  # else the settings have a name, which is passed on
+
 CHANGES = [
-    ("from trl import GRPOConfig, GRPOTrainer", "from trl_steppo import StepPOTrainer\nfrom trl import GRPOConfig"),
-    ("trainer = GRPOTrainer(", "trainer = StepPOTrainer("),
+    (_IMPORT, f"from trl_steppo import StepPOConfig, StepPOTrainer\n{_IMPORT}"),
+    (r"trainer = GRPOTrainer\(", "trainer = StepPOTrainer("),
+    (
+        rf"(?s){_INLINE}|args=(grpo_config|training_args),",
+        lambda found: (
+            f"args=StepPOConfig.from_grpo_config({found[2]}),"
+            if found[2]
+            else f"args=StepPOConfig.from_grpo_config(GRPOConfig({found[1]}\n        )),"
+        ),
+    ),
 ]
+"""What is written in place of what: patterns that are found once in each script."""
 
 # Of each script: its command line, and what the policy says in the episodes of a row; when all is said, "done".
 SCRIPTS: dict[str, tuple[str, list[list[str]]]] = {
@@ -118,8 +131,8 @@ SCRIPTS: dict[str, tuple[str, list[list[str]]]] = {
 def changed(text: str) -> str:
     """The script under our trainer."""
     for old, new in CHANGES:
-        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in the script"
-        text = text.replace(old, new)
+        text, times = re.subn(old, new, text)
+        assert times == 1, f"{old!r} is {times} times in the script"
     return text
 
 
