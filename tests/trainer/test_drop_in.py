@@ -135,7 +135,7 @@ def test_ppo_trainer_with_an_adapter_and_a_critic_that_is_built(tmp_path):
 def test_what_ppo_trainer_refuses(tmp_path):
     with pytest.raises(ConfigurationError, match="`args` is a StepPOConfig, which `StepPOTrainer` takes"):
         PPOTrainer(make_config(tmp_path), TOKENIZER, make_model(), None, make_classifier(), id_rows(), None)
-    with pytest.raises(ConfigurationError, match="`reward_model` is None.*or use `StepPOTrainer`"):
+    with pytest.raises(ConfigurationError, match=r"`reward_model` is None.*or use `StepPOTrainer`"):
         ppo_trainer(tmp_path, reward_model=None)
     with pytest.raises(ConfigurationError, match="`args` is"):
         PPOTrainer(None, TOKENIZER, make_model(), None, make_classifier(), id_rows(), None)
