@@ -141,7 +141,7 @@ class EpisodePlayer:
         example = self._playable(environment)
         self._check_reward_source(environment)
         has_turns = agent is not None or bool(environment_factory or self.tools)
-        multi_turn = not has_input_ids and has_turns and args.max_interaction_steps > 1
+        multi_turn = not has_input_ids and has_turns and args.max_interaction_steps != 1
         needs_chat = not has_input_ids or bool(example.tools) or environment_factory is not None
         self.chat = (
             ChatFormat(
