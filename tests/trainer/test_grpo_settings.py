@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import TINY, TOKENIZER, Endless, make_model, message_rows
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from trl_steppo import PPOTrainer, StepPOConfig, StepPOTrainer
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.losses import kl_estimate
 from trl_steppo.trainer.grpo_settings import COUNTERPARTS
 
 INHERITED = {f.name for f in fields(TrainingArguments)}
@@ -200,6 +202,15 @@ def test_steps_of_the_optimizer_become_updates(tmp_path):
     }
     parts = convert(tmp_path, **settings, logging_steps=0.1, warmup_steps=0.05)
     assert (parts.logging_steps, parts.warmup_steps, parts.max_steps) == (0.1, 0.05, -1)
+
+
+def test_the_gradient_of_the_corrected_kl_is_that_of_k2():
+    """Before the weights have moved: TRL's loss is ratio · k3."""
+    torch.manual_seed(0)
+    new, ref, mask = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    theirs = (new - new.detach()).exp() * kl_estimate(new, ref, mask, "k3")
+    gradients = [torch.autograd.grad(loss.sum(), new)[0] for loss in (theirs, kl_estimate(new, ref, mask, "k2"))]
+    torch.testing.assert_close(*gradients)
 
 
 def test_another_estimator_and_further_settings(tmp_path):

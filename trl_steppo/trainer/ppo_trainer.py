@@ -25,11 +25,25 @@ import transformers
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
-from ..compat.transformers import attention_of, source_of
+from ..compat.accelerate import find_fsdp, is_fsdp2
+from ..compat.transformers import (
+    ExportableState,
+    SaveStrategy,
+    TrainOutput,
+    attention_of,
+    enable_checkpointing,
+    load_callback_states,
+    load_generators,
+    load_scaler,
+    note_best,
+    push_checkpoint,
+    save_policy,
+    save_scaler_and_generators,
+    source_of,
+    speed_metrics,
+)
 from ..compat.trl import ppo_bases
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
@@ -100,7 +114,6 @@ from .networks import (
     Network,
     build_networks,
     build_reference,
-    find_fsdp,
     hold_in_float32,
     innermost,
 )
@@ -698,7 +711,7 @@ class PPOTrainer(_Base):
         policy: Any = self.model
         state = whole_state_dict(policy, keep=self.args.should_save)
         if self.args.should_save:
-            self._save(output_dir, state_dict=state)
+            save_policy(self, output_dir, state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -755,7 +768,7 @@ class PPOTrainer(_Base):
     @property
     def _saves_together(self) -> bool:
         """Whether what one rank writes takes all of them."""
-        return self.is_deepspeed_enabled or self.accelerator.is_fsdp2
+        return self.is_deepspeed_enabled or is_fsdp2(self.accelerator)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """All that `train(resume_from_checkpoint=...)` needs; see [`checkpoints`]."""
@@ -779,7 +792,7 @@ class PPOTrainer(_Base):
             if self.args.should_save:  # what `Trainer` does not know of
                 for folder in (path for path in directory.iterdir() if path.is_dir()):
                     shutil.copytree(folder, output_dir / folder.name, dirs_exist_ok=True)
-            self._push_from_checkpoint(str(directory))
+            push_checkpoint(self, str(directory))
         if self.args.should_save:
             keep = {directory.name, Path(state.best_model_checkpoint or "").name}
             rotate(output_dir, self.args.save_total_limit, keep=keep)
@@ -789,8 +802,7 @@ class PPOTrainer(_Base):
         if not self.args.save_only_model:
             for folder, network in self._network_folders(directory):
                 network.save_state(folder, is_writer=self.args.should_save)
-            self._save_scaler(str(directory))
-            self._save_rng_state(str(directory))
+            save_scaler_and_generators(self, str(directory))
         if self.args.should_save:
             states: dict[str, Any] = {}
             for callback in [*self.callback_handler.callbacks, self.control]:
@@ -814,12 +826,12 @@ class PPOTrainer(_Base):
         for folder, network in self._network_folders(directory):
             network.load_state(folder)
         with reading(directory, "scaler.pt"):
-            self._load_scaler(str(directory))
+            load_scaler(self, str(directory))
         self.progress = manifest.progress
         self._resume_reference(directory, self.progress.reference_adapter)
         with reading(directory, "trainer_state.json"):
             self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
-            self._load_callback_state()
+            load_callback_states(self)
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
         self._resumed_from: Path | None = directory
@@ -930,7 +942,7 @@ class PPOTrainer(_Base):
         self._copied_adapter = None
         hold = partial(hold_in_float32, self.accelerator)
         with gathered(model.parameters()):
-            if not self.accelerator.is_fsdp2:
+            if not is_fsdp2(self.accelerator):
                 hold(model, "model")  # before it is copied: copies compute as it does
             if args.uses_reference and ref_model is None and self.policy_adapter is not None:
                 self._reference_adapter = self._choose_reference(model, self.policy_adapter)
@@ -939,7 +951,7 @@ class PPOTrainer(_Base):
             if needs_copy:
                 ref_model = copy.deepcopy(model)
             twin = copy.deepcopy(plain_model(model)).cpu() if args.samples_in_worker else None
-            if self.accelerator.is_fsdp2:
+            if is_fsdp2(self.accelerator):
                 hold(model, "model")  # all compute in the type that FSDP2 gives their layers
         if args.uses_critic:
             hold(self.value_model, "value_model")
@@ -951,7 +963,7 @@ class PPOTrainer(_Base):
         for network in networks:
             disable_dropout(network)
             if args.gradient_checkpointing:
-                _enable_checkpointing(plain_model(network), args.gradient_checkpointing_kwargs)
+                enable_checkpointing(plain_model(network), args.gradient_checkpointing_kwargs)
         layout = self._layout([model, self.value_model, ref_model])
         scorer = PolicyScorer(plain_model(model))
         self.ref_model: Any = None
@@ -1077,7 +1089,7 @@ class PPOTrainer(_Base):
         self._event("on_epoch_begin")
         if self._resumed_from is not None:
             with reading(self._resumed_from, "rng_state.pth"):
-                self._load_rng_state(str(self._resumed_from))
+                load_generators(self, str(self._resumed_from))
         yield
         if self.progress.unlogged:
             self.log(_averaged(self.progress.unlogged))
@@ -1220,7 +1232,7 @@ class PPOTrainer(_Base):
         if self.control.should_evaluate:
             metrics = self.evaluate()
         if metrics is not None:
-            is_best = self._determine_best_metric(metrics=metrics, trial=None)
+            is_best = note_best(self, metrics)
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = is_best
         if self.control.should_save:
@@ -1342,14 +1354,6 @@ def _hashable(key: Any) -> Any:
     except TypeError:
         return repr(key)
     return key
-
-
-def _enable_checkpointing(network: PreTrainedModel, kwargs: Any) -> None:
-    """Recompute activations in the backward pass; newer transformers renamed the method."""
-    if hasattr(network, "activation_checkpointing_enable"):
-        network.activation_checkpointing_enable(kwargs)
-    else:
-        network.gradient_checkpointing_enable(kwargs)
 
 
 @contextmanager
