@@ -412,6 +412,7 @@ OWN_TESTS = {
     *("use_vllm", "vllm_server_base_url", "vllm_server_timeout"),  # test_vllm_engine.py
     *("vllm_weights_dir", "vllm_weight_transfer"),  # there, too
     *("model_adapter_name", "ref_adapter_name", "critic_shares_base"),  # test_adapters.py
+    "model_init_kwargs",  # test_construction.py
 }
 WITHOUT_EFFECT = {
     # read by TRL's example scripts

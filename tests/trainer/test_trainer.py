@@ -623,9 +623,8 @@ def test_the_number_of_updates(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"train_dataset": None}, "`train_dataset` is required"),
         ({"train_dataset": []}, "no rows"),
-        ({"train_dataset": [{"question": "?"}]}, "`prompt`"),
+        ({"train_dataset": [{"question": "?"}], "reward_funcs": len}, "`prompt`"),
         ({"reward_funcs": None, "environment_factory": None}, "nothing pays a reward"),
         ({"environment_factory": Look()}, "`environment_factory` is a Look"),
         ({"reward_weights": [1.0]}, "`reward_weights` has 1"),

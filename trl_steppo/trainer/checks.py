@@ -8,9 +8,10 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.trainer_utils import SchedulerType
+from transformers import PreTrainedModel, SchedulerType, TrainingArguments
 
+from ..compat.accelerate import is_fsdp2
+from ..compat.torch import knows_fsdp2
 from ..errors import ConfigurationError
 from ..models import check_critic, is_peft_model, plain_model, saved_with_adapter
 from .steppo_config import CRITIC_ESTIMATORS, StepPOConfig
@@ -84,14 +85,14 @@ def warn_of_waiting(args: StepPOConfig, accelerator: Accelerator) -> None:
 
 def _check_fsdp(args: StepPOConfig, accelerator: Accelerator, optimizers: tuple[Any, Any]) -> None:
     """FSDP's version 1, and settings of accelerate's that would change what version 2 does here."""
-    if not accelerator.is_fsdp2:
+    if not is_fsdp2(accelerator):
         raise ConfigurationError(
             "accelerate was launched with FSDP in its version 1; set `fsdp_version: 2` in the configuration's "
             "`fsdp_config` (`trl-steppo config fsdp2`)"
         )
-    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
-    if not hasattr(FSDPModule, "reset_iter_state"):
+    if not knows_fsdp2():
         raise ConfigurationError(f"torch {torch.__version__} is too old for FSDP2 here; upgrade it (2.13 will do)")
     plugin: Any = accelerator.state.fsdp_plugin
     for name, is_usual, why in (
@@ -123,9 +124,27 @@ def _check_apart_in_shards(args: StepPOConfig, optimizers: tuple[Any, Any], engi
         )
 
 
-def check_loaded(**given: Any) -> None:
+def check_args(args: Any) -> None:
     """
-    Models and tokenizers that are given by their names, and what is no model at all.
+    Arguments in the order of `GRPOTrainer`, and settings of no known class.
+
+    Args:
+        args (`Any`):
+            What the user passed as `args`.
+    """
+    if isinstance(args, TrainingArguments):
+        return
+    shown = f"the name {args!r:.100}" if isinstance(args, str) else f"a {type(args).__name__}"
+    raise ConfigurationError(
+        f"`args` is {shown}; pass a `StepPOConfig`. The first positional arguments are those of `PPOTrainer` (`args`, "
+        "`processing_class`, `model`, ...); name them, as in `StepPOTrainer(model=..., reward_funcs=..., args=..., "
+        "train_dataset=...)`"
+    )
+
+
+def check_kinds(**given: Any) -> None:
+    """
+    What is no model, no tokenizer, and no name of one.
 
     Args:
         given (`Any`):
@@ -133,19 +152,15 @@ def check_loaded(**given: Any) -> None:
     """
     auto = {"processing_class": "AutoTokenizer", "model": "AutoModelForCausalLM", "ref_model": "AutoModelForCausalLM"}
     for name, value in given.items():
-        if value is None and name not in ("model", "processing_class"):
+        if isinstance(value, str) or (value is None and name != "model"):
             continue
         fits = callable(value) if name == "processing_class" else isinstance(value, nn.Module)
         if fits:
             continue
         loader = auto.get(name, "AutoModelForSequenceClassification")
         labels = ", num_labels=1" if name in ("reward_model", "value_model") else ""
-        if isinstance(value, str):
-            raise ConfigurationError(
-                f"`{name}` is the name {value!r}; load it: `transformers.{loader}.from_pretrained({value!r}{labels})`"
-            )
         raise ConfigurationError(
-            f"`{name}` is {'missing' if value is None else f'a {type(value).__name__}'}; pass what "
+            f"`{name}` is {'missing' if value is None else f'a {type(value).__name__}'}; pass a name, or what "
             f"`transformers.{loader}.from_pretrained(...{labels})` returns"
         )
 

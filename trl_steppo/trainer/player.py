@@ -131,7 +131,7 @@ class EpisodePlayer:
             columns, eval_columns = [*columns, *made], [[*names, *made] for names in eval_columns]
         _check_environment_factory(environment_factory)
         checked_weights(self.reward_funcs, args.reward_weights)
-        has_input_ids = agent is None and _check_columns(columns)
+        has_input_ids = agent is None and _check_columns(columns, is_optional=environment_factory is not None)
         environment = _example_of(environment_factory)
         for names in (columns, *eval_columns):
             check_reward_funcs(self.reward_funcs, names)
@@ -140,7 +140,7 @@ class EpisodePlayer:
         example = self._playable(environment)
         self._check_reward_source(environment)
         has_turns = agent is not None or bool(environment_factory or self.tools)
-        multi_turn = not has_input_ids and has_turns and args.max_interaction_steps > 1
+        multi_turn = not has_input_ids and has_turns and args.max_interaction_steps != 1
         needs_chat = not has_input_ids or bool(example.tools) or environment_factory is not None
         self.chat = (
             ChatFormat(
@@ -461,14 +461,15 @@ def _add_to_last_step(episode: Episode, reward: float) -> Episode:
     return replace(episode, steps=(*episode.steps[:-1], replace(last, reward=last.reward + reward)))
 
 
-def _check_columns(columns: Sequence[str]) -> bool:
-    """Whether rows are token ids; raises where they are neither those nor prompts."""
+def _check_columns(columns: Sequence[str], *, is_optional: bool) -> bool:
+    """Whether rows are token ids; raises where they are neither those nor prompts, unless that `is_optional`."""
     if "input_ids" in columns:
         return True
-    if "prompt" in columns:
+    if "prompt" in columns or is_optional:
         return False
     raise DataError(
-        f"the dataset has the columns {list(columns)}; a row needs `prompt` (text or messages), or `input_ids`"
+        f"the dataset has the columns {list(columns)}; a row needs `prompt` (text or messages), or `input_ids`, "
+        "unless an `environment_factory` makes environments whose `reset` returns the prompt"
     )
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,25 @@ import transformers
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
-from ..compat.transformers import attention_of
+from ..compat.accelerate import find_fsdp, is_fsdp2
+from ..compat.transformers import (
+    ExportableState,
+    SaveStrategy,
+    TrainOutput,
+    attention_of,
+    enable_checkpointing,
+    load_callback_states,
+    load_generators,
+    load_scaler,
+    note_best,
+    push_checkpoint,
+    save_policy,
+    save_scaler_and_generators,
+    source_of,
+    speed_metrics,
+)
 from ..compat.trl import ppo_bases
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
@@ -76,7 +91,7 @@ from .checks import (
     check_adapters,
     check_apart,
     check_distribution,
-    check_loaded,
+    check_kinds,
     check_models,
     check_saved,
     check_trainable,
@@ -84,13 +99,14 @@ from .checks import (
     warn_of_waiting,
 )
 from .credit import Credit, assign_credit
-from .data_stream import RowStream, column_names, row_of
-from .dataset_checks import check_dataset, check_eval_dataset
+from .data_stream import column_names, make_rows, numbered_rows
+from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
 from .learner import Learner
+from .loading import Loader
 from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
 from .model_card import model_card
 from .networks import (
@@ -98,13 +114,13 @@ from .networks import (
     Network,
     build_networks,
     build_reference,
-    find_fsdp,
     hold_in_float32,
     innermost,
 )
 from .player import EpisodePlayer
 from .ppo_config import PPOConfig
 from .ranks import gather_objects
+from .reward_models import RewardFuncs, RewardModel, load_reward_funcs
 from .steppo_config import StepPOConfig
 
 if TYPE_CHECKING:
@@ -218,7 +234,7 @@ class PPOTrainer(_Base):
                 "environments and `reward_funcs` pay rewards, too"
             )
         self._set_up(
-            StepPOConfig.from_ppo_config(args),
+            StepPOConfig.of(args),
             processing_class,
             model,
             ref_model,
@@ -236,11 +252,11 @@ class PPOTrainer(_Base):
         self,
         args: StepPOConfig,
         processing_class: Any,
-        model: PreTrainedModel,
-        ref_model: PreTrainedModel | None,
-        reward_model: nn.Module | None,
+        model: Any,
+        ref_model: Any,
+        reward_model: Any,
         train_dataset: Any,
-        value_model: PreTrainedModel | None,
+        value_model: Any,
         data_collator: Any,
         eval_dataset: Any,
         optimizers: tuple[Any, Any],
@@ -249,21 +265,41 @@ class PPOTrainer(_Base):
         *,
         environment_factory: Callable[[], Any] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
-        reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+        reward_funcs: RewardFuncs | None = None,
+        reward_processing_classes: Any = None,
         agent: Agent | None = None,
     ) -> None:
         """All arguments of both trainers, checked and put together."""
         refuse_unsupported(args)
-        check_loaded(
+        check_kinds(
             processing_class=processing_class,
             model=model,
             ref_model=ref_model,
             value_model=value_model,
             reward_model=reward_model,
         )
-        check_models(args, model, ref_model, value_model, reward_model)
+        if isinstance(processing_class, ProcessorMixin):
+            raise ConfigurationError(
+                f"`processing_class` is a {type(processing_class).__name__}: images and other media are not "
+                "supported; pass its tokenizer, `processing_class.tokenizer`"
+            )
         if train_dataset is None:
-            raise DataError("`train_dataset` is required; pass rows with `prompt` or `input_ids`")
+            check_no_dataset(environment_factory)
+        check_length(args, train_dataset)
+        loader = Loader(args.model_init_kwargs, seed=args.seed)  # type: ignore[arg-type]  # JSON is read by now
+        model, ref_model = loader.model("model", model), loader.model("ref_model", ref_model)
+        value_model = loader.model("value_model", value_model)
+        reward_model = loader.model("reward_model", reward_model)
+        processing_class = loader.tokenizer("processing_class", processing_class, model)
+        funcs = load_reward_funcs(
+            reward_funcs,
+            reward_processing_classes,
+            loader,
+            chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+            batch_size=args.local_rollout_forward_batch_size,
+        )
+        loader.check_used()
+        check_models(args, model, ref_model, value_model, reward_model)
         if peft_config is not None:
             transformers.set_seed(args.seed)  # a new adapter starts at random
             model = add_adapter(model, peft_config, name=args.model_adapter_name or "default")
@@ -271,13 +307,9 @@ class PPOTrainer(_Base):
         if args.model_adapter_name is not None:
             model.set_adapter(args.model_adapter_name)
         check_trainable(model, "model")
-        if isinstance(processing_class, ProcessorMixin):
-            raise ConfigurationError(
-                f"`processing_class` is a {type(processing_class).__name__}: images and other media are not "
-                "supported; pass its tokenizer, `processing_class.tokenizer`"
-            )
         known: dict[str, Any] = {"vocabulary_size": vocabulary_size(model), "is_for_agent": agent is not None}
-        check_dataset(train_dataset, "train_dataset", **known)
+        if train_dataset is not None:
+            check_dataset(train_dataset, "train_dataset", **known)
         check_eval_dataset(eval_dataset, **known)
         assert args.device is not None  # sets the process group up
         args.world_size = PartialState().num_processes  # a field of `PPOConfig`, which DeepSpeed's set-up reads
@@ -285,20 +317,27 @@ class PPOTrainer(_Base):
             self,
             model=model,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=train_dataset
+            if isinstance(train_dataset, Sized)
+            else None,  # it asks others for `max_steps`
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
         )
         self.args: StepPOConfig = args
+        self.train_dataset = train_dataset
         find_fsdp(self.accelerator)
         check_distribution(args, self.accelerator, optimizers)
         warn_of_waiting(args, self.accelerator)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
-        self.rows = RowStream(train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
+        self.rows = make_rows(train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
         self._derive_sizes()
+        self._judges = [func for func in funcs if isinstance(func, RewardModel)]
+        for judge in self._judges:
+            judge.check_prompt(self.rows.example.get("prompt"))
+            _frozen(judge.model, self.accelerator.device)
         self.clock = Clock()
         self._build_learner(model, ref_model, value_model, optimizers)
         self.sampler = self.engine.sampler
@@ -306,11 +345,11 @@ class PPOTrainer(_Base):
             args,
             processing_class,
             self.sampler,
-            columns=column_names(train_dataset),
+            columns=self.rows.columns,
             eval_columns=[column_names(dataset) for dataset in _datasets(eval_dataset)],
             environment_factory=environment_factory,
             tools=tools,
-            reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
+            reward_funcs=funcs,
             reward_model=plain_model(_frozen(reward_model, self.accelerator.device)),
             numerics=self.learner.numerics,
             data_collator=data_collator,
@@ -326,7 +365,7 @@ class PPOTrainer(_Base):
             eval_dataset=eval_dataset,
             environment_factory=environment_factory,
             tools=tools,
-            reward_funcs=[reward_funcs] if callable(reward_funcs) else reward_funcs,
+            reward_funcs=funcs,
             reward_model=reward_model,
             agent=agent,
         )
@@ -584,14 +623,16 @@ class PPOTrainer(_Base):
             check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(rank, len(dataset), num_ranks)]
+        rows = numbered_rows(dataset, first=rank, every=num_ranks)
+        requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
+        num_rows = sum(gather_objects([len(requests)]))
         episodes = self._play_greedily(requests, "eval/")
         means = Means()
         add_episode_metrics(means, episodes)
         runtime = time.perf_counter() - start
         shown = {name: value for name, value in means.reduced().items() if name != "objective/scores"}
         short = {name.removeprefix("env/").removeprefix("rollout/"): value for name, value in shown.items()}
-        short |= {"runtime": runtime, "samples_per_second": len(dataset) / runtime}
+        short |= {"runtime": runtime, "samples_per_second": num_rows / runtime}
         result = {f"{metric_key_prefix}_{k}": v for k, v in short.items() if k not in (ignore_keys or ())}
         self.log(result)
         self.progress.last_eval_step = self.state.global_step
@@ -611,9 +652,9 @@ class PPOTrainer(_Base):
             return
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
-        count = min(len(dataset), _NUM_SHOWN) if sampling else len(dataset)
         plays = self.accelerator.is_main_process
-        requests = [EpisodeRequest(row_of(dataset, i), i, dataset_row=i) for i in range(count)] if plays else []
+        rows = islice(numbered_rows(dataset), _NUM_SHOWN if sampling else None) if plays else ()
+        requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
         episodes = self._play_greedily(requests, "shown/")
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
@@ -635,9 +676,9 @@ class PPOTrainer(_Base):
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        """Around the reward model's forward passes; all ranks come by."""
-        reward_model = self.player.reward_model
-        with gathered(reward_model.parameters() if reward_model is not None else ()):
+        """Around the forward passes of reward models; all ranks come by."""
+        models = [self.player.reward_model, *(judge.model for judge in self._judges)]
+        with gathered([parameter for model in models if model is not None for parameter in model.parameters()]):
             yield
 
     def get_train_dataloader(self) -> Any:
@@ -680,7 +721,7 @@ class PPOTrainer(_Base):
         policy: Any = self.model
         state = whole_state_dict(policy, keep=self.args.should_save)
         if self.args.should_save:
-            self._save(output_dir, state_dict=state)
+            save_policy(self, output_dir, state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -721,7 +762,7 @@ class PPOTrainer(_Base):
         if not self.is_world_process_zero():
             return
         output_dir = Path(str(self.args.output_dir))
-        source = getattr(plain_model(self.model).config, "_name_or_path", "")
+        source = source_of(plain_model(self.model).config)
         card = model_card(
             name=model_name or output_dir.name,
             base_model=source if source and not os.path.isdir(source) else None,
@@ -737,7 +778,7 @@ class PPOTrainer(_Base):
     @property
     def _saves_together(self) -> bool:
         """Whether what one rank writes takes all of them."""
-        return self.is_deepspeed_enabled or self.accelerator.is_fsdp2
+        return self.is_deepspeed_enabled or is_fsdp2(self.accelerator)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """All that `train(resume_from_checkpoint=...)` needs; see [`checkpoints`]."""
@@ -761,7 +802,7 @@ class PPOTrainer(_Base):
             if self.args.should_save:  # what `Trainer` does not know of
                 for folder in (path for path in directory.iterdir() if path.is_dir()):
                     shutil.copytree(folder, output_dir / folder.name, dirs_exist_ok=True)
-            self._push_from_checkpoint(str(directory))
+            push_checkpoint(self, str(directory))
         if self.args.should_save:
             keep = {directory.name, Path(state.best_model_checkpoint or "").name}
             rotate(output_dir, self.args.save_total_limit, keep=keep)
@@ -771,8 +812,7 @@ class PPOTrainer(_Base):
         if not self.args.save_only_model:
             for folder, network in self._network_folders(directory):
                 network.save_state(folder, is_writer=self.args.should_save)
-            self._save_scaler(str(directory))
-            self._save_rng_state(str(directory))
+            save_scaler_and_generators(self, str(directory))
         if self.args.should_save:
             states: dict[str, Any] = {}
             for callback in [*self.callback_handler.callbacks, self.control]:
@@ -796,12 +836,12 @@ class PPOTrainer(_Base):
         for folder, network in self._network_folders(directory):
             network.load_state(folder)
         with reading(directory, "scaler.pt"):
-            self._load_scaler(str(directory))
+            load_scaler(self, str(directory))
         self.progress = manifest.progress
         self._resume_reference(directory, self.progress.reference_adapter)
         with reading(directory, "trainer_state.json"):
             self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
-            self._load_callback_state()
+            load_callback_states(self)
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
         self._resumed_from: Path | None = directory
@@ -887,6 +927,7 @@ class PPOTrainer(_Base):
             args.num_total_batches = args.max_steps
         else:
             if args.total_episodes is None:
+                assert self.rows.num_rows is not None  # or its length would have been asked for
                 args.total_episodes = math.ceil(args.num_train_epochs * self.rows.num_rows * args.num_generations)
             args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)
         if args.critic_warmup_updates >= args.num_total_batches and args.critic_warmup_updates > 0:
@@ -911,7 +952,7 @@ class PPOTrainer(_Base):
         self._copied_adapter = None
         hold = partial(hold_in_float32, self.accelerator)
         with gathered(model.parameters()):
-            if not self.accelerator.is_fsdp2:
+            if not is_fsdp2(self.accelerator):
                 hold(model, "model")  # before it is copied: copies compute as it does
             if args.uses_reference and ref_model is None and self.policy_adapter is not None:
                 self._reference_adapter = self._choose_reference(model, self.policy_adapter)
@@ -920,7 +961,7 @@ class PPOTrainer(_Base):
             if needs_copy:
                 ref_model = copy.deepcopy(model)
             twin = copy.deepcopy(plain_model(model)).cpu() if args.samples_in_worker else None
-            if self.accelerator.is_fsdp2:
+            if is_fsdp2(self.accelerator):
                 hold(model, "model")  # all compute in the type that FSDP2 gives their layers
         if args.uses_critic:
             hold(self.value_model, "value_model")
@@ -932,7 +973,7 @@ class PPOTrainer(_Base):
         for network in networks:
             disable_dropout(network)
             if args.gradient_checkpointing:
-                _enable_checkpointing(plain_model(network), args.gradient_checkpointing_kwargs)
+                enable_checkpointing(plain_model(network), args.gradient_checkpointing_kwargs)
         layout = self._layout([model, self.value_model, ref_model])
         scorer = PolicyScorer(plain_model(model))
         self.ref_model: Any = None
@@ -1058,7 +1099,7 @@ class PPOTrainer(_Base):
         self._event("on_epoch_begin")
         if self._resumed_from is not None:
             with reading(self._resumed_from, "rng_state.pth"):
-                self._load_rng_state(str(self._resumed_from))
+                load_generators(self, str(self._resumed_from))
         yield
         if self.progress.unlogged:
             self.log(_averaged(self.progress.unlogged))
@@ -1151,7 +1192,10 @@ class PPOTrainer(_Base):
         assert args.batch_size is not None
         self.progress.num_rows_played += args.batch_size // args.num_generations
         epoch_before = math.floor(self.state.epoch or 0.0)
-        self.state.epoch = self.progress.num_rows_played / self.rows.num_rows
+        if self.rows.num_rows is not None:
+            self.state.epoch = self.progress.num_rows_played / self.rows.num_rows
+        else:  # of a run whose epochs have no end, as `Trainer` counts them
+            self.state.epoch = self.state.global_step / self.state.max_steps
         self._logs |= {
             "episode": self.progress.num_rows_played * args.num_generations,
             "eps": self._num_played() / (time.monotonic() - self._start),
@@ -1196,7 +1240,7 @@ class PPOTrainer(_Base):
         if self.control.should_evaluate:
             metrics = self.evaluate()
         if metrics is not None:
-            is_best = self._determine_best_metric(metrics=metrics, trial=None)
+            is_best = note_best(self, metrics)
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = is_best
         if self.control.should_save:
@@ -1290,9 +1334,10 @@ def _averaged(history: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _datasets(eval_dataset: Any) -> list[Any]:
-    """The data sets to evaluate on that have rows."""
+    """The data sets to evaluate on, without those that are empty, as far as they have a length."""
     given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-    return [dataset for dataset in given if dataset is not None and isinstance(dataset, Sized) and len(dataset)]
+    is_empty = lambda dataset: isinstance(dataset, Sized) and not len(dataset)  # noqa: E731
+    return [dataset for dataset in given if dataset is not None and not is_empty(dataset)]
 
 
 def _group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1317,14 +1362,6 @@ def _hashable(key: Any) -> Any:
     except TypeError:
         return repr(key)
     return key
-
-
-def _enable_checkpointing(network: PreTrainedModel, kwargs: Any) -> None:
-    """Recompute activations in the backward pass; newer transformers renamed the method."""
-    if hasattr(network, "activation_checkpointing_enable"):
-        network.activation_checkpointing_enable(kwargs)
-    else:
-        network.gradient_checkpointing_enable(kwargs)
 
 
 @contextmanager

@@ -9,9 +9,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..compat.transformers import source_of
+from ..models import plain_model
 from ..rollout import Agent
+from .checks import check_args
 from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
+from .reward_models import RewardFuncs
 from .steppo_config import StepPOConfig
 
 
@@ -23,29 +27,33 @@ class StepPOTrainer(PPOTrainer):
     steps where it is given an environment or tools.
 
     Args:
-        args ([`StepPOConfig`] or [`PPOConfig`]):
-            The run's settings. A plain `PPOConfig` means token-level PPO, as in `PPOTrainer`.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer; with a chat template where rows have `prompt`.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, a causal language model.
-        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+        args ([`StepPOConfig`] or [`PPOConfig`], *optional*):
+            The run's settings. A plain `PPOConfig` means token-level PPO, as in `PPOTrainer`. `None`: a
+            `StepPOConfig` whose `output_dir` is the model's name and "-StepPO".
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*):
+            Tokenizer; with a chat template where rows have `prompt`. `None`: the model's own, loaded from where its
+            weights are from.
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `str`):
+            The policy, a causal language model. It, `ref_model`, `reward_model` and `value_model` may be names, which
+            are loaded with `args.model_init_kwargs`.
+        ref_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
             The reference of the KL terms. If `None` and a KL coefficient is not 0, the policy as it is given: a copy
             of it, or for a policy with adapters its base model where the adapter is new, and a frozen copy of the
             adapter where it was trained before. `ref_adapter_name` names another adapter.
-        reward_model ([`~transformers.PreTrainedModel`], *optional*):
+        reward_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
             A sequence classifier with one label that scores the last prompt and response of an episode. `None` when
             the environment or `reward_funcs` pay the reward.
-        train_dataset ([`~datasets.Dataset`]):
-            Rows with `prompt` (text or messages) or `input_ids`; all other columns go to the environment's
-            `reset(**row)`.
-        value_model ([`~transformers.PreTrainedModel`], *optional*):
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Rows with `prompt` (text or messages) or `input_ids`; all of a row goes to the environment's
+            `reset(**row)`. Rows without either, or no dataset at all, are for an environment whose `reset` returns the
+            prompt. Without a dataset, or with a streamed one, `max_steps` or `total_episodes` ends the run.
+        value_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
             The critic: a sequence classifier with one label. If `None`, it is built from the policy's weights, with a
             value head that starts at zero; on a policy with adapters, with an adapter of the same kind.
         data_collator (`Callable`, *optional*):
             Makes `input_ids` of the rows of an update, for datasets that do not hold them; its padding is taken away
             again.
-        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             Rows to evaluate on, greedily.
         optimizers (`tuple` of [`~torch.optim.Optimizer`] and a scheduler, *optional*):
             One optimizer over the parameters of `model` and `value_model`, and the schedule of its learning rates over
@@ -59,8 +67,11 @@ class StepPOTrainer(PPOTrainer):
             `step(response)`; see [`environments.base`].
         tools (`list[Callable]`, *optional*):
             Functions the model may call, sync or async, shared by all episodes.
-        reward_funcs (`Callable` or `list[Callable]`, *optional*):
-            Score finished episodes, as in `GRPOTrainer`; their sum lands on the last step.
+        reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`] or a `list` of them, *optional*):
+            Score finished episodes, as in `GRPOTrainer`; their sum lands on the last step. Sequence classifiers with
+            one label, or their names, read prompt and completion as one text.
+        reward_processing_classes ([`~transformers.PreTrainedTokenizerBase`] or a `list` of them, *optional*):
+            Tokenizers of the classifiers in `reward_funcs`, one for each entry there. `None`: a classifier's own.
         agent (`Callable`, `str` or `Sequence[str]`, *optional*):
             Plays the rows instead of an environment: any agent that speaks the OpenAI or Anthropic API, as a function
             `agent(row, *, base_url, api_key) -> float | None`, sync or async, or as a command that is run for each
@@ -100,13 +111,13 @@ class StepPOTrainer(PPOTrainer):
 
     def __init__(
         self,
-        args: StepPOConfig | PPOConfig,
-        processing_class: Any,
-        model: PreTrainedModel,
-        ref_model: PreTrainedModel | None = None,
-        reward_model: nn.Module | None = None,
+        args: StepPOConfig | PPOConfig | None = None,
+        processing_class: Any = None,
+        model: PreTrainedModel | str | None = None,
+        ref_model: PreTrainedModel | str | None = None,
+        reward_model: nn.Module | str | None = None,
         train_dataset: Any = None,
-        value_model: PreTrainedModel | None = None,
+        value_model: PreTrainedModel | str | None = None,
         data_collator: Any = None,
         eval_dataset: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -115,11 +126,15 @@ class StepPOTrainer(PPOTrainer):
         *,
         environment_factory: Callable[[], Any] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
-        reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+        reward_funcs: RewardFuncs | None = None,
+        reward_processing_classes: Any = None,
         agent: Agent | None = None,
     ) -> None:
+        if args is None:
+            args = StepPOConfig(f"{_name_of(model)}-StepPO")
+        check_args(args)
         self._set_up(
-            args if isinstance(args, StepPOConfig) else StepPOConfig.from_ppo_config(args),
+            StepPOConfig.of(args),
             processing_class,
             model,
             ref_model,
@@ -134,5 +149,13 @@ class StepPOTrainer(PPOTrainer):
             environment_factory=environment_factory,
             tools=tools,
             reward_funcs=reward_funcs,
+            reward_processing_classes=reward_processing_classes,
             agent=agent,
         )
+
+
+def _name_of(model: Any) -> str:
+    """The last part of a model's name, or of where it was loaded from."""
+    config = getattr(plain_model(model), "config", None)
+    name = model if isinstance(model, str) else source_of(config)
+    return (name or type(model).__name__).rstrip("/").split("/")[-1]
