@@ -131,8 +131,8 @@ class Playable(Protocol):
         """The whole prompt of the state that `observation` led to; `None`: the one before, with all that followed."""
         ...
 
-    async def get_reward(self) -> float:
-        """Called once, at the end; added to the last step. 0.0 where the environment has none."""
+    async def get_reward(self) -> float | None:
+        """Called once, at the end; added to the last step. `None`: the environment has not paid the episode."""
         ...
 
     def metrics(self) -> Mapping[str, float]:

@@ -107,7 +107,7 @@ from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
 from .learner import Learner
 from .loading import Loader
-from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
+from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics, beside
 from .model_card import model_card
 from .networks import (
     DeepSpeedNetwork,
@@ -454,9 +454,9 @@ class PPOTrainer(_Base):
                 episodes = [within_float32(episode) for episode in found]
             elif args.max_staleness:
                 together(partial(self.ahead.begin, update, self.state.max_steps))
-                episodes = self._judge(*together(partial(self.ahead.take, update)))
+                episodes = self._judge(self._logged, *together(partial(self.ahead.take, update)))
             else:
-                episodes = self._judge(*together(lambda: self._rollout(update)(), self._generating()))
+                episodes = self._judge(self._logged, *together(lambda: self._rollout(update)(), self._generating()))
             if args.dump_episodes_dir is not None:
                 together(partial(dump_episodes, episode_file(args.dump_episodes_dir, update, rank), episodes))
         if self._shows_samples() and self.eval_dataset is None and self.accelerator.is_main_process:
@@ -469,9 +469,9 @@ class PPOTrainer(_Base):
         play = partial(self.player.play, requests, update=update)
         return lambda: (requests, play())
 
-    def _judge(self, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
-        """With the rewards of reward functions and the reward model."""
-        score = partial(self.player.score, requests, episodes, trainer_state=self.state)
+    def _judge(self, logged: Means, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
+        """With the rewards of reward functions and the reward model; `logged` gets the metrics of the functions."""
+        score = partial(self.player.score, requests, episodes, trainer_state=self.state, log_metric=logged.add)
         return together(score, self._scoring())  # a judge may take as long as an episode, or fail on one rank
 
     def _collate(self, episodes: Sequence[Episode]) -> Rollout | None:
@@ -626,13 +626,14 @@ class PPOTrainer(_Base):
         rows = numbered_rows(dataset, first=rank, every=num_ranks)
         requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
         num_rows = sum(gather_objects([len(requests)]))
-        episodes = self._play_greedily(requests, "eval/")
-        means = Means()
+        means, logged = Means(), Means()
+        episodes = self._play_greedily(requests, "eval/", logged)
         add_episode_metrics(means, episodes)
         runtime = time.perf_counter() - start
         shown = {name: value for name, value in means.reduced().items() if name != "objective/scores"}
         short = {name.removeprefix("env/").removeprefix("rollout/"): value for name, value in shown.items()}
         short |= {"runtime": runtime, "samples_per_second": num_rows / runtime}
+        short |= beside(logged.reduced(), short)
         result = {f"{metric_key_prefix}_{k}": v for k, v in short.items() if k not in (ignore_keys or ())}
         self.log(result)
         self.progress.last_eval_step = self.state.global_step
@@ -659,14 +660,16 @@ class PPOTrainer(_Base):
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
 
-    def _play_greedily(self, requests: Sequence[EpisodeRequest], id_prefix: str) -> list[Episode]:
+    def _play_greedily(
+        self, requests: Sequence[EpisodeRequest], id_prefix: str, logged: Means | None = None
+    ) -> list[Episode]:
         def play() -> tuple[Sequence[EpisodeRequest], list[Episode]]:
             prepared = self.player.prepare(requests)
             return prepared, self.player.play(
                 prepared, greedy=True, id_prefix=id_prefix, on_episode=lambda: self._event("on_prediction_step")
             )
 
-        return self._judge(*together(play, self._generating()))
+        return self._judge(logged or Means(), *together(play, self._generating()))
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
@@ -1159,6 +1162,7 @@ class PPOTrainer(_Base):
         """Everything around one update: metrics, callbacks, logging, evaluation, checkpoints."""
         args = self.args
         self._means = Means()
+        self._logged = Means()  # by reward functions
         self._logs: dict[str, float] = {}
         self.clock.seconds.clear()
         sampled, prompted, prefilled, sampling, uncached = (
@@ -1230,7 +1234,8 @@ class PPOTrainer(_Base):
 
     def _log_evaluate_save(self) -> None:
         """What the callbacks asked for."""
-        self.progress.unlogged.append(self._logs | _finished(self._means.reduced()))
+        logs = self._logs | _finished(self._means.reduced())
+        self.progress.unlogged.append(logs | beside(self._logged.reduced(), logs))
         if self.control.should_log:
             self.log(_averaged(self.progress.unlogged))
             self.progress.unlogged.clear()
