@@ -275,8 +275,8 @@ def test_unknown_settings_are_named_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (grpo_config, r"`args` is a GRPOConfig; pass `StepPOConfig.from_grpo_config\(args\)`"),
-        (lambda directory: TrainingArguments(str(directory)), "`args` is a TrainingArguments; pass a"),
+        (grpo_config, r"`args` is a GRPOConfig; `StepPOTrainer` takes `StepPOConfig.from_grpo_config\(args\)`"),
+        (lambda directory: TrainingArguments(str(directory)), "`args` is a TrainingArguments; pass a PPOConfig"),
         (lambda directory: {"seed": 1}, "`args` is a dict"),
     ],
 )

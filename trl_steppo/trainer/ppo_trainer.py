@@ -145,11 +145,11 @@ class PPOTrainer(_Base):
 
     Args:
         args ([`PPOConfig`]):
-            The run's settings.
+            The run's settings; TRL's own class is taken, too.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer; with a chat template where rows have `prompt`.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, a causal language model.
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `str`):
+            The policy, a causal language model. It and the other models may be names, of the hub or of directories.
         ref_model ([`~transformers.PreTrainedModel`] or `None`):
             The reference of the KL penalty. If `None` and `kl_coef` is not 0, the policy as it is given.
         reward_model ([`~transformers.PreTrainedModel`]):

@@ -388,7 +388,11 @@ class StepPOConfig(PPOConfig):
         if hasattr(args, "num_ppo_epochs"):  # TRL's own class, too
             return cls.from_ppo_config(args)
         kinds = {base.__name__ for base in type(args).__mro__}
-        cure = "pass `StepPOConfig.from_grpo_config(args)`" if "GRPOConfig" in kinds else "pass a StepPOConfig"
+        cure = (
+            "`StepPOTrainer` takes `StepPOConfig.from_grpo_config(args)`"
+            if "GRPOConfig" in kinds
+            else "pass a PPOConfig to `PPOTrainer`, a StepPOConfig to `StepPOTrainer`"
+        )
         raise ConfigurationError(f"`args` is a {type(args).__name__}; {cure}")
 
     @classmethod
