@@ -27,6 +27,7 @@ from ..rollout import (
     check_reward_funcs,
     checked_weights,
     own_row,
+    paid,
     play_agents,
     play_episodes,
     score_episodes,
@@ -347,17 +348,24 @@ class EpisodePlayer:
         )
 
     def score(
-        self, requests: Sequence[EpisodeRequest], episodes: list[Episode], *, trainer_state: Any = None
+        self,
+        requests: Sequence[EpisodeRequest],
+        episodes: list[Episode],
+        *,
+        trainer_state: Any = None,
+        log_metric: Callable[[str, float], Any] = lambda name, value: None,
     ) -> list[Episode]:
         """
-        Add what reward functions and the reward model pay to the last steps of episodes that did not fail. Those whose
-        rewards together cannot be computed with in float32 fail.
+        Add what reward functions and the reward model pay to the last steps of episodes that did not fail. Those that
+        nothing has paid fail, and those whose rewards together cannot be computed with in float32.
 
         Args:
             requests (`Sequence[EpisodeRequest]`), episodes (`list[Episode]`):
                 What was played, and what came of it.
             trainer_state (`TrainerState`, *optional*):
                 Passed to reward functions.
+            log_metric (`Callable[[str, float], Any]`, *optional*):
+                Called with what reward functions log for a mean.
         """
         if self.reward_funcs:
             episodes = score_episodes(
@@ -368,6 +376,7 @@ class EpisodePlayer:
                 chat=self.chat,
                 decode=None if self.chat is not None else self.decode,
                 extra={"trainer_state": trainer_state},
+                log_metric=log_metric,
             )
         if self.reward_model is not None:
             valid = [index for index, episode in enumerate(episodes) if episode.valid]
@@ -380,7 +389,8 @@ class EpisodePlayer:
                 numerics=self.numerics,
             )
             for index, score in zip(valid, scores, strict=True):
-                episodes[index] = _add_to_last_step(episodes[index], score)
+                episodes[index] = replace(_add_to_last_step(episodes[index], score), needs_reward=False)
+        episodes = [paid(episode) for episode in episodes]
         if self.args.missing_eos_penalty is not None:
             episodes = [self._penalize_missing_eos(episode) for episode in episodes]
         return [within_float32(episode) for episode in episodes]
