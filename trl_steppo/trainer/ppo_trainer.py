@@ -72,7 +72,7 @@ from ..models import (
 from ..modes import modes_kept
 from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes, within_float32
 from ..stopping import StopRequestedError, is_requested, listening
-from ..types import Episode
+from ..types import Episode, StopReason
 from .callbacks import StepPOProgressCallback, close_progress_bars, print_episodes
 from .checkpoints import (
     Manifest,
@@ -372,6 +372,7 @@ class PPOTrainer(_Base):
         self.progress = Progress(reference_adapter=self._copied_adapter)
         self._saved_step: int | None = None  # update of the newest checkpoint that holds this run
         self._first_failure: str | None = None  # of the run's updates that moved nothing
+        self._has_told_of_cut = False  # that episodes end at `max_interaction_steps`
         self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
         # Of Python, NumPy and torch, at the beginning of the update that is being made.
         self._generators: tuple[Any, Any, torch.Tensor] | None = None
@@ -481,11 +482,23 @@ class PPOTrainer(_Base):
         errors = Counter(str(episode.error) for episode in episodes if not episode.valid)
         for error, count in errors.most_common(3):
             logger.warning(f"update {self.state.global_step + 1}: {count} of {len(episodes)} episodes failed: {error}")
-        num_valid = self.learner.reduce(torch.tensor([float(len(valid))], device=self.accelerator.device))
-        if not float(num_valid):
+        num_cut = sum(episode.stop_reason is StopReason.MAX_INTERACTION_STEPS for episode in episodes)
+        counts = torch.tensor([float(len(valid)), float(num_cut)], device=self.accelerator.device)
+        num_valid, num_cut = map(int, self.learner.reduce(counts).tolist())
+        self._tell_of_cut(num_cut)
+        if not num_valid:
             return None
         self.progress.failed_updates = 0
         return self.learner.prepare(valid)
+
+    def _tell_of_cut(self, num_cut: int) -> None:
+        """Warn, once, that episodes end at a budget that is small by default."""
+        if num_cut and not self._has_told_of_cut and self.accelerator.is_main_process:
+            logger.warning(
+                f"update {self.state.global_step + 1}: {num_cut} episodes were cut at `max_interaction_steps` = "
+                f"{self.args.max_interaction_steps}. Raise it if your episodes need more steps (told once)"
+            )
+        self._has_told_of_cut = self._has_told_of_cut or num_cut > 0
 
     def _skip(self, episodes: Sequence[Episode]) -> None:
         """An update without a valid episode: nothing is learned. Too many of them end the run."""
