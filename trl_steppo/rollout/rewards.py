@@ -13,7 +13,7 @@ from ..environments.base import Message
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..finite import LARGEST, NotFiniteError, as_number
 from ..types import Episode, Step, StopReason
-from .play import run_coroutine
+from .loops import run_coroutine
 from .rows import own
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def score_episodes(
     episodes: Sequence[Episode],
     rows: Sequence[Mapping[str, Any]],
     *,
-    chat: ChatFormat | None = None,
+    chat: ChatFormat | Callable[[Mapping[str, Any]], ChatFormat | None] | None = None,
     decode: Decode | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> list[Episode]:
@@ -53,8 +53,8 @@ def score_episodes(
             What was played; failed episodes are passed through.
         rows (`Sequence[Mapping[str, Any]]`):
             The dataset row of each episode.
-        chat ([`ChatFormat`], *optional*):
-            Reads responses as messages; needed where a prompt is messages.
+        chat ([`ChatFormat`] or `Callable[[Mapping], ChatFormat | None]`, *optional*):
+            Reads responses as messages; needed where a prompt is messages. A function gives that of a row.
         decode (`Callable`, *optional*):
             Text of token ids; `chat.decode` if not given.
         extra (`Mapping[str, Any]`, *optional*):
@@ -72,8 +72,9 @@ def score_episodes(
     valid = [index for index, episode in enumerate(episodes) if episode.valid]
     if not valid or not reward_funcs:
         return list(episodes)
-    view = _View(chat, decode)
-    arguments = _arguments([episodes[i] for i in valid], [rows[i] for i in valid], view)
+    chat_of = chat if callable(chat) else lambda row: chat
+    views = [_View(chat_of(rows[i]), decode) for i in valid]
+    arguments = _arguments([episodes[i] for i in valid], [rows[i] for i in valid], views)
     columns = {
         name: _call(func, name, {**_own_arguments(arguments), **(extra or {})}, len(valid))
         for name, func in _named(reward_funcs).items()
@@ -239,12 +240,15 @@ class _View:
         return [self.chat.parse(step.response_ids, step.prompt_ids).message, *observation]
 
 
-def _arguments(episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]], view: _View) -> dict[str, list[Any]]:
+def _arguments(
+    episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]], views: Sequence[_View]
+) -> dict[str, list[Any]]:
     columns = dict.fromkeys(name for row in rows for name in row if name not in _NOT_COLUMNS)
+    seen = list(zip(episodes, rows, views, strict=True))
     return {
         **{name: [row.get(name) for row in rows] for name in columns},
-        "prompts": [_prompt(episode, row, view) for episode, row in zip(episodes, rows, strict=True)],
-        "completions": [_completion(episode, row, view) for episode, row in zip(episodes, rows, strict=True)],
+        "prompts": [_prompt(episode, row, view) for episode, row, view in seen],
+        "completions": [_completion(episode, row, view) for episode, row, view in seen],
         "completion_ids": [_completion_ids(episode) for episode in episodes],
     }
 
