@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+import trl
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 from datasets import Dataset
 from tokenizers import Tokenizer, models
@@ -35,10 +36,10 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from trl_steppo import StepPOTrainer
-from trl_steppo.trainer.ppo import PPOConfig, PPOTrainer
+from trl_steppo import PPOConfig, StepPOTrainer
+from trl_steppo.compat.trl import ppo_bases
 
-TRAINERS: dict[str, Any] = {"PPOTrainer": PPOTrainer, "StepPOTrainer": StepPOTrainer}
+TRAINERS: dict[str, Any] = {"PPOTrainer": ppo_bases()[1], "StepPOTrainer": StepPOTrainer}
 PROMPTS, MICRO_BATCH = 32, 8
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 128
 
@@ -181,6 +182,9 @@ def total(costs: Sequence[Cost]) -> Cost:
 
 
 def main(args: VsPPOTrainerArguments) -> None:
+    if TRAINERS["PPOTrainer"] is transformers.Trainer:
+        print(f"TRL {trl.__version__} has no `PPOTrainer`: nothing to measure")
+        return
     epochs, updates = (1, 1) if args.quick else (args.epochs, args.updates)
     measured: dict[int, dict[str, list[Cost]]] = {}
     for vocabulary in args.vocabularies:

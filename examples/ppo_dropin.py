@@ -24,8 +24,7 @@ from transformers import (
 )
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-from trl_steppo import StepPOTrainer
-from trl_steppo.trainer.ppo import PPOConfig
+from trl_steppo import PPOConfig, StepPOTrainer
 
 EVAL_ROWS = 100
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import certifi
 import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
+from warm import warm_context
 
 from trl_steppo.types import Episode, Step, StopReason
 
@@ -29,6 +33,29 @@ def _handlers_of_signals_are_put_back() -> Iterator[None]:
     for number, handler in zip(watched, before, strict=True):
         signal.signal(number, handler)
     assert after == before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """HTTP clients read all authorities' certificates when they are made, in 25 ms; no test needs them."""
+    end = "-----END CERTIFICATE-----\n"
+    file = tmp_path_factory.mktemp("certificates") / "one.pem"
+    file.write_text(Path(certifi.where()).read_text().partition(end)[0] + end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(file))
+        yield
+
+
+@pytest.fixture
+def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers' processes are forked from one that has imported everything, instead of importing it themselves."""
+    monkeypatch.setattr(torch.multiprocessing, "get_context", warm_context)
+
+
+@pytest.fixture
+def cold_workers(monkeypatch: pytest.MonkeyPatch, warm_workers: None) -> None:
+    """Samplers' processes as a trainer starts them, where that is what a test is about."""
+    monkeypatch.setattr(torch.multiprocessing, "get_context", multiprocessing.get_context)
 
 
 @pytest.fixture(scope="session")

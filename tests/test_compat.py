@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from trl_steppo.compat import (
+from trl_steppo.compat.transformers import (
     attention_of,
     cache_argument,
     decoder_layers,

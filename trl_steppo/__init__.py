@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .trainer.ppo_config import PPOConfig
+    from .trainer.ppo_trainer import PPOTrainer
     from .trainer.steppo_config import StepPOConfig
     from .trainer.steppo_trainer import StepPOTrainer
     from .types import Episode, Step, StopReason
@@ -14,6 +16,8 @@ __version__ = "0.1.0"
 
 # Resolved on first use, so that a process that only serves an environment or a gateway never loads torch.
 _HOME = {
+    "PPOConfig": ".trainer.ppo_config",
+    "PPOTrainer": ".trainer.ppo_trainer",
     "StepPOConfig": ".trainer.steppo_config",
     "StepPOTrainer": ".trainer.steppo_trainer",
     "Step": ".types",
@@ -21,7 +25,7 @@ _HOME = {
     "StopReason": ".types",
 }
 
-__all__ = ["Episode", "Step", "StepPOConfig", "StepPOTrainer", "StopReason"]
+__all__ = ["Episode", "PPOConfig", "PPOTrainer", "Step", "StepPOConfig", "StepPOTrainer", "StopReason"]
 
 
 def __getattr__(name: str) -> Any:

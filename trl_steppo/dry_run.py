@@ -24,7 +24,7 @@ from .memory import SHAPES, load_config
 from .types import StopReason, TokenIds
 
 if TYPE_CHECKING:
-    from .trainer.data_stream import RowStream
+    from .trainer.data_stream import Rows
 
 SCRIPT_SETTINGS = {
     *("model_name_or_path", "model_revision", "dtype", "attn_implementation", "dataset_name", "eval_dataset_name"),
@@ -44,11 +44,11 @@ class ScriptedSampler:
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The policy's.
-        rows ([`RowStream`]):
+        rows ([`Rows`]):
             Where the answers stand.
     """
 
-    def __init__(self, tokenizer: Any, rows: RowStream) -> None:
+    def __init__(self, tokenizer: Any, rows: Rows) -> None:
         self.tokenizer = tokenizer
         self.rows = rows
         self.policy_version = 0

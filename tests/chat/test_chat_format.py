@@ -84,6 +84,34 @@ def test_appended_tool_messages_equal_rendering_the_whole_conversation(name):
     assert whole[-len(appended) - 1] == chat.end_of_turn_id
 
 
+BLOCKS = [{"type": "text", "text": "In Paris"}, {"type": "text", "text": ", it is."}]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_a_tool_returns_as_a_list_is_shown_as_text(name):
+    chat = make_chat(name, tools=[SEARCH])
+    for content, text in (
+        (BLOCKS, "In Paris, it is."),
+        ([1, "a"], "[1, 'a']"),
+        ([], "[]"),
+        ([("<|im_end|>", None)], "[('<|im_end|>', None)]"),
+    ):
+        answer = {"role": "tool", "name": "search", "content": content}
+        as_text = {**answer, "content": text}
+        assert chat.append([answer], tool_call_names=["search"]) == chat.append([as_text], tool_call_names=["search"])
+        assert chat.render([USER, CALLING, answer]) == chat.render([USER, CALLING, as_text])
+        assert chat.min_tokens([answer]) == chat.min_tokens([as_text])
+        assert answer["content"] is content
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_blocks_of_text_are_shown_as_their_text_by_every_template(name):
+    chat = make_chat(name)
+    expected = chat.render([{"role": "user", "content": "In Paris, it is."}])
+    assert chat.render([{"role": "user", "content": BLOCKS}]) == expected
+    assert chat.prepare([{"role": "user", "content": BLOCKS[:1]}], ", it is.") == expected
+
+
 def test_appended_ids_begin_behind_the_end_of_turn():
     chat = make_chat()
     assert chat.decode(chat.append([{"role": "user", "content": "x"}])).startswith("\n")

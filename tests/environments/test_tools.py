@@ -262,7 +262,7 @@ async def hangs_async():
         ("write", {"text": 3}, "wrong_arguments", "'text' must be string, not integer"),
         ("write", {"text": "a", "times": True}, "wrong_arguments", "'times' must be integer, not boolean"),
         ("write", {"text": "a", "tags": [1]}, "wrong_arguments", "'tags' must be array of string"),
-        ("double", {"x": "4"}, "wrong_arguments", "'x' must be integer, not string; expected double(x: integer)"),
+        ("double", {"x": "four"}, "wrong_arguments", "'x' must be integer, not 'four'; expected double(x: integer)"),
         ("broken_tool", {}, "tool_errors", "Error: broken_tool failed: KeyError: 'no such key'"),
         ("exits", {}, "tool_errors", "Error: exits failed: RuntimeError: SystemExit: 3"),
         ("hangs", {}, "tool_timeouts", "Error: hangs took longer than 0.05 s"),
@@ -543,7 +543,7 @@ def test_text_that_comes_in_pieces_is_whole():
 
     tools = [yields, yields_later, maps, gives_object]
     outcome = step(make_playable(None, tools), *[(tool.__name__, {}) for tool in tools])
-    assert [message["content"] for message in outcome.observation[:3]] == ["ab", "ab", "[1, 2]"]
+    assert [message["content"] for message in outcome.observation[:3]] == ["ab", "ab", [1, 2]]
     assert (
         "Error: gives_object failed: TypeError: it returned a value of type list" in outcome.observation[3]["content"]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,10 @@ from trl_steppo.errors import CheckpointError
 from trl_steppo.gateway.store import Store
 
 
-def two_sessions(path: Path) -> dict[str, str]:
-    """A store of two running sessions, `good` and `bad`, with two steps each; their keys."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A store of two running sessions, `good` and `bad`, with two steps each; and their keys."""
+    path = tmp_path_factory.mktemp("made") / "s.sqlite"
     server = start(Policy(echo), store=path)
     keys = {}
     for name in ("good", "bad"):
@@ -30,7 +33,19 @@ def two_sessions(path: Path) -> dict[str, str]:
             answer = ask(server, keys[name], messages).json()["choices"][0]["message"]
             messages += [answer, {"role": "user", "content": "on"}]
     server.close()
-    return keys
+    assert [file.name for file in path.parent.iterdir() if file.suffix != ".lock"] == [path.name]
+    return path, keys
+
+
+@pytest.fixture
+def path(made, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copy(made[0], tmp_path))
+
+
+@pytest.fixture
+def keys(made) -> dict[str, str]:
+    return made[1]
 
 
 def ask(server: Any, key: str, messages: Any) -> httpx.Response:
@@ -123,9 +138,7 @@ DAMAGES: list[tuple[str, Callable[[Any], Any]]] = [
 
 
 @pytest.mark.parametrize(("column", "make"), DAMAGES)
-def test_a_damaged_session_is_left_out_and_named(tmp_path, caplog, column, make):
-    path = tmp_path / "s.sqlite"
-    keys = two_sessions(path)
+def test_a_damaged_session_is_left_out_and_named(path, keys, caplog, column, make):
     change(column, make)(path)
     server = start(Policy(echo), store=path)
     try:
@@ -137,9 +150,7 @@ def test_a_damaged_session_is_left_out_and_named(tmp_path, caplog, column, make)
         server.close()
 
 
-def test_a_session_that_lacks_a_step_is_left_out(tmp_path, caplog):
-    path = tmp_path / "s.sqlite"
-    two_sessions(path)
+def test_a_session_that_lacks_a_step_is_left_out(path, caplog):
     edit(path, "DELETE FROM steps WHERE session IN bad AND position = 0")
     server = start(Policy(echo), store=path)
     assert [session.name for session in server.gateway._sessions.values()] == ["good"]
@@ -147,9 +158,7 @@ def test_a_session_that_lacks_a_step_is_left_out(tmp_path, caplog):
     server.close()
 
 
-def test_a_damaged_episode_is_played_again(tmp_path):
-    path = tmp_path / "s.sqlite"
-    two_sessions(path)
+def test_a_damaged_episode_is_played_again(path):
     edit(path, "UPDATE sessions SET is_over = 1")
     change("body", having(parent=7))(path)
     server = start(Policy(echo), store=path)
@@ -180,9 +189,7 @@ FILES: list[tuple[Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "problem"), FILES)
-def test_a_damaged_file_is_refused_with_the_cure(tmp_path, damage, problem):
-    path = tmp_path / "s.sqlite"
-    two_sessions(path)
+def test_a_damaged_file_is_refused_with_the_cure(path, damage, problem):
     damage(path)
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match=problem):
@@ -190,9 +197,7 @@ def test_a_damaged_file_is_refused_with_the_cure(tmp_path, damage, problem):
     assert path.read_bytes() == before
 
 
-def test_a_file_that_is_damaged_later_is_told_in_our_words(tmp_path):
-    path = tmp_path / "s.sqlite"
-    two_sessions(path)
+def test_a_file_that_is_damaged_later_is_told_in_our_words(path):
     store = Store(path)
     edit(path, "DROP TABLE steps")
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
-from trl_steppo import compat
+from trl_steppo.compat import transformers as compat
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.inference import local
 from trl_steppo.inference.base import Sample, SamplingParams

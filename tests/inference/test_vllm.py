@@ -253,7 +253,7 @@ def test_a_slow_engine_is_not_given_up_and_who_waits_is_told_for_what(serve, con
 def test_a_server_that_tells_nothing_of_its_weights_is_done_without(serve, connect):
     servers = [serve(), serve()]
     servers[1].silent.add("/weight_info")
-    sampler = connect(*servers, silent_s=0.5, timeout_s=20.0)
+    sampler = connect(*servers, silent_s=0.5, timeout_s=4.0)
     assert [sample.policy_version for sample in ask(sampler, 2)] == [0, 0]
     assert len(servers[0].asked) == 2
     servers[1].silent.clear()
@@ -263,7 +263,7 @@ def test_a_server_that_tells_nothing_of_its_weights_is_done_without(serve, conne
 
 def test_an_update_waits_once_for_a_server_that_hangs(serve, connect, tmp_path):
     servers = [serve(), serve()]
-    sampler = connect(*servers, silent_s=1.0)
+    sampler = connect(*servers, silent_s=1.0, timeout_s=4.0)
     servers[1].hangs = True
     sampler.update(weights(tmp_path, 1))
     for server in sampler._servers:

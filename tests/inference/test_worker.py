@@ -37,6 +37,8 @@ LONG = SamplingParams(max_new_tokens=3_000)
 MARK = 17  # a prompt with this token has something happen; see `Mishap`
 WAIT_S = 60.0  # for what happens sooner
 
+pytestmark = pytest.mark.usefixtures("warm_workers")  # but for `shared_worker`, which is made before
+
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
@@ -519,6 +521,7 @@ def test_counts_go_on_over_restarts(model) -> None:
     worker.close()
 
 
+@pytest.mark.usefixtures("cold_workers")
 def test_file_descriptors_do_not_grow_with_the_model(model) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = max(map(int, os.listdir("/proc/self/fd")))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl_steppo.compat import attention_of, exchange_attention
+from trl_steppo.compat.transformers import attention_of, exchange_attention
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.models import agreement, agrees_on_tries, attention, build_critic, prepare_for_tries
 

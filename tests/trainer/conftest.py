@@ -22,11 +22,17 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _warm(warm_workers: None) -> None:
+    """Most tests with a sampler in a process of its own are about what it says, not about its start."""
+
+
+@pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, logger="transformers")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampler waits however long a thread stalls: else its batches differ, and with them its last digits."""
-    monkeypatch.setattr(player, "play_episodes", partial(player.play_episodes, grace_s=60.0))
+    for name in ("play_episodes", "play_agents"):
+        monkeypatch.setattr(player, name, partial(getattr(player, name), grace_s=60.0))

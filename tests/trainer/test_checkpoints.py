@@ -36,15 +36,11 @@ SAVING: dict[str, Any] = {"total_episodes": 24, "save_strategy": "steps", "save_
 
 
 def log_history(directory: Path) -> list[dict[str, Any]]:
-    """All that was logged but for times and rates; the sampler's rounding, which depends on its batches, to 1e-9."""
+    """All that was logged but for times and rates."""
     history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
     timed = ("eps", "perf/tokens_per_s", "perf/overhead_fraction")
     return [
-        {
-            k: round(v, 9) if k == "rollout/mismatch_kl" else v
-            for k, v in logs.items()
-            if k not in timed and not k.endswith(("_s", "_runtime", "_per_second"))
-        }
+        {k: v for k, v in logs.items() if k not in timed and not k.endswith(("_s", "_runtime", "_per_second"))}
         for logs in history
     ]
 

@@ -14,10 +14,9 @@ from tiny import make_config
 from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
-from trl_steppo import StepPOConfig
+from trl_steppo import PPOConfig, StepPOConfig
 from trl_steppo.errors import ConfigurationError
-from trl_steppo.trainer import steppo_config
-from trl_steppo.trainer.ppo import PPOConfig
+from trl_steppo.trainer import ppo_config
 
 CHANGED = {  # as the docstring of StepPOConfig says
     "bf16": None,
@@ -103,7 +102,7 @@ def test_a_run_knows_what_its_launcher_was_told(monkeypatch, environment, has_ac
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
-    assert steppo_config._launched_on_cpu() is expected
+    assert ppo_config._launched_on_cpu() is expected
 
 
 def test_the_launchers_cpu_is_the_runs(tmp_path, monkeypatch):

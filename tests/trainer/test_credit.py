@@ -12,7 +12,7 @@ from tiny import make_config, make_episode, mixed_episodes
 
 from trl_steppo.batching import StepBatch, StepRolloutCollator
 from trl_steppo.trainer.credit import Credit, assign_credit
-from trl_steppo.trainer.steppo_trainer import _group_indices
+from trl_steppo.trainer.ppo_trainer import _group_indices
 from trl_steppo.types import Episode
 
 

@@ -37,10 +37,6 @@ def with_one(rows: list[dict[str, Any]], index: int, row: dict[str, Any]) -> lis
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "streamed": (
-        lambda: Dataset.from_list(prompt_rows()).to_iterable_dataset(),
-        "is of type IterableDataset, which has no",
-    ),
     "a generator": (lambda: iter(prompt_rows()), "has no length and no row by its index"),
     "columns": (lambda: {"prompt": ["a"]}, r"is of type dict with \['prompt'\], not rows"),
     "splits": (lambda: DatasetDict({"train": Dataset.from_list(prompt_rows())}), "is of type DatasetDict with"),

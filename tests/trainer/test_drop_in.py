@@ -29,10 +29,9 @@ from tiny import (
 )
 from transformers import DataCollatorWithPadding, OPTConfig, OPTForCausalLM, TrainingArguments, get_scheduler
 
-from trl_steppo import StepPOTrainer
+from trl_steppo import PPOConfig, PPOTrainer, StepPOTrainer
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.trainer.checks import check_distribution
-from trl_steppo.trainer.ppo import PPOConfig, PPOTrainer
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "ppo_trainer.md"

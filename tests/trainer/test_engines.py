@@ -44,7 +44,7 @@ def logs_of(directory: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in logs.items() if not name.startswith(timed)} for logs in history]
 
 
-@pytest.mark.usefixtures("_patient")
+@pytest.mark.usefixtures("cold_workers")
 def test_a_process_of_its_own_trains_the_same_weights_bit_by_bit(tmp_path) -> None:
     settings = {"eval_dataset": message_rows(), "eval_strategy": "steps", "eval_steps": 2}
     inside = run(tmp_path / "inside", **settings)
@@ -56,7 +56,6 @@ def test_a_process_of_its_own_trains_the_same_weights_bit_by_bit(tmp_path) -> No
     assert logs_of(tmp_path / "inside") == logs_of(tmp_path / "outside")
 
 
-@pytest.mark.usefixtures("_patient")
 def test_of_adapters_only_those_are_sent_and_the_weights_are_the_same(tmp_path) -> None:
     peft_config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     inside = run(tmp_path / "inside", peft_config=peft_config)
@@ -107,7 +106,6 @@ def test_rollouts_ahead_are_never_too_old_and_no_row_is_lost(tmp_path, max_stale
         assert entry["rollout/correction_ratio_p05"] <= entry["rollout/correction_ratio_p95"]
 
 
-@pytest.mark.usefixtures("_patient")
 def test_a_run_that_goes_on_plays_what_was_in_flight_again_and_each_row_once(tmp_path) -> None:
     settings = {"max_staleness": 1, "save_strategy": "steps", "save_steps": 1}
     run(tmp_path, **settings)

@@ -16,7 +16,7 @@ from trl_steppo.losses import clipped_value_loss, kl_estimate
 from trl_steppo.trainer.credit import Credit, assign_credit
 from trl_steppo.trainer.exchange import Rollout, Scores
 from trl_steppo.trainer.metrics import Means
-from trl_steppo.trainer.steppo_trainer import _group_indices
+from trl_steppo.trainer.ppo_trainer import _group_indices
 
 # With SGD the change of the weights is the learning rate times the gradient, without clipping.
 PLAIN = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "max_interaction_steps": 5, "gamma": 0.9}

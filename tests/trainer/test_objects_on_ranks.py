@@ -13,7 +13,7 @@ import pytest
 from tiny import id_rows, make_trainer
 
 from trl_steppo import StepPOConfig
-from trl_steppo.trainer import steppo_trainer
+from trl_steppo.trainer import ppo_trainer
 from trl_steppo.trainer.checks import warn_of_waiting
 from trl_steppo.trainer.exchange import together
 from trl_steppo.trainer.ranks import from_first_rank, gather_objects
@@ -59,7 +59,7 @@ def test_what_one_rank_cannot_do_is_told_to_all(tmp_path, monkeypatch, what):
             told.append(str(error))
             raise
 
-    monkeypatch.setattr(steppo_trainer, "together", telling)
+    monkeypatch.setattr(ppo_trainer, "together", telling)
     is_broken: list[bool] = []
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from tiny import (
 from transformers import TrainingArguments
 
 from trl_steppo import Episode, StepPOConfig, StepPOTrainer, StopReason
+from trl_steppo.calls import within
 from trl_steppo.environments.base import Response
 from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
@@ -107,19 +107,6 @@ def play(directory: Path, capsys: Any = None, **arguments: Any) -> Run:
 
 
 # -- environments that make a setting visible -------------------------------------------------------------------------
-
-
-class SlowSecondStep(Endless):
-    """Of every second row: the others leave something to learn from."""
-
-    def reset(self, **row: Any) -> None:
-        self.calls, self.is_slow = 0, row["number"] % 2 == 1
-
-    def step(self, response: str) -> tuple[str, float, bool]:
-        self.calls += 1
-        if self.calls == 2 and self.is_slow:
-            time.sleep(3.0)
-        return super().step(response)
 
 
 class Counted(Hash):
@@ -199,11 +186,6 @@ def check_max_episode_tokens(on: Run, off: Run) -> None:
     ends_with(StopReason.MAX_EPISODE_TOKENS)(on, off)
     longest = [max(len(s.prompt_ids) + len(s.response_ids) for s in run.steps) for run in (on, off)]
     assert longest[0] <= 40 < longest[1]
-
-
-def check_tool_timeout(on: Run, off: Run) -> None:
-    assert all("took longer than" in str(episode.error) for episode in on.episodes if not episode.valid)
-    assert on.mean("env/failed_episodes") > 0 == off.mean("env/failed_episodes")
 
 
 def check_max_concurrent(on: Run, off: Run) -> None:
@@ -399,9 +381,6 @@ EFFECTS: dict[str, Effect] = {
     "max_interaction_steps": Effect(2, check_max_interaction_steps, ENDLESS),
     "max_prompt_length": Effect(30, check_max_prompt_length, ENDLESS),
     "max_episode_tokens": Effect(40, check_max_episode_tokens, ENDLESS),
-    "tool_timeout_s": Effect(
-        1.0, check_tool_timeout, {"environment_factory": SlowSecondStep, "total_episodes": 8, "max_failed_updates": 9}
-    ),
     "max_concurrent_episodes": Effect(2, check_max_concurrent, {"environment_factory": Counted}),
     "num_generations": Effect(2, check_groups),
     "top_p": Effect(1e-3, check_greedy, {"num_generations": 2}),
@@ -429,12 +408,13 @@ EFFECTS: dict[str, Effect] = {
 
 OWN_TESTS = {
     *("replay_episodes_dir", "max_failed_updates", "seed", "max_tool_calls"),  # below
-    *("max_concurrent_tool_calls", "max_episode_s", "allow_uncached_sampling"),  # below
+    *("max_concurrent_tool_calls", "max_episode_s", "tool_timeout_s", "allow_uncached_sampling"),  # below
     "reuse_environments",  # test_environment_factories.py
     *("max_staleness", "use_rollout_worker"),  # test_engines.py
     *("use_vllm", "vllm_server_base_url", "vllm_server_timeout"),  # test_vllm_engine.py
     *("vllm_weights_dir", "vllm_weight_transfer"),  # there, too
     *("model_adapter_name", "ref_adapter_name", "critic_shares_base"),  # test_adapters.py
+    "model_init_kwargs",  # test_construction.py
 }
 WITHOUT_EFFECT = {
     # read by TRL's example scripts
@@ -511,24 +491,52 @@ def test_max_concurrent_tool_calls(tmp_path):
     assert most == [2]
 
 
-def test_max_episode_s(tmp_path):
-    """A second step that never comes back, with seconds for the first: it is there on a busy machine, too."""
+def hanging(is_slow: Callable[[int], bool]) -> tuple[type[Endless], list[int], threading.Event]:
+    """An environment whose second step waits for an event for some rows, and the rows that wait."""
+    waiting: list[int] = []
     released = threading.Event()
 
     class Hangs(Endless):
-        def reset(self, **row: Any) -> None:
-            self.calls = 0
+        def reset(self, number: int, **row: Any) -> None:
+            self.calls, self.number = 0, number
 
         def step(self, response: str) -> tuple[str, float, bool]:
             self.calls += 1
-            if self.calls == 2:
+            if self.calls == 2 and is_slow(self.number):
+                waiting.append(self.number)
                 released.wait(60)
             return super().step(response)
 
-    on = play(tmp_path / "on", environment_factory=Hangs, max_episode_s=5.0, total_episodes=8)
+    return Hangs, waiting, released
+
+
+def test_max_episode_s(tmp_path, monkeypatch):
+    """A second step that never comes back; the clock starts when all episodes are at theirs."""
+    environment, waiting, released = hanging(lambda number: True)
+
+    async def within_from_then_on(awaitable: Any, timeout_s: float | None, what: str) -> Any:
+        if (timeout_s, what) == (0.05, "the episode"):
+            awaitable = asyncio.ensure_future(awaitable)
+            while len(waiting) < 8:
+                await asyncio.sleep(0.005)
+        return await within(awaitable, timeout_s, what)
+
+    monkeypatch.setattr("trl_steppo.rollout.episode.within", within_from_then_on)
+    on = play(tmp_path / "on", environment_factory=environment, max_episode_s=0.05, total_episodes=8)
     released.set()
-    off = play(tmp_path / "off", environment_factory=Hangs, total_episodes=8)
+    off = play(tmp_path / "off", environment_factory=environment, total_episodes=8)
     ends_with(StopReason.MAX_EPISODE_S)(on, off)
+
+
+def test_tool_timeout_s(tmp_path):
+    """A second step that never comes back, of every other row: the others leave something to learn from."""
+    environment, _, released = hanging(lambda number: number % 2 == 1)
+    settings = {"environment_factory": environment, "total_episodes": 8}
+    on = play(tmp_path / "on", tool_timeout_s=1.0, **settings)
+    released.set()
+    off = play(tmp_path / "off", **settings)
+    assert all("took longer than" in str(episode.error) for episode in on.episodes if not episode.valid)
+    assert on.mean("env/failed_episodes") > 0 == off.mean("env/failed_episodes")
 
 
 @functools.cache

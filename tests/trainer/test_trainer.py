@@ -32,11 +32,10 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from trl_steppo import StepPOTrainer, StopReason
+from trl_steppo import PPOTrainer, StepPOTrainer, StopReason
 from trl_steppo.chat import ChatFormat
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.rollout import episode_file, load_episodes
-from trl_steppo.trainer.ppo import PPOTrainer
 
 
 def log_history(directory: Path) -> list[dict[str, Any]]:
@@ -618,9 +617,8 @@ def test_the_number_of_updates(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"train_dataset": None}, "`train_dataset` is required"),
         ({"train_dataset": []}, "no rows"),
-        ({"train_dataset": [{"question": "?"}]}, "`prompt`"),
+        ({"train_dataset": [{"question": "?"}], "reward_funcs": len}, "`prompt`"),
         ({"reward_funcs": None, "environment_factory": None}, "nothing pays a reward"),
         ({"environment_factory": Look()}, "`environment_factory` is a Look"),
         ({"reward_weights": [1.0]}, "`reward_weights` has 1"),

@@ -12,9 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from trl_steppo import Episode, Step, StepPOConfig, StepPOTrainer, StopReason
+from trl_steppo import Episode, PPOConfig, Step, StepPOConfig, StepPOTrainer, StopReason
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.trainer.ppo import PPOConfig
 from trl_steppo.types import TokenIds
 
 END = "<|im_end|>"
@@ -210,7 +209,7 @@ def make_trainer(output_dir: Any, *, args: Any = None, model: Any = None, **argu
     """A trainer of the tiny model in the `Hash` environment; settings and arguments may be mixed."""
     of_trainer = ("ref_model", "reward_model", "train_dataset", "value_model", "eval_dataset", "callbacks")
     of_trainer += ("environment_factory", "tools", "reward_funcs", "data_collator", "optimizers", "peft_config")
-    of_trainer += ("agent",)
+    of_trainer += ("agent", "reward_processing_classes")
     given = {name: arguments.pop(name) for name in of_trainer if name in arguments}
     if not {"environment_factory", "tools", "reward_funcs", "reward_model", "agent"} & set(given):
         given["environment_factory"] = Hash

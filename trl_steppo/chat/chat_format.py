@@ -401,7 +401,7 @@ class ChatFormat:
 
     def _guard(self, messages: Sequence[Message], **more: Any) -> Guarded:
         """Messages, and what else is shown with them, as data."""
-        shown = [_without_nulls(message) for message in messages]
+        shown = [self._in_text(_without_nulls(message)) for message in messages]
         if any(message.get("tool_calls") for message in shown) and self._quotes_arguments:
             shown = [_with_objects_as_arguments(message) for message in shown]
         split = [_split_thought(message, self._opens_thinking) for message in shown]
@@ -410,6 +410,22 @@ class ChatFormat:
         parts = zip(guarded.value["messages"], split, guarded.value["thoughts"], strict=True)
         joined = [_join_thought(message, opening, inside) for message, (_, opening, _), inside in parts]
         return replace(guarded, value={**guarded.value, "messages": joined})
+
+    def _in_text(self, message: Message) -> Message:
+        """A message whose content is a list, as text: always of a tool; else where the template reads no blocks."""
+        content = message.get("content")
+        if not isinstance(content, list | tuple) or (message.get("role") != "tool" and self._reads_blocks):
+            return message
+        return {**message, "content": _text_of(content)}
+
+    @cached_property
+    def _reads_blocks(self) -> bool:
+        """Whether the template shows a content in blocks as the text of these."""
+        blocks = [{"type": "text", "text": _PROBE}, {"type": "text", "text": _PROBE}]
+        try:
+            return _PROBE * 2 in self._text([{"role": "user", "content": blocks}])
+        except Exception:  # it wants text
+            return False
 
     @cached_property
     def _tools_are_harmless(self) -> bool:
@@ -680,11 +696,20 @@ def _join_thought(message: Message, opening: str, inside: str | None) -> Message
     return message if inside is None else {**message, "content": opening + inside + THINKING[1] + message["content"]}
 
 
+def _text_of(content: Sequence[Any]) -> str:
+    """A content that is a list: the texts of its blocks, as templates show them; of any other list, `str` of it."""
+    if content and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text") or "") for part in content)
+    return str(content)
+
+
 def _shown_texts(message: Message) -> list[str]:
     """What of a message every template shows, without the white space that some take off at its ends."""
     if message.get("role") not in ("user", "tool"):
         return []
     content = message.get("content")
+    if message["role"] == "tool" and isinstance(content, list | tuple):
+        return [_text_of(content).strip()]
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
     return [text.strip() for text in texts if isinstance(text, str)]

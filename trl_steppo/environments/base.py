@@ -13,12 +13,18 @@ from typing import Any, Protocol, runtime_checkable
 
 Message = dict[str, Any]
 
-RESERVED_NAMES = frozenset(
-    {"reset", "step", "get_reward", "step_reward", "done", "state_key", "state_prompt", "metrics", "close"}
-)
-"""Public names of an environment that are never tools. All but `reset` are optional:
+HOOKS: dict[str, tuple[str, ...] | None] = {
+    "reset": None,
+    "get_reward": None,
+    "step": ("response",),
+    "state_prompt": ("observation",),
+    **dict.fromkeys(("step_reward", "done", "state_key", "metrics", "close"), ()),
+}
+"""
+Names of an environment's methods that the rollout calls, with their parameters; `None`: whatever these are. A method
+of one of these names with other parameters is a tool like any other. All but `reset` are optional:
 
-| name | when it is used |
+| name | when it is called |
 |---|---|
 | `reset(**row)` | at the start, with every column of the row; may return text for the prompt's last user message |
 | `step(response)` | for each response, in the form that takes the whole response |
@@ -31,6 +37,9 @@ that is spelled in it is tokenized as text: return messages for the chat templat
 | `metrics()` | after it: scores to log, by name |
 | `close()` | when the episode is over, however it ended |
 """
+
+RESERVED_NAMES = frozenset(HOOKS)
+"""The names in [`HOOKS`]."""
 
 
 @runtime_checkable

@@ -15,7 +15,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
 from typing import Any
 
 from ..calls import (
@@ -25,7 +24,6 @@ from ..calls import (
     MainThread,
     MainThreadNeededError,
     NewEnvironmentNeededError,
-    as_text,
     call,
     containing,
     drained,
@@ -35,15 +33,15 @@ from ..calls import (
     why_unbindable,
 )
 from ..errors import ConfigurationError
-from ..finite import as_number, not_finite_in, shown
+from ..finite import as_number, shown
 from ..types import writable
-from .base import RESERVED_NAMES, Message, Outcome, Playable, Response
+from .arguments import JsonSchema, WrongArgumentsError, describe, read_arguments
+from .base import HOOKS, Message, Outcome, Playable, Response
+from .members import COMPUTED, Tool, functions_by_name, is_hook, schema_of, signature_of, tool_name, tools_of
+from .results import MediaError, content_of, text_of_blocks
 from .slots import Slots
 
 logger = logging.getLogger(__name__)
-
-Tool = Callable[..., Any]
-JsonSchema = dict[str, Any]
 
 MAX_TOOL_CALLS = 32
 """How many tool calls of one response are run where nobody says otherwise."""
@@ -53,6 +51,9 @@ MISTAKES = (
     "refused_tool_calls",
 )
 """Counters of what went wrong in an episode, beside `tool_calls`, which counts every call that could be read."""
+
+_need_main_thread: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Functions that were found to work in the main thread only."""
 
 _GIVEN_UP = (CallTimeoutError, asyncio.CancelledError)
 """What a call ends with that may go on in the environment."""
@@ -76,7 +77,7 @@ def make_playable(
     Args:
         environment (`Any`, *optional*):
             One instance, for one episode at a time. With `step(response)` it takes the whole response; without, its
-            public methods are tools. `None`: only `tools`, and without those an episode is a single step.
+            public methods are tools, as in TRL. `None`: only `tools`, and without those an episode is a single step.
         tools (`Sequence[Callable]`, *optional*):
             Functions beside the environment, sync or async, shared by all episodes.
         tool_timeout_s (`float`, *optional*, defaults to `60.0`):
@@ -103,7 +104,7 @@ def make_playable(
         raise ConfigurationError(f"{_class_name(environment)} has no method `reset(**row)`, which every episode calls")
     if environment is not None:
         _refuse_generators(environment)
-    if environment is not None and callable(getattr(environment, "step", None)):
+    if environment is not None and _takes_responses(environment):
         _refuse_tools_beside_step(environment, tools)
         return ResponsePlayable(environment, environment_timeout_s=limit_s, hidden_columns=hidden_columns)
     return ToolPlayable(
@@ -137,16 +138,22 @@ def check_reset(environment: Any, columns: Sequence[str]) -> None:
 
 def _refuse_generators(environment: Any) -> None:
     """A method that yields does nothing when it is called; only tools may give their text piece by piece."""
-    for name in sorted(RESERVED_NAMES):
-        if is_lazy(inspect.getattr_static(environment, name, None)):
+    for name in sorted(HOOKS):
+        static = inspect.getattr_static(environment, name, None)
+        if is_lazy(static) and is_hook(environment, name, getattr(environment, name)):
             raise ConfigurationError(
                 f"`{_class_name(environment)}.{name}` is a generator function, which does nothing when it is called; "
                 "return the value instead of yielding it"
             )
 
 
+def _takes_responses(environment: Any) -> bool:
+    step = getattr(environment, "step", None)
+    return callable(step) and is_hook(environment, "step", step)
+
+
 def _refuse_tools_beside_step(environment: Any, tools: Sequence[Tool]) -> None:
-    extra = [*_public_methods(environment), *(_tool_name(tool) for tool in tools)]
+    extra = [*tools_of(environment), *(tool_name(tool) for tool in tools)]
     if extra:
         raise ConfigurationError(
             f"{_class_name(environment)} defines `step(response)`, which takes the whole response, and the tools "
@@ -202,8 +209,8 @@ class _EnvironmentCalls:
             # Not of a property: that would run the environment's code here, outside of any limit.
             static = inspect.getattr_static(self._environment, name, None)
             with containing():
-                is_method = not isinstance(static, _COMPUTED) and callable(getattr(self._environment, name, None))
-            self._defined[name] = is_method
+                method = None if isinstance(static, COMPUTED) else getattr(self._environment, name, None)
+                self._defined[name] = callable(method) and is_hook(self._environment, name, method)
         return self._defined[name]
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
@@ -276,6 +283,8 @@ class _EnvironmentCalls:
 
 
 def _text_of_reset(value: Any) -> str | None:
+    if isinstance(value, list):
+        value = text_of_blocks(value, "reset() returned")
     if value is not None and not isinstance(value, str):
         raise TypeError(f"reset() returned {type(value).__name__}; it returns text for the prompt, or None")
     return None if value is None else writable(value)
@@ -413,11 +422,11 @@ class ToolPlayable(_EnvironmentCalls):
         self._slots = slots
         self._tool_timeout_s = tool_timeout_s
         self._max_tool_calls = max_tool_calls
-        self._methods = {} if environment is None else _public_methods(environment)
+        self._methods = {} if environment is None else tools_of(environment)
         is_async = inspect.iscoroutinefunction
         self._async_methods = {name for name, method in self._methods.items() if is_async(method)}
-        self._functions = _by_name(tools, taken=self._methods)
-        self._schemas = {name: _schema(name, tool) for name, tool in {**self._methods, **self._functions}.items()}
+        self._functions = functions_by_name(tools, taken=self._methods)
+        self._schemas = {name: schema_of(name, tool) for name, tool in {**self._methods, **self._functions}.items()}
         self.tools: Sequence[Any] = list(self._schemas.values())
 
     async def step(self, response: Response) -> Outcome:
@@ -445,28 +454,32 @@ class ToolPlayable(_EnvironmentCalls):
             ended_by_response=asks_nothing and not is_done,
         )
 
-    async def _answers(self, calls: Sequence[Mapping[str, Any]], counts: Counter[str]) -> list[str]:
+    async def _answers(self, calls: Sequence[Mapping[str, Any]], counts: Counter[str]) -> list[str | list[Any]]:
         """What the tools answer: the async methods of the environment when the other calls are done, as in TRL."""
         is_late = [one["name"] in self._async_methods for one in calls]
-        answers: dict[int, str] = {}
+        answers: dict[int, str | list[Any]] = {}
         for turn in sorted(set(is_late)):
             indexes = [index for index, late in enumerate(is_late) if late is turn]
             begun = (self._answer(calls[index]["name"], calls[index]["arguments"], counts) for index in indexes)
             answers.update(zip(indexes, await asyncio.gather(*begun), strict=True))
         return [answers[index] for index in range(len(calls))]
 
-    async def _answer(self, name: str, arguments: Mapping[str, Any], counts: Counter[str]) -> str:
-        """The tool's result, or what the model did wrong."""
+    async def _answer(self, name: str, arguments: Mapping[str, Any], counts: Counter[str]) -> str | list[Any]:
+        """The tool's result, or what the model did wrong. Raises only for a result that the policy cannot read."""
         tool = self._methods.get(name) or self._functions.get(name)
         if tool is None:
             counts["unknown_tools"] += 1
             return f"Error: unknown tool {name!r}; available: {', '.join(self._schemas)}"
-        problem = _wrong_arguments(tool, self._schemas[name], arguments)
-        if problem is not None:
-            counts["wrong_arguments"] += 1
-            return f"Error: wrong arguments for {name}: {problem}; expected {_usage(self._schemas[name])}"
+        schema = self._schemas[name]
         try:
-            return writable(await self._run(name, tool, arguments))
+            arguments = read_arguments(tool, signature_of(tool), schema, arguments)
+        except WrongArgumentsError as problem:
+            counts["wrong_arguments"] += 1
+            return f"Error: wrong arguments for {name}: {problem}; expected {_usage(schema)}"
+        try:
+            return await self._run(name, tool, arguments)
+        except MediaError as error:
+            raise MediaError(f"the tool `{name}` returned {error}") from error
         except CallTimeoutError:
             counts["tool_timeouts"] += 1
             return f"Error: {name} took longer than {self._tool_timeout_s:g} s and was given up"
@@ -476,7 +489,7 @@ class ToolPlayable(_EnvironmentCalls):
             counts["tool_errors"] += 1
             return writable(f"Error: {name} failed: {type(error).__name__}: {error_text(error)}")
 
-    async def _run(self, name: str, tool: Tool, arguments: Mapping[str, Any]) -> str:
+    async def _run(self, name: str, tool: Tool, arguments: Mapping[str, Any]) -> str | list[Any]:
         if name in self._methods:
             try:
                 return await self._run_in(self._thread, name, tool, arguments)
@@ -499,10 +512,10 @@ class ToolPlayable(_EnvironmentCalls):
         finally:
             thread.end()
 
-    async def _run_in(self, thread: Home, name: str, tool: Tool, arguments: Mapping[str, Any]) -> str:
+    async def _run_in(self, thread: Home, name: str, tool: Tool, arguments: Mapping[str, Any]) -> str | list[Any]:
         async with self._slots.of(name) if self._slots is not None else nullcontext():
             timeout_s = self._tool_timeout_s
-            return await call(tool, (), arguments, thread=thread, timeout_s=timeout_s, what=name, convert=as_text)
+            return await call(tool, (), arguments, thread=thread, timeout_s=timeout_s, what=name, convert=content_of)
 
     async def _is_done(self) -> bool:
         if self._environment is None:
@@ -513,7 +526,9 @@ class ToolPlayable(_EnvironmentCalls):
 
         def done() -> Any:  # may be a property, which is code of the environment's, too
             value = getattr(environment, "done", False)
-            return value() if callable(value) else value
+            if not callable(value):
+                return value
+            return value() if is_hook(environment, "done", value) else False
 
         return await call(done, (), {}, thread=self._thread, timeout_s=self._timeout_s, what="done", convert=bool)
 
@@ -523,7 +538,7 @@ class ToolPlayable(_EnvironmentCalls):
         return await self._call("step_reward", convert=lambda value: as_number(value, "step_reward()"))
 
 
-def _message(name: str, content: str, call_id: str | None = None) -> Message:
+def _message(name: str, content: str | list[Any], call_id: str | None = None) -> Message:
     message: Message = {"role": "tool", "name": name, "content": content}
     return message if call_id is None else {**message, "tool_call_id": call_id}
 
@@ -533,141 +548,11 @@ def _identified(tool_call: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**tool_call["function"], "id": tool_call.get("id")}
 
 
-# -- finding the tools and checking calls of them ---------------------------------------------------------------------
+# -- words ------------------------------------------------------------------------------------------------------------
 
 
 def _class_name(environment: Any) -> str:
     return type(environment).__name__
-
-
-def _tool_name(tool: Tool) -> str:
-    name = getattr(tool, "__name__", None)
-    if name is None:
-        raise ConfigurationError(f"the tool {tool!r} has no `__name__` to be called by; wrap it in a function")
-    return name
-
-
-_COMPUTED = (property, cached_property)
-
-
-def _public_methods(environment: Any) -> dict[str, Tool]:
-    """An environment's tools by name: its bound methods, as in TRL. Properties are not evaluated."""
-    names = [name for name in dir(environment) if not name.startswith("_") and name not in RESERVED_NAMES]
-    plain = [name for name in names if not isinstance(inspect.getattr_static(environment, name), _COMPUTED)]
-    members = {name: getattr(environment, name) for name in plain}
-    return {name: member for name, member in members.items() if inspect.ismethod(member)}
-
-
-def _by_name(tools: Sequence[Tool], *, taken: Mapping[str, Tool]) -> dict[str, Tool]:
-    functions: dict[str, Tool] = {}
-    for tool in tools:
-        name = _tool_name(tool)
-        if name in functions or name in taken:
-            raise ConfigurationError(f"two tools are named `{name}`; the model could not tell them apart")
-        functions[name] = tool
-    return functions
-
-
-_schemas: weakref.WeakKeyDictionary[Any, JsonSchema] = weakref.WeakKeyDictionary()
-"""Schemas by function: an environment is made for every episode, its docstrings are read once."""
-
-
-def _schema(name: str, tool: Tool) -> JsonSchema:
-    from transformers.utils import get_json_schema
-
-    function = getattr(tool, "__func__", tool)
-    try:
-        if function not in _schemas:
-            _schemas[function] = get_json_schema(tool)
-        return _schemas[function]
-    except Exception as error:
-        raise ConfigurationError(
-            f"the tool `{getattr(function, '__qualname__', name)}` needs type hints and a docstring that describes "
-            f"every argument: {error} (not meant for the model? begin its name with an underscore)"
-        ) from error
-
-
-_need_main_thread: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Functions that were found to work in the main thread only."""
-
-
-_signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
-"""Signatures by function, or by a method's; reading one takes longer than most calls."""
-
-
-def _signature(tool: Tool) -> inspect.Signature:
-    function = getattr(tool, "__func__", tool)
-    if function not in _signatures:
-        _signatures[function] = inspect.signature(tool)
-    return _signatures[function]
-
-
-def _wrong_arguments(tool: Tool, schema: JsonSchema, arguments: Mapping[str, Any]) -> str | None:
-    signature = _signature(tool)
-    problem = why_unbindable(tool, arguments, signature)
-    if problem is not None:
-        return problem
-    properties = schema["function"]["parameters"]["properties"]
-    for name, value in arguments.items():
-        expected = properties.get(name, {})
-        left_out = value is None and name in signature.parameters and signature.parameters[name].default is None
-        if not left_out and not _fits(value, expected):
-            return f"{name!r} must be {_describe(expected)}, not {_JSON_NAMES.get(type(value), type(value).__name__)}"
-        odd = not_finite_in(value)
-        if odd is not None:
-            return f"{name!r} has {odd}, which JSON does not know; numbers are finite"
-    return None
-
-
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list, tuple),
-    "object": (dict,),
-    "null": (type(None),),
-}
-_JSON_NAMES = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    list: "array",
-    dict: "object",
-    type(None): "null",
-}
-
-
-def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a JSON value fits the schema, as far as types and choices go."""
-    if value is None and schema.get("nullable"):
-        return True
-    if "anyOf" in schema:
-        return any(_fits(value, option) for option in schema["anyOf"])
-    if "enum" in schema:
-        return value in schema["enum"]
-    names = schema.get("type", ())
-    names = (names,) if isinstance(names, str) else names
-    if names and not any(_is_a(value, name) for name in names):
-        return False
-    items = schema.get("items")
-    return not (isinstance(value, list) and isinstance(items, Mapping)) or all(_fits(item, items) for item in value)
-
-
-def _is_a(value: Any, name: str) -> bool:
-    # In Python a bool is an int; in JSON `true` is no number.
-    return isinstance(value, _JSON_TYPES.get(name, (object,))) and (name == "boolean" or not isinstance(value, bool))
-
-
-def _describe(schema: Mapping[str, Any]) -> str:
-    if "enum" in schema:
-        return f"one of {schema['enum']}"
-    if "anyOf" in schema:
-        return " or ".join(_describe(option) for option in schema["anyOf"])
-    names = schema.get("type", "any")
-    text = names if isinstance(names, str) else " or ".join(names)
-    return f"{text} of {_describe(schema['items'])}" if text == "array" and schema.get("items") else text
 
 
 def _usage(schema: JsonSchema) -> str:
@@ -675,7 +560,7 @@ def _usage(schema: JsonSchema) -> str:
     function = schema["function"]
     required = function["parameters"].get("required", ())
     arguments = [
-        f"{name}{'' if name in required else '?'}: {_describe(argument)}"
+        f"{name}{'' if name in required else '?'}: {describe(argument)}"
         for name, argument in function["parameters"]["properties"].items()
     ]
     return f"{function['name']}({', '.join(arguments)})"

@@ -24,7 +24,7 @@ import transformers
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..compat import attention_of, cache_argument, deviates, special_attention, takes_positions
+from ..compat.transformers import attention_of, cache_argument, deviates, special_attention, takes_positions
 from ..errors import ConfigurationError, RolloutError
 from ..modes import evaluating
 from ..numerics import CastWeights, Numerics

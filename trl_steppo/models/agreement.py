@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat import attention_of, deviates, exchange_attention
+from ..compat.transformers import attention_of, deviates, exchange_attention
 from ..modes import evaluating
 from .attention import prepare_for_tries, run_arguments
 

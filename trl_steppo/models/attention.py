@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ..compat import attention_of, exchange_attention, special_attention
+from ..compat.transformers import attention_of, exchange_attention, special_attention
 from ..errors import ConfigurationError
 
 NAMES = {"sdpa": "sdpa_tree", "flex_attention": "flex_tree"}

@@ -8,7 +8,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ..errors import ConfigurationError
@@ -123,9 +123,27 @@ def _check_apart_in_shards(args: StepPOConfig, optimizers: tuple[Any, Any], engi
         )
 
 
-def check_loaded(**given: Any) -> None:
+def check_args(args: Any) -> None:
     """
-    Models and tokenizers that are given by their names, and what is no model at all.
+    Arguments in the order of `GRPOTrainer`, and settings of no known class.
+
+    Args:
+        args (`Any`):
+            What the user passed as `args`.
+    """
+    if isinstance(args, TrainingArguments):
+        return
+    shown = f"the name {args!r:.100}" if isinstance(args, str) else f"a {type(args).__name__}"
+    raise ConfigurationError(
+        f"`args` is {shown}; pass a `StepPOConfig`. The first positional arguments are those of `PPOTrainer` (`args`, "
+        "`processing_class`, `model`, ...); name them, as in `StepPOTrainer(model=..., reward_funcs=..., args=..., "
+        "train_dataset=...)`"
+    )
+
+
+def check_kinds(**given: Any) -> None:
+    """
+    What is no model, no tokenizer, and no name of one.
 
     Args:
         given (`Any`):
@@ -133,19 +151,15 @@ def check_loaded(**given: Any) -> None:
     """
     auto = {"processing_class": "AutoTokenizer", "model": "AutoModelForCausalLM", "ref_model": "AutoModelForCausalLM"}
     for name, value in given.items():
-        if value is None and name not in ("model", "processing_class"):
+        if isinstance(value, str) or (value is None and name != "model"):
             continue
         fits = callable(value) if name == "processing_class" else isinstance(value, nn.Module)
         if fits:
             continue
         loader = auto.get(name, "AutoModelForSequenceClassification")
         labels = ", num_labels=1" if name in ("reward_model", "value_model") else ""
-        if isinstance(value, str):
-            raise ConfigurationError(
-                f"`{name}` is the name {value!r}; load it: `transformers.{loader}.from_pretrained({value!r}{labels})`"
-            )
         raise ConfigurationError(
-            f"`{name}` is {'missing' if value is None else f'a {type(value).__name__}'}; pass what "
+            f"`{name}` is {'missing' if value is None else f'a {type(value).__name__}'}; pass a name, or what "
             f"`transformers.{loader}.from_pretrained(...{labels})` returns"
         )
 

@@ -1,23 +1,69 @@
-"""The rows of a dataset as one endless stream, epoch after epoch, each in its own order."""
+"""The rows of a run as one endless stream, whatever they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..errors import DataError
 
 
+class Rows(Protocol):
+    """
+    The rows of a run, in the order in which they are played. A position in this order is all that a checkpoint has to
+    remember. Where rows are stored as Arrow tables, the nulls that their storage put into messages and tool schemas
+    are taken out ([`without_filled_nulls`]).
+    """
+
+    seed: int
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of an epoch; `None`: not known."""
+        ...
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """What the rows have."""
+        ...
+
+    @property
+    def example(self) -> Mapping[str, Any]:
+        """The first row."""
+        ...
+
+    def __getitem__(self, position: int) -> Mapping[str, Any]: ...
+
+    def row_number(self, position: int) -> int | None:
+        """Which row of the dataset stands at a position; `None`: not known."""
+        ...
+
+
+def make_rows(dataset: Any, *, seed: int) -> Rows:
+    """
+    The rows of what a trainer is given as `train_dataset`.
+
+    Args:
+        dataset (`Dataset`, `Sequence[dict]`, [`~datasets.IterableDataset`] or `None`):
+            What the user passed.
+        seed (`int`):
+            Seed of the order of every epoch, where the dataset has no order of its own.
+
+    Raises:
+        DataError: If the dataset is empty.
+    """
+    if dataset is None:
+        return EmptyRows(seed)
+    return StreamedRows(dataset, seed=seed) if isinstance(dataset, IterableDataset) else RowStream(dataset, seed=seed)
+
+
 class RowStream:
     """
-    The rows of a dataset, in the order in which they are played. Where the dataset is stored as Arrow tables, the
-    nulls that its storage put into messages and tool schemas are taken out ([`without_filled_nulls`]).
-
-    Row number `position` of the stream is decided by `(seed, position)` alone, so a position is all that a checkpoint
-    has to remember.
+    The rows of a dataset with a length: epoch after epoch, each in its own order, which `(seed, position)` decides.
 
     Args:
         dataset (`Dataset` or `Sequence[dict]`):
@@ -26,33 +72,32 @@ class RowStream:
             Seed of the order of every epoch.
 
     Raises:
-        DataError: If the dataset is empty or has no length.
+        DataError: If the dataset is empty.
     """
 
+    num_rows: int
+
     def __init__(self, dataset: Any, *, seed: int) -> None:
-        try:
-            self.num_rows = len(dataset)
-        except TypeError as error:
-            raise DataError(
-                "`train_dataset` has no length; rows are shuffled over the whole dataset, so pass a map-style one"
-            ) from error
+        self.num_rows = len(dataset)
         if self.num_rows == 0:
-            raise DataError("`train_dataset` has no rows")
+            raise _no_rows()
         self._dataset = dataset
         self.seed = seed
         self._epoch = -1
         self._order: list[int] = []
 
     @property
+    def columns(self) -> Sequence[str]:
+        return column_names(self._dataset)
+
+    @property
     def example(self) -> Mapping[str, Any]:
-        """Any row."""
         return row_of(self._dataset, 0)
 
     def __getitem__(self, position: int) -> Mapping[str, Any]:
         return row_of(self._dataset, self.row_number(position))
 
     def row_number(self, position: int) -> int:
-        """Which row of the dataset stands at a position of the stream."""
         epoch, index = divmod(position, self.num_rows)
         if epoch != self._epoch:
             # Far apart, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
@@ -62,10 +107,115 @@ class RowStream:
         return self._order[index]
 
 
+class StreamedRows:
+    """
+    The rows of a streamed dataset, in its own order: that of its shuffle buffer where it has one, which `set_epoch`
+    changes from epoch to epoch. To get to a position, all rows before it are read.
+
+    Args:
+        dataset ([`~datasets.IterableDataset`]):
+            The rows. It gives the same ones whenever it is read again.
+        seed (`int`):
+            The run's; the order does not depend on it.
+    """
+
+    num_rows = None
+
+    def __init__(self, dataset: IterableDataset, *, seed: int) -> None:
+        self._dataset = dataset
+        self.seed = seed
+        self._begin()
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return self._dataset.column_names or list(self.example)
+
+    @property
+    def example(self) -> Mapping[str, Any]:
+        return self[0]
+
+    def __getitem__(self, position: int) -> Mapping[str, Any]:
+        if position < self._position:
+            self._begin()
+        while self._position < position:
+            self._read()
+        return self._row
+
+    def row_number(self, position: int) -> int | None:
+        return None
+
+    def _begin(self) -> None:
+        self._position, self._epoch = -1, -1
+        self._rows: Iterator[Any] = iter(())
+        self._row: Mapping[str, Any] = {}
+
+    def _read(self) -> None:
+        row = next(self._rows, None)
+        if row is None:
+            self._epoch += 1
+            self._dataset.set_epoch(self._epoch)
+            self._rows = iter(self._dataset)
+            row = next(self._rows, None)
+            if row is None:
+                raise _no_rows()
+        self._position += 1
+        self._row = _as_written(self._dataset, row)
+
+
+class EmptyRows:
+    """
+    Endless rows that ask nothing, for environments whose `reset` gives the prompt: those that `GRPOTrainer` makes up
+    where it has no dataset.
+    """
+
+    num_rows = None
+    columns: Sequence[str] = ("prompt",)
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    @property
+    def example(self) -> Mapping[str, Any]:
+        return self[0]
+
+    def __getitem__(self, position: int) -> Mapping[str, Any]:
+        return {"prompt": [{"role": "user", "content": ""}]}
+
+    def row_number(self, position: int) -> int | None:
+        return None
+
+
+def numbered_rows(dataset: Any, *, first: int = 0, every: int = 1) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """
+    Rows of a dataset with their indices, in its own order.
+
+    Args:
+        dataset (`Dataset`, `Sequence[dict]` or [`~datasets.IterableDataset`]):
+            The rows.
+        first (`int`, *optional*, defaults to `0`), every (`int`, *optional*, defaults to `1`):
+            Which rows: as of `range(first, len(dataset), every)`.
+    """
+    if isinstance(dataset, IterableDataset):
+        for index, row in enumerate(dataset):
+            if index >= first and (index - first) % every == 0:
+                yield index, _as_written(dataset, row)
+    else:
+        for index in range(first, len(dataset), every):
+            yield index, row_of(dataset, index)
+
+
+def _no_rows() -> DataError:
+    return DataError("`train_dataset` has no rows")
+
+
 def row_of(dataset: Any, number: int) -> Mapping[str, Any]:
     """A row of a dataset, as it was before Arrow stored it ([`without_filled_nulls`])."""
-    row = dataset[number]
-    if not isinstance(dataset, Dataset):
+    return _as_written(dataset, dataset[number])
+
+
+def _as_written(dataset: Any, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    is_stored = isinstance(dataset, Dataset | IterableDataset) and dataset.features is not None
+    if not is_stored:
         return row  # its nulls were written by somebody
     return {name: without_filled_nulls(value, is_shown=name == "tools") for name, value in row.items()}
 
@@ -104,5 +254,5 @@ def column_names(dataset: Any) -> Sequence[str]:
     names = getattr(dataset, "column_names", None)
     if names is not None:
         return names
-    rows = dataset if isinstance(dataset, list | tuple) else [dataset[0]]
+    rows = dataset if isinstance(dataset, list | tuple) else [row for _, row in islice(numbered_rows(dataset), 1)]
     return list(dict.fromkeys(name for row in rows for name in row))

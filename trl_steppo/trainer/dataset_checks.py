@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
-from ..errors import DataError
+from ..errors import ConfigurationError, DataError
+from .steppo_config import StepPOConfig
 
 _CHUNK_ROWS = 10_000
 _IMAGES = ("image", "images")  # as TRL's trainers name the columns whose images the model sees
@@ -18,11 +20,12 @@ _IMAGES = ("image", "images")  # as TRL's trainers name the columns whose images
 
 def check_dataset(dataset: Any, name: str, *, vocabulary_size: int | None, is_for_agent: bool = False) -> None:
     """
-    Look at every row as far as that is cheap: Arrow tables as a whole, lists one by one. Rows of other datasets, which
-    may be made when they are asked for, are not read; what is wrong with one costs its episode.
+    Look at every row as far as that is cheap: Arrow tables as a whole, lists one by one, of a streamed dataset the
+    first. Rows of other datasets, which may be made when they are asked for, are not read; what is wrong with one
+    costs its episode.
 
     Args:
-        dataset (`Dataset`, `Sequence[dict]` or any dataset with a length):
+        dataset (`Dataset`, `IterableDataset`, `Sequence[dict]` or any dataset with a length):
             The rows.
         name (`str`):
             What the user passed it as, for messages.
@@ -36,6 +39,10 @@ def check_dataset(dataset: Any, name: str, *, vocabulary_size: int | None, is_fo
             does not have. It names the row.
     """
     _check_kind(dataset, name)
+    if isinstance(dataset, IterableDataset):
+        if not is_for_agent:
+            _check_rows([dict(row) for row in islice(dataset, 1)], name, vocabulary_size)
+        return
     if is_for_agent or len(dataset) == 0:
         return
     if isinstance(dataset, Dataset):
@@ -54,6 +61,38 @@ def check_eval_dataset(dataset: Any, *, vocabulary_size: int | None, is_for_agen
             check_dataset(rows, name, vocabulary_size=vocabulary_size, is_for_agent=is_for_agent)
 
 
+def check_no_dataset(environment_factory: Any) -> None:
+    """
+    Whether a run can do without `train_dataset`.
+
+    Args:
+        environment_factory (`Callable`, `dict` or `None`):
+            As the trainer takes it.
+
+    Raises:
+        DataError: If there is not one environment that gives the prompts.
+    """
+    if environment_factory is None:
+        raise DataError(
+            "`train_dataset` is required; pass rows with `prompt` or `input_ids`, or an `environment_factory` whose "
+            "`reset` returns the prompt"
+        )
+    if isinstance(environment_factory, Mapping):
+        raise DataError(
+            "`train_dataset` is required where `environment_factory` is a dict: the column `environment` of a row "
+            f"chooses one of {list(environment_factory)}"
+        )
+
+
+def check_length(args: StepPOConfig, dataset: Any) -> None:
+    """A `ConfigurationError` if only the dataset's length could say when a run ends, and it has none."""
+    has_length = dataset is not None and not isinstance(dataset, IterableDataset)
+    if has_length or args.max_steps > 0 or args.total_episodes is not None:
+        return
+    what = "there is no `train_dataset`" if dataset is None else "`train_dataset` is streamed and has no length"
+    raise ConfigurationError(f"{what}, so nothing says how long to train: set `max_steps` or `total_episodes`")
+
+
 def _check_kind(dataset: Any, name: str) -> None:
     if isinstance(dataset, str):
         raise DataError(f"`{name}` is the text {dataset!r:.100}, not rows; pass `datasets.load_dataset(...)` of it")
@@ -62,12 +101,14 @@ def _check_kind(dataset: Any, name: str) -> None:
             f"`{name}` is of type {type(dataset).__name__} with {list(dataset)}, not rows; pass one of its splits, or "
             "`Dataset.from_dict(...)` of columns"
         )
+    if isinstance(dataset, IterableDataset):
+        return
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise DataError(
-            f"`{name}` is of type {type(dataset).__name__}, which has no length and no row by its index; rows are "
-            "shuffled over the whole dataset, and a run goes on from a checkpoint by their index. Pass a "
-            "`datasets.Dataset` (`Dataset.from_generator(...)`, or `load_dataset(...)` without `streaming`), or a "
-            "list of rows"
+            f"`{name}` is of type {type(dataset).__name__}, which has no length and no row by its index, and may not "
+            "be read twice, as by a run that goes on from a checkpoint. Pass a `datasets.Dataset` "
+            "(`Dataset.from_generator(...)`), a `datasets.IterableDataset` (`IterableDataset.from_generator(...)`), "
+            "or a list of rows"
         )
 
 
@@ -134,6 +175,8 @@ def _check_parts_of_chunk(chunk: Any, name: str, first: int) -> None:
 
 
 def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None) -> None:
+    if not rows:
+        raise DataError(f"`{name}` has no rows")
     if not isinstance(rows[0], Mapping):
         raise DataError(
             f"row 0 of `{name}` is {_shown(rows[0])}; a row is a dict with `prompt` (text or messages) or `input_ids`"

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from typing import Any
 
+from ..compat.transformers import source_of
+
+_NAMES = ("__qualname__", "__name__")  # of what can be called, the best first
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -52,16 +55,17 @@ def _model_name(model: Any) -> str | None:
     """Where its weights are from; of one that was made here its class."""
     if model is None:
         return None
-    config = getattr(model, "config", None)  # a reward model may be any module
-    return getattr(config, "_name_or_path", None) or type(model).__name__
+    return source_of(getattr(model, "config", None)) or type(model).__name__  # a reward model may be any module
 
 
 def _describe_rows(dataset: Any) -> str | None:
     if isinstance(dataset, dict):
         return "; ".join(f"{name}: {_describe_rows(rows)}" for name, rows in dataset.items())
-    if dataset is None or not isinstance(dataset, Sized):
+    if dataset is None:
         return None
     name = getattr(getattr(dataset, "info", None), "dataset_name", None)  # of those of the hub
+    if not isinstance(dataset, Sized):
+        return ", ".join(part for part in (name, "streamed") if part)
     return ", ".join(part for part in (name, f"{len(dataset)} rows", _checksum(dataset)) if part)
 
 
@@ -80,4 +84,4 @@ def _name_of(player: Callable[..., Any] | str | Sequence[str]) -> str:
         return " ".join(player)
     if isinstance(player, partial):
         return _name_of(player.func)
-    return getattr(player, "__qualname__", type(player).__name__)
+    return next((getattr(player, name) for name in _NAMES if hasattr(player, name)), type(player).__name__)

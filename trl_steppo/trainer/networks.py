@@ -17,7 +17,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from torch import nn
 from transformers import Trainer
 
-from ..compat import decoder_layers
+from ..compat.transformers import decoder_layers
 from ..errors import CheckpointError, ConfigurationError
 from ..models import gathered, is_sharded, shard_like, take_shards, whole_tensor
 from ..numerics import Numerics

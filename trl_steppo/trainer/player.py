@@ -147,7 +147,7 @@ class EpisodePlayer:
             made = [name for name in collated if name not in (example_row or {})]
             columns, eval_columns = [*columns, *made], [[*names, *made] for names in eval_columns]
         checked_weights(self.reward_funcs, args.reward_weights)
-        has_input_ids = agent is None and _check_columns(columns)
+        has_input_ids = agent is None and _check_columns(columns, is_optional=environment_factory is not None)
         for names in (columns, *eval_columns):
             self._check_environment_column(names)
             check_reward_funcs(self.reward_funcs, names)
@@ -574,14 +574,15 @@ def _add_to_last_step(episode: Episode, reward: float) -> Episode:
     return replace(episode, steps=(*episode.steps[:-1], replace(last, reward=last.reward + reward)))
 
 
-def _check_columns(columns: Sequence[str]) -> bool:
-    """Whether rows are token ids; raises where they are neither those nor prompts."""
+def _check_columns(columns: Sequence[str], *, is_optional: bool) -> bool:
+    """Whether rows are token ids; raises where they are neither those nor prompts, unless that `is_optional`."""
     if "input_ids" in columns:
         return True
-    if "prompt" in columns:
+    if "prompt" in columns or is_optional:
         return False
     raise DataError(
-        f"the dataset has the columns {list(columns)}; a row needs `prompt` (text or messages), or `input_ids`"
+        f"the dataset has the columns {list(columns)}; a row needs `prompt` (text or messages), or `input_ids`, "
+        "unless an `environment_factory` makes environments whose `reset` returns the prompt"
     )
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, ClassVar, Literal
-
-import torch
 
 from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
 from ..finite import LARGEST, shown
 from ..inference.base import MIN_TEMPERATURE
-from .ppo import PPOConfig
+from .ppo_config import PPOConfig, accelerator_has_bf16
 
 GROUP_BASELINES = ("grpo", "rloo", "gigpo")
 """Estimators that compare the episodes of one row with each other."""
@@ -28,7 +25,7 @@ class StepPOConfig(PPOConfig):
     r"""
     Configuration class for the [`StepPOTrainer`].
 
-    Every field of [`~trl.experimental.ppo.PPOConfig`] keeps its name, meaning and default, except where *Changed* says
+    Every field of [`PPOConfig`] keeps its name, meaning and default, except where *Changed* says
     otherwise. Settings that contradict each other, or that have no effect together, raise at construction.
 
     Parameters:
@@ -115,6 +112,9 @@ class StepPOConfig(PPOConfig):
             Restrict sampling to the most likely tokens. Log-probabilities stay those of the whole distribution.
         chat_template_kwargs (`dict`, *optional*):
             Extra arguments of the chat template, e.g. `{"enable_thinking": false}`.
+        model_init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained` for the models that the trainer is given by their names. `dtype` is float32
+            without them.
         reward_weights (`list[float]`, *optional*):
             Weight of each of `reward_funcs`. `None`: 1 each.
         rollout_cache_tokens (`int`, *optional*, defaults to `262144`):
@@ -178,10 +178,6 @@ class StepPOConfig(PPOConfig):
     > and off on a CPU.
     """
 
-    bf16: bool | None = field(  # type: ignore[assignment]  # as TRL's own base class has it
-        default=None,
-        metadata={"help": "Mixed precision in bfloat16. None: on where the accelerator supports it, off on a CPU."},
-    )
     kl_coef: float = field(default=0.0, metadata={"help": "Coefficient of the per-token KL penalty in the reward."})
     gamma: float = field(default=0.99, metadata={"help": "Discount per step (per action token with token_gae)."})
     lam: float = field(default=1.0, metadata={"help": "Lambda of GAE."})
@@ -269,6 +265,10 @@ class StepPOConfig(PPOConfig):
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Extra arguments of the chat template, as JSON on the command line."}
     )
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of `from_pretrained` for models given by their names, as JSON."},
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. None: 1 each."}
     )
@@ -323,15 +323,10 @@ class StepPOConfig(PPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # unannotated upstream
         *PPOConfig._VALID_DICT_FIELDS,
         "chat_template_kwargs",
+        "model_init_kwargs",
     ]
 
     def __post_init__(self) -> None:
-        self.use_cpu = self.use_cpu or _launched_on_cpu()
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
-        if getattr(self, "activation_checkpointing", True) is None:
-            # The newer name of `gradient_checkpointing`, whose default TRL changed: no reason to warn the user.
-            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         self._check_ranges()
         self._check_combinations()
@@ -372,10 +367,6 @@ class StepPOConfig(PPOConfig):
         """`num_critic_epochs`, resolved."""
         return self.num_ppo_epochs if self.num_critic_epochs is None else self.num_critic_epochs
 
-    def to_dict(self) -> dict[str, Any]:
-        """As the base class has it, which takes `stop_token` for a secret."""
-        return super().to_dict() | {"stop_token": self.stop_token}
-
     @classmethod
     def from_ppo_config(cls, args: PPOConfig) -> StepPOConfig:
         """
@@ -383,13 +374,13 @@ class StepPOConfig(PPOConfig):
         GAE, ratios and averages.
 
         Args:
-            args ([`~trl.experimental.ppo.PPOConfig`]):
+            args ([`PPOConfig`]):
                 The plain configuration.
         """
         known = {f.name for f in fields(cls) if f.init}  # a user's subclass may have more
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
         # A plain config turns bf16 on by default, on a CPU too, where PPOTrainer then ignores it.
-        values["bf16"] = bool(args.bf16) and not args.use_cpu and _accelerator_has_bf16()
+        values["bf16"] = bool(args.bf16) and not args.use_cpu and accelerator_has_bf16()
         return cls(**values, advantage_estimator="token_gae", importance_sampling_level="token")
 
     def _check_ranges(self) -> None:
@@ -563,24 +554,8 @@ class StepPOConfig(PPOConfig):
                     )
 
 
-def _launched_on_cpu() -> bool:
-    """
-    Whether a launcher started this rank for a CPU. accelerate tells a single process `use_cpu` of its file, but not
-    several: these see for themselves whether there is anything else, or they would never find each other.
-    """
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
-        return True
-    return "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-
-
 def _is_number(value: Any) -> bool:
     try:
         return isinstance(value, Real) and math.isfinite(value)
     except OverflowError:  # an integer that no float holds
         return False
-
-
-def _accelerator_has_bf16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return hasattr(torch, "xpu") and torch.xpu.is_available()

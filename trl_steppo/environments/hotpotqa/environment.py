@@ -151,7 +151,7 @@ class HotpotQAEnvironment:
         return tuple(sorted({passage.title for passage in self._passages}))
 
     def _state_prompt(self, observation: str | list[Message]) -> list[Message]:
-        answers = [] if isinstance(observation, str) else [message["content"] for message in observation]
+        answers = [] if isinstance(observation, str) else [str(message["content"]) for message in observation]
         self._errors += [answer for answer in answers if answer.startswith("Error:")]
         parts = {
             "Question": self._row["question"],

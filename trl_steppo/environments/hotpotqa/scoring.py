@@ -103,6 +103,6 @@ def _valid_share(messages: Sequence[Message]) -> float:
     for message in messages:
         if message["role"] == "assistant":
             valid.append(bool(message.get("tool_calls")))
-        elif message["content"].startswith("Error:"):
+        elif str(message["content"]).startswith("Error:"):
             valid[-1] = False
     return sum(valid) / len(valid)

@@ -1,4 +1,4 @@
-"""What this package reads of transformers beyond its documented interface, in one place.
+"""What this package reads of transformers beyond its documented interface.
 
 The names differ between versions, and some are private. Whatever cannot be found is an error here, with the version
 that lacks it: a default would change what is computed, or how fast, without a word.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 _CACHE_ARGUMENTS = ("cache", "past_key_values")  # transformers from 5.24, and before
 
@@ -27,6 +27,11 @@ def attention_of(config: Any) -> str:
         return str(config._attn_implementation)
     except AttributeError as error:
         raise _unknown(f"`_attn_implementation` of a {type(config).__name__}") from error
+
+
+def source_of(config: Any) -> str | None:
+    """Where the weights of a model with this configuration were loaded from: a name or a directory, if any."""
+    return getattr(config, "_name_or_path", None) or None
 
 
 def exchange_attention(model: Any, name: str) -> None:

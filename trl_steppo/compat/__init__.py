@@ -1,0 +1,1 @@
+"""What this package uses of other libraries beyond their documented interfaces: one module for each library."""

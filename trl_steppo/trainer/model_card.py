@@ -1,0 +1,63 @@
+"""The README of a saved model: what it was trained from, and how."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from huggingface_hub import ModelCard, ModelCardData
+
+_BODY = """\
+# {name}
+
+{origin}It was trained with {method} ([{title}](https://huggingface.co/papers/{paper})), by
+[trl-steppo](https://pypi.org/project/trl-steppo) on top of [TRL](https://github.com/huggingface/trl).
+
+## Versions
+
+{versions}
+
+## Citation
+
+```bibtex
+{citation}
+```
+"""
+_SHOWN = ("trl-steppo", "trl", "transformers", "torch", "datasets", "tokenizers")
+
+
+def model_card(
+    *, name: str, base_model: str | None, dataset: str | None, tags: list[str], method: str, paper: dict[str, str]
+) -> ModelCard:
+    """
+    Args:
+        name (`str`):
+            The model's name.
+        base_model (`str`, *optional*):
+            The model on the Hub that it was trained from.
+        dataset (`str`, *optional*):
+            The dataset on the Hub that it was trained on.
+        tags (`list[str]`):
+            Its tags on the Hub.
+        method (`str`):
+            What it was trained with, for readers.
+        paper (`dict`):
+            `title`, `id` (of arXiv) and `citation` (BibTeX) of the method's paper.
+    """
+    data = ModelCardData(
+        base_model=base_model,
+        datasets=dataset,
+        library_name="transformers",
+        model_name=name,
+        tags=["generated_from_trainer", *sorted(tags)],
+    )
+    link = f"[{base_model}](https://huggingface.co/{base_model})"
+    body = _BODY.format(
+        name=name,
+        origin=f"This model is a fine-tuned version of {link}. " if base_model else "",
+        method=method,
+        title=paper["title"],
+        paper=paper["id"],
+        versions="\n".join(f"- {package} {version(package)}" for package in _SHOWN),
+        citation=paper["citation"].strip(),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")

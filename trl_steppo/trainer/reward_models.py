@@ -1,0 +1,141 @@
+"""Sequence classifiers among the reward functions, as `GRPOTrainer` takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat.transformers import source_of
+from ..environments.base import Message
+from ..errors import ConfigurationError
+from ..models import plain_model, rows_at_once
+from .loading import Loader
+
+RewardFunc = Callable[..., Any]
+RewardFuncs = RewardFunc | str | Sequence[RewardFunc | str]
+
+
+class RewardModel:
+    """
+    A reward function that is a sequence classifier with one label. It reads prompt and completion as one text: of
+    messages by its own tokenizer's chat template, of text one behind the other.
+
+    Args:
+        model (`PreTrainedModel`):
+            The classifier.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer. If it has no token for padding, its end-of-sequence token becomes that.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+            Extra arguments of the chat template.
+        batch_size (`int`):
+            Texts of one forward pass, at most.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None, batch_size: int
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.__name__ = _name_of(model)
+        self._chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._batch_size = batch_size
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        plain_model(model).config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+    def __call__(
+        self, prompts: Sequence[str | list[Message]], completions: Sequence[str | list[Message]], **kwargs: Any
+    ) -> list[float]:
+        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        device, scores = next(self.model.parameters()).device, list[float]()
+        longest = max((len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]), default=1)
+        batch_size = rows_at_once(self._batch_size, longest, device)
+        for start in range(0, len(texts), batch_size):
+            inputs = self.tokenizer(
+                text=texts[start : start + batch_size],
+                return_tensors="pt",
+                padding=True,
+                padding_side="right",
+                add_special_tokens=False,
+            ).to(device)
+            with torch.inference_mode():
+                scores += self.model(**inputs).logits[:, 0].float().tolist()
+        return scores
+
+    def check_prompt(self, prompt: Any) -> None:
+        """A `ConfigurationError` if the prompts of a run are messages, and there is no template to write them with."""
+        if isinstance(prompt, list) and self.tokenizer.chat_template is None:
+            raise ConfigurationError(
+                f"the reward model `{self.__name__}` of `reward_funcs` is to read messages, and its tokenizer has no "
+                "chat template; pass one that has with `reward_processing_classes`"
+            )
+
+    def _text(self, prompt: str | list[Message], completion: str | list[Message]) -> str:
+        if isinstance(prompt, str):
+            assert isinstance(completion, str)
+            return prompt + completion
+        messages = [*prompt, *completion]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self._chat_template_kwargs))
+
+
+def load_reward_funcs(
+    reward_funcs: RewardFuncs | None,
+    processing_classes: Any,
+    loader: Loader,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    batch_size: int,
+) -> list[RewardFunc]:
+    """
+    Reward functions of what a trainer is given as `reward_funcs`.
+
+    Args:
+        reward_funcs (`Callable`, `str`, `PreTrainedModel` or a `list` of them, *optional*):
+            Functions; sequence classifiers with one label, or their names.
+        processing_classes (`PreTrainedTokenizerBase` or a `list` of them, *optional*):
+            Tokenizers of the classifiers, one for each of `reward_funcs`; those of functions are ignored. `None`: a
+            classifier's own.
+        loader ([`~loading.Loader`]):
+            Loads what is given by its name.
+        chat_template_kwargs, batch_size:
+            See [`RewardModel`].
+
+    Raises:
+        ConfigurationError: If there are not as many tokenizers as functions; for a classifier with more than one
+            label; for what cannot be loaded.
+    """
+    funcs = _as_list(reward_funcs)
+    tokenizers = _as_list(processing_classes) or [None] * len(funcs)
+    if len(tokenizers) != len(funcs):
+        raise ConfigurationError(
+            f"`reward_processing_classes` has {len(tokenizers)} entries and `reward_funcs` {len(funcs)}; give one for "
+            "each, `None` for functions"
+        )
+    loaded: list[RewardFunc] = []
+    for func, tokenizer in zip(funcs, tokenizers, strict=True):
+        model: Any = loader.model("reward_funcs", func)
+        if not isinstance(model, nn.Module):
+            loaded.append(model)
+            continue
+        num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+        if num_labels != 1:
+            raise ConfigurationError(
+                f"`reward_funcs` has a {type(model).__name__} with {num_labels} labels, and a reward is one number; "
+                "load a sequence classifier with `num_labels=1`, or pass a function that chooses among its labels"
+            )
+        tokenizer = loader.tokenizer("reward_processing_classes", tokenizer, model)
+        loaded.append(RewardModel(model, tokenizer, chat_template_kwargs=chat_template_kwargs, batch_size=batch_size))
+    return loaded
+
+
+def _name_of(model: Any) -> str:
+    """The last part of where it was loaded from."""
+    return (source_of(plain_model(model).config) or type(model).__name__).rstrip("/").split("/")[-1]
+
+
+def _as_list(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
