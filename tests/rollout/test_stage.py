@@ -221,7 +221,7 @@ def test_one_that_fails_or_hangs_is_replaced_in_a_new_thread(chat, on_stage, kin
     second = play(stage, lambda order: DONE, chat, count=3)
     assert all(episode.valid for episode in second)
     assert [environment.rows for environment in Fragile.made] == [[0, 0], [1], [2, 2], [1]]  # the lowest number first
-    assert len(set(Fragile.threads)) == 4 or kind == "raises"
+    assert len(set(Fragile.threads)) == 4 or kind != "hangs"  # an ended one's number may be given again
     release.set()
 
 

@@ -46,6 +46,7 @@ from ..rollout import (
 )
 from ..rollout.loops import run_coroutine
 from ..types import Episode, StopReason, TokenIds
+from .dataset_checks import ENVIRONMENT_COLUMN
 from .steppo_config import StepPOConfig
 
 if TYPE_CHECKING:
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
 
 RewardFunc = Callable[..., Any]
 EnvironmentFactory = Callable[[], Any]
-
-ENVIRONMENT_COLUMN = "environment"
-"""Names each row's environment, where `environment_factory` is a dict of several."""
 
 _EVAL_EPISODES = 256  # of an evaluation at a time, whose dataset may be large
 
@@ -126,7 +124,7 @@ class EpisodePlayer:
         self.tokenizer = tokenizer
         self.sampler = sampler
         self._update_episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self._factories = _factories(environment_factory)
+        self._factories = factories_of(environment_factory)
         self._chooses = isinstance(environment_factory, Mapping)
         self.tools = list(tools or ())
         self.reward_funcs = list(reward_funcs or ())
@@ -167,6 +165,11 @@ class EpisodePlayer:
             top_k=args.top_k,
             stop_token_ids=stop_token_ids,
         )
+
+    @property
+    def environment_names(self) -> list[str] | None:
+        """What rows choose their environment by; `None` where there is nothing to choose."""
+        return [str(name) for name in self._factories] if self._chooses else None
 
     @property
     def context(self) -> int | None:
@@ -586,8 +589,13 @@ def _check_columns(columns: Sequence[str], *, is_optional: bool) -> bool:
     )
 
 
-def _factories(environment_factory: Any) -> dict[str | None, EnvironmentFactory]:
-    """The factories by the name that rows choose them by; a single one has none."""
+def factories_of(environment_factory: Any) -> dict[str | None, EnvironmentFactory]:
+    """
+    The factories by the name that rows choose them by; a single one has none.
+
+    Raises:
+        ConfigurationError: If there is something else among them, or a name that no row can have.
+    """
     if environment_factory is None:
         return {}
     factories: dict[str | None, EnvironmentFactory] = {None: environment_factory}
