@@ -12,21 +12,19 @@ import io
 import itertools
 import math
 import random
-import resource
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from _processes import in_new_process, peak_bytes
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -251,17 +249,6 @@ def prepare_process(threads: int) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(threads)
-
-
-def peak_bytes() -> int:
-    """The most memory that was resident at a time."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def growth_exponent(steps: Sequence[int], seconds: Sequence[float]) -> float:

@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import resource
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 import transformers
 import trl
+from _processes import in_new_process, peak_bytes
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 from datasets import Dataset
 from tokenizers import Tokenizer, models
@@ -161,17 +158,6 @@ def update_once(trainer_name: str, work: Work) -> Cost:
     return Cost(seconds, peak_bytes(), import_bytes)
 
 
-def peak_bytes() -> int:
-    """The most memory that was resident at a time. (The parent's counts until its child exceeds it, as imports do.)"""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def in_new_process(trainer_name: str, work: Work) -> Cost:
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(update_once, trainer_name, work).result()
-
-
 def total(costs: Sequence[Cost]) -> Cost:
     """The median time, and the largest peak."""
     return Cost(
@@ -192,7 +178,7 @@ def main(args: VsPPOTrainerArguments) -> None:
         measured[vocabulary] = {name: [] for name in TRAINERS}
         for _ in range(updates):
             for name in TRAINERS:
-                measured[vocabulary][name].append(in_new_process(name, work))
+                measured[vocabulary][name].append(in_new_process(update_once, name, work))
     totals = {v: {name: total(costs) for name, costs in by_name.items()} for v, by_name in measured.items()}
     print_table(
         f"An update of {PROMPTS} x ({PROMPT_TOKENS} + {RESPONSE_TOKENS}) tokens, {epochs} epochs "

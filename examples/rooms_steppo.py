@@ -30,6 +30,7 @@ RECIPE = Path(__file__).parent / "configs" / "rooms.yaml"
 
 def main(training_args: StepPOConfig) -> None:
     """Build everything, train, save."""
+    assert training_args.max_interaction_steps is not None, "--max_interaction_steps is the number of rooms"
     data = make_rooms(training_args.max_interaction_steps, training_args.response_length)
     trainer = StepPOTrainer(
         args=training_args,

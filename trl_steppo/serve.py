@@ -29,7 +29,7 @@ def serve(
     dtype: str = "auto",
     response_length: int = 512,
     temperature: float = 1.0,
-    max_interaction_steps: int = 5,
+    max_interaction_steps: int | None = 5,
     idle_s: float | None = 3600.0,
     allow_uncached_sampling: bool = False,
 ) -> None:

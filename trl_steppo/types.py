@@ -42,8 +42,8 @@ class EpisodeLimits:
     budget was reached at the same time.
 
     Args:
-        max_interaction_steps (`int`, *optional*, defaults to `5`):
-            Steps.
+        max_interaction_steps (`int` or `None`, *optional*, defaults to `5`):
+            Steps. `None`: as many as the other budgets and the model's context leave room for.
         max_prompt_length (`int`, *optional*):
             Tokens of a state.
         max_episode_tokens (`int`, *optional*):
@@ -55,10 +55,14 @@ class EpisodeLimits:
             Time. A step that is not answered by then does not count. `get_reward` may take as long again.
     """
 
-    max_interaction_steps: int = 5
+    max_interaction_steps: int | None = 5
     max_prompt_length: int | None = None
     max_episode_tokens: int | None = None
     max_episode_s: float | None = None
+
+    def allows_step(self, index: int) -> bool:
+        """Whether an episode may have a step with this index, from 0."""
+        return self.max_interaction_steps is None or index < self.max_interaction_steps
 
 
 def writable(text: str) -> str:

@@ -340,6 +340,12 @@ def test_a_budget_ends_the_episode_as_truncated(server):
     assert episode.steps[1].observation == "hello"
 
 
+def test_a_session_without_a_limit_of_steps(server):
+    client = Client(server, make_spec(max_interaction_steps=None))
+    assert client.session.check_budget(1, num_in_flight=999) is None
+    assert client.http.get("/sessions/current").json()["max_interaction_steps"] is None
+
+
 def test_a_first_prompt_over_its_budget_is_an_error_that_says_so(server):
     client = Client(server, make_spec(max_prompt_length=5))
     assert client.chat([USER]).status_code == 400

@@ -66,6 +66,11 @@ def test_every_prompt_is_what_rendering_the_whole_conversation_gives(chat):
         messages += [chat.parse(step.response_ids).message, *step.observation]
 
 
+def test_without_a_limit_of_steps_an_episode_goes_on(chat):
+    episode, _ = play(chat, [LOOK] * 9 + [STOP], max_interaction_steps=None)
+    assert (len(episode.steps), episode.terminated) == (10, True)
+
+
 def test_all_ids_of_an_episode_share_one_buffer(chat):
     episode, _ = play(chat, [LOOK] * 3, max_interaction_steps=3)
     ids = [x for step in episode.steps for x in (step.prompt_ids, step.response_ids)] + [episode.final_prompt_ids]

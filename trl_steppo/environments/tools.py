@@ -457,8 +457,10 @@ class ToolPlayable(_EnvironmentCalls):
     async def _answers(self, calls: Sequence[Mapping[str, Any]], counts: Counter[str]) -> list[str | list[Any]]:
         """What the tools answer: the async methods of the environment when the other calls are done, as in TRL."""
         is_late = [one["name"] in self._async_methods for one in calls]
+        if all(is_late) or not any(is_late):
+            return list(await asyncio.gather(*(self._answer(one["name"], one["arguments"], counts) for one in calls)))
         answers: dict[int, str | list[Any]] = {}
-        for turn in sorted(set(is_late)):
+        for turn in (False, True):
             indexes = [index for index, late in enumerate(is_late) if late is turn]
             begun = (self._answer(calls[index]["name"], calls[index]["arguments"], counts) for index in indexes)
             answers.update(zip(indexes, await asyncio.gather(*begun), strict=True))

@@ -432,9 +432,9 @@ class Session:
             return StopReason.MAX_EPISODE_S
         if self.notes.cut:
             return StopReason.MAX_EPISODE_TOKENS
-        if num_steps >= limits.max_interaction_steps:
+        if not limits.allows_step(num_steps):
             return StopReason.MAX_INTERACTION_STEPS
-        if num_steps + num_in_flight >= limits.max_interaction_steps:
+        if not limits.allows_step(num_steps + num_in_flight):
             raise RequestError(429, "this episode's last steps are being sampled", code="steps", retry_after_s=1.0)
         if limits.max_prompt_length is not None and prompt_length > limits.max_prompt_length:
             return StopReason.MAX_PROMPT_LENGTH

@@ -353,7 +353,7 @@ class _Play:
 
     def _over_budget(self) -> StopReason | None:
         """How the episode ends before its next step; an error if that would be its first."""
-        if self.step_index >= self.limits.max_interaction_steps:
+        if not self.limits.allows_step(self.step_index):
             return StopReason.MAX_INTERACTION_STEPS
         over = self._beyond(len(self.ids))
         if over is not None and not self.played:
@@ -364,7 +364,7 @@ class _Play:
         """The budget that a long text is beyond behind so many tokens, however it is tokenized."""
         if not _is_long(shown) or self._beyond(length + chat.min_tokens(shown)) is None:
             return None
-        if self.step_index >= self.limits.max_interaction_steps:
+        if not self.limits.allows_step(self.step_index):
             return StopReason.MAX_INTERACTION_STEPS
         return self._beyond(length + chat.min_tokens(shown))
 

@@ -27,6 +27,9 @@ from ..batching import StepBatch
 from ..masked import Reduce, masked_whiten
 from .steppo_config import StepPOConfig
 
+_MOST_STEPS_LOGGED = 16
+"""Steps that have an explained variance of their own where `max_interaction_steps` is `None`."""
+
 
 @dataclass
 class Credit:
@@ -149,11 +152,12 @@ def _explained_variance(
     returns: torch.Tensor,
     mask: torch.Tensor,
     step_numbers: torch.Tensor,
-    max_steps: int,
+    max_steps: int | None,
     reduce: Reduce | None,
 ) -> dict[str, float]:
     found = {"critic/explained_variance": explained_variance(values, returns, mask, reduce)}
-    for number in range(max_steps):  # a bound that all ranks share: each of them reduces as often
+    # A bound that all ranks share: each of them reduces as often.
+    for number in range(_MOST_STEPS_LOGGED if max_steps is None else max_steps):
         at_step = mask & (step_numbers == number)
         found[f"critic/explained_variance/step_{number}"] = explained_variance(values, returns, at_step, reduce)
     return {name: float(value) for name, value in found.items() if value is not None}

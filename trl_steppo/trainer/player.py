@@ -355,7 +355,7 @@ class EpisodePlayer:
             self.tokenizer,
             tools=example.tools or None,
             chat_template_kwargs=self.args.chat_template_kwargs,  # type: ignore[arg-type]
-            multi_turn=not has_input_ids and has_turns and self.args.max_interaction_steps > 1,
+            multi_turn=not has_input_ids and has_turns and self.args.max_interaction_steps != 1,
             end_token_ids=self._end_token_ids,
         )
 

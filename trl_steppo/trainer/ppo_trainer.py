@@ -221,7 +221,7 @@ class PPOTrainer(_Base):
                 "environments and `reward_funcs` pay rewards, too"
             )
         self._set_up(
-            StepPOConfig.from_ppo_config(args),
+            StepPOConfig.of(args),
             processing_class,
             model,
             ref_model,

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
 from ..finite import LARGEST, shown
 from ..inference.base import MIN_TEMPERATURE
+from .grpo_settings import converted, names_unknown_settings
 from .ppo_config import PPOConfig, accelerator_has_bf16
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from trl import GRPOConfig
 
 GROUP_BASELINES = ("grpo", "rloo", "gigpo")
 """Estimators that compare the episodes of one row with each other."""
@@ -20,6 +25,7 @@ CRITIC_ESTIMATORS = ("step_gae", "token_gae")
 """Estimators that need a critic."""
 
 
+@names_unknown_settings
 @dataclass
 class StepPOConfig(PPOConfig):
     r"""
@@ -81,8 +87,9 @@ class StepPOConfig(PPOConfig):
 
         > Parameters that control the episodes
 
-        max_interaction_steps (`int`, *optional*, defaults to `5`):
-            Most steps of an episode. `response_length` is the budget of one step's response.
+        max_interaction_steps (`int` or `None`, *optional*, defaults to `5`):
+            Most steps of an episode. `response_length` is the budget of one step's response. `None`: no limit; an
+            episode then ends by itself, at the model's context, or at another budget.
         max_prompt_length (`int`, *optional*):
             Most tokens of a state; an episode that reaches more ends as truncated. `None`: what the model's context
             leaves beside `response_length` (`max_position_embeddings` of its configuration, rope scaling included; a
@@ -237,7 +244,9 @@ class StepPOConfig(PPOConfig):
     )
 
     # The episodes
-    max_interaction_steps: int = field(default=5, metadata={"help": "Most steps of an episode."})
+    max_interaction_steps: int | None = field(
+        default=5, metadata={"help": "Most steps of an episode. None: no limit."}
+    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={"help": "Most tokens of a state. None: what the model's context leaves beside `response_length`."},
@@ -368,6 +377,26 @@ class StepPOConfig(PPOConfig):
         return self.num_ppo_epochs if self.num_critic_epochs is None else self.num_critic_epochs
 
     @classmethod
+    def of(cls, args: Any) -> StepPOConfig:
+        """
+        What a trainer is given as `args`, as a `StepPOConfig`.
+
+        Args:
+            args ([`StepPOConfig`] or [`PPOConfig`]):
+                The former is returned as it is; of the latter see [`from_ppo_config`].
+
+        Raises:
+            ConfigurationError: If it is neither.
+        """
+        if isinstance(args, StepPOConfig):
+            return args
+        if hasattr(args, "num_ppo_epochs"):  # TRL's own class, too
+            return cls.from_ppo_config(args)
+        kinds = {base.__name__ for base in type(args).__mro__}
+        cure = "pass `StepPOConfig.from_grpo_config(args)`" if "GRPOConfig" in kinds else "pass a StepPOConfig"
+        raise ConfigurationError(f"`args` is a {type(args).__name__}; {cure}")
+
+    @classmethod
     def from_ppo_config(cls, args: PPOConfig) -> StepPOConfig:
         """
         The settings under which [`StepPOTrainer`] does what `PPOTrainer` does with a plain `PPOConfig`: token-level
@@ -379,9 +408,32 @@ class StepPOConfig(PPOConfig):
         """
         known = {f.name for f in fields(cls) if f.init}  # a user's subclass may have more
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
-        # A plain config turns bf16 on by default, on a CPU too, where PPOTrainer then ignores it.
-        values["bf16"] = bool(args.bf16) and not args.use_cpu and accelerator_has_bf16()
+        values["bf16"] = _bf16_of(args)
         return cls(**values, advantage_estimator="token_gae", importance_sampling_level="token")
+
+    @classmethod
+    def from_grpo_config(cls, args: GRPOConfig, *, advantage_estimator: str = "grpo", **changes: Any) -> StepPOConfig:
+        """
+        The settings under which [`StepPOTrainer`] does what TRL's `GRPOTrainer` does with its own: an update has as
+        many prompts, each with as many episodes, and as many optimizer steps.
+
+        Every setting is copied, converted or refused; `docs/coming_from_grpo_trainer.md` has the table.
+
+        Args:
+            args ([`~trl.GRPOConfig`]):
+                TRL's configuration.
+            advantage_estimator (`str`, *optional*, defaults to `"grpo"`):
+                Another one trains the same episodes otherwise, e.g. `"step_gae"` with a critic.
+            changes (`Any`):
+                Further settings of the new configuration, which take the place of converted ones.
+
+        Raises:
+            ConfigurationError: If some settings have no place here and are not at their default. It lists all of them
+                with what there is instead.
+        """
+        values = converted(args, advantage_estimator=advantage_estimator)
+        values["bf16"] = _bf16_of(args)
+        return cls(**{**values, "advantage_estimator": advantage_estimator, **changes})
 
     def _check_ranges(self) -> None:
         within = {  # name: (lowest, highest, whether the lowest itself is excluded)
@@ -552,6 +604,11 @@ class StepPOConfig(PPOConfig):
                     raise ConfigurationError(
                         f"`{name}`={getattr(self, name)!r} has no effect together with {reason}; remove one of the two"
                     )
+
+
+def _bf16_of(args: TrainingArguments) -> bool:
+    """TRL's configurations turn bf16 on by default, on a CPU too, where it is then ignored."""
+    return bool(args.bf16) and not args.use_cpu and accelerator_has_bf16()
 
 
 def _is_number(value: Any) -> bool:

@@ -135,7 +135,7 @@ class StepPOTrainer(PPOTrainer):
             args = StepPOConfig(f"{_name_of(model)}-StepPO")
         check_args(args)
         self._set_up(
-            args if isinstance(args, StepPOConfig) else StepPOConfig.from_ppo_config(args),
+            StepPOConfig.of(args),
             processing_class,
             model,
             ref_model,
