@@ -172,12 +172,18 @@ def _run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], sto
             raise StopRequestedError("a rollout was broken off, as a stop was requested") from error
         finally:
             forget_interruption()
+            if not main.done():  # broken off: nothing of it does another step
+                _cancel_all(loop)
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
 
 
 def _close(loop: asyncio.AbstractEventLoop) -> None:
     with noticing_interruptions(), keeping_thread_state():
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
+        _cancel_all(loop)
         try:  # lets the cancelled ones clean up, and waits for none of them for long
             _run_until_done(loop, loop.create_task(asyncio.sleep(0)))
             closing = within(loop.shutdown_asyncgens(), _LETS_GO_S, "cleaning up")

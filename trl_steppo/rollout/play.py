@@ -19,7 +19,7 @@ from .episode import failed_episode, run_episode
 from .loops import run_coroutine
 from .pacing import InFlight
 from .rows import own_row, question_of
-from .stage import MakePlayable, Place, Stage
+from .stage import LETS_GO_S, MakePlayable, Place, Stage
 
 __all__ = ["EpisodeRequest", "play_concurrently", "play_episodes", "run_coroutine"]
 
@@ -234,8 +234,14 @@ async def play_concurrently(
     for _ in range(num_players):
         in_flight.away()
     sampler.pace(in_flight.settled)
+    players = [asyncio.ensure_future(player()) for _ in range(num_players)]
     try:
-        await asyncio.gather(*(player() for _ in range(num_players)))
+        await asyncio.gather(*players)
+    except BaseException:
+        for playing in players:
+            playing.cancel()
+        await asyncio.wait(players, timeout=LETS_GO_S)
+        raise
     finally:
         sampler.pace(None)
     return [results[index] for index in range(len(requests))]

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MakePlayable = Callable[[Mapping[str, Any]], Playable | None]
 
-_LETS_GO_S = 5.0  # for a rollout that was broken off, to close its environments
+LETS_GO_S = 5.0  # for a rollout that was broken off, to close its environments
 _MAKING = "making the environment"
 
 
@@ -219,9 +219,8 @@ class Stage:
             logger.warning("closing the environment of episode %s failed", name, exc_info=True)
 
     async def _close_all(self) -> None:
-        if self._rollout is not None and not self._rollout.done():  # it was broken off
-            self._rollout.cancel()
-            await asyncio.wait({self._rollout}, timeout=_LETS_GO_S)
+        if self._rollout is not None and not self._rollout.done():  # it was broken off, and is cancelled
+            await asyncio.wait({self._rollout}, timeout=LETS_GO_S)
         left = [*self._playing.values(), *self._resting.values()]
         self._playing.clear()
         self._resting.clear()
