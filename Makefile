@@ -1,9 +1,18 @@
 PYTHON ?= python
+OLDEST = tests/test_compat.py tests/test_imports.py tests/chat tests/environments tests/examples tests/inference tests/models tests/trainer
 
-.PHONY: install install-vllm format check test test-slow test-vllm bench
+.PHONY: install install-newest install-oldest install-vllm format check test test-newest test-oldest test-slow test-vllm bench
 
 install:  ## this package with what its tests need, in the tested versions
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+
+install-newest:  ## the same with the newest versions, in an environment of its own
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable ".[dev]"
+
+install-oldest:  ## the same with the oldest versions that are supported, in an environment of its own
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
 
 install-vllm:  ## a vLLM server for a CPU, in an environment of its own, for the tests that need one
 	$(PYTHON) -m venv .venv-vllm
@@ -21,6 +30,12 @@ check:  ## lint and types
 
 test:  ## all tests that take less than 30 s each
 	$(PYTHON) -m pytest
+
+test-newest:  ## those that may depend on the versions of libraries, with the newest (after `make install-newest`)
+	PATH="$(CURDIR)/.venv-newest/bin:$$PATH" python -m pytest -m "not slow and not pinned_only"
+
+test-oldest:  ## trainer, samplers, chat, environments and examples, with the oldest (after `make install-oldest`)
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" python -m pytest -m "not slow and not pinned_only" $(OLDEST)
 
 test-slow:  ## the long ones, in full
 	$(PYTHON) -m pytest -m slow -n 0

@@ -84,7 +84,8 @@ def test_the_dry_run_s_rewards_differ(estimator, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("learning_rat: 1.0e-6", "`learning_rate` meant"),
+        ("learning_rat: 1.0e-6", "did you mean `learning_rate`?"),
+        ("beta: 0.1", "`beta` (of GRPOConfig): `kl_loss_coef`"),
         ("max_staleness: -1", "max_staleness"),
         ("kl_loss_estimator: k9", "kl_loss_estimator"),
         ("num_mini_batches: 1000", "num_mini_batches"),

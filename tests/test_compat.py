@@ -1,24 +1,43 @@
-"""What is read of transformers under names that it may change: found where it is, and an error where it is not."""
+"""What is used of libraries under names that they may change: there in this version, and a clear error where not."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
+import peft
 import pytest
 import torch
+import transformers
+from datasets import Dataset
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from torch import nn
 
+from trl_steppo.compat import accelerate as of_accelerate
+from trl_steppo.compat import attribute, find
+from trl_steppo.compat import datasets as of_datasets
+from trl_steppo.compat import deepspeed as of_deepspeed
+from trl_steppo.compat import peft as of_peft
+from trl_steppo.compat import torch as of_torch
+from trl_steppo.compat import transformers as of_transformers
 from trl_steppo.compat.transformers import (
     attention_of,
     cache_argument,
     decoder_layers,
-    deviates,
     special_attention,
     takes_positions,
 )
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.models import build_critic
 
+ROOT = Path(__file__).parents[1]
+UNTESTED_EXTRAS = ("dense", "dev")  # models of text that no test loads; tools
 ARCHITECTURES = ["Llama", "Qwen2", "Qwen3", "Mixtral"]
 
 
@@ -34,7 +53,7 @@ def test_this_version_has_what_is_looked_for(tiny_model, architecture):
 
 
 def test_what_is_missing_is_named():
-    with pytest.raises(ConfigurationError, match=r"`_attn_implementation` of a SimpleNamespace.*transformers \d"):
+    with pytest.raises(ConfigurationError, match=r"transformers \d.* has no `_attn_implementation` in a SimpleN"):
         attention_of(SimpleNamespace())
     with pytest.raises(ConfigurationError, match="Linear names no decoder layers"):
         decoder_layers(nn.Linear(2, 2))
@@ -50,10 +69,161 @@ def test_special_attention_is_listed():
     assert not list(special_attention(SimpleNamespace(layer_types=["full_attention"], sliding_window=8)))
 
 
+@pytest.mark.parametrize("name", ["transformers.masking_utils.gone", "transformers.gone.sdpa", "datasets.gone.a.b"])
+def test_a_name_that_has_moved_is_told_with_the_version(name):
+    library = name.split(".")[0]
+    with pytest.raises(ConfigurationError) as raised:
+        find(name)
+    assert str(raised.value).startswith(f"{library} {version(library)} has no `{name}`")
+    with pytest.raises(ConfigurationError, match=f"{library} {version(library)} has no `_gone` in a Linear"):
+        attribute(library, nn.Linear(1, 1), "_gone")
+
+
+def test_a_library_that_is_not_installed_is_its_own_error(tmp_path, monkeypatch):
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_library'"):
+        find("no_such_library.a.b")
+    (tmp_path / "needy_library.py").write_text("import another_library")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="another_library"):
+        find("needy_library.a")
+
+
+# -- a test for each library, of the names that are looked for when they are used -------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("error", "expected"), [(0.0, False), (1e-6, False), (0.05, False), (0.5, True), (float("nan"), True)]
+    "name",
+    [
+        "_save",
+        "_push_from_checkpoint",
+        "_save_scaler",
+        "_save_rng_state",
+        "_load_scaler",
+        "_load_rng_state",
+        "_load_callback_state",
+        "_determine_best_metric",
+    ],
 )
-def test_a_deviation_is_more_than_rounding_and_less_than_a_mistake(error, expected):
-    plain, mistake = torch.ones(3, 8), torch.full((3, 8), 0.5)
-    assert deviates(plain + error, plain, mistake) is expected
-    assert deviates(plain + error, plain * float("nan"), mistake) is False  # nothing is known
+def test_transformers_has_these_parts_of_a_trainer(name):
+    assert callable(attribute("transformers", transformers.Trainer, name))
+
+
+def test_transformers_has_what_is_used_of_it(tiny_model):
+    model = tiny_model("Qwen3", torch.float32)
+    assert of_transformers.supports_attention_backend(model)
+    assert of_transformers.json_fields(transformers.TrainingArguments)
+    state = model.state_dict()
+    assert of_transformers.as_saved(model, dict(state)).keys() <= state.keys()
+    with of_transformers.without_zero():
+        pass
+    assert of_transformers.source_of(model.config) is None
+    of_transformers.enable_checkpointing(model, None)
+    assert any(
+        module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")
+    )
+
+
+def test_trl_has_what_is_used_of_it():
+    for name in ("get_training_chat_template", "add_response_schema", "parse_response"):
+        assert callable(find(f"trl.chat_template_utils.{name}"))
+    pytest.importorskip("deepspeed")
+    for name in ("add_hooks", "remove_hooks", "prepare_deepspeed"):
+        assert callable(find(f"trl.models.utils.{name}"))
+
+
+def test_accelerate_has_what_is_used_of_it():
+    accelerator = accelerate.Accelerator(cpu=True)
+    assert not of_accelerate.is_fsdp2(accelerator)
+    assert of_accelerate.autocasts(accelerator) in (True, False)
+    of_accelerate.find_fsdp(accelerator)
+    assert "deepspeed_engine_wrapped" in accelerate.Accelerator.backward.__code__.co_names
+
+
+def test_deepspeed_has_what_is_used_of_it():
+    engines = pytest.importorskip("deepspeed.runtime.engine")
+    zero = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    parameter = nn.Parameter(torch.ones(2, 3))
+    assert not of_deepspeed.in_zero(parameter)
+    source = zero.Init._convert_to_deepspeed_param.__code__
+    assert {"ds_id", "ds_shape"} <= {*source.co_names, *source.co_consts}
+    assert "basic_optimizer" in engines.DeepSpeedEngine._configure_optimizer.__code__.co_names
+
+
+def test_torch_has_what_is_used_of_it():
+    module = nn.Linear(2, 3)
+    assert of_torch.own_parameters(module).keys() == {"weight", "bias"}
+    assert not of_torch.has_hooks(module)
+    module.register_forward_hook(print)
+    assert of_torch.has_hooks(module)
+    assert of_torch.knows_fsdp2()
+    assert not of_torch.in_shards(module.weight)
+    assert callable(attribute("torch", find("torch.distributed.fsdp.FSDPModule"), "_get_fsdp_state"))
+    assert callable(find("torch.distributed.tensor.DTensor").full_tensor)
+
+
+def test_peft_has_what_is_used_of_it(tiny_model, tmp_path):
+    config = peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], target_modules=["q_proj"])
+    network = peft.get_peft_model(build_critic(tiny_model("Llama", torch.float32)), config)
+    head = network.get_base_model().score
+    assert not isinstance(head, nn.Linear)
+    assert isinstance(of_peft.unwrapped(head), nn.Linear)
+    network.save_pretrained(tmp_path)
+    assert any("lora_A" in name for name in of_peft.load_weights(str(tmp_path)))
+
+
+def test_datasets_has_what_is_used_of_it():
+    rows = Dataset.from_dict({"number": [1, 2, 3]})
+    assert of_datasets.is_in_stored_order(rows)
+    assert not of_datasets.is_in_stored_order(rows.select([2, 0]))
+    assert of_datasets.of_table(rows.data.table)["number"][:] == [1, 2, 3]
+
+
+def test_the_newer_name_of_checkpointing_follows_the_older():
+    @dataclasses.dataclass
+    class Old:
+        gradient_checkpointing: bool = True
+
+    @dataclasses.dataclass
+    class New(Old):
+        activation_checkpointing: bool | None = None
+
+    for args, expected in ((New(), True), (New(False), False), (New(True, False), False)):
+        of_transformers.follow_checkpointing(args)
+        assert args.activation_checkpointing is expected
+    of_transformers.follow_checkpointing(old := Old())
+    assert vars(old) == {"gradient_checkpointing": True}
+
+
+# -- the versions that are tested -------------------------------------------------------------------------------------
+
+
+def constraints(name: str) -> dict[str, Version]:
+    """The versions that a constraints file gives this interpreter, by the names of projects."""
+    mine = [r for r in map(Requirement, (ROOT / name).read_text().splitlines()) if not r.marker or r.marker.evaluate()]
+    return {canonicalize_name(r.name): Version(str(r.specifier).removeprefix("==")) for r in mine}
+
+
+def requirements() -> list[Requirement]:
+    """What the package and its extras ask for."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name: asked for name, asked in project["optional-dependencies"].items() if name not in UNTESTED_EXTRAS}
+    return [Requirement(text) for asked in (project["dependencies"], *extras.values()) for text in asked]
+
+
+def test_the_oldest_versions_are_the_bounds():
+    oldest = constraints("constraints-oldest.txt")
+    for requirement in requirements():
+        bound = next(Version(s.version) for s in requirement.specifier if s.operator == ">=")
+        if requirement.name != "torch":
+            assert oldest[canonicalize_name(requirement.name)].release[: len(bound.release)] == bound.release, (
+                requirement
+            )
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-newest.txt"])
+def test_the_sets_of_versions_are_within_the_ranges(name):
+    versions = constraints(name)
+    for requirement in requirements():
+        if (project := canonicalize_name(requirement.name)) in versions:
+            assert versions[project] in requirement.specifier, requirement

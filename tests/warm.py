@@ -1,13 +1,20 @@
-"""Processes forked from one that has imported what they need, for tests that start many samplers."""
+"""Processes forked from one that has imported what they need, which takes seconds: samplers, and scripts."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
+import sys
+import tempfile
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from typing import Any
 
-PRELOADED = ["trl_steppo.inference.worker_process", "transformers.models.qwen2.modeling_qwen2"]
+import torch
+
+PRELOADED = ["trl_steppo.trainer.steppo_trainer", "transformers.models.qwen2.modeling_qwen2"]
 
 
 class WarmProcess(ForkServerProcess):
@@ -27,3 +34,56 @@ def warm_context(method: str) -> WarmContext:
     context = WarmContext()
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+@dataclass
+class Finished:
+    """A process that has ended, and what it wrote."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+def run_script(script: Path | str, *arguments: Any, cwd: Path | None = None, timeout: float, **env: str) -> Finished:
+    """
+    Run a Python script, given as its file or as its code, as `python SCRIPT ARGUMENTS` would; with the interpreter's
+    options and environment it was not started, though, and modules that are imported here may be imported there.
+
+    Args:
+        script (`Path` or `str`), arguments:
+            What is run.
+        cwd (`Path`, *optional*):
+            Its working directory; `None`: this one.
+        timeout (`float`):
+            Seconds after which it is killed.
+        env:
+            Changes of its environment.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = [Path(directory, name) for name in ("stdout", "stderr")]
+        if isinstance(script, str):
+            Path(directory, "script.py").write_text(script)
+            script = Path(directory, "script.py")
+        given = [str(argument) for argument in arguments]
+        process = warm_context("spawn").Process(
+            target=_run, args=(script, given, cwd or Path.cwd(), {**os.environ, **env}, outputs)
+        )
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        return Finished(process.exitcode, *(path.read_text() for path in outputs))
+
+
+def _run(script: Path, arguments: list[str], cwd: Path, env: dict[str, str], outputs: list[Path]) -> None:
+    for descriptor, path in enumerate(outputs, start=1):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")

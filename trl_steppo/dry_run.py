@@ -9,7 +9,6 @@ and said so.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -80,18 +79,18 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ConfigurationError: If the file is no mapping, or names a setting that neither knows.
     """
+    from .trainer.grpo_settings import explain_unknown
     from .trainer.steppo_config import StepPOConfig
 
     content = read_mapping(path, "a recipe is a mapping of settings")
     fields = {field.name for field in dataclasses.fields(StepPOConfig)}
     own = {name: value for name, value in content.items() if name in fields}
     script = {name: value for name, value in content.items() if name in SCRIPT_SETTINGS}
-    for name in content:
-        if name not in fields | SCRIPT_SETTINGS:
-            near = difflib.get_close_matches(name, fields | SCRIPT_SETTINGS, n=1)
-            raise ConfigurationError(
-                f"{path}: nobody reads `{name}`" + (f"; is `{near[0]}` meant?" if near else "; remove it")
-            )
+    unknown = [name for name in content if name not in fields | SCRIPT_SETTINGS]
+    if unknown:
+        raise ConfigurationError(
+            f"{path}: these settings are not known:\n" + explain_unknown(unknown, fields | SCRIPT_SETTINGS)
+        )
     return own, script
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compat.torch import own_parameters
+
 _INDEXED = ("cuda", "xpu")  # device types with a current device
 
 # Switches of a process that decide how torch multiplies. Newer versions of torch name the first ones; the `allow_tf32`
@@ -101,11 +103,11 @@ class CastWeights:
         for module in model.modules():
             if type(module) is not nn.Linear or "forward" in vars(module):  # hooks may load its weights in its forward
                 continue
-            for name, parameter in module._parameters.items():
+            for name, parameter in own_parameters(module).items():
                 if parameter is not None and parameter.dtype == torch.float32:
                     if id(parameter) not in copies:
                         copies[id(parameter)] = parameter.detach().to(dtype)
-                    self._swaps.append((module._parameters, name, copies[id(parameter)]))
+                    self._swaps.append((own_parameters(module), name, copies[id(parameter)]))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -168,6 +170,27 @@ def _read(names: tuple[str, ...]) -> list[tuple[str, Any]]:
         with suppress(AttributeError, RuntimeError):
             found.append((name, operator.attrgetter(name)(torch)))
     return found
+
+
+def deviates(found: torch.Tensor, expected: torch.Tensor, mistake: torch.Tensor) -> bool:
+    """
+    Whether a computation that may have ignored what it was told differs from the same one done in a plain way by more
+    than rounding does. Where the plain one gives no finite numbers, nothing is known, and the answer is no.
+
+    Args:
+        found (`torch.Tensor`), expected (`torch.Tensor`):
+            (tokens, features) of both.
+        mistake (`torch.Tensor`):
+            (any, features), how far off a plain computation of something else is: the scale of a real difference.
+    """
+    dtype = expected.dtype
+    if torch.is_autocast_enabled(expected.device.type):
+        dtype = torch.get_autocast_dtype(expected.device.type)
+    # Medians over tokens: with experts, rounding may send single tokens elsewhere.
+    error, real, size = (x.float().norm(dim=-1).median() for x in (found - expected, mistake, expected))
+    if not torch.isfinite(size):
+        return False
+    return not bool(error <= torch.maximum(0.2 * real, size * torch.finfo(dtype).eps ** 0.5))
 
 
 def use_device(device: torch.device) -> None:

@@ -1,14 +1,12 @@
 """The example script, run as a user runs it, on a handful of episodes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from scripts import load_script
+from warm import run_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "hotpotqa_steppo.py"
@@ -16,12 +14,9 @@ REAL_ROWS = ROOT.parent / "shared" / "data" / "hotpotqa_distractor_60.jsonl"
 SHORT = ["--total_episodes", "8", "--per_device_train_batch_size", "4", "--num_mini_batches", "1"]
 
 
-def run_script(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240)
+def run(*arguments):
+    done = run_script(SCRIPT, *arguments, cwd=ROOT, timeout=240, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 def read_history(output_dir):
@@ -46,7 +41,7 @@ def test_a_model_without_a_recipe_is_refused():
 
 def test_one_switch_makes_it_token_level_ppo(tmp_path):
     switch = ["--advantage_estimator", "token_gae", "--importance_sampling_level", "token"]
-    run_script(*SHORT, *switch, "--eval_strategy", "no", "--eval_on_start", "false", "--output_dir", str(tmp_path))
+    run(*SHORT, *switch, "--eval_strategy", "no", "--eval_on_start", "false", "--output_dir", str(tmp_path))
     first, second = (logs for logs in read_history(tmp_path) if "loss/value_avg" in logs)
     assert (first["episode"], second["episode"]) == (4, 8)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "critic/model.safetensors"):
@@ -55,7 +50,7 @@ def test_one_switch_makes_it_token_level_ppo(tmp_path):
 
 @pytest.mark.skipif(not REAL_ROWS.is_file(), reason="the real HotpotQA rows are not beside this checkout")
 def test_real_rows_load_and_play(tmp_path):
-    run_script(*SHORT, "--dataset_name", str(REAL_ROWS), "--output_dir", str(tmp_path))
+    run(*SHORT, "--dataset_name", str(REAL_ROWS), "--output_dir", str(tmp_path))
     history = read_history(tmp_path)
     evaluations = [logs for logs in history if "eval_exact_match" in logs]
     assert len(evaluations) >= 2

@@ -1,15 +1,13 @@
 """The rooms' example, run as a user runs it, and the policy that comes with it."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm import run_script
 
 from trl_steppo.environments.rooms import DOORS, RIGHT_DOOR, SIGNS, describe, respond, vocabulary
 from trl_steppo.models import ROOMS_POLICY
@@ -29,9 +27,8 @@ def test_a_run_plays_the_game_that_is_asked_for(tmp_path):
     game = ["--max_interaction_steps", "3", "--response_length", "8"]
     flags = [*game, "--total_episodes", "8", "--per_device_train_batch_size", "4"]
     more = ["--num_mini_batches", "2", "--output_dir", str(tmp_path), "--eval_on_start", "false"]
-    command = [sys.executable, str(ROOT / "examples" / "rooms_steppo.py"), *flags, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    script = ROOT / "examples" / "rooms_steppo.py"
+    done = run_script(script, *flags, *more, cwd=ROOT, timeout=240, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     updates = [logs for logs in history if "env/score" in logs]

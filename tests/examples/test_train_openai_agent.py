@@ -1,9 +1,6 @@
 """The agent of the OpenAI Agents SDK: it plays as it is written, and trains as a user trains it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ pytest.importorskip("agents", reason="needs the extra `agents`")
 from safetensors.torch import load_file
 from scripts import load_script
 from transformers import AutoTokenizer
+from warm import run_script
 
 from trl_steppo.dry_run import ScriptedSampler
 from trl_steppo.gateway import GatewayServer
@@ -90,9 +88,8 @@ def test_three_updates_train_it(tmp_path):
     flags = ["--total_episodes", "24", "--per_device_train_batch_size", "8", "--num_mini_batches", "2"]
     flags += ["--eval_on_start", "false", "--eval_strategy", "no", "--tool_timeout_s", "200", "--use_cpu", "true"]
     flags += ["--output_dir", str(tmp_path), "--dump_episodes_dir", str(tmp_path / "dumped")]
-    command = [sys.executable, str(ROOT / "examples" / "train_openai_agent.py"), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=280)
+    script = ROOT / "examples" / "train_openai_agent.py"
+    done = run_script(script, *flags, cwd=ROOT, timeout=280, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     updates = [logs for logs in history if "env/reward" in logs]

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl_steppo.compat.transformers import attention_of, exchange_attention
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.models import agreement, agrees_on_tries, attention, build_critic, prepare_for_tries
+from trl_steppo.numerics import deviates
 
 ARCHITECTURES = ["Llama", "Qwen2", "Qwen3"]
 
@@ -107,3 +108,12 @@ def test_a_class_is_tried_once(tiny_model):
         model.model.register_forward_hook(lambda *args: passes.append(args))
         assert agrees_on_tries(model)
     assert len(passes) == 3  # of the first: in rows, as a trie, and as what a trie is not
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(0.0, False), (1e-6, False), (0.05, False), (0.5, True), (float("nan"), True)]
+)
+def test_a_deviation_is_more_than_rounding_and_less_than_a_mistake(error, expected):
+    plain, mistake = torch.ones(3, 8), torch.full((3, 8), 0.5)
+    assert deviates(plain + error, plain, mistake) is expected
+    assert deviates(plain + error, plain * float("nan"), mistake) is False  # nothing is known

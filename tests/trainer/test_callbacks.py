@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_trainer, prompt_rows
 from transformers import TrainerCallback
+from warm import run_script
 
 EVENTS = [name for name, _ in inspect.getmembers(TrainerCallback, inspect.isfunction) if name.startswith("on_")]
 NEVER = {"on_predict"}  # there is nothing to predict: `evaluate` plays any dataset
@@ -129,13 +127,7 @@ make_trainer(sys.argv[1], report_to="trackio", run_name="tiny", project="steppo"
 
 def test_trackio(tmp_path):
     """In a process of its own: trackio keeps its place from when it is imported, and a thread."""
-    done = subprocess.run(
-        [sys.executable, "-c", TRACKIO_RUN, str(tmp_path / "run")],
-        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_script(TRACKIO_RUN, tmp_path / "run", timeout=200, TRACKIO_DIR=str(tmp_path / "trackio"))
     assert done.returncode == 0, done.stderr[-3000:]
     (database,) = (tmp_path / "trackio").glob("steppo*.db")
     with sqlite3.connect(database) as connection:

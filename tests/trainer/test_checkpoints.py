@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from killed_run import train
 from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows, same, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
+from warm import run_script
 
 from trl_steppo import StepPOTrainer
 from trl_steppo.errors import CheckpointError, ConfigurationError
@@ -62,14 +61,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(("num_kills", "num_updates"), [(3, 9), pytest.param(21, 60, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments(tmp_path, num_kills, num_updates):
     script = Path(__file__).with_name("killed_run.py")
-    arguments = [str(tmp_path / "run"), str(num_updates), str(num_kills), "7"]
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = run_script(script, tmp_path / "run", num_updates, num_kills, 7, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     # Several processes write to this, so that a line of one may begin in a line of another.
     kills = [tuple(map(int, found)) for found in re.findall(r"killed (\d+) (\d+) (\d+)", done.stdout)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
 from tiny import Hash, hashed, make_classifier, make_model, make_trainer, prompt_rows, same, weights
+from warm import run_script
 
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 
@@ -223,10 +222,7 @@ episodes = trainer.player.play(requests)
 assert all(episode.valid for episode in episodes), episodes[0].error
 print(most[0], int(episodes[0].metrics["refused_tool_calls"]))
 """
-    path = [os.path.dirname(os.path.abspath(__file__)), *sys.path]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)
+    done = run_script(program, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     most, refused = map(int, done.stdout.split()[-2:])
     assert most < 256 + 40

@@ -82,10 +82,63 @@ def test_the_test_that_the_table_names_exists(name):
     assert not case or f'"{case.removesuffix("]")}"' in source
 
 
-def test_the_constructor_has_the_same_arguments_in_the_same_order():
-    theirs = list(inspect.signature(PPOTrainer.__init__).parameters)
-    ours = [n for n, p in inspect.signature(StepPOTrainer.__init__).parameters.items() if p.kind != p.KEYWORD_ONLY]
-    assert ours == theirs
+# -- PPOTrainer itself ------------------------------------------------------------------------------------------------
+
+
+def ppo_trainer(directory: Path, **arguments: Any) -> PPOTrainer:
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    given: dict[str, Any] = {
+        "model": make_model(),
+        "ref_model": None,
+        "reward_model": make_classifier(3),
+        "value_model": make_classifier(),
+        "train_dataset": id_rows(),
+        "eval_dataset": id_rows(2),
+        **arguments,
+    }
+    return PPOTrainer(make_ppo_config(directory, **settings), TOKENIZER, **given)
+
+
+def test_ppo_trainer_trains_evaluates_saves_resumes_and_shows(tmp_path, capsys):
+    whole, rest = ppo_trainer(tmp_path / "a"), ppo_trainer(tmp_path / "b")
+    before = weights(whole.model)
+    whole.train()
+    assert distance(weights(whole.model), before) > 1e-3
+    assert [logs["step"] for logs in whole.state.log_history if "eval_reward" in logs] == [1, 2]
+    rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    same_config = drop_in(tmp_path / "c", settings={"lr_scheduler_type": "constant"})
+    same_config.train()
+    for trainer in (rest, same_config):
+        assert same(weights(trainer.model), weights(whole.model))
+        assert same(weights(trainer.value_model), weights(whole.value_model))
+    whole.generate_completions()
+    assert capsys.readouterr().out.count("shown/") == 2
+    whole.save_model()
+    saved = type(whole.model).from_pretrained(tmp_path / "a")
+    assert same(weights(saved), weights(whole.model))
+    assert (tmp_path / "a" / "critic" / "config.json").is_file()
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "- ppo\n- trl\n" in card
+    assert "steppo" not in card.partition("---\n\n")[0]
+    assert "Proximal Policy Optimization Algorithms" in card
+
+
+def test_ppo_trainer_with_an_adapter_and_a_critic_that_is_built(tmp_path):
+    trainer = ppo_trainer(tmp_path, peft_config=LoraConfig(task_type="CAUSAL_LM"), value_model=None)
+    before = weights(trainer.model)
+    trainer.train()
+    moved = {name for name, tensor in weights(trainer.model).items() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+
+
+def test_what_ppo_trainer_refuses(tmp_path):
+    with pytest.raises(ConfigurationError, match="`args` is a StepPOConfig, which `StepPOTrainer` takes"):
+        PPOTrainer(make_config(tmp_path), TOKENIZER, make_model(), None, make_classifier(), id_rows(), None)
+    with pytest.raises(ConfigurationError, match=r"`reward_model` is None.*or use `StepPOTrainer`"):
+        ppo_trainer(tmp_path, reward_model=None)
+    with pytest.raises(ConfigurationError, match="`args` is"):
+        PPOTrainer(None, TOKENIZER, make_model(), None, make_classifier(), id_rows(), None)
 
 
 # -- constructor arguments --------------------------------------------------------------------------------------------

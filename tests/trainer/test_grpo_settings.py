@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import TINY, TOKENIZER, Endless, make_model, message_rows
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from trl_steppo import PPOTrainer, StepPOConfig, StepPOTrainer
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.losses import kl_estimate
 from trl_steppo.trainer.grpo_settings import COUNTERPARTS
 
 INHERITED = {f.name for f in fields(TrainingArguments)}
@@ -67,7 +69,8 @@ def test_defaults(tmp_path):
         1,
         8,
     )
-    assert (config.num_generations, config.response_length, config.max_interaction_steps) == (8, 512, None)
+    assert (config.num_generations, config.max_interaction_steps) == (8, None)
+    assert config.response_length == OWN["max_completion_length"].default
     assert config.learning_rate == 1e-6
     assert (config.temperature, config.top_p, config.top_k, config.num_ppo_epochs) == (1.0, 1.0, 0, 1)
     assert (config.uses_reference, config.correction, config.num_sample_generations, config.bf16) == (
@@ -124,7 +127,10 @@ def test_settings_with_another_name_are_copied(tmp_path):
         ({"max_tool_calling_iterations": 3}, {"max_interaction_steps": 4}),
         ({"max_tool_calling_iterations": 0}, {"max_interaction_steps": 1}),
         ({"max_completion_length": 99}, {"response_length": 99}),
-        ({"beta": 0.1}, {"kl_loss_coef": 0.1, "kl_loss_estimator": "k2", "kl_coef": 0.0}),
+        (
+            {"beta": 0.1, "use_bias_correction_kl": True},
+            {"kl_loss_coef": 0.1, "kl_loss_estimator": "k2", "kl_coef": 0.0},
+        ),
         ({"beta": 0.1, "use_bias_correction_kl": False}, {"kl_loss_estimator": "k3"}),
         ({"loss_type": "bnpo"}, {"aggregation": "token"}),
         (
@@ -202,6 +208,15 @@ def test_steps_of_the_optimizer_become_updates(tmp_path):
     assert (parts.logging_steps, parts.warmup_steps, parts.max_steps) == (0.1, 0.05, -1)
 
 
+def test_the_gradient_of_the_corrected_kl_is_that_of_k2():
+    """Before the weights have moved: TRL's loss is ratio · k3."""
+    torch.manual_seed(0)
+    new, ref, mask = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    theirs = (new - new.detach()).exp() * kl_estimate(new, ref, mask, "k3")
+    gradients = [torch.autograd.grad(loss.sum(), new)[0] for loss in (theirs, kl_estimate(new, ref, mask, "k2"))]
+    torch.testing.assert_close(*gradients)
+
+
 def test_another_estimator_and_further_settings(tmp_path):
     """`scale_rewards` is a matter of `grpo` alone."""
     args = grpo_config(tmp_path, scale_rewards=False)
@@ -264,8 +279,8 @@ def test_unknown_settings_are_named_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (grpo_config, r"`args` is a GRPOConfig; pass `StepPOConfig.from_grpo_config\(args\)`"),
-        (lambda directory: TrainingArguments(str(directory)), "`args` is a TrainingArguments; pass a"),
+        (grpo_config, r"`args` is a GRPOConfig; `StepPOTrainer` takes `StepPOConfig.from_grpo_config\(args\)`"),
+        (lambda directory: TrainingArguments(str(directory)), "`args` is a TrainingArguments; pass a PPOConfig"),
         (lambda directory: {"seed": 1}, "`args` is a dict"),
     ],
 )

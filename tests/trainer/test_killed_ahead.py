@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from killed_ahead import BATCH
+from warm import run_script
 
 from trl_steppo.rollout import episode_file, load_episodes
-
-INFERENCE_TESTS = Path(__file__).parents[1] / "inference"
 
 
 @pytest.mark.parametrize("engine", ["worker", "vllm"])
 @pytest.mark.parametrize(("num_kills", "num_updates"), [(2, 8), pytest.param(20, 50, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments(tmp_path, engine, num_kills, num_updates):
     script = Path(__file__).with_name("killed_ahead.py")
-    done = subprocess.run(
-        [sys.executable, str(script), engine, str(tmp_path / "run"), str(num_updates), str(num_kills), "5"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(INFERENCE_TESTS)])},
-        capture_output=True,
-        text=True,
-        timeout=290,
-    )
+    done = run_script(script, engine, tmp_path / "run", num_updates, num_kills, 5, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
     # Several processes write to this, so that a line of one may begin in a line of another.
     kills = [(int(which), int(update)) for which, update in re.findall(r"killed (\d+) (\d+)", done.stdout)]

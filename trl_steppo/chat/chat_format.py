@@ -22,6 +22,7 @@ from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any
 
+from ..compat.trl import add_response_schema, parse_response, training_chat_template
 from ..errors import ChatTemplateError
 from ..types import writable
 from .formats import FORMATS, LLAMA, PLAIN, CallFormat, Piece
@@ -195,7 +196,7 @@ class ChatFormat:
                 Whether the prompt was made by the environment of what it observed: then that holds for all of it.
         """
         if not isinstance(prompt, str):
-            return self.render(_extended(prompt, extra) if extra else prompt)
+            return self.render(extended(prompt, extra) if extra else prompt)
         return self.encode_text(prompt, extra or "", is_observed=is_observed)
 
     def encode_text(
@@ -498,10 +499,8 @@ class ChatFormat:
             return True
 
     def _training_template(self) -> str | None:
-        from trl.chat_template_utils import get_training_chat_template
-
         try:
-            return get_training_chat_template(self._tokenizer)
+            return training_chat_template(self._tokenizer)
         except Exception:  # unknown to TRL, or it fails to render TRL's own probes
             return None
 
@@ -601,8 +600,6 @@ class ChatFormat:
         return PLAIN if not self.tools and not _has_response_format(self._tokenizer) else None
 
     def _find_parser(self) -> Callable[[Sequence[int], Sequence[int] | None], ParsedResponse]:
-        from trl.chat_template_utils import add_response_schema
-
         tokenizer = copy.copy(self._tokenizer)  # the schema is set on the copy, the user's tokenizer stays as it is
         if not _has_response_format(tokenizer):
             try:
@@ -623,10 +620,8 @@ class ChatFormat:
     def _parse_with_trl(
         self, tokenizer: Any, response_ids: Sequence[int], prompt_ids: Sequence[int] | None
     ) -> ParsedResponse:
-        from trl.chat_template_utils import parse_response
-
-        prefix = None if prompt_ids is None else list(prompt_ids)
-        message = {"role": "assistant", **parse_response(tokenizer, list(response_ids), prefix=prefix)}
+        parsed = parse_response(tokenizer, response_ids, prefix=prompt_ids, tools=self.tools)
+        message = {"role": "assistant", **parsed}
         thought = message.pop("thinking", None)
         if thought and not message.get("reasoning_content"):
             message["reasoning_content"] = thought
@@ -715,7 +710,7 @@ def _shown_texts(message: Message) -> list[str]:
     return [text.strip() for text in texts if isinstance(text, str)]
 
 
-def _extended(messages: Sequence[Message], extra: str) -> list[Message]:
+def extended(messages: Sequence[Message], extra: str) -> list[Message]:
     """The messages with `extra` at the end of the last user message; the row's own messages stay untouched."""
     index = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), None)
     if index is None:

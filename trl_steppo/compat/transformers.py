@@ -1,17 +1,39 @@
-"""What this package reads of transformers beyond its documented interface.
-
-The names differ between versions, and some are private. Whatever cannot be found is an error here, with the version
-that lacks it: a default would change what is computed, or how fast, without a word.
-"""
+"""What this package uses of transformers beyond its documented interface, or under names that have changed."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from . import attribute, find
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import SaveStrategy, TrainOutput
+else:
+    SaveStrategy = find("transformers.trainer_utils.SaveStrategy")
+    TrainOutput = find("transformers.trainer_utils.TrainOutput")
+
+CacheLayerMixin = find("transformers.cache_utils.CacheLayerMixin")
+"""The base class of a layer of a cache of keys and values."""
+
+AttentionMaskInterface = find("transformers.masking_utils.AttentionMaskInterface")
+"""Where the masks of attention implementations are registered."""
+
+sdpa_mask = find("transformers.masking_utils.sdpa_mask")
+"""The mask of `sdpa` attention."""
+
+sdpa_attention_forward = find("transformers.integrations.sdpa_attention.sdpa_attention_forward")
+"""`sdpa` attention, as transformers calls its attention implementations."""
+
+ExportableState = find("transformers.trainer_callback.ExportableState")
+"""Callbacks whose state is part of a checkpoint."""
+
+speed_metrics = find("transformers.trainer_utils.speed_metrics")
+"""What `Trainer` logs of a run's time."""
 
 _CACHE_ARGUMENTS = ("cache", "past_key_values")  # transformers from 5.24, and before
 
@@ -23,10 +45,7 @@ def attention_of(config: Any) -> str:
     Raises:
         ConfigurationError: If this version of transformers keeps it elsewhere.
     """
-    try:
-        return str(config._attn_implementation)
-    except AttributeError as error:
-        raise _unknown(f"`_attn_implementation` of a {type(config).__name__}") from error
+    return str(attribute("transformers", config, "_attn_implementation"))
 
 
 def source_of(config: Any) -> str | None:
@@ -92,6 +111,95 @@ def takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+def supports_attention_backend(model: Any) -> bool:
+    """Whether a model's layers attend by an implementation that can be exchanged."""
+    return bool(attribute("transformers", model, "_supports_attention_backend"))
+
+
+def enable_checkpointing(model: Any, kwargs: Any) -> None:
+    """Have a model compute activations again in its backward pass. transformers from 5.24 has another name for it."""
+    name = "activation_checkpointing_enable"
+    if not hasattr(model, name):
+        name = "gradient_checkpointing_enable"
+    attribute("transformers", model, name)(kwargs)
+
+
+def follow_checkpointing(args: Any) -> None:
+    """
+    Set the newer name of `gradient_checkpointing` (transformers from 5.24), whose default differs here, to what that
+    says, so that nobody is warned of a name that they did not use.
+    """
+    if getattr(args, "activation_checkpointing", True) is None:
+        args.activation_checkpointing = args.gradient_checkpointing
+
+
+def as_saved(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """What `save_pretrained` writes of a state dict. Tensors that it leaves out are taken out of `state`."""
+    ignored = attribute("transformers", model, "_keys_to_ignore_on_save") or ()
+    for name in (*attribute("transformers", model, "all_tied_weights_keys"), *ignored):
+        state.pop(name, None)
+    saved: dict[str, Any] = find("transformers.core_model_loading.revert_weight_conversion")(model, state)
+    return saved
+
+
+@contextmanager
+def without_zero() -> Iterator[None]:
+    """Within, transformers makes models as if DeepSpeed's ZeRO-3 were not there."""
+    of_deepspeed = "transformers.integrations.deepspeed."
+    reference = find(of_deepspeed + "_hf_deepspeed_config_weak_ref")
+    config = reference() if reference is not None else None
+    find(of_deepspeed + "unset_hf_deepspeed_config")()
+    try:
+        yield
+    finally:
+        if config is not None:
+            find(of_deepspeed + "set_hf_deepspeed_config")(config)
+
+
+def json_fields(config_class: Any) -> list[str]:
+    """The fields of training arguments that the command line gives as JSON."""
+    return list(attribute("transformers", config_class, "_VALID_DICT_FIELDS"))
+
+
+# -- of a `Trainer` ---------------------------------------------------------------------------------------------------
+
+
+def save_policy(trainer: Any, directory: str, state_dict: dict[str, Any] | None) -> None:
+    """Write a trainer's model, its tokenizer and its arguments, on this rank alone."""
+    attribute("transformers", trainer, "_save")(directory, state_dict=state_dict)
+
+
+def push_checkpoint(trainer: Any, directory: str) -> None:
+    """Upload a checkpoint to the Hub, as `hub_strategy` says."""
+    attribute("transformers", trainer, "_push_from_checkpoint")(directory)
+
+
+def save_scaler_and_generators(trainer: Any, directory: str) -> None:
+    """Write the gradient scaler of fp16, and the states of this rank's random generators."""
+    attribute("transformers", trainer, "_save_scaler")(directory)
+    attribute("transformers", trainer, "_save_rng_state")(directory)
+
+
+def load_scaler(trainer: Any, directory: str) -> None:
+    """Read the gradient scaler of a checkpoint."""
+    attribute("transformers", trainer, "_load_scaler")(directory)
+
+
+def load_generators(trainer: Any, directory: str) -> None:
+    """Read the states of this rank's random generators."""
+    attribute("transformers", trainer, "_load_rng_state")(directory)
+
+
+def load_callback_states(trainer: Any) -> None:
+    """Give callbacks the states that `trainer.state` holds."""
+    attribute("transformers", trainer, "_load_callback_state")()
+
+
+def note_best(trainer: Any, metrics: dict[str, float]) -> bool:
+    """Whether metrics are the best so far; `trainer.state` then holds them."""
+    return bool(attribute("transformers", trainer, "_determine_best_metric")(metrics=metrics, trial=None))
+
+
 def decoder_layers(model: Any) -> list[Any]:
     """
     The modules of a model that stay in one piece when it is sharded: its decoder layers.
@@ -99,7 +207,7 @@ def decoder_layers(model: Any) -> list[Any]:
     Raises:
         ConfigurationError: If the model does not name them, or has none of that name.
     """
-    names = set(getattr(model, "_no_split_modules", None) or ())
+    names = set(attribute("transformers", model, "_no_split_modules") or ()) if hasattr(model, "config") else set()
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise ConfigurationError(
@@ -107,33 +215,3 @@ def decoder_layers(model: Any) -> list[Any]:
             f"transformers {version('transformers')}: one shard would hold it all; use ZeRO or DDP"
         )
     return layers
-
-
-def deviates(found: Any, expected: Any, mistake: Any) -> bool:
-    """
-    Whether a computation that may have ignored what it was told differs from the same one done in a plain way by more
-    than rounding does. Where the plain one gives no finite numbers, nothing is known, and the answer is no.
-
-    Args:
-        found (`torch.Tensor`), expected (`torch.Tensor`):
-            (tokens, features) of both.
-        mistake (`torch.Tensor`):
-            (any, features), how far off a plain computation of something else is: the scale of a real difference.
-    """
-    import torch
-
-    dtype = expected.dtype
-    if torch.is_autocast_enabled(expected.device.type):
-        dtype = torch.get_autocast_dtype(expected.device.type)
-    # Medians over tokens: with experts, rounding may send single tokens elsewhere.
-    error, real, size = (x.float().norm(dim=-1).median() for x in (found - expected, mistake, expected))
-    if not torch.isfinite(size):
-        return False
-    return not bool(error <= torch.maximum(0.2 * real, size * torch.finfo(dtype).eps ** 0.5))
-
-
-def _unknown(what: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{what} is not there in transformers {version('transformers')}, which this version of trl-steppo does not "
-        "know; install one that its requirements name"
-    )

@@ -1,9 +1,13 @@
-"""What this package uses of TRL beyond its documented interface."""
+"""What this package uses of TRL beyond its documented interface. Nothing of TRL is imported before it is used."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
+
+from . import find
 
 
 def ppo_bases() -> tuple[Any, Any]:
@@ -23,3 +27,53 @@ def ppo_bases() -> tuple[Any, Any]:
 
         return TrainingArguments, Trainer
     return PPOConfig, PPOTrainer
+
+
+def training_chat_template(tokenizer: Any) -> str | None:
+    """The template that TRL trains a tokenizer's model with; `None`: its own will do. Raises where TRL knows none."""
+    template: str | None = find("trl.chat_template_utils.get_training_chat_template")(tokenizer)
+    return template
+
+
+def add_response_schema(tokenizer: Any) -> None:
+    """Tell a tokenizer how its model writes tool calls. Raises a `ValueError` where TRL does not know it."""
+    find("trl.chat_template_utils.add_response_schema")(tokenizer)
+
+
+def parse_response(
+    tokenizer: Any, response_ids: Sequence[int], *, prefix: Sequence[int] | None, tools: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """
+    The message that a response is, by the tokenizer's schema.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            With a schema; see [`add_response_schema`].
+        response_ids (`Sequence[int]`):
+            What was sampled.
+        prefix (`Sequence[int]`, *optional*):
+            What it follows.
+        tools (`list[dict]`):
+            The JSON schemas of the tools. TRL from 1.16 reads the types of arguments in them.
+    """
+    parse = find("trl.chat_template_utils.parse_response")
+    more = {"tools": tools or None} if "tools" in inspect.signature(parse).parameters else {}
+    message: dict[str, Any] = parse(
+        tokenizer, list(response_ids), prefix=None if prefix is None else list(prefix), **more
+    )
+    return message
+
+
+def pause_zero_hooks(engine: Any) -> None:
+    """Have a DeepSpeed engine no longer gather and part its weights around the passes of its layers."""
+    find("trl.models.utils.remove_hooks")(engine)
+
+
+def resume_zero_hooks(engine: Any) -> None:
+    """Undo [`pause_zero_hooks`]."""
+    find("trl.models.utils.add_hooks")(engine)
+
+
+def frozen_engine(model: Any, accelerator: Any) -> Any:
+    """A DeepSpeed engine that runs a model and does not train it."""
+    return find("trl.models.utils.prepare_deepspeed")(model, accelerator)

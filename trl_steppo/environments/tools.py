@@ -246,14 +246,22 @@ class _EnvironmentCalls:
             return None
         return await self._call("state_prompt", [observation], convert=_prompt)
 
-    async def get_reward(self) -> float:
-        """The reward at the end; 0.0 without a `get_reward`. Reads the environment's scores, too."""
-        reward = 0.0
+    async def get_reward(self) -> float | None:
+        """
+        The reward at the end; `None` if nothing has paid the episode: `get_reward` gives none, and steps are not paid.
+        Reads the environment's scores, too.
+        """
+        reward: float | None = None
         if self._defines("get_reward"):
-            reward = await self._call("get_reward", convert=lambda value: as_number(value, "get_reward()"))
+            reward = await self._call("get_reward", convert=_reward_or_none)
+        if reward is None and self._pays_steps():
+            reward = 0.0
         if self._defines("metrics"):
             self._scores = await self._scores_or_none()
         return reward
+
+    def _pays_steps(self) -> bool:
+        return self._defines("step_reward") or self._defines("step")
 
     async def _scores_or_none(self) -> dict[str, float]:
         """What `metrics()` gives. It is shown and not trained on, so that nothing that is wrong with it costs more."""
@@ -280,6 +288,10 @@ class _EnvironmentCalls:
     async def _state_key(self) -> Any:
         # A copy: the step that follows may change a key that is a list of all moves, say.
         return await self._call("state_key", convert=copy.deepcopy) if self._defines("state_key") else None
+
+
+def _reward_or_none(value: Any) -> float | None:
+    return None if value is None else as_number(value, "get_reward()")
 
 
 def _text_of_reset(value: Any) -> str | None:

@@ -22,12 +22,18 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import Cache
 
-from ..compat.transformers import attention_of, cache_argument, deviates, special_attention, takes_positions
+from ..compat.transformers import (
+    CacheLayerMixin,
+    attention_of,
+    cache_argument,
+    special_attention,
+    takes_positions,
+)
 from ..errors import ConfigurationError, RolloutError
 from ..modes import evaluating
-from ..numerics import CastWeights, Numerics
+from ..numerics import CastWeights, Numerics, deviates
 from ..types import StopReason, TokenIds
 from .base import Sample, SamplingParams, check_request, vocabulary_size
 

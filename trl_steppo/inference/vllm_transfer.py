@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from ..compat import vllm as compat
 from ..errors import ConfigurationError
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ def nccl_join(device: torch.device) -> Join:
             "set it to 'files'"
         )
     try:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        trainer_init = compat.trainer_init()
     except Exception as error:  # it imports much, of the versions that it was built for
         raise ConfigurationError(
             "`vllm_weight_transfer`='nccl' uses vLLM's own side of the transfer, which cannot be imported where the "

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat.transformers import attention_of, deviates, exchange_attention
+from ..compat.transformers import attention_of, exchange_attention
 from ..modes import evaluating
+from ..numerics import deviates
 from .attention import prepare_for_tries, run_arguments
 
 _STEM, _BRANCH = 3, 3  # tokens that both branches begin with, and of each branch

@@ -18,10 +18,16 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ..compat.transformers import attention_of, exchange_attention, special_attention
+from ..compat.transformers import (
+    AttentionMaskInterface,
+    attention_of,
+    exchange_attention,
+    sdpa_attention_forward,
+    sdpa_mask,
+    special_attention,
+    supports_attention_backend,
+)
 from ..errors import ConfigurationError
 
 NAMES = {"sdpa": "sdpa_tree", "flex_attention": "flex_tree"}
@@ -49,7 +55,7 @@ def takes_tries(model: nn.Module) -> bool:
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     return (
         not any(special_attention(config))
-        and bool(getattr(model, "_supports_attention_backend", False))
+        and supports_attention_backend(model)
         and attention_of(config) in (*NAMES, *NAMES.values())
         and hasattr(config, "rope_parameters")
     )

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
 
+from ..compat.peft import unwrapped
+from ..compat.transformers import without_zero
 from ..errors import ConfigurationError
 from .adapters import plain_model, shared_copy
-from .sharding import made_whole
 
 
 def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> PreTrainedModel:
@@ -49,7 +50,7 @@ def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> Pre
         config, backbone = copy.deepcopy((config, backbone))
     # The backbone's own configuration, not a copy: what is set on the critic has to reach the layers that read it.
     config.num_labels = 1
-    with made_whole(), torch.device("meta"):  # for its class and its head; its backbone is the policy's
+    with without_zero(), torch.device("meta"):  # for its class and its head; its backbone is the policy's
         critic = critic_class(config).to(plain.dtype)
     check_critic(critic)
     setattr(critic, critic.base_model_prefix, backbone)
@@ -80,7 +81,7 @@ def check_critic(model: nn.Module, name: str = "value_model") -> None:
     model = plain_model(model)
     prefix = getattr(model, "base_model_prefix", None)
     head = getattr(model, "score", None)
-    head = getattr(head, "original_module", head)  # an adapter trains a copy of it
+    head = unwrapped(head)  # an adapter trains a copy of it
     if not prefix or not hasattr(model, prefix) or not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ConfigurationError(
             f"`{name}` is a {type(model).__name__}; it needs a backbone at its `base_model_prefix` and a "

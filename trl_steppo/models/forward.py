@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..compat.torch import has_hooks
 from ..errors import ConfigurationError
 from .attention import Run, forward_arguments
 from .sharding import is_sharded, read_together
@@ -240,7 +241,7 @@ def _is_plain(head: nn.Module) -> bool:
     return (
         weight.dim() == 2
         and weight.numel() > 0
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        and not has_hooks(head)
         and "forward" not in vars(head)  # replaced on this module alone, as accelerate's hooks do
     )
 

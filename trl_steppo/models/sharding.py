@@ -13,31 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.deepspeed import in_zero, zero_shape
+from ..compat.torch import in_shards
+
 
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether this rank holds no more than a shard of a parameter."""
-    return _in_zero(parameter) or _in_fsdp(parameter)
-
-
-def _in_zero(parameter: torch.Tensor) -> bool:
-    """Whether ZeRO-3 holds a parameter; its own shape then says nothing."""
-    return hasattr(parameter, "ds_id")
-
-
-def _in_fsdp(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a `DTensor`, as FSDP2's parameters, their gradients and their optimizer's states are."""
-    return hasattr(tensor, "full_tensor")
+    return in_zero(parameter) or in_shards(parameter)
 
 
 def whole_shape(parameter: torch.Tensor) -> list[int]:
     """A parameter's shape, sharded or not."""
-    return list(getattr(parameter, "ds_shape", parameter.shape))
+    return zero_shape(parameter) if in_zero(parameter) else list(parameter.shape)
 
 
 @contextmanager
 def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
     """Within, every rank holds those of these parameters whole that ZeRO-3 shards, to read."""
-    sharded = [parameter for parameter in parameters if _in_zero(parameter)]
+    sharded = [parameter for parameter in parameters if in_zero(parameter)]
     if not sharded:
         yield
         return
@@ -47,27 +40,12 @@ def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def made_whole() -> Iterator[None]:
-    """Within, transformers makes models as if ZeRO-3 were not there, for what is about to be filled in."""
-    from transformers.integrations import deepspeed as integration
-
-    reference = integration._hf_deepspeed_config_weak_ref
-    config = reference() if reference is not None else None
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            integration.set_hf_deepspeed_config(config)
-
-
 def read_together(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
     """
     Have ZeRO-3 gather parameters of modules within `module` around its own forward and backward pass: for those that
     it reads itself, without a call of the module that owns them.
     """
-    sharded = [parameter for parameter in parameters if _in_zero(parameter)]
+    sharded = [parameter for parameter in parameters if in_zero(parameter)]
     if sharded:
         import deepspeed
 
@@ -110,7 +88,7 @@ def whole_parameters(
 
 def whole_tensor(tensor: Any) -> Any:
     """The whole of a tensor that FSDP2 shards; anything else as it is."""
-    return tensor.full_tensor() if _in_fsdp(tensor) else tensor
+    return tensor.full_tensor() if in_shards(tensor) else tensor
 
 
 def shard_like(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
@@ -125,5 +103,5 @@ def take_shards(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
     """A hook before loading: of the whole tensors of a state dict, a module in FSDP2's shards takes its shards."""
     for name, parameter in module.named_parameters(recurse=False):
         whole = state_dict.get(prefix + name)
-        if whole is not None and _in_fsdp(parameter) and not _in_fsdp(whole):
+        if whole is not None and in_shards(parameter) and not in_shards(whole):
             state_dict[prefix + name] = shard_like(whole, parameter)

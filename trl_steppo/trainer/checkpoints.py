@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ..compat.peft import load_weights as adapter_weights
 from ..durable import sync
 from ..errors import CheckpointError
 from ..models import is_peft_model, whole_shape
@@ -455,11 +456,11 @@ def load_weights(model: Any, directory: Path, *, adapter: str | None = None, int
         raise CheckpointError(f"{directory} is not there, so its weights cannot be loaded")
     try:
         if is_peft_model(model):
-            from peft import load_peft_weights, set_peft_model_state_dict
+            from peft import set_peft_model_state_dict
 
             adapter = adapter or model.active_adapter
             folder = directory if adapter == "default" else directory / adapter
-            weights = load_peft_weights(str(folder), device="cpu")
+            weights = adapter_weights(str(folder))
             loaded: Any = set_peft_model_state_dict(model, weights, adapter_name=into or adapter)
             if loaded.unexpected_keys:
                 raise CheckpointError(f"{folder} has weights that this model has not: {loaded.unexpected_keys[:3]}")

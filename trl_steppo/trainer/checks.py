@@ -8,9 +8,10 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import SchedulerType
+from transformers import PreTrainedModel, SchedulerType, TrainingArguments
 
+from ..compat.accelerate import is_fsdp2
+from ..compat.torch import knows_fsdp2
 from ..errors import ConfigurationError
 from ..models import check_critic, is_peft_model, plain_model, saved_with_adapter
 from .steppo_config import CRITIC_ESTIMATORS, StepPOConfig
@@ -84,14 +85,14 @@ def warn_of_waiting(args: StepPOConfig, accelerator: Accelerator) -> None:
 
 def _check_fsdp(args: StepPOConfig, accelerator: Accelerator, optimizers: tuple[Any, Any]) -> None:
     """FSDP's version 1, and settings of accelerate's that would change what version 2 does here."""
-    if not accelerator.is_fsdp2:
+    if not is_fsdp2(accelerator):
         raise ConfigurationError(
             "accelerate was launched with FSDP in its version 1; set `fsdp_version: 2` in the configuration's "
             "`fsdp_config` (`trl-steppo config fsdp2`)"
         )
-    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
-    if not hasattr(FSDPModule, "reset_iter_state"):
+    if not knows_fsdp2():
         raise ConfigurationError(f"torch {torch.__version__} is too old for FSDP2 here; upgrade it (2.13 will do)")
     plugin: Any = accelerator.state.fsdp_plugin
     for name, is_usual, why in (

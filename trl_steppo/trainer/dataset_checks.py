@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
+from ..compat.datasets import is_in_stored_order
 from ..errors import ConfigurationError, DataError
 from .steppo_config import StepPOConfig
 
@@ -167,7 +168,7 @@ def _check_table(dataset: Dataset, name: str, vocabulary_size: int | None) -> No
 
 def _chunks(dataset: Dataset, column: str) -> Iterator[pa.Array]:
     """A column in the order of the rows, without a copy where they are as they are stored."""
-    if dataset._indices is None:
+    if is_in_stored_order(dataset):
         yield from dataset.data.column(column).chunks
         return
     for table in dataset.select_columns([column]).with_format("arrow").iter(_CHUNK_ROWS):

@@ -17,8 +17,8 @@ import psutil
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from transformers.core_model_loading import revert_weight_conversion
 
+from ..compat.transformers import as_saved
 from ..errors import CheckpointError, ConfigurationError
 from ..inference.base import Sampler, vocabulary_size
 from ..inference.local import LocalSampler
@@ -343,9 +343,7 @@ def _as_in_a_checkpoint(model: Any, state: dict[str, torch.Tensor] | None) -> di
     """What `save_pretrained` would write of a state, or of the model's own, in memory that is not the model's."""
     if state is None:
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-    for name in (*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())):
-        state.pop(name, None)
-    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, state).items()}
+    return {name: tensor.contiguous() for name, tensor in as_saved(model, state).items()}
 
 
 def _this_process() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,11 +12,15 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import Trainer
 
+from ..compat.accelerate import autocasts, forget_engine, is_fsdp2
+from ..compat.deepspeed import basic_optimizer, overflowed
+from ..compat.torch import become_root
 from ..compat.transformers import decoder_layers
+from ..compat.trl import frozen_engine, pause_zero_hooks, resume_zero_hooks
 from ..errors import CheckpointError, ConfigurationError
 from ..models import gathered, is_sharded, shard_like, take_shards, whole_tensor
 from ..numerics import Numerics
@@ -177,7 +180,7 @@ class DeepSpeedNetwork(Network):
         before()
         self.engine.step()  # clips at the configuration's `gradient_clipping`, which is `max_grad_norm`
         norm = self.engine.get_global_grad_norm()
-        if norm is None or self.engine.optimizer.overflow:
+        if norm is None or overflowed(self.engine):
             return None
         norm = float(norm)
         return norm if math.isfinite(norm) and norm >= 0.0 else None  # -1 is its word for one that is not a number
@@ -187,14 +190,12 @@ class DeepSpeedNetwork(Network):
         if not any(map(is_sharded, self.engine.parameters())):
             yield
             return
-        from trl.models.utils import add_hooks, remove_hooks
-
         with gathered(self.engine.parameters()):
-            remove_hooks(self.engine)
+            pause_zero_hooks(self.engine)
             try:
                 yield
             finally:
-                add_hooks(self.engine)
+                resume_zero_hooks(self.engine)
 
     def save_state(self, directory: Path, *, is_writer: bool) -> None:
         # Every rank writes its shards, those of the weights among them.
@@ -238,13 +239,13 @@ def numerics_of(accelerator: Accelerator) -> Numerics:
         accelerator ([`~accelerate.Accelerator`]):
             Knows the device and the mixed precision, and whether autocast does that or an engine (DeepSpeed).
     """
-    autocast = _HALVES.get(accelerator.mixed_precision, torch.bfloat16) if accelerator.native_amp else None
+    autocast = _HALVES.get(accelerator.mixed_precision, torch.bfloat16) if autocasts(accelerator) else None
     return Numerics(accelerator.device, autocast)
 
 
 def engine_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """The type that DeepSpeed or FSDP2 gives the weights of layers in mixed precision; `None`: their own."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED and not accelerator.is_fsdp2:
+    if accelerator.distributed_type != DistributedType.DEEPSPEED and not is_fsdp2(accelerator):
         return None
     return _HALVES.get(accelerator.mixed_precision)
 
@@ -322,7 +323,7 @@ def build_networks(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         found = _build_engines(args, accelerator, networks, decay_parameter_names)
         return found[0], found[1] if critic is not None else None
-    if accelerator.is_fsdp2:
+    if is_fsdp2(accelerator):
         found = _build_shards(args, accelerator, networks, decay_parameter_names)
         return found[0], found[1] if critic is not None else None
     networks = [network.to(accelerator.device) for network in networks]
@@ -386,40 +387,29 @@ def _build_engines(
     found: list[Network] = []
     for network, learning_rate in zip(networks, _learning_rates(args), strict=False):
         optimizer = make_optimizer(args, network, learning_rate, set(decay_parameter_names(network)))
-        accelerator.deepspeed_engine_wrapped = None  # accelerate's own loop has one engine; ours calls its own
+        forget_engine(accelerator)
         engine, _ = accelerator.prepare(network, optimizer)
         if accelerator.deepspeed_plugin.zero_stage == 3 and not any(map(is_sharded, network.parameters())):
             raise _no_shards("DeepSpeed's ZeRO-3")
         network.prepare_sharding()  # type: ignore[operator]
         # On a CPU-offloaded run the engine has made an optimizer of another class.
-        scheduler = make_scheduler(args, engine.basic_optimizer)
+        scheduler = make_scheduler(args, basic_optimizer(engine))
         found.append(DeepSpeedNetwork(engine, engine.optimizer, scheduler, accelerator))
     return found
 
 
 def build_reference(accelerator: Accelerator, scorer: nn.Module) -> nn.Module:
     """Place a frozen network on the device, in the policy's numerics; under ZeRO-3 and FSDP2, in shards."""
-    if accelerator.is_fsdp2:
+    if is_fsdp2(accelerator):
         return shard(scorer, accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
-        from trl.models.utils import prepare_deepspeed
-
-        engine: nn.Module = prepare_deepspeed(scorer, accelerator)
+        engine: nn.Module = frozen_engine(scorer, accelerator)
         scorer.prepare_sharding()  # type: ignore[operator]
         return engine
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # It casts its networks, where accelerate would autocast.
         cast_parameters(scorer, engine_dtype(accelerator) or torch.float32)
     return scorer.to(accelerator.device)
-
-
-def find_fsdp(accelerator: Accelerator) -> None:
-    """Have CPU ranks shard where accelerate was launched with FSDP: it goes on with DDP there without a word."""
-    state = accelerator.state
-    if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        for part in (state, PartialState()):  # whose values are copied into new instances of the other
-            part.distributed_type = DistributedType.FSDP
 
 
 def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -454,8 +444,7 @@ def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     # on in the first pass would be trained in float32.
     if not any(map(is_sharded, network.parameters())):
         raise _no_shards("FSDP2")
-    sharded: Any = network
-    sharded._get_fsdp_state()._lazy_init()
+    become_root(network)
     return network
 
 

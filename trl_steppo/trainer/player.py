@@ -39,6 +39,7 @@ from ..rollout import (
     checked_weights,
     make_at_home,
     own_row,
+    paid,
     play_agents,
     play_episodes,
     score_episodes,
@@ -462,17 +463,24 @@ class EpisodePlayer:
         )
 
     def score(
-        self, requests: Sequence[EpisodeRequest], episodes: list[Episode], *, trainer_state: Any = None
+        self,
+        requests: Sequence[EpisodeRequest],
+        episodes: list[Episode],
+        *,
+        trainer_state: Any = None,
+        log_metric: Callable[[str, float], Any] = lambda name, value: None,
     ) -> list[Episode]:
         """
-        Add what reward functions and the reward model pay to the last steps of episodes that did not fail. Those whose
-        rewards together cannot be computed with in float32 fail.
+        Add what reward functions and the reward model pay to the last steps of episodes that did not fail. Those that
+        nothing has paid fail, and those whose rewards together cannot be computed with in float32.
 
         Args:
             requests (`Sequence[EpisodeRequest]`), episodes (`list[Episode]`):
                 What was played, and what came of it.
             trainer_state (`TrainerState`, *optional*):
                 Passed to reward functions.
+            log_metric (`Callable[[str, float], Any]`, *optional*):
+                Called with what reward functions log for a mean.
         """
         if self.reward_funcs:
             episodes = score_episodes(
@@ -483,6 +491,7 @@ class EpisodePlayer:
                 chat=self.chat_of,
                 decode=None if any(chat is not None for chat in self._chats.values()) else self.decode,
                 extra={"trainer_state": trainer_state},
+                log_metric=log_metric,
             )
         if self.reward_model is not None:
             valid = [index for index, episode in enumerate(episodes) if episode.valid]
@@ -495,7 +504,8 @@ class EpisodePlayer:
                 numerics=self.numerics,
             )
             for index, score in zip(valid, scores, strict=True):
-                episodes[index] = _add_to_last_step(episodes[index], score)
+                episodes[index] = replace(_add_to_last_step(episodes[index], score), needs_reward=False)
+        episodes = [paid(episode) for episode in episodes]
         if self.args.missing_eos_penalty is not None:
             episodes = [self._penalize_missing_eos(episode) for episode in episodes]
         return [within_float32(episode) for episode in episodes]

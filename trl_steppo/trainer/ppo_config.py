@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ..compat.transformers import follow_checkpointing
 from ..compat.trl import ppo_bases
 
 if TYPE_CHECKING:
@@ -172,9 +173,7 @@ class PPOConfig(_Base):
         self.use_cpu = self.use_cpu or _launched_on_cpu()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and accelerator_has_bf16()
-        if getattr(self, "activation_checkpointing", True) is None:
-            # The newer name of `gradient_checkpointing`, whose default differs here: no reason to warn the user.
-            self.activation_checkpointing = self.gradient_checkpointing
+        follow_checkpointing(self)
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,11 +25,25 @@ import transformers
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from ..batching import LayoutName, num_unique_tokens
-from ..compat.transformers import attention_of, source_of
+from ..compat.accelerate import find_fsdp, is_fsdp2
+from ..compat.transformers import (
+    ExportableState,
+    SaveStrategy,
+    TrainOutput,
+    attention_of,
+    enable_checkpointing,
+    load_callback_states,
+    load_generators,
+    load_scaler,
+    note_best,
+    push_checkpoint,
+    save_policy,
+    save_scaler_and_generators,
+    source_of,
+    speed_metrics,
+)
 from ..compat.trl import ppo_bases
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
@@ -58,7 +72,7 @@ from ..models import (
 from ..modes import modes_kept
 from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes, within_float32
 from ..stopping import StopRequestedError, is_requested, listening
-from ..types import Episode
+from ..types import Episode, StopReason
 from .callbacks import StepPOProgressCallback, close_progress_bars, print_episodes
 from .checkpoints import (
     Manifest,
@@ -93,14 +107,13 @@ from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
 from .learner import Learner
 from .loading import Loader
-from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
+from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics, beside
 from .model_card import model_card
 from .networks import (
     DeepSpeedNetwork,
     Network,
     build_networks,
     build_reference,
-    find_fsdp,
     hold_in_float32,
     innermost,
 )
@@ -132,11 +145,11 @@ class PPOTrainer(_Base):
 
     Args:
         args ([`PPOConfig`]):
-            The run's settings.
+            The run's settings; TRL's own class is taken, too.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer; with a chat template where rows have `prompt`.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, a causal language model.
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `str`):
+            The policy, a causal language model. It and the other models may be names, of the hub or of directories.
         ref_model ([`~transformers.PreTrainedModel`] or `None`):
             The reference of the KL penalty. If `None` and `kl_coef` is not 0, the policy as it is given.
         reward_model ([`~transformers.PreTrainedModel`]):
@@ -364,6 +377,7 @@ class PPOTrainer(_Base):
         self.progress = Progress(reference_adapter=self._copied_adapter)
         self._saved_step: int | None = None  # update of the newest checkpoint that holds this run
         self._first_failure: str | None = None  # of the run's updates that moved nothing
+        self._has_told_of_cut = False  # that episodes end at `max_interaction_steps`
         self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
         # Of Python, NumPy and torch, at the beginning of the update that is being made.
         self._generators: tuple[Any, Any, torch.Tensor] | None = None
@@ -445,9 +459,9 @@ class PPOTrainer(_Base):
                 episodes = [within_float32(episode) for episode in found]
             elif args.max_staleness:
                 together(partial(self.ahead.begin, update, self.state.max_steps))
-                episodes = self._judge(*together(partial(self.ahead.take, update)))
+                episodes = self._judge(self._logged, *together(partial(self.ahead.take, update)))
             else:
-                episodes = self._judge(*together(lambda: self._rollout(update)(), self._generating()))
+                episodes = self._judge(self._logged, *together(lambda: self._rollout(update)(), self._generating()))
             if args.dump_episodes_dir is not None:
                 together(partial(dump_episodes, episode_file(args.dump_episodes_dir, update, rank), episodes))
         if self._shows_samples() and self.eval_dataset is None and self.accelerator.is_main_process:
@@ -460,9 +474,9 @@ class PPOTrainer(_Base):
         play = partial(self.player.play, requests, update=update)
         return lambda: (requests, play())
 
-    def _judge(self, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
-        """With the rewards of reward functions and the reward model."""
-        score = partial(self.player.score, requests, episodes, trainer_state=self.state)
+    def _judge(self, logged: Means, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
+        """With the rewards of reward functions and the reward model; `logged` gets the metrics of the functions."""
+        score = partial(self.player.score, requests, episodes, trainer_state=self.state, log_metric=logged.add)
         return together(score, self._scoring())  # a judge may take as long as an episode, or fail on one rank
 
     def _collate(self, episodes: Sequence[Episode]) -> Rollout | None:
@@ -473,11 +487,23 @@ class PPOTrainer(_Base):
         errors = Counter(str(episode.error) for episode in episodes if not episode.valid)
         for error, count in errors.most_common(3):
             logger.warning(f"update {self.state.global_step + 1}: {count} of {len(episodes)} episodes failed: {error}")
-        num_valid = self.learner.reduce(torch.tensor([float(len(valid))], device=self.accelerator.device))
-        if not float(num_valid):
+        num_cut = sum(episode.stop_reason is StopReason.MAX_INTERACTION_STEPS for episode in episodes)
+        counts = torch.tensor([float(len(valid)), float(num_cut)], device=self.accelerator.device)
+        num_valid, num_cut = map(int, self.learner.reduce(counts).tolist())
+        self._tell_of_cut(num_cut)
+        if not num_valid:
             return None
         self.progress.failed_updates = 0
         return self.learner.prepare(valid)
+
+    def _tell_of_cut(self, num_cut: int) -> None:
+        """Warn, once, that episodes end at a budget that is small by default."""
+        if num_cut and not self._has_told_of_cut and self.accelerator.is_main_process:
+            logger.warning(
+                f"update {self.state.global_step + 1}: {num_cut} episodes were cut at `max_interaction_steps` = "
+                f"{self.args.max_interaction_steps}. Raise it if your episodes need more steps (told once)"
+            )
+        self._has_told_of_cut = self._has_told_of_cut or num_cut > 0
 
     def _skip(self, episodes: Sequence[Episode]) -> None:
         """An update without a valid episode: nothing is learned. Too many of them end the run."""
@@ -606,13 +632,14 @@ class PPOTrainer(_Base):
         rows = numbered_rows(dataset, first=rank, every=num_ranks)
         requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
         num_rows = sum(gather_objects([len(requests)]))
-        episodes = self._play_greedily(requests, "eval/")
-        means = Means()
+        means, logged = Means(), Means()
+        episodes = self._play_greedily(requests, "eval/", logged)
         add_episode_metrics(means, episodes)
         runtime = time.perf_counter() - start
         shown = {name: value for name, value in means.reduced().items() if name != "objective/scores"}
         short = {name.removeprefix("env/").removeprefix("rollout/"): value for name, value in shown.items()}
         short |= {"runtime": runtime, "samples_per_second": num_rows / runtime}
+        short |= beside(logged.reduced(), short)
         result = {f"{metric_key_prefix}_{k}": v for k, v in short.items() if k not in (ignore_keys or ())}
         self.log(result)
         self.progress.last_eval_step = self.state.global_step
@@ -639,14 +666,16 @@ class PPOTrainer(_Base):
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
 
-    def _play_greedily(self, requests: Sequence[EpisodeRequest], id_prefix: str) -> list[Episode]:
+    def _play_greedily(
+        self, requests: Sequence[EpisodeRequest], id_prefix: str, logged: Means | None = None
+    ) -> list[Episode]:
         def play() -> tuple[Sequence[EpisodeRequest], list[Episode]]:
             prepared = self.player.prepare(requests)
             return prepared, self.player.play(
                 prepared, greedy=True, id_prefix=id_prefix, on_episode=lambda: self._event("on_prediction_step")
             )
 
-        return self._judge(*together(play, self._generating()))
+        return self._judge(logged or Means(), *together(play, self._generating()))
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
@@ -701,7 +730,7 @@ class PPOTrainer(_Base):
         policy: Any = self.model
         state = whole_state_dict(policy, keep=self.args.should_save)
         if self.args.should_save:
-            self._save(output_dir, state_dict=state)
+            save_policy(self, output_dir, state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -758,7 +787,7 @@ class PPOTrainer(_Base):
     @property
     def _saves_together(self) -> bool:
         """Whether what one rank writes takes all of them."""
-        return self.is_deepspeed_enabled or self.accelerator.is_fsdp2
+        return self.is_deepspeed_enabled or is_fsdp2(self.accelerator)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """All that `train(resume_from_checkpoint=...)` needs; see [`checkpoints`]."""
@@ -782,7 +811,7 @@ class PPOTrainer(_Base):
             if self.args.should_save:  # what `Trainer` does not know of
                 for folder in (path for path in directory.iterdir() if path.is_dir()):
                     shutil.copytree(folder, output_dir / folder.name, dirs_exist_ok=True)
-            self._push_from_checkpoint(str(directory))
+            push_checkpoint(self, str(directory))
         if self.args.should_save:
             keep = {directory.name, Path(state.best_model_checkpoint or "").name}
             rotate(output_dir, self.args.save_total_limit, keep=keep)
@@ -792,8 +821,7 @@ class PPOTrainer(_Base):
         if not self.args.save_only_model:
             for folder, network in self._network_folders(directory):
                 network.save_state(folder, is_writer=self.args.should_save)
-            self._save_scaler(str(directory))
-            self._save_rng_state(str(directory))
+            save_scaler_and_generators(self, str(directory))
         if self.args.should_save:
             states: dict[str, Any] = {}
             for callback in [*self.callback_handler.callbacks, self.control]:
@@ -817,12 +845,12 @@ class PPOTrainer(_Base):
         for folder, network in self._network_folders(directory):
             network.load_state(folder)
         with reading(directory, "scaler.pt"):
-            self._load_scaler(str(directory))
+            load_scaler(self, str(directory))
         self.progress = manifest.progress
         self._resume_reference(directory, self.progress.reference_adapter)
         with reading(directory, "trainer_state.json"):
             self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
-            self._load_callback_state()
+            load_callback_states(self)
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
         self._resumed_from: Path | None = directory
@@ -933,7 +961,7 @@ class PPOTrainer(_Base):
         self._copied_adapter = None
         hold = partial(hold_in_float32, self.accelerator)
         with gathered(model.parameters()):
-            if not self.accelerator.is_fsdp2:
+            if not is_fsdp2(self.accelerator):
                 hold(model, "model")  # before it is copied: copies compute as it does
             if args.uses_reference and ref_model is None and self.policy_adapter is not None:
                 self._reference_adapter = self._choose_reference(model, self.policy_adapter)
@@ -942,7 +970,7 @@ class PPOTrainer(_Base):
             if needs_copy:
                 ref_model = copy.deepcopy(model)
             twin = copy.deepcopy(plain_model(model)).cpu() if args.samples_in_worker else None
-            if self.accelerator.is_fsdp2:
+            if is_fsdp2(self.accelerator):
                 hold(model, "model")  # all compute in the type that FSDP2 gives their layers
         if args.uses_critic:
             hold(self.value_model, "value_model")
@@ -954,7 +982,7 @@ class PPOTrainer(_Base):
         for network in networks:
             disable_dropout(network)
             if args.gradient_checkpointing:
-                _enable_checkpointing(plain_model(network), args.gradient_checkpointing_kwargs)
+                enable_checkpointing(plain_model(network), args.gradient_checkpointing_kwargs)
         layout = self._layout([model, self.value_model, ref_model])
         scorer = PolicyScorer(plain_model(model))
         self.ref_model: Any = None
@@ -1080,7 +1108,7 @@ class PPOTrainer(_Base):
         self._event("on_epoch_begin")
         if self._resumed_from is not None:
             with reading(self._resumed_from, "rng_state.pth"):
-                self._load_rng_state(str(self._resumed_from))
+                load_generators(self, str(self._resumed_from))
         yield
         if self.progress.unlogged:
             self.log(_averaged(self.progress.unlogged))
@@ -1140,6 +1168,7 @@ class PPOTrainer(_Base):
         """Everything around one update: metrics, callbacks, logging, evaluation, checkpoints."""
         args = self.args
         self._means = Means()
+        self._logged = Means()  # by reward functions
         self._logs: dict[str, float] = {}
         self.clock.seconds.clear()
         sampled, prompted, prefilled, sampling, uncached = (
@@ -1211,7 +1240,8 @@ class PPOTrainer(_Base):
 
     def _log_evaluate_save(self) -> None:
         """What the callbacks asked for."""
-        self.progress.unlogged.append(self._logs | _finished(self._means.reduced()))
+        logs = self._logs | _finished(self._means.reduced())
+        self.progress.unlogged.append(logs | beside(self._logged.reduced(), logs))
         if self.control.should_log:
             self.log(_averaged(self.progress.unlogged))
             self.progress.unlogged.clear()
@@ -1221,7 +1251,7 @@ class PPOTrainer(_Base):
         if self.control.should_evaluate:
             metrics = self.evaluate()
         if metrics is not None:
-            is_best = self._determine_best_metric(metrics=metrics, trial=None)
+            is_best = note_best(self, metrics)
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = is_best
         if self.control.should_save:
@@ -1343,14 +1373,6 @@ def _hashable(key: Any) -> Any:
     except TypeError:
         return repr(key)
     return key
-
-
-def _enable_checkpointing(network: PreTrainedModel, kwargs: Any) -> None:
-    """Recompute activations in the backward pass; newer transformers renamed the method."""
-    if hasattr(network, "activation_checkpointing_enable"):
-        network.activation_checkpointing_enable(kwargs)
-    else:
-        network.gradient_checkpointing_enable(kwargs)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ..compat.transformers import json_fields
 from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
 from ..finite import LARGEST, shown
@@ -330,7 +331,7 @@ class StepPOConfig(PPOConfig):
 
     # Fields that the command line gives as JSON
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # unannotated upstream
-        *PPOConfig._VALID_DICT_FIELDS,
+        *json_fields(PPOConfig),
         "chat_template_kwargs",
         "model_init_kwargs",
     ]
@@ -393,7 +394,11 @@ class StepPOConfig(PPOConfig):
         if hasattr(args, "num_ppo_epochs"):  # TRL's own class, too
             return cls.from_ppo_config(args)
         kinds = {base.__name__ for base in type(args).__mro__}
-        cure = "pass `StepPOConfig.from_grpo_config(args)`" if "GRPOConfig" in kinds else "pass a StepPOConfig"
+        cure = (
+            "`StepPOTrainer` takes `StepPOConfig.from_grpo_config(args)`"
+            if "GRPOConfig" in kinds
+            else "pass a PPOConfig to `PPOTrainer`, a StepPOConfig to `StepPOTrainer`"
+        )
         raise ConfigurationError(f"`args` is a {type(args).__name__}; {cure}")
 
     @classmethod

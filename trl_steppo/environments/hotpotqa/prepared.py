@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ...compat.datasets import of_table
 from ...errors import ConfigurationError, DataError
 from .corpus import MappedCorpus
 from .dense import DenseRetriever
@@ -189,7 +190,6 @@ def _again(directory: Path) -> str:
 
 def _read_rows(path: Path) -> Dataset:
     import pyarrow.parquet
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
 
-    return Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
+    rows: Dataset = of_table(pyarrow.parquet.read_table(path))
+    return rows

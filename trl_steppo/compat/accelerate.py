@@ -1,0 +1,35 @@
+"""What this package uses of accelerate beyond its documented interface. It is not imported before it is used."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from . import attribute
+
+
+def is_fsdp2(accelerator: Any) -> bool:
+    """Whether accelerate was launched with FSDP in its version 2."""
+    return bool(attribute("accelerate", accelerator, "is_fsdp2"))
+
+
+def autocasts(accelerator: Any) -> bool:
+    """Whether mixed precision is autocast's, and not an engine's."""
+    return bool(attribute("accelerate", accelerator, "native_amp"))
+
+
+def forget_engine(accelerator: Any) -> None:
+    """Have accelerate prepare another DeepSpeed engine: its own loop has one, ours calls each itself."""
+    attribute("accelerate", accelerator, "deepspeed_engine_wrapped")
+    accelerator.deepspeed_engine_wrapped = None
+
+
+def find_fsdp(accelerator: Any) -> None:
+    """Have CPU ranks shard where accelerate was launched with FSDP: it goes on with DDP there, and says nothing."""
+    from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        for part in (state, PartialState()):  # whose values are copied into new instances of the other
+            part.distributed_type = DistributedType.FSDP
