@@ -10,6 +10,7 @@ from .play import EpisodeRequest, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
 from .rewards import check_reward_funcs, checked_weights, paid, score_episodes, within_float32
 from .rows import own_row
+from .stage import Stage, make_at_home
 
 __all__ = [
     "Agent",
@@ -17,12 +18,14 @@ __all__ = [
     "EpisodeLimits",
     "EpisodeRequest",
     "InFlight",
+    "Stage",
     "check_agent",
     "check_reward_funcs",
     "checked_weights",
     "dump_episodes",
     "episode_file",
     "load_episodes",
+    "make_at_home",
     "own_row",
     "paid",
     "play_agents",

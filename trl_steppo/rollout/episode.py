@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
-from ..calls import CallTimeoutError, error_text, within
+from ..calls import CallTimeoutError, MainThreadNeededError, NewEnvironmentNeededError, error_text, within
 from ..chat import ChatFormat
 from ..environments.base import Message, Outcome, Playable, Response
 from ..errors import ConfigurationError, DataError, SamplerError
@@ -41,6 +41,7 @@ async def run_episode(
     generation_index: int,
     episode_id: str | None = None,
     pacer: InFlight | None = None,
+    closes: bool = True,
 ) -> Episode:
     """
     Play one episode. What breaks in it becomes its `error`, and the steps so far are kept.
@@ -71,19 +72,23 @@ async def run_episode(
         pacer ([`InFlight`], *optional*):
             Counts the episode as away whenever it is not waiting for the sampler. The caller has counted it before,
             and takes it back afterwards.
+        closes (`bool`, *optional*, defaults to `True`):
+            Whether to close the environment afterwards.
 
     Returns:
         [`Episode`]: terminated, truncated, or with an `error`.
 
     Raises:
         SamplerError: The sampler failed, which is no fault of the episode's.
+        MainThreadNeededError, NewEnvironmentNeededError: This environment cannot play the episode; another one can.
     """
     name = episode_id or f"{stream_position}-{generation_index}"
     play = _Play(env, sampler, row, chat, limits, sampling, (run_seed, stream_position, generation_index), name, pacer)
     try:
         await play.run()
     finally:
-        await play.close()
+        if closes:
+            await play.close()
     return play.episode()
 
 
@@ -160,7 +165,7 @@ class _Play:
             finally:
                 self.sampler.release(self.episode_id)
             await self._finish()
-        except SamplerError:
+        except (SamplerError, MainThreadNeededError, NewEnvironmentNeededError):
             raise
         except Exception as error:
             self._fail(error)

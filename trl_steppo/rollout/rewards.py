@@ -15,7 +15,7 @@ from ..environments.base import Message
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..finite import LARGEST, NotFiniteError, as_number
 from ..types import Episode, Step, StopReason
-from .play import run_coroutine
+from .loops import run_coroutine
 from .rows import own, prompt_of
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import shutil
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -117,7 +117,7 @@ from .networks import (
     hold_in_float32,
     innermost,
 )
-from .player import EpisodePlayer
+from .player import EpisodePlayer, factories_of
 from .ppo_config import PPOConfig
 from .ranks import gather_objects
 from .reward_models import RewardFuncs, RewardModel, load_reward_funcs
@@ -263,7 +263,7 @@ class PPOTrainer(_Base):
         callbacks: list[TrainerCallback] | None,
         peft_config: Any,
         *,
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: RewardFuncs | None = None,
         reward_processing_classes: Any = None,
@@ -283,6 +283,7 @@ class PPOTrainer(_Base):
                 f"`processing_class` is a {type(processing_class).__name__}: images and other media are not "
                 "supported; pass its tokenizer, `processing_class.tokenizer`"
             )
+        names = [name for name in factories_of(environment_factory) if name is not None]
         if train_dataset is None:
             check_no_dataset(environment_factory)
         check_length(args, train_dataset)
@@ -307,7 +308,11 @@ class PPOTrainer(_Base):
         if args.model_adapter_name is not None:
             model.set_adapter(args.model_adapter_name)
         check_trainable(model, "model")
-        known: dict[str, Any] = {"vocabulary_size": vocabulary_size(model), "is_for_agent": agent is not None}
+        known: dict[str, Any] = {
+            "vocabulary_size": vocabulary_size(model),
+            "is_for_agent": agent is not None,
+            "environments": names or None,
+        }
         if train_dataset is not None:
             check_dataset(train_dataset, "train_dataset", **known)
         check_eval_dataset(eval_dataset, **known)
@@ -620,7 +625,8 @@ class PPOTrainer(_Base):
             dataset is part for part in _datasets(self.eval_dataset)
         ):  # which were looked at when the trainer was made
             size, is_for_agent = vocabulary_size(plain_model(self.model)), self.player.agent is not None
-            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
+            names = self.player.environment_names
+            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent, environments=names)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         rows = numbered_rows(dataset, first=rank, every=num_ranks)
