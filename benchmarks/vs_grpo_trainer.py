@@ -49,6 +49,9 @@ OURS, THEIRS, DEFAULTS = "StepPOTrainer", "GRPOTrainer", "GRPOTrainer, defaults"
 CASES = {"agent": 5, "single turn": 1}
 """Responses of an episode."""
 
+TIMED = {"agent": 1, "single turn": 5}
+"""Updates that are timed for one of an agent's, as they are that much shorter."""
+
 ROWS, GENERATIONS, MICRO_BATCH = 8, 8, 8
 EPISODES = ROWS * GENERATIONS
 RESPONSE_TOKENS = 40
@@ -65,7 +68,8 @@ class VsGRPOTrainerArguments(BenchmarkArguments):
         threads (`list[int]`, *optional*, defaults to `[1, 2]`):
             Numbers of threads, of both trainers.
         updates (`int`, *optional*, defaults to `3`):
-            Updates of a process; the first warms it up, and is not timed. `--quick` makes 2.
+            Updates of an agent's process; the first warms it up, and is not timed. `--quick` makes 2. For single
+            turns five times as many are timed.
         repetitions (`int`, *optional*, defaults to `3`):
             Processes of each trainer in each case; `--quick` starts 1.
     """
@@ -88,9 +92,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """What updates took, of those that were timed: `seconds`, `sampled_tokens` and `responses` are means."""
+    """What a process took; of its timed updates the means."""
 
     seconds: float
+    cpu_seconds: float  # of all threads, those that wait for one another among them
     sampled_tokens: float
     responses: float  # of an episode
     peak_bytes: int
@@ -99,6 +104,10 @@ class Cost:
     @property
     def tokens_per_s(self) -> float:
         return self.sampled_tokens / self.seconds
+
+    @property
+    def tokens_per_cpu_s(self) -> float:
+        return self.sampled_tokens / self.cpu_seconds
 
 
 class EndlessWiki(HotpotQAEnvironment):
@@ -118,13 +127,13 @@ class EndlessWiki(HotpotQAEnvironment):
 
 
 class Clock(TrainerCallback):
-    """When each update was over."""
+    """When each update was over, in seconds and in CPU seconds."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times: list[tuple[float, float]] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append((time.perf_counter(), time.process_time()))
 
 
 def length_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -206,8 +215,10 @@ def train(name: str, work: Work) -> Cost:
         trainer.train()
         timed = updates_of(name, trainer.state.log_history)[1:]
     assert len(clock.times) == work.updates == len(timed) + 1, f"{name} made {len(clock.times)} updates"
+    (start, cpu_start), (end, cpu_end) = clock.times[0], clock.times[-1]
     return Cost(
-        seconds=(clock.times[-1] - clock.times[0]) / len(timed),
+        seconds=(end - start) / len(timed),
+        cpu_seconds=(cpu_end - cpu_start) / len(timed),
         sampled_tokens=statistics.mean(tokens for tokens, _ in timed),
         responses=statistics.mean(responses for _, responses in timed),
         peak_bytes=peak_bytes(),
@@ -240,6 +251,7 @@ def compare(costs: Mapping[str, Sequence[Cost]], theirs: str) -> dict[str, Any]:
     pairs = list(zip(costs[OURS], costs[theirs], strict=True))
     return {
         "tokens_per_s": spread([ours.tokens_per_s / other.tokens_per_s for ours, other in pairs]),
+        "tokens_per_cpu_s": spread([ours.tokens_per_cpu_s / other.tokens_per_cpu_s for ours, other in pairs]),
         "seconds": spread([ours.seconds / other.seconds for ours, other in pairs]),
         "peak_memory": spread([ours.peak_bytes / other.peak_bytes for ours, other in pairs]),
         "sampled_tokens": mean_tokens(costs[OURS]) / mean_tokens(costs[theirs]),
@@ -260,18 +272,19 @@ def main(args: VsGRPOTrainerArguments) -> None:
     updates, repetitions = (2, 1) if args.quick else (args.updates, args.repetitions)
     measured: dict[str, dict[str, list[Cost]]] = {}
     for case, count in itertools.product(CASES, threads):
+        work = Work(case, count, 1 + (updates - 1) * TIMED[case], args.seed)
         costs: dict[str, list[Cost]] = {name: [] for name in (THEIRS, DEFAULTS, OURS)}
         measured[name_of(case, count)] = costs
         for _ in range(repetitions):
             for name in costs:
-                costs[name].append(in_new_process(train, name, Work(case, count, updates, args.seed)))
+                costs[name].append(in_new_process(train, name, work))
     ratios = {
         case: {theirs: compare(costs, theirs) for theirs in (THEIRS, DEFAULTS)} for case, costs in measured.items()
     }
     print_table(
         f"{EPISODES} episodes an update beside TRL {trl.__version__} (medians of {repetitions} processes; ratios: "
         f"{OURS}'s over this trainer's, with their range)",
-        ["case and trainer", "s / update", "tokens", "tokens / s", "ratio", "peak MB", "ratio"],
+        ["case and trainer", "s / update", "tokens", "tokens / s", "ratio", "ratio of CPU s", "peak MB", "ratio"],
         [
             table_row(f"{case}: {name}", costs, ratios[case].get(name))
             for case, by_name in measured.items()
@@ -306,6 +319,7 @@ def table_row(name: str, costs: Sequence[Cost], ratios: Mapping[str, Any] | None
         f"{mean_tokens(costs):,.0f}",
         f"{statistics.median(cost.tokens_per_s for cost in costs):,.0f}",
         shown(ratios["tokens_per_s"]) if ratios else "",
+        shown(ratios["tokens_per_cpu_s"]) if ratios else "",
         f"{statistics.median(cost.peak_bytes for cost in costs) / 1e6:,.0f}",
         shown(ratios["peak_memory"]) if ratios else "",
     ]

@@ -39,6 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(place in (item.path, *item.path.parents) for place in places):
             item.add_marker(pytest.mark.pinned_only)
+        # Each process of a parallel run collects them, and they have to agree.
+        assert " at 0x" not in item.nodeid, f"{item.nodeid} has another name in every process; give its `ids`"
 
 
 @pytest.fixture(autouse=True)

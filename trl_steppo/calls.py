@@ -25,9 +25,10 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .stopping import is_requested
 
@@ -44,6 +45,18 @@ class CallTimeoutError(TimeoutError):
         self.what = what
 
 
+class MainThreadNeededError(RuntimeError):
+    """`what` handles signals, which Python allows in the main thread alone, and was called in another one."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} handles signals (`signal.signal`), which works in the main thread only")
+        self.what = what
+
+
+class NewEnvironmentNeededError(RuntimeError):
+    """An episode is to be played from its beginning in a new environment: this one cannot play it."""
+
+
 # -- calls ------------------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +65,7 @@ async def call(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    thread: DaemonThread,
+    thread: Home,
     timeout_s: float | None,
     what: str,
     convert: Callable[[Any], Any] = lambda value: value,
@@ -63,7 +76,7 @@ async def call(
     Args:
         function (`Callable`), args (`Sequence`), kwargs (`Mapping[str, Any]`):
             What is called, and with what.
-        thread ([`DaemonThread`]):
+        thread ([`DaemonThread`] or [`MainThread`]):
             Where a function runs that is not async.
         timeout_s (`float`, *optional*):
             Time limit in seconds; `None`: none.
@@ -75,10 +88,15 @@ async def call(
 
     Raises:
         CallTimeoutError: it took longer than `timeout_s`.
+        MainThreadNeededError: it handles signals, and `thread` is not the main thread.
     """
     if inspect.iscoroutinefunction(function):
         return await within(_contained(lambda: function(*args, **kwargs), convert), timeout_s, what)
-    result = await thread.run(lambda: _taken(function(*args, **kwargs), convert), timeout_s, what)
+    try:
+        result = await thread.run(lambda: _taken(function(*args, **kwargs), convert), timeout_s, what)
+    except Exception as error:
+        raise_if_main_thread_needed(error, what)
+        raise
     return await within(_contained(lambda: result, convert), timeout_s, what) if _is_async(result) else result
 
 
@@ -387,6 +405,51 @@ def keeping_thread_state() -> Iterator[None]:
 # -- threads ----------------------------------------------------------------------------------------------------------
 
 
+Jobs = queue.SimpleQueue[Callable[[], None] | None]
+
+
+def work(jobs: Jobs) -> None:
+    """Run jobs, until there is a `None` among them."""
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # it holds an environment, and the next one may never come
+
+
+class Home(Protocol):
+    """The thread that an environment lives in: where it is made, and where all its sync methods run."""
+
+    is_taken: bool  # something lives there, and not merely was made there
+    was_left: bool  # a call that hung was left behind
+
+    async def run(self, function: Callable[[], T], timeout_s: float | None, what: str) -> T:
+        """Run `function` there. Raises what it raises."""
+        ...
+
+    def end(self) -> None:
+        """Nothing more is to run there."""
+        ...
+
+
+_homes = threading.local()
+
+
+@contextmanager
+def living_in(home: Home) -> Iterator[None]:
+    """What is made within the block lives in `home`, the thread that the block runs in ([`home_of`])."""
+    _homes.current = home
+    try:
+        yield
+    finally:
+        _homes.current = None
+
+
+def home_of(name: str) -> Home:
+    """The home of what is being made: the one that it is made in, or else a new thread of that name."""
+    home: Home = getattr(_homes, "current", None) or DaemonThread(name)
+    home.is_taken = True
+    return home
+
+
 class DaemonThread:
     """
     Runs sync calls one after another, all in one thread, which starts with the first call.
@@ -401,8 +464,10 @@ class DaemonThread:
     """
 
     def __init__(self, name: str) -> None:
+        self.is_taken = False
+        self.was_left = False
         self._name = name
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] | None = None
+        self._jobs: Jobs | None = None
         self._turn: asyncio.Lock | None = None
 
     async def run(self, function: Callable[[], T], timeout_s: float | None, what: str) -> T:
@@ -422,7 +487,21 @@ class DaemonThread:
                 return await within(future, timeout_s, what)
             finally:
                 if future.cancelled():  # given up: whoever comes next must not queue behind it
+                    self.was_left = True
                     self.end()
+
+    def run_and_wait(self, function: Callable[[], T]) -> T:
+        """Run `function`, from sync code, and wait for it without a time limit. Raises what it raises."""
+        outcome = Future[T]()
+
+        def job() -> None:
+            try:
+                outcome.set_result(function())
+            except BaseException as error:
+                outcome.set_exception(as_error(error))
+
+        self._start().put(job)
+        return outcome.result()
 
     def end(self) -> None:
         """Let the thread end after what it is running. A later call starts a new one."""
@@ -430,26 +509,25 @@ class DaemonThread:
             self._jobs.put(None)
             self._jobs = None
 
-    def _start(self) -> queue.SimpleQueue[Callable[[], None] | None]:
+    def _start(self) -> Jobs:
         if self._jobs is None:
-            jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-            threading.Thread(target=_work, args=(jobs,), name=self._name, daemon=True).start()
+            jobs: Jobs = queue.SimpleQueue()
+            threading.Thread(target=work, args=(jobs,), name=self._name, daemon=True).start()
             # Neither the thread nor the finalizer holds `self`, so that a forgotten one ends by itself.
             weakref.finalize(self, jobs.put, None).atexit = False
             self._jobs = jobs  # now that the thread has started, which it may fail to
         return self._jobs
 
 
-def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job  # it holds the environment, and the next one may never come
-
-
-def _run_job(function: Callable[[], T], future: asyncio.Future[T], loop: asyncio.AbstractEventLoop) -> None:
+def _run_job(
+    function: Callable[[], T],
+    future: asyncio.Future[T],
+    loop: asyncio.AbstractEventLoop,
+    caught: type[BaseException] = BaseException,  # `exit()` in a tool ends neither this thread nor the run
+) -> None:
     try:
         result = function()
-    except BaseException as error:  # `exit()` in a tool ends neither this thread nor the run
+    except caught as error:
         failure = as_error(error)
         _deliver(loop, future, lambda: future.set_exception(failure))
     else:
@@ -459,3 +537,83 @@ def _run_job(function: Callable[[], T], future: asyncio.Future[T], loop: asyncio
 def _deliver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], deliver: Callable[[], None]) -> None:
     with suppress(RuntimeError):  # the loop is closed: the rollout ended long ago
         loop.call_soon_threadsafe(lambda: None if future.done() else deliver())
+
+
+# -- the main thread, where alone signals can be handled --------------------------------------------------------------
+
+_SAYS_SO = "only works in main thread"  # `signal.signal` and `signal.set_wakeup_fd`, as in `add_signal_handler`
+_MOST_CAUSES = 20  # an exception may be raised from itself
+
+
+_served: dict[asyncio.AbstractEventLoop, Jobs] = {}
+"""Event loops in other threads that the main thread waits for, and where to put what it is to run meanwhile."""
+
+
+def raise_if_main_thread_needed(error: BaseException, what: str) -> None:
+    """Raise a `MainThreadNeededError` if `error`, or what caused it, is Python's refusal of another thread."""
+    cause: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if cause is None:
+            return
+        says = cause.args[0] if type(cause) in (ValueError, RuntimeError) and cause.args else None
+        if isinstance(says, str) and _SAYS_SO in says:
+            raise MainThreadNeededError(what) from error
+        cause = cause.__cause__ or cause.__context__
+
+
+def work_for(loop: asyncio.AbstractEventLoop, jobs: Jobs) -> None:
+    """[`work`] while an event loop runs in another thread; in the main thread, its [`MainThread`] is this one."""
+    if threading.current_thread() is not threading.main_thread():
+        work(jobs)
+        return
+    _served[loop] = jobs
+    try:
+        work(jobs)
+    finally:
+        del _served[loop]
+
+
+class MainThread:
+    """
+    Runs sync calls in the main thread, for code that handles signals: at once where the event loop runs there, else
+    while the main thread waits for that event loop ([`work_for`]). Nothing else runs there meanwhile, and nothing
+    interrupts them: there is no time limit.
+    """
+
+    is_taken = True
+    was_left = False
+
+    async def run(self, function: Callable[[], T], timeout_s: float | None, what: str) -> T:
+        """
+        Run `function`.
+
+        Raises:
+            MainThreadNeededError: the main thread does something else.
+        """
+        if not self.is_free():
+            raise MainThreadNeededError(what)
+        if threading.current_thread() is threading.main_thread():
+            return _contained_here(function)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        _served[loop].put(lambda: _run_job(lambda: _contained_here(function), future, loop, Exception))
+        return await within(future, None, what)
+
+    def end(self) -> None:
+        """Nothing to end."""
+
+    @staticmethod
+    def is_free() -> bool:
+        """Whether it runs calls of this event loop."""
+        return threading.current_thread() is threading.main_thread() or asyncio.get_running_loop() in _served
+
+
+def _contained_here(function: Callable[[], T]) -> T:
+    """Run `function` within a callback of the event loop as if there was none: it may run one of its own."""
+    loop = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    try:
+        with noticing_interruptions(), keeping_thread_state(), containing():
+            return function()
+    finally:
+        asyncio._set_running_loop(loop)

@@ -287,6 +287,12 @@ class Episode:
         question (`str` or `list[dict]`, *optional*):
             What the row asks, as the dataset has it: its `prompt`, or its `question` where it has no prompt. A view
             for people; what the policy read is in `prompt_ids`.
+        reset_text (`str`, *optional*):
+            What the environment's `reset` returned, which stands at the end of the row's prompt.
+        logged (`Mapping[str, Any]`, *optional*):
+            What reward functions logged of the episode with `log_extra`, by column.
+        needs_reward (`bool`, *optional*, defaults to `False`):
+            Whether nothing has paid the episode yet: its environment has no reward for it. Not recorded.
     """
 
     episode_id: str
@@ -301,6 +307,9 @@ class Episode:
     stop_reason: StopReason | None = None
     dataset_row: int | None = None
     question: str | list[dict[str, Any]] | None = None
+    reset_text: str | None = None
+    logged: Mapping[str, Any] = field(default_factory=dict)
+    needs_reward: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(self.steps))

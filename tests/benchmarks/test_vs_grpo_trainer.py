@@ -8,7 +8,9 @@ from trl_steppo.environments.hotpotqa.retrieval import Passage
 
 
 def cost(seconds: float, tokens: float, peak: int) -> benchmark.Cost:
-    return benchmark.Cost(seconds, sampled_tokens=tokens, responses=5.0, peak_bytes=peak, import_bytes=1)
+    return benchmark.Cost(
+        seconds, cpu_seconds=seconds / 2, sampled_tokens=tokens, responses=5.0, peak_bytes=peak, import_bytes=1
+    )
 
 
 def test_ratios_are_those_of_processes_that_ran_after_each_other():
@@ -18,6 +20,7 @@ def test_ratios_are_those_of_processes_that_ran_after_each_other():
     }
     found = benchmark.compare(costs, benchmark.THEIRS)
     assert found["tokens_per_s"] == pytest.approx({"median": 1.625, "min": 1.25, "max": 2.0})
+    assert found["tokens_per_cpu_s"] == found["tokens_per_s"]
     assert found["seconds"] == pytest.approx({"median": 0.75, "min": 0.5, "max": 1.0})
     assert found["peak_memory"] == pytest.approx({"median": 0.7, "min": 0.6, "max": 0.8})
     assert found["sampled_tokens"] == pytest.approx(100 / 90)

@@ -49,7 +49,9 @@ TABLE = [  # type hint, what the model wrote, what the tool gets
 ]
 
 
-@pytest.mark.parametrize(("hint", "written", "expected"), TABLE, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(
+    ("hint", "written", "expected"), TABLE, ids=lambda value: "unfit" if value is UNFIT else repr(value)[:30]
+)
 def test_what_converts_without_loss_is_converted_and_all_else_refused(hint, written, expected):
     found = converted(written, declares(hint))
     assert found == expected

@@ -10,7 +10,7 @@ from trl_steppo.environments import make_playable
 from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes, score_episodes
-from trl_steppo.rollout.rewards import check_reward_funcs, within_float32
+from trl_steppo.rollout.rewards import check_reward_funcs, paid, takes_environments, within_float32
 from trl_steppo.types import Episode, StopReason
 
 LOOK, STOP = call("look", where="here"), call("stop")
@@ -250,3 +250,173 @@ def test_what_cannot_be_called_is_known_before():
         check_reward_funcs(["OpenAssistant/reward"], columns)
     check_reward_funcs([needs], [*columns, "difficulty"])
     check_reward_funcs([], ["completions"])
+
+
+# -- as in GRPOTrainer ------------------------------------------------------------------------------------------------
+
+
+def test_prompts_have_what_reset_returned_at_their_end(chat):
+    class Asks(LookEnvironment):
+        def reset(self, **row):
+            super().reset(**row)
+            return " and more"
+
+    def played(row):
+        (episode,) = play_episodes(
+            [EpisodeRequest(row, 0)],
+            lambda row: make_playable(Asks()),
+            ScriptedSampler(chat, lambda order: STOP),
+            chat=chat,
+            limits=EpisodeLimits(),
+            sampling=SamplingParams(max_new_tokens=200),
+            run_seed=0,
+        )
+        seen = {}
+        score_episodes([lambda **given: seen.update(given) or [0.0]], None, [episode], [row], chat=chat)
+        return seen["prompts"][0], type(seen["completions"][0])
+
+    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    assert played({"prompt": asked}) == ([asked[0], {"role": "user", "content": "a and more"}], list)
+    assert asked[1]["content"] == "a"
+    assert played({"prompt": "a"}) == ("a and more", str)
+    assert played({"number": 1}) == ([{"role": "user", "content": " and more"}], list)
+
+
+def test_async_functions_wait_for_each_other(chat, episodes):
+    """They run at the same time, after the others; the order of rewards is that of the functions."""
+    order, met = [], asyncio.Barrier(2) if hasattr(asyncio, "Barrier") else None
+
+    class Judge:
+        async def __call__(self, prompts, **kwargs):
+            order.append("judge")
+            if met is not None:
+                await met.wait()
+            return [1.0, 1.0]
+
+    async def other(prompts, **kwargs):
+        order.append("other")
+        if met is not None:
+            await met.wait()
+        return [2.0, 2.0]
+
+    def plain(prompts, **kwargs):
+        order.append("plain")
+        return [4.0, 4.0]
+
+    scored = score_episodes([Judge(), other, plain], None, episodes, ROWS, chat=chat)
+    assert order == ["plain", "judge", "other"]
+    assert [name for name in scored[0].metrics if name.startswith("rewards/")] == [
+        "rewards/Judge",
+        "rewards/other",
+        "rewards/plain",
+    ]
+    assert scored[0].episode_return - episodes[0].episode_return == 7.0
+
+
+def test_what_functions_log(chat, episodes, caplog):
+    """A value an episode, in one call or in several; the last ones where two log the same column."""
+    metrics = []
+
+    def logs(prompts, log_extra, log_metric, **kwargs):
+        log_extra("name", ["a", "b"])
+        for number in (1, 2):
+            log_extra("number", [number])
+        log_extra("odd", [0])
+        log_metric("my/mean", 0.5)
+        return [0.0, 0.0]
+
+    async def logs_again(prompts, log_extra, log_metric, **kwargs):
+        log_extra("name", ["c", "d"])
+        log_metric("my/mean", 1)
+        return [0.0, 0.0]
+
+    scored = score_episodes(
+        [logs, logs_again],
+        None,
+        [episodes[0], FAILED, episodes[1]],
+        [ROWS[0], {}, ROWS[1]],
+        chat=chat,
+        log_metric=lambda name, value: metrics.append((name, value)),
+    )
+    assert [episode.logged for episode in scored] == [{"name": "c", "number": 1}, {}, {"name": "d", "number": 2}]
+    assert metrics == [("my/mean", 0.5), ("my/mean", 1.0)]
+    assert "the column 'odd' with 1 values for 2 episodes" in caplog.text
+
+
+def test_functions_are_offered_what_they_take(chat, episodes):
+    """The environments of the valid episodes, the very objects; functions without such a parameter do without."""
+    seen = {}
+    environments = [object(), object(), object()]
+
+    def one(prompts, completions, completion_ids, answer, environments):
+        seen["one"] = environments
+        return [0.0, 0.0]
+
+    def two(prompts, **kwargs):
+        seen["two"] = kwargs
+        return [0.0, 0.0]
+
+    def three(prompts, completions, completion_ids, answer):
+        return [0.0, 0.0]
+
+    played = [episodes[0], FAILED, episodes[1]]
+    rows = [ROWS[0], {}, ROWS[1]]
+    score_episodes([one, two, three], None, played, rows, chat=chat, environments=environments)
+    assert seen["one"] == [environments[0], environments[2]]
+    assert seen["two"]["environments"] == [environments[0], environments[2]]
+    score_episodes([two], None, played, rows, chat=chat)
+    assert "environments" not in seen["two"]
+    assert {"log_extra", "log_metric"} < set(seen["two"])
+    names = ["prompt", "answer"]
+    assert takes_environments(one)
+    assert not takes_environments(three)
+    with pytest.raises(ConfigurationError, match="`one` cannot be called"):
+        check_reward_funcs([one], names)  # which lacks `trainer_state`
+    with pytest.raises(ConfigurationError, match="no `environments` without an `environment_factory`"):
+        check_reward_funcs([lambda environments, **kwargs: []], names)
+    check_reward_funcs([lambda environments, **kwargs: []], names, has_environments=True)
+    check_reward_funcs([two], [*names, "environments"])  # an ordinary column where there are none
+    for column in ("log_extra", "environments"):
+        with pytest.raises(ConfigurationError, match=f"the dataset has a column `{column}`"):
+            check_reward_funcs([two], [*names, column], has_environments=True)
+
+
+class Unsure:
+    def __init__(self, reward):
+        self.reward = reward
+
+    def reset(self, **row): ...
+
+    def get_reward(self):
+        return self.reward
+
+
+@pytest.mark.parametrize(
+    ("environment", "reward", "expected"),
+    [
+        (lambda: Unsure(None), 2.0, 2.0),
+        (lambda: Unsure(1.0), 2.0, 3.0),
+        (lambda: Unsure(1.0), None, 1.0),
+        (lambda: Unsure(0.0), None, 0.0),
+        (lambda: Unsure(None), None, None),
+    ],
+)
+def test_get_reward_may_not_apply(chat, environment, reward, expected):
+    """The functions pay then; what nobody pays has failed."""
+    (episode,) = play_episodes(
+        [EpisodeRequest(ROWS[0], 0)],
+        lambda row: make_playable(environment()),
+        ScriptedSampler(chat, lambda order: STOP),
+        chat=chat,
+        limits=EpisodeLimits(),
+        sampling=SamplingParams(max_new_tokens=200),
+        run_seed=0,
+    )
+    assert episode.valid
+    (scored,) = score_episodes([lambda prompts, **kwargs: [reward]], None, [episode], ROWS[:1], chat=chat)
+    scored = paid(scored)
+    if expected is None:
+        assert "nothing paid it a reward" in scored.error
+        assert "nothing paid it a reward" in paid(episode).error
+    else:
+        assert scored.episode_return == expected

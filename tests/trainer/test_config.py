@@ -375,6 +375,7 @@ def test_documented(name):
 
 OTHER_VALUES: dict[str, Any] = {  # where the type does not say it
     "chat_template_kwargs": {"enable_thinking": False},
+    "model_init_kwargs": {"dtype": "bfloat16"},
     "reward_weights": [0.5, 2.0],
     "dump_episodes_dir": "dumped",
     "replay_episodes_dir": "replayed",

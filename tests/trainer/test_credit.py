@@ -26,7 +26,7 @@ def credit_of(
     **settings: Any,
 ) -> tuple[StepBatch, Credit]:
     """What `StepPOTrainer` does between scoring and learning."""
-    config = make_config(tmp_path, max_interaction_steps=5, **settings)
+    config = make_config(tmp_path, **{"max_interaction_steps": 5, **settings})
     batch = StepRolloutCollator()(episodes)
     groups, states = _group_indices(episodes, torch.device("cpu"))
     credit = assign_credit(
@@ -264,10 +264,11 @@ def test_reinforce_plus_plus(tmp_path):
 # -- explained variance -----------------------------------------------------------------------------------------------
 
 
-def test_explained_variance_overall_and_by_step(tmp_path):
+@pytest.mark.parametrize("limit", [5, None])
+def test_explained_variance_overall_and_by_step(tmp_path, limit):
     episodes = [make_episode("A", [0.0, 1.0]), make_episode("B", [0.0, 3.0]), make_episode("C", [4.0])]
     values = [0.0, 1.0, 1.0, 3.0, 2.0]
-    _, credit = credit_of(tmp_path, episodes, values, gamma=1.0)
+    _, credit = credit_of(tmp_path, episodes, values, gamma=1.0, max_interaction_steps=limit)
     G, V = torch.tensor([1.0, 1.0, 3.0, 3.0, 4.0]), torch.tensor(values)
 
     def explained(at: list[int]) -> float:

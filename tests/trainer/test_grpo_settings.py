@@ -69,7 +69,8 @@ def test_defaults(tmp_path):
         1,
         8,
     )
-    assert (config.num_generations, config.response_length, config.max_interaction_steps) == (8, 512, None)
+    assert (config.num_generations, config.max_interaction_steps) == (8, None)
+    assert config.response_length == OWN["max_completion_length"].default
     assert config.learning_rate == 1e-6
     assert (config.temperature, config.top_p, config.top_k, config.num_ppo_epochs) == (1.0, 1.0, 0, 1)
     assert (config.uses_reference, config.correction, config.num_sample_generations, config.bf16) == (
@@ -126,7 +127,10 @@ def test_settings_with_another_name_are_copied(tmp_path):
         ({"max_tool_calling_iterations": 3}, {"max_interaction_steps": 4}),
         ({"max_tool_calling_iterations": 0}, {"max_interaction_steps": 1}),
         ({"max_completion_length": 99}, {"response_length": 99}),
-        ({"beta": 0.1}, {"kl_loss_coef": 0.1, "kl_loss_estimator": "k2", "kl_coef": 0.0}),
+        (
+            {"beta": 0.1, "use_bias_correction_kl": True},
+            {"kl_loss_coef": 0.1, "kl_loss_estimator": "k2", "kl_coef": 0.0},
+        ),
         ({"beta": 0.1, "use_bias_correction_kl": False}, {"kl_loss_estimator": "k3"}),
         ({"loss_type": "bnpo"}, {"aggregation": "token"}),
         (
@@ -275,8 +279,8 @@ def test_unknown_settings_are_named_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (grpo_config, r"`args` is a GRPOConfig; pass `StepPOConfig.from_grpo_config\(args\)`"),
-        (lambda directory: TrainingArguments(str(directory)), "`args` is a TrainingArguments; pass a"),
+        (grpo_config, r"`args` is a GRPOConfig; `StepPOTrainer` takes `StepPOConfig.from_grpo_config\(args\)`"),
+        (lambda directory: TrainingArguments(str(directory)), "`args` is a TrainingArguments; pass a PPOConfig"),
         (lambda directory: {"seed": 1}, "`args` is a dict"),
     ],
 )

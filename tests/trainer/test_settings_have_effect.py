@@ -117,9 +117,10 @@ class Counted(Hash):
             Counted.alive += 1
             Counted.most = max(Counted.most, Counted.alive)
 
-    def close(self) -> None:
+    def get_reward(self) -> float:
         with Counted.lock:
             Counted.alive -= 1
+        return 0.0
 
 
 def reward_lengths(completion_ids: Any, **columns: Any) -> list[float]:
@@ -408,6 +409,7 @@ EFFECTS: dict[str, Effect] = {
 OWN_TESTS = {
     *("replay_episodes_dir", "max_failed_updates", "seed", "max_tool_calls"),  # below
     *("max_concurrent_tool_calls", "max_episode_s", "tool_timeout_s", "allow_uncached_sampling"),  # below
+    "reuse_environments",  # test_environment_factories.py
     *("max_staleness", "use_rollout_worker"),  # test_engines.py
     *("use_vllm", "vllm_server_base_url", "vllm_server_timeout"),  # test_vllm_engine.py
     *("vllm_weights_dir", "vllm_weight_transfer"),  # there, too

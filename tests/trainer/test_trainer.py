@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -55,12 +56,15 @@ def run(directory: Path, **arguments: Any) -> StepPOTrainer:
 # -- the ways to give a task ------------------------------------------------------------------------------------------
 
 
-def test_every_end_of_the_model_stops_a_response(tmp_path):
+def test_every_end_of_the_model_stops_a_response(tmp_path, caplog):
     model, end = make_model(), TOKENIZER.eos_token_id
     ends = [end, *range(60, 90)]
     model.generation_config.eos_token_id = ends
     steps = {"max_interaction_steps": 3, "environment_factory": Endless}
-    run(tmp_path, model=model, train_dataset=message_rows(), dump_episodes_dir=str(tmp_path / "episodes"), **steps)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, model=model, train_dataset=message_rows(), dump_episodes_dir=str(tmp_path / "episodes"), **steps)
+    # All episodes of both updates were cut, which is told once.
+    assert caplog.text.count("`max_interaction_steps` = 3. Raise it") == 1
     episodes = load_episodes(episode_file(tmp_path / "episodes", 0, 0))
     last = [step.response_ids[-1] for episode in episodes for step in episode.steps]
     assert len(set(last) & set(ends)) > 1
@@ -92,14 +96,16 @@ def test_environment_that_takes_the_response(tmp_path, rows):
             assert text == form
 
 
-def test_trl_style_environment(tmp_path):
+def test_trl_style_environment(tmp_path, caplog):
     trainer = make_trainer(tmp_path, environment_factory=Look, train_dataset=message_rows())
 
     def script(row: int, generation: int, step: int) -> str:
         return call("look", where="there") if step <= row % 2 else f"done{'<|im_end|>'}"
 
     trainer.player.sampler = ScriptedSampler(script)
-    trainer.train()
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "max_interaction_steps" not in caplog.text
     first, _ = training_logs(tmp_path)
     assert first["env/episode_steps"] == 2.5  # 1 or 2 calls, then the answer
     assert first["env/tool_calls"] == 1.5
@@ -551,9 +557,9 @@ def test_an_environment_that_breaks_when_made(tmp_path):
             raise OSError("no more of them")
         return Hash()
 
-    run(tmp_path, environment_factory=factory)
+    run(tmp_path, environment_factory=factory, reuse_environments=False)
     assert [entry["env/failed_episodes"] for entry in training_logs(tmp_path)] == [0.25, 0.25]
-    assert len(made) == 1 + 16, "one to look at, and one for each episode"
+    assert len(made) == 16, "one for each episode, of which the first was looked at before"
 
 
 def test_failed_episodes_train_nothing(tmp_path):

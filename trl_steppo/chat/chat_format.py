@@ -196,7 +196,7 @@ class ChatFormat:
                 Whether the prompt was made by the environment of what it observed: then that holds for all of it.
         """
         if not isinstance(prompt, str):
-            return self.render(_extended(prompt, extra) if extra else prompt)
+            return self.render(extended(prompt, extra) if extra else prompt)
         return self.encode_text(prompt, extra or "", is_observed=is_observed)
 
     def encode_text(
@@ -710,7 +710,7 @@ def _shown_texts(message: Message) -> list[str]:
     return [text.strip() for text in texts if isinstance(text, str)]
 
 
-def _extended(messages: Sequence[Message], extra: str) -> list[Message]:
+def extended(messages: Sequence[Message], extra: str) -> list[Message]:
     """The messages with `extra` at the end of the last user message; the row's own messages stay untouched."""
     index = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), None)
     if index is None:

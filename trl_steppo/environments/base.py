@@ -45,7 +45,8 @@ RESERVED_NAMES = frozenset(HOOKS)
 @runtime_checkable
 class Environment(Protocol):
     """
-    An environment that takes the whole response as its action. Methods may be sync or async.
+    An environment that takes the whole response as its action. Methods may be sync or async. The one parameter of
+    `step` is named `response`; in a class that inherits from this one it may have any name.
 
     `reset(**row)` receives every column of the dataset row (`prompt` included) and may return text that is appended to
     the prompt's last user message. Optional: `get_reward() -> float`, called once at the end and added to the last
@@ -73,7 +74,8 @@ class Environment(Protocol):
 @runtime_checkable
 class ToolEnvironment(Protocol):
     """
-    A TRL-style environment: every public method with a docstring and type hints is a tool the model may call.
+    A TRL-style environment: every public method with a docstring and type hints is a tool the model may call, static
+    methods included. A method with the name and the parameters of a hook ([`HOOKS`]) is none.
 
     Methods may be sync or async. An episode ends when a response calls no tool, or when `done` becomes true. Optional:
     `get_reward() -> float`, called once at the end and added to the last step; `step_reward() -> float` and `done`
@@ -129,8 +131,8 @@ class Playable(Protocol):
         """The whole prompt of the state that `observation` led to; `None`: the one before, with all that followed."""
         ...
 
-    async def get_reward(self) -> float:
-        """Called once, at the end; added to the last step. 0.0 where the environment has none."""
+    async def get_reward(self) -> float | None:
+        """Called once, at the end; added to the last step. `None`: the environment has not paid the episode."""
         ...
 
     def metrics(self) -> Mapping[str, float]:

@@ -34,9 +34,9 @@ def tools_of(environment: Any) -> dict[str, Tool]:
         ConfigurationError: two of them have the same name.
     """
     found: dict[str, Tool] = {}
-    for name in _class_functions(type(environment)):
-        with containing():
-            tool = getattr(environment, name)
+    with containing():  # looking a method up may run code of the environment's
+        methods = [(name, getattr(environment, name)) for name in _class_functions(type(environment))]
+    for name, tool in methods:
         if not callable(tool) or (name in HOOKS and is_hook(environment, name, tool)):
             continue
         known = found.setdefault(tool_name(tool), tool)
@@ -157,13 +157,9 @@ def _class_functions(cls: type) -> list[str]:
     """The public names of a class that stand for plain functions."""
     names = []
     for name in dir(cls):
-        if name.startswith("_"):
-            continue
         try:
-            with containing():
-                is_function = inspect.isfunction(getattr(cls, name))
+            if not name.startswith("_") and inspect.isfunction(getattr(cls, name)):
+                names.append(name)
         except Exception:  # of a descriptor
             continue
-        if is_function:
-            names.append(name)
     return names

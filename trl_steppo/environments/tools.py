@@ -11,18 +11,24 @@ import asyncio
 import copy
 import inspect
 import logging
+import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from ..calls import (
     CallTimeoutError,
     DaemonThread,
+    Home,
+    MainThread,
+    MainThreadNeededError,
+    NewEnvironmentNeededError,
     call,
     containing,
     drained,
     error_text,
+    home_of,
     is_lazy,
     why_unbindable,
 )
@@ -46,6 +52,12 @@ MISTAKES = (
 )
 """Counters of what went wrong in an episode, beside `tool_calls`, which counts every call that could be read."""
 
+_need_main_thread: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Functions that were found to work in the main thread only."""
+
+_GIVEN_UP = (CallTimeoutError, asyncio.CancelledError)
+"""What a call ends with that may go on in the environment."""
+
 _COUNTERS = frozenset({"tool_calls", *MISTAKES})
 
 
@@ -57,14 +69,15 @@ def make_playable(
     environment_timeout_s: float | None = None,
     max_tool_calls: int | None = MAX_TOOL_CALLS,
     slots: Slots | None = None,
+    hidden_columns: Collection[str] = (),
 ) -> Playable:
     """
     Make what a user wrote playable.
 
     Args:
         environment (`Any`, *optional*):
-            One instance, for one episode. With `step(response)` it takes the whole response; without, its public
-            methods are tools, as in TRL. `None`: only `tools`, and without those an episode is a single step.
+            One instance, for one episode at a time. With `step(response)` it takes the whole response; without, its
+            public methods are tools, as in TRL. `None`: only `tools`, and without those an episode is a single step.
         tools (`Sequence[Callable]`, *optional*):
             Functions beside the environment, sync or async, shared by all episodes.
         tool_timeout_s (`float`, *optional*, defaults to `60.0`):
@@ -78,6 +91,8 @@ def make_playable(
         slots ([`Slots`], *optional*):
             Bounds how many calls of one tool run at a time; shared by the episodes. Waiting for one's turn does not
             count as the call's time.
+        hidden_columns (`Collection[str]`, *optional*):
+            Columns of the row that `reset` is not given.
 
     Raises:
         ConfigurationError: the environment has no `reset`, or one of its methods that are not tools is a generator; a
@@ -91,7 +106,7 @@ def make_playable(
         _refuse_generators(environment)
     if environment is not None and _takes_responses(environment):
         _refuse_tools_beside_step(environment, tools)
-        return ResponsePlayable(environment, environment_timeout_s=limit_s)
+        return ResponsePlayable(environment, environment_timeout_s=limit_s, hidden_columns=hidden_columns)
     return ToolPlayable(
         environment,
         tools,
@@ -99,6 +114,7 @@ def make_playable(
         environment_timeout_s=limit_s,
         max_tool_calls=max_tool_calls,
         slots=slots,
+        hidden_columns=hidden_columns,
     )
 
 
@@ -149,12 +165,21 @@ def _refuse_tools_beside_step(environment: Any, tools: Sequence[Tool]) -> None:
 class _EnvironmentCalls:
     """What both forms have in common: an environment's methods under a time limit, in a thread of its own."""
 
-    def __init__(self, environment: Any, timeout_s: float | None) -> None:
+    def __init__(self, environment: Any, timeout_s: float | None, hidden_columns: Collection[str]) -> None:
         self._environment = environment
         self._timeout_s = timeout_s
-        self._thread = DaemonThread(_class_name(environment))
+        self._hidden_columns = hidden_columns
+        name = _class_name(environment)
+        self._thread: Home = DaemonThread(name) if environment is None else home_of(name)
+        self._was_given_up = False
+        self._was_played = False
         self._scores: dict[str, float] = {}
         self._defined: dict[str, bool] = {}
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether the environment may be reset for another episode: no call of it was given up."""
+        return not (self._was_given_up or self._thread.was_left)
 
     async def _call(
         self,
@@ -171,9 +196,13 @@ class _EnvironmentCalls:
         with containing():  # a `__getattr__` is code of the environment's, too
             method = getattr(self._environment, name)
         what = f"{name}()"
-        return await call(
-            method, args, kwargs or {}, thread=self._thread, timeout_s=self._timeout_s, what=what, convert=convert
-        )
+        try:
+            return await call(
+                method, args, kwargs or {}, thread=self._thread, timeout_s=self._timeout_s, what=what, convert=convert
+            )
+        except _GIVEN_UP:
+            self._was_given_up = True
+            raise
 
     def _defines(self, name: str) -> bool:
         if name not in self._defined:  # to look takes long, and some are asked for in every step
@@ -185,10 +214,31 @@ class _EnvironmentCalls:
         return self._defined[name]
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
-        """Start an episode. Raises what the environment raises."""
+        """
+        Start an episode. Raises what the environment raises, and a `NewEnvironmentNeededError` if its `reset` has not
+        undone what an earlier episode did.
+        """
         if self._environment is None:
             return None
-        return await self._call("reset", (), row, convert=_text_of_reset)
+        if self._hidden_columns:
+            row = {name: value for name, value in row.items() if name not in self._hidden_columns}
+        self._scores = {}
+        text = await self._call("reset", (), row, convert=_text_of_reset)
+        if self._was_played and self._plain_done():
+            problem = (
+                f"`{_class_name(self._environment)}.reset` leaves `done` true, so that a new environment is made for "
+                "every episode; let `reset` set all that an episode changes, or set `reuse_environments=False`"
+            )
+            _warn_once(problem)
+            raise NewEnvironmentNeededError(problem)
+        self._was_played = True
+        return text
+
+    def _plain_done(self) -> bool | None:
+        """`done`, where no code has to run to read it."""
+        computes = hasattr(type(self._environment), "__getattr__")
+        plain = inspect.getattr_static(self._environment, "done", None if computes else False)
+        return plain if isinstance(plain, bool) else None
 
     async def state_prompt(self, observation: str | list[Message]) -> str | list[Message] | None:
         """The state's whole prompt; `None` without a `state_prompt`. A `TypeError` for one of another form."""
@@ -196,19 +246,29 @@ class _EnvironmentCalls:
             return None
         return await self._call("state_prompt", [observation], convert=_prompt)
 
-    async def get_reward(self) -> float:
-        """The reward at the end; 0.0 without a `get_reward`. Reads the environment's scores, too."""
-        reward = 0.0
+    async def get_reward(self) -> float | None:
+        """
+        The reward at the end; `None` if nothing has paid the episode: `get_reward` gives none, and steps are not paid.
+        Reads the environment's scores, too.
+        """
+        reward: float | None = None
         if self._defines("get_reward"):
-            reward = await self._call("get_reward", convert=lambda value: as_number(value, "get_reward()"))
+            reward = await self._call("get_reward", convert=_reward_or_none)
+        if reward is None and self._pays_steps():
+            reward = 0.0
         if self._defines("metrics"):
             self._scores = await self._scores_or_none()
         return reward
+
+    def _pays_steps(self) -> bool:
+        return self._defines("step_reward") or self._defines("step")
 
     async def _scores_or_none(self) -> dict[str, float]:
         """What `metrics()` gives. It is shown and not trained on, so that nothing that is wrong with it costs more."""
         try:
             return await self._call("metrics", convert=_scores)
+        except MainThreadNeededError:
+            raise
         except Exception as error:
             _warn_once(f"metrics() failed, and its scores are left out: {type(error).__name__}: {error_text(error)}")
             return {}
@@ -228,6 +288,10 @@ class _EnvironmentCalls:
     async def _state_key(self) -> Any:
         # A copy: the step that follows may change a key that is a list of all moves, say.
         return await self._call("state_key", convert=copy.deepcopy) if self._defines("state_key") else None
+
+
+def _reward_or_none(value: Any) -> float | None:
+    return None if value is None else as_number(value, "get_reward()")
 
 
 def _text_of_reset(value: Any) -> str | None:
@@ -297,15 +361,19 @@ class ResponsePlayable(_EnvironmentCalls):
 
     Args:
         environment ([`Environment`]):
-            One instance, for one episode.
+            One instance, for one episode at a time.
         environment_timeout_s (`float`, *optional*):
             Time limit of each of its calls; `None`: none.
+        hidden_columns (`Collection[str]`, *optional*):
+            Columns of the row that `reset` is not given.
     """
 
     tools: Sequence[Any] = ()
 
-    def __init__(self, environment: Any, *, environment_timeout_s: float | None = None) -> None:
-        super().__init__(environment, environment_timeout_s)
+    def __init__(
+        self, environment: Any, *, environment_timeout_s: float | None = None, hidden_columns: Collection[str] = ()
+    ) -> None:
+        super().__init__(environment, environment_timeout_s, hidden_columns)
 
     async def step(self, response: Response) -> Outcome:
         """Let the environment answer. Raises what it raises, and a `TypeError` for an answer of another form."""
@@ -333,7 +401,7 @@ class ToolPlayable(_EnvironmentCalls):
 
     Args:
         environment ([`ToolEnvironment`], *optional*):
-            One instance, for one episode.
+            One instance, for one episode at a time.
         tools (`Sequence[Callable]`, *optional*):
             Functions beside it, shared by all episodes: calls of them may overlap.
         tool_timeout_s (`float`, *optional*):
@@ -344,6 +412,8 @@ class ToolPlayable(_EnvironmentCalls):
             Most tool calls of one response that are run; `None`: all.
         slots ([`Slots`], *optional*):
             Bounds how many calls of one tool run at a time.
+        hidden_columns (`Collection[str]`, *optional*):
+            Columns of the row that `reset` is not given.
 
     Raises:
         ConfigurationError: a tool has no docstring or no type hints, or two tools share a name.
@@ -358,12 +428,15 @@ class ToolPlayable(_EnvironmentCalls):
         environment_timeout_s: float | None = None,
         max_tool_calls: int | None = MAX_TOOL_CALLS,
         slots: Slots | None = None,
+        hidden_columns: Collection[str] = (),
     ) -> None:
-        super().__init__(environment, environment_timeout_s)
+        super().__init__(environment, environment_timeout_s, hidden_columns)
         self._slots = slots
         self._tool_timeout_s = tool_timeout_s
         self._max_tool_calls = max_tool_calls
         self._methods = {} if environment is None else tools_of(environment)
+        is_async = inspect.iscoroutinefunction
+        self._async_methods = {name for name, method in self._methods.items() if is_async(method)}
         self._functions = functions_by_name(tools, taken=self._methods)
         self._schemas = {name: schema_of(name, tool) for name, tool in {**self._methods, **self._functions}.items()}
         self.tools: Sequence[Any] = list(self._schemas.values())
@@ -378,7 +451,7 @@ class ToolPlayable(_EnvironmentCalls):
         most = len(calls) + len(malformed) if self._max_tool_calls is None else self._max_tool_calls
         calls, refused = calls[:most], calls[most:]
         counts.update(refused_tool_calls=len(refused))
-        answers = await asyncio.gather(*(self._answer(one["name"], one["arguments"], counts) for one in calls))
+        answers = await self._answers(calls, counts)
         observation = [_message(one["name"], answer, one["id"]) for one, answer in zip(calls, answers, strict=True)]
         too_many = f"Error: not run: a response may make {most} tool calls"
         observation += [_message(one["name"], too_many, one["id"]) for one in refused]
@@ -392,6 +465,18 @@ class ToolPlayable(_EnvironmentCalls):
             dict(counts),
             ended_by_response=asks_nothing and not is_done,
         )
+
+    async def _answers(self, calls: Sequence[Mapping[str, Any]], counts: Counter[str]) -> list[str | list[Any]]:
+        """What the tools answer: the async methods of the environment when the other calls are done, as in TRL."""
+        is_late = [one["name"] in self._async_methods for one in calls]
+        if all(is_late) or not any(is_late):
+            return list(await asyncio.gather(*(self._answer(one["name"], one["arguments"], counts) for one in calls)))
+        answers: dict[int, str | list[Any]] = {}
+        for turn in (False, True):
+            indexes = [index for index, late in enumerate(is_late) if late is turn]
+            begun = (self._answer(calls[index]["name"], calls[index]["arguments"], counts) for index in indexes)
+            answers.update(zip(indexes, await asyncio.gather(*begun), strict=True))
+        return [answers[index] for index in range(len(calls))]
 
     async def _answer(self, name: str, arguments: Mapping[str, Any], counts: Counter[str]) -> str | list[Any]:
         """The tool's result, or what the model did wrong. Raises only for a result that the policy cannot read."""
@@ -412,30 +497,45 @@ class ToolPlayable(_EnvironmentCalls):
         except CallTimeoutError:
             counts["tool_timeouts"] += 1
             return f"Error: {name} took longer than {self._tool_timeout_s:g} s and was given up"
+        except MainThreadNeededError:
+            raise
         except Exception as error:
             counts["tool_errors"] += 1
             return writable(f"Error: {name} failed: {type(error).__name__}: {error_text(error)}")
 
     async def _run(self, name: str, tool: Tool, arguments: Mapping[str, Any]) -> str | list[Any]:
-        # Functions share no state with the environment: each call of one has a thread to itself.
-        thread = self._thread if name in self._methods else DaemonThread(name)
+        if name in self._methods:
+            try:
+                return await self._run_in(self._thread, name, tool, arguments)
+            except _GIVEN_UP:
+                self._was_given_up = True
+                raise
+        if tool in _need_main_thread:
+            return await self._run_in(MainThread(), name, tool, arguments)
+        thread = DaemonThread(name)  # functions share no state with the environment: each call has one to itself
         try:
-            async with self._slots.of(name) if self._slots is not None else nullcontext():
-                timeout_s = self._tool_timeout_s
-                return await call(
-                    tool, (), arguments, thread=thread, timeout_s=timeout_s, what=name, convert=content_of
+            return await self._run_in(thread, name, tool, arguments)
+        except MainThreadNeededError as error:
+            answer = await self._run_in(MainThread(), name, tool, arguments)
+            if tool not in _need_main_thread:
+                _need_main_thread.add(tool)
+                logger.warning(
+                    "%s: calls of it run there from now on, one after the other, and without `tool_timeout_s`", error
                 )
+            return answer
         finally:
-            if thread is not self._thread:
-                thread.end()
+            thread.end()
+
+    async def _run_in(self, thread: Home, name: str, tool: Tool, arguments: Mapping[str, Any]) -> str | list[Any]:
+        async with self._slots.of(name) if self._slots is not None else nullcontext():
+            timeout_s = self._tool_timeout_s
+            return await call(tool, (), arguments, thread=thread, timeout_s=timeout_s, what=name, convert=content_of)
 
     async def _is_done(self) -> bool:
         if self._environment is None:
             return False
-        environment = self._environment
-        computes = hasattr(type(environment), "__getattr__")
-        plain = inspect.getattr_static(environment, "done", None if computes else False)
-        if isinstance(plain, bool):  # no code runs, so it needs no thread
+        environment, plain = self._environment, self._plain_done()
+        if plain is not None:  # no code runs, so it needs no thread
             return plain
 
         def done() -> Any:  # may be a property, which is code of the environment's, too

@@ -8,8 +8,9 @@ from .episode import run_episode
 from .pacing import InFlight
 from .play import EpisodeRequest, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
-from .rewards import check_reward_funcs, checked_weights, score_episodes, within_float32
+from .rewards import check_reward_funcs, checked_weights, paid, score_episodes, within_float32
 from .rows import own_row
+from .stage import Stage, make_at_home
 
 __all__ = [
     "Agent",
@@ -17,13 +18,16 @@ __all__ = [
     "EpisodeLimits",
     "EpisodeRequest",
     "InFlight",
+    "Stage",
     "check_agent",
     "check_reward_funcs",
     "checked_weights",
     "dump_episodes",
     "episode_file",
     "load_episodes",
+    "make_at_home",
     "own_row",
+    "paid",
     "play_agents",
     "play_episodes",
     "run_episode",

@@ -38,8 +38,9 @@ from ..inference.base import Sampler, SamplingParams
 from ..keeper import LETS_END_S, Keeper
 from ..types import Episode, EpisodeLimits
 from .episode import describe
+from .loops import run_coroutine
 from .pacing import InFlight
-from .play import EpisodeRequest, play_concurrently, run_coroutine
+from .play import EpisodeRequest, play_concurrently
 
 logger = logging.getLogger(__name__)
 

@@ -12,20 +12,19 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
-from ..calls import CallTimeoutError, error_text, within
+from ..calls import CallTimeoutError, MainThreadNeededError, NewEnvironmentNeededError, error_text, within
 from ..chat import ChatFormat
 from ..environments.base import Message, Outcome, Playable, Response
 from ..errors import ConfigurationError, DataError, SamplerError
 from ..inference.base import Sample, Sampler, SamplingParams, step_seed
 from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds, renamed_keyword
 from .pacing import InFlight
-from .rows import own
+from .rows import EMPTY_PROMPT, own
 
 logger = logging.getLogger(__name__)
 
 _EPISODE = "the episode"
 _LONG_TEXT = 20_000  # characters; tokenizing more holds up the other episodes, and is not done in vain
-_EMPTY_PROMPT: list[Message] = [{"role": "user", "content": ""}]  # GRPOTrainer's, for rows that leave it to `reset`
 
 
 @renamed_keyword("row_index", "stream_position")
@@ -42,6 +41,7 @@ async def run_episode(
     generation_index: int,
     episode_id: str | None = None,
     pacer: InFlight | None = None,
+    closes: bool = True,
 ) -> Episode:
     """
     Play one episode. What breaks in it becomes its `error`, and the steps so far are kept.
@@ -72,19 +72,23 @@ async def run_episode(
         pacer ([`InFlight`], *optional*):
             Counts the episode as away whenever it is not waiting for the sampler. The caller has counted it before,
             and takes it back afterwards.
+        closes (`bool`, *optional*, defaults to `True`):
+            Whether to close the environment afterwards.
 
     Returns:
         [`Episode`]: terminated, truncated, or with an `error`.
 
     Raises:
         SamplerError: The sampler failed, which is no fault of the episode's.
+        MainThreadNeededError, NewEnvironmentNeededError: This environment cannot play the episode; another one can.
     """
     name = episode_id or f"{stream_position}-{generation_index}"
     play = _Play(env, sampler, row, chat, limits, sampling, (run_seed, stream_position, generation_index), name, pacer)
     try:
         await play.run()
     finally:
-        await play.close()
+        if closes:
+            await play.close()
     return play.episode()
 
 
@@ -144,7 +148,8 @@ class _Play:
     played: list[_Played] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     scores: dict[str, float] = field(default_factory=dict)
-    final_reward: float = 0.0
+    final_reward: float | None = None
+    reset_text: str | None = None
     stage: str = "reset"
     ending: StopReason | None = None
     error: str | None = None
@@ -160,7 +165,7 @@ class _Play:
             finally:
                 self.sampler.release(self.episode_id)
             await self._finish()
-        except SamplerError:
+        except (SamplerError, MainThreadNeededError, NewEnvironmentNeededError):
             raise
         except Exception as error:
             self._fail(error)
@@ -189,6 +194,8 @@ class _Play:
             error=self.error,
             metrics={**self.counts, **self.scores},
             stop_reason=reason,
+            reset_text=self.reset_text,
+            needs_reward=self.final_reward is None,
         )
 
     # -- playing ------------------------------------------------------------------------------------------------------
@@ -204,6 +211,7 @@ class _Play:
 
     async def _play(self) -> StopReason:
         extra = await self.env.reset(self.row) if self.env is not None else None
+        self.reset_text = extra
         self.ids = await self._first_prompt(await self._rewritten(""), extra)
         while True:
             over = self._over_budget()
@@ -326,7 +334,7 @@ class _Play:
             return ids + await _in_time(encode, extra)
         if "prompt" not in self.row and self.env is None:
             raise DataError(f"the row has neither `prompt` nor `input_ids`, but {sorted(self.row)}")
-        return await self._prepared(self._chat("a row with `prompt`"), self.row.get("prompt", _EMPTY_PROMPT), extra)
+        return await self._prepared(self._chat("a row with `prompt`"), self.row.get("prompt", EMPTY_PROMPT), extra)
 
     async def _prepared(
         self, chat: ChatFormat, prompt: str | list[Message], extra: str | None, *, is_observed: bool = False
@@ -415,7 +423,7 @@ class _Play:
             prompt_ids=buffer[: played.prompt_length],
             response_ids=buffer[played.prompt_length : played.prompt_length + len(sample.token_ids)],
             rollout_logprobs=sample.logprobs,
-            reward=outcome.reward + (self.final_reward if is_last else 0.0),
+            reward=outcome.reward + ((self.final_reward or 0.0) if is_last else 0.0),
             step_index=index,
             policy_version=sample.policy_version,
             temperature=self.sampling.temperature,

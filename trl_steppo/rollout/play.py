@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from ..calls import (
-    CallTimeoutError,
-    DaemonThread,
-    forget_interruption,
-    keeping_thread_state,
-    noticing_interruptions,
-    raise_interruption,
-    within,
-)
+from ..calls import MainThreadNeededError, NewEnvironmentNeededError
 from ..chat import ChatFormat
-from ..environments.base import Playable
 from ..environments.slots import Slots
-from ..errors import RolloutError, SamplerError
+from ..errors import ConfigurationError, RolloutError, SamplerError
 from ..inference.base import Sampler, SamplingParams
-from ..stopping import StopRequestedError, calling
 from ..types import Episode, EpisodeLimits, renamed_keyword
 from .episode import failed_episode, run_episode
+from .loops import run_coroutine
 from .pacing import InFlight
 from .rows import own_row, question_of
+from .stage import LETS_GO_S, MakePlayable, Place, Stage
+
+__all__ = ["EpisodeRequest", "play_concurrently", "play_episodes", "run_coroutine"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _ATTEMPTS = 3  # at an episode whose sampler fails
-_LETS_GO_S = 1.0  # for what was left behind in an event loop to clean up
 
 
 @renamed_keyword("row_index", "stream_position")
@@ -64,10 +53,10 @@ class EpisodeRequest:
 
 def play_episodes(
     requests: Sequence[EpisodeRequest],
-    make_playable: Callable[[Mapping[str, Any]], Playable | None],
+    make_playable: MakePlayable | Stage,
     sampler: Sampler,
     *,
-    chat: ChatFormat | None,
+    chat: ChatFormat | Callable[[Mapping[str, Any]], ChatFormat | None] | None,
     limits: EpisodeLimits,
     sampling: SamplingParams,
     run_seed: int,
@@ -85,12 +74,15 @@ def play_episodes(
     Args:
         requests (`Sequence[EpisodeRequest]`):
             What to play.
-        make_playable (`Callable[[Mapping], Playable | None]`):
-            Makes the environment of one episode from its row. Called for one episode after the other, in the order of
-            the requests, in a thread of this rollout's own; what it raises fails that episode.
+        make_playable (`Callable[[Mapping], Playable | None]` or [`~stage.Stage`]):
+            Makes the environment of one episode from its row, which is closed when the episode is over. Called for one
+            episode after the other, in the order of the requests, each time in a thread of the environment's own; what
+            it raises fails that episode. A [`~stage.Stage`] keeps environments from one rollout to the next.
         sampler ([`Sampler`]):
             The policy; called concurrently.
-        chat, limits, sampling, run_seed:
+        chat ([`ChatFormat`] or `Callable[[Mapping], ChatFormat | None]`, *optional*):
+            See [`run_episode`]; a function gives that of a row.
+        limits, sampling, run_seed:
             See [`run_episode`].
         make_timeout_s (`float`, *optional*):
             Most seconds for making an environment; `None`: as long as the whole episode may take.
@@ -110,59 +102,60 @@ def play_episodes(
 
     Raises:
         SamplerError: The sampler failed for good, or again and again.
+        ConfigurationError: An environment or a tool works in the main thread only, which has no time for it.
     """
     in_flight = InFlight(grace_s=grace_s)
+    stage = (
+        make_playable
+        if isinstance(make_playable, Stage)
+        else Stage(make_playable, reuses=False, close_timeout_s=limits.max_episode_s)
+    )
     rollout = _Rollout(
-        make_playable=make_playable,
+        stage=stage,
         sampler=sampler,
-        chat=chat,
+        chat_of=chat if callable(chat) else lambda row: chat,
         limits=limits,
         sampling=sampling,
         run_seed=run_seed,
         in_flight=in_flight,
         make_timeout_s=make_timeout_s if make_timeout_s is not None else limits.max_episode_s,
         id_prefix=id_prefix,
-        slots=slots,
-        on_episode=on_episode or (lambda: None),
     )
-    num_players = max_concurrent_episodes or len(requests)
-    return run_coroutine(rollout.play(requests, num_players))
+    try:
+        return stage.run(
+            play_concurrently(
+                requests,
+                rollout.play_one,
+                sampler,
+                in_flight,
+                num_players=max_concurrent_episodes or len(requests),
+                slots=slots,
+                on_episode=on_episode or (lambda: None),
+            )
+        )
+    finally:
+        if stage is not make_playable:
+            stage.close()
 
 
 @dataclass(frozen=True)
 class _Rollout:
-    make_playable: Callable[[Mapping[str, Any]], Playable | None]
+    stage: Stage
     sampler: Sampler
-    chat: ChatFormat | None
+    chat_of: Callable[[Mapping[str, Any]], ChatFormat | None]
     limits: EpisodeLimits
     sampling: SamplingParams
     run_seed: int
     in_flight: InFlight
     make_timeout_s: float | None
     id_prefix: str
-    slots: Slots | None
-    on_episode: Callable[[], None]
 
-    async def play(self, requests: Sequence[EpisodeRequest], num_players: int) -> list[Episode]:
-        maker = DaemonThread("make_playable")
-        try:
-            return await play_concurrently(
-                requests,
-                lambda request: self._play_one(request, maker),
-                self.sampler,
-                self.in_flight,
-                num_players=num_players,
-                slots=self.slots,
-                on_episode=self.on_episode,
-            )
-        finally:
-            maker.end()
-
-    async def _play_one(self, request: EpisodeRequest, maker: DaemonThread) -> Episode:
+    async def play_one(self, request: EpisodeRequest) -> Episode:
         episode_id = f"{self.id_prefix}{request.stream_position}-{request.generation_index}"
-        make = lambda: self.make_playable(request.row)  # noqa: E731
         try:
-            env = await maker.run(make, self.make_timeout_s, "making the environment")
+            place = await self.stage.take(request.row, self.make_timeout_s)
+        except MainThreadNeededError as error:
+            raise _cannot_play(error) from error
         except Exception as error:
             return failed_episode(
                 request.stream_position,
@@ -171,11 +164,26 @@ class _Rollout:
                 stage="making the environment",
                 episode_id=episode_id,
             )
+        is_well = False
+        try:
+            episode = await self._play_at(place, request, episode_id)
+            is_well = episode.valid
+            return episode
+        except MainThreadNeededError as error:
+            try:
+                await self.stage.move_to_main_thread(place, error)
+            except MainThreadNeededError:
+                raise _cannot_play(error) from error
+            raise NewEnvironmentNeededError(str(error)) from error
+        finally:
+            await self.stage.give_back(place, is_well=is_well, name=episode_id)
+
+    async def _play_at(self, place: Place, request: EpisodeRequest, episode_id: str) -> Episode:
         return await run_episode(
-            env,
+            place.playable,
             self.sampler,
             request.row,
-            chat=self.chat,
+            chat=self.chat_of(request.row),
             limits=self.limits,
             sampling=self.sampling,
             run_seed=self.run_seed,
@@ -183,7 +191,16 @@ class _Rollout:
             generation_index=request.generation_index,
             episode_id=episode_id,
             pacer=self.in_flight,
+            closes=False,
         )
+
+
+def _cannot_play(error: MainThreadNeededError) -> ConfigurationError:
+    return ConfigurationError(
+        f"{error}, and the main thread has no time for it while the next episodes are played: set `max_staleness=0`, "
+        "and call `train()` in the main thread; or leave signals out: `tool_timeout_s` limits the time of a tool, and "
+        "a process of its own can handle signals"
+    )
 
 
 async def play_concurrently(
@@ -217,8 +234,14 @@ async def play_concurrently(
     for _ in range(num_players):
         in_flight.away()
     sampler.pace(in_flight.settled)
+    players = [asyncio.ensure_future(player()) for _ in range(num_players)]
     try:
-        await asyncio.gather(*(player() for _ in range(num_players)))
+        await asyncio.gather(*players)
+    except BaseException:
+        for playing in players:
+            playing.cancel()
+        await asyncio.wait(players, timeout=LETS_GO_S)
+        raise
     finally:
         sampler.pace(None)
     return [results[index] for index in range(len(requests))]
@@ -231,109 +254,17 @@ async def _despite_accidents(
     Play a request again, from its beginning, where the sampler failed, unless that itself has given up. Each attempt
     has a row of its own: what an environment or an agent does to it, no other episode sees.
     """
-    for attempt in range(1, _ATTEMPTS + 1):
+    num_accidents = 0
+    while True:
         own_request = replace(request, row=own_row(request.row))  # the last attempt may have changed its row
         try:
             episode = await play_one(own_request)
             return replace(episode, dataset_row=request.dataset_row, question=question_of(request.row))
+        except NewEnvironmentNeededError:  # a new one never needs another
+            continue
         except SamplerError as error:
+            num_accidents += 1
             has_given_up = isinstance(error.__cause__, RolloutError) and not isinstance(error.__cause__, SamplerError)
-            if attempt == _ATTEMPTS or has_given_up:
+            if num_accidents == _ATTEMPTS or has_given_up:
                 raise
             logger.warning("%s; it is played again", error)
-    raise AssertionError
-
-
-def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
-    """
-    Run a coroutine to its end from sync code, whether or not this thread already runs an event loop.
-
-    Unlike `asyncio.run` it does not wait for what the coroutine left behind: an async tool that hung in
-    `asyncio.to_thread` would hold it forever. A task that the code of others has begun, and that ends in `SystemExit`
-    or `KeyboardInterrupt`, does not end it.
-
-    Raises:
-        StopRequestedError: The process was asked to stop ([`stopping`]) before the coroutine had ended.
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return _run_in_new_loop(coroutine)
-    outcome: list[Callable[[], T]] = []
-    stops: list[Callable[[], None]] = []
-    run = lambda: outcome.append(_settle(coroutine, stops))  # noqa: E731
-    thread = threading.Thread(target=run, name="rollout", daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:  # Ctrl-C reaches this thread alone
-        for stop in stops:
-            stop()
-        raise
-    return outcome[0]()
-
-
-def _settle(coroutine: Coroutine[Any, Any, T], stops: list[Callable[[], None]]) -> Callable[[], T]:
-    """A function that returns or raises in the caller's thread what the coroutine did in this one."""
-    try:
-        result = _run_in_new_loop(coroutine, stops)
-    except BaseException as error:
-        raised = error
-
-        def fail() -> T:
-            raise raised
-
-        return fail
-    return lambda: result
-
-
-def _run_in_new_loop(coroutine: Coroutine[Any, Any, T], stops: list[Callable[[], None]] | None = None) -> T:
-    """`stops`: where to put what stops it from another thread."""
-    loop = asyncio.new_event_loop()
-    with noticing_interruptions(), keeping_thread_state():
-        main = loop.create_task(coroutine)
-        stopped = threading.Event()
-        stop = partial(_stop, loop, stopped)
-        if stops is not None:
-            stops.append(stop)
-        try:
-            with calling(stop):
-                return _run_until_done(loop, main, stopped)
-        except RuntimeError as error:
-            if main.done() or not stopped.is_set():
-                raise
-            raise StopRequestedError("a rollout was broken off, as a stop was requested") from error
-        finally:
-            forget_interruption()
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
-            try:  # lets the cancelled ones clean up, and waits for none of them for long
-                _run_until_done(loop, loop.create_task(asyncio.sleep(0)))
-                closing = within(loop.shutdown_asyncgens(), _LETS_GO_S, "cleaning up")
-                with suppress(CallTimeoutError):
-                    _run_until_done(loop, loop.create_task(closing))
-            finally:
-                loop.close()
-
-
-def _run_until_done(
-    loop: asyncio.AbstractEventLoop, main: asyncio.Task[T], stopped: threading.Event | None = None
-) -> T:
-    """Run the loop until `main` is done, or `stopped` is set, whatever else tries to end it."""
-    while True:
-        try:
-            return loop.run_until_complete(main)
-        except (SystemExit, KeyboardInterrupt) as error:
-            raise_interruption(error)
-            if main.done():
-                return main.result()
-            logger.error("a task of an environment, a tool or a reward function ended in %r", error, exc_info=error)
-        except RuntimeError:  # of `main`, or as the loop was stopped
-            if main.done() or (stopped is not None and stopped.is_set()):
-                raise
-
-
-def _stop(loop: asyncio.AbstractEventLoop, stopped: threading.Event) -> None:
-    stopped.set()
-    with suppress(RuntimeError):  # the loop is closed: it has ended by itself
-        loop.call_soon_threadsafe(loop.stop)

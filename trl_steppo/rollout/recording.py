@@ -77,6 +77,8 @@ def _to_json(episode: Episode) -> dict[str, Any]:
         "stop_reason": None if episode.stop_reason is None else episode.stop_reason.value,
         "error": episode.error,
         "metrics": dict(episode.metrics),
+        "reset_text": episode.reset_text,
+        "logged": dict(episode.logged),
         "token_ids": token_ids.tolist(),
         "final_prompt_ids": None
         if episode.final_prompt_ids is None
@@ -116,6 +118,8 @@ def _from_json(data: Mapping[str, Any]) -> Episode:
         final_prompt_ids=None if final is None else _unpack(final, token_ids, start=0),
         error=data["error"],
         metrics=dict(data["metrics"]),
+        reset_text=data.get("reset_text"),
+        logged=dict(data.get("logged", {})),
         stop_reason=None if data["stop_reason"] is None else StopReason(data["stop_reason"]),
     )
 

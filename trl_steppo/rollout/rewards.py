@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..calls import call_and_wait, error_text, why_unbindable
-from ..chat import ChatFormat
+from ..calls import DaemonThread, call, call_and_wait, error_text, why_unbindable
+from ..chat import ChatFormat, extended
 from ..environments.base import Message
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..finite import LARGEST, NotFiniteError, as_number
 from ..types import Episode, Step, StopReason
-from .play import run_coroutine
-from .rows import own
+from .loops import run_coroutine
+from .rows import own, prompt_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,8 @@ Decode = Callable[[Sequence[int]], str]
 _NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
 _OURS = ("prompts", "completions", "completion_ids", "trainer_state")
 """What a reward function is given beside the columns, each as a keyword."""
+_OFFERED = ("log_extra", "log_metric", "environments")
+"""What one is given if it takes it, by its name or as `**kwargs`; the last one where there are environments."""
 
 
 def score_episodes(
@@ -32,17 +36,21 @@ def score_episodes(
     episodes: Sequence[Episode],
     rows: Sequence[Mapping[str, Any]],
     *,
-    chat: ChatFormat | None = None,
+    chat: ChatFormat | Callable[[Mapping[str, Any]], ChatFormat | None] | None = None,
     decode: Decode | None = None,
     extra: Mapping[str, Any] | None = None,
+    environments: Sequence[Any] | None = None,
+    log_metric: Callable[[str, float], Any] = lambda name, value: None,
 ) -> list[Episode]:
     """
     Add the weighted sum of the reward functions to the last step of every valid episode.
 
-    A reward function is called once, with one list entry for each valid episode: `prompts`; `completions`, which are
-    messages (the responses and the observations between them) where the prompt is messages, else text;
-    `completion_ids`, everything after the first prompt; and every other column of the rows. It returns a list of
-    rewards, `None` where it does not apply; it may be async.
+    A reward function is called once, with one list entry for each valid episode: `prompts`, with what `reset` returned
+    at the end; `completions`, which are messages (the responses and the observations between them) where the prompt is
+    messages, else text; `completion_ids`, everything after the first prompt; every other column of the rows; and
+    `environments`. It may call `log_extra(column, values)` with one value for each of these episodes, and
+    `log_metric(name, value)`. It returns a list of rewards, `None` where it does not apply. Those that are async are
+    called after the others, all at once.
 
     Args:
         reward_funcs (`Sequence[Callable]`):
@@ -53,16 +61,21 @@ def score_episodes(
             What was played; failed episodes are passed through.
         rows (`Sequence[Mapping[str, Any]]`):
             The dataset row of each episode.
-        chat ([`ChatFormat`], *optional*):
-            Reads responses as messages; needed where a prompt is messages.
+        chat ([`ChatFormat`] or `Callable[[Mapping], ChatFormat | None]`, *optional*):
+            Reads responses as messages; needed where a prompt is messages. A function gives that of a row.
         decode (`Callable`, *optional*):
             Text of token ids; `chat.decode` if not given.
         extra (`Mapping[str, Any]`, *optional*):
             More keyword arguments for every function, such as `trainer_state`.
+        environments (`Sequence[Any]`, *optional*):
+            The environment that each episode was played in, as it is after it. `None`: there are none.
+        log_metric (`Callable[[str, float], Any]`, *optional*):
+            Called with what functions log for a mean.
 
     Returns:
-        `list[Episode]`: in the same order. Each function's reward is in `metrics` as `rewards/{name}`. An episode
-        whose reward is not finite in float32 is failed ([`~finite.as_number`]).
+        `list[Episode]`: in the same order. Each function's reward is in `metrics` as `rewards/{name}`, what it logs
+        for each episode in `logged`. An episode whose reward is not finite in float32 is failed
+        ([`~finite.as_number`]), and so is one that no function applies to and nothing else has paid.
 
     Raises:
         ConfigurationError: there are not as many weights as functions.
@@ -72,17 +85,30 @@ def score_episodes(
     valid = [index for index, episode in enumerate(episodes) if episode.valid]
     if not valid or not reward_funcs:
         return list(episodes)
-    view = _View(chat, decode)
-    arguments = _arguments([episodes[i] for i in valid], [rows[i] for i in valid], view)
-    columns = {
-        name: _call(func, name, {**_own_arguments(arguments), **(extra or {})}, len(valid))
-        for name, func in _named(reward_funcs).items()
-    }
+    chat_of = chat if callable(chat) else lambda row: chat
+    views = [_View(chat_of(rows[i]), decode) for i in valid]
+    arguments = _arguments([episodes[i] for i in valid], [rows[i] for i in valid], views)
+    log = _Log(len(valid), log_metric)
+    offered: dict[str, Any] = {"log_extra": log.log_extra, "log_metric": log.log_metric}
+    if environments is not None:
+        offered["environments"] = [environments[i] for i in valid]
+
+    def arguments_of(func: RewardFunc) -> dict[str, Any]:
+        return {**_own_arguments(arguments), **_taken(func, offered), **(extra or {})}
+
+    columns = _call_all(_named(reward_funcs), arguments_of, len(valid))
+    logged = log.columns()
     scored = list(episodes)
     for position, index in enumerate(valid):
         rewards = {name: column[position] for name, column in columns.items()}
-        scored[index] = _rewarded(episodes[index], rewards, weights)
+        values = {name: column[position] for name, column in logged.items()}
+        scored[index] = replace(_rewarded(episodes[index], rewards, weights), logged=values)
     return scored
+
+
+def takes_environments(func: RewardFunc) -> bool:
+    """Whether a reward function is given `environments` where there are some."""
+    return bool(_taken(func, {"environments": None}))
 
 
 def checked_weights(reward_funcs: Sequence[RewardFunc], reward_weights: Sequence[float] | None) -> list[float]:
@@ -103,19 +129,25 @@ def checked_weights(reward_funcs: Sequence[RewardFunc], reward_weights: Sequence
         raise ConfigurationError(str(error)) from error
 
 
-def check_reward_funcs(reward_funcs: Sequence[RewardFunc], columns: Iterable[str]) -> None:
+def check_reward_funcs(
+    reward_funcs: Sequence[RewardFunc], columns: Iterable[str], *, has_environments: bool = False
+) -> None:
     """
     Raises a `ConfigurationError` for what is no function, and for a function that cannot be called with what it would
-    be given: the columns of the dataset, `prompts`, `completions`, `completion_ids` and `trainer_state`.
+    be given: the columns of the dataset, `prompts`, `completions`, `completion_ids` and `trainer_state`; and, if it
+    takes them, `log_extra`, `log_metric` and `environments`.
 
     Args:
         reward_funcs (`Sequence[Callable]`):
             The functions.
         columns (`Iterable[str]`):
             Names of the dataset's columns.
+        has_environments (`bool`, *optional*, defaults to `False`):
+            Whether episodes have environments.
     """
     columns = [name for name in columns if name not in _NOT_COLUMNS]
-    hidden = [name for name in columns if name in _OURS]
+    offered = _OFFERED if has_environments else _OFFERED[:-1]
+    hidden = [name for name in columns if name in (*_OURS, *offered)]
     if hidden and reward_funcs:
         raise ConfigurationError(
             f"the dataset has a column `{hidden[0]}`, and reward functions are given something else of that name; "
@@ -127,13 +159,27 @@ def check_reward_funcs(reward_funcs: Sequence[RewardFunc], columns: Iterable[str
                 f"`reward_funcs` has {type(func).__name__} {str(func)[:100]!r}, which is no function; pass functions, "
                 "and a sequence classifier, loaded, as `reward_model`"
             )
-        problem = why_unbindable(func, [*columns, *_OURS])
+        taken = _taken(func, dict.fromkeys(offered))
+        problem = why_unbindable(func, [*columns, *_OURS, *taken])
         if problem is not None:
+            without = "" if has_environments else " There are no `environments` without an `environment_factory`."
             raise ConfigurationError(
                 f"the reward function `{_name_of(func)}` cannot be called: {problem}. It is given, as keywords, "
-                f"{', '.join(f'`{name}`' for name in _OURS)} and the columns {columns}; take those that it needs by "
-                "name, and the others as `**kwargs`"
+                f"{', '.join(f'`{name}`' for name in (*_OURS, *offered))} and the columns {columns}; take those that "
+                f"it needs by name, and the others as `**kwargs`.{without}"
             )
+
+
+def _taken(func: RewardFunc, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is offered to a function, what it takes by its name or as `**kwargs`."""
+    try:
+        parameters = inspect.signature(func).parameters.values()
+    except (TypeError, ValueError):  # one without a signature is given what `GRPOTrainer` gives it
+        return dict(offered)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(offered)
+    names = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
+    return {name: value for name, value in offered.items() if name in names}
 
 
 def within_float32(episode: Episode) -> Episode:
@@ -146,6 +192,20 @@ def within_float32(episode: Episode) -> Episode:
         return episode
     return _failed(
         episode, f"its rewards add up to {total:g}; more than {LARGEST:g} cannot be computed with in float32"
+    )
+
+
+def paid(episode: Episode) -> Episode:
+    """
+    The episode, failed where nothing has paid it: neither its environment, nor a reward function. `GRPOTrainer` leaves
+    such a completion out of its group's statistics and trains nothing on it, as is done here with failed episodes.
+    """
+    if not episode.valid or not episode.needs_reward:
+        return episode
+    return _failed(
+        episode,
+        "nothing paid it a reward: its environment has no `get_reward`, or that returned None, and every reward "
+        "function returned None for it",
     )
 
 
@@ -164,18 +224,85 @@ def _name_of(func: RewardFunc) -> str:
     return getattr(func, "__name__", type(func).__name__)
 
 
-def _call(func: RewardFunc, name: str, arguments: Mapping[str, Any], num_episodes: int) -> list[_Reward]:
-    def convert(values: Any) -> list[_Reward]:
-        return [_reward(value, name) for value in values]
+def _call_all(
+    funcs: Mapping[str, RewardFunc], arguments_of: Callable[[RewardFunc], dict[str, Any]], num_episodes: int
+) -> dict[str, list[_Reward]]:
+    """The rewards of each function. Those that are async come last, and all at once, as in `GRPOTrainer`."""
 
+    async def wait_for_all(coroutines: Iterable[Coroutine[Any, Any, list[_Reward]]]) -> list[list[_Reward]]:
+        return list(await asyncio.gather(*coroutines))
+
+    late = [name for name, func in funcs.items() if _is_async(func)]
+    found = {}
+    for name, func in funcs.items():
+        if name not in late:
+            try:
+                result = call_and_wait(func, (), arguments_of(func), run_coroutine, _converter(name))
+            except Exception as error:
+                raise _broken(name, error) from error
+            found[name] = _checked(result, name, num_episodes)
+    if late:
+        coroutines = [_awaited(funcs[name], name, arguments_of(funcs[name]), num_episodes) for name in late]
+        found.update(zip(late, run_coroutine(wait_for_all(coroutines)), strict=True))
+    return {name: found[name] for name in funcs}
+
+
+async def _awaited(func: RewardFunc, name: str, arguments: dict[str, Any], num_episodes: int) -> list[_Reward]:
+    begin = func if inspect.iscoroutinefunction(func) else func.__call__  # type: ignore[operator]
+    thread = DaemonThread(name)  # which no async function needs
     try:
-        rewards: list[_Reward] = call_and_wait(func, (), arguments, run_coroutine, convert)
+        result = await call(begin, (), arguments, thread=thread, timeout_s=None, what=name, convert=_converter(name))
     except Exception as error:
-        reason = f"{type(error).__name__}: {error_text(error)}"
-        raise RolloutError(f"the reward function `{name}` failed: {reason}") from error
+        raise _broken(name, error) from error
+    return _checked(result, name, num_episodes)
+
+
+def _is_async(func: RewardFunc) -> bool:
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
+
+
+def _converter(name: str) -> Callable[[Any], list[_Reward]]:
+    return lambda values: [_reward(value, name) for value in values]
+
+
+def _broken(name: str, error: Exception) -> RolloutError:
+    return RolloutError(f"the reward function `{name}` failed: {type(error).__name__}: {error_text(error)}")
+
+
+def _checked(rewards: list[_Reward], name: str, num_episodes: int) -> list[_Reward]:
     if len(rewards) != num_episodes:
         raise RolloutError(f"the reward function `{name}` returned {len(rewards)} rewards for {num_episodes} episodes")
     return rewards
+
+
+class _Log:
+    """What functions log beside their rewards, for so many episodes."""
+
+    def __init__(self, num_episodes: int, log_metric: Callable[[str, float], Any]) -> None:
+        self._num_episodes = num_episodes
+        self._log_metric = log_metric
+        self._columns: dict[str, list[Any]] = {}
+
+    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        """A value for each episode, by the name of a column; a second call for the same column continues the first."""
+        self._columns.setdefault(str(column), []).extend(own(value, str(column)) for value in values)
+
+    def log_metric(self, name: str, value: Any) -> None:
+        """A number, of which the mean is logged."""
+        self._log_metric(str(name), float(value))
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Those that have a value for each episode; of a column that was logged more than once the last values."""
+        whole = {}
+        for name, values in self._columns.items():
+            if values and len(values) % self._num_episodes == 0:
+                whole[name] = values[-self._num_episodes :]
+            else:
+                logger.warning(
+                    "`log_extra` was called for the column %r with %d values for %d episodes, so it is left out",
+                    *(name, len(values), self._num_episodes),
+                )
+        return whole
 
 
 _Reward = float | NotFiniteError | None
@@ -194,11 +321,11 @@ def _rewarded(episode: Episode, rewards: Mapping[str, _Reward], weights: Sequenc
     if broken is not None:
         return _failed(episode, f"reward_funcs: {broken}")
     applied = {name: reward for name, reward in rewards.items() if isinstance(reward, float)}
-    if not applied:
-        logger.warning("no reward function applies to episode %s; its reward from them is 0", episode.episode_id)
+    if applied:
+        episode = replace(episode, needs_reward=False)
     total = sum(weight * applied.get(name, 0.0) for name, weight in zip(rewards, weights, strict=True))
     last = episode.steps[-1]
-    steps = (*episode.steps[:-1], replace(last, reward=last.reward + total))
+    steps = (*episode.steps[:-1], replace(last, reward=last.reward + total)) if applied else episode.steps
     metrics = {**episode.metrics, **{f"rewards/{name}": reward for name, reward in applied.items()}}
     return replace(episode, steps=steps, metrics=metrics)
 
@@ -239,12 +366,15 @@ class _View:
         return [self.chat.parse(step.response_ids, step.prompt_ids).message, *observation]
 
 
-def _arguments(episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]], view: _View) -> dict[str, list[Any]]:
+def _arguments(
+    episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]], views: Sequence[_View]
+) -> dict[str, list[Any]]:
     columns = dict.fromkeys(name for row in rows for name in row if name not in _NOT_COLUMNS)
+    seen = list(zip(episodes, rows, views, strict=True))
     return {
         **{name: [row.get(name) for row in rows] for name in columns},
-        "prompts": [_prompt(episode, row, view) for episode, row in zip(episodes, rows, strict=True)],
-        "completions": [_completion(episode, row, view) for episode, row in zip(episodes, rows, strict=True)],
+        "prompts": [_prompt(episode, row, view) for episode, row, view in seen],
+        "completions": [_completion(episode, row, view) for episode, row, view in seen],
         "completion_ids": [_completion_ids(episode) for episode in episodes],
     }
 
@@ -259,11 +389,17 @@ def _own_arguments(arguments: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _prompt(episode: Episode, row: Mapping[str, Any], view: _View) -> str | list[Message]:
-    return row["prompt"] if "prompt" in row else view.text(episode.steps[0].prompt_ids)
+    """What the row asks and `reset` adds to it, joined as [`ChatFormat`] joins them."""
+    prompt = prompt_of(row)
+    if prompt is None:
+        return view.text(episode.steps[0].prompt_ids)
+    if not episode.reset_text:
+        return prompt
+    return prompt + episode.reset_text if isinstance(prompt, str) else extended(prompt, episode.reset_text)
 
 
 def _completion(episode: Episode, row: Mapping[str, Any], view: _View) -> str | list[Message]:
-    if isinstance(row.get("prompt", ""), str):
+    if not isinstance(prompt_of(row), list | tuple):
         return view.text(_completion_ids(episode))
     return [message for step in episode.steps for message in view.messages(step)]
 

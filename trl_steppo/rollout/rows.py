@@ -45,6 +45,18 @@ def own_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: own(value, name) for name, value in row.items()}
 
 
+EMPTY_PROMPT: list[dict[str, Any]] = [{"role": "user", "content": ""}]
+"""`GRPOTrainer`'s, for rows that leave their prompt to `reset`."""
+
+
+def prompt_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]] | None:
+    """What the policy is asked, before `reset` adds to it; `None` for a row of token ids."""
+    if "prompt" in row:
+        prompt: str | list[dict[str, Any]] = row["prompt"]
+        return prompt
+    return None if "input_ids" in row else EMPTY_PROMPT
+
+
 def question_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]] | None:
     """What a row asks: its `prompt`, or its `question` where it has none; `None` unless that is text or messages."""
     question = row.get("prompt")

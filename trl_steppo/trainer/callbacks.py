@@ -74,7 +74,7 @@ def summary_line(update: int, logs: dict[str, float]) -> str:
 
 def print_episodes(episodes: Sequence[Episode], decode: Callable[[TokenIds], str], title: str) -> None:
     """
-    Print a table of episodes, a row a step.
+    Print a table of episodes, a row a step. What reward functions logged of them has columns of its own.
 
     Args:
         episodes (`Sequence[Episode]`):
@@ -85,8 +85,9 @@ def print_episodes(episodes: Sequence[Episode], decode: Callable[[TokenIds], str
             Stands above the table.
     """
     table = Table(title=title, show_lines=True)
-    for column in ("episode", "step", "read", "wrote", "reward"):
-        table.add_column(column)
+    logged = dict.fromkeys(name for episode in episodes for name in episode.logged)
+    for column in ("episode", "step", "read", "wrote", "reward", *logged):
+        table.add_column(Text(column))
     for episode in episodes:
         seen = 0
         for step in episode.steps:
@@ -97,6 +98,7 @@ def print_episodes(episodes: Sequence[Episode], decode: Callable[[TokenIds], str
                 _cell(read),
                 _cell(decode(step.response_ids)),
                 f"{step.reward:.3g}",
+                *(_cell(str(episode.logged.get(name, ""))) for name in (logged if step is episode.steps[-1] else ())),
             )
             seen = len(step.prompt_ids) + len(step.response_ids)
         if episode.error is not None:

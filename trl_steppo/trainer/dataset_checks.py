@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,7 +19,18 @@ _CHUNK_ROWS = 10_000
 _IMAGES = ("image", "images")  # as TRL's trainers name the columns whose images the model sees
 
 
-def check_dataset(dataset: Any, name: str, *, vocabulary_size: int | None, is_for_agent: bool = False) -> None:
+ENVIRONMENT_COLUMN = "environment"
+"""Names each row's environment, where `environment_factory` is a dict of several."""
+
+
+def check_dataset(
+    dataset: Any,
+    name: str,
+    *,
+    vocabulary_size: int | None,
+    is_for_agent: bool = False,
+    environments: Collection[str] | None = None,
+) -> None:
     """
     Look at every row as far as that is cheap: Arrow tables as a whole, lists one by one, of a streamed dataset the
     first. Rows of other datasets, which may be made when they are asked for, are not read; what is wrong with one
@@ -34,32 +45,49 @@ def check_dataset(dataset: Any, name: str, *, vocabulary_size: int | None, is_fo
             How many token ids the policy can read. `None`: not known.
         is_for_agent (`bool`, *optional*, defaults to `False`):
             Whether an agent plays the rows, which reads what it likes in them.
+        environments (`Collection[str]`, *optional*):
+            The names that the column `environment` may have. `None`: there is one environment, or none.
 
     Raises:
-        DataError: If rows cannot be taken by their index, have images or no prompt, or hold a token id that the policy
-            does not have. It names the row.
+        DataError: If rows cannot be taken by their index, have images or no prompt, name an environment that there is
+            not, or hold a token id that the policy does not have. It names the row.
     """
     _check_kind(dataset, name)
     if isinstance(dataset, IterableDataset):
         if not is_for_agent:
-            _check_rows([dict(row) for row in islice(dataset, 1)], name, vocabulary_size)
+            rows = [dict(row) for row in islice(dataset, 1)]
+            _check_rows(rows, name, vocabulary_size)
+            _check_environments([row.get(ENVIRONMENT_COLUMN) for row in rows], name, environments)
         return
     if is_for_agent or len(dataset) == 0:
         return
     if isinstance(dataset, Dataset):
         if dataset.format["type"] != "custom":  # a transform makes rows of what is stored
             _check_table(dataset, name, vocabulary_size)
+            if environments is not None and ENVIRONMENT_COLUMN in dataset.column_names:
+                first = 0
+                for chunk in _chunks(dataset, ENVIRONMENT_COLUMN):
+                    _check_environments(chunk.to_pylist(), name, environments, first)
+                    first += len(chunk)
     elif isinstance(dataset, list | tuple):
         _check_rows(dataset, name, vocabulary_size)
+        _check_environments([row.get(ENVIRONMENT_COLUMN) for row in dataset], name, environments)
 
 
-def check_eval_dataset(dataset: Any, *, vocabulary_size: int | None, is_for_agent: bool = False) -> None:
+def check_eval_dataset(
+    dataset: Any,
+    *,
+    vocabulary_size: int | None,
+    is_for_agent: bool = False,
+    environments: Collection[str] | None = None,
+) -> None:
     """[`check_dataset`] for evaluation, which may have several datasets by name."""
+    known: dict[str, Any] = {"vocabulary_size": vocabulary_size, "is_for_agent": is_for_agent}
     parts = dataset if isinstance(dataset, dict) else {None: dataset}
     for part, rows in parts.items():
         if rows is not None:
             name = "eval_dataset" if part is None else f"eval_dataset[{part!r}]"
-            check_dataset(rows, name, vocabulary_size=vocabulary_size, is_for_agent=is_for_agent)
+            check_dataset(rows, name, environments=environments, **known)
 
 
 def check_no_dataset(environment_factory: Any) -> None:
@@ -195,6 +223,19 @@ def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None) -> 
             _check_ids(row[column], name, index, vocabulary_size)
         else:
             _check_prompt(row[column], name, index)
+
+
+def _check_environments(
+    values: Sequence[Any], name: str, environments: Collection[str] | None, first: int = 0
+) -> None:
+    if environments is None or (first == 0 and not any(value is not None for value in values)):
+        return  # the caller says where there is no such column
+    for index, value in enumerate(values, first):
+        if not isinstance(value, str) or value not in environments:
+            raise DataError(
+                f"`{ENVIRONMENT_COLUMN}` of row {index} of `{name}` is {_shown(value)}, which is none of the "
+                f"environments of `environment_factory`: {', '.join(map(repr, environments))}"
+            )
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ def describe_task(
     model: Any,
     train_dataset: Any,
     eval_dataset: Any,
-    environment_factory: Callable[..., Any] | None,
+    environment_factory: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None,
     tools: Sequence[Callable[..., Any]] | None,
     reward_funcs: Sequence[Callable[..., Any]] | None,
     reward_model: Any,
@@ -38,7 +38,10 @@ def describe_task(
     Returns:
         `dict[str, Any]`: The same for runs that train on the same. `None` where there is none.
     """
-    players = [*([environment_factory] if environment_factory else []), *(tools or ()), *([agent] if agent else [])]
+    factories: list[Any] = [environment_factory] if environment_factory else []
+    if isinstance(environment_factory, Mapping):
+        factories = list(environment_factory.values())
+    players = [*factories, *(tools or ()), *([agent] if agent else [])]
     given = environment_factory.keywords if isinstance(environment_factory, partial) else {}
     scorers = ", ".join(_name_of(function) for function in reward_funcs or ())
     return {

@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
         ("score", pa.float64()),
         ("metrics", pa.string()),  # as JSON
+        ("logged", pa.string()),  # by reward functions, with `log_extra`; as JSON
         # The step; null in the one row of an episode that failed before its first step
         ("step_index", pa.int64()),
         ("prompt", pa.string()),  # what is new in it
@@ -156,6 +157,7 @@ class EpisodeLog:
             "error": episode.error,
             "score": episode.episode_return if episode.valid else None,
             "metrics": json.dumps(dict(episode.metrics)),
+            "logged": writable(json.dumps(dict(episode.logged), default=repr, ensure_ascii=False)),
         }
         if not episode.steps:
             return [shared]

@@ -48,6 +48,35 @@ class Means:
         return {name: sums[name] / counts[name] for name in sums if counts[name]}
 
 
+_REFUSED = ("epoch", "step", "total_flos")  # which `Trainer` adds to what is logged
+
+
+def beside(logged: dict[str, float], own: dict[str, float]) -> dict[str, float]:
+    """
+    What reward functions logged with `log_metric`, by the same names, but for those that mean something else already:
+    these are called `log_metric/{name}`.
+
+    Args:
+        logged (`dict[str, float]`):
+            By reward functions.
+        own (`dict[str, float]`):
+            What the trainer logs.
+    """
+    taken = [name for name in logged if name in own or name in _REFUSED]
+    for name in taken:
+        _tell_of_taken_name(name)
+    return {f"log_metric/{name}" if name in taken else name: value for name, value in logged.items()}
+
+
+@functools.cache
+def _tell_of_taken_name(name: str) -> None:
+    logger.warning(
+        "a reward function logs the metric %r, which is one of the trainer's own; it is logged as 'log_metric/%s' "
+        "(told once)",
+        *(name, name),
+    )
+
+
 class Clock:
     """Seconds spent by name."""
 

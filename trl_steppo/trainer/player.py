@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..calls import call_and_wait, error_text
+from ..calls import (
+    DaemonThread,
+    Home,
+    MainThread,
+    MainThreadNeededError,
+    call_and_wait,
+    error_text,
+    raise_if_main_thread_needed,
+)
 from ..chat import ChatFormat
 from ..environments.base import Playable
 from ..environments.slots import Slots
@@ -23,23 +33,28 @@ from ..rollout import (
     Agent,
     EpisodeLimits,
     EpisodeRequest,
+    Stage,
     check_agent,
     check_reward_funcs,
     checked_weights,
+    make_at_home,
     own_row,
+    paid,
     play_agents,
     play_episodes,
     score_episodes,
     within_float32,
 )
-from ..rollout.play import run_coroutine
+from ..rollout.loops import run_coroutine
 from ..types import Episode, StopReason, TokenIds
+from .dataset_checks import ENVIRONMENT_COLUMN
 from .steppo_config import StepPOConfig
 
 if TYPE_CHECKING:
     from ..gateway import GatewayServer
 
 RewardFunc = Callable[..., Any]
+EnvironmentFactory = Callable[[], Any]
 
 _EVAL_EPISODES = 256  # of an evaluation at a time, whose dataset may be large
 
@@ -59,8 +74,8 @@ class EpisodePlayer:
             The dataset's columns: rows have `prompt` or `input_ids`.
         eval_columns (`Sequence[Sequence[str]]`, *optional*):
             Those of each dataset that is evaluated on.
-        environment_factory (`Callable[[], Any]`, *optional*):
-            Makes one environment for each episode.
+        environment_factory (`Callable[[], Any]` or `dict[str, Callable[[], Any]]`, *optional*):
+            Makes one environment. A dict: each row's column `environment` names its factory.
         tools (`Sequence[Callable]`, *optional*):
             Tools shared by all episodes.
         reward_funcs (`Sequence[Callable]`, *optional*):
@@ -94,7 +109,7 @@ class EpisodePlayer:
         *,
         columns: Sequence[str],
         eval_columns: Sequence[Sequence[str]] = (),
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: Sequence[RewardFunc] | None = None,
         reward_model: nn.Module | None = None,
@@ -110,7 +125,8 @@ class EpisodePlayer:
         self.tokenizer = tokenizer
         self.sampler = sampler
         self._update_episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self.environment_factory = environment_factory
+        self._factories = factories_of(environment_factory)
+        self._chooses = isinstance(environment_factory, Mapping)
         self.tools = list(tools or ())
         self.reward_funcs = list(reward_funcs or ())
         self.reward_model = reward_model
@@ -129,30 +145,18 @@ class EpisodePlayer:
             collated = self._collated([EpisodeRequest(example_row or {}, 0)])[0].row
             made = [name for name in collated if name not in (example_row or {})]
             columns, eval_columns = [*columns, *made], [[*names, *made] for names in eval_columns]
-        _check_environment_factory(environment_factory)
         checked_weights(self.reward_funcs, args.reward_weights)
         has_input_ids = agent is None and _check_columns(columns, is_optional=environment_factory is not None)
-        environment = _example_of(environment_factory)
         for names in (columns, *eval_columns):
+            self._check_environment_column(names)
             check_reward_funcs(self.reward_funcs, names)
-            if environment is not None and callable(getattr(environment, "reset", None)):
-                check_reset(environment, names)
-        example = self._playable(environment)
-        self._check_reward_source(environment)
-        has_turns = agent is not None or bool(environment_factory or self.tools)
-        multi_turn = not has_input_ids and has_turns and args.max_interaction_steps != 1
-        needs_chat = not has_input_ids or bool(example.tools) or environment_factory is not None
-        self.chat = (
-            ChatFormat(
-                tokenizer,
-                tools=example.tools or None,
-                chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
-                multi_turn=multi_turn,
-                end_token_ids=self._end_token_ids,
-            )
-            if needs_chat
-            else None
-        )
+        self._stages: list[Stage] = []  # on which nothing is played now
+        self._keeps_stages = False
+        self._staging = threading.Lock()
+        self._examples = self._make_examples([columns, *eval_columns])
+        self._chats = {
+            name: self._chat_for(example, has_input_ids=has_input_ids) for name, example in self._examples.items()
+        }
         stop_token_ids = _stop_token_ids(args, tokenizer)
         self.ends_turns = not has_input_ids and not stop_token_ids  # responses stop at the template's end of turn
         self.sampling = SamplingParams(
@@ -162,6 +166,11 @@ class EpisodePlayer:
             top_k=args.top_k,
             stop_token_ids=stop_token_ids,
         )
+
+    @property
+    def environment_names(self) -> list[str] | None:
+        """What rows choose their environment by; `None` where there is nothing to choose."""
+        return [str(name) for name in self._factories] if self._chooses else None
 
     @property
     def context(self) -> int | None:
@@ -235,7 +244,8 @@ class EpisodePlayer:
         }
         if self.agent is None:
             common["make_timeout_s"] = self.args.tool_timeout_s
-            played = play_episodes(requests, self._make_playable, self.sampler, chat=self.chat, **common)
+            with self._staged() as stage:
+                played = play_episodes(requests, stage, self.sampler, chat=self.chat_of, **common)
             return [_readable(episode, self.context) for episode in played]
         with self._serving() as server:
             if update is not None and update > self.args.max_staleness:
@@ -256,8 +266,9 @@ class EpisodePlayer:
     @contextmanager
     def running(self, *, resumed_at: int | None) -> Iterator[None]:
         """
-        Around a run. Where an agent plays, one gateway serves it from beginning to end, and keeps its episodes on the
-        disk. Outside a run, each [`play`] has a gateway of its own, which keeps nothing.
+        Around a run. Its environments are made once and closed at its end. Where an agent plays, one gateway serves it
+        from beginning to end, and keeps its episodes on the disk. Outside a run, each [`play`] has environments, or a
+        gateway, of its own.
 
         Args:
             resumed_at (`int`, *optional*):
@@ -265,7 +276,8 @@ class EpisodePlayer:
                 been begun by then is forgotten. `None`: it is a new one.
         """
         if self.agent is None:
-            yield
+            with self._keeping_stages():
+                yield
             return
         path = Path(str(self.args.output_dir)) / "gateway" / f"rank{self.args.process_index:03d}.sqlite"
         begun = [] if resumed_at is None else range(resumed_at, resumed_at + self.args.max_staleness + 1)
@@ -331,11 +343,114 @@ class EpisodePlayer:
                     "leave one of them out"
                 )
 
+    def chat_of(self, row: Mapping[str, Any]) -> ChatFormat | None:
+        """The format of a row's episodes, with the tools of its environment; `None` where none is needed."""
+        return self._chats[self._kind_of(row)]
+
+    def _chat_for(self, example: Playable, *, has_input_ids: bool) -> ChatFormat | None:
+        has_environment = bool(self._factories)
+        has_turns = self.agent is not None or has_environment or bool(self.tools)
+        if has_input_ids and not example.tools and not has_environment:
+            return None
+        return ChatFormat(
+            self.tokenizer,
+            tools=example.tools or None,
+            chat_template_kwargs=self.args.chat_template_kwargs,  # type: ignore[arg-type]
+            multi_turn=not has_input_ids and has_turns and self.args.max_interaction_steps != 1,
+            end_token_ids=self._end_token_ids,
+        )
+
+    # -- environments -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _staged(self) -> Iterator[Stage]:
+        """Where to play a rollout: what earlier ones of the run have left, or else new. Several may play at once."""
+        with self._staging:
+            stage = next((stage for stage in self._stages if stage.fits_here), None)
+            if stage is not None:
+                self._stages.remove(stage)
+        if stage is None:
+            stage = self._new_stage()
+        is_kept = False
+        try:
+            yield stage
+            with self._staging:
+                is_kept = self._keeps_stages
+                if is_kept:
+                    self._stages.append(stage)
+        finally:
+            if not is_kept:  # it broke, or the run is over
+                stage.close()
+
+    def _new_stage(self) -> Stage:
+        stage = Stage(
+            self._make_playable,
+            kind_of=self._kind_of,
+            reuses=self.args.reuse_environments,
+            close_timeout_s=self.args.max_episode_s,
+        )
+        with self._staging:
+            examples, self._examples = self._examples, {}
+        for kind, example in examples.items():  # they have not played yet
+            if self._factories:
+                stage.put(kind, example)
+        return stage
+
+    @contextmanager
+    def _keeping_stages(self) -> Iterator[None]:
+        self._keeps_stages = True
+        try:
+            yield
+        finally:
+            with self._staging:
+                self._keeps_stages = False
+                stages, self._stages = self._stages, []
+            for stage in stages:
+                stage.close()
+
+    def _kind_of(self, row: Mapping[str, Any]) -> str | None:
+        """Which environment plays a row; `None` where there is one kind only."""
+        if not self._chooses:
+            return None
+        name = row.get(ENVIRONMENT_COLUMN)
+        if not isinstance(name, str) or name not in self._factories:
+            raise DataError(
+                f"the row's `{ENVIRONMENT_COLUMN}` is {name!r:.100}, which is none of the environments of "
+                f"`environment_factory`: {', '.join(map(repr, self._factories))}"
+            )
+        return name
+
     def _make_playable(self, row: Mapping[str, Any]) -> Playable | None:
-        if self.environment_factory is None and not self.tools:
-            return None  # one step, which only `reward_funcs` and `reward_model` judge
-        environment = self.environment_factory() if self.environment_factory is not None else None
-        return self._playable(environment)
+        if self._factories:
+            return self._playable(self._factories[self._kind_of(row)]())
+        return self._playable(None) if self.tools else None  # one step, which `reward_funcs` judge
+
+    def _make_examples(self, columns: Sequence[Sequence[str]]) -> dict[str | None, Playable]:
+        """One environment of each kind, to see what it has, in the thread that it is to play in."""
+        if not self._factories:
+            self._check_reward_source([])
+            return {None: self._playable(None)}
+        environments, examples = [], {}
+        for name, factory in self._factories.items():
+            home, environment = _made(factory, name)
+            environments.append(environment)
+            if callable(getattr(environment, "reset", None)):
+                for names in columns:
+                    check_reset(environment, [one for one in names if one not in self._hidden_columns])
+            examples[name] = make_at_home(home, partial(self._playable, environment))
+        self._check_reward_source(environments)
+        return examples
+
+    @property
+    def _hidden_columns(self) -> tuple[str, ...]:
+        return (ENVIRONMENT_COLUMN,) if self._chooses else ()
+
+    def _check_environment_column(self, columns: Sequence[str]) -> None:
+        if self._chooses and ENVIRONMENT_COLUMN not in columns:
+            raise DataError(
+                f"the dataset has the columns {list(columns)}; `environment_factory` is a dict, so each row needs a "
+                f"column `{ENVIRONMENT_COLUMN}` with one of its names: {', '.join(map(repr, self._factories))}"
+            )
 
     def _playable(self, environment: Any) -> Playable:
         return make_playable(
@@ -344,20 +459,28 @@ class EpisodePlayer:
             tool_timeout_s=self.args.tool_timeout_s,
             max_tool_calls=self.args.max_tool_calls,
             slots=self._tool_slots,
+            hidden_columns=self._hidden_columns,
         )
 
     def score(
-        self, requests: Sequence[EpisodeRequest], episodes: list[Episode], *, trainer_state: Any = None
+        self,
+        requests: Sequence[EpisodeRequest],
+        episodes: list[Episode],
+        *,
+        trainer_state: Any = None,
+        log_metric: Callable[[str, float], Any] = lambda name, value: None,
     ) -> list[Episode]:
         """
-        Add what reward functions and the reward model pay to the last steps of episodes that did not fail. Those whose
-        rewards together cannot be computed with in float32 fail.
+        Add what reward functions and the reward model pay to the last steps of episodes that did not fail. Those that
+        nothing has paid fail, and those whose rewards together cannot be computed with in float32.
 
         Args:
             requests (`Sequence[EpisodeRequest]`), episodes (`list[Episode]`):
                 What was played, and what came of it.
             trainer_state (`TrainerState`, *optional*):
                 Passed to reward functions.
+            log_metric (`Callable[[str, float], Any]`, *optional*):
+                Called with what reward functions log for a mean.
         """
         if self.reward_funcs:
             episodes = score_episodes(
@@ -365,9 +488,10 @@ class EpisodePlayer:
                 self.args.reward_weights,
                 episodes,
                 [request.row for request in requests],
-                chat=self.chat,
-                decode=None if self.chat is not None else self.decode,
+                chat=self.chat_of,
+                decode=None if any(chat is not None for chat in self._chats.values()) else self.decode,
                 extra={"trainer_state": trainer_state},
+                log_metric=log_metric,
             )
         if self.reward_model is not None:
             valid = [index for index, episode in enumerate(episodes) if episode.valid]
@@ -380,7 +504,8 @@ class EpisodePlayer:
                 numerics=self.numerics,
             )
             for index, score in zip(valid, scores, strict=True):
-                episodes[index] = _add_to_last_step(episodes[index], score)
+                episodes[index] = replace(_add_to_last_step(episodes[index], score), needs_reward=False)
+        episodes = [paid(episode) for episode in episodes]
         if self.args.missing_eos_penalty is not None:
             episodes = [self._penalize_missing_eos(episode) for episode in episodes]
         return [within_float32(episode) for episode in episodes]
@@ -394,10 +519,11 @@ class EpisodePlayer:
         assert self.args.missing_eos_penalty is not None
         return _add_to_last_step(episode, -self.args.missing_eos_penalty)
 
-    def _check_reward_source(self, environment: Any) -> None:
+    def _check_reward_source(self, environments: Sequence[Any]) -> None:
         if self.agent is not None:
             return  # whether it pays shows when it has played
-        pays = any(callable(getattr(environment, name, None)) for name in ("step", "step_reward", "get_reward"))
+        names = ("step", "step_reward", "get_reward")
+        pays = any(callable(getattr(environment, name, None)) for environment in environments for name in names)
         if not (pays or self.reward_funcs or self.reward_model is not None):
             raise ConfigurationError(
                 "nothing pays a reward: pass `reward_funcs` or `reward_model`, or an `environment_factory` whose "
@@ -473,26 +599,53 @@ def _check_columns(columns: Sequence[str], *, is_optional: bool) -> bool:
     )
 
 
-def _check_environment_factory(environment_factory: Any) -> None:
-    if environment_factory is None or callable(environment_factory):
-        return
-    raise ConfigurationError(
-        f"`environment_factory` is a {type(environment_factory).__name__}; pass a class or a function without "
-        "arguments that returns one environment. For several kinds of environment, pass one whose `reset(**row)` "
-        "chooses by a column of the row"
-    )
+def factories_of(environment_factory: Any) -> dict[str | None, EnvironmentFactory]:
+    """
+    The factories by the name that rows choose them by; a single one has none.
 
-
-def _example_of(environment_factory: Callable[[], Any] | None) -> Any:
-    """One environment, to see what it has. No episode is played in it."""
+    Raises:
+        ConfigurationError: If there is something else among them, or a name that no row can have.
+    """
     if environment_factory is None:
-        return None
+        return {}
+    factories: dict[str | None, EnvironmentFactory] = {None: environment_factory}
+    if isinstance(environment_factory, Mapping):
+        factories = dict(environment_factory)
+        if not factories or not all(isinstance(name, str) for name in factories):
+            raise ConfigurationError(
+                f"`environment_factory` is a dict with the names {list(factories)}; give at least one, each of them "
+                f"text, as the dataset's column `{ENVIRONMENT_COLUMN}` has it"
+            )
+    for name, factory in factories.items():
+        if not callable(factory):
+            raise ConfigurationError(
+                f"`{_shown(name)}` is a {type(factory).__name__}; pass a class or a function without arguments that "
+                "returns one environment, or a dict of them"
+            )
+    return factories
+
+
+def _shown(name: str | None) -> str:
+    return "environment_factory" if name is None else f"environment_factory[{name!r}]"
+
+
+def _made(factory: EnvironmentFactory, name: str | None) -> tuple[Home, Any]:
+    """An environment, and the thread that it lives in: one of its own, unless it works in the main thread only."""
+    home = DaemonThread("environment")
     try:
-        return call_and_wait(environment_factory, (), {}, run_coroutine)
+        try:
+            return home, home.run_and_wait(partial(call_and_wait, factory, (), {}, run_coroutine))
+        except Exception as error:
+            home.end()
+            try:
+                raise_if_main_thread_needed(error, f"{_shown(name)}()")
+            except MainThreadNeededError:
+                return MainThread(), call_and_wait(factory, (), {}, run_coroutine)
+            raise
     except Exception as error:
         raise ConfigurationError(
-            f"`environment_factory()` failed: {type(error).__name__}: {error_text(error)}; it is called without "
-            "arguments and returns one environment"
+            f"`{_shown(name)}()` failed: {type(error).__name__}: {error_text(error)}; it is called without arguments "
+            "and returns one environment"
         ) from error
 
 

@@ -12,7 +12,7 @@ import shutil
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -72,7 +72,7 @@ from ..models import (
 from ..modes import modes_kept
 from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes, within_float32
 from ..stopping import StopRequestedError, is_requested, listening
-from ..types import Episode
+from ..types import Episode, StopReason
 from .callbacks import StepPOProgressCallback, close_progress_bars, print_episodes
 from .checkpoints import (
     Manifest,
@@ -107,7 +107,7 @@ from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
 from .learner import Learner
 from .loading import Loader
-from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics
+from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics, beside
 from .model_card import model_card
 from .networks import (
     DeepSpeedNetwork,
@@ -117,7 +117,7 @@ from .networks import (
     hold_in_float32,
     innermost,
 )
-from .player import EpisodePlayer
+from .player import EpisodePlayer, factories_of
 from .ppo_config import PPOConfig
 from .ranks import gather_objects
 from .reward_models import RewardFuncs, RewardModel, load_reward_funcs
@@ -145,11 +145,11 @@ class PPOTrainer(_Base):
 
     Args:
         args ([`PPOConfig`]):
-            The run's settings.
+            The run's settings; TRL's own class is taken, too.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer; with a chat template where rows have `prompt`.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, a causal language model.
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `str`):
+            The policy, a causal language model. It and the other models may be names, of the hub or of directories.
         ref_model ([`~transformers.PreTrainedModel`] or `None`):
             The reference of the KL penalty. If `None` and `kl_coef` is not 0, the policy as it is given.
         reward_model ([`~transformers.PreTrainedModel`]):
@@ -263,7 +263,7 @@ class PPOTrainer(_Base):
         callbacks: list[TrainerCallback] | None,
         peft_config: Any,
         *,
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: RewardFuncs | None = None,
         reward_processing_classes: Any = None,
@@ -283,6 +283,7 @@ class PPOTrainer(_Base):
                 f"`processing_class` is a {type(processing_class).__name__}: images and other media are not "
                 "supported; pass its tokenizer, `processing_class.tokenizer`"
             )
+        names = [name for name in factories_of(environment_factory) if name is not None]
         if train_dataset is None:
             check_no_dataset(environment_factory)
         check_length(args, train_dataset)
@@ -307,7 +308,11 @@ class PPOTrainer(_Base):
         if args.model_adapter_name is not None:
             model.set_adapter(args.model_adapter_name)
         check_trainable(model, "model")
-        known: dict[str, Any] = {"vocabulary_size": vocabulary_size(model), "is_for_agent": agent is not None}
+        known: dict[str, Any] = {
+            "vocabulary_size": vocabulary_size(model),
+            "is_for_agent": agent is not None,
+            "environments": names or None,
+        }
         if train_dataset is not None:
             check_dataset(train_dataset, "train_dataset", **known)
         check_eval_dataset(eval_dataset, **known)
@@ -372,6 +377,7 @@ class PPOTrainer(_Base):
         self.progress = Progress(reference_adapter=self._copied_adapter)
         self._saved_step: int | None = None  # update of the newest checkpoint that holds this run
         self._first_failure: str | None = None  # of the run's updates that moved nothing
+        self._has_told_of_cut = False  # that episodes end at `max_interaction_steps`
         self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
         # Of Python, NumPy and torch, at the beginning of the update that is being made.
         self._generators: tuple[Any, Any, torch.Tensor] | None = None
@@ -453,9 +459,9 @@ class PPOTrainer(_Base):
                 episodes = [within_float32(episode) for episode in found]
             elif args.max_staleness:
                 together(partial(self.ahead.begin, update, self.state.max_steps))
-                episodes = self._judge(*together(partial(self.ahead.take, update)))
+                episodes = self._judge(self._logged, *together(partial(self.ahead.take, update)))
             else:
-                episodes = self._judge(*together(lambda: self._rollout(update)(), self._generating()))
+                episodes = self._judge(self._logged, *together(lambda: self._rollout(update)(), self._generating()))
             if args.dump_episodes_dir is not None:
                 together(partial(dump_episodes, episode_file(args.dump_episodes_dir, update, rank), episodes))
         if self._shows_samples() and self.eval_dataset is None and self.accelerator.is_main_process:
@@ -468,9 +474,9 @@ class PPOTrainer(_Base):
         play = partial(self.player.play, requests, update=update)
         return lambda: (requests, play())
 
-    def _judge(self, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
-        """With the rewards of reward functions and the reward model."""
-        score = partial(self.player.score, requests, episodes, trainer_state=self.state)
+    def _judge(self, logged: Means, requests: Sequence[EpisodeRequest], episodes: list[Episode]) -> list[Episode]:
+        """With the rewards of reward functions and the reward model; `logged` gets the metrics of the functions."""
+        score = partial(self.player.score, requests, episodes, trainer_state=self.state, log_metric=logged.add)
         return together(score, self._scoring())  # a judge may take as long as an episode, or fail on one rank
 
     def _collate(self, episodes: Sequence[Episode]) -> Rollout | None:
@@ -481,11 +487,23 @@ class PPOTrainer(_Base):
         errors = Counter(str(episode.error) for episode in episodes if not episode.valid)
         for error, count in errors.most_common(3):
             logger.warning(f"update {self.state.global_step + 1}: {count} of {len(episodes)} episodes failed: {error}")
-        num_valid = self.learner.reduce(torch.tensor([float(len(valid))], device=self.accelerator.device))
-        if not float(num_valid):
+        num_cut = sum(episode.stop_reason is StopReason.MAX_INTERACTION_STEPS for episode in episodes)
+        counts = torch.tensor([float(len(valid)), float(num_cut)], device=self.accelerator.device)
+        num_valid, num_cut = map(int, self.learner.reduce(counts).tolist())
+        self._tell_of_cut(num_cut)
+        if not num_valid:
             return None
         self.progress.failed_updates = 0
         return self.learner.prepare(valid)
+
+    def _tell_of_cut(self, num_cut: int) -> None:
+        """Warn, once, that episodes end at a budget that is small by default."""
+        if num_cut and not self._has_told_of_cut and self.accelerator.is_main_process:
+            logger.warning(
+                f"update {self.state.global_step + 1}: {num_cut} episodes were cut at `max_interaction_steps` = "
+                f"{self.args.max_interaction_steps}. Raise it if your episodes need more steps (told once)"
+            )
+        self._has_told_of_cut = self._has_told_of_cut or num_cut > 0
 
     def _skip(self, episodes: Sequence[Episode]) -> None:
         """An update without a valid episode: nothing is learned. Too many of them end the run."""
@@ -607,19 +625,21 @@ class PPOTrainer(_Base):
             dataset is part for part in _datasets(self.eval_dataset)
         ):  # which were looked at when the trainer was made
             size, is_for_agent = vocabulary_size(plain_model(self.model)), self.player.agent is not None
-            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent)
+            names = self.player.environment_names
+            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent, environments=names)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         rows = numbered_rows(dataset, first=rank, every=num_ranks)
         requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
         num_rows = sum(gather_objects([len(requests)]))
-        episodes = self._play_greedily(requests, "eval/")
-        means = Means()
+        means, logged = Means(), Means()
+        episodes = self._play_greedily(requests, "eval/", logged)
         add_episode_metrics(means, episodes)
         runtime = time.perf_counter() - start
         shown = {name: value for name, value in means.reduced().items() if name != "objective/scores"}
         short = {name.removeprefix("env/").removeprefix("rollout/"): value for name, value in shown.items()}
         short |= {"runtime": runtime, "samples_per_second": num_rows / runtime}
+        short |= beside(logged.reduced(), short)
         result = {f"{metric_key_prefix}_{k}": v for k, v in short.items() if k not in (ignore_keys or ())}
         self.log(result)
         self.progress.last_eval_step = self.state.global_step
@@ -646,14 +666,16 @@ class PPOTrainer(_Base):
         if self.accelerator.is_main_process:
             print_episodes(episodes, self.player.decode, "episodes played greedily")
 
-    def _play_greedily(self, requests: Sequence[EpisodeRequest], id_prefix: str) -> list[Episode]:
+    def _play_greedily(
+        self, requests: Sequence[EpisodeRequest], id_prefix: str, logged: Means | None = None
+    ) -> list[Episode]:
         def play() -> tuple[Sequence[EpisodeRequest], list[Episode]]:
             prepared = self.player.prepare(requests)
             return prepared, self.player.play(
                 prepared, greedy=True, id_prefix=id_prefix, on_episode=lambda: self._event("on_prediction_step")
             )
 
-        return self._judge(*together(play, self._generating()))
+        return self._judge(logged or Means(), *together(play, self._generating()))
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
@@ -1146,6 +1168,7 @@ class PPOTrainer(_Base):
         """Everything around one update: metrics, callbacks, logging, evaluation, checkpoints."""
         args = self.args
         self._means = Means()
+        self._logged = Means()  # by reward functions
         self._logs: dict[str, float] = {}
         self.clock.seconds.clear()
         sampled, prompted, prefilled, sampling, uncached = (
@@ -1217,7 +1240,8 @@ class PPOTrainer(_Base):
 
     def _log_evaluate_save(self) -> None:
         """What the callbacks asked for."""
-        self.progress.unlogged.append(self._logs | _finished(self._means.reduced()))
+        logs = self._logs | _finished(self._means.reduced())
+        self.progress.unlogged.append(logs | beside(self._logged.reduced(), logs))
         if self.control.should_log:
             self.log(_averaged(self.progress.unlogged))
             self.progress.unlogged.clear()

@@ -111,6 +111,9 @@ class StepPOConfig(PPOConfig):
         max_concurrent_episodes (`int`, *optional*):
             Most episodes played at once on a rank. `None`: all of an update; in an evaluation at most 256, or as many
             as in an update if that is more (`per_device_eval_batch_size` has no effect).
+        reuse_environments (`bool`, *optional*, defaults to `True`):
+            Whether an environment plays one episode after the other, each begun by its `reset`, as in `GRPOTrainer`,
+            and is closed when the run ends. `False`: every episode has a new one, which is closed after it.
         num_generations (`int`, *optional*, defaults to `1`):
             Episodes per dataset row.
         top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
@@ -263,6 +266,9 @@ class StepPOConfig(PPOConfig):
     max_concurrent_episodes: int | None = field(
         default=None, metadata={"help": "Most episodes played at once on a rank. None: all of an update."}
     )
+    reuse_environments: bool = field(
+        default=True, metadata={"help": "Reset environments for later episodes. False: a new one for every episode."}
+    )
     num_generations: int = field(default=1, metadata={"help": "Episodes per dataset row."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens of this total mass."})
     top_k: int = field(default=0, metadata={"help": "Sample from this many most likely tokens; 0: from all."})
@@ -388,7 +394,11 @@ class StepPOConfig(PPOConfig):
         if hasattr(args, "num_ppo_epochs"):  # TRL's own class, too
             return cls.from_ppo_config(args)
         kinds = {base.__name__ for base in type(args).__mro__}
-        cure = "pass `StepPOConfig.from_grpo_config(args)`" if "GRPOConfig" in kinds else "pass a StepPOConfig"
+        cure = (
+            "`StepPOTrainer` takes `StepPOConfig.from_grpo_config(args)`"
+            if "GRPOConfig" in kinds
+            else "pass a PPOConfig to `PPOTrainer`, a StepPOConfig to `StepPOTrainer`"
+        )
         raise ConfigurationError(f"`args` is a {type(args).__name__}; {cure}")
 
     @classmethod

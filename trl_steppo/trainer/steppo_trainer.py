@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -62,9 +62,10 @@ class StepPOTrainer(PPOTrainer):
             Callbacks beside the default ones.
         peft_config ([`~peft.PeftConfig`], *optional*):
             The adapter to put on the policy, e.g. a `LoraConfig`.
-        environment_factory (`Callable[[], Any]`, *optional*):
-            Makes the environment of one episode: a class with tools as in `GRPOTrainer`, or one with
-            `step(response)`; see [`environments.base`].
+        environment_factory (`Callable[[], Any]` or `dict[str, Callable[[], Any]]`, *optional*):
+            Makes an environment: a class with tools as in `GRPOTrainer`, or one with `step(response)`; see
+            [`environments.base`]. As many are made as episodes are played at a time, and each is reset for the next
+            ones. A dict: each row's column `environment` names the one that plays it, with its own tools.
         tools (`list[Callable]`, *optional*):
             Functions the model may call, sync or async, shared by all episodes.
         reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`] or a `list` of them, *optional*):
@@ -124,7 +125,7 @@ class StepPOTrainer(PPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
         *,
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: RewardFuncs | None = None,
         reward_processing_classes: Any = None,

@@ -22,6 +22,9 @@ from scripted_runs import call, say
 Config = Callable[..., Any]
 
 
+PRICES = {"tea": 3, "cup": 5}
+
+
 class Client:
     """A connection that works in the thread that opened it alone, as those of `sqlite3` do."""
 
@@ -31,7 +34,7 @@ class Client:
     def price(self, item: str) -> int:
         if threading.get_ident() != self._thread:
             raise RuntimeError("this connection was opened in another thread")
-        return {"tea": 3, "cup": 5}[item]
+        return PRICES[item]
 
 
 class Shop:
@@ -51,7 +54,7 @@ class Shop:
 
     @property
     def spent(self) -> float:
-        return sum(self.client.price(item) for item in self.bought) / 10
+        return sum(PRICES[item] for item in self.bought) / 10
 
     @staticmethod
     def _shown(items: list[str]) -> list[dict[str, str]]:

@@ -1,0 +1,282 @@
+"""How often environments are made in a run, how rows choose among several, and tools that handle signals."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import pytest
+from datasets import Dataset
+from tiny import END, Hash, Look, ScriptedSampler, call, make_trainer, message_rows
+
+from trl_steppo.errors import ConfigurationError, DataError
+from trl_steppo.rollout import EpisodeRequest, episode_file, load_episodes
+
+PAIRS = {"per_device_train_batch_size": 2, "total_episodes": 8}  # 4 updates of 2 episodes
+
+
+class Counting(Hash):
+    made: ClassVar[list[Counting]]
+    closed: ClassVar[list[Counting]]
+
+    def __init__(self) -> None:
+        self.made.append(self)
+        self.connection = sqlite3.connect(":memory:")  # refuses other threads
+        self.threads = {threading.get_ident()}
+
+    def reset(self, **row: Any) -> None:
+        super().reset(**row)
+        self.connection.execute("select 1")
+        self.threads.add(threading.get_ident())
+
+    def close(self) -> None:
+        self.connection.close()
+        self.closed.append(self)
+
+
+@pytest.fixture
+def counting() -> type[Counting]:
+    return type("Counting", (Counting,), {"made": [], "closed": []})
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_made"),
+    [({}, 2), ({"reuse_environments": False}, 8), ({"eval_strategy": "steps", "eval_steps": 2}, 2)],
+    ids=["reused", "a new one for each episode", "with evaluations"],
+)
+def test_environments_are_made_once_for_a_run_and_closed_at_its_end(tmp_path, counting, settings, num_made):
+    rows = {"eval_dataset": message_rows(2)} if "eval_steps" in settings else {}
+    trainer = make_trainer(tmp_path, environment_factory=counting, **PAIRS, **settings, **rows)
+    assert len(counting.made) == 1
+    trainer.train()
+    assert all(
+        "env/failed_episodes" not in logs or not logs["env/failed_episodes"] for logs in trainer.state.log_history
+    )
+    assert len(counting.made) == num_made
+    assert len(counting.closed) == num_made
+    assert all(len(environment.threads) == 1 for environment in counting.made)
+
+
+def test_rollouts_beside_each_other_have_environments_of_their_own_that_all_are_closed(tmp_path, counting):
+    trainer = make_trainer(tmp_path, environment_factory=counting, **PAIRS)
+    trainer.player.sampler = ScriptedSampler(lambda *order: f"ok{END}")
+    requests = [EpisodeRequest(row, index) for index, row in enumerate(message_rows(2))]
+    go_on, played = threading.Event(), []
+    begun = threading.Barrier(3, timeout=60)
+
+    def play() -> None:
+        def wait() -> None:
+            begun.wait()
+            go_on.wait(60)
+
+        played.append(trainer.player.play(requests[:1], on_episode=wait))
+
+    threads = [threading.Thread(target=play) for _ in range(2)]
+    with trainer.player.running(resumed_at=None):
+        trainer.player.play(requests)
+        for thread in threads:
+            thread.start()
+        begun.wait()  # both are in the midst of a rollout
+        trainer.player.play(requests)
+    assert len(counting.closed) == 2  # those of the main thread
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert [episode.error for episodes in played for episode in episodes] == [None, None]
+    assert len(counting.made) == 4
+    assert sorted(map(id, counting.closed)) == sorted(map(id, counting.made))
+    assert all(len(environment.threads) == 1 for environment in counting.made)
+
+
+def test_reuse_changes_nothing_of_what_is_played(tmp_path):
+    played = []
+    for reuses in (True, False):
+        directory = tmp_path / str(reuses)
+        settings = {"dump_episodes_dir": str(directory / "episodes"), "reuse_environments": reuses}
+        make_trainer(directory, environment_factory=Look, train_dataset=message_rows(), **settings).train()
+        played.append([load_episodes(episode_file(directory / "episodes", update, 0)) for update in range(2)])
+    assert played[0] == played[1]
+
+
+# -- several environments ---------------------------------------------------------------------------------------------
+
+
+class Adds:
+    def reset(self, number: int, **row: Any) -> str:
+        assert "environment" not in row
+        self.number = number
+        return " add"
+
+    def add(self, n: int) -> str:
+        """
+        Add.
+
+        Args:
+            n: A number.
+        """
+        self.number += n
+        return str(self.number)
+
+    def get_reward(self) -> float:
+        return float(self.number)
+
+
+class Doubles(Adds):
+    add = None  # type: ignore[assignment]
+
+    def double(self) -> str:
+        """Double."""
+        self.number *= 2
+        return str(self.number)
+
+
+FACTORIES = {"adds": Adds, "doubles": Doubles}
+
+
+def mixed_rows(names: tuple[str, ...] = ("adds", "doubles")) -> list[dict[str, Any]]:
+    return [{**row, "environment": names[index % len(names)]} for index, row in enumerate(message_rows())]
+
+
+@pytest.mark.parametrize("rows", [mixed_rows, lambda: Dataset.from_list(mixed_rows())], ids=["rows", "table"])
+def test_rows_choose_their_environment_and_see_its_tools_only(tmp_path, rows):
+    given: dict[str, Any] = {}
+
+    def by_column(environment: list[str], completions: Any, **columns: Any) -> list[float]:
+        given.update(zip(environment, completions, strict=True))
+        return [100.0 * (name == "adds") for name in environment]
+
+    episodes_dir = tmp_path / "episodes"
+    trainer = make_trainer(
+        tmp_path,
+        environment_factory=FACTORIES,
+        train_dataset=rows(),
+        reward_funcs=by_column,
+        dump_episodes_dir=str(episodes_dir),
+    )
+    asked = [call("add", n=3), call("double")]
+    trainer.player.sampler = ScriptedSampler(lambda position, _, step: asked[step] if step < 2 else f"done{END}")
+    trainer.train()
+    for update in range(2):
+        for episode in load_episodes(episode_file(episodes_dir, update, 0)):
+            row = trainer.rows[episode.stream_position]
+            text = trainer.player.decode(episode.steps[0].prompt_ids)
+            is_adds = row["environment"] == "adds"
+            assert ("add \n" in text.replace("<|im_end|>", "\n"), "double" in text) == (is_adds, not is_adds)
+            answers = [step.observation[0]["content"] for step in episode.steps[:2]]
+            result = row["number"] + 3 if is_adds else row["number"] * 2
+            assert answers[not is_adds] == str(result)
+            assert answers[is_adds].startswith("Error: unknown tool")
+            assert sum(step.reward for step in episode.steps) == result + 100 * is_adds
+    assert {name: completion[0]["tool_calls"][0]["function"]["name"] for name, completion in given.items()} == {
+        "adds": "add",
+        "doubles": "add",
+    }
+
+
+@pytest.mark.parametrize(
+    ("factory", "rows", "error", "says"),
+    [
+        (FACTORIES, lambda: message_rows(), DataError, "needs a column `environment` with one of its names: 'adds'"),
+        (
+            FACTORIES,
+            lambda: mixed_rows(("adds", "ads")),
+            DataError,
+            "row 1 of `train_dataset` is str 'ads', which is none",
+        ),
+        (
+            FACTORIES,
+            lambda: Dataset.from_list(mixed_rows(("adds", "doubles", None))),
+            DataError,
+            "`environment` of row 2 of `train_dataset` is NoneType None, which is none",
+        ),
+        ({}, mixed_rows, ConfigurationError, r"a dict with the names \[\]"),
+        ({1: Adds}, mixed_rows, ConfigurationError, r"a dict with the names \[1\]"),
+        ({"adds": Adds, "doubles": 3}, mixed_rows, ConfigurationError, r"`environment_factory\['doubles'\]` is a int"),
+    ],
+    ids=["no column", "unknown name", "Arrow's null", "empty", "a number", "no function"],
+)
+def test_a_choice_that_cannot_be_made_is_refused_at_construction(tmp_path, factory, rows, error, says):
+    with pytest.raises(error, match=says):
+        make_trainer(tmp_path, environment_factory=factory, train_dataset=rows())
+
+
+def test_a_name_that_shows_later_costs_its_own_episode(tmp_path):
+    class Lazy(list):  # type: ignore[type-arg]
+        """Rows that are made when they are asked for are not looked at before."""
+
+        def __getitem__(self, index: Any) -> Any:
+            row = super().__getitem__(index)
+            return {**row, "environment": "ads"} if index == 3 else row
+
+    class Rows:
+        def __init__(self) -> None:
+            self.rows = Lazy(mixed_rows())
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitem__(self, index: int) -> Any:
+            return self.rows[index]
+
+    directory = tmp_path / "episodes"
+    make_trainer(
+        tmp_path, environment_factory=FACTORIES, train_dataset=Rows(), dump_episodes_dir=str(directory)
+    ).train()
+    played = [episode for update in range(2) for episode in load_episodes(episode_file(directory, update, 0))]
+    (failed,) = [episode for episode in played if not episode.valid]
+    assert failed.dataset_row == 3
+    assert "`environment` is 'ads', which is none of the environments" in str(failed.error)
+
+
+# -- a tool with a time limit of its own ------------------------------------------------------------------------------
+
+
+@contextmanager
+def timeout(seconds: int) -> Iterator[None]:
+    """As in TRL's example of an agent."""
+
+    def give_up(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"Operation timed out after {seconds} seconds")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def query(sql_command: str) -> list[tuple[int]]:
+    """
+    Ask the database.
+
+    Args:
+        sql_command: The command.
+    """
+    with timeout(5):
+        connection = sqlite3.connect(":memory:")
+        try:
+            return connection.execute(sql_command).fetchall()
+        finally:
+            connection.close()
+
+
+def hits(completions: Any, **columns: Any) -> list[float]:
+    found = [[turn["content"] for turn in completion if turn["role"] == "tool"] for completion in completions]
+    return [2.0 if isinstance(results[0], list) else -1.5 for results in found]
+
+
+def test_a_tool_that_handles_signals_answers(tmp_path):
+    trainer = make_trainer(
+        tmp_path, tools=[query], environment_factory=None, reward_funcs=hits, train_dataset=message_rows()
+    )
+    trainer.player.sampler = ScriptedSampler(
+        lambda position, _, step: call("query", sql_command="select 7") if step == 0 else f"*yes*{END}"
+    )
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert (first["env/tool_errors"], first["env/tool_calls"], first["env/reward"]) == (0, 1, 2.0)
