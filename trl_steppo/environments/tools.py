@@ -172,9 +172,14 @@ class _EnvironmentCalls:
         name = _class_name(environment)
         self._thread: Home = DaemonThread(name) if environment is None else home_of(name)
         self._was_given_up = False
-        self._was_played = False
+        self.was_played = False
         self._scores: dict[str, float] = {}
         self._defined: dict[str, bool] = {}
+
+    @property
+    def environment(self) -> Any:
+        """What the user wrote; `None` where there are only tools."""
+        return self._environment
 
     @property
     def is_reusable(self) -> bool:
@@ -224,14 +229,14 @@ class _EnvironmentCalls:
             row = {name: value for name, value in row.items() if name not in self._hidden_columns}
         self._scores = {}
         text = await self._call("reset", (), row, convert=_text_of_reset)
-        if self._was_played and self._plain_done():
+        if self.was_played and self._plain_done():
             problem = (
                 f"`{_class_name(self._environment)}.reset` leaves `done` true, so that a new environment is made for "
                 "every episode; let `reset` set all that an episode changes, or set `reuse_environments=False`"
             )
             _warn_once(problem)
             raise NewEnvironmentNeededError(problem)
-        self._was_played = True
+        self.was_played = True
         return text
 
     def _plain_done(self) -> bool | None:

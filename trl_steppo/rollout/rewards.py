@@ -106,8 +106,13 @@ def score_episodes(
     return scored
 
 
-def takes_environments(func: RewardFunc) -> bool:
-    """Whether a reward function is given `environments` where there are some."""
+def takes_environments(func: RewardFunc, *, by_name: bool = False) -> bool:
+    """Whether a reward function is given `environments` where there are some; `by_name`: not as `**kwargs` alone."""
+    if by_name:
+        try:
+            return "environments" in inspect.signature(func).parameters
+        except (TypeError, ValueError):
+            return False
     return bool(_taken(func, {"environments": None}))
 
 

@@ -43,6 +43,7 @@ from ..rollout import (
     play_agents,
     play_episodes,
     score_episodes,
+    takes_environments,
     within_float32,
 )
 from ..rollout.loops import run_coroutine
@@ -149,9 +150,10 @@ class EpisodePlayer:
         has_input_ids = agent is None and _check_columns(columns, is_optional=environment_factory is not None)
         for names in (columns, *eval_columns):
             self._check_environment_column(names)
-            check_reward_funcs(self.reward_funcs, names)
+            check_reward_funcs(self.reward_funcs, names, has_environments=bool(self._factories))
         self._stages: list[Stage] = []  # on which nothing is played now
         self._keeps_stages = False
+        self._played_in: dict[str, tuple[Stage, Any]] = {}  # by the episode: environments that `score` shows
         self._staging = threading.Lock()
         self._examples = self._make_examples([columns, *eval_columns])
         self._chats = {
@@ -244,8 +246,11 @@ class EpisodePlayer:
         }
         if self.agent is None:
             common["make_timeout_s"] = self.args.tool_timeout_s
+            holds = self._shows_environments(len(requests) <= common["max_concurrent_episodes"])
             with self._staged() as stage:
-                played = play_episodes(requests, stage, self.sampler, chat=self.chat_of, **common)
+                played = play_episodes(requests, stage, self.sampler, chat=self.chat_of, holds=holds, **common)
+                for name in [episode.episode_id for episode in played if holds and episode.valid]:
+                    self._played_in[name] = stage, stage.environment_of(name)
             return [_readable(episode, self.context) for episode in played]
         with self._serving() as server:
             if update is not None and update > self.args.max_staleness:
@@ -362,6 +367,11 @@ class EpisodePlayer:
 
     # -- environments -------------------------------------------------------------------------------------------------
 
+    def _shows_environments(self, all_play_at_once: bool) -> bool:
+        """Whether reward functions see environments. Those that take them by name do, however many that makes."""
+        takes = [takes_environments(func, by_name=not all_play_at_once) for func in self.reward_funcs]
+        return bool(self._factories) and any(takes)
+
     @contextmanager
     def _staged(self) -> Iterator[Stage]:
         """Where to play a rollout: what earlier ones of the run have left, or else new. Several may play at once."""
@@ -404,6 +414,7 @@ class EpisodePlayer:
         finally:
             with self._staging:
                 self._keeps_stages = False
+                self._played_in.clear()
                 stages, self._stages = self._stages, []
             for stage in stages:
                 stage.close()
@@ -483,6 +494,8 @@ class EpisodePlayer:
                 Called with what reward functions log for a mean.
         """
         if self.reward_funcs:
+            names = [episode.episode_id for episode in episodes]
+            played_in = {name: self._played_in.pop(name) for name in names if name in self._played_in}
             episodes = score_episodes(
                 self.reward_funcs,
                 self.args.reward_weights,
@@ -491,8 +504,13 @@ class EpisodePlayer:
                 chat=self.chat_of,
                 decode=None if any(chat is not None for chat in self._chats.values()) else self.decode,
                 extra={"trainer_state": trainer_state},
+                environments=[played_in[name][1] if name in played_in else None for name in names]
+                if played_in
+                else None,
                 log_metric=log_metric,
             )
+            for name, (stage, _) in played_in.items():
+                stage.release([name])
         if self.reward_model is not None:
             valid = [index for index, episode in enumerate(episodes) if episode.valid]
             last = [episodes[index].steps[-1] for index in valid]
