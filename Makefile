@@ -32,10 +32,10 @@ test:  ## all tests that take less than 30 s each
 	$(PYTHON) -m pytest
 
 test-newest:  ## those that may depend on the versions of libraries, with the newest (after `make install-newest`)
-	PATH="$(CURDIR)/.venv-newest/bin:$$PATH" python -m pytest -m "not slow and not pinned_only"
+	PATH="$(CURDIR)/.venv-newest/bin:$$PATH" .venv-newest/bin/python -m pytest -m "not slow and not pinned_only"
 
 test-oldest:  ## trainer, samplers, chat, environments and examples, with the oldest (after `make install-oldest`)
-	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" python -m pytest -m "not slow and not pinned_only" $(OLDEST)
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest -m "not slow and not pinned_only" $(OLDEST)
 
 test-slow:  ## the long ones, in full
 	$(PYTHON) -m pytest -m slow -n 0

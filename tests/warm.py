@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -74,6 +76,20 @@ def run_script(script: Path | str, *arguments: Any, cwd: Path | None = None, tim
         process.kill()
         process.join()
         return Finished(process.exitcode, *(path.read_text() for path in outputs))
+
+
+def run_on_ranks(script: Path, *arguments: Any, timeout: float, **env: str) -> list[Finished]:
+    """[`run_script`] on two ranks, with what `torchrun` tells its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def run(rank: int) -> Finished:
+        return run_script(script, *arguments, timeout=timeout, **env, RANK=str(rank), LOCAL_RANK=str(rank))
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run, range(2)))
 
 
 def _run(script: Path, arguments: list[str], cwd: Path, env: dict[str, str], outputs: list[Path]) -> None:

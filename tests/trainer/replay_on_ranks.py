@@ -1,12 +1,9 @@
 """
-Replays recordings on two ranks, or plays where there is none: `replay_on_ranks.py SCENARIOS.json OUTPUT_DIR`, by
-`torchrun`, or by itself: then it imports everything once and forks, which takes half as long.
+Replays recordings on two ranks, or plays where there is none: `torchrun replay_on_ranks.py SCENARIOS.json OUTPUT_DIR`.
 """
 
 import json
-import multiprocessing
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,26 +84,5 @@ def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: st
         assert torch.equal(gathered[0], gathered[-1])
 
 
-def replay_on_rank(rank: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    replay_all()
-
-
-def main() -> None:
-    if "RANK" in os.environ:
-        replay_all()
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [multiprocessing.get_context("fork").Process(target=replay_on_rank, args=(i,)) for i in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in processes))
-
-
 if __name__ == "__main__":
-    main()
+    replay_all()

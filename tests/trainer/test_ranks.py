@@ -17,6 +17,7 @@ from peft import PeftModel
 from replay_on_ranks import replay
 from safetensors.torch import load_file
 from tiny import distance, make_episode, make_model, make_trainer, weights
+from warm import run_on_ranks
 
 from trl_steppo import Episode, StopReason
 from trl_steppo.batching import micro_batches, step_ids
@@ -153,16 +154,22 @@ def runs(request, recorded, tmp_path_factory) -> Path:
     file = root / "scenarios.json"
     file.write_text(json.dumps({name: scenarios[2][name] for name in names}))
     script = Path(__file__).with_name("replay_on_ranks.py")
-    ranks_run = subprocess.run(
-        [sys.executable, *command, str(script), str(file), str(root / "2")],
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if ranks_run.returncode != 0:
-        pytest.fail(f"two ranks ended with {ranks_run.returncode}: {ranks_run.stderr[-4000:]}", pytrace=False)
+    ended: list[Any]
+    if command:
+        done = subprocess.run(
+            [sys.executable, *command, str(script), str(file), str(root / "2")],
+            timeout=280,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        ended = [done]
+    else:
+        ended = run_on_ranks(script, file, root / "2", timeout=280, CUDA_VISIBLE_DEVICES="")
+    for run in ended:
+        if run.returncode != 0:
+            pytest.fail(f"two ranks ended with {run.returncode}: {run.stderr[-4000:]}", pytrace=False)
     return root
 
 

@@ -472,7 +472,7 @@ def test_a_bad_tool_call_is_an_observation_and_a_counter(tmp_path, kind):
         tmp_path,
         environment_factory=Look,
         train_dataset=message_rows(),
-        tool_timeout_s=0.1,
+        tool_timeout_s=0.5 if kind == "slow" else 60.0,
         dump_episodes_dir=str(tmp_path / "episodes"),
     )
     trainer.player.sampler = ScriptedSampler(
@@ -516,7 +516,7 @@ class BreaksAt:
         if self.where == name and self._is_bad():
             raise OSError(f"broken {name}")
         if self.where == f"slow {name}" and self._is_bad():
-            time.sleep(0.5)
+            time.sleep(3.0)
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_a_broken_environment_costs_its_own_episodes(tmp_path, where):
     trainer = run(
         tmp_path,
         environment_factory=type("Broken", (BreaksAt,), {"where": where}),
-        tool_timeout_s=0.1 if "slow" in where else 60.0,
+        tool_timeout_s=0.5 if "slow" in where else 60.0,
         dump_episodes_dir=str(tmp_path / "episodes"),
     )
     assert trainer.state.global_step == 2

@@ -128,7 +128,7 @@ class Look:
 
     def sleep(self) -> str:
         """Take too long."""
-        time.sleep(0.6)
+        time.sleep(3.0)
         return "awake"
 
     def get_reward(self) -> float:
