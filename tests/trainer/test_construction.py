@@ -145,6 +145,36 @@ def test_reward_functions_may_be_classifiers_and_their_names(tmp_path, saved):
     assert [episode.episode_return for episode in episodes] == pytest.approx([0.0] * len(episodes), abs=1e-6)
 
 
+CONVERSATION = [
+    {
+        "role": "assistant",
+        "content": "well",
+        "tool_calls": [{"type": "function", "function": {"name": "a", "arguments": {}}}],
+    },
+    {"role": "tool", "name": "a", "content": "7"},
+    {"role": "assistant", "content": "seven"},
+]
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_a_classifier_reads_what_grpo_trainer_has_it_read(tmp_path, saved, is_text):
+    """The very scores, of completions of different lengths; a padding token at the end is not read."""
+    import trl
+
+    prompts: list[Any] = ["How much?", "a"]
+    completions: list[Any] = ["seven", "b" * 20 + TOKENIZER.pad_token]
+    if not is_text:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        completions = [CONVERSATION, [{"role": "assistant", "content": "b"}]]
+    args = trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, num_generations=2, per_device_train_batch_size=2)
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    theirs = trl.GRPOTrainer(saved["policy"], saved["classifier"], args=args, train_dataset=rows)
+    ours = make_trainer(tmp_path, reward_funcs=saved["classifier"], train_dataset=list(rows))
+    scores = theirs._calculate_rewards([{}, {}], prompts, completions, [[1], [1]])[:, 0]
+    assert ours.player.reward_funcs[0](prompts, completions) == pytest.approx(scores.tolist(), abs=1e-6)
+    assert ours.player.reward_funcs[0].__name__ == theirs.reward_func_names[0] == "classifier"
+
+
 def test_classifiers_that_cannot_pay_are_told(tmp_path):
     template_free = make_tokenizer()
     template_free.chat_template = None

@@ -14,7 +14,7 @@ from ..chat import ChatFormat, extended
 from ..environments.base import Message
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..finite import LARGEST, NotFiniteError, as_number
-from ..types import Episode, Step, StopReason
+from ..types import Episode, Step, StopReason, map_texts, writable
 from .loops import run_coroutine
 from .rows import own, prompt_of
 
@@ -290,7 +290,9 @@ class _Log:
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
         """A value for each episode, by the name of a column; a second call for the same column continues the first."""
-        self._columns.setdefault(str(column), []).extend(own(value, str(column)) for value in values)
+        self._columns.setdefault(str(column), []).extend(
+            map_texts(own(value, str(column)), writable) for value in values
+        )
 
     def log_metric(self, name: str, value: Any) -> None:
         """A number, of which the mean is logged."""
