@@ -348,9 +348,9 @@ class EpisodePlayer:
         from ..gateway import GatewayServer  # noqa: F401  (told now if its packages are missing)
 
         check_agent(self.agent)
-        others = {"environment_factory": self._factories, "tools": self.tools, "data_collator": self.data_collator}
-        for name, given in others.items():
-            if given:
+        given = {"environment_factory": self._factories, "tools": self.tools, "data_collator": self.data_collator}
+        for name, value in given.items():
+            if value:
                 raise ConfigurationError(
                     f"`agent` and `{name}` are both given; an agent brings its own tools and makes its own prompts: "
                     "leave one of them out"
