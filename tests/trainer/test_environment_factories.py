@@ -102,6 +102,35 @@ def test_reuse_changes_nothing_of_what_is_played(tmp_path):
     assert played[0] == played[1]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_concurrent_episodes": 1}, {"reuse_environments": False, "max_concurrent_episodes": 1}],
+    ids=["all at once", "one at a time", "new ones"],
+)
+def test_reward_functions_see_environments_as_their_episodes_left_them(tmp_path, counting, settings):
+    seen: list[int] = []
+
+    def by_state(environments: list[Counting], number: list[int], **columns: Any) -> list[float]:
+        seen.extend(number)
+        assert [environment.row["number"] for environment in environments] == number
+        return [float(environment.row["number"]) for environment in environments]
+
+    make_trainer(tmp_path, environment_factory=counting, reward_funcs=by_state, **PAIRS, **settings).train()
+    assert len(seen) == 8
+    assert len(counting.made) == (8 if "reuse_environments" in settings else 2)
+    assert len(counting.closed) == len(counting.made)
+
+
+def test_one_that_would_have_to_be_kept_is_not_shown_to_whoever_does_not_ask(tmp_path, counting):
+    def takes_what_comes(completions: list[Any], **columns: Any) -> list[float]:
+        assert "environments" not in columns
+        return [0.0] * len(completions)
+
+    settings = {"max_concurrent_episodes": 1, "reward_funcs": takes_what_comes}
+    make_trainer(tmp_path, environment_factory=counting, **PAIRS, **settings).train()
+    assert len(counting.made) == 1
+
+
 # -- several environments ---------------------------------------------------------------------------------------------
 
 

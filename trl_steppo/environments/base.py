@@ -35,7 +35,7 @@ messages, instead of the row's prompt to which everything is appended; `None`: t
 that is spelled in it is tokenized as text: return messages for the chat template to write the turns |
 | `get_reward()` | once, at the end |
 | `metrics()` | after it: scores to log, by name |
-| `close()` | when the episode is over, however it ended |
+| `close()` | once, when it plays no more episodes: at the end of the run, or after an episode that failed |
 """
 
 RESERVED_NAMES = frozenset(HOOKS)
@@ -83,7 +83,8 @@ class ToolEnvironment(Protocol):
     `metrics() -> dict`; `close()`.
 
     When one response holds several calls, an environment's sync methods run one after another, in the order they were
-    called, all in one thread: they share the environment's state. Async ones run concurrently.
+    called, all in the thread that it was made in: they share the environment's state. Async ones run concurrently,
+    when these are done. `reset` sets all that an episode changes: an environment plays many of them.
     """
 
     def reset(self, **row: Any) -> str | None: ...

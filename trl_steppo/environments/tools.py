@@ -40,6 +40,7 @@ from .base import HOOKS, Message, Outcome, Playable, Response
 from .members import COMPUTED, Tool, functions_by_name, is_hook, schema_of, signature_of, tool_name, tools_of
 from .results import MediaError, content_of, text_of_blocks
 from .slots import Slots
+from .views import view_of
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +173,19 @@ class _EnvironmentCalls:
         name = _class_name(environment)
         self._thread: Home = DaemonThread(name) if environment is None else home_of(name)
         self._was_given_up = False
-        self._was_played = False
+        self.was_played = False
         self._scores: dict[str, float] = {}
         self._defined: dict[str, bool] = {}
+
+    @property
+    def environment(self) -> Any:
+        """What the user wrote; `None` where there are only tools."""
+        return self._environment
+
+    def view(self) -> Any:
+        """The environment as other threads may use it ([`view_of`])."""
+        run = getattr(self._thread, "run_and_wait", None)
+        return self._environment if run is None else view_of(self._environment, run)
 
     @property
     def is_reusable(self) -> bool:
@@ -224,14 +235,14 @@ class _EnvironmentCalls:
             row = {name: value for name, value in row.items() if name not in self._hidden_columns}
         self._scores = {}
         text = await self._call("reset", (), row, convert=_text_of_reset)
-        if self._was_played and self._plain_done():
+        if self.was_played and self._plain_done():
             problem = (
                 f"`{_class_name(self._environment)}.reset` leaves `done` true, so that a new environment is made for "
                 "every episode; let `reset` set all that an episode changes, or set `reuse_environments=False`"
             )
             _warn_once(problem)
             raise NewEnvironmentNeededError(problem)
-        self._was_played = True
+        self.was_played = True
         return text
 
     def _plain_done(self) -> bool | None:

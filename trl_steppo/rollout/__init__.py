@@ -8,7 +8,7 @@ from .episode import run_episode
 from .pacing import InFlight
 from .play import EpisodeRequest, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
-from .rewards import check_reward_funcs, checked_weights, paid, score_episodes, within_float32
+from .rewards import check_reward_funcs, checked_weights, paid, score_episodes, takes_environments, within_float32
 from .rows import own_row
 from .stage import Stage, make_at_home
 
@@ -33,5 +33,6 @@ __all__ = [
     "run_episode",
     "score_episodes",
     "step_seed",
+    "takes_environments",
     "within_float32",
 ]

@@ -66,6 +66,7 @@ def play_episodes(
     grace_s: float = 0.25,
     id_prefix: str = "",
     on_episode: Callable[[], None] | None = None,
+    holds: bool = False,
 ) -> list[Episode]:
     """
     Play all requested episodes concurrently and wait for them. May be called from a thread that runs an event loop:
@@ -96,6 +97,8 @@ def play_episodes(
             Put before every `episode_id`, to keep those of several rollouts apart.
         on_episode (`Callable`, *optional*):
             Called whenever an episode has ended.
+        holds (`bool`, *optional*, defaults to `False`):
+            Whether environments stay as their episodes have left them, until the stage's `release`.
 
     Returns:
         `list[Episode]`: in the order of the requests.
@@ -120,6 +123,7 @@ def play_episodes(
         in_flight=in_flight,
         make_timeout_s=make_timeout_s if make_timeout_s is not None else limits.max_episode_s,
         id_prefix=id_prefix,
+        holds=holds,
     )
     try:
         return stage.run(
@@ -149,6 +153,7 @@ class _Rollout:
     in_flight: InFlight
     make_timeout_s: float | None
     id_prefix: str
+    holds: bool
 
     async def play_one(self, request: EpisodeRequest) -> Episode:
         episode_id = f"{self.id_prefix}{request.stream_position}-{request.generation_index}"
@@ -176,7 +181,7 @@ class _Rollout:
                 raise _cannot_play(error) from error
             raise NewEnvironmentNeededError(str(error)) from error
         finally:
-            await self.stage.give_back(place, is_well=is_well, name=episode_id)
+            await self.stage.give_back(place, is_well=is_well, name=episode_id, is_held=self.holds)
 
     async def _play_at(self, place: Place, request: EpisodeRequest, episode_id: str) -> Episode:
         return await run_episode(

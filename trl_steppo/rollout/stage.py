@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Hashable, Mapping
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -94,6 +95,8 @@ class Stage:
         self._num_taken: defaultdict[Hashable, int] = defaultdict(int)
         self._resting: dict[tuple[Hashable, int], Playable] = {}
         self._playing: dict[tuple[Hashable, int], Playable] = {}
+        self._held: dict[str, Place] = {}  # by the name of their episode
+        self._changing = threading.Lock()  # what is free: rollouts and `release` may be in different threads
         self._need_main_thread: set[Hashable] = set()
         self._spare: DaemonThread | None = None  # in which nothing lives
         self._rollout: asyncio.Task[Any] | None = None
@@ -119,6 +122,19 @@ class Stage:
         self._resting[kind, number] = playable
         self._release(kind, number)
 
+    def held(self, name: str) -> Playable | None:
+        """Where an episode was played; `None` where it is not held, or there was nothing."""
+        place = self._held.get(name)
+        return place.playable if place is not None else None
+
+    def release(self, names: Iterable[str]) -> None:
+        """Let the environments of these episodes, which were held, play others."""
+        for name in names:
+            place = self._held.pop(name, None)
+            if place is not None and place.playable is not None:
+                self._resting[place.kind, place.number] = place.playable
+                self._release(place.kind, place.number)
+
     def close(self) -> None:
         """Close all environments, also those in the midst of an episode, and the event loop."""
         if self._is_closed:
@@ -142,9 +158,13 @@ class Stage:
                 Most seconds for making one.
         """
         kind = self._kind_of(row)
-        number = heapq.heappop(self._free[kind]) if self._free[kind] else self._next_number(kind)
+        with self._changing:
+            number = heapq.heappop(self._free[kind]) if self._free[kind] else self._next_number(kind)
         try:
             playable = self._resting.pop((kind, number), None)
+            if playable is not None and self._is_worn(playable):
+                await self._close(playable, "(the one before)")
+                playable = None
             if playable is None:
                 async with self._making:
                     playable = await self._make(kind, row, timeout_s)
@@ -155,7 +175,7 @@ class Stage:
             self._playing[kind, number] = playable
         return Place(kind, number, playable)
 
-    async def give_back(self, place: Place, *, is_well: bool, name: str) -> None:
+    async def give_back(self, place: Place, *, is_well: bool, name: str, is_held: bool = False) -> None:
         """
         An episode is over: its environment may play another one, or is closed.
 
@@ -165,11 +185,16 @@ class Stage:
             is_well (`bool`):
                 Whether the episode went as it should.
             name (`str`):
-                How messages name the episode.
+                The episode's.
+            is_held (`bool`, *optional*, defaults to `False`):
+                Whether it is left as the episode has left it, until [`release`].
         """
         key = place.kind, place.number
         playable = self._playing.pop(key, None)
         if playable is not None:
+            if is_well and is_held:
+                self._held[name] = place
+                return
             if is_well and self._reuses and getattr(playable, "is_reusable", False):
                 self._resting[key] = playable
             else:
@@ -212,6 +237,11 @@ class Stage:
         main = MainThread()
         return await main.run(lambda: make_at_home(main, lambda: self._make_playable(row)), None, _MAKING)
 
+    def _is_worn(self, playable: Playable) -> bool:
+        """Whether it has played, and may not play another episode."""
+        was_played = getattr(playable, "was_played", True)
+        return was_played and not (self._reuses and getattr(playable, "is_reusable", False))
+
     async def _close(self, playable: Playable, name: str) -> None:
         try:
             await within(playable.close(), self._close_timeout_s, "close()")
@@ -221,7 +251,9 @@ class Stage:
     async def _close_all(self) -> None:
         if self._rollout is not None and not self._rollout.done():  # it was broken off, and is cancelled
             await asyncio.wait({self._rollout}, timeout=LETS_GO_S)
-        left = [*self._playing.values(), *self._resting.values()]
+        held = [place.playable for place in self._held.values() if place.playable is not None]
+        left = [*self._playing.values(), *self._resting.values(), *held]
+        self._held.clear()
         self._playing.clear()
         self._resting.clear()
         await asyncio.gather(*(self._close(playable, "(the last one)") for playable in left))
@@ -234,4 +266,5 @@ class Stage:
         return number
 
     def _release(self, kind: Hashable, number: int) -> None:
-        heapq.heappush(self._free[kind], number)
+        with self._changing:
+            heapq.heappush(self._free[kind], number)

@@ -43,6 +43,7 @@ from ..rollout import (
     play_agents,
     play_episodes,
     score_episodes,
+    takes_environments,
     within_float32,
 )
 from ..rollout.loops import run_coroutine
@@ -149,9 +150,12 @@ class EpisodePlayer:
         has_input_ids = agent is None and _check_columns(columns, is_optional=environment_factory is not None)
         for names in (columns, *eval_columns):
             self._check_environment_column(names)
-            check_reward_funcs(self.reward_funcs, names)
+            check_reward_funcs(self.reward_funcs, names, has_environments=bool(self._factories))
         self._stages: list[Stage] = []  # on which nothing is played now
         self._keeps_stages = False
+        self._played_in: dict[
+            str, tuple[Stage, Playable | None]
+        ] = {}  # by the episode: environments that `score` shows
         self._staging = threading.Lock()
         self._examples = self._make_examples([columns, *eval_columns])
         self._chats = {
@@ -171,6 +175,11 @@ class EpisodePlayer:
     def environment_names(self) -> list[str] | None:
         """What rows choose their environment by; `None` where there is nothing to choose."""
         return [str(name) for name in self._factories] if self._chooses else None
+
+    @property
+    def episodes_at_once(self) -> int | None:
+        """Most episodes of an evaluation that are played before they are scored; `None`: all."""
+        return max(_EVAL_EPISODES, self._update_episodes) if self._shows_environments(False) else None
 
     @property
     def context(self) -> int | None:
@@ -244,8 +253,11 @@ class EpisodePlayer:
         }
         if self.agent is None:
             common["make_timeout_s"] = self.args.tool_timeout_s
+            holds = self._shows_environments(len(requests) <= common["max_concurrent_episodes"])
             with self._staged() as stage:
-                played = play_episodes(requests, stage, self.sampler, chat=self.chat_of, **common)
+                played = play_episodes(requests, stage, self.sampler, chat=self.chat_of, holds=holds, **common)
+                for name in [episode.episode_id for episode in played if holds and episode.valid]:
+                    self._played_in[name] = stage, stage.held(name)
             return [_readable(episode, self.context) for episode in played]
         with self._serving() as server:
             if update is not None and update > self.args.max_staleness:
@@ -336,8 +348,9 @@ class EpisodePlayer:
         from ..gateway import GatewayServer  # noqa: F401  (told now if its packages are missing)
 
         check_agent(self.agent)
-        for name in ("environment_factory", "tools", "data_collator"):
-            if getattr(self, name):
+        given = {"environment_factory": self._factories, "tools": self.tools, "data_collator": self.data_collator}
+        for name, value in given.items():
+            if value:
                 raise ConfigurationError(
                     f"`agent` and `{name}` are both given; an agent brings its own tools and makes its own prompts: "
                     "leave one of them out"
@@ -362,6 +375,11 @@ class EpisodePlayer:
 
     # -- environments -------------------------------------------------------------------------------------------------
 
+    def _shows_environments(self, all_play_at_once: bool) -> bool:
+        """Whether reward functions see environments. Those that take them by name do, however many that makes."""
+        takes = [takes_environments(func, by_name=not all_play_at_once) for func in self.reward_funcs]
+        return bool(self._factories) and any(takes)
+
     @contextmanager
     def _staged(self) -> Iterator[Stage]:
         """Where to play a rollout: what earlier ones of the run have left, or else new. Several may play at once."""
@@ -378,9 +396,15 @@ class EpisodePlayer:
                 is_kept = self._keeps_stages
                 if is_kept:
                     self._stages.append(stage)
-        finally:
-            if not is_kept:  # it broke, or the run is over
-                stage.close()
+        except BaseException:
+            stage.close()
+            raise
+        if not is_kept and not self._is_shown(stage):  # the run is over
+            stage.close()
+
+    def _is_shown(self, stage: Stage) -> bool:
+        """Whether reward functions are still to see environments of it."""
+        return any(one is stage for one, _ in self._played_in.values())
 
     def _new_stage(self) -> Stage:
         stage = Stage(
@@ -404,6 +428,7 @@ class EpisodePlayer:
         finally:
             with self._staging:
                 self._keeps_stages = False
+                self._played_in.clear()
                 stages, self._stages = self._stages, []
             for stage in stages:
                 stage.close()
@@ -483,6 +508,8 @@ class EpisodePlayer:
                 Called with what reward functions log for a mean.
         """
         if self.reward_funcs:
+            names = [episode.episode_id for episode in episodes]
+            played_in = {name: self._played_in.pop(name) for name in names if name in self._played_in}
             episodes = score_episodes(
                 self.reward_funcs,
                 self.args.reward_weights,
@@ -491,8 +518,16 @@ class EpisodePlayer:
                 chat=self.chat_of,
                 decode=None if any(chat is not None for chat in self._chats.values()) else self.decode,
                 extra={"trainer_state": trainer_state},
+                environments=[played_in[name][1] if name in played_in else None for name in names]
+                if played_in
+                else None,
                 log_metric=log_metric,
             )
+            for name, (stage, _) in played_in.items():
+                stage.release([name])
+            for stage in {stage for stage, _ in played_in.values()}:
+                if not self._keeps_stages and not self._is_shown(stage):  # it was played outside of a run
+                    stage.close()
         if self.reward_model is not None:
             valid = [index for index, episode in enumerate(episodes) if episode.valid]
             last = [episodes[index].steps[-1] for index in valid]
