@@ -29,7 +29,6 @@ def play(name: str, config, make_trainer, policy: str, folder: Path) -> Recordin
     return recording
 
 
-@pytest.mark.xfail(reason="the contract is being completed", strict=False)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_as_under_grpo_trainer(name, policy, tmp_path):
     theirs = play(name, GRPOConfig, grpo_trainer, policy, tmp_path / "grpo")
