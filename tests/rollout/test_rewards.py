@@ -2,6 +2,7 @@ import asyncio
 import copy
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 from scripted import LookEnvironment, ScriptedSampler, call
@@ -347,6 +348,7 @@ def test_functions_are_offered_what_they_take(chat, episodes):
     """The environments of the valid episodes, the very objects; functions without such a parameter do without."""
     seen = {}
     environments = [object(), object(), object()]
+    playables = [SimpleNamespace(environment=environment) for environment in environments]
 
     def one(prompts, completions, completion_ids, answer, environments):
         seen["one"] = environments
@@ -361,7 +363,7 @@ def test_functions_are_offered_what_they_take(chat, episodes):
 
     played = [episodes[0], FAILED, episodes[1]]
     rows = [ROWS[0], {}, ROWS[1]]
-    score_episodes([one, two, three], None, played, rows, chat=chat, environments=environments)
+    score_episodes([one, two, three], None, played, rows, chat=chat, environments=playables)
     assert seen["one"] == [environments[0], environments[2]]
     assert seen["two"]["environments"] == [environments[0], environments[2]]
     score_episodes([two], None, played, rows, chat=chat)

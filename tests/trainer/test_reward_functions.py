@@ -1,14 +1,168 @@
-"""What reward functions of a trainer log, as in `GRPOTrainer`."""
+"""What a trainer hands to reward functions, and what they log: as in `GRPOTrainer`."""
 
 from __future__ import annotations
 
 import json
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from tiny import make_trainer, prompt_rows
+import pytest
+from tiny import END, Hash, ScriptedSampler, make_trainer, prompt_rows
 
-from trl_steppo.rollout import episode_file, load_episodes
+from trl_steppo import StepPOTrainer
+from trl_steppo.errors import ConfigurationError
+from trl_steppo.rollout import EpisodeRequest, episode_file, load_episodes
+from trl_steppo.trainer import player as player_module
+
+
+class Counted(Hash):
+    """Knows how many of its class were made, and what each has played."""
+
+    made: list[Counted]
+
+    def __init__(self) -> None:
+        self.made.append(self)
+        self.is_closed = False
+
+    def step(self, response: str) -> tuple[str, float, bool]:
+        return "", 1.0, True
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def counted() -> type[Counted]:
+    return type("Counted", (Counted,), {"made": []})
+
+
+def number_of(environments: list[Any], number: list[int], **columns: Any) -> list[float]:
+    """Pays an episode whose environment is as it has left it."""
+    rows = [environment.row["number"] for environment in environments]
+    return [float(row == own and not env.is_closed) for row, own, env in zip(rows, number, environments, strict=True)]
+
+
+def alike(completions: list[str], **columns: Any) -> list[float]:
+    """Takes what there is."""
+    if "environments" not in columns:
+        return [0.0] * len(completions)
+    return number_of(**columns)
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], float]] = {  # function, settings, mean of an evaluation of many
+    "by name": (number_of, {}, 2.0),
+    "one at a time": (number_of, {"max_concurrent_episodes": 1}, 2.0),
+    "as one of all": (alike, {}, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reward_functions_see_the_environments(tmp_path, monkeypatch, case):
+    """As their episodes have left them, however many play at once. In an evaluation of many those that ask by name."""
+    func, settings, evaluated = CASES[case]
+    monkeypatch.setattr(player_module, "_EVAL_EPISODES", 3)  # so that an evaluation is scored in parts
+    environment = counted()
+    trainer = make_trainer(
+        tmp_path,
+        environment_factory=environment,
+        reward_funcs=func,
+        per_device_train_batch_size=4,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=prompt_rows(10),
+        dump_episodes_dir=str(tmp_path / "episodes"),
+        **settings,
+    )
+    trainer.train()
+    assert [logs["eval_reward"] for logs in trainer.state.log_history if "eval_reward" in logs] == [evaluated] * 2
+    episodes = [e for update in range(2) for e in load_episodes(episode_file(tmp_path / "episodes", update, 0))]
+    assert [episode.episode_return for episode in episodes] == [2.0] * 8
+    assert len(environment.made) == 4
+    assert all(one.is_closed for one in environment.made)
+    assert trainer.evaluate()["eval_reward"] == evaluated  # when the run is over
+    assert all(one.is_closed for one in environment.made)
+
+
+def test_functions_that_take_all_do_without_where_environments_are_few(tmp_path):
+    """`max_concurrent_episodes` bounds how many environments there are, unless a function asks for each by name."""
+    environment = counted()
+    settings = {"max_concurrent_episodes": 2, "per_device_train_batch_size": 4, "max_steps": 1}
+    trainer = make_trainer(tmp_path, environment_factory=environment, reward_funcs=alike, **settings)
+    trainer.train()
+    assert len(environment.made) == 2
+
+
+def one_step(tmp_path: Path, environment: type[Counted]) -> StepPOTrainer:
+    trainer = make_trainer(tmp_path, environment_factory=environment, reward_funcs=number_of)
+    trainer.player.sampler = ScriptedSampler(lambda *order: "x" + END)  # type: ignore[assignment]
+    return trainer
+
+
+def test_rollouts_that_are_played_ahead_keep_their_environments(tmp_path):
+    """Each its own, until it is scored; what nobody scores is closed with the run."""
+    environment = counted()
+    player = one_step(tmp_path, environment).player
+    with player.running(resumed_at=None), ThreadPoolExecutor() as pool:
+        requests = [[EpisodeRequest(row, index)] for index, row in enumerate(prompt_rows(4))]
+        coming = [pool.submit(partial(player.play, wanted, update=index)) for index, wanted in enumerate(requests[:3])]
+        played = [future.result() for future in coming]
+        for index in (1, 0):
+            (episode,) = player.score(requests[index], played[index])
+            assert episode.metrics["rewards/number_of"] == 1.0
+        (episode,) = player.score(requests[3], pool.submit(player.play, requests[3], update=3).result())
+        assert episode.metrics["rewards/number_of"] == 1.0
+        assert not any(one.is_closed for one in environment.made)
+    assert all(one.is_closed for one in environment.made)
+
+
+class Shop(Hash):
+    """Its database works in the thread that opened it alone."""
+
+    def __init__(self) -> None:
+        self.database = sqlite3.connect(":memory:")
+        self.database.execute("create table sold (item text)")
+
+    def step(self, response: str) -> tuple[str, float, bool]:
+        self.database.execute("insert into sold values (?)", (response,))
+        return "", 0.0, True
+
+    @property
+    def num_sold(self) -> int:
+        return int(self.database.execute("select count(*) from sold").fetchone()[0])
+
+    def _sold(self, *, least: int) -> bool:
+        return self.num_sold >= least
+
+
+def counts(environments: list[Shop], **columns: Any) -> list[float]:
+    assert all(isinstance(shop, Shop) and type(shop).__name__ == "Shop" for shop in environments)
+    return [shop.num_sold + 10.0 * shop._sold(least=1) for shop in environments]
+
+
+async def counts_later(environments: list[Shop], **columns: Any) -> list[float]:
+    return counts(environments)
+
+
+def test_what_is_bound_to_an_environments_thread_works_in_reward_functions(tmp_path):
+    trainer = make_trainer(
+        tmp_path, environment_factory=Shop, reward_funcs=[counts, counts_later], max_steps=1, reuse_environments=False
+    )
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert (logs["rewards/counts"], logs["rewards/counts_later"]) == (11.0, 11.0)
+
+
+def test_a_function_that_needs_environments_is_refused_without(tmp_path):
+    for arguments in ({"agent": "true"}, {"environment_factory": None}):
+        with pytest.raises(ConfigurationError, match=r"There are no `environments` without an `environment_factory`"):
+            make_trainer(tmp_path, reward_funcs=number_of, **arguments)
+
+
+# -- what they log ----------------------------------------------------------------------------------------------------
 
 
 def logs(completions: list[str], number: list[int], log_extra: Any, log_metric: Any, **columns: Any) -> list[float]:

@@ -40,6 +40,7 @@ from .base import HOOKS, Message, Outcome, Playable, Response
 from .members import COMPUTED, Tool, functions_by_name, is_hook, schema_of, signature_of, tool_name, tools_of
 from .results import MediaError, content_of, text_of_blocks
 from .slots import Slots
+from .views import view_of
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,11 @@ class _EnvironmentCalls:
     def environment(self) -> Any:
         """What the user wrote; `None` where there are only tools."""
         return self._environment
+
+    def view(self) -> Any:
+        """The environment as other threads may use it ([`view_of`])."""
+        run = getattr(self._thread, "run_and_wait", None)
+        return self._environment if run is None else view_of(self._environment, run)
 
     @property
     def is_reusable(self) -> bool:

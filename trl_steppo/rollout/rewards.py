@@ -7,11 +7,11 @@ import inspect
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ..calls import DaemonThread, call, call_and_wait, error_text, why_unbindable
 from ..chat import ChatFormat, extended
-from ..environments.base import Message
+from ..environments.base import Message, Playable
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..finite import LARGEST, NotFiniteError, as_number
 from ..types import Episode, Step, StopReason, map_texts, writable
@@ -22,6 +22,13 @@ logger = logging.getLogger(__name__)
 
 RewardFunc = Callable[..., Any]
 Decode = Callable[[Sequence[int]], str]
+
+
+class _Arguments(Protocol):
+    """What a function is given; `views`: with views of the environments."""
+
+    def __call__(self, func: RewardFunc, *, views: bool = False) -> dict[str, Any]: ...
+
 
 _NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
 _OURS = ("prompts", "completions", "completion_ids", "trainer_state")
@@ -39,7 +46,7 @@ def score_episodes(
     chat: ChatFormat | Callable[[Mapping[str, Any]], ChatFormat | None] | None = None,
     decode: Decode | None = None,
     extra: Mapping[str, Any] | None = None,
-    environments: Sequence[Any] | None = None,
+    environments: Sequence[Playable | None] | None = None,
     log_metric: Callable[[str, float], Any] = lambda name, value: None,
 ) -> list[Episode]:
     """
@@ -67,8 +74,10 @@ def score_episodes(
             Text of token ids; `chat.decode` if not given.
         extra (`Mapping[str, Any]`, *optional*):
             More keyword arguments for every function, such as `trainer_state`.
-        environments (`Sequence[Any]`, *optional*):
-            The environment that each episode was played in, as it is after it. `None`: there are none.
+        environments (`Sequence[Playable]`, *optional*):
+            Where each episode was played, as it is after it. A function is given the user's own objects, and, if it
+            fails with these, once more views of them, which do all in the threads that they live in. `None`: there are
+            none.
         log_metric (`Callable[[str, float], Any]`, *optional*):
             Called with what functions log for a mean.
 
@@ -90,11 +99,11 @@ def score_episodes(
     arguments = _arguments([episodes[i] for i in valid], [rows[i] for i in valid], views)
     log = _Log(len(valid), log_metric)
     offered: dict[str, Any] = {"log_extra": log.log_extra, "log_metric": log.log_metric}
-    if environments is not None:
-        offered["environments"] = [environments[i] for i in valid]
+    played_in = None if environments is None else [environments[i] for i in valid]
 
-    def arguments_of(func: RewardFunc) -> dict[str, Any]:
-        return {**_own_arguments(arguments), **_taken(func, offered), **(extra or {})}
+    def arguments_of(func: RewardFunc, *, views: bool = False) -> dict[str, Any]:
+        seen = {} if played_in is None else {"environments": [_environment(one, views) for one in played_in]}
+        return {**_own_arguments(arguments), **_taken(func, {**offered, **seen}), **(extra or {})}
 
     columns = _call_all(_named(reward_funcs), arguments_of, len(valid))
     logged = log.columns()
@@ -104,6 +113,11 @@ def score_episodes(
         values = {name: column[position] for name, column in logged.items()}
         scored[index] = replace(_rewarded(episodes[index], rewards, weights), logged=values)
     return scored
+
+
+def _environment(playable: Playable | None, as_view: bool) -> Any:
+    """What the user wrote, or a view of it that other threads may use."""
+    return getattr(playable, "view", lambda: None)() if as_view else getattr(playable, "environment", None)
 
 
 def takes_environments(func: RewardFunc, *, by_name: bool = False) -> bool:
@@ -230,7 +244,7 @@ def _name_of(func: RewardFunc) -> str:
 
 
 def _call_all(
-    funcs: Mapping[str, RewardFunc], arguments_of: Callable[[RewardFunc], dict[str, Any]], num_episodes: int
+    funcs: Mapping[str, RewardFunc], arguments_of: _Arguments, num_episodes: int
 ) -> dict[str, list[_Reward]]:
     """The rewards of each function. Those that are async come last, and all at once, as in `GRPOTrainer`."""
 
@@ -238,28 +252,57 @@ def _call_all(
         return list(await asyncio.gather(*coroutines))
 
     late = [name for name, func in funcs.items() if _is_async(func)]
-    found = {}
-    for name, func in funcs.items():
-        if name not in late:
-            try:
-                result = call_and_wait(func, (), arguments_of(func), run_coroutine, _converter(name))
-            except Exception as error:
-                raise _broken(name, error) from error
-            found[name] = _checked(result, name, num_episodes)
+    found = {name: _called(func, name, arguments_of) for name, func in funcs.items() if name not in late}
     if late:
-        coroutines = [_awaited(funcs[name], name, arguments_of(funcs[name]), num_episodes) for name in late]
+        coroutines = [_awaited(funcs[name], name, arguments_of) for name in late]
         found.update(zip(late, run_coroutine(wait_for_all(coroutines)), strict=True))
+    for name, rewards in found.items():
+        if len(rewards) != num_episodes:
+            raise RolloutError(
+                f"the reward function `{name}` returned {len(rewards)} rewards for {num_episodes} episodes"
+            )
     return {name: found[name] for name in funcs}
 
 
-async def _awaited(func: RewardFunc, name: str, arguments: dict[str, Any], num_episodes: int) -> list[_Reward]:
+def _called(func: RewardFunc, name: str, arguments_of: _Arguments) -> list[_Reward]:
+    def attempt(arguments: dict[str, Any]) -> list[_Reward] | Exception:
+        try:
+            rewards: list[_Reward] = call_and_wait(func, (), arguments, run_coroutine, _converter(name))
+            return rewards
+        except Exception as error:
+            return error
+
+    arguments = arguments_of(func)
+    result = attempt(arguments)
+    if isinstance(result, Exception) and "environments" in arguments:
+        result = attempt(arguments_of(func, views=True))
+    return _unbroken(result, name)
+
+
+async def _awaited(func: RewardFunc, name: str, arguments_of: _Arguments) -> list[_Reward]:
     begin = func if inspect.iscoroutinefunction(func) else func.__call__  # type: ignore[operator]
     thread = DaemonThread(name)  # which no async function needs
-    try:
-        result = await call(begin, (), arguments, thread=thread, timeout_s=None, what=name, convert=_converter(name))
-    except Exception as error:
-        raise _broken(name, error) from error
-    return _checked(result, name, num_episodes)
+
+    async def attempt(arguments: dict[str, Any]) -> list[_Reward] | Exception:
+        options: dict[str, Any] = {"thread": thread, "timeout_s": None, "what": name, "convert": _converter(name)}
+        try:
+            rewards: list[_Reward] = await call(begin, (), arguments, **options)
+            return rewards
+        except Exception as error:
+            return error
+
+    arguments = arguments_of(func)
+    result = await attempt(arguments)
+    if isinstance(result, Exception) and "environments" in arguments:
+        result = await attempt(arguments_of(func, views=True))
+    return _unbroken(result, name)
+
+
+def _unbroken(result: list[_Reward] | Exception, name: str) -> list[_Reward]:
+    if isinstance(result, Exception):
+        reason = f"{type(result).__name__}: {error_text(result)}"
+        raise RolloutError(f"the reward function `{name}` failed: {reason}") from result
+    return result
 
 
 def _is_async(func: RewardFunc) -> bool:
@@ -268,16 +311,6 @@ def _is_async(func: RewardFunc) -> bool:
 
 def _converter(name: str) -> Callable[[Any], list[_Reward]]:
     return lambda values: [_reward(value, name) for value in values]
-
-
-def _broken(name: str, error: Exception) -> RolloutError:
-    return RolloutError(f"the reward function `{name}` failed: {type(error).__name__}: {error_text(error)}")
-
-
-def _checked(rewards: list[_Reward], name: str, num_episodes: int) -> list[_Reward]:
-    if len(rewards) != num_episodes:
-        raise RolloutError(f"the reward function `{name}` returned {len(rewards)} rewards for {num_episodes} episodes")
-    return rewards
 
 
 class _Log:

@@ -122,10 +122,10 @@ class Stage:
         self._resting[kind, number] = playable
         self._release(kind, number)
 
-    def environment_of(self, name: str) -> Any:
-        """The environment that an episode was played in; `None` where it is not held, or there was none."""
+    def held(self, name: str) -> Playable | None:
+        """Where an episode was played; `None` where it is not held, or there was nothing."""
         place = self._held.get(name)
-        return getattr(place.playable, "environment", None) if place is not None else None
+        return place.playable if place is not None else None
 
     def release(self, names: Iterable[str]) -> None:
         """Let the environments of these episodes, which were held, play others."""

@@ -153,7 +153,9 @@ class EpisodePlayer:
             check_reward_funcs(self.reward_funcs, names, has_environments=bool(self._factories))
         self._stages: list[Stage] = []  # on which nothing is played now
         self._keeps_stages = False
-        self._played_in: dict[str, tuple[Stage, Any]] = {}  # by the episode: environments that `score` shows
+        self._played_in: dict[
+            str, tuple[Stage, Playable | None]
+        ] = {}  # by the episode: environments that `score` shows
         self._staging = threading.Lock()
         self._examples = self._make_examples([columns, *eval_columns])
         self._chats = {
@@ -173,6 +175,11 @@ class EpisodePlayer:
     def environment_names(self) -> list[str] | None:
         """What rows choose their environment by; `None` where there is nothing to choose."""
         return [str(name) for name in self._factories] if self._chooses else None
+
+    @property
+    def episodes_at_once(self) -> int | None:
+        """Most episodes of an evaluation that are played before they are scored; `None`: all."""
+        return max(_EVAL_EPISODES, self._update_episodes) if self._shows_environments(False) else None
 
     @property
     def context(self) -> int | None:
@@ -250,7 +257,7 @@ class EpisodePlayer:
             with self._staged() as stage:
                 played = play_episodes(requests, stage, self.sampler, chat=self.chat_of, holds=holds, **common)
                 for name in [episode.episode_id for episode in played if holds and episode.valid]:
-                    self._played_in[name] = stage, stage.environment_of(name)
+                    self._played_in[name] = stage, stage.held(name)
             return [_readable(episode, self.context) for episode in played]
         with self._serving() as server:
             if update is not None and update > self.args.max_staleness:
@@ -389,9 +396,15 @@ class EpisodePlayer:
                 is_kept = self._keeps_stages
                 if is_kept:
                     self._stages.append(stage)
-        finally:
-            if not is_kept:  # it broke, or the run is over
-                stage.close()
+        except BaseException:
+            stage.close()
+            raise
+        if not is_kept and not self._is_shown(stage):  # the run is over
+            stage.close()
+
+    def _is_shown(self, stage: Stage) -> bool:
+        """Whether reward functions are still to see environments of it."""
+        return any(one is stage for one, _ in self._played_in.values())
 
     def _new_stage(self) -> Stage:
         stage = Stage(
@@ -512,6 +525,9 @@ class EpisodePlayer:
             )
             for name, (stage, _) in played_in.items():
                 stage.release([name])
+            for stage in {stage for stage, _ in played_in.values()}:
+                if not self._keeps_stages and not self._is_shown(stage):  # it was played outside of a run
+                    stage.close()
         if self.reward_model is not None:
             valid = [index for index, episode in enumerate(episodes) if episode.valid]
             last = [episodes[index].steps[-1] for index in valid]

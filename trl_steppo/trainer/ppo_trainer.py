@@ -669,13 +669,19 @@ class PPOTrainer(_Base):
     def _play_greedily(
         self, requests: Sequence[EpisodeRequest], id_prefix: str, logged: Means | None = None
     ) -> list[Episode]:
-        def play() -> tuple[Sequence[EpisodeRequest], list[Episode]]:
-            prepared = self.player.prepare(requests)
+        def play(part: Sequence[EpisodeRequest]) -> tuple[Sequence[EpisodeRequest], list[Episode]]:
+            prepared = self.player.prepare(part)
             return prepared, self.player.play(
                 prepared, greedy=True, id_prefix=id_prefix, on_episode=lambda: self._event("on_prediction_step")
             )
 
-        return self._judge(logged or Means(), *together(play, self._generating()))
+        most = max(gather_objects([len(requests)]))
+        size = self.player.episodes_at_once or most
+        episodes: list[Episode] = []
+        for start in range(0, most, size):  # on every rank as often
+            part = requests[start : start + size]
+            episodes += self._judge(logged or Means(), *together(partial(play, part), self._generating()))
+        return episodes
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
