@@ -246,7 +246,10 @@ def test_our_parser_reads_what_trls_reads(text):
     reference = trl_templates.add_response_schema(make_tokenizer(trl_templates.qwen3_chat_template))
     ids, prompt_ids = sampled(chat, text), chat.render([USER])
     parsed = chat.parse(ids, prompt_ids)
-    assert parsed.message == trl_templates.parse_response(reference, ids, prefix=prompt_ids)
+    expected = trl_templates.parse_response(reference, ids, prefix=prompt_ids)
+    if getattr(reference, "response_template", None) is None:  # transformers before 5.13 keep white space at the ends
+        expected["content"] = expected["content"].strip()
+    assert parsed.message == expected
     assert parsed.malformed == ()
 
 

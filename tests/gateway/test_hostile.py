@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -327,11 +328,17 @@ def test_one_client_has_one_piece_of_work_at_a_time(policy, monkeypatch):
     threads = [threading.Thread(target=ask, args=(hostile, "h", number)) for number in range(5)]
     threads[0].start()
     assert held.begun.wait(60)
+
+    def turns() -> list[Any]:
+        return [session.turn for session in list(server.gateway._sessions.values()) if session.turn.locked()]
+
+    (turn,) = turns()
     for thread in threads[1:]:
         thread.start()
     threads.append(threading.Thread(target=ask, args=(other, "o", 0)))
     threads[-1].start()
-    (turn,) = {session.turn for session in server.gateway._sessions.values() if session.turn.locked()}
+    while "o" not in order and len(turns()) < 2:  # the other's has arrived
+        time.sleep(0.01)
     held.go.set()
     for thread in threads:
         thread.join()
