@@ -1,12 +1,14 @@
 """The example script, run as a user runs it, on a handful of episodes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from scripts import load_script
-from warm import run_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "hotpotqa_steppo.py"
@@ -15,7 +17,10 @@ SHORT = ["--total_episodes", "8", "--per_device_train_batch_size", "4", "--num_m
 
 
 def run(*arguments):
-    done = run_script(SCRIPT, *arguments, cwd=ROOT, timeout=240, CUDA_VISIBLE_DEVICES="")
+    """By an interpreter of its own, as a user does."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
