@@ -19,8 +19,8 @@ from trl_steppo.types import Episode, Step, StopReason
 
 VOCABULARY = 64
 
-# What is not worth repeating with other versions, as files or folders: what it uses of other libraries is little, or
-# is used by tests that are repeated.
+# What is not worth repeating with other versions, as files or folders: it uses little of other libraries, or what
+# tests that are repeated use, too.
 PINNED_ONLY = (
     *("benchmarks", "inference/test_vllm.py"),
     *(f"report/test_{name}.py" for name in ("methods", "page", "statistics", "viewer")),
