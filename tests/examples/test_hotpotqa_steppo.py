@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from scripts import load_script
+from warm import run_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "hotpotqa_steppo.py"
@@ -55,7 +56,9 @@ def test_one_switch_makes_it_token_level_ppo(tmp_path):
 
 @pytest.mark.skipif(not REAL_ROWS.is_file(), reason="the real HotpotQA rows are not beside this checkout")
 def test_real_rows_load_and_play(tmp_path):
-    run(*SHORT, "--dataset_name", str(REAL_ROWS), "--output_dir", str(tmp_path))
+    arguments = [*SHORT, "--dataset_name", REAL_ROWS, "--output_dir", tmp_path]
+    done = run_script(SCRIPT, *arguments, cwd=ROOT, timeout=240, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr[-3000:]
     history = read_history(tmp_path)
     evaluations = [logs for logs in history if "eval_exact_match" in logs]
     assert len(evaluations) >= 2

@@ -140,13 +140,13 @@ def check(trainer: Any, directory: Path, probe: ProbeOfOld, updates: int, restar
     assert all(abs(entry["rollout/mismatch_kl"]) < 1e-4 for entry in logs)
 
 
-@pytest.mark.parametrize("server", ["tiny"], indirect=True)
 def test_it_has_what_is_used_of_it_beyond_its_interface() -> None:
     (folder,) = PYTHON.parents[1].glob("lib/python*/site-packages/vllm/distributed/weight_transfer")
     tree = ast.parse((folder / "nccl_common.py").read_text())  # it cannot be imported here
     assert "trainer_init" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
+@pytest.mark.parametrize("server", ["tiny"], indirect=True)
 def test_short(tmp_path, server) -> None:
     """Three updates of a tiny policy: an adapter, whose base is what the server began with; then all of it."""
     peft = pytest.importorskip("peft")
