@@ -81,11 +81,17 @@ def _to_float(value: Any) -> float:
 
 
 def not_finite_in(value: Any) -> float | None:
-    """The first float in a JSON value, however deep, that is `nan` or infinite; `None` if there is none."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else value
-    inner: Any = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return next((found for found in map(not_finite_in, inner) if found is not None), None)
+    """A float in a JSON value, however deep, that is `nan` or infinite; `None` if there is none."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            return value
+        if isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+    return None
 
 
 def shown(value: Any) -> str:
