@@ -241,6 +241,21 @@ def test_an_environment_may_ask_of_rows_without_a_prompt(tmp_path):
     assert sorted(prompts) == [ASKED.format(number) for number in range(8)]
 
 
+def test_an_environment_may_ask_of_the_rows_whose_prompt_arrow_filled_in(tmp_path):
+    asked = [{"role": "user", "content": "Well: "}]
+    rows = [{"number": 0, "prompt": asked}, *({"number": number} for number in range(1, 8))]
+    given: list[Any] = []
+
+    def reward(prompts: list[Any], number: list[int], **columns: Any) -> list[float]:
+        given.extend(zip(number, prompts, strict=True))
+        return [1.0] * len(prompts)
+
+    _, prompts = play(tmp_path, train_dataset=Dataset.from_list(rows), reward_funcs=reward)
+    questions = [f"Well: How much is {0}?", *(f"How much is {number}?" for number in range(1, 8))]
+    assert sorted(prompts) == sorted(ASKED.replace("How much is {}?", question) for question in questions)
+    assert [messages[-1]["content"] for _, messages in sorted(given, key=lambda pair: pair[0])] == questions
+
+
 def test_what_cannot_do_without_a_dataset_is_told(tmp_path):
     for arguments, message in (
         ({"reward_funcs": one_reward}, "`train_dataset` is required; pass rows"),

@@ -312,6 +312,7 @@ class PPOTrainer(_Base):
             "vocabulary_size": vocabulary_size(model),
             "is_for_agent": agent is not None,
             "environments": names or None,
+            "may_lack_prompt": environment_factory is not None,
         }
         if train_dataset is not None:
             check_dataset(train_dataset, "train_dataset", **known)
@@ -625,13 +626,16 @@ class PPOTrainer(_Base):
             dataset is part for part in _datasets(self.eval_dataset)
         ):  # which were looked at when the trainer was made
             size, is_for_agent = vocabulary_size(plain_model(self.model)), self.player.agent is not None
-            names = self.player.environment_names
-            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent, environments=names)
+            names, has_environments = self.player.environment_names, self.player.has_environments
+            known: dict[str, Any] = {"environments": names, "may_lack_prompt": has_environments}
+            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent, **known)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         rows = numbered_rows(dataset, first=rank, every=num_ranks)
         requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
         num_rows = sum(gather_objects([len(requests)]))
+        if num_rows == 0:  # on every rank
+            raise DataError("`eval_dataset` has no rows")
         means, logged = Means(), Means()
         episodes = self._play_greedily(requests, "eval/", logged)
         add_episode_metrics(means, episodes)
@@ -676,7 +680,7 @@ class PPOTrainer(_Base):
             )
 
         most = max(gather_objects([len(requests)]))
-        size = self.player.episodes_at_once or most
+        size = self.player.episodes_at_once or max(most, 1)
         episodes: list[Episode] = []
         for start in range(0, most, size):  # on every rank as often
             part = requests[start : start + size]
