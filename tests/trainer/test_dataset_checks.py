@@ -81,7 +81,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: Dataset.from_list(with_one(id_rows(), 6, {"input_ids": None})),
         "row 6 of `{name}` has no `input_ids`",
     ),
-    "a list without rows": (lambda: [], "`{name}` has no rows"),
+    "a list without rows": (list, "`{name}` has no rows"),
     "Arrow without rows": (lambda: Dataset.from_list(prompt_rows()).select([]), "`{name}` has no rows"),
     "text for ids": (lambda: with_one(id_rows(), 2, {"input_ids": "abc"}), "`input_ids` of row 2 of `{name}` is str"),
 }
@@ -138,8 +138,8 @@ def test_a_prompt_that_arrow_filled_in_is_left_to_reset():
     for rows in ([{"prompt": asked}, {"n": 0}], [{"prompt": None}, {"prompt": asked}], [{"prompt": None}]):
         for dataset in (rows, Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
             check_dataset(dataset, "train_dataset", vocabulary_size=None, may_lack_prompt=True)
+    rows = Dataset.from_list([{"prompt": None}, {"prompt": seen}])
     with pytest.raises(DataError, match="`prompt` of row 1 of `train_dataset` has a part of type 'image'"):
-        rows = Dataset.from_list([{"prompt": None}, {"prompt": seen}])
         check_dataset(rows, "train_dataset", vocabulary_size=None, may_lack_prompt=True)
     with pytest.raises(DataError, match="row 0 of `train_dataset` has no `input_ids`"):
         check_dataset([{"input_ids": None}], "train_dataset", vocabulary_size=None, may_lack_prompt=True)
@@ -148,7 +148,7 @@ def test_a_prompt_that_arrow_filled_in_is_left_to_reset():
 @pytest.mark.parametrize("make", [list, Dataset.from_list, lambda rows: Dataset.from_list(rows).to_iterable_dataset()])
 def test_a_column_of_environments_without_names_is_refused(make):
     rows = make([{"prompt": "a", "environment": None}] * 3)
-    with pytest.raises(DataError, match="`environment` of row 0 of `train_dataset` is NoneType None, which is none of"):
+    with pytest.raises(DataError, match="`environment` of row 0 of `train_dataset` is NoneType None, which is none"):
         check_dataset(rows, "train_dataset", vocabulary_size=None, environments=["a"])
 
 

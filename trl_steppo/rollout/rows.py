@@ -51,8 +51,8 @@ EMPTY_PROMPT: list[dict[str, Any]] = [{"role": "user", "content": ""}]
 
 def prompt_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]] | None:
     """
-    What the policy is asked, before `reset` adds to it; `None` for a row of token ids. A prompt that is `None` is none:
-    Arrow fills it into rows that have no `prompt` where others have one.
+    What the policy is asked, before `reset` adds to it; `None` for a row of token ids. A `prompt` that is `None` is
+    missing: Arrow fills it in where only other rows have one.
     """
     prompt: str | list[dict[str, Any]] | None = row.get("prompt")
     if prompt is not None:

@@ -53,8 +53,8 @@ def check_dataset(
             environment's `reset` may give it.
 
     Raises:
-        DataError: If there are no rows, or if they cannot be taken by their index, have images or no prompt, name an environment that there is
-            not, or hold a token id that the policy does not have. It names the row.
+        DataError: If there are no rows, or rows cannot be taken by their index, have images or no prompt, name an
+            environment that there is not, or hold a token id that the policy does not have. It names the row.
     """
     _check_kind(dataset, name)
     if isinstance(dataset, IterableDataset):
@@ -238,9 +238,7 @@ def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None, may
             _check_prompt(row[column], name, index)
 
 
-def _check_environments_of(
-    rows: Sequence[Mapping[str, Any]], name: str, environments: Collection[str] | None
-) -> None:
+def _check_environments_of(rows: Sequence[Mapping[str, Any]], name: str, environments: Collection[str] | None) -> None:
     if environments is not None and any(ENVIRONMENT_COLUMN in row for row in rows):  # else the caller says so
         _check_environments([row.get(ENVIRONMENT_COLUMN) for row in rows], name, environments)
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
+from datasets import IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
@@ -99,7 +100,7 @@ from .checks import (
     warn_of_waiting,
 )
 from .credit import Credit, assign_credit
-from .data_stream import column_names, make_rows, numbered_rows
+from .data_stream import check_same_order, checksum, column_names, first_rows, make_rows, numbered_rows
 from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
@@ -339,6 +340,7 @@ class PPOTrainer(_Base):
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
         self.rows = make_rows(train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
+        check_same_order(self.rows.order, "train_dataset")
         self._derive_sizes()
         self._judges = [func for func in funcs if isinstance(func, RewardModel)]
         for judge in self._judges:
@@ -631,6 +633,8 @@ class PPOTrainer(_Base):
             check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent, **known)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        if num_ranks > 1 and isinstance(dataset, IterableDataset):
+            check_same_order(checksum(first_rows(dataset)), "eval_dataset")
         rows = numbered_rows(dataset, first=rank, every=num_ranks)
         requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
         num_rows = sum(gather_objects([len(requests)]))
@@ -922,6 +926,7 @@ class PPOTrainer(_Base):
             "networks": {name: self._shapes(model) for name, model in networks.items() if model is not None},
             "train_dataset rows": self.rows.num_rows,
             "seed of the data": self.rows.seed,
+            "order of the stream": self.rows.order,
             "optimizer": type(innermost(self.optimizer)).__name__,
             "ranks of the shards": self.accelerator.num_processes if self.is_deepspeed_enabled else None,
         }
