@@ -64,6 +64,20 @@ def as_number(value: Any, what: str) -> float:
     return number
 
 
+def as_reward(value: Any, what: str) -> float | None:
+    """
+    [`as_number`] of a reward; `None`, which says that there is none to give, stays `None`. The error for `nan`, by
+    which other code says the same, says so.
+    """
+    if value is None:
+        return None
+    try:
+        return as_number(value, what)
+    except NotFiniteError as error:
+        is_nan = value != value  # noqa: PLR0124
+        raise NotFiniteError(f"{error}; return None where it does not apply" if is_nan else str(error)) from None
+
+
 _RANGE = f"it must be finite, and at most {LARGEST:g} in magnitude: float32 does not hold the square of more"
 
 

@@ -346,9 +346,7 @@ def test_a_stream_in_another_order_is_not_resumed(tmp_path):
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, train_dataset=streamed().shuffle(buffer_size=6), **settings).train()
     again = make_trainer(tmp_path, train_dataset=streamed().shuffle(buffer_size=6), **settings)
-    with pytest.raises(
-        CheckpointError, match=r"another order of `train_dataset`.* give the run that is to be resumed"
-    ):
+    with pytest.raises(CheckpointError, match=r"another order of `train_dataset`.* give the run that is to be"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
