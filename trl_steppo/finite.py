@@ -74,7 +74,7 @@ def as_reward(value: Any, what: str) -> float | None:
     try:
         return as_number(value, what)
     except NotFiniteError as error:
-        is_nan = value != value  # noqa: PLR0124
+        is_nan = value != value
         raise NotFiniteError(f"{error}; return None where it does not apply" if is_nan else str(error)) from None
 
 
