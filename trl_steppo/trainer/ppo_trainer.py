@@ -134,6 +134,8 @@ logger = transformers.utils.logging.get_logger(__name__)
 SETTINGS_FILE = "steppo_config.json"
 LOCK_FILE = "_run.lock"  # `Trainer` uploads nothing that begins so
 _NUM_SHOWN = 3  # episodes of a printed table
+_BUDGETS_BY_DEFAULT = (StopReason.MAX_INTERACTION_STEPS, StopReason.MAX_PROMPT_LENGTH)
+"""Those that cut episodes unless told otherwise."""
 
 
 class PPOTrainer(_Base):
@@ -380,7 +382,7 @@ class PPOTrainer(_Base):
         self.progress = Progress(reference_adapter=self._copied_adapter)
         self._saved_step: int | None = None  # update of the newest checkpoint that holds this run
         self._first_failure: str | None = None  # of the run's updates that moved nothing
-        self._has_told_of_cut = False  # that episodes end at `max_interaction_steps`
+        self._told_of: set[StopReason] = set()  # budgets that have cut episodes
         self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
         # Of Python, NumPy and torch, at the beginning of the update that is being made.
         self._generators: tuple[Any, Any, torch.Tensor] | None = None
@@ -490,23 +492,31 @@ class PPOTrainer(_Base):
         errors = Counter(str(episode.error) for episode in episodes if not episode.valid)
         for error, count in errors.most_common(3):
             logger.warning(f"update {self.state.global_step + 1}: {count} of {len(episodes)} episodes failed: {error}")
-        num_cut = sum(episode.stop_reason is StopReason.MAX_INTERACTION_STEPS for episode in episodes)
-        counts = torch.tensor([float(len(valid)), float(num_cut)], device=self.accelerator.device)
-        num_valid, num_cut = map(int, self.learner.reduce(counts).tolist())
-        self._tell_of_cut(num_cut)
+        cut = [sum(episode.stop_reason is reason for episode in episodes) for reason in _BUDGETS_BY_DEFAULT]
+        counts = torch.tensor([float(len(valid)), *map(float, cut)], device=self.accelerator.device)
+        num_valid, *cut = map(int, self.learner.reduce(counts).tolist())
+        self._tell_of_cut(dict(zip(_BUDGETS_BY_DEFAULT, cut, strict=True)))
         if not num_valid:
             return None
         self.progress.failed_updates = 0
         return self.learner.prepare(valid)
 
-    def _tell_of_cut(self, num_cut: int) -> None:
-        """Warn, once, that episodes end at a budget that is small by default."""
-        if num_cut and not self._has_told_of_cut and self.accelerator.is_main_process:
-            logger.warning(
-                f"update {self.state.global_step + 1}: {num_cut} episodes were cut at `max_interaction_steps` = "
-                f"{self.args.max_interaction_steps}. Raise it if your episodes need more steps (told once)"
-            )
-        self._has_told_of_cut = self._has_told_of_cut or num_cut > 0
+    def _tell_of_cut(self, num_cut: dict[StopReason, int]) -> None:
+        """Warn, once for each, of episodes that end at a budget that nobody set."""
+        cures = {
+            StopReason.MAX_INTERACTION_STEPS: f"`max_interaction_steps` = {self.args.max_interaction_steps}. Raise it "
+            "if your episodes need more steps",
+            StopReason.MAX_PROMPT_LENGTH: "what the model's context leaves beside `response_length`. Set "
+            "`max_interaction_steps`, `max_prompt_length` or `max_episode_tokens` if they should end before",
+        }
+        for reason in [reason for reason, number in num_cut.items() if number and reason not in self._told_of]:
+            self._told_of.add(reason)
+            is_set = reason is StopReason.MAX_PROMPT_LENGTH and self.args.max_prompt_length is not None
+            if self.accelerator.is_main_process and not is_set:
+                logger.warning(
+                    f"update {self.state.global_step + 1}: {num_cut[reason]} episodes were cut at {cures[reason]} "
+                    "(told once)"
+                )
 
     def _skip(self, episodes: Sequence[Episode]) -> None:
         """An update without a valid episode: nothing is learned. Too many of them end the run."""
