@@ -118,6 +118,7 @@ def test_a_reward_that_is_not_finite_fails_its_episode(chat, episodes, reward):
     scored = score_episodes([odd], None, episodes, ROWS, chat=chat)
     assert scored[0].valid
     assert "`odd` returned" in scored[1].error
+    assert ("return None where it does not apply" in scored[1].error) == math.isnan(reward)
     assert scored[1].stop_reason is StopReason.ERROR
 
 

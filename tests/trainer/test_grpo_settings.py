@@ -15,7 +15,7 @@ from tiny import TINY, TOKENIZER, Endless, make_model, message_rows
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
-from trl_steppo import PPOTrainer, StepPOConfig, StepPOTrainer
+from trl_steppo import PPOConfig, PPOTrainer, StepPOConfig, StepPOTrainer
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.losses import kl_estimate
 from trl_steppo.trainer.grpo_settings import COUNTERPARTS
@@ -225,6 +225,27 @@ def test_another_estimator_and_further_settings(tmp_path):
     assert StepPOConfig.from_grpo_config(args, advantage_estimator="rloo").num_generations == 8
 
 
+@pytest.mark.parametrize(
+    ("settings", "level", "aggregation"),
+    [
+        ({}, "step", None),  # as a plain StepPOConfig has it
+        ({"loss_type": "grpo"}, "step", "episode"),
+        ({"importance_sampling_level": "sequence"}, "step", None),
+    ],
+)
+def test_steppo_has_its_own_ratio_and_average(tmp_path, settings, level, aggregation):
+    args = grpo_config(tmp_path, **settings)
+    config = StepPOConfig.from_grpo_config(args, advantage_estimator="step_gae")
+    assert (config.importance_sampling_level, config.loss_aggregation) == (level, aggregation)
+    assert StepPOConfig.from_grpo_config(args).loss_aggregation == (aggregation or "token")
+
+
+@pytest.mark.parametrize("args", [{"seed": 1}, TrainingArguments("runs")])
+def test_only_a_grpo_config_is_converted(args):
+    with pytest.raises(ConfigurationError, match=f"`args` is a {type(args).__name__}; `from_grpo_config` takes TRL's"):
+        StepPOConfig.from_grpo_config(args)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +294,12 @@ def test_unknown_settings_are_named_at_once(tmp_path):
         "- `nonsense`",
     ):
         assert words in str(error.value)
+
+
+def test_unknown_settings_of_ppo_config_are_named(tmp_path):
+    with pytest.raises(ConfigurationError, match="`clip_range`: did you mean `cliprange`") as error:
+        PPOConfig(output_dir=str(tmp_path), clip_range=0.1)
+    assert "from_grpo_config" not in str(error.value)
 
 
 @pytest.mark.parametrize("trainer", [PPOTrainer, StepPOTrainer])

@@ -35,7 +35,7 @@ from ..calls import (
     why_unbindable,
 )
 from ..errors import ConfigurationError
-from ..finite import as_number, shown
+from ..finite import as_number, as_reward, shown
 from ..types import writable
 from .arguments import JsonSchema, WrongArgumentsError, describe, read_arguments
 from .base import HOOKS, Message, Outcome, Playable, Response
@@ -326,7 +326,7 @@ class _EnvironmentCalls:
 
 
 def _reward_or_none(value: Any) -> float | None:
-    return None if value is None else as_number(value, "get_reward()")
+    return as_reward(value, "get_reward()")
 
 
 def _text_of_reset(value: Any) -> str | None:

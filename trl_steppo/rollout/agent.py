@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..calls import DaemonThread, is_lazy, look_at
 from ..environments.slots import Slots
 from ..errors import ConfigurationError, SamplerError
-from ..finite import as_number
+from ..finite import as_reward
 from ..gateway.sampling import Engine
 from ..gateway.sessions import Session, SessionSpec
 from ..inference.base import Sampler, SamplingParams
@@ -296,7 +296,7 @@ _Reward = float | TypeError | ValueError | None
 def _reward(value: Any) -> _Reward:
     """What an agent gave as its reward, or what is wrong with it. Runs the value's code: `__float__`, `__repr__`."""
     try:
-        return None if value is None else as_number(value, "what the agent returned")
+        return as_reward(value, "what the agent returned")
     except (TypeError, ValueError) as error:
         return error
 

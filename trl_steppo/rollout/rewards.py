@@ -13,7 +13,7 @@ from ..calls import DaemonThread, call, call_and_wait, error_text, why_unbindabl
 from ..chat import ChatFormat, extended
 from ..environments.base import Message, Playable
 from ..errors import ConfigurationError, DataError, RolloutError
-from ..finite import LARGEST, NotFiniteError, as_number
+from ..finite import LARGEST, NotFiniteError, as_number, as_reward
 from ..types import Episode, Step, StopReason, map_texts, writable
 from .loops import run_coroutine
 from .rows import own, prompt_of
@@ -328,7 +328,7 @@ _Reward = float | NotFiniteError | None
 def _reward(value: Any, name: str) -> _Reward:
     """A number; why it costs its episode; or `None`, where the function does not apply."""
     try:
-        return None if value is None else as_number(value, f"`{name}` returned a reward that")
+        return as_reward(value, f"`{name}` returned a reward that")
     except NotFiniteError as error:
         return error
 

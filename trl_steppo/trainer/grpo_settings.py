@@ -191,6 +191,14 @@ def converted(args: Any, *, advantage_estimator: str) -> dict[str, Any]:
         values["model_init_kwargs"] = {"trust_remote_code": True, **(args.model_init_kwargs or {})}
     for convert in (_batches, _responses, _loss, _vllm):
         convert(args, values, faults)
+    if advantage_estimator == "step_gae":  # StepPO, unless another ratio or average is asked for
+        defaults = {f.name: f.default for f in fields(args)}
+        for name, field in (
+            ("importance_sampling_level", "importance_sampling_level"),
+            ("loss_type", "loss_aggregation"),
+        ):
+            if getattr(args, name) == defaults[name]:
+                del values[field]
     if advantage_estimator == "grpo" and args.scale_rewards != "group":
         faults["scale_rewards"] = args.scale_rewards
     if faults:
@@ -324,7 +332,8 @@ def names_unknown_settings(config: Config) -> Config:
 def _refuse_unknown(config: str, settings: Mapping[str, Any], known: list[str]) -> None:
     unknown = [name for name in settings if name not in known]
     if unknown:
+        source = "; `StepPOConfig.from_grpo_config` converts those of a GRPOConfig"
         raise ConfigurationError(
-            f"{config} does not have these settings; `StepPOConfig.from_grpo_config` converts those of a GRPOConfig:\n"
+            f"{config} does not have these settings{source if COUNTERPARTS.keys() & unknown else ''}:\n"
             + explain_unknown(unknown, known)
         )

@@ -173,6 +173,11 @@ class EpisodePlayer:
         )
 
     @property
+    def has_environments(self) -> bool:
+        """Whether there is an `environment_factory`."""
+        return bool(self._factories)
+
+    @property
     def environment_names(self) -> list[str] | None:
         """What rows choose their environment by; `None` where there is nothing to choose."""
         return [str(name) for name in self._factories] if self._chooses else None

@@ -428,7 +428,8 @@ class StepPOConfig(PPOConfig):
             args ([`~trl.GRPOConfig`]):
                 TRL's configuration.
             advantage_estimator (`str`, *optional*, defaults to `"grpo"`):
-                Another one trains the same episodes otherwise, e.g. `"step_gae"` with a critic.
+                Another one trains the same episodes otherwise. With `"step_gae"` the ratio and the average of the loss
+                are StepPO's, unless `args` has others than TRL's defaults.
             changes (`Any`):
                 Further settings of the new configuration, which take the place of converted ones.
 
@@ -436,6 +437,8 @@ class StepPOConfig(PPOConfig):
             ConfigurationError: If some settings have no place here and are not at their default. It lists all of them
                 with what there is instead.
         """
+        if "GRPOConfig" not in {base.__name__ for base in type(args).__mro__}:
+            raise ConfigurationError(f"`args` is a {type(args).__name__}; `from_grpo_config` takes TRL's GRPOConfig")
         values = converted(args, advantage_estimator=advantage_estimator)
         values["bf16"] = _bf16_of(args)
         return cls(**{**values, "advantage_estimator": advantage_estimator, **changes})
@@ -527,7 +530,7 @@ class StepPOConfig(PPOConfig):
         if self.max_steps > 0 and self.total_episodes is not None:
             raise ConfigurationError(
                 f"`max_steps`={self.max_steps} and `total_episodes`={self.total_episodes} both say how long to train; "
-                "set one"
+                "set one, and the other, which a configuration file may have set, to None (`max_steps` to -1)"
             )
         if self.dump_episodes_dir is not None and self.dump_episodes_dir == self.replay_episodes_dir:
             raise ConfigurationError(
