@@ -696,20 +696,21 @@ class PPOTrainer(_Base):
         most = max(gather_objects([len(requests)]))
         size = self.player.episodes_at_once or max(most, 1)
         episodes: list[Episode] = []
-        for start in range(0, most, size):  # on every rank as often
-            part = requests[start : start + size]
-            episodes += self._judge(logged or Means(), *together(partial(play, part), self._generating()))
+        with self.player.keeping_environments():
+            for start in range(0, most, size):  # on every rank as often
+                part = requests[start : start + size]
+                episodes += self._judge(logged or Means(), *together(partial(play, part), self._generating()))
         return episodes
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Around every rollout that is waited for; all ranks come by, those with nothing to play among them."""
+        """Around every rollout that is waited for; all ranks enter it, those with nothing to play among them."""
         with self.engine.running(self.state.global_step), self.engine.sampling():
             yield
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        """Around the forward passes of reward models; all ranks come by."""
+        """Around the forward passes of reward models; all ranks enter it."""
         models = [self.player.reward_model, *(judge.model for judge in self._judges)]
         with gathered([parameter for model in models if model is not None for parameter in model.parameters()]):
             yield
