@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
+from datasets import IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
@@ -99,7 +100,7 @@ from .checks import (
     warn_of_waiting,
 )
 from .credit import Credit, assign_credit
-from .data_stream import column_names, make_rows, numbered_rows
+from .data_stream import check_same_order, checksum, column_names, first_rows, make_rows, numbered_rows
 from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
@@ -314,6 +315,7 @@ class PPOTrainer(_Base):
             "vocabulary_size": vocabulary_size(model),
             "is_for_agent": agent is not None,
             "environments": names or None,
+            "may_lack_prompt": environment_factory is not None,
         }
         if train_dataset is not None:
             check_dataset(train_dataset, "train_dataset", **known)
@@ -340,6 +342,7 @@ class PPOTrainer(_Base):
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
         self.rows = make_rows(train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
+        check_same_order(self.rows.order, "train_dataset")
         self._derive_sizes()
         self._judges = [func for func in funcs if isinstance(func, RewardModel)]
         for judge in self._judges:
@@ -635,13 +638,18 @@ class PPOTrainer(_Base):
             dataset is part for part in _datasets(self.eval_dataset)
         ):  # which were looked at when the trainer was made
             size, is_for_agent = vocabulary_size(plain_model(self.model)), self.player.agent is not None
-            names = self.player.environment_names
-            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent, environments=names)
+            names, has_environments = self.player.environment_names, self.player.has_environments
+            known: dict[str, Any] = {"environments": names, "may_lack_prompt": has_environments}
+            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent, **known)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        if num_ranks > 1 and isinstance(dataset, IterableDataset):
+            check_same_order(checksum(first_rows(dataset)), "eval_dataset")
         rows = numbered_rows(dataset, first=rank, every=num_ranks)
         requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
         num_rows = sum(gather_objects([len(requests)]))
+        if num_rows == 0:  # on every rank
+            raise DataError("`eval_dataset` has no rows")
         means, logged = Means(), Means()
         episodes = self._play_greedily(requests, "eval/", logged)
         add_episode_metrics(means, episodes)
@@ -686,22 +694,23 @@ class PPOTrainer(_Base):
             )
 
         most = max(gather_objects([len(requests)]))
-        size = self.player.episodes_at_once or most
+        size = self.player.episodes_at_once or max(most, 1)
         episodes: list[Episode] = []
-        for start in range(0, most, size):  # on every rank as often
-            part = requests[start : start + size]
-            episodes += self._judge(logged or Means(), *together(partial(play, part), self._generating()))
+        with self.player.keeping_environments():
+            for start in range(0, most, size):  # on every rank as often
+                part = requests[start : start + size]
+                episodes += self._judge(logged or Means(), *together(partial(play, part), self._generating()))
         return episodes
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Around every rollout that is waited for; all ranks come by, those with nothing to play among them."""
+        """Around every rollout that is waited for; all ranks enter it, those with nothing to play among them."""
         with self.engine.running(self.state.global_step), self.engine.sampling():
             yield
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        """Around the forward passes of reward models; all ranks come by."""
+        """Around the forward passes of reward models; all ranks enter it."""
         models = [self.player.reward_model, *(judge.model for judge in self._judges)]
         with gathered([parameter for model in models if model is not None for parameter in model.parameters()]):
             yield
@@ -928,6 +937,7 @@ class PPOTrainer(_Base):
             "networks": {name: self._shapes(model) for name, model in networks.items() if model is not None},
             "train_dataset rows": self.rows.num_rows,
             "seed of the data": self.rows.seed,
+            "order of the stream": self.rows.order,
             "optimizer": type(innermost(self.optimizer)).__name__,
             "ranks of the shards": self.accelerator.num_processes if self.is_deepspeed_enabled else None,
         }
