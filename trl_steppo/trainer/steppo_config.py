@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import transformers
+
 from ..compat.transformers import json_fields
 from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
@@ -18,6 +20,8 @@ from .ppo_config import PPOConfig, accelerator_has_bf16
 if TYPE_CHECKING:
     from transformers import TrainingArguments
     from trl import GRPOConfig
+
+logger = transformers.utils.logging.get_logger(__name__)
 
 GROUP_BASELINES = ("grpo", "rloo", "gigpo")
 """Estimators that compare the episodes of one row with each other."""
@@ -441,7 +445,14 @@ class StepPOConfig(PPOConfig):
             raise ConfigurationError(f"`args` is a {type(args).__name__}; `from_grpo_config` takes TRL's GRPOConfig")
         values = converted(args, advantage_estimator=advantage_estimator)
         values["bf16"] = _bf16_of(args)
-        return cls(**{**values, "advantage_estimator": advantage_estimator, **changes})
+        config = cls(**{**values, "advantage_estimator": advantage_estimator, **changes})
+        if config.max_interaction_steps is None and config.max_episode_tokens is None:
+            logger.warning_once(
+                f"`max_completion_length`={args.max_completion_length} bounds all of an episode's responses and tool "
+                "results in GRPOTrainer, and here each response (`response_length`); an episode with calls goes on to "
+                "the end of the model's context unless `max_episode_tokens` or `max_interaction_steps` is set"
+            )
+        return config
 
     def _check_ranges(self) -> None:
         within = {  # name: (lowest, highest, whether the lowest itself is excluded)
