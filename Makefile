@@ -1,5 +1,5 @@
 PYTHON ?= python
-OLDEST = tests/test_compat.py tests/test_imports.py tests/chat tests/environments tests/examples tests/inference tests/models tests/trainer
+OLDEST = tests/test_compat.py $(addprefix tests/,chat environments examples gateway inference models report rollout trainer)
 
 .PHONY: install install-newest install-oldest install-vllm format check test test-newest test-oldest test-slow test-vllm bench
 
@@ -34,14 +34,14 @@ test:  ## all tests that take less than 30 s each
 test-newest:  ## those that may depend on the versions of libraries, with the newest (after `make install-newest`)
 	PATH="$(CURDIR)/.venv-newest/bin:$$PATH" .venv-newest/bin/python -m pytest -m "not slow and not pinned_only"
 
-test-oldest:  ## trainer, samplers, chat, environments and examples, with the oldest (after `make install-oldest`)
+test-oldest:  ## the same with the oldest versions that are supported, by folders (after `make install-oldest`)
 	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest -m "not slow and not pinned_only" $(OLDEST)
 
 test-slow:  ## the long ones, in full
 	$(PYTHON) -m pytest -m slow -n 0
 
 test-vllm:  ## the short one of those with a real vLLM server
-	$(PYTHON) -m pytest -m slow -n 0 tests/trainer/test_vllm_server.py -k short
+	$(PYTHON) -m pytest -m slow -n 0 tests/trainer/test_vllm_server.py -k "short or used"
 
 bench:  ## every benchmark in its short form, figures to benchmarks/results/quick/
 	mkdir -p benchmarks/results/quick

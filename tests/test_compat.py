@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from trl_steppo.compat import deepspeed as of_deepspeed
 from trl_steppo.compat import peft as of_peft
 from trl_steppo.compat import torch as of_torch
 from trl_steppo.compat import transformers as of_transformers
+from trl_steppo.compat import trl as of_trl
 from trl_steppo.compat.transformers import (
     attention_of,
     cache_argument,
@@ -131,6 +133,26 @@ def test_trl_has_what_is_used_of_it():
         assert callable(find(f"trl.models.utils.{name}"))
 
 
+def test_a_ppo_of_trl_that_fails_to_import_is_an_error(tmp_path, monkeypatch):
+    """And no reason to go on with other base classes."""
+    names = ("trl", "trl.experimental", "trl.experimental.ppo")
+    for name in (n for n in list(sys.modules) if n == "trl" or n.startswith("trl.")):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    folders = [tmp_path.joinpath(*name.split(".")) for name in names]
+    for folder in folders[:2]:
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert of_trl.ppo_bases() == (transformers.TrainingArguments, transformers.Trainer)
+    folders[2].with_suffix(".py").write_text("raise ImportError('broken')")
+    importlib.invalidate_caches()
+    with pytest.raises(ImportError, match="broken"):
+        of_trl.ppo_bases()
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 def test_accelerate_has_what_is_used_of_it():
     accelerator = accelerate.Accelerator(cpu=True)
     assert not of_accelerate.is_fsdp2(accelerator)
@@ -146,6 +168,8 @@ def test_deepspeed_has_what_is_used_of_it():
     assert not of_deepspeed.in_zero(parameter)
     source = zero.Init._convert_to_deepspeed_param.__code__
     assert {"ds_id", "ds_shape"} <= {*source.co_names, *source.co_consts}
+    for name in ("stage_1_and_2.DeepSpeedZeroOptimizer", "stage3.DeepSpeedZeroOptimizer_Stage3"):
+        assert "overflow" in find(f"deepspeed.runtime.zero.{name}").__init__.__code__.co_names
     assert "basic_optimizer" in engines.DeepSpeedEngine._configure_optimizer.__code__.co_names
 
 
@@ -158,6 +182,8 @@ def test_torch_has_what_is_used_of_it():
     assert of_torch.knows_fsdp2()
     assert not of_torch.in_shards(module.weight)
     assert callable(attribute("torch", find("torch.distributed.fsdp.FSDPModule"), "_get_fsdp_state"))
+    state = find("torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState")
+    assert callable(attribute("torch", state, "_lazy_init"))
     assert callable(find("torch.distributed.tensor.DTensor").full_tensor)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_steppo.finite import LARGEST, NotANumberError, NotFiniteError, as_number, not_finite_in
+from trl_steppo.finite import LARGEST, NotANumberError, NotFiniteError, as_number, as_reward, not_finite_in
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,13 @@ def test_the_largest_number_has_a_square_in_float32():
 def test_numbers_that_json_does_not_know_are_found_however_deep():
     assert not_finite_in({"a": [1, {"b": (2.0, "nan", None)}], "c": 10**400}) is None
     assert not_finite_in({"a": [1, {"b": (2.0, math.inf)}]}) == math.inf
+
+
+def test_a_reward_that_is_nan_is_told_from_none():
+    assert as_reward(None, "it") is None
+    assert as_reward(1, "it") == 1.0
+    for value in (math.nan, Decimal("NaN"), np.float32("nan"), torch.tensor([math.nan])):
+        with pytest.raises(NotFiniteError, match="it is nan; it must be finite; return None where it does not apply"):
+            as_reward(value, "it")
+    with pytest.raises(NotFiniteError, match=r"it is inf; it must be finite$"):
+        as_reward(math.inf, "it")

@@ -129,7 +129,7 @@ def test_only_the_trainer_imports_trl_and_accelerate(path):
 def test_only_compat_uses_names_of_libraries_that_may_move(path):
     tree = ast.parse(path.read_text())
     assert not undocumented_modules(tree)
-    assert not private_names_read(tree) - private_names_defined(tree) - INHERITED.get(path.name, set())
+    assert not private_names_used(tree) - private_names_defined(tree) - INHERITED.get(path.name, set())
 
 
 def undocumented_modules(tree: ast.AST) -> set[str]:
@@ -143,26 +143,29 @@ def undocumented_modules(tree: ast.AST) -> set[str]:
     return {name for name in found - DOCUMENTED if name.split(".")[0] in LIBRARIES}
 
 
-def private_names_read(tree: ast.AST) -> set[str]:
-    """Names with a leading underscore that are read of objects, by `getattr` and the like too."""
+def private_names_used(tree: ast.AST) -> set[str]:
+    """Names with a leading underscore that are read of objects or set, by `getattr` and the like too."""
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
+        if isinstance(node, ast.Attribute):
             is_of_standard_library = ast.unparse(node.value) in sys.stdlib_module_names
             found |= set() if is_of_standard_library else {node.attr}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
             found |= {ast.literal_eval(node.args[1])} if isinstance(node.args[1], ast.Constant) else set()
     return {name for name in found if name.startswith("_") and not name.endswith("__")}
 
 
 def private_names_defined(tree: ast.AST) -> set[str]:
-    """Names that a file's own classes define: methods, class attributes, and attributes that are assigned."""
+    """Names that a file's own classes define: methods, class attributes, and what is assigned to `self` or `cls`."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
-        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+        if isinstance(node, ast.ClassDef):
+            targets = (n for statement in node.body if not hasattr(statement, "body") for n in ast.walk(statement))
+            found |= {n.id for n in targets if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
     return found
 
 
@@ -172,13 +175,17 @@ import transformers.masking_utils, os
 from torch.distributed import distributed_c10d
 from torch._dynamo import reset
 from transformers import Trainer
+_local = 1
 class T(Trainer):
-    def _own(self):
-        self._mine = self._own(self._mine)
+    _field: int = 1
+    def _own(self, model):
+        self._mine = self._own(self._mine) + self._field + model._local
+        model._theirs = 1
+        model._theirs += model._mine
         os._exit(self._save(getattr(self, "_x", hasattr(self, "__len__"))))
 """)
     assert undocumented_modules(tree) == {"transformers.masking_utils", "torch.distributed", "torch._dynamo"}
-    assert private_names_read(tree) - private_names_defined(tree) == {"_save", "_x"}
+    assert private_names_used(tree) - private_names_defined(tree) == {"_save", "_x", "_theirs", "_local"}
 
 
 def test_the_vocabulary_needs_the_standard_library_alone():

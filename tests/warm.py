@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -50,7 +54,8 @@ class Finished:
 def run_script(script: Path | str, *arguments: Any, cwd: Path | None = None, timeout: float, **env: str) -> Finished:
     """
     Run a Python script, given as its file or as its code, as `python SCRIPT ARGUMENTS` would; with the interpreter's
-    options and environment it was not started, though, and modules that are imported here may be imported there.
+    options and environment it was not started, though, and modules that are imported here may be imported there. What
+    it registered with `atexit` runs; the interpreter is not taken down, which a test of that starts for itself.
 
     Args:
         script (`Path` or `str`), arguments:
@@ -58,7 +63,7 @@ def run_script(script: Path | str, *arguments: Any, cwd: Path | None = None, tim
         cwd (`Path`, *optional*):
             Its working directory; `None`: this one.
         timeout (`float`):
-            Seconds after which it is killed.
+            Seconds after which it is killed, with all processes that it has started.
         env:
             Changes of its environment.
     """
@@ -72,9 +77,11 @@ def run_script(script: Path | str, *arguments: Any, cwd: Path | None = None, tim
             target=_run, args=(script, given, cwd or Path.cwd(), {**os.environ, **env}, outputs)
         )
         process.start()
-        process.join(timeout)
-        process.kill()
-        process.join()
+        try:
+            process.join(timeout)
+        finally:
+            if process.is_alive():
+                _kill(process)
         return Finished(process.exitcode, *(path.read_text() for path in outputs))
 
 
@@ -92,7 +99,17 @@ def run_on_ranks(script: Path, *arguments: Any, timeout: float, **env: str) -> l
         return list(pool.map(run, range(2)))
 
 
+def _kill(process: WarmProcess) -> None:
+    """End a process and those of its group: it leads one of its own once it runs a script."""
+    assert process.pid is not None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
 def _run(script: Path, arguments: list[str], cwd: Path, env: dict[str, str], outputs: list[Path]) -> None:
+    os.setpgid(0, 0)
     for descriptor, path in enumerate(outputs, start=1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), descriptor)
@@ -102,4 +119,8 @@ def _run(script: Path, arguments: list[str], cwd: Path, env: dict[str, str], out
     torch.set_num_threads(1)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        vars(threading)["_shutdown"]()  # as in an interpreter that ends: first the threads
+        atexit._run_exitfuncs()

@@ -18,11 +18,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import linecache
+import os
 import queue
 import re
 import signal
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -65,7 +68,7 @@ async def call(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    thread: Home,
+    thread: CallThread,
     timeout_s: float | None,
     what: str,
     convert: Callable[[Any], Any] = lambda value: value,
@@ -88,14 +91,15 @@ async def call(
 
     Raises:
         CallTimeoutError: it took longer than `timeout_s`.
-        MainThreadNeededError: it handles signals, and `thread` is not the main thread.
+        MainThreadNeededError: it handles signals, and `thread` is not the main thread; or that has no time now.
     """
     if inspect.iscoroutinefunction(function):
         return await within(_contained(lambda: function(*args, **kwargs), convert), timeout_s, what)
     try:
         result = await thread.run(lambda: _taken(function(*args, **kwargs), convert), timeout_s, what)
     except Exception as error:
-        raise_if_main_thread_needed(error, what)
+        if not isinstance(thread, MainThread):
+            raise_if_main_thread_needed(error, what)
         raise
     return await within(_contained(lambda: result, convert), timeout_s, what) if _is_async(result) else result
 
@@ -415,39 +419,43 @@ def work(jobs: Jobs) -> None:
         del job  # it holds an environment, and the next one may never come
 
 
-class Home(Protocol):
-    """The thread that an environment lives in: where it is made, and where all its sync methods run."""
+class CallThread(Protocol):
+    """The thread of an environment: where it is made, and where all its sync methods run."""
 
-    is_taken: bool  # something lives there, and not merely was made there
+    is_taken: bool  # an environment uses it
     was_left: bool  # a call that hung was left behind
 
     async def run(self, function: Callable[[], T], timeout_s: float | None, what: str) -> T:
-        """Run `function` there. Raises what it raises."""
+        """Run `function` in this thread. Raises what it raises."""
+        ...
+
+    def post(self, function: Callable[[], Any]) -> Future[Any]:
+        """Have `function` run in this thread, from sync code; what comes of it is in the future."""
         ...
 
     def end(self) -> None:
-        """Nothing more is to run there."""
+        """Nothing more is to run in this thread."""
         ...
 
 
-_homes = threading.local()
+_current = threading.local()
 
 
 @contextmanager
-def living_in(home: Home) -> Iterator[None]:
-    """What is made within the block lives in `home`, the thread that the block runs in ([`home_of`])."""
-    _homes.current = home
+def made_in(thread: CallThread) -> Iterator[None]:
+    """What is made within the block runs in `thread`, the one that runs the block ([`thread_for`])."""
+    _current.thread = thread
     try:
         yield
     finally:
-        _homes.current = None
+        _current.thread = None
 
 
-def home_of(name: str) -> Home:
-    """The home of what is being made: the one that it is made in, or else a new thread of that name."""
-    home: Home = getattr(_homes, "current", None) or DaemonThread(name)
-    home.is_taken = True
-    return home
+def thread_for(name: str) -> CallThread:
+    """The thread of what is being made: the one that makes it ([`made_in`]), or else a new one of that name."""
+    thread: CallThread = getattr(_current, "thread", None) or DaemonThread(name)
+    thread.is_taken = True
+    return thread
 
 
 class DaemonThread:
@@ -490,9 +498,9 @@ class DaemonThread:
                     self.was_left = True
                     self.end()
 
-    def run_and_wait(self, function: Callable[[], T]) -> T:
-        """Run `function`, from sync code, and wait for it without a time limit. Raises what it raises."""
-        outcome = Future[T]()
+    def post(self, function: Callable[[], Any]) -> Future[Any]:
+        """Have `function` run when the calls before it are done, from sync code; what comes of it is in the future."""
+        outcome = Future[Any]()
 
         def job() -> None:
             try:
@@ -501,7 +509,7 @@ class DaemonThread:
                 outcome.set_exception(as_error(error))
 
         self._start().put(job)
-        return outcome.result()
+        return outcome
 
     def end(self) -> None:
         """Let the thread end after what it is running. A later call starts a new one."""
@@ -541,7 +549,8 @@ def _deliver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], deliv
 
 # -- the main thread, where alone signals can be handled --------------------------------------------------------------
 
-_SAYS_SO = "only works in main thread"  # `signal.signal` and `signal.set_wakeup_fd`, as in `add_signal_handler`
+_REFUSAL = "only works in main thread"
+_REFUSING_MODULES = ("signal", "asyncio.unix_events")  # `signal.signal`, and an event loop's `add_signal_handler`
 _MOST_CAUSES = 20  # an exception may be raised from itself
 
 
@@ -550,15 +559,32 @@ _served: dict[asyncio.AbstractEventLoop, Jobs] = {}
 
 
 def raise_if_main_thread_needed(error: BaseException, what: str) -> None:
-    """Raise a `MainThreadNeededError` if `error`, or what caused it, is Python's refusal of another thread."""
+    """
+    Raise a `MainThreadNeededError` if `error`, or what caused it, is Python's refusal to handle signals in another
+    thread.
+
+    It counts only where all code between the call and the refusal stands in source files. Text that a tool executes
+    may be the policy's, which must not choose where the tool runs: there it has no time limit.
+    """
     cause: BaseException | None = error
     for _ in range(_MOST_CAUSES):
         if cause is None:
             return
+        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        if not all(_stands_in_a_file(frame.f_code.co_filename) for frame in frames):
+            return
         says = cause.args[0] if type(cause) in (ValueError, RuntimeError) and cause.args else None
-        if isinstance(says, str) and _SAYS_SO in says:
+        is_refusal = isinstance(says, str) and _REFUSAL in says
+        if is_refusal and frames and frames[-1].f_globals.get("__name__") in _REFUSING_MODULES:
             raise MainThreadNeededError(what) from error
         cause = cause.__cause__ or cause.__context__
+
+
+def _stands_in_a_file(filename: str) -> bool:
+    """Whether code is of a source file, of the interpreter itself or of a notebook's cell, and not executed text."""
+    if filename.startswith("<"):
+        return filename.startswith("<frozen ")
+    return filename in linecache.cache or os.path.isfile(filename)
 
 
 def work_for(loop: asyncio.AbstractEventLoop, jobs: Jobs) -> None:
@@ -598,6 +624,22 @@ class MainThread:
         future: asyncio.Future[T] = loop.create_future()
         _served[loop].put(lambda: _run_job(lambda: _contained_here(function), future, loop, Exception))
         return await within(future, None, what)
+
+    def post(self, function: Callable[[], Any]) -> Future[Any]:
+        """
+        Run `function` at once.
+
+        Raises:
+            MainThreadNeededError: this is another thread.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise MainThreadNeededError("it")
+        outcome = Future[Any]()
+        try:
+            outcome.set_result(_contained_here(function))
+        except Exception as error:
+            outcome.set_exception(error)
+        return outcome
 
     def end(self) -> None:
         """Nothing to end."""

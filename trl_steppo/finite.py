@@ -64,6 +64,20 @@ def as_number(value: Any, what: str) -> float:
     return number
 
 
+def as_reward(value: Any, what: str) -> float | None:
+    """
+    [`as_number`] of a reward; `None`, which says that there is none to give, stays `None`. The error for `nan`, by
+    which other code says the same, says so.
+    """
+    if value is None:
+        return None
+    try:
+        return as_number(value, what)
+    except NotFiniteError as error:
+        is_nan = value != value
+        raise NotFiniteError(f"{error}; return None where it does not apply" if is_nan else str(error)) from None
+
+
 _RANGE = f"it must be finite, and at most {LARGEST:g} in magnitude: float32 does not hold the square of more"
 
 
@@ -81,11 +95,17 @@ def _to_float(value: Any) -> float:
 
 
 def not_finite_in(value: Any) -> float | None:
-    """The first float in a JSON value, however deep, that is `nan` or infinite; `None` if there is none."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else value
-    inner: Any = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return next((found for found in map(not_finite_in, inner) if found is not None), None)
+    """A float in a JSON value, however deep, that is `nan` or infinite; `None` if there is none."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            return value
+        if isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+    return None
 
 
 def shown(value: Any) -> str:

@@ -229,6 +229,9 @@ def test_prepare_puts_what_reset_returned_at_the_end_of_the_last_user_message():
     assert prompt[1] == USER
     assert chat.prepare(prompt) == chat.render(prompt)
     assert chat.decode(chat.prepare("text", " more")) == "text more"
+    asked = chat.render([{"role": "user", "content": "Go."}])
+    for message in ({"role": "user", "content": None}, {"role": "user"}):
+        assert chat.prepare([message], "Go.") == asked
 
 
 def test_decode_hides_special_tokens_and_keeps_what_frames_a_tool_call():

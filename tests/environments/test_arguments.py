@@ -44,7 +44,12 @@ TABLE = [  # type hint, what the model wrote, what the tool gets
     *[(int | str, "3", "3"), (int | str, 3, 3), (int | float, "3", 3), (bool | int, 1, 1), (bool | int, True, True)],
     *[(list[int] | None, '["3"]', [3]), (list[int] | str, '["3"]', '["3"]'), (list[int] | int, ["3"], [3])],
     *[(Literal["a", "b"], "a", "a"), (Literal["a", "b"], "c", UNFIT), (Literal[1, 2], "2", 2), (Literal[1], 1.0, 1)],
-    *[(Literal[1, 2], True, UNFIT), (Literal[1, 2], "3", UNFIT)],
+    *[(Literal[1, 2], True, UNFIT), (Literal[1, 2], "3", UNFIT), (Literal[1, 2], 10**400, UNFIT)],
+    *[(int, "9007199254740993.0", 2**53 + 1), (int, "1" * 99 + ".0", int("1" * 99)), (int, "0.1e1", 1)],
+    *[(int, text, UNFIT) for text in ("9007199254740991.4", "3.00000000000000001", "1e-999", "1" * 10**6)],
+    *[(int, 2.0**53 - 1, 2**53 - 1), (int, 2.0**53, UNFIT), (int, 10**400, 10**400), (str, 10**400, UNFIT)],
+    *[(float, 10**400, 10**400), (float, "1" * 10**6, UNFIT), (list[float], "[1e999]", [math.inf])],
+    *[(bool, 10**400, UNFIT), (NONE, 10**400, UNFIT), (list, 10**400, UNFIT), (list[int], ["1" * 10**6], UNFIT)],
     *[(Any, value, value) for value in (3, "3", None, [1], {"a": None}, True)],
 ]
 
@@ -82,6 +87,29 @@ def test_refusals_name_the_argument_its_type_and_the_value():
         ({"n": 1, "way": "left"}, r"'way' must be one of \['up', 'down'\], not 'left'"),
         ({"n": 1, "way": "up", "of": [0.5]}, "'of' must be array of integer, not array"),
         ({"n": 1}, "missing a required argument: 'way'"),
+    ]:
+        with pytest.raises(WrongArgumentsError, match=message):
+            read_arguments(tool, inspect.signature(tool), get_json_schema(tool), arguments)
+
+
+def test_what_no_integer_is_near_and_what_lies_deep_is_refused_in_words():
+    def tool(n: Literal[1, 2] = 1, of: list[Any] | None = None) -> str:
+        """
+        A tool.
+
+        Args:
+            n: Number
+            of: Anything
+        """
+        return ""
+
+    deep: Any = math.inf
+    for _ in range(5000):
+        deep = [deep]
+    for arguments, message in [
+        ({"n": 10**310}, r"'n' must be one of \[1, 2\], not 1000"),
+        ({"n": 10**5000}, r"'n' must be one of \[1, 2\], not a value of type int"),
+        ({"of": deep}, "'of' has inf, which JSON does not know"),
     ]:
         with pytest.raises(WrongArgumentsError, match=message):
             read_arguments(tool, inspect.signature(tool), get_json_schema(tool), arguments)

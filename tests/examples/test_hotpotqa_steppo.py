@@ -1,6 +1,9 @@
 """The example script, run as a user runs it, on a handful of episodes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,10 @@ SHORT = ["--total_episodes", "8", "--per_device_train_batch_size", "4", "--num_m
 
 
 def run(*arguments):
-    done = run_script(SCRIPT, *arguments, cwd=ROOT, timeout=240, CUDA_VISIBLE_DEVICES="")
+    """By an interpreter of its own, as a user does."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -50,7 +56,9 @@ def test_one_switch_makes_it_token_level_ppo(tmp_path):
 
 @pytest.mark.skipif(not REAL_ROWS.is_file(), reason="the real HotpotQA rows are not beside this checkout")
 def test_real_rows_load_and_play(tmp_path):
-    run(*SHORT, "--dataset_name", str(REAL_ROWS), "--output_dir", str(tmp_path))
+    arguments = [*SHORT, "--dataset_name", REAL_ROWS, "--output_dir", tmp_path]
+    done = run_script(SCRIPT, *arguments, cwd=ROOT, timeout=240, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr[-3000:]
     history = read_history(tmp_path)
     evaluations = [logs for logs in history if "eval_exact_match" in logs]
     assert len(evaluations) >= 2

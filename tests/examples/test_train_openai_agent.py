@@ -1,6 +1,9 @@
 """The agent of the OpenAI Agents SDK: it plays as it is written, and trains as a user trains it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,6 @@ pytest.importorskip("agents", reason="needs the extra `agents`")
 from safetensors.torch import load_file
 from scripts import load_script
 from transformers import AutoTokenizer
-from warm import run_script
 
 from trl_steppo.dry_run import ScriptedSampler
 from trl_steppo.gateway import GatewayServer
@@ -89,7 +91,9 @@ def test_three_updates_train_it(tmp_path):
     flags += ["--eval_on_start", "false", "--eval_strategy", "no", "--tool_timeout_s", "200", "--use_cpu", "true"]
     flags += ["--output_dir", str(tmp_path), "--dump_episodes_dir", str(tmp_path / "dumped")]
     script = ROOT / "examples" / "train_openai_agent.py"
-    done = run_script(script, *flags, cwd=ROOT, timeout=280, CUDA_VISIBLE_DEVICES="")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *flags]  # by an interpreter of its own, as a user does
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     updates = [logs for logs in history if "env/reward" in logs]

@@ -186,7 +186,7 @@ def with_openai_agents(sdk: ModuleType, task: Task, base_url: str, api_key: str,
 
     sdk.set_tracing_disabled(True)
 
-    class Hooks(sdk.RunHooks):  # type: ignore[name-defined,misc]
+    class Hooks(sdk.AgentHooks):  # type: ignore[name-defined,misc]
         async def on_llm_end(self, context: Any, agent: Any, response: Any) -> None:
             calls = [item for item in response.output if item.type == "function_call"]
             texts = [p.text for item in response.output if item.type == "message" for p in item.content]
@@ -219,9 +219,10 @@ def with_openai_agents(sdk: ModuleType, task: Task, base_url: str, api_key: str,
                 tools=[search, answer],
                 model=kind(model="gpt", openai_client=client),
                 tool_use_behavior=sdk.StopAtTools(stop_at_tool_names=["answer"]),
+                hooks=Hooks(),
             )
             try:
-                await sdk.Runner.run(agent, task.question, hooks=Hooks(), max_turns=10)
+                await sdk.Runner.run(agent, task.question, max_turns=10)
             except openai.BadRequestError as error:
                 expect_the_end(error)
             except sdk.exceptions.ModelBehaviorError:

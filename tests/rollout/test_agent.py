@@ -265,7 +265,7 @@ for turn in range(9):
 @pytest.mark.parametrize("idle_s", [3.0, None])
 def test_one_that_asks_on_behind_its_end_is_let_go(server, chat, monkeypatch, idle_s):
     """It catches whatever it is told; its truncated episode is as good as others."""
-    monkeypatch.setattr("trl_steppo.rollout.agent._LETS_GO_S", 0.5)
+    monkeypatch.setattr("trl_steppo.rollout.agent._ENDING_S", 0.5)
     release = threading.Event()
 
     def agent(row, *, base_url, api_key):

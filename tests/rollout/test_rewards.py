@@ -1,6 +1,7 @@
 import asyncio
 import copy
 import math
+import sqlite3
 import sys
 from types import SimpleNamespace
 
@@ -117,6 +118,7 @@ def test_a_reward_that_is_not_finite_fails_its_episode(chat, episodes, reward):
     scored = score_episodes([odd], None, episodes, ROWS, chat=chat)
     assert scored[0].valid
     assert "`odd` returned" in scored[1].error
+    assert ("return None where it does not apply" in scored[1].error) == math.isnan(reward)
     assert scored[1].stop_reason is StopReason.ERROR
 
 
@@ -381,6 +383,34 @@ def test_functions_are_offered_what_they_take(chat, episodes):
     for column in ("log_extra", "environments"):
         with pytest.raises(ConfigurationError, match=f"the dataset has a column `{column}`"):
             check_reward_funcs([two], [*names, column], has_environments=True)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("shows", [False, True])
+def test_a_function_that_fails_is_called_once(chat, episodes, is_async, shows):
+    """What it paid a judge, or logged, happens once. With environments the error says where functions run."""
+    logged = []
+
+    def fails(prompts, log_metric, **kwargs):
+        log_metric("asked", 1.0)
+        raise sqlite3.ProgrammingError("SQLite objects created in a thread can only be used in that same thread")
+
+    async def fails_later(prompts, log_metric, **kwargs):
+        fails(prompts, log_metric)
+
+    with pytest.raises(RolloutError, match="ProgrammingError: SQLite objects") as raised:
+        score_episodes(
+            [fails_later if is_async else fails],
+            None,
+            episodes,
+            ROWS,
+            chat=chat,
+            environments=[SimpleNamespace(environment=object())] * 2 if shows else None,
+            log_metric=lambda *metric: logged.append(metric),
+        )
+    assert logged == [("asked", 1.0)]
+    assert ("run in the trainer's thread" in str(raised.value)) == shows
+    assert isinstance(raised.value.__cause__, sqlite3.ProgrammingError)
 
 
 class Unsure:

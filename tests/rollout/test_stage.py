@@ -4,16 +4,18 @@ import asyncio
 import signal
 import sqlite3
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ClassVar
 
 import pytest
 from scripted import END, LookEnvironment, ScriptedSampler, call
 
+from trl_steppo.calls import MainThreadNeededError
 from trl_steppo.environments import make_playable
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.inference.base import SamplingParams
-from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, Stage, play_episodes
+from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, MainThreadKinds, Stage, play_episodes
 
 PROMPT = [{"role": "user", "content": "Find it."}]
 DONE = f"done{END}"
@@ -310,6 +312,87 @@ def test_what_handles_signals_runs_in_the_main_thread(chat, on_stage, kind, insi
         alive = [environment for environment in cls.made if not environment.closed]
         assert len(cls.made) == 4  # two of them for the first attempts
         assert sorted(row for environment in alive for row in environment.rows) == [0, 0, 1, 1]
+
+
+def in_a_thread_of_its_own() -> str:
+    """Handle a signal in another thread, where that works nowhere."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: signal.signal(signal.SIGALRM, signal.SIG_DFL)).result()
+
+
+def says_so() -> str:
+    """Fail with the words of the refusal."""
+    raise ValueError("signal only works in main thread of the main interpreter")
+
+
+def executes(code: str) -> str:
+    """
+    Run code that the policy wrote.
+
+    Args:
+        code: The code.
+    """
+    exec(code, {})
+
+
+@pytest.mark.parametrize("kind", ["function", "environment"])
+@pytest.mark.parametrize(
+    ("tool", "arguments", "num_main"),
+    [
+        (in_a_thread_of_its_own, {}, 1),
+        (says_so, {}, 0),
+        (executes, {"code": "import signal; signal.signal(signal.SIGALRM, signal.SIG_DFL)"}, 0),
+        (executes, {"code": "import asyncio; asyncio.new_event_loop().add_signal_handler(2, print)"}, 0),
+        (executes, {"code": "try: 1 / 0\nfinally: import signal; signal.signal(signal.SIGALRM, None)"}, 0),
+    ],
+    ids=["its own thread", "the words alone", "executed text", "a library called by it", "within another error"],
+)
+def test_a_refusal_that_the_main_thread_does_not_mend_is_the_tools_error(
+    chat, on_stage, kind, tool, arguments, num_main, caplog
+):
+    class Holds(Numbered):
+        made: ClassVar = []
+
+    setattr(Holds, tool.__name__, staticmethod(tool))
+    stage = on_stage(Holds) if kind == "environment" else on_stage(None, [tool])
+    for _ in range(2):
+        (answer,) = answers(play(stage, one_call(call(tool.__name__, **arguments)), chat, count=1))
+        assert answer.startswith(f"Error: {tool.__name__} failed: ")
+        assert "only works in main thread" in answer
+    assert caplog.text.count("works in the main thread only") == num_main
+    if kind == "environment":
+        assert len(Holds.made) == 1 + num_main
+
+
+def test_an_environment_that_rests_in_its_own_thread_is_replaced_when_its_kind_moves(chat, on_stage, caplog):
+    """An episode is played again once at most, whichever environment it gets; stages of a run share what they know."""
+    cls, kinds = type("Rings", (Rings,), {"made": []}), MainThreadKinds()
+    stages = [on_stage(cls, main_thread_kinds=kinds) for _ in range(2)]
+    play(stages[0], lambda order: DONE, chat, count=3)
+    for stage in stages:
+        script = lambda order: call("ring", text="hi") if order[2] == 0 and order[0] < 2 else DONE  # noqa: E731
+        assert answers(play(stage, script, chat, count=2)) == ["hi True"] * 2
+    assert caplog.text.count("works in the main thread only") == 1
+    assert [environment.closed for environment in cls.made] == [True] * 3 + [False] * 4
+
+
+def test_an_episode_that_asks_for_the_main_thread_again_has_failed(chat, on_stage):
+    stage = on_stage(Numbered)
+    asked = []
+
+    class Asks:
+        tools = ()
+
+        async def reset(self, row):
+            asked.append(row)
+            raise MainThreadNeededError("it")
+
+        async def close(self): ...
+
+    stage._make_playable = lambda row: Asks()
+    (episode,) = play(stage, lambda order: DONE, chat, count=1)
+    assert len(asked) == 2
+    assert "it handles signals" in episode.error
 
 
 def test_a_class_that_handles_signals_when_it_is_made_is_made_in_the_main_thread(chat, on_stage):

@@ -6,9 +6,11 @@ from datetime import timedelta
 import pytest
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from trl_steppo.errors import RolloutError
+from trl_steppo.errors import DataError, RolloutError
+from trl_steppo.trainer.data_stream import StreamedRows, check_same_order
 from trl_steppo.trainer.exchange import together
 from trl_steppo.trainer.ranks import _object_group, from_first_rank, gather_objects
 
@@ -34,6 +36,10 @@ def main() -> None:
 
     with pytest.raises(OSError if rank == 1 else RolloutError, match="^broken" if rank == 1 else "OSError: broken"):
         together(play)
+    stream = Dataset.from_list([{"prompt": str(number)} for number in range(50)]).to_iterable_dataset()
+    check_same_order(StreamedRows(stream.shuffle(seed=3, buffer_size=20), seed=0).order, "train_dataset")
+    with pytest.raises(DataError, match="`train_dataset` are not the same on all ranks"):
+        check_same_order(StreamedRows(stream.shuffle(buffer_size=20), seed=0).order, "train_dataset")
     _set_pg_timeout(timedelta(seconds=60), torch.distributed.group.WORLD)
     total = torch.tensor([1.0])
     torch.distributed.all_reduce(total)  # what goes between tensors' ranks is not disturbed

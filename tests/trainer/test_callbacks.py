@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sqlite3
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import make_trainer, prompt_rows
 from transformers import TrainerCallback
 from warm import run_script
+
+import trl_steppo
+from trl_steppo.trainer import model_card
 
 EVENTS = [name for name, _ in inspect.getmembers(TrainerCallback, inspect.isfunction) if name.startswith("on_")]
 NEVER = {"on_predict"}  # there is nothing to predict: `evaluate` plays any dataset
@@ -138,12 +142,20 @@ def test_trackio(tmp_path):
 # -- the model card and the hub ---------------------------------------------------------------------------------------
 
 
-def test_the_model_card(tmp_path):
+def test_the_model_card(tmp_path, monkeypatch):
+    """In a checkout, too, that is not installed."""
+
+    def version_of_others(package: str) -> str:
+        assert package != "trl-steppo"
+        return version(package)
+
+    monkeypatch.setattr(model_card, "version", version_of_others)
     trainer = make_trainer(tmp_path)
     trainer.create_model_card(model_name="tiny-agent")
     card = (tmp_path / "README.md").read_text()
     assert "tiny-agent" in card
     assert "2604.18401" in card
+    assert f"- trl-steppo {trl_steppo.__version__}\n- trl " in card
     for tag in ("trl", "ppo", "steppo"):
         assert f"- {tag}\n" in card
 

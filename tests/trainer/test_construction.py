@@ -26,8 +26,9 @@ from tiny import (
 from transformers import AutoModelForSequenceClassification
 
 from trl_steppo import StepPOConfig, StepPOTrainer
-from trl_steppo.errors import ConfigurationError, DataError
+from trl_steppo.errors import CheckpointError, ConfigurationError, DataError
 from trl_steppo.rollout import episode_file, load_episodes
+from trl_steppo.trainer import data_stream
 from trl_steppo.trainer.data_stream import StreamedRows
 from trl_steppo.trainer.loading import Loader
 from trl_steppo.trainer.reward_models import RewardModel
@@ -241,6 +242,21 @@ def test_an_environment_may_ask_of_rows_without_a_prompt(tmp_path):
     assert sorted(prompts) == [ASKED.format(number) for number in range(8)]
 
 
+def test_an_environment_may_ask_of_the_rows_whose_prompt_arrow_filled_in(tmp_path):
+    asked = [{"role": "user", "content": "Well: "}]
+    rows = [{"number": 0, "prompt": asked}, *({"number": number} for number in range(1, 8))]
+    given: list[Any] = []
+
+    def reward(prompts: list[Any], number: list[int], **columns: Any) -> list[float]:
+        given.extend(zip(number, prompts, strict=True))
+        return [1.0] * len(prompts)
+
+    _, prompts = play(tmp_path, train_dataset=Dataset.from_list(rows), reward_funcs=reward)
+    questions = [f"Well: How much is {0}?", *(f"How much is {number}?" for number in range(1, 8))]
+    assert sorted(prompts) == sorted(ASKED.replace("How much is {}?", question) for question in questions)
+    assert [messages[-1]["content"] for _, messages in sorted(given, key=lambda pair: pair[0])] == questions
+
+
 def test_what_cannot_do_without_a_dataset_is_told(tmp_path):
     for arguments, message in (
         ({"reward_funcs": one_reward}, "`train_dataset` is required; pass rows"),
@@ -307,6 +323,38 @@ def test_a_run_of_streamed_rows_goes_on_where_it_stopped(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert same(weights(again.model), weights(whole.model))
     assert same(weights(again.value_model), weights(whole.value_model))
+
+
+def test_the_first_rows_of_a_stream_are_read_once():
+    reads: list[int] = []
+
+    def generate() -> Any:
+        for number in range(40):
+            reads.append(number)
+            yield {"number": number, "of": {("a", 1): object()}}
+
+    rows, same = (StreamedRows(IterableDataset.from_generator(generate), seed=0) for _ in range(2))
+    assert rows.order == rows.order == same.order
+    assert numbers(rows, [0, 15, 3, 16]) == [0, 15, 3, 16]
+    assert len(reads) <= 3 * 17
+    other = StreamedRows(IterableDataset.from_generator(generate).skip(1), seed=0)
+    assert other.order != rows.order
+
+
+def test_a_stream_in_another_order_is_not_resumed(tmp_path):
+    """As that of a shuffle without a seed is in every process."""
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, train_dataset=streamed().shuffle(buffer_size=6), **settings).train()
+    again = make_trainer(tmp_path, train_dataset=streamed().shuffle(buffer_size=6), **settings)
+    with pytest.raises(CheckpointError, match=r"another order of `train_dataset`.* give the run that is to be"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_ranks_that_read_a_stream_in_another_order_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_stream, "gather_objects", lambda own: [*own, "another"])
+    make_trainer(tmp_path)  # a dataset with a length has the order of its seed
+    with pytest.raises(DataError, match="the first rows of `train_dataset` are not the same on all ranks"):
+        make_trainer(tmp_path, train_dataset=streamed())
 
 
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])

@@ -81,6 +81,8 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: Dataset.from_list(with_one(id_rows(), 6, {"input_ids": None})),
         "row 6 of `{name}` has no `input_ids`",
     ),
+    "a list without rows": (list, "`{name}` has no rows"),
+    "Arrow without rows": (lambda: Dataset.from_list(prompt_rows()).select([]), "`{name}` has no rows"),
     "text for ids": (lambda: with_one(id_rows(), 2, {"input_ids": "abc"}), "`input_ids` of row 2 of `{name}` is str"),
 }
 
@@ -93,6 +95,18 @@ def test_the_first_message_names_the_matter_and_the_row(tmp_path, case, name):
     make, message = WRONG[case]
     with pytest.raises(DataError, match=message.format(name=name)):
         make_trainer(tmp_path, reward_funcs=one_reward, **{name: make()})
+
+
+def test_an_evaluation_without_rows_is_refused(tmp_path):
+    """Whenever there are none: a data set that is passed later, and one that has lost its rows since."""
+    rows = prompt_rows(2)
+    trainer = make_trainer(tmp_path, reward_funcs=one_reward, eval_dataset=rows)
+    with pytest.raises(DataError, match="`eval_dataset` has no rows"):
+        trainer.evaluate([])
+    rows.clear()
+    with pytest.raises(DataError, match="`eval_dataset` has no rows"):
+        trainer.evaluate()
+    trainer.generate_completions()  # nothing to show
 
 
 def test_one_of_several_evaluation_datasets_is_named(tmp_path):
@@ -115,6 +129,27 @@ def test_what_is_right_passes(tmp_path):
     check_dataset(tokenized, "train_dataset", vocabulary_size=VOCABULARY)
     check_dataset([{"prompt": None, "image": 0}], "train_dataset", vocabulary_size=VOCABULARY, is_for_agent=True)
     check_dataset(Dataset.from_dict({"input_ids": [[], [1]]}), "train_dataset", vocabulary_size=VOCABULARY)
+
+
+def test_a_prompt_that_arrow_filled_in_is_left_to_reset():
+    """But the prompts of the other rows are looked at."""
+    asked = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    seen = [{"role": "user", "content": [{"type": "image", "text": None}]}]
+    for rows in ([{"prompt": asked}, {"n": 0}], [{"prompt": None}, {"prompt": asked}], [{"prompt": None}]):
+        for dataset in (rows, Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+            check_dataset(dataset, "train_dataset", vocabulary_size=None, may_lack_prompt=True)
+    rows = Dataset.from_list([{"prompt": None}, {"prompt": seen}])
+    with pytest.raises(DataError, match="`prompt` of row 1 of `train_dataset` has a part of type 'image'"):
+        check_dataset(rows, "train_dataset", vocabulary_size=None, may_lack_prompt=True)
+    with pytest.raises(DataError, match="row 0 of `train_dataset` has no `input_ids`"):
+        check_dataset([{"input_ids": None}], "train_dataset", vocabulary_size=None, may_lack_prompt=True)
+
+
+@pytest.mark.parametrize("make", [list, Dataset.from_list, lambda rows: Dataset.from_list(rows).to_iterable_dataset()])
+def test_a_column_of_environments_without_names_is_refused(make):
+    rows = make([{"prompt": "a", "environment": None}] * 3)
+    with pytest.raises(DataError, match="`environment` of row 0 of `train_dataset` is NoneType None, which is none"):
+        check_dataset(rows, "train_dataset", vocabulary_size=None, environments=["a"])
 
 
 def test_arrow_tables_are_looked_at_as_a_whole(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sqlite3
 import threading
@@ -11,9 +12,9 @@ from typing import Any, ClassVar
 
 import pytest
 from datasets import Dataset
-from tiny import END, Hash, Look, ScriptedSampler, call, make_trainer, message_rows
+from tiny import END, TOKENIZER, Hash, Look, ScriptedSampler, call, make_classifier, make_trainer, message_rows
 
-from trl_steppo.errors import ConfigurationError, DataError
+from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.rollout import EpisodeRequest, episode_file, load_episodes
 
 PAIRS = {"per_device_train_batch_size": 2, "total_episodes": 8}  # 4 updates of 2 episodes
@@ -121,14 +122,119 @@ def test_reward_functions_see_environments_as_their_episodes_left_them(tmp_path,
     assert len(counting.closed) == len(counting.made)
 
 
-def test_one_that_would_have_to_be_kept_is_not_shown_to_whoever_does_not_ask(tmp_path, counting):
+def test_functions_see_environments_however_few_play_at_once(tmp_path, counting, monkeypatch):
+    """By `**kwargs`, too, and in an evaluation that has more rows than are scored at a time."""
+    seen: list[int] = []
+
     def takes_what_comes(completions: list[Any], **columns: Any) -> list[float]:
-        assert "environments" not in columns
+        assert [environment.row["number"] for environment in columns["environments"]] == columns["number"]
+        seen.append(len(completions))
         return [0.0] * len(completions)
 
     settings = {"max_concurrent_episodes": 1, "reward_funcs": takes_what_comes}
-    make_trainer(tmp_path, environment_factory=counting, **PAIRS, **settings).train()
-    assert len(counting.made) == 1
+    trainer = make_trainer(tmp_path, environment_factory=counting, **PAIRS, **settings)
+    trainer.player.sampler = ScriptedSampler(lambda *order: f"ok{END}")
+    monkeypatch.setattr("trl_steppo.trainer.player._EVAL_EPISODES", 4)
+    trainer.evaluate(message_rows(6))
+    trainer.train()
+    assert seen == [4, 2] + [2] * 4
+    assert len(counting.made) == len(counting.closed) == 4 + 2
+
+
+def test_a_classifier_needs_no_environments(tmp_path, counting):
+    trainer = make_trainer(
+        tmp_path, environment_factory=counting, reward_funcs=make_classifier(), reward_processing_classes=TOKENIZER
+    )
+    assert trainer.player.episodes_at_once is None
+
+
+# -- what closes them -------------------------------------------------------------------------------------------------
+
+
+def fails(environments: list[Any], **columns: Any) -> list[float]:
+    raise OSError("broken on purpose")
+
+
+def pays(environments: list[Any], **columns: Any) -> list[float]:
+    return [1.0] * len(environments)
+
+
+def test_a_reward_function_that_fails_leaves_no_environment_behind(tmp_path, counting):
+    trainer = make_trainer(tmp_path, environment_factory=counting, reward_funcs=fails)
+    with pytest.raises(RolloutError, match="broken on purpose"):
+        trainer.evaluate(message_rows(2))
+    requests = [EpisodeRequest(row, index) for index, row in enumerate(message_rows(2))]
+    with pytest.raises(RolloutError, match="broken on purpose"):
+        trainer.player.score(requests, trainer.player.play(requests))
+    assert len(counting.closed) == len(counting.made) == 4
+
+
+def test_a_rollout_that_ends_after_its_run_leaves_no_environment_behind(tmp_path, counting):
+    """Not even where another run has begun by then, and reward functions were to see it."""
+    trainer = make_trainer(tmp_path, environment_factory=counting, reward_funcs=pays)
+    trainer.player.sampler = ScriptedSampler(lambda *order: f"ok{END}")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        go_on.wait(60)
+
+    thread = threading.Thread(
+        target=lambda: trainer.player.play([EpisodeRequest(message_rows(1)[0], 0)], on_episode=wait)
+    )
+    with trainer.player.running(resumed_at=None):
+        thread.start()
+        begun.wait(60)
+    with trainer.player.running(resumed_at=None):
+        go_on.set()
+        thread.join(60)
+        assert len(counting.closed) == len(counting.made) == 1
+
+
+def test_environments_that_play_once_close_when_they_are_scored(tmp_path, counting):
+    num_closed: list[int] = []
+
+    def counts(environments: list[Any], **columns: Any) -> list[float]:
+        num_closed.append(len(counting.closed))
+        return [1.0] * len(environments)
+
+    trainer = make_trainer(tmp_path, environment_factory=counting, reward_funcs=counts, reuse_environments=False)
+    requests = [EpisodeRequest(row, index) for index, row in enumerate(message_rows(2))]
+    with trainer.player.running(resumed_at=None):
+        for total in (2, 4):
+            trainer.player.score(requests, trainer.player.play(requests))
+            assert len(counting.closed) == total
+    assert num_closed == [0, 2]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_trainer_that_never_plays_closes_the_environment_that_it_looked_at(tmp_path, is_async):
+    closed = threading.Event()
+
+    class Closes(Hash):
+        def close(self) -> None:
+            closed.set()
+
+    class ClosesLater(Hash):
+        async def close(self) -> None:
+            closed.set()
+
+    player = make_trainer(tmp_path, environment_factory=ClosesLater if is_async else Closes).player
+    assert not closed.is_set()
+    del player
+    gc.collect()
+    assert closed.wait(60)
+
+
+def test_a_factory_may_be_async(tmp_path, counting):
+    async def make() -> Counting:
+        return counting()
+
+    trainer = make_trainer(tmp_path, environment_factory=make, **PAIRS)
+    trainer.train()
+    assert [logs.get("env/failed_episodes", 0) for logs in trainer.state.log_history[:4]] == [0] * 4
+    assert len(counting.made) == len(counting.closed) == 2
+    assert all(len(environment.threads) == 1 for environment in counting.made)
 
 
 # -- several environments ---------------------------------------------------------------------------------------------

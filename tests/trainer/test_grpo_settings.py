@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import TINY, TOKENIZER, Endless, make_model, message_rows
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
-from trl_steppo import PPOTrainer, StepPOConfig, StepPOTrainer
+from trl_steppo import PPOConfig, PPOTrainer, StepPOConfig, StepPOTrainer
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.losses import kl_estimate
 from trl_steppo.trainer.grpo_settings import COUNTERPARTS
@@ -165,10 +166,10 @@ def test_settings_with_another_name_are_copied(tmp_path):
             {
                 "use_vllm": True,
                 "vllm_mode": "server",
-                "vllm_importance_sampling_mode": "token_mask",
+                "vllm_importance_sampling_mode": "token_truncate",
                 "vllm_importance_sampling_cap": 5.0,
             },
-            {"rollout_correction": "mask", "rollout_correction_level": "token", "rollout_correction_cap": 5.0},
+            {"rollout_correction": "truncate", "rollout_correction_level": "token", "rollout_correction_cap": 5.0},
         ),
     ],
 )
@@ -204,6 +205,10 @@ def test_steps_of_the_optimizer_become_updates(tmp_path):
         "save_steps": 125,
         "eval_steps": 1,
     }
+    late = {"eval_strategy": "steps", "eval_delay": 6, "lr_scheduler_kwargs": {"num_decay_steps": 9, "num_cycles": 2}}
+    config = convert(tmp_path, **settings, **late, warmup_steps=3)
+    assert (config.warmup_steps, config.eval_delay) == (0, 2)  # no update without learning because of three steps
+    assert config.lr_scheduler_kwargs == {"num_decay_steps": 3, "num_cycles": 2}
     parts = convert(tmp_path, **settings, logging_steps=0.1, warmup_steps=0.05)
     assert (parts.logging_steps, parts.warmup_steps, parts.max_steps) == (0.1, 0.05, -1)
 
@@ -223,6 +228,27 @@ def test_another_estimator_and_further_settings(tmp_path):
     config = StepPOConfig.from_grpo_config(args, advantage_estimator="step_gae", max_interaction_steps=8, lam=0.9)
     assert (config.advantage_estimator, config.max_interaction_steps, config.lam) == ("step_gae", 8, 0.9)
     assert StepPOConfig.from_grpo_config(args, advantage_estimator="rloo").num_generations == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "level", "aggregation"),
+    [
+        ({}, "step", None),  # as a plain StepPOConfig has it
+        ({"loss_type": "grpo"}, "step", "episode"),
+        ({"importance_sampling_level": "sequence"}, "step", None),
+    ],
+)
+def test_steppo_has_its_own_ratio_and_average(tmp_path, settings, level, aggregation):
+    args = grpo_config(tmp_path, **settings)
+    config = StepPOConfig.from_grpo_config(args, advantage_estimator="step_gae")
+    assert (config.importance_sampling_level, config.loss_aggregation) == (level, aggregation)
+    assert StepPOConfig.from_grpo_config(args).loss_aggregation == (aggregation or "token")
+
+
+@pytest.mark.parametrize("args", [{"seed": 1}, TrainingArguments("runs")])
+def test_only_a_grpo_config_is_converted(args):
+    with pytest.raises(ConfigurationError, match=f"`args` is a {type(args).__name__}; `from_grpo_config` takes TRL's"):
+        StepPOConfig.from_grpo_config(args)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -254,12 +280,33 @@ def test_one_error_has_all_that_is_refused(tmp_path):
             {"use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_mode": "sequence_truncate"},
             ["vllm_importance_sampling_mode"],
         ),
+        (  # whose ratios have no lower bound there
+            {"use_vllm": True, "vllm_mode": "server", "vllm_importance_sampling_mode": "token_mask"},
+            ["vllm_importance_sampling_mode"],
+        ),
     ],
 )
 def test_values_that_have_no_place(tmp_path, settings, names):
     with pytest.raises(ConfigurationError) as error:
         convert(tmp_path, **settings)
     assert re.findall(r"^- `([a-z_]+)`=", str(error.value), flags=re.MULTILINE) == names
+
+
+def test_a_prompt_that_ranks_would_share_is_refused(tmp_path, monkeypatch):
+    """Two ranks play 4 of its 8 episodes each there."""
+    monkeypatch.setattr(GRPOConfig, "world_size", 2)
+    args = grpo_config(tmp_path, per_device_train_batch_size=4, num_generations=8)
+    with pytest.raises(ConfigurationError, match=r"`num_generations`=8: .* since a row's episodes stay on one rank"):
+        StepPOConfig.from_grpo_config(args)
+
+
+def test_episodes_without_a_budget_are_told_of(tmp_path, caplog):
+    transformers.utils.logging.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        convert(tmp_path, max_tool_calling_iterations=3)
+        assert "max_episode_tokens" not in caplog.text
+        convert(tmp_path)
+    assert "unless `max_episode_tokens` or `max_interaction_steps` is set" in caplog.text
 
 
 def test_unknown_settings_are_named_at_once(tmp_path):
@@ -273,6 +320,12 @@ def test_unknown_settings_are_named_at_once(tmp_path):
         "- `nonsense`",
     ):
         assert words in str(error.value)
+
+
+def test_unknown_settings_of_ppo_config_are_named(tmp_path):
+    with pytest.raises(ConfigurationError, match="`clip_range`: did you mean `cliprange`") as error:
+        PPOConfig(output_dir=str(tmp_path), clip_range=0.1)
+    assert "from_grpo_config" not in str(error.value)
 
 
 @pytest.mark.parametrize("trainer", [PPOTrainer, StepPOTrainer])

@@ -14,10 +14,10 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "hotpotqa_steppo.py"
 SIZES = ["--total_episodes", "16", "--per_device_train_batch_size", "4", "--num_mini_batches", "1"]
 NO_EVALUATION = ["--eval_strategy", "no", "--eval_on_start", "false"]
 FILES = sorted(file.stem for file in CONFIGS.glob("*_cpu2.yaml"))
-SHORT = ("ddp_cpu2", "zero3_cpu2")
+SHORT = {"ddp_cpu2": (), "zero3_cpu2": pytest.mark.pinned_only}  # `test_ranks.py` launches it with other versions
 
 
-@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in FILES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SHORT.get(n, pytest.mark.slow)) for n in FILES])
 def test_two_ranks_train_together(tmp_path, name):
     """No `--use_cpu`, and no hidden GPUs in the environment: the file says both."""
     where = subprocess.run(

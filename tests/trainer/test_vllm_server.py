@@ -5,6 +5,7 @@ test-vllm` runs the short form.
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib.util
 import json
@@ -137,6 +138,12 @@ def check(trainer: Any, directory: Path, probe: ProbeOfOld, updates: int, restar
     assert sorted(hit_rates)[restarts] > 0.2  # a server that was started again has cached nothing
     assert max(hit_rates) < 1
     assert all(abs(entry["rollout/mismatch_kl"]) < 1e-4 for entry in logs)
+
+
+def test_it_has_what_is_used_of_it_beyond_its_interface() -> None:
+    (folder,) = PYTHON.parents[1].glob("lib/python*/site-packages/vllm/distributed/weight_transfer")
+    tree = ast.parse((folder / "nccl_common.py").read_text())  # it cannot be imported here
+    assert "trainer_init" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("server", ["tiny"], indirect=True)

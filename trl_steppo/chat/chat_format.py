@@ -725,7 +725,7 @@ def extended(messages: Sequence[Message], extra: str) -> list[Message]:
     index = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), None)
     if index is None:
         return [*messages, {"role": "user", "content": extra}]
-    content = messages[index]["content"]
+    content = messages[index].get("content") or ""
     longer = content + extra if isinstance(content, str) else [*content, {"type": "text", "text": extra}]
     return [*messages[:index], {**messages[index], "content": longer}, *messages[index + 1 :]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from . import find
@@ -15,18 +16,21 @@ def ppo_bases() -> tuple[Any, Any]:
     The classes that [`PPOConfig`] and [`PPOTrainer`] of this package extend: TRL's own where it has them (until 1.12),
     else those of transformers that TRL's were made of.
     """
-    try:
-        with warnings.catch_warnings():
-            # That the module is experimental is our concern: it is imported here and nowhere else.
-            warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
+    with warnings.catch_warnings():
+        # That the module is experimental is our concern: it is imported here and nowhere else.
+        warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
+        if _has_ppo():
             from trl.experimental.ppo import PPOConfig, PPOTrainer
-    except ImportError as error:
-        if error.name is not None and not error.name.startswith("trl.experimental"):
-            raise  # something that TRL itself needs
-        from transformers import Trainer, TrainingArguments
 
-        return TrainingArguments, Trainer
-    return PPOConfig, PPOTrainer
+            return PPOConfig, PPOTrainer
+    from transformers import Trainer, TrainingArguments
+
+    return TrainingArguments, Trainer
+
+
+def _has_ppo() -> bool:
+    """Whether TRL has the module, which may still fail to import."""
+    return bool(find_spec("trl.experimental")) and bool(find_spec("trl.experimental.ppo"))
 
 
 def training_chat_template(tokenizer: Any) -> str | None:

@@ -6,8 +6,8 @@ the same in both, it is converted. Any other value is refused, in words that the
 
 | declared | taken | converted | refused |
 |---|---|---|---|
-| integer | `3` | `3.0`, `"3"`, `"3.0"` | `3.5`, `"three"`, `"03"`, `true` |
-| number | `1`, `1.5` | `"1"`, `"1.5"` | `"1,5"`, `"NaN"`, `true` |
+| integer | `3` | `3.0` below 2**53, `"3"`, `"3.0"` | `3.5`, `"3.5"`, `"three"`, `"03"`, `true` |
+| number | `1`, `1.5` | `"1"`, `"1.5"`, as JSON reads it | `"1,5"`, `"NaN"`, `true` |
 | boolean | `true` | `"true"`, `"False"` | `"yes"`, `1` |
 | string | `"3"` | | `3` |
 | array, object | as they are | their JSON as text, and the values inside | other text |
@@ -22,6 +22,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 from ..calls import why_unbindable
@@ -192,23 +193,24 @@ def _in_another_type(value: Any, schema: Mapping[str, Any]) -> Any:
 
 _BOOLEANS = {"true": True, "false": False}
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,99})(\.[0-9]{1,99})?([eE][+-]?[0-9]{1,3})?")  # as in JSON, up to 100 digits
-_EXACT = 2**53  # up to here a float holds every integer
+_MOST = 10**100
+_EXACT = 2**53  # below it a float is the number that was written, if that is an integer
 
 
 def _number(value: Any, *, is_integer: bool) -> Any:
+    """The integer that a text or a float is, exactly; where any number will do, what JSON reads in a text."""
     if isinstance(value, str):
         text = value.strip()
         if not _NUMBER.fullmatch(text):
             return UNFIT
-        try:
-            value = int(text)
-        except ValueError:
-            value = float(text)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return UNFIT
-    if not is_integer or isinstance(value, int):
-        return value
-    return int(value) if value.is_integer() and abs(value) <= _EXACT else UNFIT
+        exact = Decimal(text)
+        if is_integer or text.lstrip("-").isdigit():
+            whole = int(exact)
+            return whole if whole == exact and abs(whole) < _MOST else UNFIT
+        value = float(text)
+        return value if math.isfinite(value) else UNFIT
+    is_exact = is_integer and isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
+    return int(value) if is_exact else UNFIT
 
 
 def _json(value: Any) -> Any:

@@ -142,5 +142,5 @@ class Playable(Protocol):
         ...
 
     async def close(self) -> None:
-        """The episode is over, however it ended: let go of what it held."""
+        """The episode is over, however it ended: release what it held."""
         ...

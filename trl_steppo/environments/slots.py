@@ -59,7 +59,7 @@ class Slots:
             self._pass_on(name)
 
     def _pass_on(self, name: str) -> None:
-        """A slot is free: it is the next one's who still waits, or nobody's."""
+        """A slot is free: the next one that still waits gets it, if there is one."""
         with self._lock:
             waiting = self._waiting[name]
             while waiting:

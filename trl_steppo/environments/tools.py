@@ -14,33 +14,34 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext
 from typing import Any
 
 from ..calls import (
+    CallThread,
     CallTimeoutError,
     DaemonThread,
-    Home,
     MainThread,
     MainThreadNeededError,
     NewEnvironmentNeededError,
     call,
+    call_and_wait,
     containing,
     drained,
     error_text,
-    home_of,
     is_lazy,
+    thread_for,
     why_unbindable,
 )
 from ..errors import ConfigurationError
-from ..finite import as_number, shown
+from ..finite import as_number, as_reward, shown
 from ..types import writable
 from .arguments import JsonSchema, WrongArgumentsError, describe, read_arguments
 from .base import HOOKS, Message, Outcome, Playable, Response
 from .members import COMPUTED, Tool, functions_by_name, is_hook, schema_of, signature_of, tool_name, tools_of
 from .results import MediaError, content_of, text_of_blocks
 from .slots import Slots
-from .views import view_of
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class _EnvironmentCalls:
         self._timeout_s = timeout_s
         self._hidden_columns = hidden_columns
         name = _class_name(environment)
-        self._thread: Home = DaemonThread(name) if environment is None else home_of(name)
+        self._thread: CallThread = DaemonThread(name) if environment is None else thread_for(name)
         self._was_given_up = False
         self.was_played = False
         self._scores: dict[str, float] = {}
@@ -191,10 +192,10 @@ class _EnvironmentCalls:
         """What the user wrote; `None` where there are only tools."""
         return self._environment
 
-    def view(self) -> Any:
-        """The environment as other threads may use it ([`view_of`])."""
-        run = getattr(self._thread, "run_and_wait", None)
-        return self._environment if run is None else view_of(self._environment, run)
+    @property
+    def is_in_main_thread(self) -> bool:
+        """Whether its sync methods run in the main thread."""
+        return isinstance(self._thread, MainThread)
 
     @property
     def is_reusable(self) -> bool:
@@ -305,6 +306,29 @@ class _EnvironmentCalls:
         finally:
             self._thread.end()
 
+    def close_unplayed(self, run: Callable[[Any], Any]) -> Future[Any]:
+        """
+        Have an environment closed that nothing is to be played in, from sync code.
+
+        Args:
+            run (`Callable[[Coroutine], Any]`):
+                Runs a coroutine to its end, where `close` is async.
+
+        Returns:
+            `Future`: done when it is closed, with what `close` raised.
+
+        Raises:
+            MainThreadNeededError: it is in the main thread, and this is another one.
+        """
+
+        def close() -> None:
+            if self._defines("close"):
+                call_and_wait(self._environment.close, (), {}, run)
+
+        closed = self._thread.post(close)
+        self._thread.end()
+        return closed
+
     async def _state_key(self) -> Any:
         if not (self.reads_state_keys and self._defines("state_key")):
             return None
@@ -313,7 +337,7 @@ class _EnvironmentCalls:
 
 
 def _reward_or_none(value: Any) -> float | None:
-    return None if value is None else as_number(value, "get_reward()")
+    return as_reward(value, "get_reward()")
 
 
 def _text_of_reset(value: Any) -> str | None:
@@ -538,17 +562,18 @@ class ToolPlayable(_EnvironmentCalls):
         try:
             return await self._run_in(thread, name, tool, arguments)
         except MainThreadNeededError as error:
-            answer = await self._run_in(MainThread(), name, tool, arguments)
-            if tool not in _need_main_thread:
+            if MainThread.is_free() and tool not in _need_main_thread:
                 _need_main_thread.add(tool)
                 logger.warning(
                     "%s: calls of it run there from now on, one after the other, and without `tool_timeout_s`", error
                 )
-            return answer
+            return await self._run_in(MainThread(), name, tool, arguments)
         finally:
             thread.end()
 
-    async def _run_in(self, thread: Home, name: str, tool: Tool, arguments: Mapping[str, Any]) -> str | list[Any]:
+    async def _run_in(
+        self, thread: CallThread, name: str, tool: Tool, arguments: Mapping[str, Any]
+    ) -> str | list[Any]:
         async with self._slots.of(name) if self._slots is not None else nullcontext():
             timeout_s = self._tool_timeout_s
             return await call(tool, (), arguments, thread=thread, timeout_s=timeout_s, what=name, convert=content_of)

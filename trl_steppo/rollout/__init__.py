@@ -10,7 +10,7 @@ from .play import EpisodeRequest, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
 from .rewards import check_reward_funcs, checked_weights, paid, score_episodes, takes_environments, within_float32
 from .rows import own_row
-from .stage import Stage, make_at_home
+from .stage import MainThreadKinds, Stage, make_in_main_thread, make_in_thread
 
 __all__ = [
     "Agent",
@@ -18,6 +18,7 @@ __all__ = [
     "EpisodeLimits",
     "EpisodeRequest",
     "InFlight",
+    "MainThreadKinds",
     "Stage",
     "check_agent",
     "check_reward_funcs",
@@ -25,7 +26,8 @@ __all__ = [
     "dump_episodes",
     "episode_file",
     "load_episodes",
-    "make_at_home",
+    "make_in_main_thread",
+    "make_in_thread",
     "own_row",
     "paid",
     "play_agents",

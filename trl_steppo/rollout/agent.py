@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..calls import DaemonThread, is_lazy, look_at
 from ..environments.slots import Slots
 from ..errors import ConfigurationError, SamplerError
-from ..finite import as_number
+from ..finite import as_reward
 from ..gateway.sampling import Engine
 from ..gateway.sessions import Session, SessionSpec
 from ..inference.base import Sampler, SamplingParams
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 _STDERR_SHOWN = 2_000  # characters of what a failed process wrote
 _LOOKS_S = 0.25  # between looks whether an agent hangs
-_LETS_GO_S = 60.0  # that an agent whose episode is over may still take where it may be idle as long as it likes
+_ENDING_S = 60.0  # that an agent whose episode is over may still take where it may be idle as long as it likes
 _TAIL_BYTES = 2**16  # of each of a process's streams that are kept
 _READS_OUT_S = 1.0  # for what a process that has ended wrote last
 _DIES_S = LETS_END_S + 2.0  # for a process and all that it started, from the moment when it is told to end
@@ -246,7 +246,7 @@ class _AgentRollout:
         task.add_done_callback(look_at)
         try:
             ending = await self._watch(task, session, key)
-            # Before the agent is let go of: a request that it gives up as it dies is no longer known here.
+            # Before the agent is cancelled: a request that it gives up as it dies is no longer known here.
             await self._at_gateway(self.gateway.finish(session, **ending))
         finally:
             await run.end()
@@ -271,7 +271,7 @@ class _AgentRollout:
                 return {} if is_over else {"error": describe(error, "the agent").replace(key, "[key]")}
             if remaining is not None and remaining <= 0:
                 return {"out_of_time": True}
-            patience_s = _LETS_GO_S if is_over and self.idle_s is None else self.idle_s
+            patience_s = _ENDING_S if is_over and self.idle_s is None else self.idle_s
             if patience_s is not None and self.gateway.is_idle(session, patience_s):
                 if is_over:  # it had the time to judge itself and to clean up
                     return {}
@@ -296,7 +296,7 @@ _Reward = float | TypeError | ValueError | None
 def _reward(value: Any) -> _Reward:
     """What an agent gave as its reward, or what is wrong with it. Runs the value's code: `__float__`, `__repr__`."""
     try:
-        return None if value is None else as_number(value, "what the agent returned")
+        return as_reward(value, "what the agent returned")
     except (TypeError, ValueError) as error:
         return error
 

@@ -14,7 +14,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _SAYS_S = 60.0  # between lines that say that an update still waits
-_LETS_GO_S = 20.0
+_ENDING_S = 20.0
 
 
 class Ahead(Generic[T]):
@@ -68,7 +68,7 @@ class Ahead(Generic[T]):
         Let go of rollouts that nobody takes any more. They end when they next ask the sampler, which is closed; those
         whose environments take longer than a while are left behind.
         """
-        _, left = wait(self._begun.values(), timeout=_LETS_GO_S)
+        _, left = wait(self._begun.values(), timeout=_ENDING_S)
         if left:
             logger.warning("%d rollouts that nobody waits for any more are still being played", len(left))
         self._begun.clear()

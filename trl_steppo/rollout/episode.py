@@ -332,9 +332,13 @@ class _Play:
             self._count_control_tokens(chat, extra)
             encode = partial(chat.encode_text, extra, add_special_tokens=False, is_observed=True)
             return ids + await _in_time(encode, extra)
-        if "prompt" not in self.row and self.env is None:
-            raise DataError(f"the row has neither `prompt` nor `input_ids`, but {sorted(self.row)}")
-        return await self._prepared(self._chat("a row with `prompt`"), self.row.get("prompt", EMPTY_PROMPT), extra)
+        prompt = self.row.get("prompt")
+        if prompt is None:  # which the environment's `reset` has given, if there is one beside the tools
+            if getattr(self.env, "environment", self.env) is None:
+                found = sorted(name for name in self.row if self.row[name] is not None)
+                raise DataError(f"the row has neither `prompt` nor `input_ids`, but {found}")
+            prompt = EMPTY_PROMPT
+        return await self._prepared(self._chat("a row with `prompt`"), prompt, extra)
 
     async def _prepared(
         self, chat: ChatFormat, prompt: str | list[Message], extra: str | None, *, is_observed: bool = False

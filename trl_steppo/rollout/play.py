@@ -19,7 +19,7 @@ from .episode import failed_episode, run_episode
 from .loops import run_coroutine
 from .pacing import InFlight
 from .rows import own_row, question_of
-from .stage import LETS_GO_S, MakePlayable, Place, Stage
+from .stage import CANCELLING_S, MakePlayable, Place, Stage
 
 __all__ = ["EpisodeRequest", "play_concurrently", "play_episodes", "run_coroutine"]
 
@@ -176,10 +176,10 @@ class _Rollout:
             return episode
         except MainThreadNeededError as error:
             try:
-                await self.stage.move_to_main_thread(place, error)
+                self.stage.move_to_main_thread(place.kind, error)
             except MainThreadNeededError:
                 raise _cannot_play(error) from error
-            raise NewEnvironmentNeededError(str(error)) from error
+            raise
         finally:
             await self.stage.give_back(place, is_well=is_well, name=episode_id, is_held=self.holds)
 
@@ -245,7 +245,7 @@ async def play_concurrently(
     except BaseException:
         for playing in players:
             playing.cancel()
-        await asyncio.wait(players, timeout=LETS_GO_S)
+        await asyncio.wait(players, timeout=CANCELLING_S)
         raise
     finally:
         sampler.pace(None)
@@ -256,17 +256,23 @@ async def _despite_accidents(
     play_one: Callable[[EpisodeRequest], Awaitable[Episode]], request: EpisodeRequest
 ) -> Episode:
     """
-    Play a request again, from its beginning, where the sampler failed, unless that itself has given up. Each attempt
-    has a row of its own: what an environment or an agent does to it, no other episode sees.
+    Play a request again, from its beginning, where the sampler failed, unless that itself has given up; and once where
+    its environment turned out to need the main thread. Each attempt has a row of its own: what an environment or an
+    agent does to it, no other episode sees.
     """
     num_accidents = 0
+    was_moved = False
     while True:
         own_request = replace(request, row=own_row(request.row))  # the last attempt may have changed its row
         try:
             episode = await play_one(own_request)
             return replace(episode, dataset_row=request.dataset_row, question=question_of(request.row))
-        except NewEnvironmentNeededError:  # a new one never needs another
+        except NewEnvironmentNeededError:  # the old one is closed, and a new one never needs another
             continue
+        except MainThreadNeededError as error:
+            if was_moved:
+                return failed_episode(request.stream_position, request.generation_index, error, stage="playing")
+            was_moved = True
         except SamplerError as error:
             num_accidents += 1
             has_given_up = isinstance(error.__cause__, RolloutError) and not isinstance(error.__cause__, SamplerError)

@@ -7,13 +7,13 @@ import inspect
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ..calls import DaemonThread, call, call_and_wait, error_text, why_unbindable
 from ..chat import ChatFormat, extended
 from ..environments.base import Message, Playable
 from ..errors import ConfigurationError, DataError, RolloutError
-from ..finite import LARGEST, NotFiniteError, as_number
+from ..finite import LARGEST, NotFiniteError, as_number, as_reward
 from ..types import Episode, Step, StopReason, map_texts, writable
 from .loops import run_coroutine
 from .rows import own, prompt_of
@@ -24,11 +24,8 @@ RewardFunc = Callable[..., Any]
 Decode = Callable[[Sequence[int]], str]
 
 
-class _Arguments(Protocol):
-    """What a function is given; `views`: with views of the environments."""
-
-    def __call__(self, func: RewardFunc, *, views: bool = False) -> dict[str, Any]: ...
-
+_Arguments = Callable[[RewardFunc], dict[str, Any]]
+"""What a function is given."""
 
 _NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
 _OURS = ("prompts", "completions", "completion_ids", "trainer_state")
@@ -75,9 +72,8 @@ def score_episodes(
         extra (`Mapping[str, Any]`, *optional*):
             More keyword arguments for every function, such as `trainer_state`.
         environments (`Sequence[Playable]`, *optional*):
-            Where each episode was played, as it is after it. A function is given the user's own objects, and, if it
-            fails with these, once more views of them, which do all in the threads that they live in. `None`: there are
-            none.
+            Where each episode was played, as it is after it. A function is given the user's own objects. `None`: there
+            are none.
         log_metric (`Callable[[str, float], Any]`, *optional*):
             Called with what functions log for a mean.
 
@@ -99,10 +95,10 @@ def score_episodes(
     arguments = _arguments([episodes[i] for i in valid], [rows[i] for i in valid], views)
     log = _Log(len(valid), log_metric)
     offered: dict[str, Any] = {"log_extra": log.log_extra, "log_metric": log.log_metric}
-    played_in = None if environments is None else [environments[i] for i in valid]
+    played_in = None if environments is None else [getattr(environments[i], "environment", None) for i in valid]
 
-    def arguments_of(func: RewardFunc, *, views: bool = False) -> dict[str, Any]:
-        seen = {} if played_in is None else {"environments": [_environment(one, views) for one in played_in]}
+    def arguments_of(func: RewardFunc) -> dict[str, Any]:
+        seen = {} if played_in is None else {"environments": list(played_in)}
         return {**_own_arguments(arguments), **_taken(func, {**offered, **seen}), **(extra or {})}
 
     columns = _call_all(_named(reward_funcs), arguments_of, len(valid))
@@ -115,18 +111,8 @@ def score_episodes(
     return scored
 
 
-def _environment(playable: Playable | None, as_view: bool) -> Any:
-    """What the user wrote, or a view of it that other threads may use."""
-    return getattr(playable, "view", lambda: None)() if as_view else getattr(playable, "environment", None)
-
-
-def takes_environments(func: RewardFunc, *, by_name: bool = False) -> bool:
-    """Whether a reward function is given `environments` where there are some; `by_name`: not as `**kwargs` alone."""
-    if by_name:
-        try:
-            return "environments" in inspect.signature(func).parameters
-        except (TypeError, ValueError):
-            return False
+def takes_environments(func: RewardFunc) -> bool:
+    """Whether a reward function is given `environments` where there are some: by the name, or as `**kwargs`."""
     return bool(_taken(func, {"environments": None}))
 
 
@@ -265,44 +251,35 @@ def _call_all(
 
 
 def _called(func: RewardFunc, name: str, arguments_of: _Arguments) -> list[_Reward]:
-    def attempt(arguments: dict[str, Any]) -> list[_Reward] | Exception:
-        try:
-            rewards: list[_Reward] = call_and_wait(func, (), arguments, run_coroutine, _converter(name))
-            return rewards
-        except Exception as error:
-            return error
-
     arguments = arguments_of(func)
-    result = attempt(arguments)
-    if isinstance(result, Exception) and "environments" in arguments:
-        result = attempt(arguments_of(func, views=True))
-    return _unbroken(result, name)
+    try:
+        rewards: list[_Reward] = call_and_wait(func, (), arguments, run_coroutine, _converter(name))
+    except Exception as error:
+        raise _failure(error, name, arguments) from error
+    return rewards
 
 
 async def _awaited(func: RewardFunc, name: str, arguments_of: _Arguments) -> list[_Reward]:
     begin = func if inspect.iscoroutinefunction(func) else func.__call__  # type: ignore[operator]
     thread = DaemonThread(name)  # which no async function needs
-
-    async def attempt(arguments: dict[str, Any]) -> list[_Reward] | Exception:
-        options: dict[str, Any] = {"thread": thread, "timeout_s": None, "what": name, "convert": _converter(name)}
-        try:
-            rewards: list[_Reward] = await call(begin, (), arguments, **options)
-            return rewards
-        except Exception as error:
-            return error
-
+    options: dict[str, Any] = {"thread": thread, "timeout_s": None, "what": name, "convert": _converter(name)}
     arguments = arguments_of(func)
-    result = await attempt(arguments)
-    if isinstance(result, Exception) and "environments" in arguments:
-        result = await attempt(arguments_of(func, views=True))
-    return _unbroken(result, name)
+    try:
+        rewards: list[_Reward] = await call(begin, (), arguments, **options)
+    except Exception as error:
+        raise _failure(error, name, arguments) from error
+    return rewards
 
 
-def _unbroken(result: list[_Reward] | Exception, name: str) -> list[_Reward]:
-    if isinstance(result, Exception):
-        reason = f"{type(result).__name__}: {error_text(result)}"
-        raise RolloutError(f"the reward function `{name}` failed: {reason}") from result
-    return result
+def _failure(error: Exception, name: str, arguments: Mapping[str, Any]) -> RolloutError:
+    hint = (
+        ". Reward functions run in the trainer's thread: what an environment bound to its own thread (an SQLite "
+        "connection, a browser's page) fails there; let the environment keep what they read as plain attributes"
+    )
+    return RolloutError(
+        f"the reward function `{name}` failed: {type(error).__name__}: {error_text(error)}"
+        f"{hint if 'environments' in arguments else ''}"
+    )
 
 
 def _is_async(func: RewardFunc) -> bool:
@@ -351,7 +328,7 @@ _Reward = float | NotFiniteError | None
 def _reward(value: Any, name: str) -> _Reward:
     """A number; why it costs its episode; or `None`, where the function does not apply."""
     try:
-        return None if value is None else as_number(value, f"`{name}` returned a reward that")
+        return as_reward(value, f"`{name}` returned a reward that")
     except NotFiniteError as error:
         return error
 

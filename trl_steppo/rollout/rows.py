@@ -50,9 +50,12 @@ EMPTY_PROMPT: list[dict[str, Any]] = [{"role": "user", "content": ""}]
 
 
 def prompt_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]] | None:
-    """What the policy is asked, before `reset` adds to it; `None` for a row of token ids."""
-    if "prompt" in row:
-        prompt: str | list[dict[str, Any]] = row["prompt"]
+    """
+    What the policy is asked, before `reset` adds to it; `None` for a row of token ids. A `prompt` that is `None` is
+    missing: Arrow fills it in where only other rows have one.
+    """
+    prompt: str | list[dict[str, Any]] | None = row.get("prompt")
+    if prompt is not None:
         return prompt
     return None if "input_ids" in row else EMPTY_PROMPT
 

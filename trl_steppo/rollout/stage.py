@@ -1,4 +1,4 @@
-"""Where episodes are played: environments that are made once and reset often, each in a thread of its own."""
+"""Where episodes are played: environments that are made once and reset often, each in its own thread."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 
 from ..calls import (
     DaemonThread,
-    Home,
     MainThread,
     MainThreadNeededError,
-    living_in,
+    made_in,
     raise_if_main_thread_needed,
     within,
 )
@@ -28,14 +27,71 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MakePlayable = Callable[[Mapping[str, Any]], Playable | None]
 
-LETS_GO_S = 5.0  # for a rollout that was broken off, to close its environments
+CANCELLING_S = 5.0  # for a rollout that was broken off, to close its environments
 _MAKING = "making the environment"
+_EARLIER = "(an earlier one)"
 
 
-def make_at_home(home: Home, make: Callable[[], T]) -> T:
-    """To be run in a home: what `make` makes lives there."""
-    with living_in(home):
-        return make()
+async def make_in_thread(make: Callable[[], T], thread: DaemonThread, timeout_s: float | None) -> T:
+    """
+    Make an environment in the thread that it is to have.
+
+    Args:
+        make (`Callable[[], T]`):
+            Makes it.
+        thread ([`DaemonThread`]):
+            Its thread, which ends if there is an exception.
+        timeout_s (`float`, *optional*):
+            Most seconds that it may take.
+
+    Raises:
+        MainThreadNeededError: it handles signals: see [`make_in_main_thread`].
+    """
+
+    def run() -> T:
+        with made_in(thread):
+            return make()
+
+    try:
+        return await thread.run(run, timeout_s, _MAKING)
+    except Exception as error:
+        thread.end()
+        raise_if_main_thread_needed(error, _MAKING)
+        raise
+
+
+async def make_in_main_thread(make: Callable[[], T]) -> T:
+    """Make an environment in the main thread. Raises a `MainThreadNeededError` if that does something else."""
+    main = MainThread()
+
+    def run() -> T:
+        with made_in(main):
+            return make()
+
+    return await main.run(run, None, _MAKING)
+
+
+class MainThreadKinds:
+    """
+    The kinds of environments that are made and played in the main thread. A kind is added when one of it is found to
+    handle signals; a warning says so once.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: set[Hashable] = set()
+
+    def __contains__(self, kind: Hashable) -> bool:
+        return kind in self._kinds
+
+    def add(self, kind: Hashable, error: MainThreadNeededError) -> None:
+        """Add a kind, for the reason `error`."""
+        if kind not in self._kinds:
+            self._kinds.add(kind)
+            logger.warning(
+                "%s: environments of this kind are made and played in the main thread from now on, one after the "
+                "other, and without time limits (said once)",
+                error,
+            )
 
 
 @dataclass(frozen=True)
@@ -49,7 +105,7 @@ class Place:
 
 class Stage:
     """
-    An event loop for rollouts, one after another, and the environments that live with it. Each has one thread, in
+    An event loop for rollouts, one after another, and the environments that belong to it. Each has one thread, in
     which it is made and in which all its sync methods run; its async ones run in the event loop.
 
     An environment whose episode ended well is reset for a later one, the lowest number of its kind first, so that the
@@ -66,6 +122,8 @@ class Stage:
             Whether an environment plays more than one episode.
         close_timeout_s (`float`, *optional*):
             Most seconds that an environment may take to close.
+        main_thread_kinds ([`MainThreadKinds`], *optional*):
+            Kinds that are played in the main thread, which several stages may share.
 
     Example:
     ```python
@@ -84,6 +142,7 @@ class Stage:
         reuses: bool = True,
         close_timeout_s: float | None = None,
         in_place: bool | None = None,
+        main_thread_kinds: MainThreadKinds | None = None,
     ) -> None:
         self._make_playable = make_playable
         self._kind_of = kind_of
@@ -96,9 +155,10 @@ class Stage:
         self._resting: dict[tuple[Hashable, int], Playable] = {}
         self._playing: dict[tuple[Hashable, int], Playable] = {}
         self._held: dict[str, Place] = {}  # by the name of their episode
-        self._changing = threading.Lock()  # what is free: rollouts and `release` may be in different threads
-        self._need_main_thread: set[Hashable] = set()
-        self._spare: DaemonThread | None = None  # in which nothing lives
+        self._changing = threading.Lock()  # what is free or rests: rollouts and `release` may be in different threads
+        self._running = threading.Lock()  # held while the event loop runs
+        self._main_thread_kinds = main_thread_kinds or MainThreadKinds()
+        self._spare: DaemonThread | None = None  # that no environment has
         self._rollout: asyncio.Task[Any] | None = None
         self._is_closed = False
 
@@ -112,15 +172,16 @@ class Stage:
 
         async def rollout() -> T:
             self._rollout = asyncio.current_task()
-            return await coroutine
+            result = await coroutine
+            await self._close_used()
+            return result
 
-        return self._loop.run(rollout())
+        with self._running:
+            return self._loop.run(rollout())
 
     def put(self, kind: Hashable, playable: Playable) -> None:
         """Have an environment that was made before the first rollout play its episodes, too."""
-        number = self._next_number(kind)
-        self._resting[kind, number] = playable
-        self._release(kind, number)
+        self._release(kind, self._next_number(kind), playable)
 
     def held(self, name: str) -> Playable | None:
         """Where an episode was played; `None` where it is not held, or there was nothing."""
@@ -128,12 +189,19 @@ class Stage:
         return place.playable if place is not None else None
 
     def release(self, names: Iterable[str]) -> None:
-        """Let the environments of these episodes, which were held, play others."""
+        """
+        The environments of these episodes, which were held, may play others. Those that may not are closed: now, or at
+        the end of the rollout that is played on the stage meanwhile.
+        """
         for name in names:
             place = self._held.pop(name, None)
             if place is not None and place.playable is not None:
-                self._resting[place.kind, place.number] = place.playable
-                self._release(place.kind, place.number)
+                self._release(place.kind, place.number, place.playable)
+        if self._used() and self.fits_here and self._running.acquire(blocking=False):
+            try:
+                self._loop.run(self._close_used(), heeds_stops=False)
+            finally:
+                self._running.release()
 
     def close(self) -> None:
         """Close all environments, also those in the midst of an episode, and the event loop."""
@@ -161,9 +229,10 @@ class Stage:
         with self._changing:
             number = heapq.heappop(self._free[kind]) if self._free[kind] else self._next_number(kind)
         try:
-            playable = self._resting.pop((kind, number), None)
-            if playable is not None and self._is_worn(playable):
-                await self._close(playable, "(the one before)")
+            with self._changing:
+                playable = self._resting.pop((kind, number), None)
+            if playable is not None and self._must_be_replaced(kind, playable):
+                await self._close(playable, _EARLIER)
                 playable = None
             if playable is None:
                 async with self._making:
@@ -195,52 +264,57 @@ class Stage:
             if is_well and is_held:
                 self._held[name] = place
                 return
-            if is_well and self._reuses and getattr(playable, "is_reusable", False):
-                self._resting[key] = playable
-            else:
+            if not is_well or self._must_be_replaced(place.kind, playable):
                 await self._close(playable, name)
-        self._release(*key)
+                playable = None
+        self._release(*key, playable)
 
-    async def move_to_main_thread(self, place: Place, error: MainThreadNeededError) -> None:
-        """All environments of the kind live in the main thread from now on. Raises the error if it has no time."""
+    def move_to_main_thread(self, kind: Hashable, error: MainThreadNeededError) -> None:
+        """
+        Environments of the kind are played in the main thread from now on, those in other threads are replaced. Raises
+        the error if the main thread does something else.
+        """
         if not MainThread.is_free():
             raise error
-        if place.kind not in self._need_main_thread:
-            self._need_main_thread.add(place.kind)
-            logger.warning(
-                "%s: environments of this kind are made and played in the main thread from now on, one after the "
-                "other, and without time limits (said once)",
-                error,
-            )
-            for key in [key for key in self._resting if key[0] == place.kind]:
-                await self._close(self._resting.pop(key), "")
+        self._main_thread_kinds.add(kind, error)
 
     async def _make(self, kind: Hashable, row: Mapping[str, Any], timeout_s: float | None) -> Playable | None:
-        if kind not in self._need_main_thread:
-            home, self._spare = self._spare or DaemonThread("environment"), None
-            try:
-                playable = await home.run(
-                    lambda: make_at_home(home, lambda: self._make_playable(row)), timeout_s, _MAKING
-                )
-            except Exception as error:
-                home.end()
-                try:
-                    raise_if_main_thread_needed(error, _MAKING)
-                except MainThreadNeededError as needed:
-                    await self.move_to_main_thread(Place(kind, 0, None), needed)
-                else:
-                    raise
-            else:
-                if not home.is_taken:
-                    self._spare = home
-                return playable
-        main = MainThread()
-        return await main.run(lambda: make_at_home(main, lambda: self._make_playable(row)), None, _MAKING)
+        def make() -> Playable | None:
+            return self._make_playable(row)
 
-    def _is_worn(self, playable: Playable) -> bool:
-        """Whether it has played, and may not play another episode."""
+        if kind not in self._main_thread_kinds:
+            thread, self._spare = self._spare or DaemonThread("environment"), None
+            try:
+                playable = await make_in_thread(make, thread, timeout_s)
+            except MainThreadNeededError as error:
+                self.move_to_main_thread(kind, error)
+            else:
+                if not thread.is_taken:
+                    self._spare = thread
+                if playable is None or kind not in self._main_thread_kinds:
+                    return playable
+                await self._close(playable, _EARLIER)  # the kind was added meanwhile
+        return await make_in_main_thread(make)
+
+    def _must_be_replaced(self, kind: Hashable, playable: Playable) -> bool:
+        """Whether it may not play another episode."""
+        if kind in self._main_thread_kinds and not getattr(playable, "is_in_main_thread", False):
+            return True
         was_played = getattr(playable, "was_played", True)
         return was_played and not (self._reuses and getattr(playable, "is_reusable", False))
+
+    def _used(self) -> list[tuple[Hashable, int]]:
+        """Which of those that play nothing must be replaced."""
+        with self._changing:
+            return [key for key, playable in self._resting.items() if self._must_be_replaced(key[0], playable)]
+
+    async def _close_used(self) -> None:
+        """Close those that must be replaced and play nothing."""
+        for key in self._used():
+            with self._changing:
+                playable = self._resting.pop(key, None)
+            if playable is not None:
+                await self._close(playable, _EARLIER)
 
     async def _close(self, playable: Playable, name: str) -> None:
         try:
@@ -250,13 +324,13 @@ class Stage:
 
     async def _close_all(self) -> None:
         if self._rollout is not None and not self._rollout.done():  # it was broken off, and is cancelled
-            await asyncio.wait({self._rollout}, timeout=LETS_GO_S)
+            await asyncio.wait({self._rollout}, timeout=CANCELLING_S)
         held = [place.playable for place in self._held.values() if place.playable is not None]
         left = [*self._playing.values(), *self._resting.values(), *held]
         self._held.clear()
         self._playing.clear()
         self._resting.clear()
-        await asyncio.gather(*(self._close(playable, "(the last one)") for playable in left))
+        await asyncio.gather(*(self._close(playable, _EARLIER) for playable in left))
         if self._spare is not None:
             self._spare.end()
 
@@ -265,6 +339,9 @@ class Stage:
         self._num_taken[kind] += 1
         return number
 
-    def _release(self, kind: Hashable, number: int) -> None:
+    def _release(self, kind: Hashable, number: int, playable: Playable | None = None) -> None:
+        """A number is free, with the environment that rests there, if there is one."""
         with self._changing:
+            if playable is not None:
+                self._resting[kind, number] = playable
             heapq.heappush(self._free[kind], number)

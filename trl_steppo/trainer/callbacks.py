@@ -39,6 +39,8 @@ class StepPOProgressCallback(ProgressCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
+        if "train_runtime" in logs:  # the run's times, behind its last line
+            return
         line = summary_line(state.global_step, logs)
         if self.training_bar is not None:
             self.training_bar.write(line)

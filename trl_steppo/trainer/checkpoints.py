@@ -400,6 +400,16 @@ def _check_identity(directory: Path, saved: Mapping[str, Any], now: Mapping[str,
                 f"{directory} holds the state of the optimizer {saved[name]}, and this run has {now.get(name)}; set "
                 "`optim` back, or start a new run"
             )
+        if name == "order of the stream":
+            if name not in saved:  # as older versions wrote it
+                continue
+            raise CheckpointError(
+                f"{directory} was written with another order of `train_dataset`: its first rows had the checksum "
+                f"{saved[name]}, and this run's have {now.get(name)}, so it would play other rows than those that are "
+                "left. A stream that is shuffled without a seed has another order in every process: give the run that "
+                "is to be resumed one (`dataset.shuffle(seed=..., buffer_size=...)`). Set the stream back, or start a "
+                "new run"
+            )
         if name == "ranks of the shards":
             raise CheckpointError(
                 f"{directory} holds the shards of {saved.get(name) or 'no'} DeepSpeed ranks, and "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -10,6 +12,9 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..errors import DataError
+from .ranks import gather_objects
+
+_FIRST_ROWS = 16  # which tell the order of a stream from another
 
 
 class Rows(Protocol):
@@ -29,6 +34,11 @@ class Rows(Protocol):
     @property
     def columns(self) -> Sequence[str]:
         """What the rows have."""
+        ...
+
+    @property
+    def order(self) -> str | None:
+        """A checksum of the first rows, where the dataset has an order of its own; `None`: the seed decides."""
         ...
 
     @property
@@ -76,6 +86,7 @@ class RowStream:
     """
 
     num_rows: int
+    order = None
 
     def __init__(self, dataset: Any, *, seed: int) -> None:
         self.num_rows = len(dataset)
@@ -110,7 +121,8 @@ class RowStream:
 class StreamedRows:
     """
     The rows of a streamed dataset, in its own order: that of its shuffle buffer where it has one, which `set_epoch`
-    changes from epoch to epoch. To get to a position, all rows before it are read.
+    changes from epoch to epoch. To get to a position, all rows before it are read, but for the first few, which are
+    kept.
 
     Args:
         dataset ([`~datasets.IterableDataset`]):
@@ -124,6 +136,7 @@ class StreamedRows:
     def __init__(self, dataset: IterableDataset, *, seed: int) -> None:
         self._dataset = dataset
         self.seed = seed
+        self._first: list[Mapping[str, Any]] = []
         self._begin()
 
     @property
@@ -131,10 +144,16 @@ class StreamedRows:
         return self._dataset.column_names or list(self.example)
 
     @property
+    def order(self) -> str:
+        return checksum(self[position] for position in range(_FIRST_ROWS))
+
+    @property
     def example(self) -> Mapping[str, Any]:
         return self[0]
 
     def __getitem__(self, position: int) -> Mapping[str, Any]:
+        if position < len(self._first):
+            return self._first[position]
         if position < self._position:
             self._begin()
         while self._position < position:
@@ -160,6 +179,8 @@ class StreamedRows:
                 raise _no_rows()
         self._position += 1
         self._row = _as_written(self._dataset, row)
+        if self._position == len(self._first) < _FIRST_ROWS:
+            self._first.append(self._row)
 
 
 class EmptyRows:
@@ -170,6 +191,7 @@ class EmptyRows:
 
     num_rows = None
     columns: Sequence[str] = ("prompt",)
+    order = None
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -202,6 +224,39 @@ def numbered_rows(dataset: Any, *, first: int = 0, every: int = 1) -> Iterator[t
     else:
         for index in range(first, len(dataset), every):
             yield index, row_of(dataset, index)
+
+
+def check_same_order(order: str | None, name: str) -> None:
+    """
+    Compare the order of a stream over the ranks, each of which plays its own positions of it. Every rank must call it.
+
+    Args:
+        order (`str`, *optional*):
+            A checksum of this rank's first rows ([`checksum`]). `None`, on all ranks: it is no stream.
+        name (`str`):
+            What the user passed the stream as.
+
+    Raises:
+        DataError: If the first rows are not the same on all ranks.
+    """
+    if order is not None and len(set(gather_objects([order]))) > 1:
+        raise DataError(
+            f"the first rows of `{name}` are not the same on all ranks, so that some rows would be played twice and "
+            "others never. Give a shuffled stream a seed (`dataset.shuffle(seed=..., buffer_size=...)`), and every "
+            "rank the whole of it"
+        )
+
+
+def checksum(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A short text that tells rows from others; objects that JSON does not know count by their type."""
+    plain = [dict(row) for row in rows]
+    written = json.dumps(plain, default=lambda value: type(value).__name__, skipkeys=True)
+    return f"{zlib.crc32(written.encode()):08x}"
+
+
+def first_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows that the order of a stream is told by."""
+    return (row for _, row in islice(numbered_rows(dataset), _FIRST_ROWS))
 
 
 def _no_rows() -> DataError:

@@ -30,6 +30,7 @@ def check_dataset(
     vocabulary_size: int | None,
     is_for_agent: bool = False,
     environments: Collection[str] | None = None,
+    may_lack_prompt: bool = False,
 ) -> None:
     """
     Look at every row as far as that is cheap: Arrow tables as a whole, lists one by one, of a streamed dataset the
@@ -47,31 +48,38 @@ def check_dataset(
             Whether an agent plays the rows, which reads what it likes in them.
         environments (`Collection[str]`, *optional*):
             The names that the column `environment` may have. `None`: there is one environment, or none.
+        may_lack_prompt (`bool`, *optional*, defaults to `False`):
+            Whether a row's `prompt` may be `None`, as Arrow fills it in where only other rows have one: an
+            environment's `reset` may give it.
 
     Raises:
-        DataError: If rows cannot be taken by their index, have images or no prompt, name an environment that there is
-            not, or hold a token id that the policy does not have. It names the row.
+        DataError: If there are no rows, or rows cannot be taken by their index, have images or no prompt, name an
+            environment that there is not, or hold a token id that the policy does not have. It names the row.
     """
     _check_kind(dataset, name)
     if isinstance(dataset, IterableDataset):
+        rows = [dict(row) for row in islice(dataset, 1)]
+        if not rows:
+            raise _empty(name)
         if not is_for_agent:
-            rows = [dict(row) for row in islice(dataset, 1)]
-            _check_rows(rows, name, vocabulary_size)
-            _check_environments([row.get(ENVIRONMENT_COLUMN) for row in rows], name, environments)
+            _check_rows(rows, name, vocabulary_size, may_lack_prompt)
+            _check_environments_of(rows, name, environments)
         return
-    if is_for_agent or len(dataset) == 0:
+    if len(dataset) == 0:
+        raise _empty(name)
+    if is_for_agent:
         return
     if isinstance(dataset, Dataset):
         if dataset.format["type"] != "custom":  # a transform makes rows of what is stored
-            _check_table(dataset, name, vocabulary_size)
+            _check_table(dataset, name, vocabulary_size, may_lack_prompt)
             if environments is not None and ENVIRONMENT_COLUMN in dataset.column_names:
                 first = 0
                 for chunk in _chunks(dataset, ENVIRONMENT_COLUMN):
                     _check_environments(chunk.to_pylist(), name, environments, first)
                     first += len(chunk)
     elif isinstance(dataset, list | tuple):
-        _check_rows(dataset, name, vocabulary_size)
-        _check_environments([row.get(ENVIRONMENT_COLUMN) for row in dataset], name, environments)
+        _check_rows(dataset, name, vocabulary_size, may_lack_prompt)
+        _check_environments_of(dataset, name, environments)
 
 
 def check_eval_dataset(
@@ -80,14 +88,20 @@ def check_eval_dataset(
     vocabulary_size: int | None,
     is_for_agent: bool = False,
     environments: Collection[str] | None = None,
+    may_lack_prompt: bool = False,
 ) -> None:
     """[`check_dataset`] for evaluation, which may have several datasets by name."""
-    known: dict[str, Any] = {"vocabulary_size": vocabulary_size, "is_for_agent": is_for_agent}
+    known: dict[str, Any] = {
+        "vocabulary_size": vocabulary_size,
+        "is_for_agent": is_for_agent,
+        "environments": environments,
+        "may_lack_prompt": may_lack_prompt,
+    }
     parts = dataset if isinstance(dataset, dict) else {None: dataset}
     for part, rows in parts.items():
         if rows is not None:
             name = "eval_dataset" if part is None else f"eval_dataset[{part!r}]"
-            check_dataset(rows, name, environments=environments, **known)
+            check_dataset(rows, name, **known)
 
 
 def check_no_dataset(environment_factory: Any) -> None:
@@ -144,7 +158,7 @@ def _check_kind(dataset: Any, name: str) -> None:
 # -- Arrow tables -----------------------------------------------------------------------------------------------------
 
 
-def _check_table(dataset: Dataset, name: str, vocabulary_size: int | None) -> None:
+def _check_table(dataset: Dataset, name: str, vocabulary_size: int | None, may_lack_prompt: bool) -> None:
     columns = dataset.column_names
     _check_images(columns, name)
     column = "input_ids" if "input_ids" in columns else "prompt"
@@ -154,14 +168,14 @@ def _check_table(dataset: Dataset, name: str, vocabulary_size: int | None) -> No
     for chunk in _chunks(dataset, column):
         if len(chunk) == 0:
             continue
-        if chunk.null_count:
+        if chunk.null_count and not (may_lack_prompt and column == "prompt"):
             row = first + int(np.flatnonzero(chunk.is_null().to_numpy(zero_copy_only=False))[0])
             raise _none(name, row, column)
         if column == "input_ids":
             _check_ids_of_chunk(chunk, name, first, vocabulary_size)
-        elif first == 0:
-            _check_prompt(chunk[0].as_py(), name, 0)  # the others are of the same type
-        if column == "prompt":
+        elif chunk.null_count < len(chunk):
+            filled = int(np.flatnonzero(chunk.is_valid().to_numpy(zero_copy_only=False))[0])
+            _check_prompt(chunk[filled].as_py(), name, first + filled)  # the others are of the same type
             _check_parts_of_chunk(chunk, name, first)
         first += len(chunk)
 
@@ -197,15 +211,14 @@ def _check_parts_of_chunk(chunk: Any, name: str, first: int) -> None:
     fields = {field.name: field.type for field in chunk.type.value_type}
     if "content" in fields and not pa.types.is_string(fields["content"]):
         for offset, row in enumerate(chunk):
-            _check_prompt(row.as_py(), name, first + offset)
+            if row.is_valid:
+                _check_prompt(row.as_py(), name, first + offset)
 
 
 # -- lists of rows ----------------------------------------------------------------------------------------------------
 
 
-def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None) -> None:
-    if not rows:
-        raise DataError(f"`{name}` has no rows")
+def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None, may_lack_prompt: bool) -> None:
     if not isinstance(rows[0], Mapping):
         raise DataError(
             f"row 0 of `{name}` is {_shown(rows[0])}; a row is a dict with `prompt` (text or messages) or `input_ids`"
@@ -215,7 +228,7 @@ def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None) -> 
         if not isinstance(row, Mapping):
             raise DataError(f"row {index} of `{name}` is {_shown(row)}; a row is a dict, as the first is")
         _check_images(row, name)
-        if column not in row:
+        if column not in row or (may_lack_prompt and column == "prompt" and row[column] is None):
             continue  # it may leave its prompt to `reset`
         if row[column] is None:
             raise _none(name, index, column)
@@ -225,11 +238,12 @@ def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None) -> 
             _check_prompt(row[column], name, index)
 
 
-def _check_environments(
-    values: Sequence[Any], name: str, environments: Collection[str] | None, first: int = 0
-) -> None:
-    if environments is None or (first == 0 and not any(value is not None for value in values)):
-        return  # the caller says where there is no such column
+def _check_environments_of(rows: Sequence[Mapping[str, Any]], name: str, environments: Collection[str] | None) -> None:
+    if environments is not None and any(ENVIRONMENT_COLUMN in row for row in rows):  # else the caller says so
+        _check_environments([row.get(ENVIRONMENT_COLUMN) for row in rows], name, environments)
+
+
+def _check_environments(values: Sequence[Any], name: str, environments: Collection[str], first: int = 0) -> None:
     for index, value in enumerate(values, first):
         if not isinstance(value, str) or value not in environments:
             raise DataError(
@@ -239,6 +253,10 @@ def _check_environments(
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
+
+
+def _empty(name: str) -> DataError:
+    return DataError(f"`{name}` has no rows")
 
 
 def _none(name: str, row: int, column: str) -> DataError:

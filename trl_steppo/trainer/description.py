@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
 
 from ..compat.transformers import source_of
+from .data_stream import checksum
 
 _NAMES = ("__qualname__", "__name__")  # of what can be called, the best first
 _PLAIN = (str, int, float, bool, type(None))
@@ -76,8 +75,7 @@ def _checksum(dataset: Any) -> str | None:
     """Of the first row and the last: enough to tell two data sets of one size apart."""
     if not len(dataset):
         return None
-    rows = [dict(dataset[0]), dict(dataset[len(dataset) - 1])]
-    return f"{zlib.crc32(json.dumps(rows, default=lambda value: type(value).__name__).encode()):08x}"
+    return checksum([dataset[0], dataset[len(dataset) - 1]])
 
 
 def _name_of(player: Callable[..., Any] | str | Sequence[str]) -> str:

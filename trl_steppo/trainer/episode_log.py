@@ -89,7 +89,7 @@ class EpisodeLog:
         self, update: int, episodes: Sequence[Episode], rollout: Rollout, scores: Scores, credit: Credit
     ) -> Iterator[None]:
         """
-        Around the learning from a rollout. All ranks come by: under engines that shard the policy, log-probabilities
+        Around the learning from a rollout. All ranks call it: under engines that shard the policy, log-probabilities
         take all of them.
 
         Args:
@@ -114,7 +114,7 @@ class EpisodeLog:
         self._write(update, logged, judged)
 
     def failed(self, update: int, episodes: Sequence[Episode]) -> None:
-        """Of an update in which no episode of any rank is valid, so that nothing is learned. All ranks come by."""
+        """Of an update in which no episode of any rank is valid, so that nothing is learned. All ranks call it."""
         if self.args.log_episodes:
             self._write(update, self._logged(episodes), iter(()))
 

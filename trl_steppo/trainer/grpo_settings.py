@@ -60,11 +60,15 @@ COUNTERPARTS: dict[str, Counterpart] = {
     # Models
     "model_init_kwargs": _as("model_init_kwargs"),
     "trust_remote_code": Counterpart("`model_init_kwargs`, with `trust_remote_code`"),
-    "router_aux_loss_coef": _refused("there is no auxiliary loss for routers; set it to 0", None, 0, 0.0, 0.001),
+    "router_aux_loss_coef": _refused("there is no auxiliary loss for routers; set it to 0", None, 0, 0.0),
     "disable_dropout": Counterpart("dropout is always off"),
     "cast_lm_head_to_fp32": _refused("logits are computed in the model's type, their log-probabilities in float32"),
     # Data
-    "num_generations": _as("num_generations"),
+    "num_generations": _as(
+        "num_generations",
+        ", a divisor of the episodes that one rank plays for an update (`per_device_train_batch_size` × the larger of "
+        "`gradient_accumulation_steps` and `steps_per_generation`), since a row's episodes stay on one rank",
+    ),
     "num_generations_eval": _refused("an evaluation plays each row once, greedily", 1),
     "max_completion_length": Counterpart(
         "`response_length`, which is the budget of each response; that of a whole episode, its prompt and its "
@@ -110,7 +114,10 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "vllm_max_model_length": Counterpart(f"{_SERVERS}--max-model-len`"),
     "vllm_tensor_parallel_size": Counterpart(f"{_SERVERS}--tensor-parallel-size`"),
     "vllm_importance_sampling_correction": Counterpart("`rollout_correction`"),
-    "vllm_importance_sampling_mode": Counterpart("`rollout_correction` and `rollout_correction_level`"),
+    "vllm_importance_sampling_mode": Counterpart(
+        "`rollout_correction` and `rollout_correction_level`; a mask here leaves out what is below "
+        "1 / `rollout_correction_cap`, too"
+    ),
     "vllm_importance_sampling_clip_max": Counterpart("`rollout_correction_cap`"),
     "vllm_importance_sampling_clip_min": _refused("the lower bound of a mask is 1 / `rollout_correction_cap`"),
     "vllm_importance_sampling_cap": Counterpart("`rollout_correction_cap`"),
@@ -163,6 +170,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
 _LOSSES = {"dapo": "token", "bnpo": "token", "grpo": "episode"}
 _LEVELS = {"token": "token", "sequence": "step"}
 _COUNTED_IN_STEPS = ("max_steps", "warmup_steps", "logging_steps", "eval_steps", "save_steps")
+_COUNTED_IN_STEPS_BY_SCHEDULES = ("num_decay_steps", "num_stable_steps")
 _TRL_CORRECTION = ("sequence_mask", 3.0)
 """What TRL does unless told otherwise; the run then has this trainer's own correction, which is per token."""
 
@@ -191,7 +199,15 @@ def converted(args: Any, *, advantage_estimator: str) -> dict[str, Any]:
         values["model_init_kwargs"] = {"trust_remote_code": True, **(args.model_init_kwargs or {})}
     for convert in (_batches, _responses, _loss, _vllm):
         convert(args, values, faults)
-    if advantage_estimator == "grpo" and args.scale_rewards != "group":
+    if advantage_estimator == "step_gae":  # StepPO, unless another ratio or average is asked for
+        defaults = {f.name: f.default for f in fields(args)}
+        if args.importance_sampling_level == defaults["importance_sampling_level"]:
+            del values["importance_sampling_level"]
+        if args.loss_type == defaults["loss_type"]:
+            del values["loss_aggregation"]
+    if args.scale_rewards != "group" and (
+        advantage_estimator == "grpo" or (args.scale_rewards == "batch" and advantage_estimator in ("rloo", "gigpo"))
+    ):
         faults["scale_rewards"] = args.scale_rewards
     if faults:
         lines = (f"- `{name}`={shown(value)}: {COUNTERPARTS[name].words}" for name, value in faults.items())
@@ -227,26 +243,37 @@ def _batches(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
     repeats = generated < accumulated and args.num_iterations > 1  # within one optimizer step
     if max(generated, accumulated) % min(generated, accumulated) or repeats:
         faults["steps_per_generation"] = generated
+    if args.per_device_train_batch_size * values["gradient_accumulation_steps"] % args.num_generations:
+        faults["num_generations"] = args.num_generations
     # There a step is one of the optimizer, here an update.
     steps = values["num_mini_batches"] * args.num_iterations
     for name in _COUNTED_IN_STEPS:
         value = values[name]
         if value is not None and value >= 1:  # others are a part of the run, or no limit
-            values[name] = ceil(value / steps)
+            values[name] = value // steps if name == "warmup_steps" else ceil(value / steps)
+    if values["eval_strategy"] == "steps":
+        values["eval_delay"] = ceil((values["eval_delay"] or 0) / steps)
+    of_schedule = values["lr_scheduler_kwargs"]
+    if isinstance(of_schedule, dict):
+        values["lr_scheduler_kwargs"] = {
+            name: ceil(value / steps) if name in _COUNTED_IN_STEPS_BY_SCHEDULES and value else value
+            for name, value in of_schedule.items()
+        }
 
 
 def _responses(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
     if args.max_completion_length is None:
         faults["max_completion_length"] = None
     values["response_length"] = args.max_completion_length
-    values["top_k"] = args.top_k or 0
+    values["top_k"] = max(args.top_k or 0, 0)
     turns = args.max_tool_calling_iterations
     values["max_interaction_steps"] = None if turns is None else turns + 1
     if not args.log_completions:
         values["num_sample_generations"] = 0
     else:
         played = args.per_device_train_batch_size * values["gradient_accumulation_steps"]
-        values["log_episodes"] = min(args.num_completions_to_print or played, played)
+        wanted = args.num_completions_to_print
+        values["log_episodes"] = played if wanted is None else min(wanted, played)
 
 
 def _loss(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
@@ -267,14 +294,14 @@ def _vllm(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
         if args.use_vllm:
             logger.warning(f"`vllm_mode` is {args.vllm_mode!r}; the in-process sampler takes the place of vLLM")
         return
-    host = "localhost" if args.vllm_server_host == "0.0.0.0" else args.vllm_server_host
+    host = "localhost" if args.vllm_server_host in ("0.0.0.0", "::") else args.vllm_server_host
     values["vllm_server_base_url"] = args.vllm_server_base_url or f"http://{host}:{args.vllm_server_port}"
     values["vllm_server_timeout"] = args.vllm_server_timeout
     mode, cap = args.vllm_importance_sampling_mode, args.vllm_importance_sampling_clip_max
     level, _, kind = mode.partition("_")
     if not args.vllm_importance_sampling_correction:
         values["rollout_correction"] = "none"
-    elif level == "token" and cap is not None:
+    elif (level, kind) == ("token", "truncate") and cap is not None:
         values |= {"rollout_correction": kind, "rollout_correction_level": "token", "rollout_correction_cap": cap}
     elif (mode, cap) != _TRL_CORRECTION:
         # Here the weight of a step is the geometric mean over its tokens, there a product: no cap fits both.
@@ -324,7 +351,8 @@ def names_unknown_settings(config: Config) -> Config:
 def _refuse_unknown(config: str, settings: Mapping[str, Any], known: list[str]) -> None:
     unknown = [name for name in settings if name not in known]
     if unknown:
+        source = "; `StepPOConfig.from_grpo_config` converts those of a GRPOConfig"
         raise ConfigurationError(
-            f"{config} does not have these settings; `StepPOConfig.from_grpo_config` converts those of a GRPOConfig:\n"
+            f"{config} does not have these settings{source if COUNTERPARTS.keys() & unknown else ''}:\n"
             + explain_unknown(unknown, known)
         )

@@ -6,6 +6,8 @@ from importlib.metadata import version
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .. import __version__
+
 _BODY = """\
 # {name}
 
@@ -22,7 +24,7 @@ _BODY = """\
 {citation}
 ```
 """
-_SHOWN = ("trl-steppo", "trl", "transformers", "torch", "datasets", "tokenizers")
+_SHOWN = ("trl", "transformers", "torch", "datasets", "tokenizers")
 
 
 def model_card(
@@ -51,13 +53,14 @@ def model_card(
         tags=["generated_from_trainer", *sorted(tags)],
     )
     link = f"[{base_model}](https://huggingface.co/{base_model})"
+    versions = {"trl-steppo": __version__, **{package: version(package) for package in _SHOWN}}
     body = _BODY.format(
         name=name,
         origin=f"This model is a fine-tuned version of {link}. " if base_model else "",
         method=method,
         title=paper["title"],
         paper=paper["id"],
-        versions="\n".join(f"- {package} {version(package)}" for package in _SHOWN),
+        versions="\n".join(f"- {package} {number}" for package, number in versions.items()),
         citation=paper["citation"].strip(),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")

@@ -86,7 +86,7 @@ class Network:
     def whole(self) -> AbstractContextManager[Any]:
         """
         Within, every rank runs the network's model without a word to the others, as often as it likes: episodes have
-        different lengths. All ranks come by.
+        different lengths. All ranks call it.
         """
         return nullcontext()
 

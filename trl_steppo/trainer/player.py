@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from concurrent.futures import wait
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..calls import (
-    DaemonThread,
-    Home,
-    MainThread,
-    MainThreadNeededError,
-    call_and_wait,
-    error_text,
-    raise_if_main_thread_needed,
-)
+from ..calls import DaemonThread, MainThreadNeededError, call_and_wait, error_text
 from ..chat import ChatFormat
 from ..environments.base import Playable
 from ..environments.slots import Slots
@@ -33,11 +27,13 @@ from ..rollout import (
     Agent,
     EpisodeLimits,
     EpisodeRequest,
+    MainThreadKinds,
     Stage,
     check_agent,
     check_reward_funcs,
     checked_weights,
-    make_at_home,
+    make_in_main_thread,
+    make_in_thread,
     own_row,
     paid,
     play_agents,
@@ -49,6 +45,7 @@ from ..rollout import (
 from ..rollout.loops import run_coroutine
 from ..types import Episode, StopReason, TokenIds
 from .dataset_checks import ENVIRONMENT_COLUMN
+from .reward_models import RewardModel
 from .steppo_config import StepPOConfig
 
 if TYPE_CHECKING:
@@ -58,6 +55,7 @@ RewardFunc = Callable[..., Any]
 EnvironmentFactory = Callable[[], Any]
 
 _EVAL_EPISODES = 256  # of an evaluation at a time, whose dataset may be large
+_CLOSING_S = 5.0  # at the end of the process, for environments that nothing was played in
 
 
 class EpisodePlayer:
@@ -152,14 +150,17 @@ class EpisodePlayer:
             self._check_environment_column(names)
             check_reward_funcs(self.reward_funcs, names, has_environments=bool(self._factories))
         self._stages: list[Stage] = []  # on which nothing is played now
-        self._keeps_stages = False
-        self._played_in: dict[
-            str, tuple[Stage, Playable | None]
-        ] = {}  # by the episode: environments that `score` shows
+        self._period: object | None = None  # in which environments are kept: a run, or an evaluation outside of one
+        # Environments that `score` shows, by the episode.
+        self._played_in: dict[str, tuple[Stage, Playable | None]] = {}
         self._staging = threading.Lock()
-        self._examples = self._make_examples([columns, *eval_columns])
+        self._main_thread_kinds = MainThreadKinds()
+        self._examples: dict[str | None, Any] = {}  # environments that nothing was played in yet
+        weakref.finalize(self, _close_unplayed, self._examples)
+        self._make_examples([columns, *eval_columns])
+        examples = self._examples or {None: self._playable(None)}
         self._chats = {
-            name: self._chat_for(example, has_input_ids=has_input_ids) for name, example in self._examples.items()
+            name: self._chat_for(example, has_input_ids=has_input_ids) for name, example in examples.items()
         }
         stop_token_ids = _stop_token_ids(args, tokenizer)
         self.ends_turns = not has_input_ids and not stop_token_ids  # responses stop at the template's end of turn
@@ -172,6 +173,11 @@ class EpisodePlayer:
         )
 
     @property
+    def has_environments(self) -> bool:
+        """Whether there is an `environment_factory`."""
+        return bool(self._factories)
+
+    @property
     def environment_names(self) -> list[str] | None:
         """What rows choose their environment by; `None` where there is nothing to choose."""
         return [str(name) for name in self._factories] if self._chooses else None
@@ -179,7 +185,7 @@ class EpisodePlayer:
     @property
     def episodes_at_once(self) -> int | None:
         """Most episodes of an evaluation that are played before they are scored; `None`: all."""
-        return max(_EVAL_EPISODES, self._update_episodes) if self._shows_environments(False) else None
+        return max(_EVAL_EPISODES, self._update_episodes) if self._shows_environments else None
 
     @property
     def context(self) -> int | None:
@@ -253,7 +259,7 @@ class EpisodePlayer:
         }
         if self.agent is None:
             common["make_timeout_s"] = self.args.tool_timeout_s
-            holds = self._shows_environments(len(requests) <= common["max_concurrent_episodes"])
+            holds = self._shows_environments
             with self._staged() as stage:
                 played = play_episodes(requests, stage, self.sampler, chat=self.chat_of, holds=holds, **common)
                 for name in [episode.episode_id for episode in played if holds and episode.valid]:
@@ -279,8 +285,8 @@ class EpisodePlayer:
     def running(self, *, resumed_at: int | None) -> Iterator[None]:
         """
         Around a run. Its environments are made once and closed at its end. Where an agent plays, one gateway serves it
-        from beginning to end, and keeps its episodes on the disk. Outside a run, each [`play`] has environments, or a
-        gateway, of its own.
+        from beginning to end, and keeps its episodes on the disk. Outside a run, each [`play`] has a gateway of its
+        own, and environments of its own unless they are kept ([`keeping_environments`]).
 
         Args:
             resumed_at (`int`, *optional*):
@@ -288,7 +294,7 @@ class EpisodePlayer:
                 been begun by then is forgotten. `None`: it is a new one.
         """
         if self.agent is None:
-            with self._keeping_stages():
+            with self.keeping_environments():
                 yield
             return
         path = Path(str(self.args.output_dir)) / "gateway" / f"rank{self.args.process_index:03d}.sqlite"
@@ -375,36 +381,64 @@ class EpisodePlayer:
 
     # -- environments -------------------------------------------------------------------------------------------------
 
-    def _shows_environments(self, all_play_at_once: bool) -> bool:
-        """Whether reward functions see environments. Those that take them by name do, however many that makes."""
-        takes = [takes_environments(func, by_name=not all_play_at_once) for func in self.reward_funcs]
-        return bool(self._factories) and any(takes)
+    @property
+    def _shows_environments(self) -> bool:
+        """Whether reward functions see environments: where one takes them, by the name or as `**kwargs`."""
+        funcs = [func for func in self.reward_funcs if not isinstance(func, RewardModel)]
+        return bool(self._factories) and any(takes_environments(func) for func in funcs)
+
+    @contextmanager
+    def keeping_environments(self) -> Iterator[None]:
+        """
+        Within the block, rollouts use environments again that earlier ones have made; at its end all are closed. There
+        is one such block at a time: one within another does nothing.
+        """
+        if self._period is not None:
+            yield
+            return
+        self._period = object()
+        try:
+            yield
+        finally:
+            with self._staging:
+                self._period = None
+                self._played_in.clear()
+                stages, self._stages = self._stages, []
+            for stage in stages:
+                stage.close()
 
     @contextmanager
     def _staged(self) -> Iterator[Stage]:
         """Where to play a rollout: what earlier ones of the run have left, or else new. Several may play at once."""
         with self._staging:
+            period = self._period
             stage = next((stage for stage in self._stages if stage.fits_here), None)
             if stage is not None:
                 self._stages.remove(stage)
         if stage is None:
             stage = self._new_stage()
-        is_kept = False
         try:
             yield stage
-            with self._staging:
-                is_kept = self._keeps_stages
-                if is_kept:
-                    self._stages.append(stage)
         except BaseException:
-            stage.close()
+            self._close_stage(stage)
             raise
-        if not is_kept and not self._is_shown(stage):  # the run is over
-            stage.close()
+        with self._staging:
+            is_over = period is not None and period is not self._period
+            if period is not None and not is_over:
+                self._stages.append(stage)
+                return
+        if is_over or not self._is_shown(stage):  # nobody scores what was played in a run that is over
+            self._close_stage(stage)
 
     def _is_shown(self, stage: Stage) -> bool:
         """Whether reward functions are still to see environments of it."""
-        return any(one is stage for one, _ in self._played_in.values())
+        return any(one is stage for one, _ in list(self._played_in.values()))
+
+    def _close_stage(self, stage: Stage) -> None:
+        with self._staging:
+            for name in [name for name, (one, _) in self._played_in.items() if one is stage]:
+                del self._played_in[name]
+        stage.close()
 
     def _new_stage(self) -> Stage:
         stage = Stage(
@@ -412,26 +446,14 @@ class EpisodePlayer:
             kind_of=self._kind_of,
             reuses=self.args.reuse_environments,
             close_timeout_s=self.args.max_episode_s,
+            main_thread_kinds=self._main_thread_kinds,
         )
         with self._staging:
-            examples, self._examples = self._examples, {}
-        for kind, example in examples.items():  # they have not played yet
-            if self._factories:
-                stage.put(kind, example)
+            examples = dict(self._examples)
+            self._examples.clear()
+        for kind, example in examples.items():
+            stage.put(kind, example)
         return stage
-
-    @contextmanager
-    def _keeping_stages(self) -> Iterator[None]:
-        self._keeps_stages = True
-        try:
-            yield
-        finally:
-            with self._staging:
-                self._keeps_stages = False
-                self._played_in.clear()
-                stages, self._stages = self._stages, []
-            for stage in stages:
-                stage.close()
 
     def _kind_of(self, row: Mapping[str, Any]) -> str | None:
         """Which environment plays a row; `None` where there is one kind only."""
@@ -447,24 +469,35 @@ class EpisodePlayer:
 
     def _make_playable(self, row: Mapping[str, Any]) -> Playable | None:
         if self._factories:
-            return self._playable(self._factories[self._kind_of(row)]())
+            return self._new_playable(self._kind_of(row))
         return self._playable(None) if self.tools else None  # one step, which `reward_funcs` judge
 
-    def _make_examples(self, columns: Sequence[Sequence[str]]) -> dict[str | None, Playable]:
+    def _new_playable(self, kind: str | None) -> Playable:
+        return self._playable(call_and_wait(self._factories[kind], (), {}, run_coroutine))
+
+    def _make_examples(self, columns: Sequence[Sequence[str]]) -> None:
         """One environment of each kind, to see what it has, in the thread that it is to play in."""
-        if not self._factories:
-            self._check_reward_source([])
-            return {None: self._playable(None)}
-        environments, examples = [], {}
-        for name, factory in self._factories.items():
-            home, environment = _made(factory, name)
-            environments.append(environment)
-            if callable(getattr(environment, "reset", None)):
-                for names in columns:
-                    check_reset(environment, [one for one in names if one not in self._hidden_columns])
-            examples[name] = make_at_home(home, partial(self._playable, environment))
-        self._check_reward_source(environments)
-        return examples
+        for name in self._factories:
+            example = self._examples[name] = self._example(name)
+            for names in columns:
+                check_reset(example.environment, [one for one in names if one not in self._hidden_columns])
+        self._check_reward_source([example.environment for example in self._examples.values()])
+
+    def _example(self, name: str | None) -> Any:
+        make = partial(self._new_playable, name)
+        try:
+            try:
+                return run_coroutine(make_in_thread(make, DaemonThread("environment"), None))
+            except MainThreadNeededError as error:
+                self._main_thread_kinds.add(name, error)
+                return run_coroutine(make_in_main_thread(make))
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            raise ConfigurationError(
+                f"`{_shown(name)}()` failed: {type(error).__name__}: {error_text(error)}; it is called without "
+                "arguments and returns one environment"
+            ) from error
 
     @property
     def _hidden_columns(self) -> tuple[str, ...]:
@@ -511,24 +544,25 @@ class EpisodePlayer:
         if self.reward_funcs:
             names = [episode.episode_id for episode in episodes]
             played_in = {name: self._played_in.pop(name) for name in names if name in self._played_in}
-            episodes = score_episodes(
-                self.reward_funcs,
-                self.args.reward_weights,
-                episodes,
-                [request.row for request in requests],
-                chat=self.chat_of,
-                decode=None if any(chat is not None for chat in self._chats.values()) else self.decode,
-                extra={"trainer_state": trainer_state},
-                environments=[played_in[name][1] if name in played_in else None for name in names]
-                if played_in
-                else None,
-                log_metric=log_metric,
-            )
-            for name, (stage, _) in played_in.items():
-                stage.release([name])
-            for stage in {stage for stage, _ in played_in.values()}:
-                if not self._keeps_stages and not self._is_shown(stage):  # it was played outside of a run
-                    stage.close()
+            try:
+                episodes = score_episodes(
+                    self.reward_funcs,
+                    self.args.reward_weights,
+                    episodes,
+                    [request.row for request in requests],
+                    chat=self.chat_of,
+                    decode=None if any(chat is not None for chat in self._chats.values()) else self.decode,
+                    extra={"trainer_state": trainer_state},
+                    environments=[played_in[name][1] if name in played_in else None for name in names]
+                    if played_in
+                    else None,
+                    log_metric=log_metric,
+                )
+            finally:
+                for stage in {stage for stage, _ in played_in.values()}:
+                    stage.release([name for name, (one, _) in played_in.items() if one is stage])
+                    if self._period is None and not self._is_shown(stage):  # it was played outside of a run
+                        stage.close()
         if self.reward_model is not None:
             valid = [index for index, episode in enumerate(episodes) if episode.valid]
             last = [episodes[index].steps[-1] for index in valid]
@@ -665,24 +699,17 @@ def _shown(name: str | None) -> str:
     return "environment_factory" if name is None else f"environment_factory[{name!r}]"
 
 
-def _made(factory: EnvironmentFactory, name: str | None) -> tuple[Home, Any]:
-    """An environment, and the thread that it lives in: one of its own, unless it works in the main thread only."""
-    home = DaemonThread("environment")
-    try:
-        try:
-            return home, home.run_and_wait(partial(call_and_wait, factory, (), {}, run_coroutine))
-        except Exception as error:
-            home.end()
-            try:
-                raise_if_main_thread_needed(error, f"{_shown(name)}()")
-            except MainThreadNeededError:
-                return MainThread(), call_and_wait(factory, (), {}, run_coroutine)
-            raise
-    except Exception as error:
-        raise ConfigurationError(
-            f"`{_shown(name)}()` failed: {type(error).__name__}: {error_text(error)}; it is called without arguments "
-            "and returns one environment"
-        ) from error
+def _close_unplayed(examples: dict[str | None, Any]) -> None:
+    """
+    Close environments of a trainer that has not played with them, and that is gone. At the end of the process their
+    threads end with it, so it waits for them.
+    """
+    closing_now = []
+    for example in examples.values():
+        with suppress(MainThreadNeededError):
+            closing_now.append(example.close_unplayed(run_coroutine))
+    if not threading.main_thread().is_alive():
+        wait(closing_now, timeout=_CLOSING_S)
 
 
 def _stop_token_ids(args: StepPOConfig, tokenizer: Any) -> tuple[int, ...]:

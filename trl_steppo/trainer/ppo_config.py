@@ -10,6 +10,7 @@ import torch
 
 from ..compat.transformers import follow_checkpointing
 from ..compat.trl import ppo_bases
+from .grpo_settings import names_unknown_settings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments as _Base
@@ -17,6 +18,7 @@ else:
     _Base, _ = ppo_bases()
 
 
+@names_unknown_settings
 @dataclass
 class PPOConfig(_Base):
     r"""

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
+from datasets import IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
@@ -99,7 +100,7 @@ from .checks import (
     warn_of_waiting,
 )
 from .credit import Credit, assign_credit
-from .data_stream import column_names, make_rows, numbered_rows
+from .data_stream import check_same_order, checksum, column_names, first_rows, make_rows, numbered_rows
 from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
 from .description import describe_task
 from .engines import Engine, InProcess, InVLLM, InWorker
@@ -133,6 +134,8 @@ logger = transformers.utils.logging.get_logger(__name__)
 SETTINGS_FILE = "steppo_config.json"
 LOCK_FILE = "_run.lock"  # `Trainer` uploads nothing that begins so
 _NUM_SHOWN = 3  # episodes of a printed table
+_BUDGETS_BY_DEFAULT = (StopReason.MAX_INTERACTION_STEPS, StopReason.MAX_PROMPT_LENGTH)
+"""Those that cut episodes unless told otherwise."""
 
 
 class PPOTrainer(_Base):
@@ -312,6 +315,7 @@ class PPOTrainer(_Base):
             "vocabulary_size": vocabulary_size(model),
             "is_for_agent": agent is not None,
             "environments": names or None,
+            "may_lack_prompt": environment_factory is not None,
         }
         if train_dataset is not None:
             check_dataset(train_dataset, "train_dataset", **known)
@@ -338,6 +342,7 @@ class PPOTrainer(_Base):
             self.remove_callback(ProgressCallback)
             self.add_callback(StepPOProgressCallback)
         self.rows = make_rows(train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
+        check_same_order(self.rows.order, "train_dataset")
         self._derive_sizes()
         self._judges = [func for func in funcs if isinstance(func, RewardModel)]
         for judge in self._judges:
@@ -377,7 +382,7 @@ class PPOTrainer(_Base):
         self.progress = Progress(reference_adapter=self._copied_adapter)
         self._saved_step: int | None = None  # update of the newest checkpoint that holds this run
         self._first_failure: str | None = None  # of the run's updates that moved nothing
-        self._has_told_of_cut = False  # that episodes end at `max_interaction_steps`
+        self._told_of: set[StopReason] = set()  # budgets that have cut episodes
         self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
         # Of Python, NumPy and torch, at the beginning of the update that is being made.
         self._generators: tuple[Any, Any, torch.Tensor] | None = None
@@ -487,23 +492,31 @@ class PPOTrainer(_Base):
         errors = Counter(str(episode.error) for episode in episodes if not episode.valid)
         for error, count in errors.most_common(3):
             logger.warning(f"update {self.state.global_step + 1}: {count} of {len(episodes)} episodes failed: {error}")
-        num_cut = sum(episode.stop_reason is StopReason.MAX_INTERACTION_STEPS for episode in episodes)
-        counts = torch.tensor([float(len(valid)), float(num_cut)], device=self.accelerator.device)
-        num_valid, num_cut = map(int, self.learner.reduce(counts).tolist())
-        self._tell_of_cut(num_cut)
+        cut = [sum(episode.stop_reason is reason for episode in episodes) for reason in _BUDGETS_BY_DEFAULT]
+        counts = torch.tensor([float(len(valid)), *map(float, cut)], device=self.accelerator.device)
+        num_valid, *cut = map(int, self.learner.reduce(counts).tolist())
+        self._tell_of_cut(dict(zip(_BUDGETS_BY_DEFAULT, cut, strict=True)))
         if not num_valid:
             return None
         self.progress.failed_updates = 0
         return self.learner.prepare(valid)
 
-    def _tell_of_cut(self, num_cut: int) -> None:
-        """Warn, once, that episodes end at a budget that is small by default."""
-        if num_cut and not self._has_told_of_cut and self.accelerator.is_main_process:
-            logger.warning(
-                f"update {self.state.global_step + 1}: {num_cut} episodes were cut at `max_interaction_steps` = "
-                f"{self.args.max_interaction_steps}. Raise it if your episodes need more steps (told once)"
-            )
-        self._has_told_of_cut = self._has_told_of_cut or num_cut > 0
+    def _tell_of_cut(self, num_cut: dict[StopReason, int]) -> None:
+        """Warn, once for each, of episodes that end at a budget that nobody set."""
+        cures = {
+            StopReason.MAX_INTERACTION_STEPS: f"`max_interaction_steps` = {self.args.max_interaction_steps}. Raise it "
+            "if your episodes need more steps",
+            StopReason.MAX_PROMPT_LENGTH: "what the model's context leaves beside `response_length`. Set "
+            "`max_interaction_steps`, `max_prompt_length` or `max_episode_tokens` if they should end before",
+        }
+        for reason in [reason for reason, number in num_cut.items() if number and reason not in self._told_of]:
+            self._told_of.add(reason)
+            is_set = reason is StopReason.MAX_PROMPT_LENGTH and self.args.max_prompt_length is not None
+            if self.accelerator.is_main_process and not is_set:
+                logger.warning(
+                    f"update {self.state.global_step + 1}: {num_cut[reason]} episodes were cut at {cures[reason]} "
+                    "(told once)"
+                )
 
     def _skip(self, episodes: Sequence[Episode]) -> None:
         """An update without a valid episode: nothing is learned. Too many of them end the run."""
@@ -625,13 +638,18 @@ class PPOTrainer(_Base):
             dataset is part for part in _datasets(self.eval_dataset)
         ):  # which were looked at when the trainer was made
             size, is_for_agent = vocabulary_size(plain_model(self.model)), self.player.agent is not None
-            names = self.player.environment_names
-            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent, environments=names)
+            names, has_environments = self.player.environment_names, self.player.has_environments
+            known: dict[str, Any] = {"environments": names, "may_lack_prompt": has_environments}
+            check_eval_dataset(dataset, vocabulary_size=size, is_for_agent=is_for_agent, **known)
         start = time.perf_counter()
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        if num_ranks > 1 and isinstance(dataset, IterableDataset):
+            check_same_order(checksum(first_rows(dataset)), "eval_dataset")
         rows = numbered_rows(dataset, first=rank, every=num_ranks)
         requests = [EpisodeRequest(row, index, dataset_row=index) for index, row in rows]
         num_rows = sum(gather_objects([len(requests)]))
+        if num_rows == 0:  # on every rank
+            raise DataError("`eval_dataset` has no rows")
         means, logged = Means(), Means()
         episodes = self._play_greedily(requests, "eval/", logged)
         add_episode_metrics(means, episodes)
@@ -676,22 +694,23 @@ class PPOTrainer(_Base):
             )
 
         most = max(gather_objects([len(requests)]))
-        size = self.player.episodes_at_once or most
+        size = self.player.episodes_at_once or max(most, 1)
         episodes: list[Episode] = []
-        for start in range(0, most, size):  # on every rank as often
-            part = requests[start : start + size]
-            episodes += self._judge(logged or Means(), *together(partial(play, part), self._generating()))
+        with self.player.keeping_environments():
+            for start in range(0, most, size):  # on every rank as often
+                part = requests[start : start + size]
+                episodes += self._judge(logged or Means(), *together(partial(play, part), self._generating()))
         return episodes
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Around every rollout that is waited for; all ranks come by, those with nothing to play among them."""
+        """Around every rollout that is waited for; all ranks enter it, those with nothing to play among them."""
         with self.engine.running(self.state.global_step), self.engine.sampling():
             yield
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        """Around the forward passes of reward models; all ranks come by."""
+        """Around the forward passes of reward models; all ranks enter it."""
         models = [self.player.reward_model, *(judge.model for judge in self._judges)]
         with gathered([parameter for model in models if model is not None for parameter in model.parameters()]):
             yield
@@ -918,6 +937,7 @@ class PPOTrainer(_Base):
             "networks": {name: self._shapes(model) for name, model in networks.items() if model is not None},
             "train_dataset rows": self.rows.num_rows,
             "seed of the data": self.rows.seed,
+            "order of the stream": self.rows.order,
             "optimizer": type(innermost(self.optimizer)).__name__,
             "ranks of the shards": self.accelerator.num_processes if self.is_deepspeed_enabled else None,
         }

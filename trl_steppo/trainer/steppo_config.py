@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import transformers
+
 from ..compat.transformers import json_fields
 from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
@@ -18,6 +20,8 @@ from .ppo_config import PPOConfig, accelerator_has_bf16
 if TYPE_CHECKING:
     from transformers import TrainingArguments
     from trl import GRPOConfig
+
+logger = transformers.utils.logging.get_logger(__name__)
 
 GROUP_BASELINES = ("grpo", "rloo", "gigpo")
 """Estimators that compare the episodes of one row with each other."""
@@ -428,7 +432,8 @@ class StepPOConfig(PPOConfig):
             args ([`~trl.GRPOConfig`]):
                 TRL's configuration.
             advantage_estimator (`str`, *optional*, defaults to `"grpo"`):
-                Another one trains the same episodes otherwise, e.g. `"step_gae"` with a critic.
+                Another one trains the same episodes otherwise. With `"step_gae"` the ratio and the average of the loss
+                are StepPO's, unless `args` has others than TRL's defaults.
             changes (`Any`):
                 Further settings of the new configuration, which take the place of converted ones.
 
@@ -436,9 +441,18 @@ class StepPOConfig(PPOConfig):
             ConfigurationError: If some settings have no place here and are not at their default. It lists all of them
                 with what there is instead.
         """
+        if "GRPOConfig" not in {base.__name__ for base in type(args).__mro__}:
+            raise ConfigurationError(f"`args` is a {type(args).__name__}; `from_grpo_config` takes TRL's GRPOConfig")
         values = converted(args, advantage_estimator=advantage_estimator)
         values["bf16"] = _bf16_of(args)
-        return cls(**{**values, "advantage_estimator": advantage_estimator, **changes})
+        config = cls(**{**values, "advantage_estimator": advantage_estimator, **changes})
+        if config.max_interaction_steps is None and config.max_episode_tokens is None:
+            logger.warning_once(
+                f"`max_completion_length`={args.max_completion_length} bounds all of an episode's responses and tool "
+                "results in GRPOTrainer, and here each response (`response_length`); an episode with calls goes on to "
+                "the end of the model's context unless `max_episode_tokens` or `max_interaction_steps` is set"
+            )
+        return config
 
     def _check_ranges(self) -> None:
         within = {  # name: (lowest, highest, whether the lowest itself is excluded)
@@ -527,7 +541,7 @@ class StepPOConfig(PPOConfig):
         if self.max_steps > 0 and self.total_episodes is not None:
             raise ConfigurationError(
                 f"`max_steps`={self.max_steps} and `total_episodes`={self.total_episodes} both say how long to train; "
-                "set one"
+                "set one, and the other, which a configuration file may have set, to None (`max_steps` to -1)"
             )
         if self.dump_episodes_dir is not None and self.dump_episodes_dir == self.replay_episodes_dir:
             raise ConfigurationError(

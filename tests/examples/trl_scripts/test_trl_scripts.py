@@ -157,8 +157,10 @@ def play(script: str, text: str, policy: str, monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.setattr(sys, "argv", [script, *flags.split()])
     scripted_runs.install(monkeypatch, says, recording, policy)
     is_a_program = "def main(" not in text
-    module = {"__name__": "__main__" if is_a_program else "script", "__file__": str(folder / "script.py")}
-    exec(compile(text, script, "exec"), module)
+    path = folder / "script.py"
+    path.write_text(text)  # executed text that is in no file may not ask for the main thread
+    module = {"__name__": "__main__" if is_a_program else "script", "__file__": str(path)}
+    exec(compile(text, str(path), "exec"), module)
     if not is_a_program:
         module["random"] = clients.NoRandom
         module["main"]()
