@@ -117,16 +117,26 @@ def test_appended_ids_begin_behind_the_end_of_turn():
     assert chat.decode(chat.append([{"role": "user", "content": "x"}])).startswith("\n")
 
 
-def test_an_append_renders_only_the_new_messages(monkeypatch):
+def test_an_append_renders_only_the_new_messages_and_these_once(monkeypatch):
     chat = make_chat(tools=[SEARCH])
-    chat.append(ANSWERS, tool_call_names=["search"])
+    chat.append(ANSWERS[:1], tool_call_names=["search"])
     rendered = []
     render = chat._tokenizer.apply_chat_template
     monkeypatch.setattr(
         chat._tokenizer, "apply_chat_template", lambda m, **kw: rendered.append(len(m)) or render(m, **kw)
     )
-    chat.append(ANSWERS, tool_call_names=["search"])
+    first = chat.append(ANSWERS, tool_call_names=["search"])
     assert rendered == [2 + len(ANSWERS)]
+    expected = list(first)
+    first.clear()  # the caller's own
+    assert chat.append(ANSWERS, tool_call_names=["search"]) == expected
+    assert rendered == [2 + len(ANSWERS)]
+
+
+def test_answers_that_only_compare_equal_are_rendered_each_by_itself():
+    chat = ChatFormat(make_tokenizer(KNOWS_NO_TOOLS))
+    shown = [chat.decode(chat.append([{"role": "user", "content": value}])) for value in ("1", 1, True)]
+    assert shown[0] == shown[1] != shown[2]
 
 
 def test_the_end_of_turn_is_the_templates_and_not_the_tokenizers_eos():

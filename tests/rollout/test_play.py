@@ -10,6 +10,7 @@ from scripted import END, LookEnvironment, ScriptedSampler, call
 from trl_steppo.calls import DaemonThread
 from trl_steppo.calls import call as call_others
 from trl_steppo.environments import make_playable
+from trl_steppo.environments.base import Response
 from trl_steppo.environments.slots import Slots
 from trl_steppo.errors import RolloutError, SamplerError
 from trl_steppo.inference.base import SamplingParams
@@ -151,6 +152,20 @@ def test_what_an_environment_goes_on_to_change_is_recorded_as_it_was(chat):
     (episode,) = play(chat, [Grows], ScriptedSampler(chat, lambda order: f"{order[2]}{END}"))
     assert [[message["content"] for message in step.observation] for step in episode.steps] == [["0"], ["0", "1"]]
     assert [step.info["state_key"] for step in episode.steps] == [[], ["0"]]
+
+
+def test_a_state_key_that_nobody_reads_is_not_asked_for():
+    class Keyed:
+        def reset(self, **row): ...
+
+        def step(self, response):
+            return "", 0.0, True
+
+        def state_key(self):
+            raise AssertionError
+
+    playable = make_playable(Keyed(), reads_state_keys=False)
+    assert asyncio.run(playable.step(Response("", {}))).state_key is None
 
 
 def test_no_more_than_the_limit_play_at_a_time(chat):

@@ -65,9 +65,11 @@ def names(directory: Any) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _handlers_are_as_before():
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began it with `&`
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     yield
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    signal.signal(signal.SIGINT, inherited)
     assert not stopping.is_requested()
 
 

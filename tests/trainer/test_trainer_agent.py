@@ -209,7 +209,9 @@ def gateways(monkeypatch) -> Iterator[list[GatewayServer]]:
     for server in started:
         with pytest.raises(ConnectionRefusedError), socket.create_connection((server.host, server.port), timeout=5):
             pass
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("gateway")]
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("gateway")]:
+        thread.join(60)  # it ends by itself, when it is given time
+        assert not thread.is_alive(), thread.name
     assert not [file for file in open_files() if ".sqlite" in file]
 
 

@@ -92,6 +92,9 @@ def _reply(kind: str, name: str = _PROBE, content: str = "dummy") -> Message:
     return {"role": "assistant", "content": content}
 
 
+_Items = Sequence[tuple[str, Any]]
+
+
 class ChatFormat:
     """
     A tokenizer's chat template, used append-only.
@@ -159,6 +162,7 @@ class ChatFormat:
             lambda texts: frozenset(map(tokenizer.convert_tokens_to_ids, texts))
         )
         self._head = lru_cache(maxsize=256)(self._render_head)  # keyed by tool names, which the model may invent
+        self._appended = lru_cache(maxsize=256)(self._render_appended)  # many episodes see the same answer
         self._schemas = {
             function["name"]: function.get("parameters") or {}
             for function in (tool.get("function", tool) for tool in self.tools)
@@ -242,15 +246,21 @@ class ChatFormat:
         Raises:
             ChatTemplateError: the template renders the turn before these messages differently because of them.
         """
-        messages = list(observation_messages)
+        messages = tuple(tuple(message.items()) for message in observation_messages)
+        is_text = all(type(value) is str for message in messages for _, value in message)
+        return list((self._appended if is_text else self._render_appended)(messages, tuple(tool_call_names[:1])))
+
+    def _render_appended(self, observation_messages: Sequence[_Items], names: Sequence[str]) -> tuple[int, ...]:
+        """See [`append`]; messages as their items, and at most one name."""
+        messages = [dict(message) for message in observation_messages]
         kind = "tool" if messages and messages[0].get("role") == "tool" else "user"
         # One call is enough for the header, and some templates refuse several in one turn.
-        guarded = self._guard(messages, name=tool_call_names[0] if kind == "tool" and tool_call_names else _PROBE)
+        guarded = self._guard(messages, name=names[0] if kind == "tool" and names else _PROBE)
         dummy, head = (self._head if guarded.mark is None else self._render_head)(kind, guarded.value["name"])
         text = self._text([*dummy, *guarded.value["messages"]], generation_prompt=True)
         if not text.startswith(head):
             raise ChatTemplateError(guarded.unmarked(self._difference(head, text, f"{kind} messages")))
-        return self._encode_after_turn(text[len(head) :], kind, guarded)
+        return tuple(self._encode_after_turn(text[len(head) :], kind, guarded))
 
     def close(self, response_ids: Sequence[int]) -> list[int]:
         """

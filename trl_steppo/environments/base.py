@@ -29,7 +29,8 @@ of one of these names with other parameters is a tool like any other. All but `r
 | `reset(**row)` | at the start, with every column of the row; may return text for the prompt's last user message |
 | `step(response)` | for each response, in the form that takes the whole response |
 | `step_reward()`, `done` | after each step, in the form with tools; `done` is an attribute, a property or a method |
-| `state_key()` | before each step is played: the state the response was written in |
+| `state_key()` | before each step is played, if the trainer compares states (`gigpo`): the state the response was \
+written in |
 | `state_prompt(observation)` | after `reset` (with `""`) and each step: the whole prompt of the state, text or \
 messages, instead of the row's prompt to which everything is appended; `None`: that one all the same. A control token \
 that is spelled in it is tokenized as text: return messages for the chat template to write the turns |

@@ -72,6 +72,7 @@ def make_playable(
     max_tool_calls: int | None = MAX_TOOL_CALLS,
     slots: Slots | None = None,
     hidden_columns: Collection[str] = (),
+    reads_state_keys: bool = True,
 ) -> Playable:
     """
     Make what a user wrote playable.
@@ -95,6 +96,8 @@ def make_playable(
             count as the call's time.
         hidden_columns (`Collection[str]`, *optional*):
             Columns of the row that `reset` is not given.
+        reads_state_keys (`bool`, *optional*, defaults to `True`):
+            Whether steps are to have the `state_key` of an environment that defines it.
 
     Raises:
         ConfigurationError: the environment has no `reset`, or one of its methods that are not tools is a generator; a
@@ -108,8 +111,10 @@ def make_playable(
         _refuse_generators(environment)
     if environment is not None and _takes_responses(environment):
         _refuse_tools_beside_step(environment, tools)
-        return ResponsePlayable(environment, environment_timeout_s=limit_s, hidden_columns=hidden_columns)
-    return ToolPlayable(
+        response_playable = ResponsePlayable(environment, environment_timeout_s=limit_s, hidden_columns=hidden_columns)
+        response_playable.reads_state_keys = reads_state_keys
+        return response_playable
+    tool_playable = ToolPlayable(
         environment,
         tools,
         tool_timeout_s=tool_timeout_s,
@@ -118,6 +123,8 @@ def make_playable(
         slots=slots,
         hidden_columns=hidden_columns,
     )
+    tool_playable.reads_state_keys = reads_state_keys
+    return tool_playable
 
 
 def check_reset(environment: Any, columns: Sequence[str]) -> None:
@@ -166,6 +173,8 @@ def _refuse_tools_beside_step(environment: Any, tools: Sequence[Tool]) -> None:
 
 class _EnvironmentCalls:
     """What both forms have in common: an environment's methods under a time limit, in a thread of its own."""
+
+    reads_state_keys = True
 
     def __init__(self, environment: Any, timeout_s: float | None, hidden_columns: Collection[str]) -> None:
         self._environment = environment
@@ -321,8 +330,10 @@ class _EnvironmentCalls:
         return closed
 
     async def _state_key(self) -> Any:
+        if not (self.reads_state_keys and self._defines("state_key")):
+            return None
         # A copy: the step that follows may change a key that is a list of all moves, say.
-        return await self._call("state_key", convert=copy.deepcopy) if self._defines("state_key") else None
+        return await self._call("state_key", convert=copy.deepcopy)
 
 
 def _reward_or_none(value: Any) -> float | None:

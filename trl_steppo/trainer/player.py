@@ -518,6 +518,7 @@ class EpisodePlayer:
             max_tool_calls=self.args.max_tool_calls,
             slots=self._tool_slots,
             hidden_columns=self._hidden_columns,
+            reads_state_keys=self.args.advantage_estimator == "gigpo",  # each is a call to another thread
         )
 
     def score(
