@@ -85,12 +85,16 @@ def run_script(script: Path | str, *arguments: Any, cwd: Path | None = None, tim
         return Finished(process.exitcode, *(path.read_text() for path in outputs))
 
 
-def run_on_ranks(script: Path, *arguments: Any, timeout: float, **env: str) -> list[Finished]:
-    """[`run_script`] on two ranks, with what `torchrun` tells its processes."""
+def free_port() -> str:
+    """A port for ranks to meet at. Older versions of accelerate do not take 0 for one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return str(free.getsockname()[1])
+
+
+def run_on_ranks(script: Path, *arguments: Any, timeout: float, **env: str) -> list[Finished]:
+    """[`run_script`] on two ranks, with what `torchrun` tells its processes."""
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
 
     def run(rank: int) -> Finished:
         return run_script(script, *arguments, timeout=timeout, **env, RANK=str(rank), LOCAL_RANK=str(rank))

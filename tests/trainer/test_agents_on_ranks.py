@@ -19,6 +19,7 @@ pytest.importorskip("httpx", reason="needs the extra `dev`")
 from agents_on_ranks import train
 from safetensors.torch import load_file
 from tiny import distance
+from warm import free_port
 
 from trl_steppo.cli import CONFIGS
 from trl_steppo.rollout import episode_file, load_episodes
@@ -73,7 +74,7 @@ def runs(request, tmp_path_factory) -> Runs:
     scenarios = {n: {**SETTINGS, **s, "per_device_train_batch_size": 4} for n, s in SCENARIOS.items()}
     (root / "scenarios.json").write_text(json.dumps(scenarios))
     script = Path(__file__).with_name("agents_on_ranks.py")
-    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", free_port()]
     launch += ["--config_file", str(CONFIGS / f"{request.param}.yaml")]
     ranks_run = subprocess.run(
         [sys.executable, *launch, str(script), str(root / "scenarios.json"), str(root / "2")],

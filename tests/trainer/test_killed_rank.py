@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import free_port
 
 from trl_steppo.cli import CONFIGS
 
@@ -30,7 +31,7 @@ def launch(directory: Path, name: str, settings: dict[str, Any], config: str = "
     scenarios.write_text(json.dumps({name: SETTINGS | settings}))
     script = Path(__file__).with_name("replay_on_ranks.py")
     command = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-    command += ["--main_process_port", "0"]
+    command += ["--main_process_port", free_port()]
     return subprocess.Popen(
         [sys.executable, *command, str(script), str(scenarios), str(directory)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

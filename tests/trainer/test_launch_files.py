@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm import free_port
 
 from trl_steppo.launch_file import CONFIGS
 
@@ -24,7 +25,14 @@ def test_two_ranks_train_together(tmp_path, name):
         [sys.executable, "-m", "trl_steppo.cli", "config", name], capture_output=True, text=True, check=True
     )
     # A free port, for tests that run beside this one.
-    launch = ["-m", "accelerate.commands.launch", "--config_file", where.stdout.strip(), "--main_process_port", "0"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        where.stdout.strip(),
+        "--main_process_port",
+        free_port(),
+    ]
     hidden = ("CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU", "LOCAL_RANK", "RANK", "WORLD_SIZE")
     environment = {n: value for n, value in os.environ.items() if n not in hidden}
     done = subprocess.run(

@@ -17,7 +17,7 @@ from peft import PeftModel
 from replay_on_ranks import replay
 from safetensors.torch import load_file
 from tiny import distance, make_episode, make_model, make_trainer, weights
-from warm import run_on_ranks
+from warm import free_port, run_on_ranks
 
 from trl_steppo import Episode, StopReason
 from trl_steppo.batching import micro_batches, step_ids
@@ -105,9 +105,9 @@ ALL = (*SCENARIOS, "saved", "resumed", "live")
 
 
 def by_accelerate(config: str) -> list[str]:
-    """A launch with one of the shipped files, on a port that is free."""
+    """A launch with one of the shipped files."""
     file = str(CONFIGS / f"{config}.yaml")
-    return ["-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", "0"]
+    return ["-m", "accelerate.commands.launch", "--config_file", file]
 
 
 @pytest.fixture(
@@ -156,6 +156,8 @@ def runs(request, recorded, tmp_path_factory) -> Path:
     script = Path(__file__).with_name("replay_on_ranks.py")
     ended: list[Any]
     if command:
+        if command != TORCHRUN:
+            command = [*command, "--main_process_port", free_port()]
         done = subprocess.run(
             [sys.executable, *command, str(script), str(file), str(root / "2")],
             timeout=280,

@@ -15,6 +15,7 @@ import torch
 from gloo_group import GlooGroup
 from tiny import make_classifier, make_trainer, message_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from warm import free_port
 
 from trl_steppo.cli import CONFIGS
 from trl_steppo.inference.base import Sample, SamplingParams
@@ -80,7 +81,7 @@ def launch(directory: Path, engine: str, settings: dict[str, Any], *, timeout_s:
     """Run this on two ranks; what they leave is in the directory that this returns."""
     given, output = directory / "settings.json", directory / "two"
     given.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port()]
     command += ["--config_file", str(CONFIGS / f"{engine}.yaml"), __file__, str(given), str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "inference")
