@@ -529,6 +529,20 @@ def test_storage_stays_within_the_bound(model):
     assert largest <= 200
 
 
+def test_storage_is_made_in_one_go_after_the_first_rollout(model):
+    sampler, sizes = LocalSampler(model), []
+    hook = model.register_forward_hook(lambda *_: sizes.append(sampler._rows.cursor.capacity))
+    for _ in range(2):
+        for length in (5, 30):
+            ask(sampler, *asks(GREEDY, [list(range(1, length))] * 2))
+        sampler.reset_cache()
+        assert not any(layer.is_initialized for layer in sampler._rows.layers)  # nothing is held meanwhile
+    hook.remove()
+    first, second = sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :]
+    assert len(set(first)) > 1
+    assert set(second) == {first[-1]}
+
+
 def test_an_episode_does_not_push_itself_out(model):
     """Its stored tokens become its row; they are not held twice."""
     sampler = LocalSampler(model, cache_tokens=20)

@@ -226,6 +226,29 @@ def test_a_trainer_that_never_plays_closes_the_environment_that_it_looked_at(tmp
     assert closed.wait(60)
 
 
+@pytest.mark.parametrize(
+    ("settings", "are_asked"),
+    [
+        ({}, False),
+        ({"advantage_estimator": "gigpo", "num_generations": 2}, True),
+        ({"dump_episodes_dir": "episodes"}, True),  # they may be trained on with `gigpo` later
+    ],
+    ids=["nobody reads them", "gigpo", "recorded"],
+)
+def test_state_keys_are_asked_for_where_they_may_be_read(tmp_path, settings, are_asked):
+    asked: list[bool] = []
+
+    class Keyed(Hash):
+        def state_key(self) -> int:
+            asked.append(True)
+            return 0
+
+    if "dump_episodes_dir" in settings:
+        settings = {"dump_episodes_dir": str(tmp_path / "episodes")}
+    make_trainer(tmp_path / "run", environment_factory=Keyed, **{**PAIRS, "total_episodes": 2, **settings}).train()
+    assert bool(asked) == are_asked
+
+
 def test_a_factory_may_be_async(tmp_path, counting):
     async def make() -> Counting:
         return counting()

@@ -542,11 +542,12 @@ class _CachedRows:
         self.requests: list[_Request] = []
         self.lengths: list[int] = []  # tokens of each row whose keys and values are stored
         self.parked: OrderedDict[str, _Parked] = OrderedDict()  # least recently used first
+        self.cursor = _Cursor()
         self.clear()
 
     def clear(self) -> None:
         self.requests, self.lengths = [], []
-        self.cursor = _Cursor()
+        self.cursor = _Cursor(self.cursor.capacity)  # the next rollout mostly needs as much: it is made in one go
         config: Any = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
         self.layers = [_Layer(self.cursor) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))

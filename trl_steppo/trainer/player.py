@@ -518,7 +518,8 @@ class EpisodePlayer:
             max_tool_calls=self.args.max_tool_calls,
             slots=self._tool_slots,
             hidden_columns=self._hidden_columns,
-            reads_state_keys=self.args.advantage_estimator == "gigpo",  # each is a call to another thread
+            # Each is a call to another thread. Recorded episodes may be trained on with `gigpo` later.
+            reads_state_keys=self.args.advantage_estimator == "gigpo" or self.args.dump_episodes_dir is not None,
         )
 
     def score(
