@@ -216,7 +216,7 @@ def test_one_that_fails_or_hangs_is_replaced_in_a_new_thread(chat, on_stage, kin
     def script(order):
         return call(kind) if order[:1] == (1,) and order[2] == 0 and kind != "raises" else DONE
 
-    stage = on_stage(Fragile, tool_timeout_s=0.2)
+    stage = on_stage(Fragile, tool_timeout_s=60.0 if kind == "raises" else 3.0)  # enough for calls that do not hang
     first = play(stage, script, chat, count=3)
     assert [episode.valid for episode in first] == [True, kind != "raises", True]
     assert [environment.closed for environment in Fragile.made] == [False, True, False]
@@ -373,7 +373,9 @@ def test_an_environment_that_rests_in_its_own_thread_is_replaced_when_its_kind_m
         script = lambda order: call("ring", text="hi") if order[2] == 0 and order[0] < 2 else DONE  # noqa: E731
         assert answers(play(stage, script, chat, count=2)) == ["hi True"] * 2
     assert caplog.text.count("works in the main thread only") == 1
-    assert [environment.closed for environment in cls.made] == [True] * 3 + [False] * 4
+    assert [environment.closed for environment in cls.made[:3]] == [True] * 3
+    assert not any(environment.closed for environment in cls.made[3:])
+    assert len(cls.made) in (3 + 2, 3 + 3, 3 + 4)  # one that has played already may play the stage's second episode
 
 
 def test_an_episode_that_asks_for_the_main_thread_again_has_failed(chat, on_stage):
@@ -435,7 +437,7 @@ def test_ctrl_c_in_the_main_thread_ends_the_rollout_and_closes_what_plays(chat, 
     stage = on_stage(cls, [interrupt])
     try:
         with pytest.raises(KeyboardInterrupt):
-            play(stage, one_call(call("interrupt")), chat)
+            play(stage, one_call(call("interrupt")), chat, count=1)
         stage.close()
     finally:
         signal.signal(signal.SIGINT, before)

@@ -14,7 +14,7 @@ import pytest
 from tiny import END, Hash, ScriptedSampler, make_trainer, prompt_rows
 
 from trl_steppo import StepPOTrainer
-from trl_steppo.errors import ConfigurationError
+from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import EpisodeRequest, episode_file, load_episodes
 from trl_steppo.trainer import player as player_module
 
@@ -55,13 +55,13 @@ def alike(completions: list[str], **columns: Any) -> list[float]:
 CASES: dict[str, tuple[Any, dict[str, Any], float]] = {  # function, settings, mean of an evaluation of many
     "by name": (number_of, {}, 2.0),
     "one at a time": (number_of, {"max_concurrent_episodes": 1}, 2.0),
-    "as one of all": (alike, {}, 1.0),
+    "as one of all": (alike, {}, 2.0),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_reward_functions_see_the_environments(tmp_path, monkeypatch, case):
-    """As their episodes have left them, however many play at once. In an evaluation of many those that ask by name."""
+    """As their episodes have left them, however many play at once."""
     func, settings, evaluated = CASES[case]
     monkeypatch.setattr(player_module, "_EVAL_EPISODES", 3)  # so that an evaluation is scored in parts
     environment = counted()
@@ -85,15 +85,6 @@ def test_reward_functions_see_the_environments(tmp_path, monkeypatch, case):
     assert all(one.is_closed for one in environment.made)
     assert trainer.evaluate()["eval_reward"] == evaluated  # when the run is over
     assert all(one.is_closed for one in environment.made)
-
-
-def test_functions_that_take_all_do_without_where_environments_are_few(tmp_path):
-    """`max_concurrent_episodes` bounds how many environments there are, unless a function asks for each by name."""
-    environment = counted()
-    settings = {"max_concurrent_episodes": 2, "per_device_train_batch_size": 4, "max_steps": 1}
-    trainer = make_trainer(tmp_path, environment_factory=environment, reward_funcs=alike, **settings)
-    trainer.train()
-    assert len(environment.made) == 2
 
 
 def one_step(tmp_path: Path, environment: type[Counted]) -> StepPOTrainer:
@@ -120,40 +111,41 @@ def test_rollouts_that_are_played_ahead_keep_their_environments(tmp_path):
 
 
 class Shop(Hash):
-    """Its database works in the thread that opened it alone."""
+    """Its database works in the thread that opened it alone, so it keeps what reward functions read."""
 
     def __init__(self) -> None:
         self.database = sqlite3.connect(":memory:")
         self.database.execute("create table sold (item text)")
+        self.num_sold = 0
 
     def step(self, response: str) -> tuple[str, float, bool]:
         self.database.execute("insert into sold values (?)", (response,))
+        self.num_sold = int(self.database.execute("select count(*) from sold").fetchone()[0])
         return "", 0.0, True
-
-    @property
-    def num_sold(self) -> int:
-        return int(self.database.execute("select count(*) from sold").fetchone()[0])
-
-    def _sold(self, *, least: int) -> bool:
-        return self.num_sold >= least
 
 
 def counts(environments: list[Shop], **columns: Any) -> list[float]:
-    assert all(isinstance(shop, Shop) and type(shop).__name__ == "Shop" for shop in environments)
-    return [shop.num_sold + 10.0 * shop._sold(least=1) for shop in environments]
+    assert {type(shop) for shop in environments} == {Shop}
+    return [float(shop.num_sold) for shop in environments]
 
 
 async def counts_later(environments: list[Shop], **columns: Any) -> list[float]:
     return counts(environments)
 
 
-def test_what_is_bound_to_an_environments_thread_works_in_reward_functions(tmp_path):
-    trainer = make_trainer(
-        tmp_path, environment_factory=Shop, reward_funcs=[counts, counts_later], max_steps=1, reuse_environments=False
-    )
+def looks_it_up(environments: list[Shop], **columns: Any) -> list[float]:
+    return [shop.database.execute("select count(*) from sold").fetchone()[0] for shop in environments]
+
+
+def test_functions_read_what_environments_keep(tmp_path):
+    settings = {"environment_factory": Shop, "max_steps": 1, "reuse_environments": False}
+    trainer = make_trainer(tmp_path / "a", reward_funcs=[counts, counts_later], **settings)
     trainer.train()
     logs = trainer.state.log_history[0]
-    assert (logs["rewards/counts"], logs["rewards/counts_later"]) == (11.0, 11.0)
+    assert (logs["rewards/counts"], logs["rewards/counts_later"]) == (1.0, 1.0)
+    trainer = make_trainer(tmp_path / "b", reward_funcs=looks_it_up, **settings)
+    with pytest.raises(RolloutError, match=r"plain attributes"):
+        trainer.train()
 
 
 def test_a_function_that_needs_environments_is_refused_without(tmp_path):
