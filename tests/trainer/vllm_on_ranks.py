@@ -84,7 +84,8 @@ def launch(directory: Path, engine: str, settings: dict[str, Any], *, timeout_s:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port()]
     command += ["--config_file", str(CONFIGS / f"{engine}.yaml"), __file__, str(given), str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "inference")
+    tests = Path(__file__).parents[1]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (tests, tests / "inference")))
     subprocess.run(command, timeout=timeout_s, env=environment, check=True)
     return output
 
