@@ -103,6 +103,12 @@ class Loader:
             )
 
 
+def name_of(model: Any) -> str:
+    """The last part of a model's name, or of where it was loaded from; else the name of its class."""
+    name = model if isinstance(model, str) else source_of(getattr(plain_model(model), "config", None))
+    return (name or type(model).__name__).rstrip("/").split("/")[-1]
+
+
 @contextmanager
 def _telling(argument: str, name: str, what: str) -> Iterator[None]:
     """What cannot be loaded is named as the argument that it is."""

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat.transformers import source_of
 from ..environments.base import Message
 from ..errors import ConfigurationError
 from ..models import plain_model, rows_at_once
-from .loading import Loader
+from .loading import Loader, name_of
 
 RewardFunc = Callable[..., Any]
 RewardFuncs = RewardFunc | str | Sequence[RewardFunc | str]
@@ -38,7 +37,7 @@ class RewardModel:
         self, model: Any, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None, batch_size: int
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.__name__ = _name_of(model)
+        self.__name__ = name_of(model)
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
         self._batch_size = batch_size
         if tokenizer.pad_token_id is None:
@@ -128,11 +127,6 @@ def load_reward_funcs(
         tokenizer = loader.tokenizer("reward_processing_classes", tokenizer, model)
         loaded.append(RewardModel(model, tokenizer, chat_template_kwargs=chat_template_kwargs, batch_size=batch_size))
     return loaded
-
-
-def _name_of(model: Any) -> str:
-    """The last part of where it was loaded from."""
-    return (source_of(plain_model(model).config) or type(model).__name__).rstrip("/").split("/")[-1]
 
 
 def _as_list(given: Any) -> list[Any]:

@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..compat.transformers import source_of
-from ..models import plain_model
 from ..rollout import Agent
 from .checks import check_args
+from .loading import name_of
 from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
 from .reward_models import RewardFuncs
@@ -132,7 +131,7 @@ class StepPOTrainer(PPOTrainer):
         agent: Agent | None = None,
     ) -> None:
         if args is None:
-            args = StepPOConfig(f"{_name_of(model)}-StepPO")
+            args = StepPOConfig(f"{name_of(model)}-StepPO")
         check_args(args)
         self._set_up(
             StepPOConfig.of(args),
@@ -153,10 +152,3 @@ class StepPOTrainer(PPOTrainer):
             reward_processing_classes=reward_processing_classes,
             agent=agent,
         )
-
-
-def _name_of(model: Any) -> str:
-    """The last part of a model's name, or of where it was loaded from."""
-    config = getattr(plain_model(model), "config", None)
-    name = model if isinstance(model, str) else source_of(config)
-    return (name or type(model).__name__).rstrip("/").split("/")[-1]
