@@ -94,6 +94,8 @@ def _reply(kind: str, name: str = _PROBE, content: str = "dummy") -> Message:
 
 _Items = Sequence[tuple[str, Any]]
 
+_MOST_KEPT_CHARS = 8192  # of an answer whose ids are kept: longer ones would take memory, and hardly come twice
+
 
 class ChatFormat:
     """
@@ -247,8 +249,9 @@ class ChatFormat:
             ChatTemplateError: the template renders the turn before these messages differently because of them.
         """
         messages = tuple(tuple(message.items()) for message in observation_messages)
-        is_text = all(type(value) is str for message in messages for _, value in message)
-        return list((self._appended if is_text else self._render_appended)(messages, tuple(tool_call_names[:1])))
+        values = [value for message in messages for _, value in message]
+        is_kept = all(type(value) is str for value in values) and sum(map(len, values)) <= _MOST_KEPT_CHARS
+        return list((self._appended if is_kept else self._render_appended)(messages, tuple(tool_call_names[:1])))
 
     def _render_appended(self, observation_messages: Sequence[_Items], names: Sequence[str]) -> tuple[int, ...]:
         """See [`append`]; messages as their items, and at most one name."""

@@ -200,9 +200,9 @@ def play_agents(
                 rollout.play_one,
                 sampler,
                 in_flight,
-                num_players=max_concurrent_episodes or len(requests),
+                max_concurrent_episodes=max_concurrent_episodes,
                 slots=slots,
-                on_episode=on_episode or (lambda: None),
+                on_episode=on_episode,
             )
         finally:
             if not overlaps:

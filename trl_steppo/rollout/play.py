@@ -132,9 +132,9 @@ def play_episodes(
                 rollout.play_one,
                 sampler,
                 in_flight,
-                num_players=max_concurrent_episodes or len(requests),
+                max_concurrent_episodes=max_concurrent_episodes,
                 slots=slots,
-                on_episode=on_episode or (lambda: None),
+                on_episode=on_episode,
             )
         )
     finally:
@@ -214,13 +214,13 @@ async def play_concurrently(
     sampler: Sampler,
     in_flight: InFlight,
     *,
-    num_players: int,
+    max_concurrent_episodes: int | None,
     slots: Slots | None,
-    on_episode: Callable[[], None],
+    on_episode: Callable[[], None] | None,
 ) -> list[Episode]:
     """
-    Play all requests, `num_players` at a time. Each player takes the next one when it is done with one, so that
-    between the two it stays away from the sampler.
+    Play all requests, `max_concurrent_episodes` at a time. Each player takes the next one when it is done with one, so
+    that between the two it stays away from the sampler.
     """
     results: dict[int, Episode] = {}
     waiting = iter(enumerate(requests))
@@ -231,11 +231,12 @@ async def play_concurrently(
                 turn = slots.of("episode", priority=request.stream_position) if slots is not None else nullcontext()
                 async with turn:
                     results[index] = await _despite_accidents(play_one, request)
-                on_episode()
+                if on_episode is not None:
+                    on_episode()
         finally:
             in_flight.back()
 
-    num_players = min(num_players, len(requests))
+    num_players = min(max_concurrent_episodes or len(requests), len(requests))
     for _ in range(num_players):
         in_flight.away()
     sampler.pace(in_flight.settled)
