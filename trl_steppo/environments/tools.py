@@ -111,10 +111,13 @@ def make_playable(
         _refuse_generators(environment)
     if environment is not None and _takes_responses(environment):
         _refuse_tools_beside_step(environment, tools)
-        response_playable = ResponsePlayable(environment, environment_timeout_s=limit_s, hidden_columns=hidden_columns)
-        response_playable.reads_state_keys = reads_state_keys
-        return response_playable
-    tool_playable = ToolPlayable(
+        return ResponsePlayable(
+            environment,
+            environment_timeout_s=limit_s,
+            hidden_columns=hidden_columns,
+            reads_state_keys=reads_state_keys,
+        )
+    return ToolPlayable(
         environment,
         tools,
         tool_timeout_s=tool_timeout_s,
@@ -122,9 +125,8 @@ def make_playable(
         max_tool_calls=max_tool_calls,
         slots=slots,
         hidden_columns=hidden_columns,
+        reads_state_keys=reads_state_keys,
     )
-    tool_playable.reads_state_keys = reads_state_keys
-    return tool_playable
 
 
 def check_reset(environment: Any, columns: Sequence[str]) -> None:
@@ -174,12 +176,13 @@ def _refuse_tools_beside_step(environment: Any, tools: Sequence[Tool]) -> None:
 class _EnvironmentCalls:
     """What both forms have in common: an environment's methods under a time limit, in a thread of its own."""
 
-    reads_state_keys = True
-
-    def __init__(self, environment: Any, timeout_s: float | None, hidden_columns: Collection[str]) -> None:
+    def __init__(
+        self, environment: Any, timeout_s: float | None, hidden_columns: Collection[str], reads_state_keys: bool
+    ) -> None:
         self._environment = environment
         self._timeout_s = timeout_s
         self._hidden_columns = hidden_columns
+        self._reads_state_keys = reads_state_keys
         name = _class_name(environment)
         self._thread: CallThread = DaemonThread(name) if environment is None else thread_for(name)
         self._was_given_up = False
@@ -330,7 +333,7 @@ class _EnvironmentCalls:
         return closed
 
     async def _state_key(self) -> Any:
-        if not (self.reads_state_keys and self._defines("state_key")):
+        if not (self._reads_state_keys and self._defines("state_key")):
             return None
         # A copy: the step that follows may change a key that is a list of all moves, say.
         return await self._call("state_key", convert=copy.deepcopy)
@@ -412,14 +415,21 @@ class ResponsePlayable(_EnvironmentCalls):
             Time limit of each of its calls; `None`: none.
         hidden_columns (`Collection[str]`, *optional*):
             Columns of the row that `reset` is not given.
+        reads_state_keys (`bool`, *optional*, defaults to `True`):
+            Whether steps are to have the `state_key` of an environment that defines it.
     """
 
     tools: Sequence[Any] = ()
 
     def __init__(
-        self, environment: Any, *, environment_timeout_s: float | None = None, hidden_columns: Collection[str] = ()
+        self,
+        environment: Any,
+        *,
+        environment_timeout_s: float | None = None,
+        hidden_columns: Collection[str] = (),
+        reads_state_keys: bool = True,
     ) -> None:
-        super().__init__(environment, environment_timeout_s, hidden_columns)
+        super().__init__(environment, environment_timeout_s, hidden_columns, reads_state_keys)
 
     async def step(self, response: Response) -> Outcome:
         """Let the environment answer. Raises what it raises, and a `TypeError` for an answer of another form."""
@@ -460,6 +470,8 @@ class ToolPlayable(_EnvironmentCalls):
             Bounds how many calls of one tool run at a time.
         hidden_columns (`Collection[str]`, *optional*):
             Columns of the row that `reset` is not given.
+        reads_state_keys (`bool`, *optional*, defaults to `True`):
+            Whether steps are to have the `state_key` of an environment that defines it.
 
     Raises:
         ConfigurationError: a tool has no docstring or no type hints, or two tools share a name.
@@ -475,8 +487,9 @@ class ToolPlayable(_EnvironmentCalls):
         max_tool_calls: int | None = MAX_TOOL_CALLS,
         slots: Slots | None = None,
         hidden_columns: Collection[str] = (),
+        reads_state_keys: bool = True,
     ) -> None:
-        super().__init__(environment, environment_timeout_s, hidden_columns)
+        super().__init__(environment, environment_timeout_s, hidden_columns, reads_state_keys)
         self._slots = slots
         self._tool_timeout_s = tool_timeout_s
         self._max_tool_calls = max_tool_calls

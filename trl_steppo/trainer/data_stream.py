@@ -91,7 +91,7 @@ class RowStream:
     def __init__(self, dataset: Any, *, seed: int) -> None:
         self.num_rows = len(dataset)
         if self.num_rows == 0:
-            raise _no_rows()
+            raise no_rows("train_dataset")
         self._dataset = dataset
         self.seed = seed
         self._epoch = -1
@@ -176,7 +176,7 @@ class StreamedRows:
             self._rows = iter(self._dataset)
             row = next(self._rows, None)
             if row is None:
-                raise _no_rows()
+                raise no_rows("train_dataset")
         self._position += 1
         self._row = _as_written(self._dataset, row)
         if self._position == len(self._first) < _FIRST_ROWS:
@@ -259,8 +259,9 @@ def first_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
     return (row for _, row in islice(numbered_rows(dataset), _FIRST_ROWS))
 
 
-def _no_rows() -> DataError:
-    return DataError("`train_dataset` has no rows")
+def no_rows(name: str) -> DataError:
+    """The error for a dataset, by the argument that it is passed as, that has no rows."""
+    return DataError(f"`{name}` has no rows")
 
 
 def row_of(dataset: Any, number: int) -> Mapping[str, Any]:

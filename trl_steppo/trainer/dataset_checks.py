@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 
 from ..compat.datasets import is_in_stored_order
 from ..errors import ConfigurationError, DataError
+from .data_stream import no_rows
 from .steppo_config import StepPOConfig
 
 _CHUNK_ROWS = 10_000
@@ -60,13 +61,13 @@ def check_dataset(
     if isinstance(dataset, IterableDataset):
         rows = [dict(row) for row in islice(dataset, 1)]
         if not rows:
-            raise _empty(name)
+            raise no_rows(name)
         if not is_for_agent:
             _check_rows(rows, name, vocabulary_size, may_lack_prompt)
             _check_environments_of(rows, name, environments)
         return
     if len(dataset) == 0:
-        raise _empty(name)
+        raise no_rows(name)
     if is_for_agent:
         return
     if isinstance(dataset, Dataset):
@@ -253,10 +254,6 @@ def _check_environments(values: Sequence[Any], name: str, environments: Collecti
 
 
 # -- one row ----------------------------------------------------------------------------------------------------------
-
-
-def _empty(name: str) -> DataError:
-    return DataError(f"`{name}` has no rows")
 
 
 def _none(name: str, row: int, column: str) -> DataError:
