@@ -1,4 +1,5 @@
 import json
+from importlib.metadata import version
 
 from datasets import Dataset
 from tiny import TOKENIZER
@@ -54,7 +55,9 @@ def test_what_arrow_filled_in_is_not_shown():
         assert (read["facts"], read["note"]) == (row["facts"], row["note"])  # nobody shows them
     chat = ChatFormat(TOKENIZER)
     shown = chat.render(RowStream(stored, seed=0).example["prompt"])
-    assert sorted(shown) == sorted(chat.render(MESSAGES))  # datasets 4 has its fields in another order
+    keeps_order = int(version("datasets").split(".")[0]) >= 5  # of the fields of arguments
+    in_order = list if keeps_order else sorted
+    assert in_order(shown) == in_order(chat.render(MESSAGES))
     assert "null" not in TOKENIZER.decode(shown)
 
 
