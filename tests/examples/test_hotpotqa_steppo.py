@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scripts import load_script
-from warm import run_script
+
+from tests.examples.scripts import load_script
+from tests.warm import run_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "hotpotqa_steppo.py"

@@ -5,10 +5,10 @@ import random
 from pathlib import Path
 
 import torch
-from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from warm import run_script
 
+from tests.examples.scripts import load_script
+from tests.warm import run_script
 from trl_steppo.environments.rooms import DOORS, RIGHT_DOOR, SIGNS, describe, respond, vocabulary
 from trl_steppo.models import ROOMS_POLICY
 

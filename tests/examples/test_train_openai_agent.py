@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 pytest.importorskip("agents", reason="needs the extra `agents`")
 from safetensors.torch import load_file
-from scripts import load_script
 from transformers import AutoTokenizer
 
+from tests.examples.scripts import load_script
 from trl_steppo.dry_run import ScriptedSampler
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_config, make_episode, mixed_episodes
 
+from tests.trainer.tiny import make_config, make_episode, mixed_episodes
 from trl_steppo.batching import StepBatch, StepRolloutCollator
 from trl_steppo.trainer.credit import Credit, assign_credit
 from trl_steppo.trainer.ppo_trainer import _group_indices

@@ -12,8 +12,18 @@ from typing import Any, ClassVar
 
 import pytest
 from datasets import Dataset
-from tiny import END, TOKENIZER, Hash, Look, ScriptedSampler, call, make_classifier, make_trainer, message_rows
 
+from tests.trainer.tiny import (
+    END,
+    TOKENIZER,
+    Hash,
+    Look,
+    ScriptedSampler,
+    call,
+    make_classifier,
+    make_trainer,
+    message_rows,
+)
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.rollout import EpisodeRequest, episode_file, load_episodes
 

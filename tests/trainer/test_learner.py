@@ -9,8 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import distance, make_classifier, make_episode, make_model, make_trainer, mixed_episodes, same, weights
 
+from tests.trainer.tiny import (
+    distance,
+    make_classifier,
+    make_episode,
+    make_model,
+    make_trainer,
+    mixed_episodes,
+    same,
+    weights,
+)
 from trl_steppo import Episode, StepPOTrainer
 from trl_steppo.losses import clipped_value_loss, kl_estimate
 from trl_steppo.trainer.credit import Credit, assign_credit

@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from tiny import Hash, Look, ScriptedSampler, call, make_trainer, message_rows, same, weights
 from transformers import TrainerCallback
 
+from tests.trainer.tiny import Hash, Look, ScriptedSampler, call, make_trainer, message_rows, same, weights
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import Response
 from trl_steppo.errors import CheckpointError, ConfigurationError
