@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .trainer.engines import Engine, FixedEngine
     from .trainer.ppo_config import PPOConfig
     from .trainer.ppo_trainer import PPOTrainer
     from .trainer.steppo_config import StepPOConfig
@@ -20,12 +21,24 @@ _HOME = {
     "PPOTrainer": ".trainer.ppo_trainer",
     "StepPOConfig": ".trainer.steppo_config",
     "StepPOTrainer": ".trainer.steppo_trainer",
+    "Engine": ".trainer.engines",
+    "FixedEngine": ".trainer.engines",
     "Step": ".types",
     "Episode": ".types",
     "StopReason": ".types",
 }
 
-__all__ = ["Episode", "PPOConfig", "PPOTrainer", "Step", "StepPOConfig", "StepPOTrainer", "StopReason"]
+__all__ = [
+    "Engine",
+    "Episode",
+    "FixedEngine",
+    "PPOConfig",
+    "PPOTrainer",
+    "Step",
+    "StepPOConfig",
+    "StepPOTrainer",
+    "StopReason",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -194,6 +194,7 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
     from transformers import AutoModelForCausalLM
 
     from .environments.hotpotqa import HotpotQAEnvironment, valid_calls
+    from .trainer.engines import FixedEngine
     from .trainer.steppo_config import StepPOConfig
     from .trainer.steppo_trainer import StepPOTrainer
 
@@ -246,7 +247,8 @@ def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: A
         ),
         reward_funcs=[valid_calls] if script.get("valid_call_reward") else None,
     )
-    trainer.sampler = trainer.player.sampler = ScriptedSampler(tokenizer, trainer.rows)
+    # Not as `engine=`: that the policy's own sampler can be built is a part of the trial.
+    trainer.engine = trainer.player.engine = FixedEngine(ScriptedSampler(tokenizer, trainer.rows))
     trainer.train()
     logs: dict[str, float] = {}
     for entry in trainer.state.log_history:
