@@ -168,7 +168,7 @@ def train_ours(
     replay = copy.deepcopy(recording)
     trainer.rows = trainer.player.sampler = replay
     with monkeypatch.context() as patch:
-        patch.setattr("trl_steppo.trainer.learner.mini_batches", replay.mini_batches)
+        patch.setattr("trl_steppo.learning.learner.mini_batches", replay.mini_batches)
         trainer.train()
     assert not replay.permutations, "PPOTrainer made more epochs"
     return [weights(trainer.model), weights(trainer.value_model)]

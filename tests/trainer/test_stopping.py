@@ -16,7 +16,7 @@ from tiny import Hash, make_model, make_trainer, prompt_rows, same, weights
 from transformers import TrainerCallback
 
 from trl_steppo import stopping
-from trl_steppo.trainer.exchange import _that_travels
+from trl_steppo.learning.ranks import _that_travels
 
 SAVING: dict[str, Any] = {
     "total_episodes": 24,

@@ -15,11 +15,11 @@ import torch
 
 from ..durable import sync
 from ..errors import CheckpointError
+from ..learning.learner import Learner
+from ..learning.ranks import caught, first_failure
+from ..learning.update import Credit, Rollout, Scores
 from ..losses import importance_ratio
 from ..types import Episode, Step, TokenIds, writable
-from .credit import Credit
-from .exchange import Rollout, Scores, caught, first_failure
-from .learner import Learner
 from .steppo_config import StepPOConfig
 
 FOLDER = "episodes"

@@ -5,7 +5,8 @@ StepPO and token-level PPO share everything but this choice and the importance r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -25,33 +26,16 @@ from ..advantages import (
 )
 from ..batching import StepBatch
 from ..masked import Reduce, masked_whiten
-from .steppo_config import StepPOConfig
+from ..types import Episode
+from .settings import LearnerSettings
+from .update import Credit
 
 _MOST_STEPS_LOGGED = 16
 """Steps that have an explained variance of their own where `max_interaction_steps` is `None`."""
 
 
-@dataclass
-class Credit:
-    """
-    What the update learns from.
-
-    Args:
-        advantages (`torch.Tensor`):
-            (N, A), whitened where the estimator asks for it; 0 where masked.
-        returns (`torch.Tensor`, *optional*):
-            Targets of the critic, not whitened: (N,), or (N, A) for `token_gae`. `None` without a critic.
-        explained_variance (`dict[str, float]`):
-            `critic/explained_variance`, and by step index; a key is absent where the returns do not vary.
-    """
-
-    advantages: torch.Tensor
-    returns: torch.Tensor | None
-    explained_variance: dict[str, float]
-
-
 def assign_credit(
-    args: StepPOConfig,
+    args: LearnerSettings,
     batch: StepBatch,
     *,
     token_penalties: torch.Tensor,
@@ -63,7 +47,7 @@ def assign_credit(
 ) -> Credit:
     """
     Args:
-        args ([`StepPOConfig`]):
+        args ([`LearnerSettings`]):
             `advantage_estimator`, `gamma`, `lam`, `whiten_rewards`.
         batch ([`StepBatch`]):
             All steps of this rank.
@@ -161,3 +145,27 @@ def _explained_variance(
         at_step = mask & (step_numbers == number)
         found[f"critic/explained_variance/step_{number}"] = explained_variance(values, returns, at_step, reduce)
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(E,) equal for the episodes of a row, and (N,) equal for the steps of a row that were taken in one state."""
+    states: dict[tuple[int, Any], int] = {}
+    step_states = []
+    for episode in episodes:
+        observed: Any = None  # the state of a step that has no key of its own: what was observed last
+        for step in episode.steps:
+            key = step.info.get("state_key", repr(observed))
+            step_states.append(states.setdefault((episode.stream_position, _hashable(key)), len(states)))
+            observed = step.observation
+    rows: dict[int, int] = {}
+    groups = [rows.setdefault(episode.stream_position, len(rows)) for episode in episodes]
+    return torch.tensor(groups, device=device).long(), torch.tensor(step_states, device=device).long()
+
+
+def _hashable(key: Any) -> Any:
+    """A user's key that cannot be one (a list, say) as text: no reason for a run to end."""
+    try:
+        hash(key)
+    except TypeError:
+        return repr(key)
+    return key

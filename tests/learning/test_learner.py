@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,11 +12,11 @@ import torch
 from tiny import distance, make_classifier, make_episode, make_model, make_trainer, mixed_episodes, same, weights
 
 from trl_steppo import Episode, StepPOTrainer
+from trl_steppo.learning import learner as learner_module
+from trl_steppo.learning.estimators import assign_credit, group_indices
+from trl_steppo.learning.metrics import Means
+from trl_steppo.learning.update import Credit, Rollout, Scores
 from trl_steppo.losses import clipped_value_loss, kl_estimate
-from trl_steppo.trainer.credit import Credit, assign_credit
-from trl_steppo.trainer.exchange import Rollout, Scores
-from trl_steppo.trainer.metrics import Means
-from trl_steppo.trainer.ppo_trainer import _group_indices
 
 # With SGD the change of the weights is the learning rate times the gradient, without clipping.
 PLAIN = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "max_interaction_steps": 5, "gamma": 0.9}
@@ -43,7 +43,7 @@ def judge(trainer: StepPOTrainer, episodes: Sequence[Episode]) -> tuple[Rollout,
     learner = trainer.learner
     rollout = learner.prepare(episodes)
     scores = learner.score(rollout)
-    groups, states = _group_indices(episodes, torch.device("cpu"))
+    groups, states = group_indices(episodes, torch.device("cpu"))
     credit = assign_credit(
         trainer.args,
         rollout.batch,
@@ -69,7 +69,7 @@ def learn(
     rollout, scores, credit = judge(trainer, mixed_episodes() if episodes is None else episodes)
     if explicit_old:
         with torch.no_grad():
-            scores.old_logprobs, _ = trainer.learner.policy.module(rollout.batch)
+            scores = replace(scores, old_logprobs=trainer.learner.policy.module(rollout.batch)[0])
     stats = trainer.learner.update(rollout, scores, credit, seed=3, train_policy=train_policy)
     return finished(trainer, before, stats)
 
@@ -424,8 +424,6 @@ def test_rollout_correction_weighs_the_gradient(tmp_path, mode):
 
 
 def test_rollout_correction_of_exact_logprobs_changes_nothing(tmp_path):
-    from dataclasses import replace
-
     trainer = build(tmp_path)
     episodes = mixed_episodes()
     rollout = trainer.learner.prepare(episodes)
@@ -535,13 +533,14 @@ def test_the_critic_regresses_on_the_returns(tmp_path):
     assert after < 0.1 * before
 
 
-def test_a_rank_without_an_episode_takes_part(tmp_path):
+def test_a_rank_without_an_episode_takes_part(tmp_path, monkeypatch):
     """All of this rank's episodes failed: the same passes, a gradient of zero, no exception."""
     trainer = build(tmp_path, num_ppo_epochs=2, bootstrap_truncated=True, kl_loss_coef=0.1, ref_model=make_model(5))
     rollout, scores, credit = judge(trainer, [])
     assert scores.old_logprobs.numel() == scores.values.numel() == 0
-    trainer.learner._largest = lambda count: max(count, 2)  # another rank has two micro-batches
-    trainer.learner._total = lambda count: float(count) + 5.0  # ... and five things to learn from
+    # Another rank has two micro-batches, and five things to learn from.
+    monkeypatch.setattr(learner_module, "largest", lambda count: max(count, 2))
+    monkeypatch.setattr(learner_module, "_total", lambda count: float(count) + 5.0)
     before = weights(trainer.model)
     passes: list[str] = []
     for name, module in (("policy", trainer.learner.policy.module), ("critic", trainer.learner.critic.module)):

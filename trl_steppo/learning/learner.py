@@ -27,11 +27,12 @@ from ..masked import masked_sum
 from ..models import rows_at_once
 from ..modes import evaluating
 from ..types import Episode
-from .credit import Credit
-from .exchange import Lesson, Rollout, Scores, Steps, lesson_of_all_ranks, own_lesson
+from .balancing import lesson_of_all_ranks, own_lesson
 from .metrics import Clock, Means
-from .networks import Network, end_update, numerics_of
-from .steppo_config import StepPOConfig
+from .network import Network, end_update, numerics_of
+from .ranks import all_agree, largest, summed
+from .settings import LearnerSettings
+from .update import Credit, Lesson, Rollout, Scores, Steps
 
 
 class Learner:
@@ -39,7 +40,7 @@ class Learner:
     Learns from episodes. It knows nothing about environments, sampling or checkpoints.
 
     Args:
-        args ([`StepPOConfig`]):
+        args ([`LearnerSettings`]):
             The run's settings.
         accelerator ([`~accelerate.Accelerator`]):
             Places tensors, scales and reduces gradients.
@@ -60,7 +61,7 @@ class Learner:
 
     def __init__(
         self,
-        args: StepPOConfig,
+        args: LearnerSettings,
         accelerator: Accelerator,
         policy: Network,
         critic: Network | None,
@@ -259,7 +260,7 @@ class Learner:
         with self.clock.measure("model_s"):
             norm = network.step(
                 self.args.max_grad_norm,
-                agree=lambda seen: self._on_all_ranks(finite and seen),
+                agree=lambda seen: all_agree(finite and seen),
                 before=lambda: self.on_event("on_pre_optimizer_step"),
             )
         self.on_event("on_optimizer_step")
@@ -355,7 +356,7 @@ class Learner:
             max_episodes=max_episodes,
             max_tokens=self.args.max_tokens_per_micro_batch,
         )
-        return groups + [[]] * (self._largest(len(groups)) - len(groups))
+        return groups + [[]] * (largest(len(groups)) - len(groups))
 
     def _collate(
         self, steps: Steps, parts: list[Part], collator: StepRolloutCollator
@@ -394,37 +395,17 @@ class Learner:
         """Tokens, steps or episodes of a mini-batch on all ranks."""
         batch = rollout.batch
         mask = self._policy_mask(batch) & self._is_chosen(batch, chosen)[:, None]
-        return self._total(aggregation_count(mask, self.args.aggregation, batch.episode_index))
+        return _total(aggregation_count(mask, self.args.aggregation, batch.episode_index))
 
     def _value_denominator(self, rollout: Rollout, chosen: Sequence[int]) -> float:
         """Values of a mini-batch on all ranks."""
         batch, is_chosen = rollout.batch, self._is_chosen(rollout.batch, chosen)
         per_token = self.args.advantage_estimator == "token_gae"
-        return self._total((batch.action_mask & is_chosen[:, None]).sum() if per_token else is_chosen.sum())
+        return _total((batch.action_mask & is_chosen[:, None]).sum() if per_token else is_chosen.sum())
 
     def _is_chosen(self, batch: StepBatch, chosen: Sequence[int]) -> torch.Tensor:
         """(N,): the steps of the chosen episodes."""
         return torch.isin(batch.episode_index, torch.tensor(chosen, dtype=torch.long, device=batch.rewards.device))
-
-    def _total(self, count: torch.Tensor) -> float:
-        """A count over all ranks."""
-        return float(self.reduce(count.double()[None]))
-
-    def _largest(self, count: int) -> int:
-        """The largest of all ranks' counts."""
-        if self.accelerator.num_processes == 1:
-            return count
-        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
-
-    def reduce(self, statistics: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks."""
-        return (
-            self.accelerator.reduce(statistics, reduction="sum") if self.accelerator.num_processes > 1 else statistics
-        )
-
-    def _on_all_ranks(self, ok: bool) -> bool:
-        failed = torch.tensor([0.0 if ok else 1.0], dtype=torch.double, device=self.accelerator.device)
-        return float(self.reduce(failed)) == 0.0
 
     def _track_policy(
         self,
@@ -447,3 +428,8 @@ class Learner:
         stats.add("rollout/mismatch_kl", masked_sum(mismatch, mask), count)
         # Surprisal of whole episodes, as `objective/entropy` of `PPOTrainer`.
         stats.add("objective/entropy", masked_sum(-old, micro.action_mask), (micro.step_index == 0).sum())
+
+
+def _total(count: torch.Tensor) -> float:
+    """A count over all ranks."""
+    return float(summed(count.double()[None]))

@@ -11,8 +11,8 @@ import torch
 from tiny import make_config, make_episode, mixed_episodes
 
 from trl_steppo.batching import StepBatch, StepRolloutCollator
-from trl_steppo.trainer.credit import Credit, assign_credit
-from trl_steppo.trainer.ppo_trainer import _group_indices
+from trl_steppo.learning.estimators import assign_credit, group_indices
+from trl_steppo.learning.update import Credit
 from trl_steppo.types import Episode
 
 
@@ -28,7 +28,7 @@ def credit_of(
     """What `StepPOTrainer` does between scoring and learning."""
     config = make_config(tmp_path, **{"max_interaction_steps": 5, **settings})
     batch = StepRolloutCollator()(episodes)
-    groups, states = _group_indices(episodes, torch.device("cpu"))
+    groups, states = group_indices(episodes, torch.device("cpu"))
     credit = assign_credit(
         config,
         batch,
@@ -238,7 +238,7 @@ def test_gigpo_without_keys_groups_by_the_last_observation(tmp_path):
         make_episode("a", [0.0, 1.0], row=0, generation=0),
         make_episode("b", [0.0, 3.0], row=0, generation=1),
     ]
-    _, states = _group_indices(episodes, torch.device("cpu"))
+    _, states = group_indices(episodes, torch.device("cpu"))
     assert states.tolist() == [0, 1, 0, 1]
 
 
@@ -247,7 +247,7 @@ def test_a_state_key_that_cannot_be_hashed_ends_no_run():
         make_episode("a", [0.0, 0.0], states=[["x"], ("x", ["y"])]),
         make_episode("b", [0.0, 0.0], generation=1, states=[["x"], ["z"]]),
     ]
-    _, states = _group_indices(episodes, torch.device("cpu"))
+    _, states = group_indices(episodes, torch.device("cpu"))
     assert states.tolist() == [0, 1, 0, 2]
 
 
