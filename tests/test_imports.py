@@ -35,7 +35,7 @@ LAYERS: list[set[str]] = [
 LAYER = {stage: number for number, stages in enumerate(LAYERS) for stage in stages}
 FOUNDATION = LAYERS[0]
 INSIDE: dict[str, list[str]] = {
-    "learning": ["settings", "ranks", "metrics", "update", "balancing", "estimators", "network", "learner"],
+    "learning": ["ranks", "metrics", "update", "balancing", "estimators", "settings", "network", "learner"],
 }
 """The order of files within stages."""
 HEAVY = {"trl": {"trainer"}, "accelerate": {"learning", "trainer"}}

@@ -13,7 +13,6 @@ from tiny import distance, make_classifier, make_episode, make_model, make_train
 
 from trl_steppo import Episode, StepPOTrainer
 from trl_steppo.learning import learner as learner_module
-from trl_steppo.learning.estimators import assign_credit, group_indices
 from trl_steppo.learning.metrics import Means
 from trl_steppo.learning.update import Credit, Rollout, Scores
 from trl_steppo.losses import clipped_value_loss, kl_estimate
@@ -43,16 +42,7 @@ def judge(trainer: StepPOTrainer, episodes: Sequence[Episode]) -> tuple[Rollout,
     learner = trainer.learner
     rollout = learner.prepare(episodes)
     scores = learner.score(rollout)
-    groups, states = group_indices(episodes, torch.device("cpu"))
-    credit = assign_credit(
-        trainer.args,
-        rollout.batch,
-        token_penalties=torch.zeros_like(rollout.batch.rollout_logprobs),
-        values=scores.values,
-        bootstrap_values=scores.bootstrap_values,
-        group_index=groups,
-        state_index=states,
-    )
+    credit = trainer.args.estimator.assign(trainer.args, rollout, scores, None)
     return rollout, scores, credit
 
 

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+from .estimators import CreditSettings, Estimator
 
-class LearnerSettings(Protocol):
-    """What a [`StepPOConfig`] has, and a test may have instead. The meanings stand there."""
 
-    # Credit
-    advantage_estimator: Literal["step_gae", "token_gae", "grpo", "rloo", "reinforce_plus_plus", "gigpo"]
-    gamma: float
-    lam: float
-    whiten_rewards: bool
-    bootstrap_truncated: bool
-    max_interaction_steps: int | None
+class LearnerSettings(CreditSettings, Protocol):
+    """What the [`Learner`] reads of a [`StepPOConfig`], which says what the settings mean. Tests may pass others."""
 
     # The policy's loss
     importance_sampling_level: Literal["step", "token"]
     cliprange: float
     cliprange_high: float | None
-    kl_coef: float
-    kl_estimator: Literal["k1", "k3"]
     kl_loss_coef: float
     kl_loss_estimator: Literal["k1", "k2", "k3"]
     entropy_coef: float
@@ -30,6 +22,7 @@ class LearnerSettings(Protocol):
     rollout_correction_cap: float
 
     # The critic's loss
+    bootstrap_truncated: bool
     cliprange_value: float
     vf_coef: float
 
@@ -43,6 +36,9 @@ class LearnerSettings(Protocol):
     local_rollout_forward_batch_size: int
     max_tokens_per_micro_batch: int | None
 
+    # Derived
+    @property
+    def estimator(self) -> Estimator: ...
     @property
     def aggregation(self) -> Literal["step", "episode", "token"]: ...
     @property

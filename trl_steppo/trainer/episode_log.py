@@ -201,7 +201,7 @@ def _judged_steps(
     raw: torch.Tensor | None = None
     if scores.values is not None and credit.returns is not None:
         raw = credit.returns - scores.values
-    elif args.advantage_estimator != "reinforce_plus_plus":  # the one without a critic that whitens
+    elif not args.estimator.whitens:
         raw = advantages
     ratio = importance_ratio(new, old, mask, args.importance_sampling_level)
     high = args.cliprange if args.cliprange_high is None else args.cliprange_high

@@ -49,12 +49,11 @@ from ..compat.trl import ppo_bases
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
 from ..inference.base import vocabulary_size
-from ..learning.estimators import assign_credit, group_indices
+from ..learning.estimators import reference_kl, token_penalties
 from ..learning.learner import Learner
 from ..learning.metrics import Clock, Means
 from ..learning.ranks import gather_objects, summed, together
 from ..learning.update import Credit, Rollout, Scores
-from ..losses import kl_estimate
 from ..models import (
     AdapterReference,
     Critic,
@@ -551,26 +550,13 @@ class PPOTrainer(_Base):
 
     def _assign_credit(self, rollout: Rollout, scores: Scores) -> Credit:
         """Rewards and values to advantages and returns."""
-        batch = rollout.batch
-        penalties = torch.zeros_like(batch.rollout_logprobs)
-        if scores.ref_logprobs is not None:
-            old = scores.old_logprobs if scores.old_logprobs is not None else batch.rollout_logprobs
-            kl = kl_estimate(old, scores.ref_logprobs, batch.action_mask, self.args.kl_estimator)
-            penalties = -self.args.kl_coef * kl
+        args, batch = self.args, rollout.batch
+        kl, penalties = reference_kl(args, rollout, scores), token_penalties(args, rollout, scores)
+        if kl is not None:
             self._means.add("objective/kl", kl.sum(), batch.num_episodes)
         self._means.add("objective/non_score_reward", penalties.sum(), batch.num_episodes)
         self._means.add("objective/rlhf_reward", batch.rewards.sum() + penalties.sum(), batch.num_episodes)
-        groups, states = group_indices(rollout.episodes, batch.rewards.device)
-        credit = assign_credit(
-            self.args,
-            batch,
-            token_penalties=penalties,
-            values=scores.values,
-            bootstrap_values=scores.bootstrap_values,
-            group_index=groups,
-            state_index=states,
-            reduce=summed,
-        )
+        credit = args.estimator.assign(args, rollout, scores, summed)
         self._logs.update(credit.explained_variance)
         return credit
 
