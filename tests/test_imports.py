@@ -35,7 +35,17 @@ LAYERS: list[set[str]] = [
 LAYER = {stage: number for number, stages in enumerate(LAYERS) for stage in stages}
 FOUNDATION = LAYERS[0]
 INSIDE: dict[str, list[str]] = {
-    "learning": ["ranks", "metrics", "update", "balancing", "estimators", "settings", "network", "learner"],
+    "learning": [
+        "ranks",
+        "metrics",
+        "update",
+        "balancing",
+        "estimators",
+        "settings",
+        "network",
+        "objectives",
+        "learner",
+    ],
 }
 """The order of files within stages."""
 HEAVY = {"trl": {"trainer"}, "accelerate": {"learning", "trainer"}}

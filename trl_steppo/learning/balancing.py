@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch.nn.functional import pad
 
+from ..batching import LayoutName, divide
 from ..types import Episode
 from .ranks import gather_objects
 from .update import Credit, Lesson, Rollout, Scores, Steps
@@ -34,6 +36,26 @@ def lesson_of_all_ranks(rollout: Rollout, scores: Scores, credit: Credit) -> Les
         list(map(len, episodes)),
         PartialState().process_index,
     )
+
+
+def own_share(lesson: Lesson, chosen: Sequence[Sequence[int]], layout: LayoutName) -> list[int]:
+    """
+    The episodes of a mini-batch that this rank forwards.
+
+    Args:
+        lesson ([`Lesson`]):
+            What is learned.
+        chosen (`Sequence[Sequence[int]]`):
+            For each rank of the lesson, the episodes of its own that are in the mini-batch.
+        layout (`str`):
+            How steps share their prefixes; see [`StepRolloutCollator`].
+    """
+    if len(chosen) == 1:
+        return list(chosen[0])
+    starts = accumulate(lesson.num_episodes, initial=0)
+    mini_batch = [start + index for start, of_rank in zip(starts, chosen, strict=False) for index in of_rank]
+    rows = [episode.stream_position for episode in lesson.steps.episodes]
+    return divide(mini_batch, lesson.steps.sequences, rows, layout=layout, num_ranks=len(chosen))[lesson.rank]
 
 
 def _bare(episode: Episode) -> Episode:

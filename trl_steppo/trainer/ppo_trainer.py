@@ -534,7 +534,7 @@ class PPOTrainer(_Base):
     def _score(self, rollout: Rollout) -> Scores:
         """Log-probabilities and values under the weights before the update."""
         with self.clock.measure("forward_s"):
-            scores = self.learner.score(rollout)
+            scores = self.learner.evaluate(rollout)
         args = self.args
         add_age_metrics(self._means, rollout.batch, version=self.state.global_step, max_staleness=args.max_staleness)
         differs = args.max_staleness > 0 or args.use_vllm or args.correction != "none"
