@@ -20,7 +20,7 @@ def test_what_fails_on_another_rank_is_raised_here(monkeypatch) -> None:
     assert ranks.together(lambda: 7) == 7
     with pytest.raises(OSError, match="broken"):
         ranks.together(lambda: (_ for _ in ()).throw(OSError("broken")))
-    other = ranks._that_travels(RolloutError("no server"))
+    other = ranks._sendable(RolloutError("no server"))
     monkeypatch.setattr(ranks, "gather_objects", lambda own: [*own, other])
     with pytest.raises(RolloutError, match="on another rank: no server"):
         ranks.together(lambda: 7)

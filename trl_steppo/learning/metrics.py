@@ -1,4 +1,4 @@
-"""Metrics of an update: means that add up over micro-batches, episodes and ranks, and times."""
+"""Metrics of an update: means over micro-batches, episodes and ranks, and times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .ranks import gather_objects
 
 
 class Means:
-    """Weighted means by name. `add` any number of times on any rank, then read them all with `reduced`."""
+    """Weighted means by name. `add` any number of times on any rank, then read all of them with `reduced`."""
 
     def __init__(self) -> None:
         self._sums: defaultdict[str, float] = defaultdict(float)
@@ -25,12 +25,12 @@ class Means:
         self._counts[name] += float(count)
 
     def merge(self, other: Means) -> None:
-        """Add all that `other` has."""
+        """Add all sums and counts of `other`."""
         for name, total in other._sums.items():
             self.add(name, total, other._counts[name])
 
     def reduced(self) -> dict[str, float]:
-        """The means over all ranks; a name without a single element is absent. Every rank must call it."""
+        """The means over all ranks, without names that have no element. Collective: every rank must call this."""
         sums: defaultdict[str, float] = defaultdict(float)
         counts: defaultdict[str, float] = defaultdict(float)
         for rank_sums, rank_counts in gather_objects([(dict(self._sums), dict(self._counts))]):
@@ -41,7 +41,7 @@ class Means:
 
 
 class Clock:
-    """Seconds spent by name."""
+    """Seconds spent, by name."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)

@@ -1,8 +1,8 @@
 """What ranks do together: exchange Python objects and statistics, agree, and fail together.
 
-Python objects go over gloo. Ranks wait here for the slowest of them to have played its episodes. Waiting inside NCCL
-would end all of them after `ddp_timeout`: its watchdog ends a rank that waits for one that hangs. A rank that dies
-ends the others here, too: its connections are closed.
+Python objects are exchanged over gloo. Here a rank waits until the slowest rank has played its episodes. The same wait
+in NCCL would end all ranks after `ddp_timeout`, because its watchdog takes the waiting rank for one that hangs. If a
+rank dies, the others still end: its connections are closed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -23,56 +23,58 @@ from ..stopping import StopRequestedError
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=1)  # `max_episode_s` bounds what is waited for
-_KINDS = (StopRequestedError, ConfigurationError, DataError, CheckpointError, SamplerError, RolloutError)
+_TIMEOUT = timedelta(days=1)  # of exchanged objects; `max_episode_s` bounds how long episodes take
+_SENT_ERRORS = (StopRequestedError, ConfigurationError, DataError, CheckpointError, SamplerError, RolloutError)
 
-_groups: dict[Any, Any] = {}  # the gloo group of each process group of all ranks; a process has one in its life
+# The gloo group for each group of all ranks. A process has one in its life; a test may have several.
+_groups: dict[torch.distributed.ProcessGroup, torch.distributed.ProcessGroup] = {}
 
 
 # -- objects ----------------------------------------------------------------------------------------------------------
 
 
-def gather_objects(own: list[T]) -> list[T]:
+def gather_objects(items: list[T]) -> list[T]:
     """
-    The lists of all ranks, one behind the other. Every rank must call it.
+    The lists of all ranks, joined in the order of the ranks. Collective: every rank must call this.
 
     Args:
-        own (`list`):
-            What can be pickled, any number of it.
+        items (`list`):
+            Objects that can be pickled, any number of them.
     """
     if PartialState().num_processes == 1:
-        return own
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own, group=_object_group())
-    return [one for of_rank in found for one in of_rank]
+        return items
+    lists: list[list[T]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(lists, items, group=_object_group())
+    return [item for of_rank in lists for item in of_rank]
 
 
-def from_first_rank(own: T) -> T:
-    """What the first rank has. Every rank must call it."""
+def from_first_rank(value: T) -> T:
+    """The first rank's value. Collective: every rank must call this."""
     if PartialState().num_processes == 1:
-        return own
-    found = [own]
-    torch.distributed.broadcast_object_list(found, src=0, group=_object_group())
-    return found[0]
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0, group=_object_group())
+    return values[0]
 
 
-def _object_group() -> Any:
-    """A gloo group of all ranks, made when they first meet here, whatever their tensors go over."""
-    everyone = torch.distributed.group.WORLD
-    if everyone not in _groups:
+def _object_group() -> torch.distributed.ProcessGroup:
+    """A gloo group of all ranks, whatever backend their tensors use. Made at the first exchange."""
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    if world not in _groups:
         if not _groups:
-            atexit.register(_end)
-        _groups[everyone] = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
-    return _groups[everyone]
+            atexit.register(_destroy_groups)
+        _groups[world] = torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
+    return _groups[world]
 
 
-def _end() -> None:
+def _destroy_groups() -> None:
     """
-    Let go of all groups, which ends their threads: one that drops a tensor while the interpreter ends would abort it.
+    Destroy all groups, which ends their threads. A thread that frees a tensor while the interpreter ends aborts it.
     """
     while _groups:
         _, group = _groups.popitem()
-        with suppress(Exception):  # it may have ended with the group of all ranks
+        with suppress(Exception):  # it may have been destroyed with the group of all ranks
             torch.distributed.destroy_process_group(group)
 
 
@@ -80,7 +82,7 @@ def _end() -> None:
 
 
 def summed(statistics: torch.Tensor) -> torch.Tensor:
-    """The elementwise sum over ranks of a tensor on their device. Collective: every rank must call this."""
+    """The elementwise sum over ranks of a tensor. Collective: every rank must call this."""
     return reduce(statistics, reduction="sum") if PartialState().num_processes > 1 else statistics
 
 
@@ -102,47 +104,60 @@ def all_agree(is_true: bool) -> bool:
 
 @dataclass
 class Caught:
-    """What a block raised, if it did."""
+    """The exception of a block, if it raised one."""
 
     error: Exception | None = None
 
 
 @contextmanager
 def caught() -> Iterator[Caught]:
-    """Keeps an exception for later; libraries wrap "no space left" in exceptions of their own, so any."""
-    found = Caught()
+    """Keep an exception of the block for later. Any: libraries wrap "no space left" in exceptions of their own."""
+    result = Caught()
     try:
-        yield found
+        yield result
     except Exception as error:
-        found.error = error
+        result.error = error
 
 
-def first_failure(found: Caught, gather: Callable[[list[Any]], list[Any]] = gather_objects) -> str | None:
-    """What the first rank caught that caught anything, told to all of them. Every rank must call it."""
-    failures = gather([None if found.error is None else str(found.error)])
+def first_failure(
+    result: Caught, gather: Callable[[list[str | None]], list[str | None]] = gather_objects
+) -> str | None:
+    """The message of the first rank that caught an exception. Collective: every rank must call this."""
+    failures = gather([None if result.error is None else str(result.error)])
     return next((failure for failure in failures if failure is not None), None)
 
 
-def together(act: Callable[[], T], within: AbstractContextManager[Any] | None = None) -> T:
+def together(act: Callable[[], T], within: AbstractContextManager[object] | None = None) -> T:
     """
-    Do something on every rank, `within` some context, which is left when all have done it. What fails on one is raised
-    on all of them then, so that none waits for another: where it failed as it is, elsewhere as the error of this
-    package that it is nearest to. Every rank must call it.
+    Do something on every rank. If it fails on one, it fails on all of them, so that none waits for another.
+    Collective: every rank must call this.
+
+    Args:
+        act (`Callable`):
+            What to do.
+        within (`AbstractContextManager`, *optional*):
+            A context to do it in. It is left when all ranks have done it.
+
+    Returns:
+        What `act` returned on this rank.
+
+    Raises:
+        The exception of `act` where it failed; elsewhere the error of this package that is nearest to it.
     """
     with within or nullcontext():
-        with caught() as found:
-            result = act()
-        failures = gather_objects([None if found.error is None else _that_travels(found.error)])
-    if found.error is not None:
-        raise found.error
+        with caught() as result:
+            value = act()
+        failures = gather_objects([None if result.error is None else _sendable(result.error)])
+    if result.error is not None:
+        raise result.error
     for failure in failures:
         if failure is not None:
             raise failure
-    return result
+    return value
 
 
-def _that_travels(error: Exception) -> StepPOError:
-    """The same as a plain one of this package: one's own class may not be known elsewhere, or not be built so."""
-    kind = next((kind for kind in _KINDS if isinstance(error, kind)), RolloutError)
+def _sendable(error: Exception) -> StepPOError:
+    """The same error in a class of this package: other classes may be unknown to other ranks, or not picklable."""
+    kind = next((kind for kind in _SENT_ERRORS if isinstance(error, kind)), RolloutError)
     what = str(error) if isinstance(error, StepPOError) else f"{type(error).__name__}: {error}"
     return kind(f"on another rank: {what}")

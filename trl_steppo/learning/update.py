@@ -1,4 +1,4 @@
-"""What one update knows: the steps of its episodes, what the networks say of them, and what is learned from them."""
+"""Data of one update: steps, what the networks say of them, the credit of their actions, and what is learned."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..types import Episode
 @dataclass(frozen=True)
 class Steps:
     """
-    The steps of episodes, counted in the order of the episodes.
+    The steps of episodes, numbered from 0 in the order of the episodes.
 
     Args:
         episodes (`Sequence[Episode]`):
-            Valid ones.
+            Valid episodes.
         sequences (`list[list[np.ndarray]]`):
-            Of each episode, its steps' tokens.
+            For each episode, the tokens of its steps.
         first_step (`list[int]`):
-            Number of each episode's first step.
+            For each episode, the number of its first step.
     """
 
     episodes: Sequence[Episode]
@@ -33,14 +33,22 @@ class Steps:
 
     @classmethod
     def of(cls, episodes: Sequence[Episode]) -> Steps:
-        """Count them."""
+        """Number the steps of valid episodes."""
         sequences = [[step_ids(step) for step in episode.steps] for episode in episodes]
         return cls(episodes, sequences, list(accumulate(map(len, sequences), initial=0))[:-1])
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """The valid episodes of one update on this rank, and the tensors that describe all their steps."""
+    """
+    The valid episodes of one update on this rank.
+
+    Args:
+        steps ([`Steps`]):
+            Their steps.
+        batch ([`StepBatch`]):
+            The tensors of all their steps.
+    """
 
     steps: Steps
     batch: StepBatch
@@ -53,15 +61,16 @@ class Rollout:
 @dataclass(frozen=True)
 class Scores:
     """
-    What the networks say before the update, step-major over the rollout.
+    What the networks say before the update, step-major over a rollout.
 
     Args:
         old_logprobs, ref_logprobs (`torch.Tensor`, *optional*):
-            (N, A). Without `old_logprobs`, the training pass gives them: nothing has moved before its only step.
+            (N, A), under the policy and under the reference. Without `old_logprobs`, the training pass computes them:
+            the weights have not changed before its only step.
         values (`torch.Tensor`, *optional*):
-            (N,) for `step_gae`, (N, A) for `token_gae`.
+            (N,) or (N, A), as the [`Estimator`] wants them; `None` without a critic.
         bootstrap_values (`torch.Tensor`, *optional*):
-            (E,), 0 where an episode terminated.
+            (E,), the value after each episode's last step; 0 where the episode terminated.
     """
 
     old_logprobs: torch.Tensor | None
@@ -73,13 +82,13 @@ class Scores:
 @dataclass(frozen=True)
 class Credit:
     """
-    What the update learns from.
+    What the steps of a rollout are worth.
 
     Args:
         advantages (`torch.Tensor`):
-            (N, A), whitened where the estimator asks for it; 0 where masked.
+            (N, A), whitened if the [`Estimator`] whitens; 0 where masked.
         returns (`torch.Tensor`, *optional*):
-            Targets of the critic, not whitened: (N,), or (N, A) for `token_gae`. `None` without a critic.
+            The critic's targets, in the shape of its values; not whitened. `None` without a critic.
         explained_variance (`dict[str, float]`):
             `critic/explained_variance`, and by step index; a key is absent where the returns do not vary.
     """
@@ -92,17 +101,17 @@ class Credit:
 @dataclass(frozen=True)
 class Lesson:
     """
-    What micro-batches are cut from.
+    What is learned in one update: the steps that micro-batches are cut from.
 
     Args:
         steps ([`Steps`]):
-            Of this rank, or of all ranks, one after another.
+            The steps of this rank, or those of all ranks in their order.
         scores ([`Scores`]), credit ([`Credit`]):
             Of these steps.
         num_episodes (`list[int]`):
-            How many of the episodes are from each of these ranks.
+            For each rank whose steps these are, its number of episodes.
         rank (`int`):
-            Which of these is this one.
+            The index of this rank in `num_episodes`.
     """
 
     steps: Steps

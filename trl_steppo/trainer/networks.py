@@ -20,7 +20,7 @@ from ..compat.torch import become_root
 from ..compat.transformers import decoder_layers
 from ..compat.trl import frozen_engine, pause_zero_hooks, resume_zero_hooks
 from ..errors import CheckpointError, ConfigurationError
-from ..learning.network import HALVES, Network
+from ..learning.network import HALF_DTYPES, Network
 from ..models import gathered, is_sharded, shard_like, take_shards, whole_tensor
 from .checkpoints import SHARDS, load_optimizer_state, load_scheduler_state, reading
 from .steppo_config import StepPOConfig
@@ -167,7 +167,7 @@ def engine_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """The type that DeepSpeed or FSDP2 gives the weights of layers in mixed precision; `None`: their own."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED and not is_fsdp2(accelerator):
         return None
-    return HALVES.get(accelerator.mixed_precision)
+    return HALF_DTYPES.get(accelerator.mixed_precision)
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
@@ -192,7 +192,7 @@ def hold_in_float32(accelerator: Accelerator, network: nn.Module, name: str) -> 
         name (`str`):
             What messages call it.
     """
-    trained = [p for p in network.parameters() if p.requires_grad and p.dtype in HALVES.values()]
+    trained = [p for p in network.parameters() if p.requires_grad and p.dtype in HALF_DTYPES.values()]
     if not trained:
         return
     dtype = str(trained[0].dtype).removeprefix("torch.")
