@@ -169,7 +169,7 @@ def train_ours(
         patch.setattr("trl_steppo.trainer.ppo_trainer.make_engine", lambda *args, **more: FixedEngine(replay))
         trainer = make_trainer(OurPPOTrainer, args, networks, dataset)
         trainer.rows = replay
-        patch.setattr("trl_steppo.trainer.learner.mini_batches", replay.mini_batches)
+        patch.setattr("trl_steppo.learning.learner.mini_batches", replay.mini_batches)
         trainer.train()
     assert not replay.permutations, "PPOTrainer made more epochs"
     return [weights(trainer.model), weights(trainer.value_model)]

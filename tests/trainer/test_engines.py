@@ -20,10 +20,9 @@ from tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, message
 from transformers import TrainerCallback
 
 from trl_steppo import FixedEngine, StepPOTrainer, StopReason
-from trl_steppo.errors import ConfigurationError, RolloutError, SamplerError
+from trl_steppo.errors import ConfigurationError, SamplerError
 from trl_steppo.inference.base import Sample
 from trl_steppo.rollout import episode_file, load_episodes
-from trl_steppo.trainer import exchange
 from trl_steppo.types import TokenIds
 
 UPDATES = 4
@@ -165,17 +164,6 @@ def test_a_run_that_is_stopped_leaves_no_rollout_behind(tmp_path) -> None:
     assert trainer.state.global_step == 1
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("rollout")]
     assert trainer.evaluate()["eval_failed_episodes"] == 0
-
-
-def test_what_fails_on_another_rank_is_raised_here(monkeypatch) -> None:
-    monkeypatch.setattr(exchange, "gather_objects", lambda own: own)
-    assert exchange.together(lambda: 7) == 7
-    with pytest.raises(OSError, match="broken"):
-        exchange.together(lambda: (_ for _ in ()).throw(OSError("broken")))
-    other = exchange._that_travels(RolloutError("no server"))
-    monkeypatch.setattr(exchange, "gather_objects", lambda own: [*own, other])
-    with pytest.raises(RolloutError, match="on another rank: no server"):
-        exchange.together(lambda: 7)
 
 
 def test_an_evaluation_alone_starts_a_process_and_ends_it(tmp_path) -> None:

@@ -751,8 +751,8 @@ def test_a_run_that_learned_nothing_is_an_error(tmp_path):
 
 def test_a_run_whose_every_step_was_skipped_is_an_error(tmp_path):
     trainer = make_trainer(tmp_path, environment_factory=Hash)
-    trainer.learner._policy_loss = lambda *args: next(trainer.model.parameters()).sum() * float("nan")
-    trainer.learner._value_loss = lambda *args: next(trainer.value_model.parameters()).sum() * float("nan")
+    trainer.learner.policy_objective.loss = lambda *args: next(trainer.model.parameters()).sum() * float("nan")
+    trainer.learner.value_objective.loss = lambda *args: next(trainer.value_model.parameters()).sum() * float("nan")
     before = weights(trainer.model)
     with pytest.raises(
         RolloutError, match=r"none of the run's 2 updates.*update 1: its loss or gradient was not a fin"

@@ -27,11 +27,11 @@ from ..inference.vllm import VLLMSampler
 from ..inference.vllm_server import Weights
 from ..inference.vllm_transfer import Join, nccl_join
 from ..inference.worker import WorkerSampler
+from ..learning.network import Network, numerics_of
+from ..learning.ranks import from_first_rank, together
 from ..models import is_peft_model, plain_model, whole_parameters, whole_state_dict
 from ..numerics import give_back_memory
-from .exchange import together
-from .networks import Network, cast_parameters, engine_dtype, numerics_of
-from .ranks import from_first_rank
+from .networks import cast_parameters, engine_dtype
 from .steppo_config import StepPOConfig
 
 _OWNER = ".trl-steppo-weights.json"

@@ -520,7 +520,7 @@ class EpisodePlayer:
             slots=self._tool_slots,
             hidden_columns=self._hidden_columns,
             # Each is a call to another thread. Recorded episodes may be trained on with `gigpo` later.
-            reads_state_keys=self.args.advantage_estimator == "gigpo" or self.args.dump_episodes_dir is not None,
+            reads_state_keys=self.args.estimator.compares_states or self.args.dump_episodes_dir is not None,
         )
 
     def score(

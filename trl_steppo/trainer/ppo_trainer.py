@@ -49,7 +49,11 @@ from ..compat.trl import ppo_bases
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
 from ..inference.base import Sampler, vocabulary_size
-from ..losses import kl_estimate
+from ..learning.estimators import reference_kl, token_penalties
+from ..learning.learner import Learner
+from ..learning.metrics import Clock, Means
+from ..learning.ranks import gather_objects, summed, together
+from ..learning.update import Credit, Rollout, Scores
 from ..models import (
     AdapterReference,
     Critic,
@@ -99,20 +103,17 @@ from .checks import (
     refuse_unsupported,
     warn_of_waiting,
 )
-from .credit import Credit, assign_credit
 from .data_stream import check_same_order, checksum, column_names, first_rows, make_rows, numbered_rows
 from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
 from .description import describe_task
 from .engines import Engine, check_engine, counts_of, make_engine
 from .episode_log import EpisodeLog
-from .exchange import Rollout, Scores, together
-from .learner import Learner
 from .loading import Loader
-from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics, beside
+from .metrics import add_age_metrics, add_correction_metrics, add_episode_metrics, beside
 from .model_card import model_card
 from .networks import (
     DeepSpeedNetwork,
-    Network,
+    SavedNetwork,
     build_networks,
     build_reference,
     hold_in_float32,
@@ -120,7 +121,6 @@ from .networks import (
 )
 from .player import EpisodePlayer, factories_of
 from .ppo_config import PPOConfig
-from .ranks import gather_objects
 from .reward_models import RewardFuncs, RewardModel, load_reward_funcs
 from .steppo_config import StepPOConfig
 
@@ -500,7 +500,7 @@ class PPOTrainer(_Base):
             logger.warning(f"update {self.state.global_step + 1}: {count} of {len(episodes)} episodes failed: {error}")
         cut = [sum(episode.stop_reason is reason for episode in episodes) for reason in _BUDGETS_BY_DEFAULT]
         counts = torch.tensor([float(len(valid)), *map(float, cut)], device=self.accelerator.device)
-        num_valid, *cut = map(int, self.learner.reduce(counts).tolist())
+        num_valid, *cut = map(int, summed(counts).tolist())
         self._tell_of_cut(dict(zip(_BUDGETS_BY_DEFAULT, cut, strict=True)))
         if not num_valid:
             return None
@@ -540,7 +540,7 @@ class PPOTrainer(_Base):
     def _score(self, rollout: Rollout) -> Scores:
         """Log-probabilities and values under the weights before the update."""
         with self.clock.measure("forward_s"):
-            scores = self.learner.score(rollout)
+            scores = self.learner.evaluate(rollout)
         args = self.args
         add_age_metrics(self._means, rollout.batch, version=self.state.global_step, max_staleness=args.max_staleness)
         differs = args.max_staleness > 0 or args.use_vllm or args.correction != "none"
@@ -556,26 +556,13 @@ class PPOTrainer(_Base):
 
     def _assign_credit(self, rollout: Rollout, scores: Scores) -> Credit:
         """Rewards and values to advantages and returns."""
-        batch = rollout.batch
-        penalties = torch.zeros_like(batch.rollout_logprobs)
-        if scores.ref_logprobs is not None:
-            old = scores.old_logprobs if scores.old_logprobs is not None else batch.rollout_logprobs
-            kl = kl_estimate(old, scores.ref_logprobs, batch.action_mask, self.args.kl_estimator)
-            penalties = -self.args.kl_coef * kl
+        args, batch = self.args, rollout.batch
+        kl, penalties = reference_kl(args, rollout, scores), token_penalties(args, rollout, scores)
+        if kl is not None:
             self._means.add("objective/kl", kl.sum(), batch.num_episodes)
         self._means.add("objective/non_score_reward", penalties.sum(), batch.num_episodes)
         self._means.add("objective/rlhf_reward", batch.rewards.sum() + penalties.sum(), batch.num_episodes)
-        groups, states = _group_indices(rollout.episodes, batch.rewards.device)
-        credit = assign_credit(
-            self.args,
-            batch,
-            token_penalties=penalties,
-            values=scores.values,
-            bootstrap_values=scores.bootstrap_values,
-            group_index=groups,
-            state_index=states,
-            reduce=self.learner.reduce,
-        )
+        credit = args.estimator.assign(args, rollout, scores, summed)
         self._logs.update(credit.explained_variance)
         return credit
 
@@ -931,9 +918,9 @@ class PPOTrainer(_Base):
         together(lambda: check_whole(directory, reads_all=reads_all))
         self._load_networks(directory)
 
-    def _network_folders(self, directory: Path) -> list[tuple[Path, Network]]:
+    def _network_folders(self, directory: Path) -> list[tuple[Path, SavedNetwork]]:
         """Where each optimizer and schedule is kept; one that both networks share stands with the policy."""
-        policy, critic = self.learner.policy, self.learner.critic
+        policy, critic = self._networks
         if critic is None or critic.optimizer is policy.optimizer:
             return [(directory, policy)]
         return [(directory, policy), (directory / "critic", critic)]
@@ -1037,6 +1024,7 @@ class PPOTrainer(_Base):
             optimizers=optimizers,
             decay_parameter_names=self.get_decay_parameter_names,
         )
+        self._networks = policy, critic
         self.optimizer, self.lr_scheduler, self.model_wrapped = policy.optimizer, policy.scheduler, policy.module
         handler = self.callback_handler
         handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
@@ -1375,30 +1363,6 @@ def _datasets(eval_dataset: Any) -> list[Any]:
     given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
     is_empty = lambda dataset: isinstance(dataset, Sized) and not len(dataset)  # noqa: E731
     return [dataset for dataset in given if dataset is not None and not is_empty(dataset)]
-
-
-def _group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(E,) equal for the episodes of a row, and (N,) equal for the steps of a row that were taken in one state."""
-    states: dict[tuple[int, Any], int] = {}
-    step_states = []
-    for episode in episodes:
-        observed: Any = None  # the state of a step that has no key of its own: what was observed last
-        for step in episode.steps:
-            key = step.info.get("state_key", repr(observed))
-            step_states.append(states.setdefault((episode.stream_position, _hashable(key)), len(states)))
-            observed = step.observation
-    rows: dict[int, int] = {}
-    groups = [rows.setdefault(episode.stream_position, len(rows)) for episode in episodes]
-    return torch.tensor(groups, device=device).long(), torch.tensor(step_states, device=device).long()
-
-
-def _hashable(key: Any) -> Any:
-    """A user's key that cannot be one (a list, say) as text: no reason for a run to end."""
-    try:
-        hash(key)
-    except TypeError:
-        return repr(key)
-    return key
 
 
 @contextmanager

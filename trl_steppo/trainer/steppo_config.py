@@ -14,6 +14,7 @@ from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
 from ..finite import LARGEST, shown
 from ..inference.base import MIN_TEMPERATURE
+from ..learning.estimators import ESTIMATORS, Estimator, EstimatorName
 from .grpo_settings import converted, names_unknown_settings
 from .ppo_config import PPOConfig, accelerator_has_bf16
 
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
 
 logger = transformers.utils.logging.get_logger(__name__)
 
-GROUP_BASELINES = ("grpo", "rloo", "gigpo")
-"""Estimators that compare the episodes of one row with each other."""
-
-CRITIC_ESTIMATORS = ("step_gae", "token_gae")
+CRITIC_ESTIMATORS = tuple(name for name, estimator in ESTIMATORS.items() if estimator.values is not None)
 """Estimators that need a critic."""
 
 
@@ -197,7 +195,7 @@ class StepPOConfig(PPOConfig):
     num_ppo_epochs: int = field(default=1, metadata={"help": "Passes of the policy over a batch."})
 
     # The algorithm
-    advantage_estimator: Literal["step_gae", "token_gae", "grpo", "rloo", "reinforce_plus_plus", "gigpo"] = field(
+    advantage_estimator: EstimatorName = field(
         default="step_gae", metadata={"help": "How credit is assigned; step_gae is StepPO, token_gae is PPO."}
     )
     importance_sampling_level: Literal["step", "token"] = field(
@@ -346,9 +344,14 @@ class StepPOConfig(PPOConfig):
         self._check_combinations()
 
     @property
+    def estimator(self) -> Estimator:
+        """What `advantage_estimator` names."""
+        return ESTIMATORS[self.advantage_estimator]
+
+    @property
     def uses_critic(self) -> bool:
         """Whether the estimator reads values."""
-        return self.advantage_estimator in CRITIC_ESTIMATORS
+        return self.estimator.values is not None
 
     @property
     def uses_reference(self) -> bool:
@@ -358,7 +361,7 @@ class StepPOConfig(PPOConfig):
     @property
     def aggregation(self) -> Literal["step", "episode", "token"]:
         """`loss_aggregation`, resolved."""
-        return self.loss_aggregation or ("token" if self.advantage_estimator == "token_gae" else "step")
+        return self.loss_aggregation or self.estimator.aggregation
 
     @property
     def correction(self) -> Literal["none", "truncate", "mask"]:
@@ -501,7 +504,7 @@ class StepPOConfig(PPOConfig):
                 bounds = f"{'(' if excluded else '['}{lowest}, {highest}{']' if highest < math.inf else ')'}"
                 raise ConfigurationError(f"`{name}` is {shown(value)}; set it to a number in {bounds}")
         choices = {
-            "advantage_estimator": (*CRITIC_ESTIMATORS, *GROUP_BASELINES, "reinforce_plus_plus"),
+            "advantage_estimator": tuple(ESTIMATORS),
             "importance_sampling_level": ("step", "token"),
             "loss_aggregation": (None, "step", "episode", "token"),
             "kl_estimator": ("k1", "k3"),
@@ -516,7 +519,6 @@ class StepPOConfig(PPOConfig):
                 raise ConfigurationError(f"`{name}` is {getattr(self, name)!r}; choose one of {allowed}")
 
     def _check_combinations(self) -> None:
-        estimator = self.advantage_estimator
         episodes = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if episodes % self.num_generations:
             raise ConfigurationError(
@@ -529,10 +531,10 @@ class StepPOConfig(PPOConfig):
                 f"`num_mini_batches`={self.num_mini_batches} exceeds the {episodes} episodes a rank plays per update; "
                 "every mini-batch needs an episode"
             )
-        if estimator in GROUP_BASELINES and self.num_generations < 2:
+        if self.estimator.compares_episodes and self.num_generations < 2:
             raise ConfigurationError(
-                f"`advantage_estimator`={estimator!r} compares the episodes of one row, and `num_generations` is "
-                f"{self.num_generations}; set `num_generations` to at least 2"
+                f"`advantage_estimator`={self.advantage_estimator!r} compares the episodes of one row, and "
+                f"`num_generations` is {self.num_generations}; set `num_generations` to at least 2"
             )
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ConfigurationError(
@@ -575,7 +577,7 @@ class StepPOConfig(PPOConfig):
                 ),
             ),
             (
-                self.advantage_estimator in ("grpo", "rloo"),
+                not self.estimator.discounts,
                 f"{estimator}, which compares undiscounted returns",
                 ("gamma",),
             ),
