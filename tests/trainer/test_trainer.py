@@ -100,9 +100,7 @@ def test_trl_style_environment(tmp_path, caplog):
     def script(row: int, generation: int, step: int) -> str:
         return call("look", where="there") if step <= row % 2 else f"done{'<|im_end|>'}"
 
-    trainer = make_trainer(
-        tmp_path, environment_factory=Look, train_dataset=message_rows(), engine=scripted(script)
-    )
+    trainer = make_trainer(tmp_path, environment_factory=Look, train_dataset=message_rows(), engine=scripted(script))
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "max_interaction_steps" not in caplog.text

@@ -699,9 +699,9 @@ class PPOTrainer(_Base):
     def _generating(self) -> Iterator[None]:
         """Context of a rollout that is waited for. Collective: every rank must enter it, even with nothing to play."""
         # A run has started its engine; an evaluation outside of one starts it for itself.
-        with nullcontext() if self.is_in_train else self.engine.running(self.state.global_step):
-            with self.engine.sampling():
-                yield
+        running = nullcontext() if self.is_in_train else self.engine.running(self.state.global_step)
+        with running, self.engine.sampling():
+            yield
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
