@@ -114,10 +114,10 @@ def test_every_stage_has_a_layer():
 
 
 def test_the_reader_sees_what_there_is():
-    """Of a file whose imports are known."""
-    path = PACKAGE / "learning" / "learner.py"
-    assert {"batching", "losses", "masked", "types", "learning"} <= stages_imported(path)
-    assert ("accelerate", True) in set(imports(path))
+    """Of files whose imports are known."""
+    objectives, learner = (PACKAGE / "learning" / name for name in ("objectives.py", "learner.py"))
+    assert {"batching", "losses", "masked", "models", "learning"} <= stages_imported(objectives)
+    assert ("accelerate", True) in set(imports(learner))
     assert ("trl.experimental.ppo", False) in set(imports(PACKAGE / "compat" / "trl.py"))
 
 
