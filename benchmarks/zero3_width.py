@@ -19,9 +19,9 @@ import torch
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.cli import CONFIGS
 from trl_steppo.memory import Setting, load_config, plan, shape_of
-from trl_steppo.models import MINI_WIKI_POLICY
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPE = EXAMPLES / "configs" / "hotpotqa_qwen2.5_3b_8gpu.yaml"

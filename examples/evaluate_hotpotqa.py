@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+from trl_steppo.assets import locate_model
 from trl_steppo.chat import ChatFormat, parse_hermes
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import Message, Playable, Response
@@ -38,7 +39,7 @@ from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
 from trl_steppo.environments.tools import MISTAKES
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
-from trl_steppo.models import end_token_ids, locate_model
+from trl_steppo.models import end_token_ids
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes
 
 SCORES = ("exact_match", "f1", "answered", "steps", "tool_errors")

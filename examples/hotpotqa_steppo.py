@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.assets import locate_model
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset, valid_calls
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
-from trl_steppo.models import locate_model
 
 RECIPES = Path(__file__).parent / "configs"
 

@@ -1,8 +1,8 @@
 """
 Make the built-in policy: a tokenizer and a small Qwen2 model, warm-started on scripted demonstrations.
 
-    python examples/make_mini_wiki_policy.py --output_dir trl_steppo/models/mini_wiki
-    python examples/make_mini_wiki_policy.py --thinks true --output_dir trl_steppo/models/mini_wiki_thinking
+    python examples/make_mini_wiki_policy.py --output_dir trl_steppo/assets/mini_wiki
+    python examples/make_mini_wiki_policy.py --thinks true --output_dir trl_steppo/assets/mini_wiki_thinking
 
 Most of the demonstrations are bad on purpose: they stop one hop too early, or follow the wrong link. The policy
 that imitates them knows the format and, from looking up single facts, how to read a passage; but its most likely

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.assets import ROOMS_POLICY
 from trl_steppo.environments.rooms import RoomsEnvironment, make_rooms
-from trl_steppo.models import ROOMS_POLICY
 
 RECIPE = Path(__file__).parent / "configs" / "rooms.yaml"
 

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import SYSTEM_PROMPT, exact_match, hotpotqa_dataset
 from trl_steppo.environments.hotpotqa.environment import format_passages
-from trl_steppo.models import MINI_WIKI_POLICY
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 DATA = hotpotqa_dataset("mini_wiki")

@@ -15,7 +15,8 @@ import trl_steppo
 PACKAGE = Path(trl_steppo.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"types", "errors", "masked", "durable", "calls", "compat", "finite", "keeper", "modes", "numerics", "stopping"},
+    {"types", "errors", "masked", "durable", "calls", "compat", "finite", "keeper", "modes", "numerics", "stopping"}
+    | {"assets", "moved"},
     {"environments", "chat", "inference", "batching", "advantages", "losses", "models"},
     {"gateway"},
     {"rollout"},

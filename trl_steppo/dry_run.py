@@ -139,7 +139,7 @@ def dry_run(path: Path, *, dataset_name: str | None = None, config_file: str | N
 
 def _config(name: str) -> tuple[Any, str]:
     """The policy's configuration, made small."""
-    from .models import locate_model
+    from .assets import locate_model
 
     name = locate_model(name)
     shape = next((known for known in SHAPES if f"{name.split('/')[-1]}-".startswith(f"{known}-")), name)
@@ -159,7 +159,7 @@ def _config(name: str) -> tuple[Any, str]:
 def _tokenizer(name: str) -> tuple[Any, str]:
     from transformers import AutoTokenizer
 
-    from .models import MINI_WIKI_POLICY, locate_model
+    from .assets import MINI_WIKI_POLICY, locate_model
 
     try:
         return AutoTokenizer.from_pretrained(locate_model(name)), f"tokenizer: of {name}"

@@ -56,8 +56,9 @@ def serve(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from .assets import locate_model
     from .inference.local import LocalSampler
-    from .models import context_length, locate_model, stored_end_token_ids
+    from .models import context_length, stored_end_token_ids
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigurationError(f"`--dtype` is {dtype!r}; it is auto, or a type of torch such as bfloat16")

@@ -9,8 +9,8 @@ from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warm import run_script
 
+from trl_steppo.assets import ROOMS_POLICY
 from trl_steppo.environments.rooms import DOORS, RIGHT_DOOR, SIGNS, describe, respond, vocabulary
-from trl_steppo.models import ROOMS_POLICY
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from scripts import load_script
 from transformers import AutoTokenizer
 
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.dry_run import ScriptedSampler
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.models import MINI_WIKI_POLICY
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, load_episodes, play_agents
 from trl_steppo.types import StopReason, TokenIds
 
