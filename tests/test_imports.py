@@ -24,10 +24,7 @@ LAYERS: list[set[str]] = [
     {
         "report",
         "configs",
-        "memory",
-        "launch_file",
-        "dry_run",
-        "serve",
+        "commands",
         "cli",
         "__init__",
     },  # on top of everything: commands, and the lazy names

@@ -7,6 +7,7 @@ from .environment import HotpotQAEnvironment
 from .mini_wiki import MiniWiki, make_mini_wiki
 from .prepare import prepare
 from .prepared import open_prepared
+from .recipe import EnvironmentArguments, HotpotQARecipe
 from .retrieval import BM25Retriever, Passage, Retriever
 from .scoring import exact_match, f1, normalize_answer, valid_calls
 
@@ -14,8 +15,10 @@ __all__ = [
     "SYSTEM_PROMPT",
     "BM25Retriever",
     "DenseRetriever",
+    "EnvironmentArguments",
     "HotpotQAData",
     "HotpotQAEnvironment",
+    "HotpotQARecipe",
     "MappedCorpus",
     "MiniWiki",
     "Passage",

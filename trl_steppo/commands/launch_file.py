@@ -9,12 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
+from .config import shipped_file, shipped_names
 
 if TYPE_CHECKING:
-    from .trainer.steppo_config import StepPOConfig
-
-CONFIGS = Path(__file__).parent / "configs"
+    from ..trainer.steppo_config import StepPOConfig
 
 
 def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
@@ -37,7 +36,7 @@ def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
     """
     from accelerate import DistributedType
 
-    from .trainer.checks import check_distribution
+    from ..trainer.checks import check_distribution
 
     file = _read(name)
     kind = str(file.get("distributed_type", "NO"))
@@ -63,10 +62,9 @@ def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = CONFIGS / f"{name}.yaml"
-    path = path if path.is_file() else Path(name)
+    path = shipped_file(name) if name in shipped_names() else Path(name)
     if not path.is_file():
-        shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        shipped = ", ".join(shipped_names())
         raise ConfigurationError(f"`--config_file` is {name!r}, which is no file, and none of {shipped}")
     return read_mapping(path, "`accelerate config` writes a mapping")
 
