@@ -33,9 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl_steppo.assets import locate_model
 from trl_steppo.chat import ChatFormat, parse_hermes
 from trl_steppo.environments import make_playable
-from trl_steppo.environments.base import Message, Playable, Response
+from trl_steppo.environments.base import MISTAKES, Message, Playable, Response
 from trl_steppo.environments.hotpotqa import EnvironmentArguments, HotpotQAData, hotpotqa_dataset
-from trl_steppo.environments.tools import MISTAKES
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.models import end_token_ids

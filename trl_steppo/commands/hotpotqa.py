@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 HELP = "data sets of multi-hop questions"
 
@@ -39,11 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """See [`trl_steppo.environments.hotpotqa.prepare`]."""
-    from ..environments.hotpotqa import prepare
+    """Prepare what was asked for, and print a line for each stage."""
+    from ..environments.hotpotqa import Preparation
 
-    prepare(
-        args.directory,
+    preparation = Preparation(
         args.dataset,
         train=args.train,
         validation=args.validation,
@@ -57,3 +57,4 @@ def run(args: argparse.Namespace) -> None:
         dense_model=args.dense,
         check_counts=args.check_counts,
     )
+    preparation.write(Path(args.directory))

@@ -39,6 +39,12 @@ that is spelled in it is tokenized as text: return messages for the chat templat
 | `close()` | once, when it plays no more episodes: at the end of the run, or after an episode that failed |
 """
 
+MISTAKES = (
+    *("malformed_tool_calls", "unknown_tools", "wrong_arguments", "tool_errors", "tool_timeouts"),
+    "refused_tool_calls",
+)
+"""Counters of what went wrong in an episode, beside `tool_calls`, which counts every call that could be read."""
+
 RESERVED_NAMES = frozenset(HOOKS)
 """The names in [`HOOKS`]."""
 

@@ -13,9 +13,9 @@ import inspect
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..calls import (
@@ -28,19 +28,26 @@ from ..calls import (
     call,
     call_and_wait,
     containing,
-    drained,
     error_text,
     is_lazy,
     thread_for,
     why_unbindable,
 )
 from ..errors import ConfigurationError
-from ..finite import as_number, as_reward, shown
+from ..finite import as_number, as_reward
 from ..types import writable
 from .arguments import JsonSchema, WrongArgumentsError, describe, read_arguments
-from .base import HOOKS, Message, Outcome, Playable, Response
+from .base import HOOKS, MISTAKES, Message, Outcome, Playable, Response
 from .members import COMPUTED, Tool, functions_by_name, is_hook, schema_of, signature_of, tool_name, tools_of
-from .results import MediaError, content_of, text_of_blocks
+from .results import (
+    MediaError,
+    answer_of_step,
+    content_of,
+    prompt_of_state,
+    scores_of,
+    text_of_reset,
+    warn_once,
+)
 from .slots import Slots
 
 logger = logging.getLogger(__name__)
@@ -48,19 +55,8 @@ logger = logging.getLogger(__name__)
 MAX_TOOL_CALLS = 32
 """How many tool calls of one response are run where nobody says otherwise."""
 
-MISTAKES = (
-    *("malformed_tool_calls", "unknown_tools", "wrong_arguments", "tool_errors", "tool_timeouts"),
-    "refused_tool_calls",
-)
-"""Counters of what went wrong in an episode, beside `tool_calls`, which counts every call that could be read."""
-
 _need_main_thread: weakref.WeakSet[Any] = weakref.WeakSet()
 """Functions that were found to work in the main thread only."""
-
-_GIVEN_UP = (CallTimeoutError, asyncio.CancelledError)
-"""What a call ends with that may go on in the environment."""
-
-_COUNTERS = frozenset({"tool_calls", *MISTAKES})
 
 
 def make_playable(
@@ -220,11 +216,17 @@ class _EnvironmentCalls:
         with containing():  # a `__getattr__` is code of the environment's, too
             method = getattr(self._environment, name)
         what = f"{name}()"
-        try:
+        with self._noticing_calls_given_up():
             return await call(
                 method, args, kwargs or {}, thread=self._thread, timeout_s=self._timeout_s, what=what, convert=convert
             )
-        except _GIVEN_UP:
+
+    @contextmanager
+    def _noticing_calls_given_up(self) -> Iterator[None]:
+        """A call that ends by its time limit, or is cancelled, may go on in the environment."""
+        try:
+            yield
+        except (CallTimeoutError, asyncio.CancelledError):
             self._was_given_up = True
             raise
 
@@ -247,13 +249,13 @@ class _EnvironmentCalls:
         if self._hidden_columns:
             row = {name: value for name, value in row.items() if name not in self._hidden_columns}
         self._scores = {}
-        text = await self._call("reset", (), row, convert=_text_of_reset)
+        text = await self._call("reset", (), row, convert=text_of_reset)
         if self.was_played and self._plain_done():
             problem = (
                 f"`{_class_name(self._environment)}.reset` leaves `done` true, so that a new environment is made for "
                 "every episode; let `reset` set all that an episode changes, or set `reuse_environments=False`"
             )
-            _warn_once(problem)
+            warn_once(problem)
             raise NewEnvironmentNeededError(problem)
         self.was_played = True
         return text
@@ -268,7 +270,7 @@ class _EnvironmentCalls:
         """The state's whole prompt; `None` without a `state_prompt`. A `TypeError` for one of another form."""
         if not self._defines("state_prompt"):
             return None
-        return await self._call("state_prompt", [observation], convert=_prompt)
+        return await self._call("state_prompt", [observation], convert=prompt_of_state)
 
     async def get_reward(self) -> float | None:
         """
@@ -277,7 +279,7 @@ class _EnvironmentCalls:
         """
         reward: float | None = None
         if self._defines("get_reward"):
-            reward = await self._call("get_reward", convert=_reward_or_none)
+            reward = await self._call("get_reward", convert=lambda value: as_reward(value, "get_reward()"))
         if reward is None and self._pays_steps():
             reward = 0.0
         if self._defines("metrics"):
@@ -290,11 +292,11 @@ class _EnvironmentCalls:
     async def _scores_or_none(self) -> dict[str, float]:
         """What `metrics()` gives. It is shown and not trained on, so that nothing that is wrong with it costs more."""
         try:
-            return await self._call("metrics", convert=_scores)
+            return await self._call("metrics", convert=scores_of)
         except MainThreadNeededError:
             raise
         except Exception as error:
-            _warn_once(f"metrics() failed, and its scores are left out: {type(error).__name__}: {error_text(error)}")
+            warn_once(f"metrics() failed, and its scores are left out: {type(error).__name__}: {error_text(error)}")
             return {}
 
     def metrics(self) -> Mapping[str, float]:
@@ -339,71 +341,6 @@ class _EnvironmentCalls:
         return await self._call("state_key", convert=copy.deepcopy)
 
 
-def _reward_or_none(value: Any) -> float | None:
-    return as_reward(value, "get_reward()")
-
-
-def _text_of_reset(value: Any) -> str | None:
-    if isinstance(value, list):
-        value = text_of_blocks(value, "reset() returned")
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"reset() returned {type(value).__name__}; it returns text for the prompt, or None")
-    return None if value is None else writable(value)
-
-
-def _prompt(value: Any) -> str | list[Message] | None:
-    if value is not None and not isinstance(value, str | list):
-        raise TypeError(f"state_prompt() returned {type(value).__name__}; it returns text, messages or None")
-    return _read(value, "state_prompt() returned")
-
-
-def _read(value: Any, what: str) -> Any:
-    """Text and messages without half surrogate pairs. A `TypeError` for values that are computed later."""
-    if isinstance(value, str):
-        return writable(value)
-    if isinstance(value, Mapping):
-        return {_read(key, what): _read(one, what) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_read(one, what) for one in value]
-    if hasattr(value, "__next__") or hasattr(value, "__anext__") or inspect.isawaitable(value):
-        raise TypeError(f"{what} a message with a {type(value).__name__} in it; compute it before")
-    return value
-
-
-def _scores(value: Any) -> dict[str, float]:
-    """The scores among what `metrics()` returned; the rest is left out, with a warning."""
-    if not isinstance(value, Mapping):
-        _warn_once(f"metrics() returned {shown(value)}, which is left out; it returns a dict of numbers by name")
-        return {}
-    scores = {}
-    for name, score in value.items():
-        if not isinstance(name, str) or not name.strip():
-            _warn_once(f"metrics() has a score named {shown(name)}, which is left out; a name is text")
-            continue
-        if name in _COUNTERS:
-            _warn_once(f"the score {name!r} of metrics() is left out: it is counted already; rename it")
-            continue
-        try:
-            scores[writable(name)] = as_number(score, f"metrics()[{name!r}]")
-        except (TypeError, ValueError) as error:
-            _warn_once(f"{error}; it is left out", about=name)
-    return scores
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(text: str, *, about: str | None = None) -> None:
-    """Warn, once for each text, or for each name that it is `about`."""
-    key = text if about is None else f"metric {about}"
-    if key not in _warned and len(_warned) < _MOST_WARNINGS:
-        _warned.add(key)
-        logger.warning("%s (said once)", text)
-
-
-_MOST_WARNINGS = 100  # of a process
-
-
 class ResponsePlayable(_EnvironmentCalls):
     """
     An environment that takes the whole response as its action.
@@ -434,18 +371,8 @@ class ResponsePlayable(_EnvironmentCalls):
     async def step(self, response: Response) -> Outcome:
         """Let the environment answer. Raises what it raises, and a `TypeError` for an answer of another form."""
         state_key = await self._state_key()
-        observation, reward, done = await self._call("step", [response.text], convert=_answer)
+        observation, reward, done = await self._call("step", [response.text], convert=answer_of_step)
         return Outcome(observation, reward, done, state_key)
-
-
-def _answer(value: Any) -> tuple[str | list[Message], float, bool]:
-    if not isinstance(value, tuple) or len(value) != 3:
-        raise TypeError(f"step() returned {shown(value)}; it returns (observation, reward, done)")
-    observation, reward, done = value
-    observation = drained(observation)
-    if not isinstance(observation, str | list):
-        raise TypeError(f"step() returned an observation of type {type(observation).__name__}; text or messages")
-    return _read(observation, "step() returned"), as_number(reward, "step()'s reward"), bool(done)
 
 
 class ToolPlayable(_EnvironmentCalls):
@@ -564,11 +491,8 @@ class ToolPlayable(_EnvironmentCalls):
 
     async def _run(self, name: str, tool: Tool, arguments: Mapping[str, Any]) -> str | list[Any]:
         if name in self._methods:
-            try:
+            with self._noticing_calls_given_up():
                 return await self._run_in(self._thread, name, tool, arguments)
-            except _GIVEN_UP:
-                self._was_given_up = True
-                raise
         if tool in _need_main_thread:
             return await self._run_in(MainThread(), name, tool, arguments)
         thread = DaemonThread(name)  # functions share no state with the environment: each call has one to itself

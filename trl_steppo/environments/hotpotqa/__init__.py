@@ -5,7 +5,7 @@ from .data import SYSTEM_PROMPT, HotpotQAData, hotpotqa_dataset, load_rows, make
 from .dense import DenseRetriever
 from .environment import HotpotQAEnvironment
 from .mini_wiki import MiniWiki, make_mini_wiki
-from .prepare import prepare
+from .prepare import Preparation, prepare
 from .prepared import open_prepared
 from .recipe import EnvironmentArguments, HotpotQARecipe
 from .retrieval import BM25Retriever, Passage, Retriever
@@ -22,6 +22,7 @@ __all__ = [
     "MappedCorpus",
     "MiniWiki",
     "Passage",
+    "Preparation",
     "Retriever",
     "exact_match",
     "f1",

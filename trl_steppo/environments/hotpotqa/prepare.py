@@ -76,32 +76,12 @@ DATASETS = {
 """The data sets that are known by name. 2WikiMultiHopQA and MuSiQue are for evaluation out of domain."""
 
 
-def prepare(
-    directory: str | Path,
-    dataset: str = "hotpotqa",
-    *,
-    train: Sequence[str] = (),
-    validation: Sequence[str] = (),
-    revision: str | None = None,
-    aliases_file: str | None = None,
-    eval_share: float = 0.1,
-    seed: int = 0,
-    title_weight: int = 3,
-    k1: float = 1.5,
-    b: float = 0.75,
-    dense_model: str | None = None,
-    check_counts: bool | None = None,
-    show_progress: bool = True,
-    report: Callable[[str], None] = print,
-) -> Manifest:
+@dataclass(frozen=True)
+class Preparation:
     """
-    Write questions, corpus and index of a data set into a directory.
-
-    A directory that was prepared with the same settings is checked and left as it is.
+    Questions, corpus and index of a data set, to be written into a directory.
 
     Args:
-        directory (`str` or `Path`):
-            Where to write; it must not be there yet.
         dataset (`str`, *optional*, defaults to `"hotpotqa"`):
             `"hotpotqa"`, `"2wikimultihopqa"` or `"musique"`: where rows come from and how many there are.
         train (`Sequence[str]`, *optional*):
@@ -125,84 +105,143 @@ def prepare(
             place on the hub.
         show_progress (`bool`, *optional*, defaults to `True`):
             Show bars.
-        report (`Callable`, *optional*, defaults to `print`):
-            Gets a line for each stage.
-
-    Returns:
-        [`Manifest`]: What was written.
 
     Raises:
-        ConfigurationError: If the directory is there with other settings or something else in it, or is being
-            prepared.
-        DataError: If rows are not what they should be.
+        ConfigurationError: If a setting is none of its choices, or outside of its range.
     """
-    if dataset not in DATASETS:
-        raise ConfigurationError(f"dataset is {dataset!r}; it has to be one of {', '.join(map(repr, DATASETS))}")
-    check_bm25_settings(title_weight=title_weight, k1=k1, b=b)
-    known = DATASETS[dataset]
-    if check_counts is None:
-        check_counts = not train and not validation
-    if not train and not validation:
-        train, validation = [known.train] if known.train else [], [known.validation]
-    elif not validation and not is_file(train[0]):
-        validation = train
-    settings: dict[str, Any] = {
-        "dataset": dataset,
-        "train": _identities(train),
-        "validation": _identities(validation),
-        "revision": revision,
-        "aliases": None if aliases_file is None else _identities([aliases_file]),
-        "dealt": None if validation else {"eval_share": eval_share, "seed": seed},
-        "bm25": {"title_weight": title_weight, "k1": k1, "b": b},
-        "dense_model": dense_model,
-    }
-    directory = Path(directory)
-    if directory.exists():
-        manifest = _compare(directory, settings)
-        report(f"{directory} is prepared already, with these settings, and intact")
+
+    dataset: str = "hotpotqa"
+    train: Sequence[str] = ()
+    validation: Sequence[str] = ()
+    revision: str | None = None
+    aliases_file: str | None = None
+    eval_share: float = 0.1
+    seed: int = 0
+    title_weight: int = 3
+    k1: float = 1.5
+    b: float = 0.75
+    dense_model: str | None = None
+    check_counts: bool | None = None
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            known = ", ".join(map(repr, DATASETS))
+            raise ConfigurationError(f"dataset is {self.dataset!r}; it has to be one of {known}")
+        check_bm25_settings(title_weight=self.title_weight, k1=self.k1, b=self.b)
+
+    def write(self, directory: Path, *, report: Callable[[str], None] = print) -> Manifest:
+        """
+        Write everything. A directory that was prepared with the same settings is checked and left as it is.
+
+        Args:
+            directory (`Path`):
+                Where to write; it must not be there yet.
+            report (`Callable`, *optional*, defaults to `print`):
+                Gets a line for each stage.
+
+        Returns:
+            [`Manifest`]: What was written.
+
+        Raises:
+            ConfigurationError: If the directory is there with other settings or something else in it, or is being
+                prepared.
+            DataError: If rows are not what they should be.
+        """
+        settings = self._settings()
+        if directory.exists():
+            manifest = _compare(directory, settings)
+            report(f"{directory} is prepared already, with these settings, and intact")
+            return manifest
+        with _in_the_making(directory, settings) as (partial, manifest):
+            _stage("data", partial, manifest, self.data, report)
+            _stage(BM25, partial, manifest, self.bm25, report)
+            if self.dense_model is not None:
+                _stage(DENSE, partial, manifest, self.dense, report)
+        numbers = ", ".join(f"{number:,} {name}" for name, number in manifest.counts.items())
+        report(f"{directory}: {numbers}")
         return manifest
 
-    def load(names: Sequence[str], split: str) -> Dataset:
-        return load_rows(names, split, revision=revision, aliases_file=aliases_file)
-
-    def write_data(partial: Path) -> dict[str, int]:
+    def data(self, directory: Path) -> dict[str, int]:
+        """Write the rows, without their contexts, and the paragraphs of these; how many there are of each."""
+        train, validation = self._sources()
         rows: dict[str, Dataset] = {}
         if train:
-            rows["train"] = load(train, "train")
+            rows["train"] = self._load(train, "train")
         if validation:
-            rows["validation"] = load(validation, "validation")
+            rows["validation"] = self._load(validation, "validation")
         else:
-            rows["train"], rows["validation"] = split_rows(rows["train"], eval_share, seed, " ".join(train))
+            source = " ".join(train)
+            rows["train"], rows["validation"] = split_rows(rows["train"], self.eval_share, self.seed, source)
         counts = {name: len(some) for name, some in rows.items()}
         contexts = (row for some in rows.values() for row in some.select_columns("context"))
-        counts["passages"] = write_corpus(partial / CORPUS, make_corpus(contexts))
-        if check_counts:
-            _check_counts(counts, known.counts, dataset)
+        counts["passages"] = write_corpus(directory / CORPUS, make_corpus(contexts))
+        if self.check_counts or (self.check_counts is None and not self.train and not self.validation):
+            _check_counts(counts, DATASETS[self.dataset].counts, self.dataset)
         for name, path in (("train", TRAIN), ("validation", VALIDATION)):
             if name in rows:
-                rows[name].remove_columns("context").to_parquet(partial / path)
+                rows[name].remove_columns("context").to_parquet(directory / path)
         return counts
 
-    def write_bm25(partial: Path) -> dict[str, int]:
-        passages = MappedCorpus(partial / CORPUS)
-        BM25Retriever(passages, title_weight=title_weight, k1=k1, b=b, show_progress=show_progress).save(
-            partial / BM25
+    def bm25(self, directory: Path) -> dict[str, int]:
+        """Write the index of words, once the data are there."""
+        retriever = BM25Retriever(
+            MappedCorpus(directory / CORPUS),
+            title_weight=self.title_weight,
+            k1=self.k1,
+            b=self.b,
+            show_progress=self.show_progress,
         )
+        retriever.save(directory / BM25)
         return {}
 
-    def write_dense(partial: Path) -> dict[str, int]:
-        assert dense_model is not None
-        DenseRetriever(MappedCorpus(partial / CORPUS), dense_model, show_progress=show_progress).save(partial / DENSE)
+    def dense(self, directory: Path) -> dict[str, int]:
+        """Write the index of embeddings, once the data are there."""
+        assert self.dense_model is not None
+        passages = MappedCorpus(directory / CORPUS)
+        DenseRetriever(passages, self.dense_model, show_progress=self.show_progress).save(directory / DENSE)
         return {}
 
-    with _in_the_making(directory, settings) as (partial, manifest):
-        _stage("data", partial, manifest, write_data, report)
-        _stage(BM25, partial, manifest, write_bm25, report)
-        if dense_model is not None:
-            _stage(DENSE, partial, manifest, write_dense, report)
-    numbers = ", ".join(f"{number:,} {name}" for name, number in manifest.counts.items())
-    report(f"{directory}: {numbers}")
-    return manifest
+    def _settings(self) -> dict[str, object]:
+        """What decides the files, as the manifest keeps it."""
+        train, validation = self._sources()
+        return {
+            "dataset": self.dataset,
+            "train": _identities(train),
+            "validation": _identities(validation),
+            "revision": self.revision,
+            "aliases": None if self.aliases_file is None else _identities([self.aliases_file]),
+            "dealt": None if validation else {"eval_share": self.eval_share, "seed": self.seed},
+            "bm25": {"title_weight": self.title_weight, "k1": self.k1, "b": self.b},
+            "dense_model": self.dense_model,
+        }
+
+    def _sources(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Where training and evaluation rows come from: by default from the data set's own place on the hub."""
+        if not self.train and not self.validation:
+            known = DATASETS[self.dataset]
+            return [known.train] if known.train else [], [known.validation]
+        if not self.validation and not is_file(self.train[0]):
+            return self.train, self.train  # a data set on the hub has a split for each
+        return self.train, self.validation
+
+    def _load(self, names: Sequence[str], split: str) -> Dataset:
+        return load_rows(names, split, revision=self.revision, aliases_file=self.aliases_file)
+
+
+def prepare(
+    directory: str | Path, dataset: str = "hotpotqa", *, report: Callable[[str], None] = print, **settings: Any
+) -> Manifest:
+    """
+    Write a data set into a directory; short for `Preparation(dataset, **settings).write(directory)`.
+
+    Args:
+        directory (`str` or `Path`), report (`Callable`, *optional*, defaults to `print`):
+            See [`~Preparation.write`].
+        dataset (`str`, *optional*, defaults to `"hotpotqa"`), settings (`Any`):
+            See [`Preparation`].
+    """
+    return Preparation(dataset, **settings).write(Path(directory), report=report)
 
 
 def _identities(names: Sequence[str]) -> list[str]:
@@ -216,7 +255,7 @@ def _hash(name: str) -> str:
     return mark_of(Path(name)).sha256
 
 
-def _compare(directory: Path, settings: dict[str, Any]) -> Manifest:
+def _compare(directory: Path, settings: dict[str, object]) -> Manifest:
     """The manifest of a directory that was prepared with these settings and is intact."""
     if not is_prepared(directory):
         raise ConfigurationError(f"{directory} is there, and nothing was prepared in it; name a directory that is new")
@@ -248,7 +287,7 @@ def _check_counts(counts: dict[str, int], expected: dict[str, int], dataset: str
 
 
 @contextmanager
-def _in_the_making(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[Path, Manifest]]:
+def _in_the_making(directory: Path, settings: dict[str, object]) -> Iterator[tuple[Path, Manifest]]:
     """The directory beside `directory` that becomes it when the block ends without an error."""
     partial = directory.with_name(f"{directory.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -265,7 +304,7 @@ def _in_the_making(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[
         os.close(descriptor)
 
 
-def _leftover(partial: Path, settings: dict[str, Any]) -> Manifest:
+def _leftover(partial: Path, settings: dict[str, object]) -> Manifest:
     """How far an earlier run with the same settings came; what another left is removed."""
     if (partial / MANIFEST).is_file():
         manifest = read_manifest(partial)
