@@ -1,9 +1,9 @@
 """
 What environments and tools return, checked and in the form that the rollout keeps.
 
-As in TRL's `GRPOTrainer`, a list that a tool returns stays a list, so that reward functions can read it. Anything else is
-shown as `str` of it. The chat format shows the model a list as text. Scores are shown and not trained on: invalid ones
-are left out, with a warning.
+As in TRL's `GRPOTrainer`, a list that a tool returns stays a list, so that reward functions can read it. Anything else
+is shown as `str` of it. The chat format shows the model a list as text. Scores are shown and not trained on: invalid
+ones are left out, with a warning.
 """
 
 from __future__ import annotations
