@@ -209,6 +209,7 @@ def test_one_module_imports_the_experimental_ppo():
         "import trl_steppo",
         "from trl_steppo import Step, Episode, StopReason",
         "import trl_steppo.environments",
+        "import trl_steppo.types",
         "import trl_steppo.calls",
         "import trl_steppo.environments.tools",
         "import trl_steppo.chat",

@@ -13,9 +13,30 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model: TypeAlias = PreTrainedModel | PeftModel
+    Tokenizer: TypeAlias = PreTrainedTokenizerBase
+else:  # a process without torch uses these names, too
+    Model = Tokenizer = Any
 
 C = TypeVar("C", bound=Callable[..., Any])
+
+JsonObject: TypeAlias = dict[str, Any]
+"""What JSON writes as an object. Its values are checked where they are read, as they come from outside."""
+
+Message: TypeAlias = JsonObject
+"""A chat message, as chat templates read it: `role`, `content`, and where it has them `tool_calls`, `name`, ..."""
+
+TextOrMessages: TypeAlias = str | list[Message]
+"""A prompt, a completion or an observation in one of TRL's two forms."""
+
+Row: TypeAlias = Mapping[str, Any]
+"""A row of a dataset: values by column."""
 
 
 class StopReason(str, Enum):
@@ -234,7 +255,7 @@ class Step:
     policy_version: int
     temperature: float
     stop_reason: StopReason
-    observation: str | list[dict[str, Any]] = ""
+    observation: TextOrMessages = ""
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -306,7 +327,7 @@ class Episode:
     metrics: Mapping[str, float] = field(default_factory=dict)
     stop_reason: StopReason | None = None
     dataset_row: int | None = None
-    question: str | list[dict[str, Any]] | None = None
+    question: TextOrMessages | None = None
     reset_text: str | None = None
     logged: Mapping[str, Any] = field(default_factory=dict)
     needs_reward: bool = field(default=False, compare=False)
