@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..durable import sync
+from .. import durable
 from ..errors import CheckpointError
 from ..losses import importance_ratio
 from ..types import Episode, Step, TokenIds, writable
@@ -252,12 +251,5 @@ def _text(observation: str | list[dict[str, Any]]) -> str:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A file that is there is complete: it appears under its name when all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with durable.file(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
