@@ -1,33 +1,25 @@
-"""StepPOConfig: every setting of a run, and the check that no two of them contradict each other."""
+"""StepPOConfig: every setting of a run."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import transformers
+from transformers import TrainingArguments
 
 from ..compat.transformers import json_fields
 from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
-from ..finite import LARGEST, shown
-from ..inference.base import MIN_TEMPERATURE
+from .config_checks import CRITIC_ESTIMATORS, check_choices, check_combinations, check_ranges
 from .grpo_settings import converted, names_unknown_settings
 from .ppo_config import PPOConfig, accelerator_has_bf16
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
     from trl import GRPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
-
-GROUP_BASELINES = ("grpo", "rloo", "gigpo")
-"""Estimators that compare the episodes of one row with each other."""
-
-CRITIC_ESTIMATORS = ("step_gae", "token_gae")
-"""Estimators that need a critic."""
 
 
 @names_unknown_settings
@@ -342,8 +334,9 @@ class StepPOConfig(PPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_ranges()
-        self._check_combinations()
+        check_ranges(self)
+        check_choices(self, StepPOConfig)
+        check_combinations(self)
 
     @property
     def uses_critic(self) -> bool:
@@ -382,7 +375,7 @@ class StepPOConfig(PPOConfig):
         return self.num_ppo_epochs if self.num_critic_epochs is None else self.num_critic_epochs
 
     @classmethod
-    def of(cls, args: Any) -> StepPOConfig:
+    def of(cls, args: object) -> StepPOConfig:
         """
         What a trainer is given as `args`, as a `StepPOConfig`.
 
@@ -395,25 +388,26 @@ class StepPOConfig(PPOConfig):
         """
         if isinstance(args, StepPOConfig):
             return args
-        if hasattr(args, "num_ppo_epochs"):  # TRL's own class, too
+        if isinstance(args, TrainingArguments) and hasattr(args, "num_ppo_epochs"):  # TRL's own class, too
             return cls.from_ppo_config(args)
-        kinds = {base.__name__ for base in type(args).__mro__}
-        cure = (
-            "`StepPOTrainer` takes `StepPOConfig.from_grpo_config(args)`"
-            if "GRPOConfig" in kinds
-            else "pass a PPOConfig to `PPOTrainer`, a StepPOConfig to `StepPOTrainer`"
+        what = f"the name {args!r:.100}" if isinstance(args, str) else f"a {type(args).__name__}"
+        if _is_grpo_config(args):
+            raise ConfigurationError(f"`args` is {what}; `StepPOTrainer` takes `StepPOConfig.from_grpo_config(args)`")
+        raise ConfigurationError(
+            f"`args` is {what}; pass a PPOConfig to `PPOTrainer`, a StepPOConfig to `StepPOTrainer`. The first "
+            "positional arguments are those of `PPOTrainer` (`args`, `processing_class`, `model`, ...); name them, as "
+            "in `StepPOTrainer(model=..., reward_funcs=..., args=..., train_dataset=...)`"
         )
-        raise ConfigurationError(f"`args` is a {type(args).__name__}; {cure}")
 
     @classmethod
-    def from_ppo_config(cls, args: PPOConfig) -> StepPOConfig:
+    def from_ppo_config(cls, args: TrainingArguments) -> StepPOConfig:
         """
         The settings under which [`StepPOTrainer`] does what `PPOTrainer` does with a plain `PPOConfig`: token-level
         GAE, ratios and averages.
 
         Args:
             args ([`PPOConfig`]):
-                The plain configuration.
+                The plain configuration, ours or that of TRL.
         """
         known = {f.name for f in fields(cls) if f.init}  # a user's subclass may have more
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
@@ -441,7 +435,7 @@ class StepPOConfig(PPOConfig):
             ConfigurationError: If some settings have no place here and are not at their default. It lists all of them
                 with what there is instead.
         """
-        if "GRPOConfig" not in {base.__name__ for base in type(args).__mro__}:
+        if not _is_grpo_config(args):
             raise ConfigurationError(f"`args` is a {type(args).__name__}; `from_grpo_config` takes TRL's GRPOConfig")
         values = converted(args, advantage_estimator=advantage_estimator)
         values["bf16"] = _bf16_of(args)
@@ -454,184 +448,49 @@ class StepPOConfig(PPOConfig):
             )
         return config
 
-    def _check_ranges(self) -> None:
-        within = {  # name: (lowest, highest, whether the lowest itself is excluded)
-            "gamma": (0, 1, False),
-            "lam": (0, 1, False),
-            "temperature": (MIN_TEMPERATURE, math.inf, False),
-            "top_p": (0, 1, True),
-            "top_k": (0, math.inf, False),
-            "cliprange": (0, math.inf, True),
-            "cliprange_high": (0, math.inf, True),
-            "cliprange_value": (0, math.inf, True),
-            "vf_coef": (0, math.inf, True),
-            "kl_coef": (0, math.inf, False),
-            "kl_loss_coef": (0, math.inf, False),
-            "rollout_correction_cap": (1, math.inf, False),
-            "critic_learning_rate": (0, math.inf, False),
-            "missing_eos_penalty": (0, LARGEST, False),
-            "response_length": (1, math.inf, False),
-            "max_interaction_steps": (1, math.inf, False),
-            "max_prompt_length": (1, math.inf, False),
-            "max_episode_tokens": (2, math.inf, False),
-            "max_episode_s": (0, math.inf, True),
-            "tool_timeout_s": (0, math.inf, True),
-            "max_tool_calls": (1, math.inf, False),
-            "max_concurrent_tool_calls": (1, math.inf, False),
-            "max_concurrent_episodes": (1, math.inf, False),
-            "max_tokens_per_micro_batch": (1, math.inf, False),
-            "local_rollout_forward_batch_size": (1, math.inf, False),
-            "rollout_cache_tokens": (1, math.inf, False),
-            "max_failed_updates": (1, math.inf, False),
-            "log_episodes": (0, math.inf, False),
-            "num_generations": (1, math.inf, False),
-            "num_mini_batches": (1, math.inf, False),
-            "num_ppo_epochs": (1, math.inf, False),
-            "num_critic_epochs": (1, math.inf, False),
-            "critic_warmup_updates": (0, math.inf, False),
-            "total_episodes": (1, math.inf, False),
-            "max_staleness": (0, math.inf, False),
-            "vllm_server_timeout": (0, math.inf, True),
-        }
-        for name, (lowest, highest, excluded) in within.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not _is_number(value) or not (lowest < value if excluded else lowest <= value) or not value <= highest:
-                bounds = f"{'(' if excluded else '['}{lowest}, {highest}{']' if highest < math.inf else ')'}"
-                raise ConfigurationError(f"`{name}` is {shown(value)}; set it to a number in {bounds}")
-        choices = {
-            "advantage_estimator": (*CRITIC_ESTIMATORS, *GROUP_BASELINES, "reinforce_plus_plus"),
-            "importance_sampling_level": ("step", "token"),
-            "loss_aggregation": (None, "step", "episode", "token"),
-            "kl_estimator": ("k1", "k3"),
-            "kl_loss_estimator": ("k1", "k2", "k3"),
-            "rollout_correction": (None, "none", "truncate", "mask"),
-            "rollout_correction_level": ("step", "token"),
-            "stop_token": (None, "eos"),
-            "vllm_weight_transfer": ("files", "nccl"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigurationError(f"`{name}` is {getattr(self, name)!r}; choose one of {allowed}")
+    def for_trial(self) -> StepPOConfig:
+        """
+        These settings for a trial on this machine: a few rows, sampled in this process, up to the first update that
+        moves the policy. Nothing is saved, evaluated, uploaded or reported. What the run would correct is corrected
+        all the same.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        defaults = {f.name: f.default for f in fields(self)}
+        rows = max(2, math.ceil(self.num_mini_batches / self.num_generations))
+        return type(self)(
+            **{
+                **values,
+                **{name: defaults[name] for name in _LEFT_OUT_OF_TRIALS},
+                "max_steps": 1 + self.critic_warmup_updates,
+                "per_device_train_batch_size": self.num_generations * rows,
+                "bf16": False,
+                "eval_strategy": "no",
+                "save_strategy": "no",
+                "report_to": "none",
+                "num_sample_generations": 0,
+                "disable_tqdm": True,
+                "logging_steps": 1,
+                "rollout_correction": self.correction,
+                # Servers have caches for models that the in-process sampler has none for.
+                "allow_uncached_sampling": self.use_vllm or self.allow_uncached_sampling,
+            }
+        )
 
-    def _check_combinations(self) -> None:
-        estimator = self.advantage_estimator
-        episodes = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if episodes % self.num_generations:
-            raise ConfigurationError(
-                f"`num_generations`={self.num_generations} does not divide the {episodes} episodes a rank plays per "
-                f"update (`per_device_train_batch_size`={self.per_device_train_batch_size} × "
-                f"`gradient_accumulation_steps`={self.gradient_accumulation_steps}); a row's episodes stay on one rank"
-            )
-        if self.num_mini_batches > episodes:
-            raise ConfigurationError(
-                f"`num_mini_batches`={self.num_mini_batches} exceeds the {episodes} episodes a rank plays per update; "
-                "every mini-batch needs an episode"
-            )
-        if estimator in GROUP_BASELINES and self.num_generations < 2:
-            raise ConfigurationError(
-                f"`advantage_estimator`={estimator!r} compares the episodes of one row, and `num_generations` is "
-                f"{self.num_generations}; set `num_generations` to at least 2"
-            )
-        if self.stop_token is not None and self.stop_token_id is not None:
-            raise ConfigurationError(
-                f"`stop_token`={self.stop_token!r} and `stop_token_id`={self.stop_token_id} are both set; set one"
-            )
-        if self.max_steps > 0 and self.total_episodes is not None:
-            raise ConfigurationError(
-                f"`max_steps`={self.max_steps} and `total_episodes`={self.total_episodes} both say how long to train; "
-                "set one, and the other, which a configuration file may have set, to None (`max_steps` to -1)"
-            )
-        if self.dump_episodes_dir is not None and self.dump_episodes_dir == self.replay_episodes_dir:
-            raise ConfigurationError(
-                f"`dump_episodes_dir` and `replay_episodes_dir` are both {self.dump_episodes_dir!r}; a run would "
-                "overwrite the recording it replays"
-            )
-        if self.use_vllm and (self.top_p != 1 or self.top_k != 0):
-            raise ConfigurationError(
-                f"`use_vllm` is set, and `top_p`={self.top_p}, `top_k`={self.top_k}: vLLM's log-probabilities are "
-                "then of what these leave, not of the whole distribution that is trained; leave them out"
-            )
-        for url in self.vllm_urls:
-            if not url.startswith(("http://", "https://")):
-                raise ConfigurationError(
-                    f"`vllm_server_base_url` has {url!r}; give each server's URL as in 'http://localhost:8000'"
-                )
-        if len(set(self.vllm_urls)) < len(self.vllm_urls):
-            raise ConfigurationError(f"`vllm_server_base_url` names a server twice: {self.vllm_urls}")
-        self._refuse_without_effect()
 
-    def _refuse_without_effect(self) -> None:
-        """Raise for settings that differ from their default although another setting makes them void."""
-        estimator = f"`advantage_estimator`={self.advantage_estimator!r}"
-        void: list[tuple[bool, str, tuple[str, ...]]] = [
-            (
-                not self.uses_critic,
-                f"{estimator}, which has no critic",
-                (
-                    *("critic_learning_rate", "num_critic_epochs", "critic_warmup_updates", "bootstrap_truncated"),
-                    *("vf_coef", "cliprange_value", "lam", "whiten_rewards"),
-                ),
-            ),
-            (
-                self.advantage_estimator in ("grpo", "rloo"),
-                f"{estimator}, which compares undiscounted returns",
-                ("gamma",),
-            ),
-            (self.kl_coef == 0, "`kl_coef`=0", ("kl_estimator",)),
-            (
-                self.replay_episodes_dir is not None,
-                f"`replay_episodes_dir`={self.replay_episodes_dir!r}",
-                ("max_staleness", "use_rollout_worker", "use_vllm"),
-            ),
-            (self.max_staleness > 0, f"`max_staleness`={self.max_staleness}", ("use_rollout_worker",)),
-            (
-                self.use_vllm,
-                "`use_vllm`=True, whose servers sample, and have caches of their own",
-                ("use_rollout_worker", "rollout_cache_tokens", "allow_uncached_sampling"),
-            ),
-            (
-                not self.use_vllm,
-                "`use_vllm`=False",
-                ("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
-            ),
-            (self.vllm_weight_transfer == "nccl", "`vllm_weight_transfer`='nccl'", ("vllm_weights_dir",)),
-            (self.kl_loss_coef == 0, "`kl_loss_coef`=0", ("kl_loss_estimator",)),
-            (
-                self.correction == "none",
-                f"`rollout_correction`={self.rollout_correction!r}",
-                ("rollout_correction_cap", "rollout_correction_level"),
-            ),
-            (
-                self.max_tokens_per_micro_batch is not None,
-                f"`max_tokens_per_micro_batch`={self.max_tokens_per_micro_batch}",
-                ("local_rollout_forward_batch_size",),
-            ),
-            (
-                self.max_prompt_length is not None
-                and self.max_episode_tokens is not None
-                and self.max_prompt_length >= self.max_episode_tokens,
-                f"`max_episode_tokens`={self.max_episode_tokens}",
-                ("max_prompt_length",),
-            ),
-        ]
-        defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}
-        for applies, reason, names in void:
-            for name in names:
-                if applies and getattr(self, name) != defaults[name]:
-                    raise ConfigurationError(
-                        f"`{name}`={getattr(self, name)!r} has no effect together with {reason}; remove one of the two"
-                    )
+_LEFT_OUT_OF_TRIALS = (
+    *("total_episodes", "gradient_accumulation_steps", "logging_strategy"),
+    *("eval_on_start", "load_best_model_at_end", "push_to_hub", "deepspeed"),
+    *("max_staleness", "use_rollout_worker", "use_vllm"),
+    *("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
+)
+"""Settings of where and how long a run trains, which are at their defaults in a trial."""
+
+
+def _is_grpo_config(args: object) -> bool:
+    """Whether these are TRL's settings of that name, which are not imported for this: it takes seconds."""
+    return "GRPOConfig" in {base.__name__ for base in type(args).__mro__}
 
 
 def _bf16_of(args: TrainingArguments) -> bool:
     """TRL's configurations turn bf16 on by default, on a CPU too, where it is then ignored."""
     return bool(args.bf16) and not args.use_cpu and accelerator_has_bf16()
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, Real) and math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False
