@@ -15,7 +15,7 @@ import torch
 from .. import durable
 from ..errors import CheckpointError
 from ..losses import importance_ratio
-from ..types import Episode, Step, TokenIds, writable
+from ..types import Episode, Step, num_shared, writable
 from .credit import Credit
 from .exchange import Rollout, Scores, caught, first_failure
 from .learner import Learner
@@ -169,7 +169,7 @@ class EpisodeLog:
 
     def _played(self, step: Step, before: Sequence[int]) -> dict[str, Any]:
         """What was read, written and answered in a step; `before` is what the policy had in view until then."""
-        kept = _num_shared(before, step.prompt_ids)
+        kept = num_shared(before, step.prompt_ids.tolist())
         return {
             "step_index": step.step_index,
             "prompt": self.decode(step.prompt_ids[kept:]),
@@ -230,12 +230,6 @@ def _first(values: torch.Tensor | None, number: int) -> float | None:
 
 def _mean(values: torch.Tensor, counts: torch.Tensor) -> float:
     return float(values[counts].mean() if values.dim() else values)
-
-
-def _num_shared(before: Sequence[int], prompt_ids: TokenIds) -> int:
-    """How many tokens two sequences have in common from their start on."""
-    pairs = zip(before, prompt_ids.tolist(), strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(prompt_ids)))
 
 
 def _question(question: str | list[dict[str, Any]] | None) -> str | None:
