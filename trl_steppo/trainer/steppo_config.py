@@ -59,8 +59,8 @@ class StepPOConfig(PPOConfig):
         rollout_correction (`str`, *optional*):
             Importance weights of the trainer's probabilities over the sampler's: `"none"`, `"truncate"` (weights are
             cut at `rollout_correction_cap`) or `"mask"` (tokens whose weight is above the cap, or below its inverse,
-            are left out). `None`: `"truncate"` with `max_staleness` or `use_vllm`, else off, since the sampler then has
-            the trainer's weights and numerics.
+            are left out). `None`: `"truncate"` with `max_staleness` or `use_vllm`, else off, since the sampler then
+            has the trainer's weights and numerics.
         rollout_correction_level (`str`, *optional*, defaults to `"token"`):
             `"token"`: each token has its own weight. `"step"`: all tokens of a step have the geometric mean of their
             weights, as in the step ratio. This mean hardly moves where only a few tokens of a step do, so its cap
@@ -101,9 +101,9 @@ class StepPOConfig(PPOConfig):
             environment. A tool that takes longer is reported to the model; an environment that takes longer costs its
             own episode.
         max_tool_calls (`int`, *optional*, defaults to `32`):
-            Maximum number of tool calls of one response that are run; further calls are answered with an error. As many
-            calls that cannot be read are answered. Each call of a tool that is not async takes a thread. `None`: no
-            limit.
+            Maximum number of tool calls of one response that are run; further calls are answered with an error. As
+            many calls that cannot be read are answered. Each call of a tool that is not async takes a thread. `None`:
+            no limit.
         max_concurrent_tool_calls (`int`, *optional*, defaults to `256`):
             Maximum number of calls of one tool that run at the same time, over all episodes of a rank. Other calls
             wait; the wait is not part of their `tool_timeout_s`. `None`: no limit.
@@ -149,8 +149,8 @@ class StepPOConfig(PPOConfig):
         max_tokens_per_micro_batch (`int`, *optional*):
             Size of a forward pass in tokens, padding included, instead of `per_device_train_batch_size` episodes. With
             more than one rank, the ranks then exchange episodes before the update, so that each has about as many
-            tokens to forward; the episodes of a row stay together where they share prefixes. The loss and its gradients
-            are the same.
+            tokens to forward; the episodes of a row stay together where they share prefixes. The loss and its
+            gradients are the same.
 
         > Parameters that control where and when responses are sampled
 
