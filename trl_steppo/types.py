@@ -7,15 +7,35 @@ that the policy read and wrote; text is a view of them.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-C = TypeVar("C", bound=Callable[..., Any])
+from .names import renamed_keyword
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model: TypeAlias = PreTrainedModel | PeftModel
+    Tokenizer: TypeAlias = PreTrainedTokenizerBase
+else:  # a process without torch uses these names, too
+    Model = Tokenizer = Any
+
+JsonObject: TypeAlias = dict[str, Any]
+"""What JSON writes as an object. Its values are checked where they are read, as they come from outside."""
+
+Message: TypeAlias = JsonObject
+"""A chat message, as chat templates read it: `role`, `content`, and where it has them `tool_calls`, `name`, ..."""
+
+TextOrMessages: TypeAlias = str | list[Message]
+"""A prompt, a completion or an observation in one of TRL's two forms."""
+
+Row: TypeAlias = Mapping[str, Any]
+"""A row of a dataset: values by column."""
 
 
 class StopReason(str, Enum):
@@ -90,37 +110,12 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def renamed_keyword(old: str, new: str) -> Callable[[C], C]:
-    """
-    Decorator: a function, or the constructor of a class, still takes the keyword `old`, with a `DeprecationWarning`.
-    Type checkers see the new name alone.
-
-    Args:
-        old (`str`):
-            The name that callers may still use.
-        new (`str`):
-            The parameter's name.
-    """
-
-    def renamed(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if old in kwargs:
-                if new in kwargs:
-                    raise TypeError(f"`{old}` is the old name of `{new}`; give one of them")
-                warnings.warn(f"`{old}` is now called `{new}`", DeprecationWarning, stacklevel=2)
-                kwargs[new] = kwargs.pop(old)
-            return function(*args, **kwargs)
-
-        return call
-
-    def decorate(target: Any) -> Any:
-        if not isinstance(target, type):
-            return renamed(target)
-        target.__init__ = renamed(target.__init__)  # type: ignore[misc]
-        return target
-
-    return decorate
+def num_shared(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many elements two sequences, of token ids or of characters, have in common from their start on."""
+    shorter = min(len(first), len(second))
+    if first[:shorter] == second[:shorter]:  # as is usual, and much faster than one by one
+        return shorter
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), shorter)
 
 
 class TokenIds(Sequence[int]):
@@ -234,7 +229,7 @@ class Step:
     policy_version: int
     temperature: float
     stop_reason: StopReason
-    observation: str | list[dict[str, Any]] = ""
+    observation: TextOrMessages = ""
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -306,7 +301,7 @@ class Episode:
     metrics: Mapping[str, float] = field(default_factory=dict)
     stop_reason: StopReason | None = None
     dataset_row: int | None = None
-    question: str | list[dict[str, Any]] | None = None
+    question: TextOrMessages | None = None
     reset_text: str | None = None
     logged: Mapping[str, Any] = field(default_factory=dict)
     needs_reward: bool = field(default=False, compare=False)
@@ -337,3 +332,8 @@ class Episode:
     def episode_return(self) -> float:
         """Undiscounted sum of the steps' rewards."""
         return sum(step.reward for step in self.steps)
+
+    def paid(self, reward: float) -> Episode:
+        """The same episode with this reward added to that of its last step."""
+        last = self.steps[-1]
+        return replace(self, steps=(*self.steps[:-1], replace(last, reward=last.reward + reward)))

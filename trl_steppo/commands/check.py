@@ -82,7 +82,7 @@ def check(path: Path, *, dataset_name: str | None = None, config_file: str | Non
         yield line
         data, line = _load_data(dataset_name, recipe)
         yield line
-        yield one_update(here, recipe, config, tokenizer, data)
+        yield one_update(args, recipe, config, tokenizer, data)
 
 
 def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -86,9 +86,7 @@ def tokenizer_of(name: str) -> tuple[Any, str]:
         return AutoTokenizer.from_pretrained(MINI_WIKI_POLICY), line
 
 
-def one_update(
-    settings: dict[str, Any], recipe: HotpotQARecipe, config: Any, tokenizer: Any, data: HotpotQAData
-) -> str:
+def one_update(args: StepPOConfig, recipe: HotpotQARecipe, config: Any, tokenizer: Any, data: HotpotQAData) -> str:
     """Train a model of this configuration for one update, on two rows or two groups; what came of it, in a line."""
     from transformers import AutoModelForCausalLM
 
@@ -98,7 +96,7 @@ def one_update(
     config.pad_token_id = config.bos_token_id = None
     config.eos_token_id = tokenizer.eos_token_id
     trainer = StepPOTrainer(
-        args=_trial_config(settings),
+        args=args.for_trial(),
         processing_class=tokenizer,
         model=AutoModelForCausalLM.from_config(config),
         train_dataset=data.train_dataset,
@@ -123,40 +121,3 @@ def one_update(
         "critic/grad_norm",
     )
     return "one update: " + ", ".join(f"{name} {logs[name]:.3g}" for name in shown if name in logs)
-
-
-def _trial_config(settings: dict[str, Any]) -> StepPOConfig:
-    """A recipe's settings, with those of a run that plays two rows, samples by a script and leaves nothing behind."""
-    from ..trainer.steppo_config import StepPOConfig
-
-    generations = int(settings.get("num_generations", 1))
-    per_device = generations * max(2, -(-int(settings.get("num_mini_batches", 1)) // generations))
-    small = {
-        "max_steps": 1 + int(settings.get("critic_warmup_updates", 0)),
-        "total_episodes": None,
-        "per_device_train_batch_size": per_device,
-        "gradient_accumulation_steps": 1,
-        "bf16": False,
-        "eval_strategy": "no",
-        "eval_on_start": False,
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "report_to": "none",
-        "num_sample_generations": 0,
-        "disable_tqdm": True,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "push_to_hub": False,
-        "deepspeed": None,
-        # A script samples here; what the run would correct is corrected all the same.
-        "max_staleness": 0,
-        "use_rollout_worker": False,
-        **dict.fromkeys(("vllm_server_base_url", "vllm_weights_dir"), None),
-        "use_vllm": False,
-        # Servers have caches for models that the in-process sampler has none for.
-        "allow_uncached_sampling": bool(settings.get("use_vllm") or settings.get("allow_uncached_sampling")),
-        "vllm_server_timeout": 240.0,
-        "vllm_weight_transfer": "files",
-        "rollout_correction": StepPOConfig(**settings).correction,
-    }
-    return StepPOConfig(**{**settings, **small})

@@ -1,6 +1,6 @@
 """The networks: one forward pass -> per-token log-probabilities, or state values."""
 
-from ..moved import moved_names
+from ..names import moved_names
 from .adapters import (
     AdapterReference,
     adapter_changes_model,
