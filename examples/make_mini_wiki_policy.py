@@ -78,7 +78,7 @@ class Arguments:
     hidden_size: int = field(default=64, metadata={"help": "Width of the model."})
     num_layers: int = field(default=3, metadata={"help": "Layers of the model."})
     num_heads: int = field(default=2, metadata={"help": "Attention heads, each with its own keys and values."})
-    vocab_size: int = field(default=2048, metadata={"help": "Most entries of the vocabulary."})
+    vocab_size: int = field(default=2048, metadata={"help": "Maximum size of the vocabulary."})
     num_worlds: int = field(default=6, metadata={"help": "Mini wikis to take demonstrations from."})
     num_steps: int = field(default=3000, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=32, metadata={"help": "Demonstrations of one step."})

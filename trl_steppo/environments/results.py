@@ -12,17 +12,20 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..calls import as_text, drained
 from ..errors import DataError
 from ..finite import as_number, shown
-from ..types import map_texts, writable
-from .base import MISTAKES, Message
+from ..types import TextOrMessages, map_texts, writable
+from .base import MISTAKES
 
 logger = logging.getLogger(__name__)
 
 _COUNTERS = frozenset({"tool_calls", *MISTAKES})
+Content: TypeAlias = str | list[object]
+"""The content of a tool's message."""
+
 _MEDIA = ("image", "image_url", "audio", "input_audio", "video", "video_url")
 
 
@@ -30,31 +33,31 @@ class MediaError(DataError):
     """Images or other media, which the policy cannot read."""
 
 
-def content_of(value: Any) -> str | list[Any]:
+def content_of(value: object) -> Content:
     """
     The content of a tool's message.
 
     Args:
-        value (`Any`):
+        value (`object`):
             What the tool returned. A list (of values, or of content blocks such as `{"type": "text", "text": ...}`) is
-            copied, since the tool may go on to change it.
+            copied, since the tool may change it later.
 
     Returns:
-        `str` or `list`: half surrogate pairs in it have become U+FFFD.
+        `str` or `list`: Lone surrogates in it are replaced by U+FFFD.
 
     Raises:
-        MediaError: a list holds a block with an image, audio or video.
-        TypeError: the value, or something in it, has no text of its own.
+        MediaError: A list holds a block with an image, audio or video.
+        TypeError: The value, or something in it, has no text of its own.
     """
     if not isinstance(value, list):
         return writable(as_text(value))
     _refuse_media(value)
     as_text(value)
-    content: list[Any] = map_texts(copy.deepcopy(value), writable)
+    content: list[object] = map_texts(copy.deepcopy(value), writable)
     return content
 
 
-def text_of_blocks(blocks: list[Any], what: str) -> str:
+def text_of_blocks(blocks: list[object], what: str) -> str:
     """
     The text of a list of content blocks.
 
@@ -65,8 +68,8 @@ def text_of_blocks(blocks: list[Any], what: str) -> str:
             How a message names what returned them.
 
     Raises:
-        MediaError: one of them is an image, audio or video.
-        TypeError: one of them is no block of text.
+        MediaError: One of them is an image, audio or video.
+        TypeError: One of them is not a block of text.
     """
     _refuse_media(blocks)
     texts: list[str] = []
@@ -78,7 +81,7 @@ def text_of_blocks(blocks: list[Any], what: str) -> str:
     return "".join(texts)
 
 
-def _refuse_media(blocks: list[Any]) -> None:
+def _refuse_media(blocks: list[object]) -> None:
     for block in blocks:
         kind = block.get("type") if isinstance(block, Mapping) else None
         if isinstance(kind, str) and kind in _MEDIA and kind in block:
@@ -88,7 +91,7 @@ def _refuse_media(blocks: list[Any]) -> None:
             )
 
 
-def answer_of_step(value: Any) -> tuple[str | list[Message], float, bool]:
+def answer_of_step(value: object) -> tuple[TextOrMessages, float, bool]:
     """The observation, reward and end that `step` returned. A `TypeError` for a value of another form."""
     if not isinstance(value, tuple) or len(value) != 3:
         raise TypeError(f"step() returned {shown(value)}; it returns (observation, reward, done)")
@@ -99,7 +102,7 @@ def answer_of_step(value: Any) -> tuple[str | list[Message], float, bool]:
     return _checked(observation, "step() returned"), as_number(reward, "step()'s reward"), bool(done)
 
 
-def text_of_reset(value: Any) -> str | None:
+def text_of_reset(value: object) -> str | None:
     """The text that `reset` returned for the prompt, if any. A `TypeError` for a value of another form."""
     if isinstance(value, list):
         value = text_of_blocks(value, "reset() returned")
@@ -108,7 +111,7 @@ def text_of_reset(value: Any) -> str | None:
     return None if value is None else writable(value)
 
 
-def prompt_of_state(value: Any) -> str | list[Message] | None:
+def prompt_of_state(value: object) -> TextOrMessages | None:
     """The prompt that `state_prompt` returned, if any. A `TypeError` for a value of another form."""
     if value is not None and not isinstance(value, str | list):
         raise TypeError(f"state_prompt() returned {type(value).__name__}; it returns text, messages or None")
@@ -120,15 +123,15 @@ def _checked(value: Any, what: str) -> Any:
     if isinstance(value, str):
         return writable(value)
     if isinstance(value, Mapping):
-        return {_checked(key, what): _checked(one, what) for key, one in value.items()}
+        return {_checked(key, what): _checked(item, what) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_checked(one, what) for one in value]
+        return [_checked(item, what) for item in value]
     if hasattr(value, "__next__") or hasattr(value, "__anext__") or inspect.isawaitable(value):
         raise TypeError(f"{what} a message with a {type(value).__name__} in it; compute it before")
     return value
 
 
-def scores_of(value: Any) -> dict[str, float]:
+def scores_of(value: object) -> dict[str, float]:
     """The scores among what `metrics()` returned; the rest is left out, with a warning."""
     if not isinstance(value, Mapping):
         warn_once(f"metrics() returned {shown(value)}, which is left out; it returns a dict of numbers by name")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class EnvironmentArguments:
     """What the policy is shown; a script's flags."""
 
-    num_passages: int = field(default=3, metadata={"help": "Most passages that a search returns."})
+    num_passages: int = field(default=3, metadata={"help": "Maximum number of passages that a search returns."})
     system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "First message of every prompt."})
     state: Literal["chat", "rewritten"] = field(
         default="chat", metadata={"help": "How the state is shown: a growing chat, or the paper's rewritten prompt."}
