@@ -9,16 +9,16 @@ the end of the turn. The score is the share of rooms whose door was right. It is
 The game compares methods as follows:
 
 - All methods see the same states and get the same rewards. With more rooms, each room's share of the score shrinks.
-- The right door depends on the visible sign alone, so a longer game is not harder to play. The initial policy writes the
-  right form and reads the sign at every length.
-- What grows with the settings is the number of steps and of tokens between a decision and its reward, and the form that
-  a method must not unlearn: one word too many costs the room.
+- The right door depends on the visible sign alone, so a longer game is not harder to play. The initial policy writes
+  the right form and reads the sign at every length.
+- What grows with the settings is the number of steps and of tokens between a decision and its reward, and the form
+  that a method must not unlearn: one word too many costs the room.
 - The state says how many doors were right so far and how many rooms are left. So a critic can know how the episode
   stands, at each step and at each token.
 - The words of the thought have no effect on the reward, like different wordings of a sentence. They are noise for a
   method that assigns credit to single tokens; this is deliberate, since it is what longer responses bring.
-- The door is the last word: for a token-level method the shortest way to the next state and to the reward. Every method
-  may use a discount of 1, under which length does not discount.
+- The door is the last word: for a token-level method the shortest way to the next state and to the reward. Every
+  method may use a discount of 1, under which length does not discount.
 """
 
 from __future__ import annotations

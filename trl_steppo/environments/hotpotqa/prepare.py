@@ -1,8 +1,9 @@
 """
-Prepares a data set of multi-hop questions once, so that every run opens it in seconds; `prepared.py` shows the files.
+Prepares a data set of multi-hop questions once, so that every run opens it in seconds; `prepared.py` lists the files.
 
-All is written beside its place, stage by stage. A stage counts when its files are on the disk and in the manifest, so
-that a run that was stopped goes on with the next; the directory gets its name when all stages are there.
+The stages are written one after another into a temporary directory, which is renamed when all of them are complete. A
+stage is complete when its files are on the disk and in the manifest: after an interruption, preparing continues with
+the next stage.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class KnownDataset:
     """
-    Where a data set is on the hub, and how large it is.
+    A data set on the hub, and its size.
 
     Args:
         train (`str` or `None`):
-            Its training rows; `None` for a data set that is for evaluation.
+            Where its training rows are; `None` for a data set for evaluation only.
         validation (`str`):
-            Its evaluation rows.
+            Where its evaluation rows are.
         counts (`dict[str, int]`):
-            Numbers of questions and passages, as far as they are published.
+            The published numbers of questions and passages.
     """
 
     train: str | None
@@ -67,13 +68,13 @@ DATASETS = {
     ),
     "2wikimultihopqa": KnownDataset(
         train=None,
-        # The repository has a loading script, which `datasets` does not run any more: its file is read.
+        # The repository has a loading script, which `datasets` no longer runs, so its file is read.
         validation="hf://datasets/xanhho/2WikiMultihopQA/dev.parquet",
         counts={"validation": 12_576},
     ),
     "musique": KnownDataset(train=None, validation="dgslibisey/MuSiQue", counts={"validation": 2_417}),
 }
-"""The data sets that are known by name. 2WikiMultiHopQA and MuSiQue are for evaluation out of domain."""
+"""The known data sets. 2WikiMultiHopQA and MuSiQue are for out-of-domain evaluation."""
 
 
 @dataclass(frozen=True)
@@ -83,31 +84,31 @@ class Preparation:
 
     Args:
         dataset (`str`, *optional*, defaults to `"hotpotqa"`):
-            `"hotpotqa"`, `"2wikimultihopqa"` or `"musique"`: where rows come from and how many there are.
+            `"hotpotqa"`, `"2wikimultihopqa"` or `"musique"`. Decides the default sources and the expected counts.
         train (`Sequence[str]`, *optional*):
-            Training rows from elsewhere: local files, or a name on the hub.
+            Other sources of the training rows: local files, or a name on the hub.
         validation (`Sequence[str]`, *optional*):
-            Evaluation rows from elsewhere. Left out where `train` names files: a share of those.
+            Other sources of the evaluation rows. By default, if `train` names files, a share of their rows.
         revision (`str`, *optional*):
-            Revision of data sets on the hub.
+            Revision of the data sets on the hub.
         aliases_file (`str`, *optional*):
             2WikiMultiHopQA's `id_aliases.json`.
         eval_share (`float`, *optional*, defaults to `0.1`):
-            Share of local training files that is kept for evaluation.
+            Share of local training files that is used for evaluation.
         seed (`int`, *optional*, defaults to `0`):
-            Which of their rows are.
+            Decides which of their rows are used for evaluation.
         title_weight, k1, b (*optional*):
             Settings of [`BM25Retriever`].
         dense_model (`str`, *optional*):
-            Encoder of a [`DenseRetriever`], which is then written, too, and used.
+            Encoder of a [`DenseRetriever`], which is then prepared as well and used for searches.
         check_counts (`bool`, *optional*):
-            Whether numbers that differ from the full data set's are an error. `None`: if all rows come from its own
-            place on the hub.
+            Whether counts that differ from the published ones are an error. `None`: if all rows come from the default
+            source.
         show_progress (`bool`, *optional*, defaults to `True`):
-            Show bars.
+            Whether to show progress bars.
 
     Raises:
-        ConfigurationError: If a setting is none of its choices, or outside of its range.
+        ConfigurationError: If a setting is not among its choices, or out of range.
     """
 
     dataset: str = "hotpotqa"
@@ -132,21 +133,21 @@ class Preparation:
 
     def write(self, directory: Path, *, report: Callable[[str], None] = print) -> Manifest:
         """
-        Write everything. A directory that was prepared with the same settings is checked and left as it is.
+        Write all files. A directory that was prepared with the same settings is checked and left unchanged.
 
         Args:
             directory (`Path`):
-                Where to write; it must not be there yet.
+                Where to write. It must be new, or prepared with the same settings.
             report (`Callable`, *optional*, defaults to `print`):
-                Gets a line for each stage.
+                Called with a line for each stage.
 
         Returns:
-            [`Manifest`]: What was written.
+            [`Manifest`]: The description of the directory.
 
         Raises:
-            ConfigurationError: If the directory is there with other settings or something else in it, or is being
-                prepared.
-            DataError: If rows are not what they should be.
+            ConfigurationError: If the directory has other content or other settings, or is being prepared by another
+                process.
+            DataError: If rows are invalid.
         """
         settings = self._settings()
         if directory.exists():
@@ -163,7 +164,7 @@ class Preparation:
         return manifest
 
     def data(self, directory: Path) -> dict[str, int]:
-        """Write the rows, without their contexts, and the paragraphs of these; how many there are of each."""
+        """Stage 1: write the rows, without their contexts, and the corpus of all paragraphs. Returns their counts."""
         train, validation = self._sources()
         rows: dict[str, Dataset] = {}
         if train:
@@ -184,7 +185,7 @@ class Preparation:
         return counts
 
     def bm25(self, directory: Path) -> dict[str, int]:
-        """Write the index of words, once the data are there."""
+        """Stage 2: write the index of words. Counts nothing."""
         retriever = BM25Retriever(
             MappedCorpus(directory / CORPUS),
             title_weight=self.title_weight,
@@ -196,14 +197,14 @@ class Preparation:
         return {}
 
     def dense(self, directory: Path) -> dict[str, int]:
-        """Write the index of embeddings, once the data are there."""
+        """Stage 3, if there is an encoder: write the index of embeddings. Counts nothing."""
         assert self.dense_model is not None
         passages = MappedCorpus(directory / CORPUS)
         DenseRetriever(passages, self.dense_model, show_progress=self.show_progress).save(directory / DENSE)
         return {}
 
     def _settings(self) -> dict[str, object]:
-        """What decides the files, as the manifest keeps it."""
+        """Everything that decides the content of the files, as the manifest stores it."""
         train, validation = self._sources()
         return {
             "dataset": self.dataset,
@@ -217,7 +218,7 @@ class Preparation:
         }
 
     def _sources(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Where training and evaluation rows come from: by default from the data set's own place on the hub."""
+        """The sources of training and evaluation rows; by default the data set's own place on the hub."""
         if not self.train and not self.validation:
             known = DATASETS[self.dataset]
             return [known.train] if known.train else [], [known.validation]
@@ -233,7 +234,7 @@ def prepare(
     directory: str | Path, dataset: str = "hotpotqa", *, report: Callable[[str], None] = print, **settings: Any
 ) -> Manifest:
     """
-    Write a data set into a directory; short for `Preparation(dataset, **settings).write(directory)`.
+    Prepare a data set in a directory: short for `Preparation(dataset, **settings).write(directory)`.
 
     Args:
         directory (`str` or `Path`), report (`Callable`, *optional*, defaults to `print`):
@@ -245,7 +246,7 @@ def prepare(
 
 
 def _identities(names: Sequence[str]) -> list[str]:
-    """Names on the hub; files by name and content, wherever they lie."""
+    """Identifies sources: data sets on the hub by name, files by name and content."""
     return [f"{Path(name).name} sha256:{_hash(name)}" if is_file(name) else name for name in names]
 
 
@@ -256,7 +257,7 @@ def _hash(name: str) -> str:
 
 
 def _compare(directory: Path, settings: dict[str, object]) -> Manifest:
-    """The manifest of a directory that was prepared with these settings and is intact."""
+    """The manifest of a directory. Raises unless it is intact and was prepared with these settings."""
     if not is_prepared(directory):
         raise ConfigurationError(f"{directory} is there, and nothing was prepared in it; name a directory that is new")
     manifest = read_manifest(directory)
@@ -288,7 +289,7 @@ def _check_counts(counts: dict[str, int], expected: dict[str, int], dataset: str
 
 @contextmanager
 def _in_the_making(directory: Path, settings: dict[str, object]) -> Iterator[tuple[Path, Manifest]]:
-    """The directory beside `directory` that becomes it when the block ends without an error."""
+    """Yields a temporary directory and its manifest; it becomes `directory` if the block ends without an error."""
     partial = durable.partial_of(directory)
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
@@ -304,7 +305,7 @@ def _in_the_making(directory: Path, settings: dict[str, object]) -> Iterator[tup
 
 
 def _leftover(partial: Path, settings: dict[str, object]) -> Manifest:
-    """How far an earlier run with the same settings came; what another left is removed."""
+    """The manifest that an interrupted process with the same settings left. Files of other settings are removed."""
     if (partial / MANIFEST).is_file():
         manifest = read_manifest(partial)
         if manifest.settings == settings:
@@ -321,7 +322,7 @@ def _stage(
     write: Callable[[Path], dict[str, int]],
     report: Callable[[str], None],
 ) -> None:
-    """Let `write` fill the folder `name`, unless an earlier run did; then it counts."""
+    """Have `write` fill the folder `name`, unless an interrupted process has completed it; update the manifest."""
     done = {path: mark for path, mark in manifest.files.items() if path.startswith(f"{name}/")}
     if done:
         check_files(partial, done)
