@@ -62,9 +62,13 @@ class Arguments(EnvironmentArguments):
     max_questions: int | None = field(default=None, metadata={"help": "Only the first ones of each data set."})
     batch_size: int = field(default=32, metadata={"help": "Questions played at a time."})
     max_interaction_steps: int = field(default=5, metadata={"help": "Maximum number of steps of an episode."})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Maximum number of tokens of a state, in-process."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Maximum number of tokens of a state, in-process."}
+    )
     response_length: int = field(default=1024, metadata={"help": "Maximum number of tokens of a response."})
-    max_tool_calls: int | None = field(default=None, metadata={"help": "Maximum number of tool calls of a response that are run."})
+    max_tool_calls: int | None = field(
+        default=None, metadata={"help": "Maximum number of tool calls of a response that are run."}
+    )
     chat_template_kwargs: str | None = field(
         default=None, metadata={"help": "Extra arguments of the chat template, as JSON."}
     )

@@ -11,6 +11,7 @@ import signal
 import threading
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from ..assets import locate_model
 from ..errors import ConfigurationError
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         idle_s=args.idle_s,
     )
     with closing(server):  # its port is had before the model is loaded, which takes longer
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         write_key(key_file, admin_key)
         gc.collect()

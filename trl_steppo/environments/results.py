@@ -83,7 +83,9 @@ def text_of_blocks(blocks: list[object], what: str) -> str:
 
 def _refuse_media(blocks: list[object]) -> None:
     for block in blocks:
-        kind = block.get("type") if isinstance(block, Mapping) else None
+        if not isinstance(block, Mapping):
+            continue
+        kind = block.get("type")
         if isinstance(kind, str) and kind in _MEDIA and kind in block:
             raise MediaError(
                 f"a content block of type {kind!r}: images and other media are not supported, the policy reads text. "

@@ -186,7 +186,7 @@ def make_corpus(rows: Iterable[Row]) -> list[Passage]:
     return list(passages)
 
 
-def check_rows(rows: Iterable[Row], source: str) -> None:
+def check_rows(rows: Iterable[object], source: str) -> None:
     """
     Raise a `DataError` for the first row that is invalid.
 
@@ -197,9 +197,9 @@ def check_rows(rows: Iterable[Row], source: str) -> None:
             Their name in the message: a file, or a data set.
     """
     first_row_of_id: dict[str, int] = {}
-    for i, row in enumerate(rows):
+    for i, unchecked in enumerate(rows):
         where = f"{source}, row {i}"
-        _check_row(row, where)
+        row = _checked_row(unchecked, where)
         first = first_row_of_id.setdefault(row["id"], i)
         if first != i:
             raise DataError(f"{where}: the id {row['id']!r} is that of row {first} already; ids have to be unique")
@@ -207,7 +207,7 @@ def check_rows(rows: Iterable[Row], source: str) -> None:
         raise DataError(f"{source}: there are no rows")
 
 
-def _check_row(row: object, where: str) -> None:
+def _checked_row(row: object, where: str) -> Row:
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: a row has to be an object with named columns, not {row!r:.80}")
     for column in ("id", "question", "answer", "context"):
@@ -223,6 +223,7 @@ def _check_row(row: object, where: str) -> None:
     if not _is_list_of(row.get("answer_aliases") or [], str):
         raise DataError(f"{where}: `answer_aliases` has to be a list of texts, not {row['answer_aliases']!r:.80}")
     _check_context(row["context"], where)
+    return row
 
 
 def _check_context(context: object, where: str) -> None:

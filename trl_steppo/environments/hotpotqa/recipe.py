@@ -29,7 +29,7 @@ class EnvironmentArguments:
         default=False, metadata={"help": "Begin with what a search for the question finds, as the paper does."}
     )
 
-    def environment_factory(self, retriever: Retriever) -> Callable[[], HotpotQAEnvironment]:
+    def environment_factory(self, retriever: Retriever) -> partial[HotpotQAEnvironment]:
         """What makes the environment of an episode."""
         return partial(
             HotpotQAEnvironment,
@@ -84,7 +84,7 @@ class HotpotQARecipe(EnvironmentArguments):
             self.dataset_name, eval_dataset_name=self.eval_dataset_name, system_prompt=self.system_prompt
         )
 
-    def environment_factory(self, retriever: Retriever) -> Callable[[], HotpotQAEnvironment]:
+    def environment_factory(self, retriever: Retriever) -> partial[HotpotQAEnvironment]:
         """What makes the environment of an episode, paid as the recipe says."""
         return partial(super().environment_factory(retriever), reward=self.reward)
 
