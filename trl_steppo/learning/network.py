@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..compat.accelerate import autocasts
 from ..numerics import Numerics
@@ -38,8 +36,8 @@ class Network:
     """
 
     module: nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
     accelerator: Accelerator
 
     @property

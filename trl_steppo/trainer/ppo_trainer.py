@@ -95,7 +95,6 @@ from .checkpoints import (
 from .checks import (
     check_adapters,
     check_apart,
-    check_distribution,
     check_kinds,
     check_models,
     check_saved,
@@ -106,6 +105,7 @@ from .checks import (
 from .data_stream import check_same_order, checksum, column_names, first_rows, make_rows, numbered_rows
 from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
 from .description import describe_task
+from .distribution import Distribution, check_distribution
 from .engines import Engine, check_engine, counts_of, make_engine
 from .episode_log import EpisodeLog
 from .loading import Loader
@@ -338,7 +338,7 @@ class PPOTrainer(_Base):
         self.args: StepPOConfig = args
         self.train_dataset = train_dataset
         find_fsdp(self.accelerator)
-        check_distribution(args, self.accelerator, optimizers)
+        check_distribution(args, Distribution.from_accelerator(self.accelerator), optimizers)
         warn_of_waiting(args, self.accelerator)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..rollout import Agent
-from .checks import check_args
 from .engines import Engine
 from .loading import name_of
 from .ppo_config import PPOConfig
@@ -137,7 +136,6 @@ class StepPOTrainer(PPOTrainer):
     ) -> None:
         if args is None:
             args = StepPOConfig(f"{name_of(model)}-StepPO")
-        check_args(args)
         self._set_up(
             StepPOConfig.of(args),
             processing_class,
