@@ -44,9 +44,11 @@ from _runs import (
     play,
     refuse_failures,
     settings_in,
+    under_current_names,
     updates_of,
 )
 
+from trl_steppo import durable
 from trl_steppo.report.statistics import interquartile_mean
 
 CRITIC_OVER_POLICY = 2.5
@@ -357,11 +359,8 @@ class Store:
 
     def write(self, cell: Cell, record: Record) -> None:
         """Keep it: whole, or not at all."""
-        path = self.path(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps({"run": asdict(cell), "record": asdict(record)}) + "\n")
-        unfinished.replace(path)
+        with durable.file(self.path(cell)) as partial:
+            partial.write_text(json.dumps({"run": asdict(cell), "record": asdict(record)}) + "\n")
 
     def areas(self, cells: Iterable[Cell]) -> dict[Cell, float | None]:
         """Under the curve of each; `None` for those that are not done."""
@@ -464,7 +463,7 @@ def refuse_other_settings(planned: Iterable[tuple[Run, Cell, Store]]) -> None:
         if not store.holds(cell):
             continue
         kept = store.read(cell)
-        changed = changed_inputs(kept.inputs, run.hashes())
+        changed = changed_inputs(under_current_names(kept.inputs), run.hashes())
         if settings_in(kept.command) != settings_in(run.command) or changed:
             raise SystemExit(
                 f"{store.path(cell)} was played with other settings than those of this study; remove it and "

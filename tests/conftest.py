@@ -28,11 +28,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 # tests that are repeated use, too.
 PINNED_ONLY = (
     *("benchmarks", "inference/test_vllm.py"),
+    *(f"commands/test_{name}.py" for name in ("check", "config", "memory")),
     *(f"report/test_{name}.py" for name in ("methods", "page", "statistics", "viewer")),
     *(f"gateway/test_{name}.py" for name in ("damaged_store", "formats", "gateway", "hostile", "late", "robustness")),
     *(f"rollout/test_{name}.py" for name in ("agent", "ahead", "pacing")),
     *(f"trainer/test_{name}.py" for name in ("killed_ahead", "killed_rank", "owned_processes")),
-    *(f"test_{name}.py" for name in ("calls", "cli", "durable", "imports", "keeper", "packaging", "readme", "warm")),
+    *(f"test_{name}.py" for name in ("calls", "durable", "imports", "keeper", "names", "packaging")),
+    *(f"test_{name}.py" for name in ("readme", "types", "warm")),
 )
 
 # Tensors this small gain nothing from threads, and on a busy machine threads that wait for each other cost minutes.

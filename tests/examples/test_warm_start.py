@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.examples.scripts import load_script
-from trl_steppo.models import MINI_WIKI_POLICY
+from trl_steppo.assets import MINI_WIKI_POLICY
 
 
 def test_only_responses_are_imitated() -> None:
