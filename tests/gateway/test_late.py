@@ -19,7 +19,7 @@ from test_gateway import USER, Client, hold, let_go, wait_until
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.conversation import Answer
 from trl_steppo.gateway.late import LateStream
-from trl_steppo.gateway.sampling import Engine
+from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.service import Reply
 
 HEARTBEAT_S = 0.05
@@ -152,7 +152,7 @@ def test_a_failure_in_a_stream_that_has_begun_is_told_as_an_event(name, client, 
     module, stream = CLIENTS[name]
     sdk = pytest.importorskip(module, reason="needs the extra `agents`")
     policy = Breaks(echo)
-    server.resume(Engine(policy))
+    server.resume(SamplerLoop(policy))
     with let_go_later(server, policy, 1.0), pytest.raises(sdk.APIError, match="sampling failed: OSError") as error:
         stream(sdk, client, 20.0)
     assert not isinstance(error.value, sdk.InternalServerError), "the stream had begun"

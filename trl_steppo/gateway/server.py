@@ -20,7 +20,7 @@ from .connections import ConnectionLimits, Connections, guarded_protocol
 from .late import HEARTBEAT_S
 from .limits import BodyLimits
 from .monitor import Monitor
-from .sampling import Engine, SamplingPort
+from .sampling import SamplerLoop, SamplingPort
 from .service import Gateway
 from .sessions import SessionSpec
 from .store import Store
@@ -36,7 +36,7 @@ _LOOKS_S = 1.0  # between looks for idle sessions
 
 class GatewayServer:
     """
-    A gateway on a port, which serves until it is closed. It starts paused: `resume` gives it an engine.
+    A gateway on a port, which serves until it is closed. It starts paused: `resume` gives it a sampler.
 
     Args:
         formats ([`ChatFormats`]):
@@ -181,9 +181,9 @@ class GatewayServer:
             raise RuntimeError("the gateway is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def resume(self, engine: Engine) -> None:
-        """Let requests through to this engine."""
-        self.call(self.gateway.port.resume(engine))
+    def resume(self, sampler: SamplerLoop) -> None:
+        """Let requests through to this sampler."""
+        self.call(self.gateway.port.resume(sampler))
 
     def pause(self) -> None:
         """Hold requests from now on, and wait for those that were let through."""

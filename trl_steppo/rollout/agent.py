@@ -32,7 +32,7 @@ from ..calls import DaemonThread, is_lazy, look_at
 from ..environments.slots import Slots
 from ..errors import ConfigurationError, SamplerError
 from ..finite import as_reward
-from ..gateway.sampling import Engine
+from ..gateway.sampling import SamplerLoop
 from ..gateway.sessions import Session, SessionSpec
 from ..inference.base import Sampler, SamplingParams
 from ..keeper import LETS_END_S, Keeper
@@ -193,7 +193,8 @@ def play_agents(
     rollout = _AgentRollout(agent, server, limits, sampling, run_seed, idle_s, id_prefix, needs_reward, resumes)
 
     async def play() -> list[Episode]:
-        server.resume(Engine(sampler) if overlaps else Engine(sampler, asyncio.get_running_loop(), in_flight))
+        loop = None if overlaps else asyncio.get_running_loop()
+        server.resume(SamplerLoop(sampler, loop, None if overlaps else in_flight))
         try:
             return await play_concurrently(
                 requests,
