@@ -3,14 +3,15 @@
 | file | what it is |
 |---|---|
 | `conversation.py` | what all APIs have in common: a request, an answer, the keys of a history |
+| `dialect.py` | what an API is: a path, a body, the ways to write what is answered |
 | `openai.py`, `responses.py`, `anthropic.py` | pure translation: an API's body <-> a request, an answer |
 | `tokens.py` | a request's place in what is recorded: only what is new is tokenized |
 | `sessions.py` | one episode: what may be asked, what was recorded, how it ended |
 | `store.py` | all of it on the disk, before a client sees it |
 | `sampling.py` | requests into a sampler, held while weights change |
 | `service.py` | these put together: one request in, one recorded step out |
-| `app.py`, `openapi.py`, `monitor.py` | HTTP: routes, the document that describes them, metrics |
-| `late.py` | streams that begin before their response is there |
+| `app.py`, `session_bodies.py`, `openapi.py`, `monitor.py` | HTTP: routes, bodies of our own, the document that describes them, metrics |
+| `delivery.py` | a reply on its way to its client, whole or as a stream |
 | `limits.py`, `work.py` | how much a body may consist of; a thread for what takes long, beside the event loop |
 | `connections.py` | silent and endless connections are closed |
 | `server.py` | a thread that serves |

@@ -17,7 +17,7 @@ import uvicorn
 from ..errors import ConfigurationError
 from .app import make_app
 from .connections import ConnectionLimits, Connections, guarded_protocol
-from .late import HEARTBEAT_S
+from .delivery import HEARTBEAT_S
 from .limits import BodyLimits
 from .monitor import Monitor
 from .sampling import SamplerLoop, SamplingPort
