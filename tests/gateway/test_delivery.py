@@ -22,7 +22,7 @@ from trl_steppo.gateway.conversation import Answer
 from trl_steppo.gateway.delivery import Delivery
 from trl_steppo.gateway.openai import CHAT_COMPLETIONS, ChatBody
 from trl_steppo.gateway.sampling import SamplerLoop
-from trl_steppo.gateway.service import Reply
+from trl_steppo.gateway.responder import Reply
 
 HEARTBEAT_S = 0.05
 

@@ -28,7 +28,7 @@ from trl_steppo.gateway import GatewayServer, SessionSpec
 from trl_steppo.gateway.bodies import whole_characters
 from trl_steppo.gateway.conversation import Answer, ModelRequest
 from trl_steppo.gateway.sampling import SamplerLoop, SamplingPort
-from trl_steppo.gateway.service import Retry
+from trl_steppo.gateway.flights import Retry
 from trl_steppo.gateway.sessions import Notes, Session
 from trl_steppo.gateway.store import Store
 from trl_steppo.types import Episode, StopReason, writable
@@ -559,7 +559,7 @@ def test_a_step_that_was_recorded_for_nobody_is_the_next_ones(client, server, mo
     with pytest.raises(httpx.ReadTimeout):
         client.http.post("/v1/chat/completions", json=body, headers=FIRST, timeout=0.5)
     assert held.is_asked.wait(20)
-    (flight,) = server.gateway._flights[client.session.session_id]
+    (flight,) = server.gateway._responders[client.session.session_id].flights
     wait_until(lambda: flight.num_waiting == 0)
     held.is_free.set()
     wait_until(lambda: client.session.lost)
@@ -936,7 +936,7 @@ def test_an_end_and_a_disconnection_at_once_leave_no_exception_behind(server, cl
             """The handler's request, and what it waits for, in one turn of the loop."""
             coroutines = {t: t.get_coro().__qualname__ for t in asyncio.all_tasks()}
             (asked,) = [t for t, name in coroutines.items() if name == "Gateway.respond"]
-            (flight,) = [t for t, name in coroutines.items() if name == "Gateway._fly"]
+            (flight,) = [t for t, name in coroutines.items() if name == "Responder._step"]
             flight.cancel()
             await asyncio.wait([flight])
             asked.cancel()

@@ -212,7 +212,7 @@ def test_memory_does_not_grow_with_finished_sessions():
             server.call(server.gateway.finish(session))
             server.call(server.gateway.collect(session, keep=False))
         gateway = server.gateway
-        assert (gateway._sessions, gateway._by_digest, gateway._flights) == ({}, {}, {})
+        assert (gateway.sessions, gateway._by_digest) == ([], {})
         assert server.store.running() == []
     finally:
         server.close()

@@ -16,8 +16,9 @@ from trl_steppo.chat.tokenizing import TextEncoder
 from trl_steppo.environments import make_playable
 from trl_steppo.errors import ChatTemplateError
 from trl_steppo.gateway.conversation import Answer, ModelRequest, next_key, prefix_keys, tools_key
+from trl_steppo.gateway.placement import Placer
 from trl_steppo.gateway.sessions import RecordedStep, Session, SessionSpec
-from trl_steppo.gateway.tokens import ChatFormats, place
+from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, run_episode
 from trl_steppo.types import StopReason
@@ -126,7 +127,7 @@ def placed(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
     shown = text(name)
     messages = [{"role": "user", "content": shown if where == "gateway message" else HARMLESS}]
     session = Session("s", "s", "", SessionSpec())
-    first = place(ModelRequest("m", tuple(messages), tools=tuple(tools)), session, formats)
+    first = Placer(session, formats).place(ModelRequest("m", tuple(messages), tools=tuple(tools)))
     answer = Answer(
         "a", 0, "m", "", ({"id": "c", "name": "search", "arguments": {}},), "", "tool_calls", None, 1, 0, 1, (), ()
     )
@@ -153,7 +154,7 @@ def placed(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
     )
     result = shown if where == "gateway tool result" else HARMLESS
     messages += [answer.message, {"role": "tool", "name": "search", "content": result}]
-    second = place(ModelRequest("m", tuple(messages), tools=tuple(tools)), session, formats)
+    second = Placer(session, formats).place(ModelRequest("m", tuple(messages), tools=tuple(tools)))
     assert second.parent == 0
     return chat, [first.new_ids, second.new_ids]
 

@@ -21,13 +21,14 @@ from ..calls import look_at
 from ..types import Episode
 from . import anthropic, openai, responses
 from .bodies import B, dumps, read_body
-from .conversation import ModelRequest, RequestError, request_key
+from .conversation import ModelRequest, RequestError, request_key, unauthorized
 from .delivery import HEARTBEAT_S, Delivery, gone_away, is_done, wait_for_reply, when_gone
 from .dialect import Dialect, ModelBody
 from .limits import BodyLimits
 from .monitor import CONTENT_TYPE
 from .openapi import Operation, document
-from .service import Gateway, Retry, unauthorized
+from .flights import Retry
+from .service import Gateway
 from .session_bodies import AbortBody, EndingBody, FinishBody, OpenBody, RewardBody
 from .sessions import Session, SessionSpec
 from .work import INLINE_BYTES

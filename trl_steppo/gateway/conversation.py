@@ -172,6 +172,11 @@ def context_error(context: int, what: str, request: ModelRequest) -> RequestErro
     )
 
 
+def unauthorized() -> RequestError:
+    """One answer for all wrong, missing, foreign and finished keys."""
+    return RequestError(401, "this key is not valid here", code="invalid_api_key")
+
+
 # -- keys -------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from .bodies import dumps
 from .conversation import Answer, RequestError
 from .dialect import Dialect, ModelBody
-from .service import Reply
+from .responder import Reply
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ import hashlib
 import json
 import time
 from array import array
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -20,7 +19,7 @@ from typing_extensions import TypedDict  # typing's own is not read by pydantic 
 from ..inference.base import SamplingParams
 from ..types import Episode, EpisodeLimits, Step, StopReason, TokenIds, renamed_keyword
 from .bodies import is_finite
-from .conversation import Answer, Message, RequestError, next_key, text_keys
+from .conversation import Answer, Message, RequestError
 
 T = TypeVar("T")
 
@@ -94,7 +93,7 @@ class RecordedStep:
         observed (`str` or `list[dict]`):
             What the parent was answered.
         history (`str`):
-            See [`~gateway.tokens.Placement`].
+            See [`~gateway.placement.Placement`].
         asked_key (`str`, *optional*):
             Of the conversation that it answers; `None` where that is no messages.
         key (`str`):
@@ -106,7 +105,7 @@ class RecordedStep:
         answer ([`Answer`]):
             What the client is told of it.
         escaped (`int`, *optional*, defaults to `0`):
-            See [`~gateway.tokens.Placement`].
+            See [`~gateway.placement.Placement`].
     """
 
     seed_index: int
@@ -155,6 +154,8 @@ class RecordedStep:
             raise ValueError(f"{len(response_ids)} ids and {len(logprobs)} log-probabilities are no response")
         if min(*response_ids, *new_ids, 0) < 0 or not (new_ids or step.parent is not None):
             raise ValueError("its ids are no token ids, or it has no prompt")
+        for key in (step.key, step.asked_key or ""):
+            bytes.fromhex(key)
         if step.parent is not None and not 0 <= step.parent < position:
             raise ValueError(f"step {position} continues step {step.parent}")
         return step
@@ -289,17 +290,11 @@ class Session:
         self.spec = spec
         self.notes = notes or Notes()
         self.steps: list[RecordedStep] = []
-        self.by_key: dict[bytes, list[int]] = {}  # the steps whose response ends the conversation of this key
-        self.by_asked_key: dict[bytes, int] = {}  # the last step that answers it
-        self.text_lengths: set[int] = set()
         self.is_over = is_over
         self.sampler_error: Exception | None = None  # of the last request, if the sampler failed
-        self.recording = asyncio.Lock()
         self.ending = asyncio.Lock()
         self.turn = asyncio.Lock()  # of its work beside the loop
-        self.told: set[str] = set()  # of its wishes that do not hold
         self.lost: set[int] = set()  # steps whose client went away while it was told
-        self.num_firsts: Counter[str] = Counter()  # of a request: how often it was asked for the first time
         self.last_active = time.monotonic()
         # The wall clock may be set while an episode lasts; only what was stored before a restart has no other.
         earlier_s = 0.0 if notes is None else max(0.0, time.time() - notes.created)
@@ -320,11 +315,6 @@ class Session:
         buffer.extend(step.response_ids)
         self._places.append(_Place(branch, prompt_length, len(buffer)))
         self.steps.append(step)
-        self.by_key.setdefault(bytes.fromhex(step.key), []).append(position)
-        if step.asked_key is not None:
-            self.by_asked_key[bytes.fromhex(step.asked_key)] = position
-        if step.text_length is not None:
-            self.text_lengths.add(step.text_length)
         if step.parent is not None:
             self._children.setdefault(step.parent, position)
         return position
@@ -372,25 +362,6 @@ class Session:
             self.lost.discard(found[0])
         else:
             self.lost.add(found[0])
-
-    def ending_with(self, key: bytes, call_ids: Collection[str]) -> int:
-        """
-        The step whose response ends a conversation. Of several that said the same: the one whose tool calls, by their
-        ids, the client sends back; else one that its client was told of; else one that nothing follows; else the last.
-        """
-        positions = self.by_key[key]
-        if len(positions) == 1:
-            return positions[0]
-        named = {call_id.removeprefix("call_").partition("_")[0] for call_id in call_ids}
-        return max(
-            positions,
-            key=lambda p: (
-                self.steps[p].answer.answer_id in named,
-                p not in self.notes.undelivered,
-                not self.has_child(p),
-                p,
-            ),
-        )
 
     def visible(self) -> list[int]:
         """The positions of the steps that count: not those whose client never learned of them, or did not go on."""
@@ -574,21 +545,6 @@ class Session:
             "escaped_special_tokens": sum(self.steps[position].escaped for position in visible),
         }
         return {**{name: float(count) for name, count in counts.items() if count}, **self.notes.metrics}
-
-
-def conversation_key(
-    prompt_key: bytes | None, prompt: str | tuple[int, ...] | None, answer: Answer, written: str
-) -> tuple[str, int | None]:
-    """
-    The key of a conversation with its answer, and its length where it is text: with all that was `written`, so that
-    who goes on from less (without the stop text, or the end of the turn) has the policy read no more than it sent.
-    """
-    if prompt_key is not None:
-        return next_key(prompt_key, answer.message).hex(), None
-    if isinstance(prompt, str):
-        text = prompt + written
-        return text_keys(text, [len(text)])[len(text)].hex(), len(text)
-    return hashlib.blake2b(answer.answer_id.encode(), digest_size=16).hexdigest(), None
 
 
 def budget_error(session: Session) -> RequestError:
