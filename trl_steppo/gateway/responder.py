@@ -11,7 +11,7 @@ from functools import partial
 
 from ..errors import ConfigurationError, DataError
 from ..inference.base import Sample, SamplingParams
-from ..types import StopReason
+from ..types import StopReason, num_shared
 from .conversation import Answer, ModelRequest, RequestError, context_error
 from .flights import Flight, Flights, Retry
 from .monitor import Monitor
@@ -262,8 +262,7 @@ class Responder:
             return
         self._told.add("history")
         recorded = session.state_ids(position)
-        pairs = enumerate(zip(recorded, prompt_ids, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(recorded), len(prompt_ids)))
+        at = num_shared(recorded, prompt_ids)
         shown = slice(max(0, at - _SHOWN_TOKENS // 3), at + _SHOWN_TOKENS)
         logger.warning(
             "session %s rewrote its history, which opens a branch: recorded %r, now %r (told once a session)",
