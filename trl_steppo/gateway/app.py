@@ -115,7 +115,7 @@ class _Routes:
         self.gateway.session_of(_key(request))
         return _json(self._model(request.path_params["model"]))
 
-    def _model(self, name: str) -> dict[str, Any]:
+    def _model(self, name: str) -> JsonObject:
         return {"id": name, "object": "model", "created": self.gateway.started, "owned_by": "trl-steppo"}
 
     # -- sessions -----------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ async def _on_request_error(request: Request, error: RequestError) -> Response:
     return _error(request, error)
 
 
-def _status(session: Session) -> dict[str, Any]:
+def _status(session: Session) -> JsonObject:
     visible = session.visible()
     return {
         "id": session.session_id,
@@ -336,7 +336,7 @@ def _status(session: Session) -> dict[str, Any]:
     }
 
 
-def _episode(episode: Episode) -> dict[str, Any]:
+def _episode(episode: Episode) -> JsonObject:
     """An episode with all its ids."""
     final = episode.final_prompt_ids
     return {
