@@ -17,6 +17,7 @@ PACKAGE = Path(trl_steppo.__file__).parent
 LAYERS: list[set[str]] = [
     {"types", "errors", "masked", "durable", "calls", "compat", "finite", "keeper", "modes", "numerics", "stopping"},
     {"environments", "chat", "inference", "batching", "advantages", "losses", "models"},
+    {"episodes"},
     {"gateway"},
     {"rollout"},
     {"trainer"},
@@ -212,7 +213,7 @@ def test_one_module_imports_the_experimental_ppo():
         "import trl_steppo.calls",
         "import trl_steppo.environments.tools",
         "import trl_steppo.chat",
-        "from trl_steppo.gateway import Gateway, GatewayServer, SessionSpec",
+        "from trl_steppo.gateway import EpisodeSpec, Gateway, GatewayServer",
         "import trl_steppo.rollout",
     ],
 )

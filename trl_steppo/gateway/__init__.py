@@ -5,8 +5,8 @@
 | `conversation.py` | what all APIs have in common: a request, an answer, the keys of a history |
 | `openai.py`, `responses.py`, `anthropic.py` | pure translation: an API's body <-> a request, an answer |
 | `tokens.py` | a request's place in what is recorded: only what is new is tokenized |
-| `sessions.py` | one episode: what may be asked, what was recorded, how it ended |
-| `store.py` | all of it on the disk, before a client sees it |
+| `sessions.py` | one episode: its record, what its client was told of, what may still be asked |
+| `store.py`, `stored.py` | all of it on the disk, before a client sees it; its JSON form |
 | `sampling.py` | requests into a sampler, held while weights change |
 | `service.py` | these put together: one request in, one recorded step out |
 | `app.py`, `openapi.py`, `monitor.py` | HTTP: routes, the document that describes them, metrics |
@@ -20,20 +20,24 @@ Nothing here loads torch.
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..episodes import EpisodeSpec
     from .server import GatewayServer
     from .service import Gateway
-    from .sessions import SessionSpec
 
-_HOME = {"GatewayServer": ".server", "Gateway": ".service", "SessionSpec": ".sessions"}
+_HOME = {"GatewayServer": ".server", "Gateway": ".service", "EpisodeSpec": "..episodes"}
 
-__all__ = ["Gateway", "GatewayServer", "SessionSpec"]
+__all__ = ["EpisodeSpec", "Gateway", "GatewayServer"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "SessionSpec":
+        warnings.warn("`SessionSpec` is now called `EpisodeSpec`", DeprecationWarning, stacklevel=2)
+        name = "EpisodeSpec"
     if name in _HOME:
         try:
             return getattr(import_module(_HOME[name], __name__), name)

@@ -22,9 +22,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..calls import look_at
+from ..episodes import EpisodeSpec
+from ..episodes.json import plain_episode_json
 from ..finite import LARGEST
 from ..inference.base import MIN_TEMPERATURE
-from ..types import Episode
 from . import anthropic, openai, responses
 from .bodies import FIRST_ERROR, B, Body, JsonObject, dumps, event, read_body
 from .conversation import Answer, ModelRequest, RequestError, request_key
@@ -33,7 +34,7 @@ from .limits import BodyLimits
 from .monitor import CONTENT_TYPE
 from .openapi import Operation, document
 from .service import Gateway, Reply, Retry, unauthorized
-from .sessions import Session, SessionSpec
+from .sessions import Session
 from .work import INLINE_BYTES
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class OpenBody(Body):
     generation_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     dataset_row: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
-    def spec(self, default: SessionSpec) -> SessionSpec:
+    def spec(self, default: EpisodeSpec) -> EpisodeSpec:
         """The gateway's own settings with these instead; a seed that is not given is drawn."""
         limits = ("max_interaction_steps", "max_prompt_length", "max_episode_tokens", "max_episode_s")
         sampling = {"max_new_tokens": self.response_length, "temperature": self.temperature}
@@ -209,7 +210,7 @@ class _Delivery(Response):
 class _Routes:
     """The handlers of one gateway."""
 
-    def __init__(self, gateway: Gateway, default: SessionSpec, limits: BodyLimits, heartbeat_s: float) -> None:
+    def __init__(self, gateway: Gateway, default: EpisodeSpec, limits: BodyLimits, heartbeat_s: float) -> None:
         self.gateway = gateway
         self.default = default
         self.limits = limits
@@ -384,7 +385,7 @@ class _Routes:
 
     async def episode(self, request: Request) -> Response:
         self.gateway.check_admin(_key(request))
-        return _json(_episode(self.gateway.find(request.path_params["session_id"]).episode()))
+        return _json(plain_episode_json(self.gateway.find(request.path_params["session_id"]).episode()))
 
     async def remove(self, request: Request) -> Response:
         self.gateway.check_admin(_key(request))
@@ -449,7 +450,7 @@ class _Routes:
 def make_app(
     gateway: Gateway,
     *,
-    default: SessionSpec | None = None,
+    default: EpisodeSpec | None = None,
     limits: BodyLimits | None = None,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> Starlette:
@@ -459,14 +460,14 @@ def make_app(
     Args:
         gateway ([`Gateway`]):
             What it serves.
-        default ([`SessionSpec`], *optional*):
+        default ([`EpisodeSpec`], *optional*):
             What a session is allowed that is opened over HTTP, where its body does not say.
         limits ([`~gateway.limits.BodyLimits`], *optional*):
             What a body may consist of; by default what the gateway's context has room for.
         heartbeat_s (`float`, *optional*, defaults to `3.0`):
             How long a stream says nothing.
     """
-    routes = _Routes(gateway, default or SessionSpec(), limits or BodyLimits.of(gateway.context), heartbeat_s)
+    routes = _Routes(gateway, default or EpisodeSpec(), limits or BodyLimits.of(gateway.context), heartbeat_s)
     session = "/sessions/{session_id}"
     operations: list[tuple[Operation, Handler]] = [
         *((Operation("POST", api.path, api.summary, api.body, streams=True), routes.model(api)) for api in APIS),
@@ -571,36 +572,4 @@ def _status(session: Session) -> dict[str, Any]:
         "stop_reason": session.notes.stop_reason,
         "error": session.notes.error,
         "max_interaction_steps": session.spec.limits.max_interaction_steps,
-    }
-
-
-def _episode(episode: Episode) -> dict[str, Any]:
-    """An episode with all its ids."""
-    final = episode.final_prompt_ids
-    return {
-        "episode_id": episode.episode_id,
-        "stream_position": episode.stream_position,
-        "dataset_row": episode.dataset_row,
-        "generation_index": episode.generation_index,
-        "terminated": episode.terminated,
-        "truncated": episode.truncated,
-        "stop_reason": None if episode.stop_reason is None else episode.stop_reason.value,
-        "error": episode.error,
-        "metrics": dict(episode.metrics),
-        "final_prompt_ids": None if final is None else final.tolist(),
-        "steps": [
-            {
-                "prompt_ids": step.prompt_ids.tolist(),
-                "response_ids": step.response_ids.tolist(),
-                "rollout_logprobs": list(step.rollout_logprobs),
-                "reward": step.reward,
-                "step_index": step.step_index,
-                "policy_version": step.policy_version,
-                "temperature": step.temperature,
-                "stop_reason": step.stop_reason.value,
-                "observation": step.observation,
-                "info": dict(step.info),
-            }
-            for step in episode.steps
-        ],
     }

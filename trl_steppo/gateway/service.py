@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import math
 import secrets
 import sqlite3
 import time
 from array import array
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError, DataError
-from ..inference.base import MIN_TEMPERATURE, Sample, SamplingParams, step_seed
+from ..inference.base import MIN_TEMPERATURE, Sample, SamplingParams
 from ..types import Episode, StopReason, TokenIds
 from .conversation import Answer, ModelRequest, RequestError, context_error
 from .monitor import Monitor
 from .sampling import SamplingPort
-from .sessions import Notes, RecordedStep, Session, SessionSpec, budget_error, conversation_key, key_digest
+from .sessions import Session, SessionStep, budget_error, conversation_key, key_digest
 from .store import Store, StoredSession, report_damage
+from .stored import notes_from_json, notes_to_json, spec_from_json, spec_to_json, step_from_json, step_to_json
 from .tokens import ChatFormats, Placement, place, place_beside, read_response, token_texts
 from .work import INLINE_BYTES, Worker
 
@@ -160,13 +161,13 @@ class Gateway:
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
-    async def open_session(self, spec: SessionSpec, *, name: str | None = None) -> tuple[Session, str]:
+    async def open_session(self, spec: EpisodeSpec, *, name: str | None = None) -> tuple[Session, str]:
         """A new session and its key, which is not kept."""
         session_id, key = secrets.token_hex(8), f"sk-steppo-{secrets.token_urlsafe(32)}"
         session = Session(session_id, name or session_id, key_digest(key), spec)
         self._add(session)
-        notes = asdict(session.notes)
-        await _written(self.store.add_session(session_id, session.name, session.digest, spec.to_json(), notes))
+        settings, notes = spec_to_json(spec), notes_to_json(session.notes)
+        await _written(self.store.add_session(session_id, session.episode_id, session.digest, settings, notes))
         return session, key
 
     def restore(self) -> int:
@@ -179,7 +180,7 @@ class Gateway:
             self._add(session)
         return len(found)
 
-    def finished_episode(self, name: str, spec: SessionSpec) -> Episode | None:
+    def finished_episode(self, name: str, spec: EpisodeSpec) -> Episode | None:
         """What a session of this name left in the store, if it ended without an error and was allowed the same."""
         for one in self.store.named(name):
             session = restored(one) if one.is_over else None
@@ -198,11 +199,7 @@ class Gateway:
     ) -> int:
         """What a step is paid, instead of what it was told to be paid before; the step's index."""
         position = session.position_of(step)
-        session.notes.rewards[str(position)] = reward
-        if state_key is not None:
-            session.notes.state_keys[str(position)] = state_key
-        if observation is not None:
-            session.notes.observations[str(position)] = observation
+        session.pay(position, reward, state_key=state_key, observation=observation)
         await self._save(session)
         return session.visible().index(position)
 
@@ -246,7 +243,7 @@ class Gateway:
             session.notes.metrics |= metrics or {}
             visible = session.visible()
             if observation is not None and visible:
-                session.notes.observations[str(visible[-1])] = observation
+                session.notes.observations[visible[-1]] = observation
             if error is not None:
                 session.notes.error = error
             await self._save(session)
@@ -302,7 +299,7 @@ class Gateway:
         self._by_digest[session.digest] = session
 
     async def _save(self, session: Session) -> None:
-        saved = self.store.set_notes(session.session_id, asdict(session.notes), is_over=session.is_over)
+        saved = self.store.set_notes(session.session_id, notes_to_json(session.notes), is_over=session.is_over)
         await _written(saved)
 
     async def _land(self, session: Session) -> list[_Flight]:
@@ -464,12 +461,14 @@ class Gateway:
         flight.is_recording = True
         async with session.recording:  # steps are in the store in the order in which they are in memory
             try:
-                await _written(self.store.add_step(session.session_id, len(session.steps), step.to_json()))
+                await _written(self.store.add_step(session.session_id, len(session.steps), step_to_json(step)))
             except sqlite3.Error as error:
                 logger.error("a step of session %s cannot be recorded", session.session_id, exc_info=True)
                 raise RequestError(502, "the step cannot be recorded", code="store") from error
             session.add(step)
-        if step.stop_reason is StopReason.LENGTH and self._ends_episode(session, request, params, len(prompt_ids)):
+        if step.stop_reason is StopReason.LENGTH and session.spec.is_cut(
+            params, len(prompt_ids), max_tokens=request.wishes.max_tokens
+        ):
             session.notes.cut = True
             await self._save(session)
         self.monitor.steps.labels(placement.history).inc()
@@ -481,7 +480,7 @@ class Gateway:
     async def _sample(
         self, session: Session, prompt_ids: list[int], params: SamplingParams, seed_index: int
     ) -> Sample:
-        order = (session.spec.stream_position, session.spec.generation_index, seed_index)
+        order = session.spec.order(seed_index)
         try:
             sample = await self.port.sample(prompt_ids, params, session_id=session.session_id, order=order)
         except RequestError:
@@ -506,7 +505,7 @@ class Gateway:
         prompt_ids: list[int],
         params: SamplingParams,
         sample: Sample,
-    ) -> RecordedStep:
+    ) -> SessionStep:
         placement = flight.placement
         assert placement is not None
         chat = placement.chat
@@ -532,7 +531,7 @@ class Gateway:
         )
         written = self.formats.decode(read.response_ids) if isinstance(request.prompt, str) else read.text
         key, text_length = conversation_key(placement.key, request.prompt, answer, written)
-        return RecordedStep(
+        return SessionStep(
             seed_index=flight.seed_index,
             parent=placement.parent,
             new_ids=array("i", placement.new_ids),
@@ -554,30 +553,21 @@ class Gateway:
     # -- sampling settings --------------------------------------------------------------------------------------------
 
     def _params(self, session: Session, request: ModelRequest, flight: _Flight, prompt_length: int) -> SamplingParams:
-        spec, wishes = session.spec, request.wishes
-        sampling, limits = spec.sampling, spec.limits
-        budget = min(sampling.max_new_tokens, wishes.max_tokens or sampling.max_new_tokens)
-        for longest in (limits.max_episode_tokens, self.context):
-            if longest is not None:
-                budget = min(budget, longest - prompt_length)
-        seed = step_seed(spec.run_seed, spec.stream_position, spec.generation_index, flight.seed_index)
+        wishes = request.wishes
         assert flight.placement is not None
-        stop = sampling.stop_token_ids or flight.placement.chat.stop_token_ids
-        params = replace(sampling, max_new_tokens=budget, stop_token_ids=stop, seed=seed)
-        if spec.training:
+        params = session.spec.params(
+            flight.seed_index,
+            prompt_length,
+            stop_token_ids=flight.placement.chat.stop_token_ids,
+            max_tokens=wishes.max_tokens,
+            context=self.context,
+        )
+        if session.spec.training:
             return params
         wished = {name: getattr(wishes, name) for name in ("temperature", "top_p", "top_k")}
         if wishes.seed is not None:
             wished["seed"] = wishes.seed & (2**63 - 1)  # seeds of clients may be negative
         return replace(params, **{name: value for name, value in wished.items() if value is not None})
-
-    def _ends_episode(
-        self, session: Session, request: ModelRequest, params: SamplingParams, prompt_length: int
-    ) -> bool:
-        """Whether a response that was cut was cut by the episode's budget of tokens, and not by its own."""
-        longest = session.spec.limits.max_episode_tokens
-        own = min(session.spec.sampling.max_new_tokens, request.wishes.max_tokens or math.inf)
-        return longest is not None and params.max_new_tokens < own and prompt_length + params.max_new_tokens >= longest
 
     def _check_wishes(self, session: Session, request: ModelRequest) -> tuple[str, ...]:
         """What of the client's wishes does not hold, for it to be told once; what would falsify scores is refused."""
@@ -644,12 +634,12 @@ def restored(stored: StoredSession) -> Session | None:
             stored.session_id,
             stored.name,
             stored.key_digest,
-            SessionSpec.from_json(stored.spec),
-            Notes.from_json(stored.notes, num_steps=len(stored.steps)),
+            spec_from_json(stored.spec),
+            notes_from_json(stored.notes, num_steps=len(stored.steps)),
             is_over=stored.is_over,
         )
         for step in stored.steps:
-            session.commit(RecordedStep.from_json(step, position=len(session.steps)))
+            session.add(step_from_json(step, position=len(session.steps)), is_restored=True)
         session.episode()  # all of it fits together
     except Exception as error:  # whatever reading what others wrote may raise
         report_damage(stored.session_id, stored.name, error)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from ..chat import ChatFormat
+from ..episodes import Observation, as_observation
 from ..errors import ChatTemplateError
 from .conversation import (
     Message,
@@ -56,7 +57,7 @@ class Placement:
 
     parent: int | None
     new_ids: list[int]
-    observed: str | list[Message]
+    observed: Observation
     history: History
     key: bytes | None
     chat: ChatFormat
@@ -211,7 +212,7 @@ def placing_of(request: ModelRequest, session: Session, formats: ChatFormats, co
     continues, new_ids, escaped = yield tokenize
     parent = parent if continues else None
     history = _history(session, parent, rewritten)
-    return Placement(parent, new_ids, _observation(added), history, keys[-1], chat, rewritten, escaped)
+    return Placement(parent, new_ids, as_observation(added), history, keys[-1], chat, rewritten, escaped)
 
 
 def _placing_text(request: ModelRequest, session: Session, formats: ChatFormats, context: int | None) -> Placing:
@@ -276,13 +277,6 @@ def _history(session: Session, parent: int | None, rewritten: int | None = None)
 
 def _tool_names(messages: Sequence[Message]) -> list[str]:
     return [message.get("name", "") for message in messages if message["role"] == "tool"]
-
-
-def _observation(messages: list[Message]) -> str | list[Message]:
-    """As the rollout's own loop records it: text where that is all."""
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        return messages[0]["content"]
-    return messages
 
 
 @dataclass(frozen=True)
