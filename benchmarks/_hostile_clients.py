@@ -160,7 +160,7 @@ def serve(directory: Path, context: int) -> None:
     """Serve until standard input ends."""
     from transformers import AutoTokenizer
 
-    from trl_steppo.gateway import GatewayServer, SessionSpec
+    from trl_steppo.gateway import EpisodeSpec, GatewayServer
     from trl_steppo.gateway.sampling import SamplerLoop
     from trl_steppo.gateway.tokens import ChatFormats
     from trl_steppo.inference.base import Sample, SamplingParams
@@ -184,7 +184,7 @@ def serve(directory: Path, context: int) -> None:
         ChatFormats(AutoTokenizer.from_pretrained(MINI_WIKI_POLICY)),
         store=directory / "sessions.sqlite",
         admin_key="admin",
-        default=SessionSpec(EpisodeLimits(10**6), SamplingParams(1)),
+        default=EpisodeSpec(EpisodeLimits(10**6), SamplingParams(1)),
         context=context,
     ).start()
     server.resume(SamplerLoop(OneToken()))

@@ -49,7 +49,7 @@ from _record import BenchmarkArguments, parse_arguments, print_table, write_reco
 from transformers import AutoTokenizer
 
 from trl_steppo.chat import ChatFormat
-from trl_steppo.gateway import GatewayServer, SessionSpec
+from trl_steppo.gateway import EpisodeSpec, GatewayServer
 from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
@@ -107,9 +107,9 @@ class ScriptedSampler:
         """Nothing is batched."""
 
 
-def make_spec(index: int = 0) -> SessionSpec:
+def make_spec(index: int = 0) -> EpisodeSpec:
     """A session that may go on."""
-    return SessionSpec(EpisodeLimits(10_000), SamplingParams(RESPONSE_TOKENS), stream_position=index)
+    return EpisodeSpec(EpisodeLimits(10_000), SamplingParams(RESPONSE_TOKENS), stream_position=index)
 
 
 async def sample_directly(sampler: ScriptedSampler, chat: ChatFormat, num_sessions: int, num_steps: int) -> float:

@@ -22,7 +22,7 @@ VOCABULARY = 64
 # What is not worth repeating with other versions, as files or folders: it uses little of other libraries, or what
 # tests that are repeated use, too.
 PINNED_ONLY = (
-    *("benchmarks", "inference/test_vllm.py"),
+    *("benchmarks", "episodes", "inference/test_vllm.py"),
     *(f"report/test_{name}.py" for name in ("methods", "page", "statistics", "viewer")),
     *(f"gateway/test_{name}.py" for name in ("damaged_store", "delivery", "formats", "gateway", "hostile", "robustness")),
     *(f"rollout/test_{name}.py" for name in ("agent", "ahead", "pacing")),

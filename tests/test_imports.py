@@ -30,6 +30,7 @@ LAYERS: list[set[str]] = [
         "stopping",
     },
     {"environments", "chat", "inference", "batching", "advantages", "losses", "models"},
+    {"episodes"},
     {"gateway"},
     {"rollout"},
     {"trainer"},
@@ -226,7 +227,7 @@ def test_one_module_imports_the_experimental_ppo():
         "import trl_steppo.calls",
         "import trl_steppo.environments.tools",
         "import trl_steppo.chat",
-        "from trl_steppo.gateway import Gateway, GatewayServer, SessionSpec",
+        "from trl_steppo.gateway import EpisodeSpec, Gateway, GatewayServer",
         "import trl_steppo.rollout",
     ],
 )

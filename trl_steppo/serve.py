@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigurationError
-from .gateway import GatewayServer, SessionSpec
+from .episodes import EpisodeSpec
+from .gateway import GatewayServer
 from .gateway.sampling import SamplerLoop
 from .gateway.tokens import ChatFormats
 from .inference.base import SamplingParams
@@ -75,7 +76,7 @@ def serve(
         port=port,
         store=directory / "sessions.sqlite",
         admin_key=admin_key,
-        default=SessionSpec(
+        default=EpisodeSpec(
             EpisodeLimits(max_interaction_steps=max_interaction_steps),
             SamplingParams(response_length, temperature=temperature),
         ),

@@ -24,13 +24,14 @@ pytest.importorskip("starlette", reason="needs the extra `gateway`")
 from gateway_policy import ADMIN, END, TOKENIZER, Policy, call, echo, make_spec, start
 
 from trl_steppo.errors import CheckpointError, ConfigurationError
-from trl_steppo.gateway import GatewayServer, SessionSpec
+from trl_steppo.gateway import EpisodeSpec, GatewayServer
 from trl_steppo.gateway.bodies import whole_characters
 from trl_steppo.gateway.conversation import Answer, ModelRequest
-from trl_steppo.gateway.sampling import SamplerLoop, SamplingPort
 from trl_steppo.gateway.flights import Retry
-from trl_steppo.gateway.sessions import Notes, Session
+from trl_steppo.gateway.sampling import SamplerLoop, SamplingPort
+from trl_steppo.gateway.sessions import Session, SessionNotes
 from trl_steppo.gateway.store import Store
+from trl_steppo.gateway.stored import spec_from_json, spec_to_json
 from trl_steppo.types import Episode, StopReason, writable
 
 USER = {"role": "user", "content": "hello"}
@@ -43,7 +44,7 @@ SEARCH = {
 class Client:
     """One session of a gateway, over HTTP."""
 
-    def __init__(self, server: GatewayServer, spec: SessionSpec | None = None) -> None:
+    def __init__(self, server: GatewayServer, spec: EpisodeSpec | None = None) -> None:
         self.server = server
         self.session, self.key = server.call(server.gateway.open_session(spec or make_spec()))
         self.http = httpx.Client(base_url=server.origin, headers={"authorization": f"Bearer {self.key}"}, timeout=20)
@@ -393,11 +394,11 @@ def test_a_session_says_which_row_it_plays(server):
     client.say([USER])
     episode = client.episode()
     assert (episode.stream_position, episode.dataset_row) == (7, 3)
-    stored = spec.to_json()
-    assert SessionSpec.from_json(stored) == spec
+    stored = spec_to_json(spec)
+    assert spec_from_json(stored) == spec
     del stored["dataset_row"]
     stored["row_index"] = stored.pop("stream_position")
-    assert SessionSpec.from_json(stored) == replace(spec, dataset_row=None)
+    assert spec_from_json(stored) == replace(spec, dataset_row=None)
 
 
 def test_a_cut_response_that_is_gone_on_from_does_not_truncate(server):
@@ -441,9 +442,9 @@ def test_an_episode_lasts_as_long_as_it_does_whatever_the_wall_clock_is_set_to(s
         assert 0 <= client.session.age_s() < 60
         assert not client.session.is_out_of_time
     monkeypatch.undo()
-    stored = Session("a", "b", "c", client.session.spec, Notes(created=time.time() - 100))
+    stored = Session("a", "b", "c", client.session.spec, SessionNotes(created=time.time() - 100))
     assert 100 <= stored.age_s() < 200
-    assert Session("a", "b", "c", client.session.spec, Notes(created=time.time() + 1e6)).age_s() < 100
+    assert Session("a", "b", "c", client.session.spec, SessionNotes(created=time.time() + 1e6)).age_s() < 100
 
 
 def test_sessions_that_nobody_goes_on_with_are_finished(server, policy):

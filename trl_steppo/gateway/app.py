@@ -18,19 +18,21 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..calls import look_at
-from ..types import Episode
+from ..episodes import EpisodeSpec
+from ..episodes.json import plain_episode_json
+from ..types import JsonObject
 from . import anthropic, openai, responses
 from .bodies import B, dumps, read_body
 from .conversation import ModelRequest, RequestError, request_key, unauthorized
 from .delivery import HEARTBEAT_S, Delivery, gone_away, is_done, wait_for_reply, when_gone
 from .dialect import Dialect, ModelBody
+from .flights import Retry
 from .limits import BodyLimits
 from .monitor import CONTENT_TYPE
 from .openapi import Operation, document
-from .flights import Retry
 from .service import Gateway
 from .session_bodies import AbortBody, EndingBody, FinishBody, OpenBody, RewardBody
-from .sessions import Session, SessionSpec
+from .sessions import Session
 from .work import INLINE_BYTES
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 class _Routes:
     """The handlers of one gateway."""
 
-    def __init__(self, gateway: Gateway, default: SessionSpec, limits: BodyLimits, heartbeat_s: float) -> None:
+    def __init__(self, gateway: Gateway, default: EpisodeSpec, limits: BodyLimits, heartbeat_s: float) -> None:
         self.gateway = gateway
         self.default = default
         self.limits = limits
@@ -156,7 +158,7 @@ class _Routes:
 
     async def episode(self, request: Request) -> Response:
         self.gateway.check_admin(_key(request))
-        return _json(_episode(self.gateway.find(request.path_params["session_id"]).episode()))
+        return _json(plain_episode_json(self.gateway.find(request.path_params["session_id"]).episode()))
 
     async def remove(self, request: Request) -> Response:
         self.gateway.check_admin(_key(request))
@@ -221,7 +223,7 @@ class _Routes:
 def make_app(
     gateway: Gateway,
     *,
-    default: SessionSpec | None = None,
+    default: EpisodeSpec | None = None,
     limits: BodyLimits | None = None,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> Starlette:
@@ -231,14 +233,14 @@ def make_app(
     Args:
         gateway ([`Gateway`]):
             What it serves.
-        default ([`SessionSpec`], *optional*):
+        default ([`EpisodeSpec`], *optional*):
             What a session is allowed that is opened over HTTP, where its body does not say.
         limits ([`~gateway.limits.BodyLimits`], *optional*):
             What a body may consist of; by default what the gateway's context has room for.
         heartbeat_s (`float`, *optional*, defaults to `3.0`):
             How long a stream says nothing.
     """
-    routes = _Routes(gateway, default or SessionSpec(), limits or BodyLimits.of(gateway.context), heartbeat_s)
+    routes = _Routes(gateway, default or EpisodeSpec(), limits or BodyLimits.of(gateway.context), heartbeat_s)
     session = "/sessions/{session_id}"
     operations: list[tuple[Operation, Handler]] = [
         *((Operation("POST", api.path, api.summary, api.body, streams=True), routes.model(api)) for api in DIALECTS),
@@ -333,36 +335,4 @@ def _status(session: Session) -> JsonObject:
         "stop_reason": session.notes.stop_reason,
         "error": session.notes.error,
         "max_interaction_steps": session.spec.limits.max_interaction_steps,
-    }
-
-
-def _episode(episode: Episode) -> JsonObject:
-    """An episode with all its ids."""
-    final = episode.final_prompt_ids
-    return {
-        "episode_id": episode.episode_id,
-        "stream_position": episode.stream_position,
-        "dataset_row": episode.dataset_row,
-        "generation_index": episode.generation_index,
-        "terminated": episode.terminated,
-        "truncated": episode.truncated,
-        "stop_reason": None if episode.stop_reason is None else episode.stop_reason.value,
-        "error": episode.error,
-        "metrics": dict(episode.metrics),
-        "final_prompt_ids": None if final is None else final.tolist(),
-        "steps": [
-            {
-                "prompt_ids": step.prompt_ids.tolist(),
-                "response_ids": step.response_ids.tolist(),
-                "rollout_logprobs": list(step.rollout_logprobs),
-                "reward": step.reward,
-                "step_index": step.step_index,
-                "policy_version": step.policy_version,
-                "temperature": step.temperature,
-                "stop_reason": step.stop_reason.value,
-                "observation": step.observation,
-                "info": dict(step.info),
-            }
-            for step in episode.steps
-        ],
     }

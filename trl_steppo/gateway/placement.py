@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from ..chat import ChatFormat
+from ..episodes import Observation, as_observation
 from ..errors import ChatTemplateError
+from ..types import Message
 from .conversation import (
-    Message,
     ModelRequest,
     RequestError,
     context_error,
@@ -54,7 +55,7 @@ class Placement:
 
     parent: int | None
     new_ids: list[int]
-    observed: str | list[Message]
+    observed: Observation
     history: History
     key: bytes | None
     chat: ChatFormat
@@ -141,7 +142,7 @@ class Placer:
         continues, new_ids, escaped = await run(tokenize)
         parent = parent if continues else None
         history = self._history(parent, rewritten)
-        return Placement(parent, new_ids, _observation(added), history, keys[-1], chat, rewritten, escaped)
+        return Placement(parent, new_ids, as_observation(added), history, keys[-1], chat, rewritten, escaped)
 
     async def _place_prompt(self, request: ModelRequest, run: Run) -> Placement:
         self._index_new_steps()
@@ -240,10 +241,3 @@ def _result(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def _tool_names(messages: Sequence[Message]) -> list[str]:
     return [message.get("name", "") for message in messages if message["role"] == "tool"]
-
-
-def _observation(messages: list[Message]) -> str | list[Message]:
-    """As the rollout's own loop records it: text where that is all."""
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        return messages[0]["content"]
-    return messages

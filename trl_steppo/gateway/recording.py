@@ -15,7 +15,7 @@ from ..inference.base import Sample
 from ..types import StopReason, TokenIds
 from .conversation import Answer, ModelRequest, next_key, stops_at, text_keys
 from .placement import Placement
-from .sessions import RecordedStep
+from .sessions import SessionStep
 from .tokens import ChatFormats
 
 
@@ -29,7 +29,7 @@ def record_step(
     temperature: float,
     seed_index: int,
     request_name: str,
-) -> RecordedStep:
+) -> SessionStep:
     """
     The step that a response is, with what its client is told.
 
@@ -70,7 +70,7 @@ def record_step(
     )
     written = formats.decode(read.response_ids) if isinstance(request.prompt, str) else read.text
     key, text_length = conversation_key(placement.key, request.prompt, answer, written)
-    return RecordedStep(
+    return SessionStep(
         seed_index=seed_index,
         parent=placement.parent,
         new_ids=array("i", placement.new_ids),

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 from ..errors import ConfigurationError, DataError
@@ -18,10 +18,11 @@ from .monitor import Monitor
 from .placement import Placement, Placer
 from .recording import record_step
 from .sampling import SamplingPort
-from .sessions import RecordedStep, Session, budget_error
+from .sessions import Session, SessionStep, budget_error
 from .store import Store, written
+from .stored import notes_to_json, step_to_json
 from .tokens import ChatFormats
-from .wishes import check_wishes, episode_budget_cuts, sampling_params, unmet_wishes
+from .wishes import check_wishes, sampling_params, unmet_wishes
 from .work import INLINE_BYTES, Worker
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Services:
 
     async def save(self, session: Session) -> None:
         """Store what is known of a session beside its steps."""
-        notes = asdict(session.notes)
+        notes = notes_to_json(session.notes)
         await written(self.store.set_notes(session.session_id, notes, is_over=session.is_over))
 
 
@@ -177,10 +178,10 @@ class Responder:
         params = sampling_params(
             session.spec,
             request.wishes,
-            prompt_length=len(prompt.ids),
-            context=services.context,
+            flight.seed_index,
+            len(prompt.ids),
             stop_token_ids=placement.chat.stop_token_ids,
-            seed_index=flight.seed_index,
+            context=services.context,
         )
         sample = await self._sample(prompt.ids, params, flight.seed_index)
         record = partial(
@@ -198,9 +199,8 @@ class Responder:
         step = await services.worker.run(session.turn, record) if is_long else record()
         flight.is_recording = True
         await self._store(step)
-        if step.stop_reason is StopReason.LENGTH and episode_budget_cuts(
-            session.spec, request.wishes, params, len(prompt.ids)
-        ):
+        max_tokens = request.wishes.max_tokens
+        if step.stop_reason is StopReason.LENGTH and session.spec.is_cut(params, len(prompt.ids), max_tokens=max_tokens):
             session.notes.cut = True
             await services.save(session)
         self._count(step, prompt)
@@ -208,7 +208,7 @@ class Responder:
 
     async def _sample(self, prompt_ids: Sequence[int], params: SamplingParams, seed_index: int) -> Sample:
         session, monitor = self.session, self._services.monitor
-        order = (session.spec.stream_position, session.spec.generation_index, seed_index)
+        order = session.spec.order(seed_index)
         try:
             sample = await self._services.port.sample(prompt_ids, params, session_id=session.session_id, order=order)
         except RequestError:
@@ -226,17 +226,17 @@ class Responder:
             raise RequestError(502, "the sampler returned an empty response", code="upstream")
         return sample
 
-    async def _store(self, step: RecordedStep) -> None:
+    async def _store(self, step: SessionStep) -> None:
         session = self.session
         async with self._recording:  # steps are in the store in the order in which they are in memory
             try:
-                await written(self._services.store.add_step(session.session_id, len(session.steps), step.to_json()))
+                await written(self._services.store.add_step(session.session_id, len(session.steps), step_to_json(step)))
             except sqlite3.Error as error:
                 logger.error("a step of session %s cannot be recorded", session.session_id, exc_info=True)
                 raise RequestError(502, "the step cannot be recorded", code="store") from error
             session.add(step)
 
-    def _count(self, step: RecordedStep, prompt: _Prompt) -> None:
+    def _count(self, step: SessionStep, prompt: _Prompt) -> None:
         monitor, num_new = self._services.monitor, len(prompt.placement.new_ids)
         monitor.steps.labels(step.history).inc()
         monitor.tokens.labels("kept").inc(len(prompt.ids) - num_new)

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
-from ..inference.base import Sample, Sampler, SamplingParams
+from ..inference.base import Pacer, Sample, Sampler, SamplingParams
 from .conversation import RequestError
-
-
-class Pacer(Protocol):
-    """Counts who waits for the sampler ([`~rollout.InFlight`])."""
-
-    def at_sampler(self) -> AbstractContextManager[None]:
-        """Context of a call of the sampler."""
-        ...
 
 
 @dataclass(frozen=True)

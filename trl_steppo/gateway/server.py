@@ -22,7 +22,6 @@ from .limits import BodyLimits
 from .monitor import Monitor
 from .sampling import SamplerLoop, SamplingPort
 from .service import Gateway
-from .sessions import SessionSpec
 from .store import Store
 from .tokens import ChatFormats
 
@@ -51,7 +50,7 @@ class GatewayServer:
             Whether sessions that were running there go on.
         admin_key (`str`, *optional*):
             Lets its owner open sessions over HTTP.
-        default ([`SessionSpec`], *optional*):
+        default ([`EpisodeSpec`], *optional*):
             What those are allowed.
         model_name (`str`, *optional*, defaults to `"policy"`):
             What `/v1/models` calls the policy.
@@ -84,7 +83,7 @@ class GatewayServer:
         store: Path | None = None,
         restores: bool = True,
         admin_key: str | None = None,
-        default: SessionSpec | None = None,
+        default: EpisodeSpec | None = None,
         model_name: str = "policy",
         max_wait_s: float = 20.0,
         context: int | None = None,

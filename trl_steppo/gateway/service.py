@@ -7,17 +7,18 @@ import hmac
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
+from ..episodes import EpisodeSpec
 from ..types import Episode, StopReason
 from .conversation import ModelRequest, RequestError, unauthorized
 from .flights import Retry, end_by_time
 from .monitor import Monitor
 from .responder import Reply, Responder, Services
 from .sampling import SamplingPort
-from .sessions import Notes, RecordedStep, Session, SessionSpec, key_digest
+from .sessions import Session, key_digest
 from .store import Store, StoredSession, report_damage, written
+from .stored import notes_from_json, notes_to_json, spec_from_json, spec_to_json, step_from_json
 from .tokens import ChatFormats
 from .work import Worker
 
@@ -115,13 +116,13 @@ class Gateway:
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
-    async def open_session(self, spec: SessionSpec, *, name: str | None = None) -> tuple[Session, str]:
+    async def open_session(self, spec: EpisodeSpec, *, name: str | None = None) -> tuple[Session, str]:
         """A new session and its key, which is not kept."""
         session_id, key = secrets.token_hex(8), f"sk-steppo-{secrets.token_urlsafe(32)}"
         session = Session(session_id, name or session_id, key_digest(key), spec)
         self._add(session)
-        notes = asdict(session.notes)
-        await written(self.store.add_session(session_id, session.name, session.digest, spec.to_json(), notes))
+        settings, notes = spec_to_json(spec), notes_to_json(session.notes)
+        await written(self.store.add_session(session_id, session.episode_id, session.digest, settings, notes))
         return session, key
 
     def restore(self) -> int:
@@ -134,7 +135,7 @@ class Gateway:
             self._add(session)
         return len(found)
 
-    def finished_episode(self, name: str, spec: SessionSpec) -> Episode | None:
+    def finished_episode(self, name: str, spec: EpisodeSpec) -> Episode | None:
         """What a session of this name left in the store, if it ended without an error and was allowed the same."""
         for one in self.store.named(name):
             session = restored(one) if one.is_over else None
@@ -153,11 +154,7 @@ class Gateway:
     ) -> int:
         """What a step is paid, instead of what it was told to be paid before; the step's index."""
         position = session.position_of(step)
-        session.notes.rewards[str(position)] = reward
-        if state_key is not None:
-            session.notes.state_keys[str(position)] = state_key
-        if observation is not None:
-            session.notes.observations[str(position)] = observation
+        session.pay(position, reward, state_key=state_key, observation=observation)
         await self._services.save(session)
         return session.visible().index(position)
 
@@ -202,7 +199,7 @@ class Gateway:
             session.notes.metrics |= metrics or {}
             visible = session.visible()
             if observation is not None and visible:
-                session.notes.observations[str(visible[-1])] = observation
+                session.notes.observations[visible[-1]] = observation
             if error is not None:
                 session.notes.error = error
             await self._services.save(session)
@@ -275,12 +272,12 @@ def restored(stored: StoredSession) -> Session | None:
             stored.session_id,
             stored.name,
             stored.key_digest,
-            SessionSpec.from_json(stored.spec),
-            Notes.from_json(stored.notes, num_steps=len(stored.steps)),
+            spec_from_json(stored.spec),
+            notes_from_json(stored.notes, num_steps=len(stored.steps)),
             is_over=stored.is_over,
         )
         for step in stored.steps:
-            session.commit(RecordedStep.from_json(step, position=len(session.steps)))
+            session.add(step_from_json(step, position=len(session.steps)), is_restored=True)
         session.episode()  # all of it fits together
     except Exception as error:  # whatever reading what others wrote may raise
         report_damage(stored.session_id, stored.name, error)

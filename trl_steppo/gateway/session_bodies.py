@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices, Field
 
+from ..episodes import EpisodeSpec
 from ..finite import LARGEST
 from ..inference.base import MIN_TEMPERATURE
 from .bodies import FIRST_ERROR, Body, FiniteObject
-from .sessions import SessionSpec
 
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]  # as of all rewards; `nan` and infinities are neither
 
@@ -90,7 +90,7 @@ class OpenBody(Body):
     generation_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     dataset_row: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
-    def spec(self, default: SessionSpec) -> SessionSpec:
+    def spec(self, default: EpisodeSpec) -> EpisodeSpec:
         """The gateway's own settings with these instead; a seed that is not given is drawn."""
         limits = ("max_interaction_steps", "max_prompt_length", "max_episode_tokens", "max_episode_s")
         sampling = {"max_new_tokens": self.response_length, "temperature": self.temperature}

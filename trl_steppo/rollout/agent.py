@@ -29,18 +29,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..calls import DaemonThread, is_lazy, look_at
-from ..environments.slots import Slots
+from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError, SamplerError
 from ..finite import as_reward
 from ..gateway.sampling import SamplerLoop
-from ..gateway.sessions import Session, SessionSpec
-from ..inference.base import Sampler, SamplingParams
+from ..gateway.sessions import Session
+from ..inference.base import Pacer, Sampler
 from ..keeper import SIGKILL_AFTER_S, Keeper
-from ..types import Episode, EpisodeLimits
+from ..types import Episode
 from .episode import describe
 from .loops import run_coroutine
-from .pacing import InFlight
-from .play import EpisodeRequest, play_concurrently
+from .play import EpisodeRequest
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +49,12 @@ if TYPE_CHECKING:  # starlette and uvicorn come with the extra `gateway`
 Agent = Callable[..., Any] | str | Sequence[str]
 T = TypeVar("T")
 
-_STDERR_SHOWN = 2_000  # characters of what a failed process wrote
-_LOOKS_S = 0.25  # between looks whether an agent hangs
-_ENDING_S = 60.0  # that an agent whose episode is over may still take where it may be idle as long as it likes
+_ERROR_CHARACTERS = 2_000  # of what a failed process wrote that are shown
+_POLL_INTERVAL_S = 0.25  # between looks whether an agent hangs
+_CLEANUP_GRACE_S = 60.0  # to clean up after the episode is over, where the idle time is unlimited
 _TAIL_BYTES = 2**16  # of each of a process's streams that are kept
-_READS_OUT_S = 1.0  # for what a process that has ended wrote last
-_DIES_S = SIGKILL_AFTER_S + 2.0  # for a process and all that it started, from the moment when it is told to end
+_DRAIN_TIMEOUT_S = 1.0  # to read what a process wrote before it ended
+_EXIT_TIMEOUT_S = SIGKILL_AFTER_S + 2.0  # for a process and all that it started to end, from SIGTERM on
 
 # What torchrun, accelerate, DeepSpeed and MPI tell their own processes.
 _LAUNCHER_VARIABLES = frozenset(
@@ -138,109 +137,71 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def play_agents(
-    requests: Sequence[EpisodeRequest],
-    agent: Agent,
-    server: GatewayServer,
-    sampler: Sampler,
-    *,
-    limits: EpisodeLimits,
-    sampling: SamplingParams,
-    run_seed: int,
-    max_concurrent_episodes: int | None = None,
-    slots: Slots | None = None,
-    grace_s: float = 0.25,
-    idle_s: float | None = 60.0,
-    id_prefix: str = "",
-    needs_reward: bool = True,
-    resumes: bool = False,
-    overlaps: bool = False,
-    on_episode: Callable[[], None] | None = None,
-) -> list[Episode]:
+@dataclass(frozen=True)
+class AgentPlayer:
     """
-    Play all requested episodes, each by an agent and in a session of its own, and wait for them.
+    Plays each episode with an agent, in a session of its own. A [`~play.Player`].
 
     Args:
-        requests (`Sequence[EpisodeRequest]`):
-            What to play.
         agent (`Callable`, `str` or `Sequence[str]`):
             Who plays; see the module.
         server ([`~gateway.GatewayServer`]):
-            A started gateway; it is given `sampler` for as long as this takes, and is paused afterwards, unless
+            A started gateway; it is given `sampler` for as long as a rollout takes, and is paused afterwards, unless
             `overlaps`.
         sampler ([`Sampler`]):
             The policy.
-        limits, sampling, run_seed, max_concurrent_episodes, slots, grace_s, id_prefix, on_episode:
-            See [`play_episodes`].
+        spec ([`EpisodeSpec`]):
+            Settings of all episodes. Each is played at the place in the run that its request names.
         idle_s (`float`, *optional*, defaults to `60.0`):
             How long an agent may ask for nothing; one that takes longer is given up. `None`: as long as it likes.
+        id_prefix (`str`, *optional*):
+            Put before every `episode_id`, to keep those of several rollouts apart.
         needs_reward (`bool`, *optional*, defaults to `True`):
             Whether an agent that neither returns nor posts a reward has failed.
         resumes (`bool`, *optional*, defaults to `False`):
             Whether episodes are kept in the gateway's store, and those of the same names that it holds are taken from
-            there: whole ones without an error, which were played within the same limits, sampling and seed.
+            there: whole ones without an error, which were played with the same settings.
         overlaps (`bool`, *optional*, defaults to `False`):
             Whether other rollouts, with the same sampler, are played at the same time: one that can be called from any
             event loop, and takes new weights by itself.
-
-    Returns:
-        `list[Episode]`: in the order of the requests.
-
-    Raises:
-        SamplerError: The sampler failed for good, or again and again, and the agent could not do without.
     """
-    in_flight = InFlight(grace_s=grace_s)
-    rollout = _AgentRollout(agent, server, limits, sampling, run_seed, idle_s, id_prefix, needs_reward, resumes)
 
-    async def play() -> list[Episode]:
-        loop = None if overlaps else asyncio.get_running_loop()
-        server.resume(SamplerLoop(sampler, loop, None if overlaps else in_flight))
-        try:
-            return await play_concurrently(
-                requests,
-                rollout.play_one,
-                sampler,
-                in_flight,
-                max_concurrent_episodes=max_concurrent_episodes,
-                slots=slots,
-                on_episode=on_episode,
-            )
-        finally:
-            if not overlaps:
-                await asyncio.wrap_future(server.submit(server.gateway.port.pause()))
-
-    return run_coroutine(play())
-
-
-@dataclass(frozen=True)
-class _AgentRollout:
     agent: Agent
     server: GatewayServer
-    limits: EpisodeLimits
-    sampling: SamplingParams
-    run_seed: int
-    idle_s: float | None
-    id_prefix: str
-    needs_reward: bool
-    resumes: bool
+    sampler: Sampler
+    spec: EpisodeSpec
+    idle_s: float | None = 60.0
+    id_prefix: str = ""
+    needs_reward: bool = True
+    resumes: bool = False
+    overlaps: bool = False
 
     @property
     def gateway(self) -> Gateway:
+        """The server's gateway."""
         return self.server.gateway
 
-    async def play_one(self, request: EpisodeRequest) -> Episode:
-        name = f"{self.id_prefix}{request.stream_position}-{request.generation_index}"
-        spec = SessionSpec(
-            self.limits,
-            self.sampling,
-            run_seed=self.run_seed,
-            stream_position=request.stream_position,
-            generation_index=request.generation_index,
-            dataset_row=request.dataset_row,
-        )
-        found = self.gateway.finished_episode(name, spec) if self.resumes else None
-        if found is not None:
-            return found
+    def run(self, rollout: Coroutine[Any, Any, T], pacer: Pacer) -> T:
+        """Run a rollout while the gateway has the sampler."""
+
+        async def serve() -> T:
+            loop = asyncio.get_running_loop()
+            self.server.resume(SamplerLoop(self.sampler) if self.overlaps else SamplerLoop(self.sampler, loop, pacer))
+            try:
+                return await rollout
+            finally:
+                if not self.overlaps:
+                    await self._at_gateway(self.gateway.port.pause())
+
+        return run_coroutine(serve())
+
+    async def play(self, request: EpisodeRequest, pacer: Pacer) -> Episode:
+        """Play one episode; see [`~play.Player`]."""
+        spec = request.spec(self.spec)
+        name = f"{self.id_prefix}{spec.name}"
+        kept = self.gateway.finished_episode(name, spec) if self.resumes else None
+        if kept is not None:
+            return kept
         session, key = await self._at_gateway(self.gateway.open_session(spec, name=name))
         run = _FunctionRun(self.agent) if callable(self.agent) else _ProcessRun(self.agent)
         task = asyncio.ensure_future(run.start(request.row, self.server, session.session_id, key))
@@ -260,9 +221,10 @@ class _AgentRollout:
     async def _watch(self, task: asyncio.Future[Any], session: Session, key: str) -> dict[str, Any]:
         """Wait for the agent, as long as it may take; how its session is to be finished."""
         while True:
-            remaining = None if self.limits.max_episode_s is None else self.limits.max_episode_s - session.age_s()
-            looks_s = _LOOKS_S if remaining is None else max(0.0, min(_LOOKS_S, remaining))
-            await asyncio.wait({task}, timeout=looks_s)
+            max_episode_s = self.spec.limits.max_episode_s
+            remaining = None if max_episode_s is None else max_episode_s - session.age_s()
+            interval_s = _POLL_INTERVAL_S if remaining is None else max(0.0, min(_POLL_INTERVAL_S, remaining))
+            await asyncio.wait({task}, timeout=interval_s)
             is_over = session.is_over or session.ended_early
             if task.done():
                 error = task.exception()
@@ -272,7 +234,7 @@ class _AgentRollout:
                 return {} if is_over else {"error": describe(error, "the agent").replace(key, "[key]")}
             if remaining is not None and remaining <= 0:
                 return {"out_of_time": True}
-            patience_s = _ENDING_S if is_over and self.idle_s is None else self.idle_s
+            patience_s = _CLEANUP_GRACE_S if is_over and self.idle_s is None else self.idle_s
             if patience_s is not None and self.gateway.is_idle(session, patience_s):
                 if is_over:  # it had the time to judge itself and to clean up
                     return {}
@@ -397,18 +359,18 @@ class _ProcessRun:
         its_input.write(json.dumps(row, default=repr).encode())
         its_input.close()  # when all is written
         await self.output.ended.wait()
-        await self._read_out()
+        await self._drain()
         code = self._process.get_returncode()
         if code:
-            tail = self.output.text(2).replace(key, "[key]")[-_STDERR_SHOWN:].strip()
+            tail = self.output.text(2).replace(key, "[key]")[-_ERROR_CHARACTERS:].strip()
             raise RuntimeError(f"exit status {code}: {tail}")
         return _reward(_last_number(self.output.text(1)))
 
-    async def _read_out(self) -> None:
+    async def _drain(self) -> None:
         """What is still in the pipes, which a child that lives on may keep open."""
         both = asyncio.gather(*(closed.wait() for closed in self.output.closed.values()))
         with suppress(TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(both, _READS_OUT_S)
+            await asyncio.wait_for(both, _DRAIN_TIMEOUT_S)
 
     async def end(self) -> None:
         """End it and all that it started."""
@@ -417,7 +379,7 @@ class _ProcessRun:
         if self._process is None:
             return
         with suppress(TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(self.output.ended.wait(), _DIES_S)
+            await asyncio.wait_for(self.output.ended.wait(), _EXIT_TIMEOUT_S)
         self._process.close()
 
 

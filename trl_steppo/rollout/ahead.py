@@ -13,8 +13,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_SAYS_S = 60.0  # between lines that say that an update still waits
-_ENDING_S = 20.0
+_WARN_INTERVAL_S = 60.0  # between warnings that an update still waits
+_SHUTDOWN_GRACE_S = 20.0
 
 
 class Ahead(Generic[T]):
@@ -58,7 +58,7 @@ class Ahead(Generic[T]):
     def take(self, update: int) -> T:
         """What was played for an update, as soon as all of it was; it is handed out once."""
         outcome, start = self._begun.pop(update), time.monotonic()
-        while not wait({outcome}, timeout=_SAYS_S).done:
+        while not wait({outcome}, timeout=_WARN_INTERVAL_S).done:
             waited_s = time.monotonic() - start
             logger.warning("update %d has waited %.0f s for its episodes", update + 1, waited_s)
         return outcome.result()
@@ -68,7 +68,7 @@ class Ahead(Generic[T]):
         Let go of rollouts that nobody takes any more. They end when they next ask the sampler, which is closed; those
         whose environments take longer than a while are left behind.
         """
-        _, left = wait(self._begun.values(), timeout=_ENDING_S)
+        _, left = wait(self._begun.values(), timeout=_SHUTDOWN_GRACE_S)
         if left:
             logger.warning("%d rollouts that nobody waits for any more are still being played", len(left))
         self._begun.clear()

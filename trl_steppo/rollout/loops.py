@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_ENDING_S = 1.0  # for what was left behind in an event loop to clean up
+_SHUTDOWN_GRACE_S = 1.0  # for what is left in an event loop to clean up
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -186,7 +186,7 @@ def _close(loop: asyncio.AbstractEventLoop) -> None:
         _cancel_all(loop)
         try:  # lets the cancelled ones clean up, and waits for none of them for long
             _run_until_done(loop, loop.create_task(asyncio.sleep(0)))
-            closing = within(loop.shutdown_asyncgens(), _ENDING_S, "cleaning up")
+            closing = within(loop.shutdown_asyncgens(), _SHUTDOWN_GRACE_S, "cleaning up")
             with suppress(CallTimeoutError):
                 _run_until_done(loop, loop.create_task(closing))
         finally:

@@ -12,6 +12,7 @@ from typing import Any
 from ..calls import DaemonThread, call, call_and_wait, error_text, why_unbindable
 from ..chat import ChatFormat, extended
 from ..environments.base import Message, Playable
+from ..episodes import as_messages
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..finite import LARGEST, NotFiniteError, as_number, as_reward
 from ..types import Episode, Step, StopReason, map_texts, writable
@@ -375,10 +376,8 @@ class _View:
         """The response of a step and the answer to it."""
         if self.chat is None:
             raise DataError("the prompt is messages, and there is no chat format to read the responses with")
-        observation = step.observation
-        if isinstance(observation, str):
-            observation = [{"role": "user", "content": observation}] if observation else []
-        return [self.chat.parse(step.response_ids, step.prompt_ids).message, *observation]
+        observed = as_messages(step.observation) if step.observation else []
+        return [self.chat.parse(step.response_ids, step.prompt_ids).message, *observed]
 
 
 def _arguments(

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MakePlayable = Callable[[Mapping[str, Any]], Playable | None]
 
-CANCELLING_S = 5.0  # for a rollout that was broken off, to close its environments
+CANCEL_TIMEOUT_S = 5.0  # for a rollout that was broken off to close its environments
 _MAKING = "making the environment"
 _EARLIER = "(an earlier one)"
 
@@ -324,7 +324,7 @@ class Stage:
 
     async def _close_all(self) -> None:
         if self._rollout is not None and not self._rollout.done():  # it was broken off, and is cancelled
-            await asyncio.wait({self._rollout}, timeout=CANCELLING_S)
+            await asyncio.wait({self._rollout}, timeout=CANCEL_TIMEOUT_S)
         held = [place.playable for place in self._held.values() if place.playable is not None]
         left = [*self._playing.values(), *self._resting.values(), *held]
         self._held.clear()
