@@ -29,7 +29,7 @@ from trl_steppo.gateway.bodies import whole_characters
 from trl_steppo.gateway.conversation import Answer, ModelRequest
 from trl_steppo.gateway.flights import Retry
 from trl_steppo.gateway.sampling import SamplerLoop, SamplingPort
-from trl_steppo.gateway.sessions import Session, SessionNotes
+from trl_steppo.gateway.sessions import Delivery, Session, SessionNotes
 from trl_steppo.gateway.store import Store
 from trl_steppo.gateway.stored import spec_from_json, spec_to_json
 from trl_steppo.types import Episode, StopReason, writable
@@ -547,7 +547,7 @@ def test_a_step_whose_client_was_not_told_is_the_next_ones(client, server, heade
     lost = ask_again(client, FIRST)
     position = client.session.steps[-1]
     client.say([USER, USER])
-    client.session.notes.undelivered.append(0)
+    client.session.deliveries[0] = Delivery.SENT
     client.session.told_of(position.answer, to_the_end=False)
     assert ask_again(client, headers) == lost
     assert ask_again(client, FIRST) != lost
@@ -563,7 +563,7 @@ def test_a_step_that_was_recorded_for_nobody_is_the_next_ones(client, server, mo
     (flight,) = server.gateway._responders[client.session.session_id].flights
     wait_until(lambda: flight.num_waiting == 0)
     held.is_free.set()
-    wait_until(lambda: client.session.lost)
+    wait_until(lambda: Delivery.LOST in client.session.deliveries)
     assert ask_again(client, FIRST) == f"chatcmpl-{client.session.steps[0].answer.answer_id}"
     assert len(client.episode().steps) == 1
 

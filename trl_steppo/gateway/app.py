@@ -301,7 +301,15 @@ def _key(request: Request) -> str | None:
     return request.headers.get("x-api-key")
 
 
-def _json(data: Any, *, status: int = 200) -> Response:
+def _retry(request: Request, key: str) -> Retry:
+    return Retry(
+        key,
+        is_retry=_RETRIES.get(request.headers.get("x-stainless-retry-count"), True),
+        idempotency_key=request.headers.get("idempotency-key"),
+    )
+
+
+def _json(data: object, *, status: int = 200) -> Response:
     return Response(dumps(data), status_code=status, media_type="application/json")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+from ..types import JsonObject
 from .bodies import Body
 from .conversation import Answer, ModelRequest, RequestError
 from .limits import BodyLimits

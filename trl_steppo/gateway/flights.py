@@ -12,7 +12,7 @@ from typing import Any
 from ..types import StopReason
 from .conversation import Answer, unauthorized
 from .placement import Placement
-from .sessions import Session, budget_error, key_digest
+from .sessions import Delivery, Session, budget_error, key_digest
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ class Flights:
         """
         session = self._session
         same = [position for position, step in enumerate(session.steps) if step.request == retry.name]
-        untold_steps = session.lost if retry.is_first else session.notes.undelivered
-        untold = [position for position in same if position in untold_steps]
+        untold = [position for position in same if self._may_tell_again(position, retry)]
         if untold:
             return untold[-1]
         if retry.is_first:
@@ -107,6 +106,10 @@ class Flights:
         if same and (retry.is_retry or retry.idempotency_key is not None or same[-1] == len(session.steps) - 1):
             return same[-1]
         return None
+
+    def _may_tell_again(self, position: int, retry: Retry) -> bool:
+        delivery = self._session.deliveries[position]
+        return delivery is Delivery.LOST or (delivery is Delivery.SENT and not retry.is_first)
 
     def new(self, name: str) -> Flight:
         """A request that has not begun, with the seed of no other step or flight."""
@@ -156,7 +159,7 @@ class Flights:
     # -- the session's end --------------------------------------------------------------------------------------------
 
     async def land(self) -> list[Flight]:
-        """Leave no request on its way: those that are being recorded are, the others are given up. Which there were."""
+        """Give up all flights but those that are being recorded, which are waited for. Those that there were."""
         flights = list(self._flights)
         for flight in flights:
             if not flight.is_recording:

@@ -8,11 +8,10 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..chat import ChatFormat
 from ..inference.base import Sample
-from ..types import StopReason, TokenIds
+from ..types import JsonObject, StopReason, TokenIds
 from .conversation import Answer, ModelRequest, next_key, stops_at, text_keys
 from .placement import Placement
 from .sessions import SessionStep

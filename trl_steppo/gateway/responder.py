@@ -70,7 +70,7 @@ class Services:
 
     async def save(self, session: Session) -> None:
         """Store what is known of a session beside its steps."""
-        notes = notes_to_json(session.notes)
+        notes = notes_to_json(session.notes, session.deliveries)
         await written(self.store.set_notes(session.session_id, notes, is_over=session.is_over))
 
 
@@ -120,8 +120,7 @@ class Responder:
     async def _answer_again(self, earlier: int | Flight) -> Answer:
         if isinstance(earlier, Flight):
             return await self.flights.wait_for(earlier)
-        self.session.lost.discard(earlier)  # it is being told of again
-        return self.session.steps[earlier].answer
+        return self.session.tell_again(earlier)
 
     def _notes(self, request: ModelRequest) -> tuple[str, ...]:
         """What the client is told of its wishes, once."""
@@ -200,7 +199,9 @@ class Responder:
         flight.is_recording = True
         await self._store(step)
         max_tokens = request.wishes.max_tokens
-        if step.stop_reason is StopReason.LENGTH and session.spec.is_cut(params, len(prompt.ids), max_tokens=max_tokens):
+        if step.stop_reason is StopReason.LENGTH and session.spec.is_cut(
+            params, len(prompt.ids), max_tokens=max_tokens
+        ):
             session.notes.cut = True
             await services.save(session)
         self._count(step, prompt)
@@ -230,7 +231,9 @@ class Responder:
         session = self.session
         async with self._recording:  # steps are in the store in the order in which they are in memory
             try:
-                await written(self._services.store.add_step(session.session_id, len(session.steps), step_to_json(step)))
+                await written(
+                    self._services.store.add_step(session.session_id, len(session.steps), step_to_json(step))
+                )
             except sqlite3.Error as error:
                 logger.error("a step of session %s cannot be recorded", session.session_id, exc_info=True)
                 raise RequestError(502, "the step cannot be recorded", code="store") from error

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError
 from .app import make_app
 from .connections import ConnectionLimits, Connections, guarded_protocol

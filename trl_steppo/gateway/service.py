@@ -16,7 +16,7 @@ from .flights import Retry, end_by_time
 from .monitor import Monitor
 from .responder import Reply, Responder, Services
 from .sampling import SamplingPort
-from .sessions import Session, key_digest
+from .sessions import Delivery, Session, key_digest
 from .store import Store, StoredSession, report_damage, written
 from .stored import notes_from_json, notes_to_json, spec_from_json, spec_to_json, step_from_json
 from .tokens import ChatFormats
@@ -121,7 +121,7 @@ class Gateway:
         session_id, key = secrets.token_hex(8), f"sk-steppo-{secrets.token_urlsafe(32)}"
         session = Session(session_id, name or session_id, key_digest(key), spec)
         self._add(session)
-        settings, notes = spec_to_json(spec), notes_to_json(session.notes)
+        settings, notes = spec_to_json(spec), notes_to_json(session.notes, session.deliveries)
         await written(self.store.add_session(session_id, session.episode_id, session.digest, settings, notes))
         return session, key
 
@@ -259,8 +259,8 @@ class Gateway:
         """What of a finished session is in memory goes; how it ended is counted."""
         self._by_digest.pop(session.digest, None)
         self.port.release(session.session_id)
-        num_untold = len(session.steps) - len(session.visible()) - len(session.notes.unanswered)
-        self.monitor.undelivered.inc(num_untold)
+        num_left_out = len(session.steps) - len(session.visible())
+        self.monitor.undelivered.inc(num_left_out - session.deliveries.count(Delivery.UNANSWERED))
         ending = session.end_reason()
         self.monitor.episodes.labels("end" if ending is StopReason.ENVIRONMENT else ending.value).inc()
 
@@ -268,20 +268,15 @@ class Gateway:
 def restored(stored: StoredSession) -> Session | None:
     """A session as it was when the store last heard of it; `None`, and a warning, if that cannot be."""
     try:
-        session = Session(
-            stored.session_id,
-            stored.name,
-            stored.key_digest,
-            spec_from_json(stored.spec),
-            notes_from_json(stored.notes, num_steps=len(stored.steps)),
-            is_over=stored.is_over,
-        )
-        for step in stored.steps:
-            session.add(step_from_json(step, position=len(session.steps)), is_restored=True)
+        spec = spec_from_json(stored.spec)
+        notes, deliveries = notes_from_json(stored.notes, num_steps=len(stored.steps))
+        session = Session(stored.session_id, stored.name, stored.key_digest, spec, notes, is_over=stored.is_over)
+        for position, (step, delivery) in enumerate(zip(stored.steps, deliveries, strict=True)):
+            # A client that was being told when the gateway stopped asks again.
+            asks_again = delivery.is_untold and not stored.is_over
+            session.add(step_from_json(step, position=position), Delivery.TOLD if asks_again else delivery)
         session.episode()  # all of it fits together
     except Exception as error:  # whatever reading what others wrote may raise
         report_damage(stored.session_id, stored.name, error)
         return None
-    if not session.is_over:
-        session.notes.undelivered.clear()  # what was being told when it was last written; clients ask again
     return session

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, AliasChoices, Field
 from ..episodes import EpisodeSpec
 from ..finite import LARGEST
 from ..inference.base import MIN_TEMPERATURE
+from ..types import JsonObject
 from .bodies import FIRST_ERROR, Body, FiniteObject
 
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]  # as of all rewards; `nan` and infinities are neither

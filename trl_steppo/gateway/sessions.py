@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from ..episodes import EpisodeRecord, EpisodeSpec, Notes, Observation, RecordedStep
 from ..types import Episode, StopReason
@@ -54,6 +55,20 @@ class SessionStep(RecordedStep):
     escaped: int = 0
 
 
+class Delivery(Enum):
+    """What the client of a step knows of it."""
+
+    SENT = "sent"  # it is being told
+    LOST = "lost"  # it went away before it was told to the end, and may ask again
+    TOLD = "told"
+    UNANSWERED = "unanswered"  # it was told, and was still at work when time was up
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether the client may not know of the step."""
+        return self in (Delivery.SENT, Delivery.LOST)
+
+
 @dataclass
 class SessionNotes(Notes):
     """
@@ -62,15 +77,9 @@ class SessionNotes(Notes):
     Args:
         created (`float`):
             When the session was opened, in seconds since 1970.
-        undelivered (`list[int]`):
-            Positions of the steps whose client was not told of them to the end (yet).
-        unanswered (`list[int]`):
-            Positions of the steps whose client was still at work when time was up.
     """
 
     created: float = field(default_factory=time.time)
-    undelivered: list[int] = field(default_factory=list)
-    unanswered: list[int] = field(default_factory=list)
 
 
 class Session(EpisodeRecord[SessionStep]):
@@ -111,7 +120,7 @@ class Session(EpisodeRecord[SessionStep]):
         self.sampler_error: Exception | None = None  # of the last request, if the sampler failed
         self.ending = asyncio.Lock()
         self.turn = asyncio.Lock()  # of its work beside the loop
-        self.lost: set[int] = set()  # steps whose client went away while it was told
+        self.deliveries: list[Delivery] = []  # of each step
         self.last_active = time.monotonic()
         # The wall clock may be set while an episode lasts; only what was stored before a restart has no other.
         earlier_s = 0.0 if notes is None else max(0.0, time.time() - notes.created)
@@ -119,31 +128,33 @@ class Session(EpisodeRecord[SessionStep]):
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def add(self, step: SessionStep, *, is_restored: bool = False) -> int:
-        """Add a step that is in the store. Of a new one its client was not told yet."""
-        position = super().add(step)
-        if not is_restored:
-            self.notes.undelivered.append(position)
-        return position
+    def add(self, step: SessionStep, delivery: Delivery = Delivery.SENT) -> int:
+        """Add a step that is in the store, and return its position."""
+        self.deliveries.append(delivery)
+        return super().add(step)
 
     def told_of(self, answer: Answer, *, to_the_end: bool = True) -> None:
         """
-        A client was told of an answer, or went away while it was. What is heard when the session is over comes too
+        Note that a client was told of an answer, or went away before the end. When the session is over, that comes too
         late: how it ended has been decided.
         """
-        found = [p for p in self.notes.undelivered if self.steps[p].answer.answer_id == answer.answer_id]
-        if not found or self.is_over:
-            return
-        if to_the_end:
-            self.notes.undelivered.remove(found[0])
-            self.lost.discard(found[0])
-        else:
-            self.lost.add(found[0])
+        position = self._position_of_answer(answer.answer_id)
+        if position is not None and self.deliveries[position].is_untold and not self.is_over:
+            self.deliveries[position] = Delivery.TOLD if to_the_end else Delivery.LOST
+
+    def tell_again(self, position: int) -> Answer:
+        """The answer of a step, for a client that asks for it again."""
+        if self.deliveries[position] is Delivery.LOST:
+            self.deliveries[position] = Delivery.SENT
+        return self.steps[position].answer
 
     def visible(self) -> list[int]:
-        """The positions of the steps that count: not those whose client never learned of them, or did not go on."""
-        left_out = {p for p in self.notes.undelivered if not self.has_child(p)} | set(self.notes.unanswered)
-        return [position for position in range(len(self.steps)) if position not in left_out]
+        """Positions of the steps that count: not those whose client never learned of them, or did not go on."""
+        return [
+            position
+            for position, delivery in enumerate(self.deliveries)
+            if delivery is Delivery.TOLD or (delivery.is_untold and self.has_child(position))
+        ]
 
     def position_of(self, step: int | str | None) -> int:
         """
@@ -157,21 +168,24 @@ class Session(EpisodeRecord[SessionStep]):
             return visible[-1]
         if isinstance(step, int) and 0 <= step < len(visible):
             return visible[step]
-        if isinstance(step, str):
-            found = [p for p in range(len(self.steps)) if self.steps[p].answer.answer_id == step]
-            for position in found:
-                self.told_of(self.steps[position].answer)  # or it would not know the name
-            if found and found[0] in self.visible():
-                return found[0]
+        position = self._position_of_answer(step) if isinstance(step, str) else None
+        if position is not None:
+            self.told_of(self.steps[position].answer)  # or it would not know the name
+            if position in self.visible():
+                return position
         what = "any step yet" if step is None else f"the step {step!r}"
         raise RequestError(404, f"this session does not have {what}; it has {len(visible)}", param="step")
+
+    def _position_of_answer(self, answer_id: str) -> int | None:
+        positions = (position for position, step in enumerate(self.steps) if step.answer.answer_id == answer_id)
+        return next(positions, None)
 
     # -- budgets ------------------------------------------------------------------------------------------------------
 
     @property
     def num_steps(self) -> int:
         """Number of steps, without those whose client went away while it was told: it may ask for them again."""
-        return len(self.steps) - len(self.lost)
+        return len(self.steps) - self.deliveries.count(Delivery.LOST)
 
     def check_budget(self, prompt_length: int, num_in_flight: int) -> StopReason | None:
         """
@@ -219,7 +233,7 @@ class Session(EpisodeRecord[SessionStep]):
         if visible and visible[-1] in self.notes.rewards:
             self.notes.stop_reason = StopReason.MAX_EPISODE_S
         elif visible:
-            self.notes.unanswered.append(visible[-1])
+            self.deliveries[visible[-1]] = Delivery.UNANSWERED
             step = self.steps[visible[-1]]
             self.end_by(StopReason.MAX_EPISODE_S, step.parent, step.new_ids, step.observed)
         else:

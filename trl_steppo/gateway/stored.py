@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -18,7 +18,7 @@ from ..inference.base import SamplingParams
 from ..types import EpisodeLimits, StopReason
 from .bodies import is_finite
 from .conversation import Answer
-from .sessions import SessionNotes, SessionStep
+from .sessions import Delivery, SessionNotes, SessionStep
 
 T = TypeVar("T")
 
@@ -121,23 +121,35 @@ _NOTES_FIELDS = (
 )
 
 
-def notes_to_json(notes: SessionNotes) -> dict[str, Any]:
-    """All notes. Positions of steps that are keys become text, as JSON has no other keys."""
-    data = asdict(notes)
+def notes_to_json(notes: SessionNotes, deliveries: Sequence[Delivery]) -> dict[str, Any]:
+    """All notes, and the deliveries of the steps. Positions that are keys become text, as JSON has no other keys."""
+    untold = [position for position, delivery in enumerate(deliveries) if delivery.is_untold]
+    unanswered = [position for position, delivery in enumerate(deliveries) if delivery is Delivery.UNANSWERED]
+    data = {**asdict(notes), "undelivered": untold, "unanswered": unanswered}
     return {name: data[name] for name in _NOTES_FIELDS}
 
 
-def notes_from_json(data: Mapping[str, Any], *, num_steps: int) -> SessionNotes:
-    """The notes of a session with so many steps; an error of any kind for what cannot be."""
-    notes = _read(SessionNotes, data)
-    of_parent = [] if notes.final_parent is None else [notes.final_parent]
-    keys = {*notes.rewards, *notes.state_keys, *notes.observations}
-    positions = {*keys, *notes.undelivered, *notes.unanswered, *of_parent}
+def notes_from_json(data: Mapping[str, Any], *, num_steps: int) -> tuple[SessionNotes, list[Delivery]]:
+    """The notes of a session with so many steps, and their deliveries; an error of any kind for what cannot be."""
+    untold, unanswered = (_read_positions(data.get(name, [])) for name in ("undelivered", "unanswered"))
+    notes = _read(SessionNotes, {n: value for n, value in data.items() if n not in ("undelivered", "unanswered")})
+    of_parent = set() if notes.final_parent is None else {notes.final_parent}
+    positions = {*notes.rewards, *notes.state_keys, *notes.observations, *of_parent, *untold, *unanswered}
     if not positions <= set(range(num_steps)):
         raise ValueError(f"it has {num_steps} steps, and something is noted of steps {sorted(positions)}")
     if any(not 0 <= token_id < 2**31 for token_id in notes.final_new_ids or ()):
         raise ValueError("the ids of its last state are no token ids")
-    return notes
+    deliveries = [Delivery.TOLD] * num_steps
+    for position in untold:
+        deliveries[position] = Delivery.SENT
+    for position in unanswered:
+        deliveries[position] = Delivery.UNANSWERED
+    return notes, deliveries
+
+
+def _read_positions(data: object) -> list[int]:
+    positions: list[int] = _adapter(list[int]).validate_json(json.dumps(data), strict=True)
+    return positions
 
 
 # -- strict reading ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..chat import ChatFormat
+from ..types import JsonObject
 from .conversation import RequestError, tools_key
 
 _MAX_FORMATS = 64
