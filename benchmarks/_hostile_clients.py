@@ -161,7 +161,7 @@ def serve(directory: Path, context: int) -> None:
     from transformers import AutoTokenizer
 
     from trl_steppo.gateway import EpisodeSpec, GatewayServer
-    from trl_steppo.gateway.sampling import Engine
+    from trl_steppo.gateway.sampling import SamplerLoop
     from trl_steppo.gateway.tokens import ChatFormats
     from trl_steppo.inference.base import Sample, SamplingParams
     from trl_steppo.models import MINI_WIKI_POLICY
@@ -187,7 +187,7 @@ def serve(directory: Path, context: int) -> None:
         default=EpisodeSpec(EpisodeLimits(10**6), SamplingParams(1)),
         context=context,
     ).start()
-    server.resume(Engine(OneToken()))
+    server.resume(SamplerLoop(OneToken()))
     print(server.port, flush=True)
     sys.stdin.read()
     server.close()

@@ -47,6 +47,7 @@ from _runs import (
     updates_of,
 )
 
+from trl_steppo import durable
 from trl_steppo.report.statistics import interquartile_mean
 
 CRITIC_OVER_POLICY = 2.5
@@ -357,11 +358,8 @@ class Store:
 
     def write(self, cell: Cell, record: Record) -> None:
         """Keep it: whole, or not at all."""
-        path = self.path(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps({"run": asdict(cell), "record": asdict(record)}) + "\n")
-        unfinished.replace(path)
+        with durable.file(self.path(cell)) as partial:
+            partial.write_text(json.dumps({"run": asdict(cell), "record": asdict(record)}) + "\n")
 
     def areas(self, cells: Iterable[Cell]) -> dict[Cell, float | None]:
         """Under the curve of each; `None` for those that are not done."""

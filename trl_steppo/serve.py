@@ -15,7 +15,7 @@ from typing import Any
 from .errors import ConfigurationError
 from .episodes import EpisodeSpec
 from .gateway import GatewayServer
-from .gateway.sampling import Engine
+from .gateway.sampling import SamplerLoop
 from .gateway.tokens import ChatFormats
 from .inference.base import SamplingParams
 from .types import EpisodeLimits
@@ -92,7 +92,7 @@ def serve(
         gc.collect()
         gc.freeze()  # what is loaded by now stays, and no later collection looks at it again
         server.start()
-        server.resume(Engine(LocalSampler(model, allow_uncached=allow_uncached_sampling), _loop_in_a_thread()))
+        server.resume(SamplerLoop(LocalSampler(model, allow_uncached=allow_uncached_sampling), _loop_in_a_thread()))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.stop())
         print(f"serving {model_name} on {server.base_url}; the admin's key is in {key_file}", flush=True)

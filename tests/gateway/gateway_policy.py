@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_steppo.gateway import EpisodeSpec, GatewayServer
-from trl_steppo.gateway.sampling import Engine
+from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.types import EpisodeLimits, StopReason, TokenIds
@@ -107,7 +107,7 @@ def start(policy: Policy, *, spec: EpisodeSpec | None = None, **settings: Any) -
     """A gateway that serves the policy, which runs in the gateway's own loop."""
     settings.setdefault("admin_key", ADMIN)
     server = GatewayServer(ChatFormats(TOKENIZER), default=spec or make_spec(), **settings).start()
-    server.resume(Engine(policy))
+    server.resume(SamplerLoop(policy))
     return server
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "chat" / "formats"))
 from call_writers import OPEN_THOUGHT, WRITERS, make_tokenizer
 
 from trl_steppo.gateway import GatewayServer
-from trl_steppo.gateway.sampling import Engine
+from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample
 from trl_steppo.types import StopReason, TokenIds
@@ -88,7 +88,7 @@ def session(request: Any) -> Iterator[Session]:
     tokenizer = make_tokenizer(request.param)
     policy = Scripted(tokenizer)
     server = GatewayServer(ChatFormats(tokenizer), default=make_spec(), admin_key=ADMIN).start()
-    server.resume(Engine(policy))
+    server.resume(SamplerLoop(policy))
     yield Session(server, policy, request.param)
     server.close()
 

@@ -27,8 +27,8 @@ from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.gateway import EpisodeSpec, GatewayServer
 from trl_steppo.gateway.bodies import whole_characters
 from trl_steppo.gateway.conversation import Answer, ModelRequest
-from trl_steppo.gateway.sampling import Engine, SamplingPort
-from trl_steppo.gateway.service import Retry
+from trl_steppo.gateway.sampling import SamplerLoop, SamplingPort
+from trl_steppo.gateway.flights import Retry
 from trl_steppo.gateway.sessions import Session, SessionNotes
 from trl_steppo.gateway.store import Store
 from trl_steppo.gateway.stored import spec_from_json, spec_to_json
@@ -117,7 +117,7 @@ def test_what_was_sampled_is_not_tokenized_again(server):
             odd = [TOKENIZER.convert_tokens_to_ids("<tool_call>"), *sample.token_ids]
             return type(sample)(type(sample.token_ids)(odd), (-1.0,) * len(odd), sample.stop_reason, 0)
 
-    server.resume(Engine(Odd(lambda prompt, order: "x</tool_call>")))
+    server.resume(SamplerLoop(Odd(lambda prompt, order: "x</tool_call>")))
     client = Client(server)
     reply = client.say([USER])
     client.say([USER, reply, USER])
@@ -142,7 +142,7 @@ def test_tool_calls_and_their_answers(server):
     def script(prompt: str, order: tuple[int, ...]) -> str:
         return "let me see " + call("search", query="Bonn") if order[2] == 0 else "It is Bonn."
 
-    server.resume(Engine(Policy(script)))
+    server.resume(SamplerLoop(Policy(script)))
     client = Client(server)
     completion = client.chat([USER], tools=[SEARCH]).json()
     (choice,) = completion["choices"]
@@ -201,7 +201,7 @@ def test_examples_of_what_a_model_may_say_are_no_rewritten_history(client):
 
 
 def test_of_two_that_said_the_same_the_one_is_continued_whose_calls_come_back(server):
-    server.resume(Engine(Policy(lambda prompt, order: call("search", query="x"))))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: call("search", query="x"))))
     client = Client(server)
     replies = [
         client.post("/v1/chat/completions", {"model": "m", "messages": [USER], "tools": [SEARCH]}, **FIRST)
@@ -222,7 +222,7 @@ def test_of_two_that_said_the_same_the_one_is_continued_whose_calls_come_back(se
 
 @pytest.mark.parametrize("field", ["content", "tool_calls"])
 def test_clients_may_write_what_was_said_in_their_own_way(server, field):
-    server.resume(Engine(Policy(lambda prompt, order: " hm " + call("search", query="ä", k=1))))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: " hm " + call("search", query="ä", k=1))))
     client = Client(server)
     reply = client.say([USER], tools=[SEARCH])
     if field == "content":
@@ -258,7 +258,7 @@ def test_completions_continue_text(client):
 
 def test_completions_with_a_stop_text_are_read_as_they_were_sent(server):
     """An agent that writes the stop text itself, with what it observed; and one that writes another."""
-    server.resume(Engine(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
     client = Client(server)
     thought = complete(client, "Q\n", stop=["Observation:"])
     assert thought == "Thought: yes\n"
@@ -281,7 +281,7 @@ def test_completions_take_token_ids(client):
 
 
 def test_a_stop_text_cuts_the_recorded_response_where_sampling_would_have_ended(server):
-    server.resume(Engine(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
     client = Client(server)
     completion = client.chat([USER], stop=["Observation:"]).json()
     assert completion["choices"][0]["message"]["content"] == "Thought: yes\n"
@@ -357,7 +357,7 @@ def test_tokens_of_the_episode_cut_a_response(server):
     client = Client(server, make_spec(max_episode_tokens=60))
     long = client.chat([USER]).json()
     prompt = long["usage"]["prompt_tokens"]
-    server.resume(Engine(Policy(lambda prompt, order: "x" * 100)))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "x" * 100)))
     cut = Client(server, make_spec(max_episode_tokens=prompt + 10))
     choice = cut.chat([USER]).json()["choices"][0]
     assert choice["finish_reason"] == "length"
@@ -374,7 +374,7 @@ def test_tokens_of_the_episode_cut_a_response(server):
     ],
 )
 def test_an_agent_that_ends_behind_a_cut_response_leaves_a_truncated_episode(server, max_tokens, body, reason):
-    server.resume(Engine(Policy(lambda prompt, order: "x" * 1000)))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "x" * 1000)))
     client = Client(server)
     asked = {} if max_tokens is None else {"max_tokens": max_tokens}
     assert client.chat([USER], **asked).json()["choices"][0]["finish_reason"] == "length"
@@ -402,7 +402,7 @@ def test_a_session_says_which_row_it_plays(server):
 
 
 def test_a_cut_response_that_is_gone_on_from_does_not_truncate(server):
-    server.resume(Engine(Policy(lambda prompt, order: "x" * 1000 if order[2] == 0 else "done<|im_end|>")))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "x" * 1000 if order[2] == 0 else "done<|im_end|>")))
     client = Client(server)
     first = client.say([USER])
     client.say([USER, first, USER])
@@ -560,7 +560,7 @@ def test_a_step_that_was_recorded_for_nobody_is_the_next_ones(client, server, mo
     with pytest.raises(httpx.ReadTimeout):
         client.http.post("/v1/chat/completions", json=body, headers=FIRST, timeout=0.5)
     assert held.is_asked.wait(20)
-    (flight,) = server.gateway._flights[client.session.session_id]
+    (flight,) = server.gateway._responders[client.session.session_id].flights
     wait_until(lambda: flight.num_waiting == 0)
     held.is_free.set()
     wait_until(lambda: client.session.lost)
@@ -620,7 +620,7 @@ def test_requests_wait_while_weights_change(client, policy, server):
     thread.start()
     time.sleep(0.2)
     assert policy.asked == []
-    server.resume(Engine(policy))
+    server.resume(SamplerLoop(policy))
     thread.join()
     assert replies == [200]
 
@@ -869,7 +869,7 @@ def test_an_error_that_an_agent_tells_has_no_key(server, client):
 
 
 def test_bytes_are_told_of_whole_characters_alone(server):
-    server.resume(Engine(Policy(lambda prompt, order: "aä")))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "aä")))
     client = Client(server)
     chat = client.chat([USER], logprobs=True).json()["choices"][0]["logprobs"]["content"]
     include = {"include": ["message.output_text.logprobs"]}
@@ -937,7 +937,7 @@ def test_an_end_and_a_disconnection_at_once_leave_no_exception_behind(server, cl
             """The handler's request, and what it waits for, in one turn of the loop."""
             coroutines = {t: t.get_coro().__qualname__ for t in asyncio.all_tasks()}
             (asked,) = [t for t, name in coroutines.items() if name == "Gateway.respond"]
-            (flight,) = [t for t, name in coroutines.items() if name == "Gateway._fly"]
+            (flight,) = [t for t, name in coroutines.items() if name == "Responder._step"]
             flight.cancel()
             await asyncio.wait([flight])
             asked.cancel()
@@ -963,7 +963,7 @@ def test_who_was_let_through_too_late_waits_for_the_next_engine(policy):
         port._resumed = told_too_early
         asked = asyncio.ensure_future(port.sample([1], make_spec().sampling, session_id="a", order=(0, 0, 0)))
         await asyncio.sleep(0.05)
-        await port.resume(Engine(policy))
+        await port.resume(SamplerLoop(policy))
         await asked
         return len(policy.asked)
 

@@ -17,8 +17,9 @@ from trl_steppo.environments import make_playable
 from trl_steppo.episodes import EpisodeRecord, EpisodeSpec
 from trl_steppo.errors import ChatTemplateError
 from trl_steppo.gateway.conversation import Answer, ModelRequest, next_key, prefix_keys, tools_key
+from trl_steppo.gateway.placement import Placer
 from trl_steppo.gateway.sessions import Session, SessionStep
-from trl_steppo.gateway.tokens import ChatFormats, place
+from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, run_episode
 from trl_steppo.types import StopReason
@@ -123,7 +124,7 @@ def placed(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
     shown = text(name)
     messages = [{"role": "user", "content": shown if where == "gateway message" else HARMLESS}]
     session = Session("s", "s", "", EpisodeSpec())
-    first = place(ModelRequest("m", tuple(messages), tools=tuple(tools)), session, formats)
+    first = Placer(session, formats).place(ModelRequest("m", tuple(messages), tools=tuple(tools)))
     answer = Answer(
         "a", 0, "m", "", ({"id": "c", "name": "search", "arguments": {}},), "", "tool_calls", None, 1, 0, 1, (), ()
     )
@@ -150,7 +151,7 @@ def placed(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
     )
     result = shown if where == "gateway tool result" else HARMLESS
     messages += [answer.message, {"role": "tool", "name": "search", "content": result}]
-    second = place(ModelRequest("m", tuple(messages), tools=tuple(tools)), session, formats)
+    second = Placer(session, formats).place(ModelRequest("m", tuple(messages), tools=tuple(tools)))
     assert second.parent == 0
     return chat, [first.new_ids, second.new_ids]
 

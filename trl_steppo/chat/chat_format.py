@@ -19,12 +19,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from itertools import takewhile
 from typing import Any
 
 from ..compat.trl import add_response_schema, parse_response, training_chat_template
 from ..errors import ChatTemplateError
-from ..types import writable
+from ..types import num_shared, writable
 from .formats import FORMATS, LLAMA, PLAIN, CallFormat, Piece
 from .parsing import Message, ParsedResponse, check_tool_calls, join_pieces, split_pieces, tool_call
 from .tokenizing import THINKING, WRITTEN, Guarded, TextEncoder, characters_per_token
@@ -574,10 +573,10 @@ class ChatFormat:
         except Exception:  # a template for a single turn
             return tail
         followed = self._encoder.encode(text.partition(_PROBE)[2])
-        return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(tail, followed, strict=False))] or tail
+        return tail[: num_shared(tail, followed)] or tail
 
     def _difference(self, expected: str, found: str, what: str) -> str:
-        at = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), len(found))
+        at = num_shared(expected, found)
         start = max(0, at - 20)
         return (
             f"it renders an earlier turn differently when {what} follow: {expected[start : at + 60]!r} becomes "
@@ -776,5 +775,5 @@ def _opens_thought(form: CallFormat, prompt: str) -> bool:
 
 def _common_start(prompt: str, text: str) -> str:
     """What two texts begin with, without a tag that only one of them goes on with."""
-    common = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
+    common = prompt[: num_shared(prompt, text)]
     return common if common.rfind(">") >= common.rfind("<") else common[: common.rindex("<")]

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from .bodies import FIRST_ERROR, Body, Content, JsonObject, Part, call_message, dumps, event, text_of
 from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces
+from .dialect import Dialect, ModelBody
 from .limits import BodyLimits
 
 
@@ -78,7 +79,7 @@ class ThinkingChoice(Body):
     display: str | None = None
 
 
-class MessagesBody(Body):
+class MessagesBody(ModelBody):
     """`POST /v1/messages`."""
 
     model: str
@@ -229,10 +230,28 @@ def _usage(answer: Answer, output_tokens: int) -> dict[str, Any]:
     }
 
 
-_KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
     """A refusal as Anthropic writes it."""
-    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def error_event(error: RequestError) -> bytes:
+    """A failure within a stream."""
+    return event(error_body(error), "error")
+
+
+# -- the API ----------------------------------------------------------------------------------------------------------
+
+MESSAGES = Dialect(
+    "/v1/messages",
+    "Anthropic: messages",
+    MessagesBody,
+    whole=lambda answer, body: message(answer),
+    stream=lambda answer, body: message_stream(answer),
+    error=error_body,
+    error_event=error_event,
+)

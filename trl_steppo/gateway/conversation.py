@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import StepPOError
-
-Message = dict[str, Any]
+from ..types import Message
 
 
 class RequestError(StepPOError):
@@ -170,6 +169,11 @@ def context_error(context: int, what: str, request: ModelRequest) -> RequestErro
         param="prompt" if request.messages is None else "messages",
         code="context_length_exceeded",
     )
+
+
+def unauthorized() -> RequestError:
+    """One answer for all wrong, missing, foreign and finished keys."""
+    return RequestError(401, "this key is not valid here", code="invalid_api_key")
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------

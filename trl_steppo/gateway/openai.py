@@ -21,6 +21,7 @@ from .bodies import (
     text_of,
 )
 from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces, token_logprobs
+from .dialect import Dialect, ModelBody
 from .limits import BodyLimits
 
 
@@ -110,7 +111,7 @@ class ToolChoice(Body):
     function: NamedFunction
 
 
-class _Sampling(Body):
+class _Sampling(ModelBody):
     """What both APIs say of sampling; what cannot be sampled, or not be scored, may only be left at its default."""
 
     model: str
@@ -132,6 +133,11 @@ class _Sampling(Body):
         """The texts that end a response."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in stop if text)
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class ChatBody(_Sampling, OpenAIOptions):
@@ -355,10 +361,38 @@ def _text_logprobs(answer: Answer) -> dict[str, Any] | None:
 
 # -- errors -----------------------------------------------------------------------------------------------------------
 
-_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
     """A refusal as OpenAI writes it."""
-    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_event(error: RequestError) -> bytes:
+    """A failure within a stream."""
+    return event(error_body(error))
+
+
+# -- the APIs ---------------------------------------------------------------------------------------------------------
+
+CHAT_COMPLETIONS = Dialect(
+    "/v1/chat/completions",
+    "OpenAI: chat completions",
+    ChatBody,
+    whole=lambda answer, body: chat_completion(answer),
+    stream=lambda answer, body: chat_stream(answer, include_usage=body.includes_usage),
+    error=error_body,
+    error_event=error_event,
+)
+
+COMPLETIONS = Dialect(
+    "/v1/completions",
+    "OpenAI: completions",
+    CompletionBody,
+    whole=lambda answer, body: completion(answer),
+    stream=lambda answer, body: completion_stream(answer, include_usage=body.includes_usage),
+    error=error_body,
+    error_event=error_event,
+)

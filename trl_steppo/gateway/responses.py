@@ -22,6 +22,7 @@ from .bodies import (
     text_of,
 )
 from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces, token_logprobs
+from .dialect import Dialect, ModelBody
 from .limits import BodyLimits
 from .openai import error_body
 
@@ -118,7 +119,7 @@ class ResponseToolChoice(Body):
     name: str
 
 
-class ResponsesBody(OpenAIOptions):
+class ResponsesBody(ModelBody, OpenAIOptions):
     """`POST /v1/responses`."""
 
     model: str
@@ -228,7 +229,8 @@ def response_stream(answer: Answer, body: ResponsesBody) -> Iterator[bytes]:
         at = {"output_index": index, "item_id": item["id"]}
         if item["type"] == "message":
             part = item["content"][0]
-            yield send("response.output_item.added", output_index=index, item={**item, "content": [], **_running})
+            opened = {**item, "content": [], **_IN_PROGRESS}
+            yield send("response.output_item.added", output_index=index, item=opened)
             empty = {**part, "text": "", "logprobs": []}
             yield send("response.content_part.added", **at, content_index=0, part=empty)
             for piece in pieces(part["text"]):
@@ -242,7 +244,8 @@ def response_stream(answer: Answer, body: ResponsesBody) -> Iterator[bytes]:
             )
             yield send("response.content_part.done", **at, content_index=0, part=part)
         elif item["type"] == "function_call":
-            yield send("response.output_item.added", output_index=index, item={**item, "arguments": "", **_running})
+            opened = {**item, "arguments": "", **_IN_PROGRESS}
+            yield send("response.output_item.added", output_index=index, item=opened)
             for piece in pieces(item["arguments"]):
                 yield send("response.function_call_arguments.delta", **at, delta=piece)
             yield send("response.function_call_arguments.done", **at, name=item["name"], arguments=item["arguments"])
@@ -259,7 +262,7 @@ def error_event(error: RequestError) -> bytes:
     return event({"type": "error", "sequence_number": 0, **shown, **body}, "error")
 
 
-_running = {"status": "in_progress"}
+_IN_PROGRESS = {"status": "in_progress"}
 
 
 def _output(answer: Answer) -> list[dict[str, Any]]:
@@ -317,3 +320,16 @@ def _head(answer: Answer, body: ResponsesBody) -> dict[str, Any]:
         "truncation": "disabled",
         "store": False,
     }
+
+
+# -- the API ----------------------------------------------------------------------------------------------------------
+
+RESPONSES = Dialect(
+    "/v1/responses",
+    "OpenAI: responses",
+    ResponsesBody,
+    whole=response,
+    stream=response_stream,
+    error=error_body,
+    error_event=error_event,
+)

@@ -17,10 +17,10 @@ import uvicorn
 from ..errors import ConfigurationError
 from .app import make_app
 from .connections import ConnectionLimits, Connections, guarded_protocol
-from .late import HEARTBEAT_S
+from .delivery import HEARTBEAT_S
 from .limits import BodyLimits
 from .monitor import Monitor
-from .sampling import Engine, SamplingPort
+from .sampling import SamplerLoop, SamplingPort
 from .service import Gateway
 from .store import Store
 from .tokens import ChatFormats
@@ -35,7 +35,7 @@ _LOOKS_S = 1.0  # between looks for idle sessions
 
 class GatewayServer:
     """
-    A gateway on a port, which serves until it is closed. It starts paused: `resume` gives it an engine.
+    A gateway on a port, which serves until it is closed. It starts paused: `resume` gives it a sampler.
 
     Args:
         formats ([`ChatFormats`]):
@@ -180,9 +180,9 @@ class GatewayServer:
             raise RuntimeError("the gateway is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def resume(self, engine: Engine) -> None:
-        """Let requests through to this engine."""
-        self.call(self.gateway.port.resume(engine))
+    def resume(self, sampler: SamplerLoop) -> None:
+        """Let requests through to this sampler."""
+        self.call(self.gateway.port.resume(sampler))
 
     def pause(self) -> None:
         """Hold requests from now on, and wait for those that were let through."""

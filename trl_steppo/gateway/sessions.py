@@ -6,13 +6,12 @@ import asyncio
 import hashlib
 import time
 from array import array
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ..episodes import EpisodeRecord, EpisodeSpec, Notes, Observation, RecordedStep
-from ..types import Episode, StopReason
-from .conversation import Answer, RequestError, next_key, text_keys
+from ..episodes import EpisodeRecord, EpisodeSpec, Notes, RecordedStep
+from ..types import Episode, StopReason, TextOrMessages
+from .conversation import Answer, RequestError
 
 
 def key_digest(key: str) -> str:
@@ -29,7 +28,7 @@ class SessionStep(RecordedStep):
         seed_index (`int`):
             Index of its response among those of the episode, which its seed depends on.
         history (`str`), escaped (`int`, *optional*, defaults to `0`):
-            See [`~gateway.tokens.Placement`].
+            See [`~gateway.placement.Placement`].
         asked_key (`str`, *optional*):
             Key of the conversation that it answers; `None` where its prompt is no messages.
         key (`str`):
@@ -108,17 +107,11 @@ class Session(EpisodeRecord[SessionStep]):
         super().__init__(spec, episode_id, SessionNotes() if notes is None else notes)
         self.session_id = session_id
         self.digest = digest
-        self.by_key: dict[bytes, list[int]] = {}  # the steps whose response ends the conversation of this key
-        self.by_asked_key: dict[bytes, int] = {}  # the last step that answers it
-        self.text_lengths: set[int] = set()
         self.is_over = is_over
         self.sampler_error: Exception | None = None  # of the last request, if the sampler failed
-        self.recording = asyncio.Lock()
         self.ending = asyncio.Lock()
         self.turn = asyncio.Lock()  # of its work beside the loop
-        self.told: set[str] = set()  # of its wishes that do not hold
         self.lost: set[int] = set()  # steps whose client went away while it was told
-        self.num_firsts: Counter[str] = Counter()  # of a request: how often it was asked for the first time
         self.last_active = time.monotonic()
         # The wall clock may be set while an episode lasts; only what was stored before a restart has no other.
         earlier_s = 0.0 if notes is None else max(0.0, time.time() - notes.created)
@@ -129,11 +122,6 @@ class Session(EpisodeRecord[SessionStep]):
     def add(self, step: SessionStep, *, is_restored: bool = False) -> int:
         """Add a step that is in the store. Of a new one its client was not told yet."""
         position = super().add(step)
-        self.by_key.setdefault(bytes.fromhex(step.key), []).append(position)
-        if step.asked_key is not None:
-            self.by_asked_key[bytes.fromhex(step.asked_key)] = position
-        if step.text_length is not None:
-            self.text_lengths.add(step.text_length)
         if not is_restored:
             self.notes.undelivered.append(position)
         return position
@@ -151,25 +139,6 @@ class Session(EpisodeRecord[SessionStep]):
             self.lost.discard(found[0])
         else:
             self.lost.add(found[0])
-
-    def ending_with(self, key: bytes, call_ids: Collection[str]) -> int:
-        """
-        The step whose response ends a conversation. Of several that said the same: the one whose tool calls, by their
-        ids, the client sends back; else one that its client was told of; else one that nothing follows; else the last.
-        """
-        positions = self.by_key[key]
-        if len(positions) == 1:
-            return positions[0]
-        named = {call_id.removeprefix("call_").partition("_")[0] for call_id in call_ids}
-        return max(
-            positions,
-            key=lambda p: (
-                self.steps[p].answer.answer_id in named,
-                p not in self.notes.undelivered,
-                not self.has_child(p),
-                p,
-            ),
-        )
 
     def visible(self) -> list[int]:
         """The positions of the steps that count: not those whose client never learned of them, or did not go on."""
@@ -229,7 +198,7 @@ class Session(EpisodeRecord[SessionStep]):
         return self.spec.limits.max_episode_s is not None and self.age_s() > self.spec.limits.max_episode_s
 
     def end_by(
-        self, budget: StopReason, parent: int | None, new_ids: Sequence[int], observed: Observation = ""
+        self, budget: StopReason, parent: int | None, new_ids: Sequence[int], observed: TextOrMessages = ""
     ) -> None:
         """Note that a budget cut the episode, unless it has ended already; without a step that is an error."""
         if self.ended_early:
@@ -285,21 +254,6 @@ class Session(EpisodeRecord[SessionStep]):
             "escaped_special_tokens": sum(self.steps[position].escaped for position in visible),
         }
         return {name: float(count) for name, count in counts.items() if count}
-
-
-def conversation_key(
-    prompt_key: bytes | None, prompt: str | tuple[int, ...] | None, answer: Answer, written: str
-) -> tuple[str, int | None]:
-    """
-    The key of a conversation with its answer, and its length where it is text: with all that was `written`, so that
-    who goes on from less (without the stop text, or the end of the turn) has the policy read no more than it sent.
-    """
-    if prompt_key is not None:
-        return next_key(prompt_key, answer.message).hex(), None
-    if isinstance(prompt, str):
-        text = prompt + written
-        return text_keys(text, [len(text)])[len(text)].hex(), len(text)
-    return hashlib.blake2b(answer.answer_id.encode(), digest_size=16).hexdigest(), None
 
 
 def budget_error(session: Session) -> RequestError:

@@ -34,7 +34,7 @@ from ..compat.transformers import (
 from ..errors import ConfigurationError, RolloutError
 from ..modes import evaluating
 from ..numerics import CastWeights, Numerics, deviates
-from ..types import StopReason, TokenIds
+from ..types import StopReason, TokenIds, num_shared
 from .base import Sample, SamplingParams, check_request, vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -718,12 +718,4 @@ def _last_logits(model: Any, ends: torch.Tensor, **inputs: Any) -> torch.Tensor:
 
 def _num_shared(request: _Request, parked: _Parked | None) -> int:
     """Prompt tokens stored with the episode; the last is forwarded anyway, since its logits start the response."""
-    return min(_common_prefix(parked.ids, request.prompt_ids), len(request.prompt_ids) - 1) if parked else 0
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    limit = min(len(a), len(b))
-    if a[:limit] == b[:limit]:
-        return limit
-    return next(i for i in range(limit) if a[i] != b[i])
+    return min(num_shared(parked.ids, request.prompt_ids), len(request.prompt_ids) - 1) if parked else 0

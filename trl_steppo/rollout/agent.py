@@ -32,10 +32,10 @@ from ..calls import DaemonThread, is_lazy, look_at
 from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError, SamplerError
 from ..finite import as_reward
-from ..gateway.sampling import Engine
+from ..gateway.sampling import SamplerLoop
 from ..gateway.sessions import Session
 from ..inference.base import Pacer, Sampler
-from ..keeper import LETS_END_S, Keeper
+from ..keeper import SIGKILL_AFTER_S, Keeper
 from ..types import Episode
 from .episode import describe
 from .loops import run_coroutine
@@ -54,7 +54,7 @@ _POLL_INTERVAL_S = 0.25  # between looks whether an agent hangs
 _CLEANUP_GRACE_S = 60.0  # to clean up after the episode is over, where the idle time is unlimited
 _TAIL_BYTES = 2**16  # of each of a process's streams that are kept
 _DRAIN_TIMEOUT_S = 1.0  # to read what a process wrote before it ended
-_EXIT_TIMEOUT_S = LETS_END_S + 2.0  # for a process and all that it started to end, from SIGTERM on
+_EXIT_TIMEOUT_S = SIGKILL_AFTER_S + 2.0  # for a process and all that it started to end, from SIGTERM on
 
 # What torchrun, accelerate, DeepSpeed and MPI tell their own processes.
 _LAUNCHER_VARIABLES = frozenset(
@@ -185,8 +185,8 @@ class AgentPlayer:
         """Run a rollout while the gateway has the sampler."""
 
         async def serve() -> T:
-            loop = asyncio.get_running_loop()
-            self.server.resume(Engine(self.sampler) if self.overlaps else Engine(self.sampler, loop, pacer))
+            loop = None if self.overlaps else asyncio.get_running_loop()
+            self.server.resume(SamplerLoop(self.sampler, loop, None if self.overlaps else pacer))
             try:
                 return await rollout
             finally:

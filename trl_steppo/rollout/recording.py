@@ -6,11 +6,11 @@ One episode a line ([`episodes.json`]).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from .. import durable
 from ..episodes.json import episode_from_json, episode_to_json
 from ..errors import DataError
 from ..types import Episode
@@ -28,18 +28,9 @@ def dump_episodes(path: str | Path, episodes: Iterable[Episode]) -> None:
     What JSON lacks in `info` and `observation` is written as the nearest thing it has (tuples and sets as lists,
     anything unknown as its `repr`).
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for episode in episodes:
-                file.write(json.dumps(episode_to_json(episode), default=_nearest) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with durable.file(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
+        for episode in episodes:
+            file.write(json.dumps(episode_to_json(episode), default=_nearest) + "\n")
 
 
 def load_episodes(path: str | Path) -> list[Episode]:
