@@ -27,8 +27,8 @@ from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.gateway import EpisodeSpec, GatewayServer
 from trl_steppo.gateway.bodies import whole_characters
 from trl_steppo.gateway.conversation import Answer, ModelRequest
-from trl_steppo.gateway.sampling import SamplerLoop, SamplingPort
 from trl_steppo.gateway.flights import Retry
+from trl_steppo.gateway.sampling import SamplerLoop, SamplingPort
 from trl_steppo.gateway.sessions import Session, SessionNotes
 from trl_steppo.gateway.store import Store
 from trl_steppo.gateway.stored import spec_from_json, spec_to_json

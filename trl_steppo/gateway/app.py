@@ -20,15 +20,16 @@ from starlette.routing import Route
 from ..calls import look_at
 from ..episodes import EpisodeSpec
 from ..episodes.json import plain_episode_json
+from ..types import JsonObject
 from . import anthropic, openai, responses
 from .bodies import B, dumps, read_body
 from .conversation import ModelRequest, RequestError, request_key, unauthorized
 from .delivery import HEARTBEAT_S, Delivery, gone_away, is_done, wait_for_reply, when_gone
 from .dialect import Dialect, ModelBody
+from .flights import Retry
 from .limits import BodyLimits
 from .monitor import CONTENT_TYPE
 from .openapi import Operation, document
-from .flights import Retry
 from .service import Gateway
 from .session_bodies import AbortBody, EndingBody, FinishBody, OpenBody, RewardBody
 from .sessions import Session
@@ -116,7 +117,7 @@ class _Routes:
         self.gateway.session_of(_key(request))
         return _json(self._model(request.path_params["model"]))
 
-    def _model(self, name: str) -> dict[str, Any]:
+    def _model(self, name: str) -> JsonObject:
         return {"id": name, "object": "model", "created": self.gateway.started, "owned_by": "trl-steppo"}
 
     # -- sessions -----------------------------------------------------------------------------------------------------
@@ -325,7 +326,7 @@ async def _on_request_error(request: Request, error: RequestError) -> Response:
     return _error(request, error)
 
 
-def _status(session: Session) -> dict[str, Any]:
+def _status(session: Session) -> JsonObject:
     visible = session.visible()
     return {
         "id": session.session_id,

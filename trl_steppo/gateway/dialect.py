@@ -51,7 +51,7 @@ class Dialect(Generic[M]):
     path: str
     summary: str
     body: type[M]
-    whole: Callable[[Answer, M], dict[str, Any]]
+    whole: Callable[[Answer, M], JsonObject]
     stream: Callable[[Answer, M], Iterator[bytes]]
-    error: Callable[[RequestError], dict[str, Any]]
+    error: Callable[[RequestError], JsonObject]
     error_event: Callable[[RequestError], bytes]

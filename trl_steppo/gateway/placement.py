@@ -9,9 +9,8 @@ from typing import Any, Literal, Protocol, TypeVar
 from ..chat import ChatFormat
 from ..episodes import as_observation
 from ..errors import ChatTemplateError
-from ..types import TextOrMessages
+from ..types import Message, TextOrMessages
 from .conversation import (
-    Message,
     ModelRequest,
     RequestError,
     context_error,

@@ -111,7 +111,7 @@ class Reading:
 
     response_ids: list[int]
     text: str
-    tool_calls: tuple[dict[str, Any], ...]
+    tool_calls: tuple[JsonObject, ...]
     reasoning: str
     stop_sequence: str | None
 

@@ -22,7 +22,7 @@ from .sessions import Session, SessionStep, budget_error
 from .store import Store, written
 from .stored import notes_to_json, step_to_json
 from .tokens import ChatFormats
-from .wishes import as_wished, check_wishes, unmet_wishes
+from .wishes import check_wishes, sampling_params, unmet_wishes
 from .work import INLINE_BYTES, Worker
 
 logger = logging.getLogger(__name__)
@@ -175,14 +175,14 @@ class Responder:
     async def _step(self, request: ModelRequest, flight: Flight, prompt: _Prompt) -> Answer:
         """Sample a response, record it, and only then tell of it."""
         session, services, placement = self.session, self._services, prompt.placement
-        params = session.spec.params(
+        params = sampling_params(
+            session.spec,
+            request.wishes,
             flight.seed_index,
             len(prompt.ids),
             stop_token_ids=placement.chat.stop_token_ids,
-            max_tokens=request.wishes.max_tokens,
             context=services.context,
         )
-        params = as_wished(session.spec, params, request.wishes)
         sample = await self._sample(prompt.ids, params, flight.seed_index)
         record = partial(
             record_step,
@@ -199,9 +199,8 @@ class Responder:
         step = await services.worker.run(session.turn, record) if is_long else record()
         flight.is_recording = True
         await self._store(step)
-        if step.stop_reason is StopReason.LENGTH and session.spec.is_cut(
-            params, len(prompt.ids), max_tokens=request.wishes.max_tokens
-        ):
+        max_tokens = request.wishes.max_tokens
+        if step.stop_reason is StopReason.LENGTH and session.spec.is_cut(params, len(prompt.ids), max_tokens=max_tokens):
             session.notes.cut = True
             await services.save(session)
         self._count(step, prompt)

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, AliasChoices, Field
 from ..episodes import EpisodeSpec
 from ..finite import LARGEST
 from ..inference.base import MIN_TEMPERATURE
-from .bodies import FIRST_ERROR, Body, JsonObject
+from .bodies import FIRST_ERROR, Body, FiniteObject
 
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]  # as of all rewards; `nan` and infinities are neither
 
@@ -29,7 +29,7 @@ class RewardBody(Body):
     reward: Number
     step: Annotated[int, Field(ge=0)] | str | None = None
     state_key: str | int | None = None
-    observation: str | Annotated[list[JsonObject], FIRST_ERROR] | None = None
+    observation: str | Annotated[list[FiniteObject], FIRST_ERROR] | None = None
 
     @property
     def step_name(self) -> int | str | None:
@@ -41,7 +41,7 @@ class EndingBody(Body):
     """A body that ends a session."""
 
     @abstractmethod
-    def ending(self, key: str) -> dict[str, Any]:
+    def ending(self, key: str) -> JsonObject:
         """What [`Gateway.finish`] is told; no text in it has the session's key."""
 
 
@@ -53,10 +53,10 @@ class FinishBody(EndingBody):
 
     reward: Number | None = None
     metrics: dict[str, Number] | None = None
-    observation: str | Annotated[list[JsonObject], FIRST_ERROR] | None = None
+    observation: str | Annotated[list[FiniteObject], FIRST_ERROR] | None = None
     terminated: bool = False
 
-    def ending(self, key: str) -> dict[str, Any]:
+    def ending(self, key: str) -> JsonObject:
         """What [`Gateway.finish`] is told."""
         names = ("reward", "metrics", "observation", "terminated")
         return {name: getattr(self, name) for name in names}
@@ -67,7 +67,7 @@ class AbortBody(EndingBody):
 
     error: str = "aborted by the agent"
 
-    def ending(self, key: str) -> dict[str, Any]:
+    def ending(self, key: str) -> JsonObject:
         """What [`Gateway.finish`] is told."""
         return {"error": self.error.replace(key, "[key]") or "aborted by the agent"}
 
@@ -94,7 +94,7 @@ class OpenBody(Body):
         """The gateway's own settings with these instead; a seed that is not given is drawn."""
         limits = ("max_interaction_steps", "max_prompt_length", "max_episode_tokens", "max_episode_s")
         sampling = {"max_new_tokens": self.response_length, "temperature": self.temperature}
-        own: dict[str, Any] = {
+        own: JsonObject = {
             "training": self.training,
             "run_seed": secrets.randbits(63) if self.seed is None else self.seed,
             "stream_position": self.stream_position,
@@ -109,5 +109,5 @@ class OpenBody(Body):
         )
 
 
-def _with(settings: Any, changes: dict[str, Any]) -> Any:
+def _with(settings: Any, changes: JsonObject) -> Any:
     return replace(settings, **{name: value for name, value in changes.items() if value is not None})

@@ -41,7 +41,7 @@ class ChatFormats:
         self._lock = threading.Lock()
         self.num_ids = len(tokenizer)
 
-    def of(self, tools: Sequence[dict[str, Any]], *, key: bytes | None = None) -> ChatFormat:
+    def of(self, tools: Sequence[JsonObject], *, key: bytes | None = None) -> ChatFormat:
         """The format that shows these tools, whose key may be known; a `RequestError` if the template cannot."""
         key = tools_key(tools) if key is None else key
         with self._lock:
@@ -63,7 +63,7 @@ class ChatFormats:
                 self._formats.popitem(last=False)
         return found
 
-    def knows(self, tools: Sequence[dict[str, Any]]) -> bool:
+    def knows(self, tools: Sequence[JsonObject]) -> bool:
         """Whether [`of`] has these tools at hand, and does not have to try what the template makes of them."""
         with self._lock:
             return tools_key(tools) in self._formats

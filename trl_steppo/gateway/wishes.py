@@ -40,8 +40,20 @@ def unmet_wishes(spec: EpisodeSpec, request: ModelRequest) -> dict[str, str]:
     return unmet
 
 
-def as_wished(spec: EpisodeSpec, params: SamplingParams, wishes: Wishes) -> SamplingParams:
-    """How a response is sampled: as the session's settings say, and outside of training as its client would like."""
+def sampling_params(
+    spec: EpisodeSpec,
+    wishes: Wishes,
+    seed_index: int,
+    prompt_length: int,
+    *,
+    stop_token_ids: tuple[int, ...] = (),
+    context: int | None = None,
+) -> SamplingParams:
+    """How a response is sampled: as [`EpisodeSpec.params`] says, and outside of training as the client wishes."""
+    max_tokens = wishes.max_tokens
+    params = spec.params(
+        seed_index, prompt_length, stop_token_ids=stop_token_ids, max_tokens=max_tokens, context=context
+    )
     if spec.training:
         return params
     return replace(
