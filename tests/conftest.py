@@ -24,7 +24,10 @@ VOCABULARY = 64
 PINNED_ONLY = (
     *("benchmarks", "episodes", "inference/test_vllm.py"),
     *(f"report/test_{name}.py" for name in ("methods", "page", "statistics", "viewer")),
-    *(f"gateway/test_{name}.py" for name in ("damaged_store", "delivery", "formats", "gateway", "hostile", "robustness")),
+    *(
+        f"gateway/test_{name}.py"
+        for name in ("damaged_store", "delivery", "formats", "gateway", "hostile", "robustness")
+    ),
     *(f"rollout/test_{name}.py" for name in ("agent", "ahead", "pacing")),
     *(f"trainer/test_{name}.py" for name in ("killed_ahead", "killed_rank", "owned_processes")),
     *(f"test_{name}.py" for name in ("calls", "cli", "durable", "imports", "keeper", "names", "packaging")),

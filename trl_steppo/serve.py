@@ -12,8 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigurationError
 from .episodes import EpisodeSpec
+from .errors import ConfigurationError
 from .gateway import GatewayServer
 from .gateway.sampling import SamplerLoop
 from .gateway.tokens import ChatFormats

@@ -103,7 +103,9 @@ def states(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
         run_episode(
             playable,
             {"prompt": [{"role": "user", "content": prompt}]},
-            EpisodeRecord(EpisodeSpec(EpisodeLimits(max_interaction_steps=2), SamplingParams(max_new_tokens=9)), "0-0"),
+            EpisodeRecord(
+                EpisodeSpec(EpisodeLimits(max_interaction_steps=2), SamplingParams(max_new_tokens=9)), "0-0"
+            ),
             sampler=sampler,
             chat=chat,
         )

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -18,7 +18,7 @@ from ..environments.base import Outcome, Playable, Response
 from ..episodes import EpisodeRecord, EpisodeSpec, RecordedStep, as_messages
 from ..errors import ConfigurationError, DataError, SamplerError
 from ..inference.base import Pacer, Sample, Sampler, SamplingParams
-from ..types import Episode, Message, StopReason, TextOrMessages, TokenIds
+from ..types import Episode, StopReason, TextOrMessages, TokenIds
 from .rows import EMPTY_PROMPT, own
 
 logger = logging.getLogger(__name__)
@@ -200,9 +200,7 @@ class _Play:
         order = record.spec.order(len(record.steps))
         try:
             with self.pacer.at_sampler() if self.pacer is not None else nullcontext():
-                sample = await self.sampler.sample(
-                    self.prompt_ids, params, episode_id=record.episode_id, order=order
-                )
+                sample = await self.sampler.sample(self.prompt_ids, params, episode_id=record.episode_id, order=order)
         except (ConfigurationError, DataError):  # this request can never be answered
             raise
         except Exception as error:
