@@ -36,7 +36,9 @@ def test_a_conversation_becomes_messages_in_our_own_form():
             ],
         },
     ]
-    request = asked(MESSAGES, max_tokens=5, messages=messages, system=[{"type": "text", "text": "Be brief."}], tools=[TOOL])
+    request = asked(
+        MESSAGES, max_tokens=5, messages=messages, system=[{"type": "text", "text": "Be brief."}], tools=[TOOL]
+    )
     function = {"name": "search", "arguments": CALL["arguments"]}
     assert request.messages == (
         {"role": "system", "content": "Be brief."},
@@ -113,7 +115,12 @@ def test_a_stream_adds_up_to_the_whole(answer):
     body = read(MESSAGES, max_tokens=5, messages=[USER], stream=True)
     sent, whole = events(MESSAGES.stream(answer, body)), MESSAGES.whole(answer, body)
     start, *blocks, delta, stop = sent
-    empty = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": {**whole["usage"], "output_tokens": 0}}
+    empty = {
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": {**whole["usage"], "output_tokens": 0},
+    }
     assert start == {"type": "message_start", "message": {**whole, **empty}}
     assert delta["delta"] == {"stop_reason": whole["stop_reason"], "stop_sequence": whole["stop_sequence"]}
     assert (delta["usage"], stop) == (whole["usage"], {"type": "message_stop"})

@@ -21,8 +21,8 @@ from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.conversation import Answer
 from trl_steppo.gateway.delivery import Delivery
 from trl_steppo.gateway.openai import CHAT_COMPLETIONS, ChatBody
-from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.responder import Reply
+from trl_steppo.gateway.sampling import SamplerLoop
 
 HEARTBEAT_S = 0.05
 

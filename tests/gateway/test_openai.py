@@ -61,9 +61,7 @@ def test_the_arguments_of_a_call_have_to_be_an_object():
         asked(CHAT_COMPLETIONS, messages=[USER, {"role": "assistant", "tool_calls": [call]}])
 
 
-@pytest.mark.parametrize(
-    ("prompt", "read_as"), [("Once", "Once"), (["Once"], "Once"), ([5, 6], (5, 6)), ([5], (5,))]
-)
+@pytest.mark.parametrize(("prompt", "read_as"), [("Once", "Once"), (["Once"], "Once"), ([5, 6], (5, 6)), ([5], (5,))])
 def test_a_prompt_is_text_or_token_ids(prompt, read_as):
     request = asked(COMPLETIONS, prompt=prompt, logprobs=0, stop="x")
     assert (request.prompt, request.messages, request.logprobs) == (read_as, None, True)
@@ -128,7 +126,9 @@ def test_a_chat_stream_adds_up_to_the_whole(answer):
         assert "".join(call["function"]["arguments"] for call in rest) == ARGUMENTS
 
 
-@pytest.mark.parametrize(("dialect", "asks"), [(CHAT_COMPLETIONS, {"messages": [USER]}), (COMPLETIONS, {"prompt": "x"})])
+@pytest.mark.parametrize(
+    ("dialect", "asks"), [(CHAT_COMPLETIONS, {"messages": [USER]}), (COMPLETIONS, {"prompt": "x"})]
+)
 def test_a_stream_ends_with_the_numbers_of_tokens_where_they_are_asked_for(dialect, asks):
     body = read(dialect, stream=True, stream_options={"include_usage": True}, **asks)
     *chunks, last, done = events(dialect.stream(SAID, body))

@@ -16,7 +16,9 @@ TOOL = {"type": "function", "name": "search", "parameters": PARAMETERS}
 
 
 def test_text_is_one_message_after_the_instructions():
-    request = asked(RESPONSES, input="hello", instructions="Be brief.", max_output_tokens=5, temperature=0.5, top_p=0.9)
+    request = asked(
+        RESPONSES, input="hello", instructions="Be brief.", max_output_tokens=5, temperature=0.5, top_p=0.9
+    )
     assert request.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"})
     assert request.wishes == Wishes(5, 0.5, 0.9)
     assert (request.logprobs, request.tools, request.ignored) == (False, (), ())
@@ -58,7 +60,12 @@ def test_a_whole_response():
     (item,) = whole["output"]
     part = {"type": "output_text", "text": SAID.text, "annotations": [], "logprobs": []}
     message = {"id": "msg_a1", "type": "message", "role": "assistant", "status": "completed", "content": [part]}
-    assert (whole["id"], whole["object"], whole["status"], whole["created_at"]) == ("resp_a1", "response", "completed", 7)
+    assert (whole["id"], whole["object"], whole["status"], whole["created_at"]) == (
+        "resp_a1",
+        "response",
+        "completed",
+        7,
+    )
     assert (whole["metadata"], whole["incomplete_details"], item) == ({"a": "b"}, None, message)
     assert whole["usage"] == {
         "input_tokens": 10,

@@ -26,7 +26,6 @@ from .bodies import B, dumps, read_body
 from .conversation import ModelRequest, RequestError, request_key, unauthorized
 from .delivery import HEARTBEAT_S, Delivery, gone_away, is_done, wait_for_reply, when_gone
 from .dialect import Dialect, ModelBody
-from .flights import Retry
 from .limits import BodyLimits
 from .monitor import CONTENT_TYPE
 from .openapi import Operation, document

@@ -175,9 +175,7 @@ class Placer:
             problem = f"`prompt` has the token id {max(prompt)}; the tokenizer has {self._formats.num_ids}"
             raise RequestError(400, problem, param="prompt")
 
-    def _check_fits(
-        self, request: ModelRequest, kept: int, added: str | Sequence[Message], chat: ChatFormat
-    ) -> None:
+    def _check_fits(self, request: ModelRequest, kept: int, added: str | Sequence[Message], chat: ChatFormat) -> None:
         """Refuse a long text that cannot fit behind so many kept tokens, before it is rendered or tokenized."""
         if self._context is None or request.size <= INLINE_BYTES:
             return

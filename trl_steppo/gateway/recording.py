@@ -8,7 +8,6 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..chat import ChatFormat
 from ..inference.base import Sample

@@ -200,7 +200,9 @@ class Responder:
         flight.is_recording = True
         await self._store(step)
         max_tokens = request.wishes.max_tokens
-        if step.stop_reason is StopReason.LENGTH and session.spec.is_cut(params, len(prompt.ids), max_tokens=max_tokens):
+        if step.stop_reason is StopReason.LENGTH and session.spec.is_cut(
+            params, len(prompt.ids), max_tokens=max_tokens
+        ):
             session.notes.cut = True
             await services.save(session)
         self._count(step, prompt)
@@ -230,7 +232,9 @@ class Responder:
         session = self.session
         async with self._recording:  # steps are in the store in the order in which they are in memory
             try:
-                await written(self._services.store.add_step(session.session_id, len(session.steps), step_to_json(step)))
+                await written(
+                    self._services.store.add_step(session.session_id, len(session.steps), step_to_json(step))
+                )
             except sqlite3.Error as error:
                 logger.error("a step of session %s cannot be recorded", session.session_id, exc_info=True)
                 raise RequestError(502, "the step cannot be recorded", code="store") from error
