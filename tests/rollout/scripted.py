@@ -129,7 +129,9 @@ def play_in(
     """Episodes in environments that a function makes, one for each, or on a stage."""
     spec = EpisodeSpec(limits or EpisodeLimits(), SamplingParams(max_new_tokens=max_new_tokens))
     is_stage = isinstance(make_playable, Stage)
-    stage = make_playable if is_stage else Stage(make_playable, reuses=False, close_timeout_s=spec.limits.max_episode_s)
+    stage = (
+        make_playable if is_stage else Stage(make_playable, reuses=False, close_timeout_s=spec.limits.max_episode_s)
+    )
     with nullcontext() if is_stage else closing(stage):
         player = EnvironmentPlayer(stage, sampler, spec, chat, make_timeout_s, id_prefix, holds)
         return play_episodes(requests, player, **options)

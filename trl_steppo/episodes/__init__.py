@@ -1,6 +1,6 @@
 """One episode: its settings, its record, and its JSON form, for our own loop and for the gateway."""
 
-from .observation import Observation, as_messages, as_observation
+from .observation import as_messages, as_observation
 from .record import EpisodeRecord, Notes, RecordedStep
 from .spec import EpisodeSpec, step_seed
 
@@ -8,7 +8,6 @@ __all__ = [
     "EpisodeRecord",
     "EpisodeSpec",
     "Notes",
-    "Observation",
     "RecordedStep",
     "as_messages",
     "as_observation",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..chat import Message
-
-Observation = str | list[Message]
+from ..types import Message, TextOrMessages
 
 
 def as_messages(observation: str | Iterable[Message]) -> list[Message]:
@@ -14,7 +12,7 @@ def as_messages(observation: str | Iterable[Message]) -> list[Message]:
     return [{"role": "user", "content": observation}] if isinstance(observation, str) else list(observation)
 
 
-def as_observation(messages: Sequence[Message]) -> Observation:
+def as_observation(messages: Sequence[Message]) -> TextOrMessages:
     """Observation of these messages: the text alone where they are one user message."""
     if len(messages) == 1 and messages[0]["role"] == "user":
         text: str = messages[0]["content"]

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from ..inference.base import SamplingParams
-from ..types import Episode, Step, StopReason, TokenIds
-from .observation import Observation
+from ..types import Episode, Step, StopReason, TextOrMessages, TokenIds
 from .spec import EpisodeSpec
 
 
@@ -38,7 +37,7 @@ class RecordedStep:
     stop_reason: StopReason
     policy_version: int
     temperature: float
-    observed: Observation = ""
+    observed: TextOrMessages = ""
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Notes:
 
     rewards: dict[int, float] = field(default_factory=dict)
     state_keys: dict[int, Hashable] = field(default_factory=dict)
-    observations: dict[int, Observation] = field(default_factory=dict)
+    observations: dict[int, TextOrMessages] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     final_reward: float = 0.0
     stop_reason: StopReason | None = None
@@ -179,7 +178,7 @@ class EpisodeRecord(Generic[S]):
         reward: float,
         *,
         state_key: Hashable = None,
-        observation: Observation | None = None,
+        observation: TextOrMessages | None = None,
     ) -> None:
         """
         Set the reward of a step.
@@ -219,7 +218,7 @@ class EpisodeRecord(Generic[S]):
         return self.spec.params(self.num_steps, prompt_length, stop_token_ids=stop_token_ids)
 
     def end_by(
-        self, budget: StopReason, parent: int | None, new_ids: Sequence[int], observed: Observation = ""
+        self, budget: StopReason, parent: int | None, new_ids: Sequence[int], observed: TextOrMessages = ""
     ) -> None:
         """
         Note that a budget cut the episode.

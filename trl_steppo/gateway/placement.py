@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from ..chat import ChatFormat
-from ..episodes import Observation, as_observation
+from ..episodes import as_observation
 from ..errors import ChatTemplateError
-from ..types import Message
+from ..types import Message, TextOrMessages
 from .conversation import (
     ModelRequest,
     RequestError,
@@ -55,7 +55,7 @@ class Placement:
 
     parent: int | None
     new_ids: list[int]
-    observed: Observation
+    observed: TextOrMessages
     history: History
     key: bytes | None
     chat: ChatFormat

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from ..episodes import EpisodeRecord, EpisodeSpec, Notes, Observation, RecordedStep
-from ..types import Episode, StopReason
+from ..episodes import EpisodeRecord, EpisodeSpec, Notes, RecordedStep
+from ..types import Episode, StopReason, TextOrMessages
 from .conversation import Answer, RequestError
 
 
@@ -212,7 +212,7 @@ class Session(EpisodeRecord[SessionStep]):
         return self.spec.limits.max_episode_s is not None and self.age_s() > self.spec.limits.max_episode_s
 
     def end_by(
-        self, budget: StopReason, parent: int | None, new_ids: Sequence[int], observed: Observation = ""
+        self, budget: StopReason, parent: int | None, new_ids: Sequence[int], observed: TextOrMessages = ""
     ) -> None:
         """Note that a budget cut the episode, unless it has ended already; without a step that is an error."""
         if self.ended_early:

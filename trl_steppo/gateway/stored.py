@@ -13,9 +13,9 @@ from typing import Any, TypeVar, cast
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # typing's own is not read by pydantic before Python 3.12
 
-from ..episodes import EpisodeSpec, Observation
+from ..episodes import EpisodeSpec
 from ..inference.base import SamplingParams
-from ..types import EpisodeLimits, StopReason
+from ..types import EpisodeLimits, JsonObject, StopReason, TextOrMessages
 from .bodies import is_finite
 from .conversation import Answer
 from .sessions import Delivery, SessionNotes, SessionStep
@@ -26,7 +26,7 @@ T = TypeVar("T")
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
-def spec_to_json(spec: EpisodeSpec) -> dict[str, Any]:
+def spec_to_json(spec: EpisodeSpec) -> JsonObject:
     """The settings of an episode."""
     data = asdict(spec)
     data["sampling"]["stop_token_ids"] = list(spec.sampling.stop_token_ids)
@@ -49,7 +49,7 @@ _STEP_FIELDS = (
 )
 
 
-def step_to_json(step: SessionStep) -> dict[str, Any]:
+def step_to_json(step: SessionStep) -> JsonObject:
     """A step; log-probabilities are in it once."""
     data = {name: getattr(step, name) for name in _STEP_FIELDS}
     packed = {name: _packed(data[name]) for name in ("new_ids", "response_ids", "logprobs")}
@@ -92,7 +92,7 @@ class _PlainFields(TypedDict):
     parent: int | None
     policy_version: int
     temperature: float
-    observed: Observation
+    observed: TextOrMessages
     history: str
     asked_key: str | None
     key: str
@@ -121,7 +121,7 @@ _NOTES_FIELDS = (
 )
 
 
-def notes_to_json(notes: SessionNotes, deliveries: Sequence[Delivery]) -> dict[str, Any]:
+def notes_to_json(notes: SessionNotes, deliveries: Sequence[Delivery]) -> JsonObject:
     """All notes, and the deliveries of the steps. Positions that are keys become text, as JSON has no other keys."""
     untold = [position for position, delivery in enumerate(deliveries) if delivery.is_untold]
     unanswered = [position for position, delivery in enumerate(deliveries) if delivery is Delivery.UNANSWERED]

@@ -185,8 +185,8 @@ class AgentPlayer:
         """Run a rollout while the gateway has the sampler."""
 
         async def serve() -> T:
-            loop = asyncio.get_running_loop()
-            self.server.resume(SamplerLoop(self.sampler) if self.overlaps else SamplerLoop(self.sampler, loop, pacer))
+            loop = None if self.overlaps else asyncio.get_running_loop()
+            self.server.resume(SamplerLoop(self.sampler, loop, None if self.overlaps else pacer))
             try:
                 return await rollout
             finally:

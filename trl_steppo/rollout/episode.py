@@ -6,7 +6,7 @@ import asyncio
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -14,11 +14,11 @@ from typing import Any
 
 from ..calls import CallTimeoutError, MainThreadNeededError, NewEnvironmentNeededError, error_text, within
 from ..chat import ChatFormat
-from ..environments.base import Message, Outcome, Playable, Response
-from ..episodes import EpisodeRecord, EpisodeSpec, Observation, RecordedStep, as_messages
+from ..environments.base import Outcome, Playable, Response
+from ..episodes import EpisodeRecord, EpisodeSpec, RecordedStep, as_messages
 from ..errors import ConfigurationError, DataError, SamplerError
 from ..inference.base import Pacer, Sample, Sampler, SamplingParams
-from ..types import Episode, StopReason, TokenIds
+from ..types import Episode, StopReason, TextOrMessages, TokenIds
 from .rows import EMPTY_PROMPT, own
 
 logger = logging.getLogger(__name__)
@@ -200,9 +200,7 @@ class _Play:
         order = record.spec.order(len(record.steps))
         try:
             with self.pacer.at_sampler() if self.pacer is not None else nullcontext():
-                sample = await self.sampler.sample(
-                    self.prompt_ids, params, episode_id=record.episode_id, order=order
-                )
+                sample = await self.sampler.sample(self.prompt_ids, params, episode_id=record.episode_id, order=order)
         except (ConfigurationError, DataError):  # this request can never be answered
             raise
         except Exception as error:
@@ -245,7 +243,7 @@ class _Play:
         self.prompt_ids = [*self.prompt_ids, *response_ids, *self.new_ids]
         return None
 
-    async def _rewritten(self, observation: Observation) -> str | list[Message] | None:
+    async def _rewritten(self, observation: TextOrMessages) -> TextOrMessages | None:
         return await self.env.state_prompt(observation) if self.env is not None else None
 
     async def _finish(self) -> None:
@@ -272,7 +270,7 @@ class _Play:
             raise DataError(f"{purpose} needs a chat format, and this rollout has none")
         return self.chat
 
-    async def _first_prompt(self, rewritten: str | list[Message] | None, extra: str | None) -> list[int]:
+    async def _first_prompt(self, rewritten: TextOrMessages | None, extra: str | None) -> list[int]:
         if rewritten is not None:
             return await self._prepared(self._chat("an environment"), rewritten, extra, is_observed=True)
         if "input_ids" in self.row:
@@ -295,7 +293,7 @@ class _Play:
         return await self._prepared(self._chat("a row with `prompt`"), prompt, extra)
 
     async def _prepared(
-        self, chat: ChatFormat, prompt: str | list[Message], extra: str | None, *, is_observed: bool = False
+        self, chat: ChatFormat, prompt: TextOrMessages, extra: str | None, *, is_observed: bool = False
     ) -> list[int]:
         """The episode's first prompt; a `DataError`, before it is tokenized, where it cannot fit."""
         self._check_fits(0, prompt, chat)
@@ -321,7 +319,7 @@ class _Play:
             raise DataError(self.record.spec.why_no_step_fits(params, length))
         return params
 
-    def _exceeded_by_text(self, length: int, shown: str | list[Message], chat: ChatFormat) -> StopReason | None:
+    def _exceeded_by_text(self, length: int, shown: TextOrMessages, chat: ChatFormat) -> StopReason | None:
         """Budget that a long text exceeds after so many tokens, however it is tokenized."""
         if not _is_long(shown):
             return None
@@ -329,7 +327,7 @@ class _Play:
         is_too_long = self.record.spec.exceeded_token_budget(length) is not None
         return self.record.exceeded_budget(length) if is_too_long else None
 
-    def _check_fits(self, length: int, shown: str | list[Message], chat: ChatFormat) -> None:
+    def _check_fits(self, length: int, shown: TextOrMessages, chat: ChatFormat) -> None:
         budget = self._exceeded_by_text(length, shown, chat)
         if budget is not None:
             at_least = f"at least {length + chat.min_tokens(shown)}"

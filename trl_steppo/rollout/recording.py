@@ -1,6 +1,6 @@
 """Episodes on disk, exactly: what is loaded equals what was dumped, token for token and bit for bit.
 
-One episode a line ([`episodes.json`]).
+A file has one episode on each line, in the form of [`episodes.json`].
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
-from typing import Any
 
 from .. import durable
 from ..episodes.json import episode_from_json, episode_to_json
@@ -17,13 +16,13 @@ from ..types import Episode
 
 
 def episode_file(directory: str | Path, update: int, rank: int) -> Path:
-    """Where the episodes of one update on one rank are; names sort in the order of the updates."""
+    """File of the episodes of one update on one rank. Names sort in the order of the updates."""
     return Path(directory) / f"episodes-{update:06d}-rank{rank:03d}.jsonl"
 
 
 def dump_episodes(path: str | Path, episodes: Iterable[Episode]) -> None:
     """
-    Write episodes, one a line. A file that is there is complete: it appears under its name when all is written.
+    Write episodes, one on each line. A file that exists is complete: it appears under its name when all is written.
 
     What JSON lacks in `info` and `observation` is written as the nearest thing it has (tuples and sets as lists,
     anything unknown as its `repr`).
@@ -35,10 +34,10 @@ def dump_episodes(path: str | Path, episodes: Iterable[Episode]) -> None:
 
 def load_episodes(path: str | Path) -> list[Episode]:
     """
-    Read what [`dump_episodes`] wrote.
+    Read the episodes that [`dump_episodes`] wrote.
 
     Raises:
-        DataError: there is no such file, or a line of it is damaged; names both.
+        DataError: There is no such file, or a line of it is damaged; the message names both.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -55,7 +54,8 @@ def _parse(line: str, path: str | Path, number: int) -> Episode:
         raise DataError(f"{path}, line {number}: not a recorded episode: {reason}") from error
 
 
-def _nearest(value: Any) -> Any:
+def _nearest(value: object) -> object:
+    """The nearest thing that JSON has."""
     if isinstance(value, Set):
         return sorted(value, key=repr)
     if isinstance(value, Mapping):
