@@ -35,8 +35,8 @@ from _record import BenchmarkArguments, parse_arguments, print_table, write_reco
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
-from trl_steppo.models import MINI_WIKI_POLICY
 from trl_steppo.rollout import EpisodeRequest
 
 LATENCIES = (0.0, 0.2, 1.0)

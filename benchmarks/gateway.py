@@ -48,12 +48,12 @@ from _hostile_clients import measure_hostile
 from _record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoTokenizer
 
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.chat import ChatFormat
 from trl_steppo.gateway import EpisodeSpec, GatewayServer
 from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.models import MINI_WIKI_POLICY
 from trl_steppo.types import Episode, EpisodeLimits, StopReason, TokenIds
 
 CLIENTS = Path(__file__).parent / "_gateway_clients.py"

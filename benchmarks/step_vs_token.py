@@ -44,6 +44,7 @@ from _runs import (
     play,
     refuse_failures,
     settings_in,
+    under_current_names,
     updates_of,
 )
 
@@ -462,7 +463,7 @@ def refuse_other_settings(planned: Iterable[tuple[Run, Cell, Store]]) -> None:
         if not store.holds(cell):
             continue
         kept = store.read(cell)
-        changed = changed_inputs(kept.inputs, run.hashes())
+        changed = changed_inputs(under_current_names(kept.inputs), run.hashes())
         if settings_in(kept.command) != settings_in(run.command) or changed:
             raise SystemExit(
                 f"{store.path(cell)} was played with other settings than those of this study; remove it and "

@@ -16,6 +16,7 @@ PACKAGE = Path(trl_steppo.__file__).parent
 
 LAYERS: list[set[str]] = [
     {
+        "assets",
         "types",
         "errors",
         "masked",
@@ -37,10 +38,7 @@ LAYERS: list[set[str]] = [
     {
         "report",
         "configs",
-        "memory",
-        "launch_file",
-        "dry_run",
-        "serve",
+        "commands",
         "cli",
         "__init__",
     },  # on top of everything: commands, and the lazy names

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
-C = TypeVar("C", bound=Callable[..., Any])
+C = TypeVar("C", bound=Callable[..., object])
+T = TypeVar("T")
 
 
-def lazy_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+def lazy_names(module: str, homes: Mapping[str, str]) -> Callable[[str], object]:
     """
     A module's `__getattr__` for names that are imported when they are first used.
 
@@ -27,7 +28,7 @@ def lazy_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     ```
     """
 
-    def find(name: str) -> Any:
+    def find(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         return getattr(import_module(homes[name], module), name)
@@ -35,7 +36,7 @@ def lazy_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     return find
 
 
-def moved_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+def moved_names(module: str, homes: Mapping[str, str]) -> Callable[[str], object]:
     """
     A module's `__getattr__` for names that stood in it before. Using one warns of its deprecation.
 
@@ -47,7 +48,7 @@ def moved_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     """
     find_in_home = lazy_names(module, homes)
 
-    def find(name: str) -> Any:
+    def find(name: str) -> object:
         if name in homes:
             warnings.warn(f"`{module}.{name}` is now `{homes[name]}.{name}`", DeprecationWarning, stacklevel=2)
         return find_in_home(name)
@@ -67,9 +68,9 @@ def renamed_keyword(old: str, new: str) -> Callable[[C], C]:
             The parameter's name.
     """
 
-    def renamed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def renamed(function: Callable[..., T]) -> Callable[..., T]:
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> T:
             if old in kwargs:
                 if new in kwargs:
                     raise TypeError(f"`{old}` is the old name of `{new}`; give one of them")

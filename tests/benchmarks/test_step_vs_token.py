@@ -15,6 +15,7 @@ from step_vs_token import Cell, Record, Store, StudyArguments
 from trl import TrlParser
 
 from trl_steppo import StepPOConfig
+from trl_steppo.environments.hotpotqa import HotpotQARecipe
 
 ROOT = Path(__file__).parents[2]
 RECORD = Record(
@@ -47,7 +48,7 @@ def cell(rate, seed, method="steppo", phase="tuning"):
 
 def settings_of(method, task=study.MINI_WIKI):
     """The configuration that a run's flags make."""
-    kinds = (load_example("hotpotqa_steppo").HotpotQAArguments,) if task is study.MINI_WIKI else ()
+    kinds = (HotpotQARecipe,) if task is study.MINI_WIKI else ()
     run = study.run_of(task, Cell(task.name, "result", method, 4e-4, 7), Path("runs"), {})
     return TrlParser((*kinds, StepPOConfig)).parse_args_and_config(list(run.arguments[1:]))[-1]
 

@@ -6,7 +6,7 @@ import torch
 from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_steppo.models import MINI_WIKI_POLICY
+from trl_steppo.assets import MINI_WIKI_POLICY
 
 
 def test_only_responses_are_imitated() -> None:

@@ -7,7 +7,7 @@ import pytest
 from scripted import END, LookEnvironment, ScriptedSampler, call
 
 from trl_steppo.environments import make_playable
-from trl_steppo.environments.tools import MISTAKES
+from trl_steppo.environments.base import MISTAKES
 from trl_steppo.episodes import EpisodeRecord, EpisodeSpec
 from trl_steppo.errors import DataError, SamplerError
 from trl_steppo.inference.base import SamplingParams

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny import distance
 from warm import free_port
 
-from trl_steppo.cli import CONFIGS
+from trl_steppo.commands.config import CONFIGS
 from trl_steppo.rollout import episode_file, load_episodes
 
 UPDATES = 3

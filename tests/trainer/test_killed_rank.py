@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from warm import free_port
 
-from trl_steppo.cli import CONFIGS
+from trl_steppo.commands.config import CONFIGS
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 8,

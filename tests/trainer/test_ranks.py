@@ -21,7 +21,7 @@ from warm import free_port, run_on_ranks
 
 from trl_steppo import Episode, StopReason
 from trl_steppo.batching import micro_batches, step_ids
-from trl_steppo.cli import CONFIGS
+from trl_steppo.commands.config import CONFIGS
 from trl_steppo.rollout import dump_episodes, episode_file, load_episodes
 
 UPDATES = 3

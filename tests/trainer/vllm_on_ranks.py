@@ -17,7 +17,7 @@ from tiny import make_classifier, make_trainer, message_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from warm import free_port
 
-from trl_steppo.cli import CONFIGS
+from trl_steppo.commands.config import CONFIGS
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.trainer import engines
 

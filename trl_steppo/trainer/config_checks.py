@@ -111,7 +111,7 @@ def check_ranges(args: StepPOConfig) -> None:
             raise ConfigurationError(f"`{name}` is {shown(value)}; set it to a number in {allowed}")
 
 
-def check_choices(args: StepPOConfig, config_class: type[StepPOConfig]) -> None:
+def check_choices(args: StepPOConfig, config_class: type) -> None:
     """
     Raise a `ConfigurationError` for a value that is none of its field's choices.
 
@@ -127,7 +127,7 @@ def check_choices(args: StepPOConfig, config_class: type[StepPOConfig]) -> None:
 
 
 @functools.cache
-def _choices(config_class: type[StepPOConfig]) -> dict[str, tuple[object, ...]]:
+def _choices(config_class: type) -> dict[str, tuple[object, ...]]:
     """The values of each field that is a `Literal`, and `None` where the field may be `None`."""
     choices = {}
     for name, hint in get_type_hints(config_class).items():

@@ -338,7 +338,7 @@ class EpisodePlayer:
         assert self.data_collator is not None
         rows = [own_row(request.row) for request in requests]
         try:
-            batch = call_and_wait(self.data_collator, (rows,), {}, run_coroutine)
+            batch: Mapping[str, Any] = call_and_wait(self.data_collator, (rows,), {}, run_coroutine)
         except Exception as error:
             raise DataError(f"`data_collator` failed: {type(error).__name__}: {error_text(error)}") from error
         if "input_ids" not in batch or len(batch["input_ids"]) != len(requests):
