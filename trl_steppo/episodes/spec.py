@@ -7,7 +7,8 @@ import struct
 from dataclasses import dataclass, field, replace
 
 from ..inference.base import SamplingParams
-from ..types import EpisodeLimits, StopReason, renamed_keyword
+from ..names import renamed_keyword
+from ..types import EpisodeLimits, StopReason
 
 
 def step_seed(run_seed: int, stream_position: int, generation_index: int, step_index: int) -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..calls import MainThreadNeededError
 from ..chat import ChatFormat
 from ..episodes import EpisodeRecord, EpisodeSpec
 from ..errors import ConfigurationError
 from ..inference.base import Pacer, Sampler
-from ..types import Episode
+from ..types import Episode, Row
 from .episode import failed_episode, run_episode
 from .play import EpisodeRequest
 from .stage import Stage
@@ -50,12 +50,12 @@ class EnvironmentPlayer:
     stage: Stage
     sampler: Sampler
     spec: EpisodeSpec
-    chat: ChatFormat | Callable[[Mapping[str, Any]], ChatFormat | None] | None
+    chat: ChatFormat | Callable[[Row], ChatFormat | None] | None
     make_timeout_s: float | None = None
     id_prefix: str = ""
     holds: bool = False
 
-    def run(self, rollout: Coroutine[Any, Any, T], pacer: Pacer) -> T:
+    def run(self, rollout: Coroutine[object, None, T], pacer: Pacer) -> T:
         """Run a rollout on the stage."""
         return self.stage.run(rollout)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any
 
 from ..calls import CallTimeoutError, MainThreadNeededError, NewEnvironmentNeededError, error_text, within
 from ..chat import ChatFormat
@@ -18,7 +17,7 @@ from ..environments.base import Outcome, Playable, Response
 from ..episodes import EpisodeRecord, EpisodeSpec, RecordedStep, as_messages
 from ..errors import ConfigurationError, DataError, SamplerError
 from ..inference.base import Pacer, Sample, Sampler, SamplingParams
-from ..types import Episode, StopReason, TextOrMessages, TokenIds
+from ..types import Episode, Row, StopReason, TextOrMessages, TokenIds
 from .rows import EMPTY_PROMPT, own
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ _LONG_TEXT_CHARACTERS = 20_000  # tokenizing more holds up the other episodes, a
 
 async def run_episode(
     env: Playable | None,
-    row: Mapping[str, Any],
+    row: Row,
     record: EpisodeRecord[RecordedStep],
     *,
     sampler: Sampler,
@@ -43,7 +42,7 @@ async def run_episode(
     Args:
         env ([`Playable`], *optional*):
             The environment; `None`: one step, without a reward.
-        row (`Mapping[str, Any]`):
+        row (`Mapping`):
             A dataset row. One with `input_ids` is one step from these ids, which stops only at the stop tokens of the
             record's `sampling`; one with `prompt` is text or messages, and stops at the chat template's end of turn
             unless `sampling` has stop tokens. All of it goes to the environment's `reset`.
@@ -99,7 +98,7 @@ class _Play:
     """
 
     env: Playable | None
-    row: Mapping[str, Any]
+    row: Row
     record: EpisodeRecord[RecordedStep]
     sampler: Sampler
     chat: ChatFormat | None
@@ -303,7 +302,7 @@ class _Play:
         self._count_control_tokens(chat, shown, is_state_prompt=is_observed and isinstance(prompt, str))
         return await _in_time(lambda: chat.prepare(prompt, extra, is_observed=is_observed), [prompt, extra])
 
-    def _count_control_tokens(self, chat: ChatFormat, shown: Any, *, is_state_prompt: bool = False) -> None:
+    def _count_control_tokens(self, chat: ChatFormat, shown: object, *, is_state_prompt: bool = False) -> None:
         count = chat.count_control_tokens(shown)
         if count:
             self.counts["escaped_special_tokens"] += count
@@ -342,12 +341,12 @@ def _warn_of_state_prompt() -> None:
     )
 
 
-async def _in_time(tokenize: Callable[[], list[int]], shown: Any) -> list[int]:
+async def _in_time(tokenize: Callable[[], list[int]], shown: object) -> list[int]:
     """Tokenize; a long text in a thread, so that no other episode waits for it."""
     return await asyncio.to_thread(tokenize) if _is_long(shown) else tokenize()
 
 
-def _is_long(shown: Any) -> bool:
+def _is_long(shown: object) -> bool:
     """Whether there is much text in a nested value."""
     waiting, characters = [shown], _LONG_TEXT_CHARACTERS
     while waiting and characters >= 0:

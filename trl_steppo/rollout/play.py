@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from ..calls import MainThreadNeededError, NewEnvironmentNeededError
 from ..environments.slots import Slots
 from ..episodes import EpisodeSpec
 from ..errors import RolloutError, SamplerError
 from ..inference.base import Pacer, Sampler
-from ..types import Episode, renamed_keyword
+from ..names import renamed_keyword
+from ..types import Episode, Row
 from .episode import failed_episode
 from .pacing import EpisodePacer
 from .rows import own_row, question_of
@@ -34,7 +35,7 @@ class EpisodeRequest:
     One episode to play.
 
     Args:
-        row (`Mapping[str, Any]`):
+        row (`Mapping`):
             The dataset row.
         stream_position (`int`):
             Position of the row in the shuffled stream of rows, counted over all epochs.
@@ -44,7 +45,7 @@ class EpisodeRequest:
             Index of the row in the dataset.
     """
 
-    row: Mapping[str, Any]
+    row: Row
     stream_position: int
     generation_index: int = 0
     dataset_row: int | None = None
@@ -67,7 +68,7 @@ class Player(Protocol):
         """The policy, which is called concurrently."""
         ...
 
-    def run(self, rollout: Coroutine[Any, Any, T], pacer: Pacer) -> T:
+    def run(self, rollout: Coroutine[object, None, T], pacer: Pacer) -> T:
         """Run a coroutine that awaits [`play`], from sync code and to its end."""
         ...
 
