@@ -31,7 +31,7 @@ _NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
 _ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state")
 """Keyword arguments of every reward function, besides the columns."""
 _OFFERED = ("log_extra", "log_metric", "environments")
-"""Keyword arguments of functions that take them by name or as `**kwargs`; the last one where there are environments."""
+"""Keyword arguments of functions that take them by name or as `**kwargs`; the last where there are environments."""
 
 
 def score_episodes(
