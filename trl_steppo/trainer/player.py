@@ -21,7 +21,7 @@ from ..environments.slots import Slots
 from ..environments.tools import check_reset, make_playable
 from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError, DataError
-from ..inference.base import Sampler, SamplingParams
+from ..inference.base import SamplingParams
 from ..models import score_sequences
 from ..numerics import Numerics
 from ..rollout import (
@@ -48,6 +48,7 @@ from ..rollout import (
 from ..rollout.loops import run_coroutine
 from ..types import Episode, StopReason, TokenIds
 from .dataset_checks import ENVIRONMENT_COLUMN
+from .engines import Engine
 from .reward_models import RewardModel
 from .steppo_config import StepPOConfig
 
@@ -70,8 +71,8 @@ class EpisodePlayer:
             The run's settings.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer, with a chat template where rows have `prompt`.
-        sampler ([`Sampler`]):
-            The policy.
+        engine ([`Engine`]):
+            Has the sampler that continues prompts.
         columns (`Sequence[str]`):
             The dataset's columns: rows have `prompt` or `input_ids`.
         eval_columns (`Sequence[Sequence[str]]`, *optional*):
@@ -107,7 +108,7 @@ class EpisodePlayer:
         self,
         args: StepPOConfig,
         tokenizer: Any,
-        sampler: Sampler,
+        engine: Engine,
         *,
         columns: Sequence[str],
         eval_columns: Sequence[Sequence[str]] = (),
@@ -125,7 +126,7 @@ class EpisodePlayer:
         self.args = args
         self._end_token_ids = tuple(end_token_ids)
         self.tokenizer = tokenizer
-        self.sampler = sampler
+        self.engine = engine
         self._update_episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self._factories = factories_of(environment_factory)
         self._chooses = isinstance(environment_factory, Mapping)
@@ -193,7 +194,7 @@ class EpisodePlayer:
     @property
     def context(self) -> int | None:
         """Most tokens of a prompt with its response: what the model can read, or its servers take if that is less."""
-        known = (self._model_context, getattr(self.sampler, "context", None))
+        known = (self._model_context, getattr(self.engine.sampler, "context", None))
         return min((length for length in known if length is not None), default=None)
 
     @property
@@ -279,7 +280,7 @@ class EpisodePlayer:
     def _environment_player(self, stage: Stage, spec: EpisodeSpec, id_prefix: str) -> EnvironmentPlayer:
         return EnvironmentPlayer(
             stage,
-            self.sampler,
+            self.engine.sampler,
             spec,
             self.chat_of,
             make_timeout_s=self.args.tool_timeout_s,
@@ -298,7 +299,7 @@ class EpisodePlayer:
         return AgentPlayer(
             self.agent,
             server,
-            self.sampler,
+            self.engine.sampler,
             spec,
             idle_s=self.args.tool_timeout_s,
             id_prefix=id_prefix,
@@ -545,7 +546,7 @@ class EpisodePlayer:
             slots=self._tool_slots,
             hidden_columns=self._hidden_columns,
             # Each is a call to another thread. Recorded episodes may be trained on with `gigpo` later.
-            reads_state_keys=self.args.advantage_estimator == "gigpo" or self.args.dump_episodes_dir is not None,
+            reads_state_keys=self.args.estimator.compares_states or self.args.dump_episodes_dir is not None,
         )
 
     def score(
