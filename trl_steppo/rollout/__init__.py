@@ -1,4 +1,4 @@
-"""A row -> an Episode: our own loop, an external agent, and what is done to episodes before they are trained on."""
+"""A row -> an Episode: played by our own loop or by an external agent, then paid, and recorded."""
 
 from ..episodes import step_seed
 from ..types import EpisodeLimits

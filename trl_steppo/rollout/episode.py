@@ -1,4 +1,4 @@
-"""Plays one episode: a dataset row in, an [`Episode`] out, whatever breaks on the way."""
+"""Plays one episode: a dataset row in, an [`Episode`] out, even if something breaks on the way."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def run_episode(
     closes: bool = True,
 ) -> Episode:
     """
-    Play one episode. What breaks in it becomes its `error`, and the steps so far are kept.
+    Play one episode. If something breaks in it, that becomes its `error`, and the steps so far are kept.
 
     Args:
         env ([`Playable`], *optional*):
@@ -53,8 +53,8 @@ async def run_episode(
         chat ([`ChatFormat`], *optional*):
             Needed for rows with `prompt`, and for an environment.
         pacer ([`Pacer`], *optional*):
-            Counts the episode as away whenever it is not waiting for the sampler. The caller has counted it before,
-            and takes it back afterwards.
+            Counts the episode as away whenever it is not waiting for the sampler. The caller counts it as away before
+            this call, and as arrived after it.
         closes (`bool`, *optional*, defaults to `True`):
             Whether to close the environment afterwards.
 
@@ -62,7 +62,7 @@ async def run_episode(
         [`Episode`]: terminated, truncated, or with an `error`.
 
     Raises:
-        SamplerError: The sampler failed, which is no fault of the episode's.
+        SamplerError: The sampler failed, which is not the episode's fault.
         MainThreadNeededError, NewEnvironmentNeededError: This environment cannot play the episode; another one can.
     """
     play = _Play(env, row, record, sampler, chat, pacer)
@@ -75,14 +75,14 @@ async def run_episode(
 
 
 def failed_episode(spec: EpisodeSpec, episode_id: str, error: BaseException, *, stage: str) -> Episode:
-    """An episode that broke before its first step."""
+    """The record of an episode that broke before its first step."""
     record: EpisodeRecord[RecordedStep] = EpisodeRecord(spec, episode_id)
     record.notes.error = describe(error, stage)
     return record.episode()
 
 
 def describe(error: BaseException, stage: str) -> str:
-    """What broke, in one line: the stage, the exception, and where in the user's code it was raised."""
+    """One line that says what broke: the stage, the exception, and where in the user's code it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{stage}: {type(error).__name__}: {error_text(error)}{where}"
@@ -129,7 +129,7 @@ class _Play:
             return
         try:
             await within(self.env.close(), self._max_episode_s, "close()")
-        except Exception:  # the episode is complete; what its cleanup does to itself must not cost it
+        except Exception:  # the episode is complete; an error in the cleanup must not fail it
             logger.warning("closing episode %s failed", self.record.episode_id, exc_info=True)
 
     def episode(self) -> Episode:
@@ -142,7 +142,7 @@ class _Play:
         try:
             budget = await within(self._play(), self._max_episode_s, _EPISODE)
         except CallTimeoutError as error:
-            # An environment's own time limit arrives here, too; only the episode's leaves something to train on.
+            # Time limits of the environment arrive here, too; only the episode's own leaves something to train on.
             if not self.record.steps or error.what != _EPISODE:
                 raise
             budget = StopReason.MAX_EPISODE_S
@@ -168,7 +168,7 @@ class _Play:
         sample = await self._sample(params)
         self.stage = f"environment step {index}"
         outcome = await self._answer(sample)
-        # An environment may go on to change what it returned, a list of all messages for one.
+        # An environment may change what it returned later, such as a list of all messages.
         observation = own(outcome.observation, "an observation")
         is_cut = sample.stop_reason is StopReason.LENGTH and record.spec.is_cut(params, len(self.prompt_ids))
         record.add(
@@ -187,7 +187,7 @@ class _Play:
         self.parent, self.new_ids = index, []
         self.counts.update(outcome.metrics)
         if outcome.done:
-            # Without stop tokens, its full length is a response's planned end.
+            # A response without stop tokens is planned to end at its full length.
             has_planned_end = not params.stop_token_ids and not is_cut
             record.notes.terminated = not outcome.ended_by_response or has_planned_end
             return True, None
@@ -284,7 +284,7 @@ class _Play:
             encode = partial(chat.encode_text, extra, add_special_tokens=False, is_observed=True)
             return ids + await _in_time(encode, extra)
         prompt = self.row.get("prompt")
-        if prompt is None:  # which the environment's `reset` has given, if there is one beside the tools
+        if prompt is None:  # the environment's `reset` returns it, if there is an environment besides the tools
             if getattr(self.env, "environment", self.env) is None:
                 columns = sorted(name for name in self.row if self.row[name] is not None)
                 raise DataError(f"the row has neither `prompt` nor `input_ids`, but {columns}")
@@ -342,7 +342,7 @@ def _warn_of_state_prompt() -> None:
 
 
 async def _in_time(tokenize: Callable[[], list[int]], shown: object) -> list[int]:
-    """Tokenize; a long text in a thread, so that no other episode waits for it."""
+    """Tokenize. A long text is tokenized in a thread, so that no other episode waits for it."""
     return await asyncio.to_thread(tokenize) if _is_long(shown) else tokenize()
 
 
