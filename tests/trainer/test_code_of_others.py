@@ -215,8 +215,8 @@ def look() -> str:
 def pays(completions, **kwargs):
     return [0.0] * len(completions)
 
-trainer = make_trainer(tempfile.mkdtemp(), tools=[look], reward_funcs=pays, max_interaction_steps=1)
-trainer.sampler = trainer.player.sampler = ScriptedSampler(lambda *order: call("look").removesuffix(END) * 100 + END)
+engine = scripted(lambda *order: call("look").removesuffix(END) * 100 + END)
+trainer = make_trainer(tempfile.mkdtemp(), tools=[look], reward_funcs=pays, max_interaction_steps=1, engine=engine)
 requests = trainer.player.prepare(trainer._requests(0))
 episodes = trainer.player.play(requests)
 assert all(episode.valid for episode in episodes), episodes[0].error

@@ -16,7 +16,7 @@ from tiny import Hash, make_model, make_trainer, prompt_rows, same, weights
 from transformers import TrainerCallback
 
 from trl_steppo import stopping
-from trl_steppo.trainer.exchange import _that_travels
+from trl_steppo.learning.ranks import _sendable
 
 SAVING: dict[str, Any] = {
     "total_episodes": 24,
@@ -204,7 +204,7 @@ def test_training_in_another_thread(tmp_path):
 
 
 def test_ranks_that_got_no_signal_hear_of_it():
-    error = _that_travels(stopping.StopRequestedError("a rollout was broken off"))
+    error = _sendable(stopping.StopRequestedError("a rollout was broken off"))
     assert isinstance(error, stopping.StopRequestedError)
     with pytest.raises(SystemExit) as ended, stopping.listening():
         raise error

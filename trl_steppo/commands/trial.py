@@ -90,6 +90,7 @@ def one_update(args: StepPOConfig, recipe: HotpotQARecipe, config: Any, tokenize
     """Train a model of this configuration for one update, on two rows or two groups; what came of it, in a line."""
     from transformers import AutoModelForCausalLM
 
+    from ..trainer.engines import FixedEngine
     from ..trainer.steppo_trainer import StepPOTrainer
 
     config.vocab_size = max(len(tokenizer), config.vocab_size if config.vocab_size < 20_000 else 0)
@@ -104,7 +105,8 @@ def one_update(args: StepPOConfig, recipe: HotpotQARecipe, config: Any, tokenize
         environment_factory=recipe.environment_factory(data.retriever),
         reward_funcs=recipe.reward_functions(),
     )
-    trainer.sampler = trainer.player.sampler = ScriptedSampler(tokenizer, trainer.rows)
+    # Not as `engine=`: that the policy's own sampler can be built is a part of the trial.
+    trainer.engine = trainer.player.engine = FixedEngine(ScriptedSampler(tokenizer, trainer.rows))
     trainer.train()
     logs: dict[str, float] = {}
     for entry in trainer.state.log_history:

@@ -22,7 +22,7 @@ import trl
 from trl.chat_template_utils import qwen3_chat_template
 
 import trl_steppo
-from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo import FixedEngine, StepPOConfig, StepPOTrainer
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.types import StopReason, TokenIds
 
@@ -241,7 +241,7 @@ def steppo_trainer(script: Script, recording: Recording, policy: str) -> type:
     class Scripted(StepPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **_stood_in(kwargs, recording, policy))
-            self.player.sampler = _ScriptedSampler(script, self.player.tokenizer)
+            self.engine = self.player.engine = FixedEngine(_ScriptedSampler(script, self.player.tokenizer))
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             super().log(logs, start_time)
