@@ -33,8 +33,7 @@ RECORD = Record(
 
 
 def load_example(name):
-    sys.path.insert(0, str(ROOT / "tests" / "examples"))
-    from scripts import load_script
+    from tests.examples.scripts import load_script
 
     return load_script(name)
 

@@ -1,6 +1,6 @@
 import pytest
-from scripted import ScriptedSampler, call, play_in
 
+from tests.rollout.scripted import ScriptedSampler, call, play_in
 from trl_steppo.environments import make_playable
 from trl_steppo.rollout import EpisodeRequest, score_episodes
 from trl_steppo.types import StopReason

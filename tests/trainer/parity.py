@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny import TOKENIZER, distance, make_classifier, make_model, make_ppo_config, weights
 
+from tests.trainer.tiny import TOKENIZER, distance, make_classifier, make_model, make_ppo_config, weights
 from trl_steppo import FixedEngine, PPOConfig, StopReason
 from trl_steppo import PPOTrainer as OurPPOTrainer
 from trl_steppo.compat.trl import ppo_bases

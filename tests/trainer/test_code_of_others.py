@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Hash, hashed, make_classifier, make_model, make_trainer, prompt_rows, same, weights
-from warm import run_script
 
+from tests.trainer.tiny import Hash, hashed, make_classifier, make_model, make_trainer, prompt_rows, same, weights
+from tests.warm import run_script
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 
 COLUMNS = (
@@ -204,7 +204,7 @@ def test_one_response_of_many_calls_is_an_ordinary_episode(tmp_path):
     """In a process of its own, whose threads are counted."""
     program = """
 import sys, tempfile, threading
-from tiny import *
+from tests.trainer.tiny import *
 most = [0]
 
 def look() -> str:

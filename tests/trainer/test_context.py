@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tiny import Endless, id_rows, make_classifier, make_model, make_trainer, prompt_rows
 
+from tests.trainer.tiny import Endless, id_rows, make_classifier, make_model, make_trainer, prompt_rows
 from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import EpisodeRequest
 from trl_steppo.types import Episode, StopReason

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
-from tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, message_rows, same, weights
 from transformers import TrainerCallback
 
+from tests.trainer.tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, message_rows, same, weights
 from trl_steppo import FixedEngine, StepPOTrainer, StopReason
 from trl_steppo.errors import ConfigurationError, SamplerError
 from trl_steppo.inference.base import Sample

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 from datasets import Dataset
-from tiny import END, TOKENIZER, Hash, Look, call, make_classifier, make_trainer, message_rows, scripted
 
+from tests.trainer.tiny import END, TOKENIZER, Hash, Look, call, make_classifier, make_trainer, message_rows, scripted
 from trl_steppo import FixedEngine
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.rollout import EpisodeRequest, episode_file, load_episodes

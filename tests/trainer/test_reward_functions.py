@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tiny import END, Hash, make_trainer, prompt_rows, scripted
 
+from tests.trainer.tiny import END, Hash, make_trainer, prompt_rows, scripted
 from trl_steppo import StepPOTrainer
 from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import EpisodeRequest, episode_file, load_episodes

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import (
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+from tests.trainer.tiny import (
     END,
     TOKENIZER,
     Endless,
@@ -31,8 +33,6 @@ from tiny import (
     scripted,
     weights,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-
 from trl_steppo import PPOTrainer, StepPOTrainer, StopReason
 from trl_steppo.chat import ChatFormat
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError

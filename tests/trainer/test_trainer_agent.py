@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from tiny import Hash, Look, ScriptedSampler, call, make_trainer, message_rows, same, scripted, weights
 from transformers import TrainerCallback
 
+from tests.trainer.tiny import Hash, Look, ScriptedSampler, call, make_trainer, message_rows, same, scripted, weights
 from trl_steppo import FixedEngine
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import Response

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import END, hashed, make_classifier, make_trainer, message_rows, same, scripted, weights
 
+from tests.trainer.tiny import END, hashed, make_classifier, make_trainer, message_rows, same, scripted, weights
 from trl_steppo import StopReason
 from trl_steppo.rollout import episode_file, load_episodes
 
