@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
-from wire import ARGUMENTS, CALL, CALLED, CUT, PARAMETERS, SAID, SEARCH, asked, events, read
-
+from tests.gateway.wire import ARGUMENTS, CALL, CALLED, CUT, PARAMETERS, SAID, SEARCH, asked, events, read
 from trl_steppo.gateway.anthropic import MESSAGES, error_body
 from trl_steppo.gateway.conversation import RequestError, Wishes
 

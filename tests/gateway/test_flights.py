@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
-from gateway_policy import make_spec
-from wire import SAID
-
+from tests.gateway.gateway_policy import make_spec
+from tests.gateway.wire import SAID
 from trl_steppo.gateway.conversation import Answer, RequestError
 from trl_steppo.gateway.flights import Flight, Flights, Retry, end_by_time
 from trl_steppo.gateway.placement import Placement

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
-from wire import ARGUMENTS, CALL, CALLED, CUT, SAID, SCORED, SEARCH, asked, events, read
-
+from tests.gateway.wire import ARGUMENTS, CALL, CALLED, CUT, SAID, SCORED, SEARCH, asked, events, read
 from trl_steppo.gateway.conversation import RequestError, Wishes
 from trl_steppo.gateway.openai import CHAT_COMPLETIONS, COMPLETIONS, error_body
 

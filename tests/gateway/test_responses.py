@@ -7,8 +7,7 @@ from itertools import count
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
-from wire import ARGUMENTS, CALL, CALLED, CUT, PARAMETERS, SAID, SCORED, SEARCH, asked, events, read
-
+from tests.gateway.wire import ARGUMENTS, CALL, CALLED, CUT, PARAMETERS, SAID, SCORED, SEARCH, asked, events, read
 from trl_steppo.gateway.conversation import RequestError, Wishes
 from trl_steppo.gateway.responses import RESPONSES
 
