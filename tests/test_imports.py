@@ -16,7 +16,9 @@ PACKAGE = Path(trl_steppo.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"types", "errors", "masked", "durable", "calls", "compat", "finite", "keeper", "modes", "numerics", "stopping"},
-    {"environments", "chat", "inference", "batching", "advantages", "losses", "models"},
+    {"environments", "batching", "advantages", "losses"},
+    {"models"},
+    {"chat", "inference"},
     {"gateway"},
     {"rollout"},
     {"trainer"},

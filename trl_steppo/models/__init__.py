@@ -14,7 +14,7 @@ from .adapters import (
     saved_with_adapter,
 )
 from .agreement import agrees_on_tries
-from .attention import prepare_for_tries, takes_tries
+from .attention import prepare_for_tries, register_attention, takes_tries
 from .context import context_length
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
@@ -56,6 +56,7 @@ __all__ = [
     "locate_model",
     "plain_model",
     "prepare_for_tries",
+    "register_attention",
     "rows_at_once",
     "saved_with_adapter",
     "score_sequences",

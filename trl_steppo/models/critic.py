@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +11,10 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedMo
 from ..compat.peft import unwrapped
 from ..compat.transformers import without_zero
 from ..errors import ConfigurationError
-from .adapters import plain_model, shared_copy
+from .adapters import Model, plain_model, shared_copy
 
 
-def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> PreTrainedModel:
+def build_critic(policy: Model, *, share_weights: bool = False) -> PreTrainedModel:
     """
     A critic of the policy's architecture that starts from its weights and values every state at 0.
 
@@ -33,12 +32,12 @@ def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> Pre
         ConfigurationError: If transformers has no sequence classifier for this architecture, or the policy is
             quantized.
     """
-    plain = plain_model(policy)
+    plain: PreTrainedModel = plain_model(policy)
     if getattr(plain, "is_quantized", False):
         raise ConfigurationError(
             "the policy is quantized, and no critic can be built from its weights; pass `value_model`"
         )
-    critic_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(plain.config), None)
+    critic_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(plain.config), None)
     if critic_class is None:
         raise ConfigurationError(
             f"transformers has no sequence classifier for {type(plain).__name__}, so no critic can be built from it; "
@@ -48,7 +47,7 @@ def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> Pre
     config, backbone = copied.config, getattr(copied, plain.base_model_prefix)
     if not share_weights:
         config, backbone = copy.deepcopy((config, backbone))
-    # The backbone's own configuration, not a copy: what is set on the critic has to reach the layers that read it.
+    # The backbone's configuration itself: what is set on the critic has to reach the layers that read it.
     config.num_labels = 1
     with without_zero(), torch.device("meta"):  # for its class and its head; its backbone is the policy's
         critic = critic_class(config).to(plain.dtype)
