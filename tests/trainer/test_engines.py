@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from trl_steppo import StepPOTrainer, StopReason
 from trl_steppo.errors import ConfigurationError, RolloutError, SamplerError
-from trl_steppo.inference.base import Sample
+from trl_steppo.inference.base import Counts, Sample
 from trl_steppo.rollout import episode_file, load_episodes
 from trl_steppo.trainer import exchange
 from trl_steppo.types import TokenIds
@@ -199,17 +199,15 @@ def test_settings_that_exclude_each_other(tmp_path) -> None:
 class Scripted:
     """An engine that says the same again and again, after a random time, and knows how many updates were done."""
 
-    prompt_tokens, prefilled_tokens, uncached_rows, forward_s = 0, 0, 0, 0.0
-
     def __init__(self) -> None:
         self.sampler = self
-        self.sampled_tokens, self.policy_version = 0, 0
+        self.counts, self.policy_version = Counts(), 0
         self.rng, self.lock = random.Random(0), threading.Lock()
 
     async def sample(self, prompt_ids, params, *, episode_id, order=()):
         with self.lock:
             pause = self.rng.random() ** 8 * 0.05  # a few take very long
-            self.sampled_tokens += 2
+            self.counts += Counts(sampled_tokens=2)
         await asyncio.sleep(pause)
         return Sample(
             TokenIds([order[0] % 200, params.stop_token_ids[0]]), (-5.0, -5.0), StopReason.STOP, self.policy_version

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from ..compat.transformers import as_saved
 from ..errors import CheckpointError, ConfigurationError
-from ..inference.base import Sampler, vocabulary_size
+from ..inference.base import Counts, Sampler, vocabulary_size
 from ..inference.local import LocalSampler
 from ..inference.vllm import VLLMSampler
 from ..inference.vllm_server import Weights
@@ -41,28 +41,8 @@ class CountingSampler(Sampler, Protocol):
     """A sampler that counts what it does."""
 
     @property
-    def sampled_tokens(self) -> int:
-        """Tokens of all responses."""
-        ...
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        ...
-
-    @property
-    def prefilled_tokens(self) -> int:
-        """Those of them that were forwarded; the others were in the cache."""
-        ...
-
-    @property
-    def uncached_rows(self) -> int:
-        """Rows that were forwarded whole for one more token."""
-        ...
-
-    @property
-    def forward_s(self) -> float:
-        """Seconds in the model's forward passes."""
+    def counts(self) -> Counts:
+        """What it has done since it was made."""
         ...
 
 

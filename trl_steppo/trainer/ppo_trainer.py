@@ -67,6 +67,7 @@ from ..models import (
     gathered,
     is_peft_model,
     plain_model,
+    register_attention,
     takes_tries,
     whole_state_dict,
 )
@@ -980,6 +981,7 @@ class PPOTrainer(_Base):
         optimizers: tuple[Any, Any],
     ) -> None:
         args = self.args
+        register_attention()  # a model that was pickled after a run names it
         self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None  # type: ignore[assignment]
         self.value_model: Any = None
         needs_copy = args.uses_reference and ref_model is None and self.policy_adapter is None
@@ -1197,13 +1199,7 @@ class PPOTrainer(_Base):
         self._logged = Means()  # by reward functions
         self._logs: dict[str, float] = {}
         self.clock.seconds.clear()
-        sampled, prompted, prefilled, sampling, uncached = (
-            self.sampler.sampled_tokens,
-            self.sampler.prompt_tokens,
-            self.sampler.prefilled_tokens,
-            self.sampler.forward_s,
-            self.sampler.uncached_rows,
-        )
+        counts = self.sampler.counts
         forwarded = self.learner.tokens_forwarded
         self._generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
         start = time.perf_counter()
@@ -1212,16 +1208,14 @@ class PPOTrainer(_Base):
         self._event("on_step_begin")
         yield
         update_s = time.perf_counter() - start
-        sampled = self.sampler.sampled_tokens - sampled  # now: those that are sampled meanwhile are of the next one
-        prompted = self.sampler.prompt_tokens - prompted
-        prefilled = self.sampler.prefilled_tokens - prefilled
-        uncached = self.sampler.uncached_rows - uncached
-        self._means.add("rollout/prefix_cache_hit_rate", max(0, prompted - prefilled), prompted)
+        counts = self.sampler.counts - counts  # read now: what is sampled during the sync counts towards the next update
+        num_cached = max(0, counts.prompt_tokens - counts.prefilled_tokens)
+        self._means.add("rollout/prefix_cache_hit_rate", num_cached, counts.prompt_tokens)
         model_s, rollout_s = self.clock.seconds["model_s"], max(self.clock.seconds["rollout_s"], 1e-9)
         if args.max_staleness:  # sampling goes on all the time, and takes none of this process's
             rollout_s = update_s
         else:
-            model_s += self.sampler.forward_s - sampling
+            model_s += counts.forward_s
         self.state.global_step += 1
         with self.clock.measure("sync_s"):
             self.engine.take_weights(self.state.global_step)
@@ -1239,10 +1233,10 @@ class PPOTrainer(_Base):
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
             "perf/overhead_fraction": 1.0 - model_s / update_s,
-            "perf/tokens_per_s": sampled / rollout_s,
-            "perf/sampled_tokens": sampled,
-            "perf/prefilled_tokens": prefilled,
-            "rollout/uncached_rows": uncached,
+            "perf/tokens_per_s": counts.sampled_tokens / rollout_s,
+            "perf/sampled_tokens": counts.sampled_tokens,
+            "perf/prefilled_tokens": counts.prefilled_tokens,
+            "rollout/uncached_rows": counts.uncached_rows,
         }
         if self.learner.tokens_forwarded > forwarded:
             count = self.learner.tokens_forwarded - forwarded
