@@ -10,11 +10,12 @@ from typing import Any, Literal, Protocol
 from .values import UnreadableError
 
 Message = dict[str, Any]
+PieceKind = Literal["text", "thought", "calls", "malformed"]
 Schemas = Mapping[str, Mapping[str, Any]]
 """The parameters of each tool, as a JSON schema, by the tool's name."""
 
 
-def tool_call(name: str, arguments: Mapping[str, Any], call_id: str | None = None) -> Message:
+def tool_call(name: str, arguments: Mapping[str, object], call_id: str | None = None) -> Message:
     call: Message = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
     return call if call_id is None else {**call, "id": call_id}
 
@@ -35,7 +36,7 @@ class Piece:
             Why it cannot be read, in words that the model can act on.
     """
 
-    kind: Literal["text", "thought", "calls", "malformed"]
+    kind: PieceKind
     text: str
     calls: tuple[Message, ...] = ()
     problem: str = ""
