@@ -27,7 +27,8 @@ PINNED_ONLY = (
     *(f"gateway/test_{name}.py" for name in ("damaged_store", "formats", "gateway", "hostile", "late", "robustness")),
     *(f"rollout/test_{name}.py" for name in ("agent", "ahead", "pacing")),
     *(f"trainer/test_{name}.py" for name in ("killed_ahead", "killed_rank", "owned_processes")),
-    *(f"test_{name}.py" for name in ("calls", "cli", "durable", "imports", "keeper", "packaging", "readme", "warm")),
+    *(f"test_{name}.py" for name in ("calls", "cli", "durable", "imports", "keeper", "names", "packaging")),
+    *(f"test_{name}.py" for name in ("readme", "types", "warm")),
 )
 
 # Tensors this small gain nothing from threads, and on a busy machine threads that wait for each other cost minutes.

@@ -15,7 +15,20 @@ import trl_steppo
 PACKAGE = Path(trl_steppo.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"types", "errors", "masked", "durable", "calls", "compat", "finite", "keeper", "modes", "numerics", "stopping"},
+    {
+        "types",
+        "errors",
+        "masked",
+        "names",
+        "durable",
+        "calls",
+        "compat",
+        "finite",
+        "keeper",
+        "modes",
+        "numerics",
+        "stopping",
+    },
     {"environments", "batching", "advantages", "losses"},
     {"models"},
     {"chat", "inference"},
@@ -191,7 +204,7 @@ class T(Trainer):
 
 
 def test_the_vocabulary_needs_the_standard_library_alone():
-    for name in ("types.py", "errors.py"):
+    for name in ("types.py", "errors.py", "names.py"):
         roots = {module.split(".")[0] for module, _ in imports(PACKAGE / name)}
         assert roots <= sys.stdlib_module_names | {"trl_steppo"}
 
@@ -211,6 +224,7 @@ def test_one_module_imports_the_experimental_ppo():
         "import trl_steppo",
         "from trl_steppo import Step, Episode, StopReason",
         "import trl_steppo.environments",
+        "import trl_steppo.types",
         "import trl_steppo.calls",
         "import trl_steppo.environments.tools",
         "import trl_steppo.chat",

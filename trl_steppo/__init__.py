@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .names import lazy_names
 
 if TYPE_CHECKING:
     from .trainer.ppo_config import PPOConfig
@@ -14,24 +15,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Resolved on first use, so that a process that only serves an environment or a gateway never loads torch.
-_HOME = {
-    "PPOConfig": ".trainer.ppo_config",
-    "PPOTrainer": ".trainer.ppo_trainer",
-    "StepPOConfig": ".trainer.steppo_config",
-    "StepPOTrainer": ".trainer.steppo_trainer",
-    "Step": ".types",
-    "Episode": ".types",
-    "StopReason": ".types",
-}
-
 __all__ = ["Episode", "PPOConfig", "PPOTrainer", "Step", "StepPOConfig", "StepPOTrainer", "StopReason"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# A process that only serves an environment or a gateway never loads torch.
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "PPOConfig": ".trainer.ppo_config",
+        "PPOTrainer": ".trainer.ppo_trainer",
+        "StepPOConfig": ".trainer.steppo_config",
+        "StepPOTrainer": ".trainer.steppo_trainer",
+        "Step": ".types",
+        "Episode": ".types",
+        "StopReason": ".types",
+    },
+)
 
 
 def __dir__() -> list[str]:

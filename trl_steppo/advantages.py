@@ -264,7 +264,7 @@ def to_token_grid(
             As in [`to_episode_grid`].
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the grid `(E, T)`, 0 behind an episode's last token, and its mask.
+        `tuple[torch.Tensor, torch.Tensor]`: the grid `(E, T)`, 0 after an episode's last token, and its mask.
 
     Raises:
         `ValueError`, [`DataError`]: as in [`to_episode_grid`].

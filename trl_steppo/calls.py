@@ -1,16 +1,17 @@
 """
-Calls of code that others wrote: environments, tools, reward functions, agents, data collators.
+Calls of code that users wrote: environments, tools, reward functions, agents, data collators.
 
-Every call of such code goes through this module. Whatever it does costs the call and nothing else:
+Every call of such code goes through this module. Whatever the code does, only its call fails:
 
-- It hangs: there are time limits, and threads that hold nothing up.
-- It leaves by an exception that would end more than the call (`SystemExit`, `KeyboardInterrupt`, `GeneratorExit`,
-  `CancelledError`, `StopIteration`): that becomes a `RuntimeError`. What a signal's handler raised, as on Ctrl-C, is
-  none of its doing and goes on its way.
-- It gives a value that is computed later (a coroutine, a generator, a `map`): it is computed here, in the same thread.
-- It changes what belongs to the thread, such as torch's grad mode: that is put back.
+- If it hangs, a time limit ends the wait, and its thread holds up nothing else.
+- If it raises an exception that would end more than the call (`SystemExit`, `KeyboardInterrupt`, `GeneratorExit`,
+  `CancelledError`, `StopIteration`), that becomes a `RuntimeError`. An exception of a signal's handler, as on Ctrl-C,
+  is not the code's own and propagates.
+- If it returns a value that is computed later (a coroutine, a generator, a `map`), the value is computed here, in the
+  same thread.
+- If it changes the state of the thread, such as torch's grad mode, the state is restored.
 
-Arguments travel as a mapping, never as keywords of our own functions, so that they may have any name.
+Arguments are passed as a mapping, never as keywords of our own functions, so that they may have any name.
 """
 
 from __future__ import annotations
@@ -27,21 +28,22 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 from .stopping import is_requested
 
 T = TypeVar("T")
 
-_MOST_ITEMS = 100_000  # that are taken of what is computed later; some are endless
+_MAX_ITEMS = 100_000  # that are read from an iterator; some are endless
 
 
 class CallTimeoutError(TimeoutError):
-    """`what` was given up at our time limit `timeout_s`; a call that times out by itself raises something else."""
+    """`what` was given up at the time limit `timeout_s`. A call that times out by itself raises another exception."""
 
     def __init__(self, what: str, timeout_s: float) -> None:
         super().__init__(f"{what} took longer than {timeout_s:g} s")
@@ -49,7 +51,7 @@ class CallTimeoutError(TimeoutError):
 
 
 class MainThreadNeededError(RuntimeError):
-    """`what` handles signals, which Python allows in the main thread alone, and was called in another one."""
+    """`what` handles signals, which Python allows only in the main thread, and was called in another thread."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what} handles signals (`signal.signal`), which works in the main thread only")
@@ -57,41 +59,42 @@ class MainThreadNeededError(RuntimeError):
 
 
 class NewEnvironmentNeededError(RuntimeError):
-    """An episode is to be played from its beginning in a new environment: this one cannot play it."""
+    """An episode has to be played from its beginning in a new environment, as this one cannot play it."""
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
 
 
 async def call(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    function: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
     *,
     thread: CallThread,
     timeout_s: float | None,
     what: str,
-    convert: Callable[[Any], Any] = lambda value: value,
-) -> Any:
+    convert: Callable[[Any], T] = lambda value: value,
+) -> T:
     """
-    Call a function that someone else wrote: a coroutine function on the event loop, any other in `thread`.
+    Call a function that a user wrote: a coroutine function on the event loop, any other function in `thread`.
 
     Args:
-        function (`Callable`), args (`Sequence`), kwargs (`Mapping[str, Any]`):
-            What is called, and with what.
+        function (`Callable`), args (`Sequence`), kwargs (`Mapping`):
+            The function and its arguments.
         thread ([`DaemonThread`] or [`MainThread`]):
-            Where a function runs that is not async.
+            The thread of a function that is not async.
         timeout_s (`float`, *optional*):
-            Time limit in seconds; `None`: none.
+            Time limit in seconds; `None`: no limit.
         what (`str`):
-            How messages name it.
+            The function's name in messages.
         convert (`Callable`, *optional*):
-            Called with the result, in the place where the function ran: looking at a result may run code of others,
-            too. Iterators are lists by then.
+            Called with the result in the same place as the function, since reading a result may run the user's code,
+            too. Iterators have become lists by then.
 
     Raises:
-        CallTimeoutError: it took longer than `timeout_s`.
-        MainThreadNeededError: it handles signals, and `thread` is not the main thread; or that has no time now.
+        CallTimeoutError: If the call took longer than `timeout_s`.
+        MainThreadNeededError: If the function handles signals and `thread` is not the main thread, or the main thread
+            is busy.
     """
     if inspect.iscoroutinefunction(function):
         return await within(_contained(lambda: function(*args, **kwargs), convert), timeout_s, what)
@@ -105,18 +108,18 @@ async def call(
 
 
 def call_and_wait(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    run: Callable[[Any], Any],
-    convert: Callable[[Any], Any] = lambda value: value,
-) -> Any:
+    function: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    run: Callable[[Coroutine[Any, Any, T]], T],
+    convert: Callable[[Any], T] = lambda value: value,
+) -> T:
     """
-    Call a function that someone else wrote in this thread, without a time limit.
+    Call a function that a user wrote in this thread, without a time limit.
 
     Args:
-        function (`Callable`), args (`Sequence`), kwargs (`Mapping[str, Any]`):
-            What is called, and with what.
+        function (`Callable`), args (`Sequence`), kwargs (`Mapping`):
+            The function and its arguments.
         run (`Callable[[Coroutine], Any]`):
             Runs a coroutine to its end, for functions that are async.
         convert (`Callable`, *optional*):
@@ -133,8 +136,8 @@ def call_and_wait(
 @contextmanager
 def containing() -> Iterator[None]:
     """
-    Within the block, code of others may run in this thread without a time limit, such as a value's `__deepcopy__`.
-    What would end more than the call becomes a `RuntimeError`.
+    Within the block, users' code may run in this thread without a time limit, such as a value's `__deepcopy__`. An
+    exception that would end more than the call becomes a `RuntimeError`.
     """
     try:
         yield
@@ -147,14 +150,18 @@ def containing() -> Iterator[None]:
         raise_interruption()
 
 
-async def _contained(begin: Callable[[], Any], convert: Callable[[Any], Any]) -> Any:
-    """What `begin` promises, converted. To be run in a task of its own."""
+async def _contained(begin: Callable[[], object], convert: Callable[[Any], T]) -> T:
+    """Call `begin`, await its result, and convert that. To be run in a task of its own."""
     task = asyncio.current_task()
     try:
         result = begin()
-        while _is_async(result):
-            result = await result if inspect.isawaitable(result) else await _collected(result)
-        return convert(drained(result))
+        while True:
+            if inspect.isawaitable(result):
+                result = await result
+            elif isinstance(result, AsyncIterator):
+                result = await _collected(result)
+            else:
+                return convert(drained(result))
     except (Exception, asyncio.CancelledError):
         raise
     except BaseException as error:
@@ -166,65 +173,67 @@ async def _contained(begin: Callable[[], Any], convert: Callable[[Any], Any]) ->
         raise_interruption()
 
 
-def _is_running(task: asyncio.Task[Any] | None) -> bool:
+def _is_running(task: asyncio.Task[T] | None) -> bool:
     try:
         return asyncio.current_task() is task
     except RuntimeError:  # no loop runs
         return False
 
 
-def _taken(result: Any, convert: Callable[[Any], Any]) -> Any:
+def _taken(result: object, convert: Callable[[Any], object]) -> Any:
+    """The result, converted unless it has to be awaited first."""
     return result if _is_async(result) else convert(drained(result))
 
 
-def _is_async(result: Any) -> bool:
+def _is_async(result: object) -> bool:
     return inspect.isawaitable(result) or isinstance(result, AsyncIterator)
 
 
-async def _collected(pieces: AsyncIterator[Any]) -> Any:
-    items: list[Any] = []
+async def _collected(pieces: AsyncIterator[object]) -> str | list[object]:
+    items: list[object] = []
     async for item in pieces:
         items.append(item)
-        if len(items) > _MOST_ITEMS:
+        if len(items) > _MAX_ITEMS:
             break
     return _whole(items)
 
 
-def drained(value: Any) -> Any:
+def drained(value: object) -> object:
     """
-    What an iterator (a generator, a `map`, a file) gives, which can be read once: text where all its pieces are text,
-    else a list. Any other value as it is.
+    Read an iterator (a generator, a `map`, a file), which can be read once: into text if all its pieces are text, else
+    into a list. Any other value is returned as it is.
     """
-    return _whole(list(itertools.islice(value, _MOST_ITEMS + 1))) if isinstance(value, Iterator) else value
+    return _whole(list(itertools.islice(value, _MAX_ITEMS + 1))) if isinstance(value, Iterator) else value
 
 
-def _whole(items: list[Any]) -> str | list[Any]:
-    if len(items) > _MOST_ITEMS:
-        raise ValueError(f"it gives more than {_MOST_ITEMS} items one by one")
-    return "".join(items) if items and all(isinstance(item, str) for item in items) else items
+def _whole(items: list[object]) -> str | list[object]:
+    if len(items) > _MAX_ITEMS:
+        raise ValueError(f"it gives more than {_MAX_ITEMS} items one by one")
+    texts = [item for item in items if isinstance(item, str)]
+    return "".join(texts) if texts and len(texts) == len(items) else items
 
 
-def is_lazy(function: Any) -> bool:
-    """Whether a function does nothing when it is called but give a generator."""
+def is_lazy(function: object) -> bool:
+    """Whether a call of a function only makes a generator."""
     return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
 def why_unbindable(
-    function: Callable[..., Any], names: Iterable[str], signature: inspect.Signature | None = None
+    function: Callable[..., object], names: Iterable[str], signature: inspect.Signature | None = None
 ) -> str | None:
     """
     Why a function cannot be called with keywords of these names; `None` if it can, or if that cannot be known.
 
-    `inspect.Signature.bind` alone overlooks what a method is bound by: `def reset(self, **row)` cannot be called with
-    `self=...`.
+    `inspect.Signature.bind` alone overlooks the parameter that a method is bound by: `def reset(self, **row)` cannot
+    be called with `self=...`.
 
     Args:
         function (`Callable`):
-            What is to be called.
+            The function.
         names (`Iterable[str]`):
             The keywords.
         signature (`inspect.Signature`, *optional*):
-            The function's, if it is known; reading it takes longer than most calls.
+            The function's signature, if it is known; reading it takes longer than most calls.
     """
     names = list(names)
     bound_by = _bound_by(function)
@@ -237,13 +246,13 @@ def why_unbindable(
         (signature or inspect.signature(function)).bind(**dict.fromkeys(names))
     except TypeError as error:
         return str(error)
-    except ValueError:  # a callable without a signature is tried
+    except ValueError:  # a callable without a signature has to be tried
         return None
     return None
 
 
-def _bound_by(function: Any) -> str | None:
-    """The name of the parameter that a bound method, or an instance with `__call__`, already has."""
+def _bound_by(function: object) -> str | None:
+    """The name of the parameter to which a method, or an instance with `__call__`, is bound."""
     if not inspect.ismethod(function) and not inspect.isroutine(function) and not inspect.isclass(function):
         function = getattr(function, "__call__", None)  # noqa: B004  (the bound method)
     if not inspect.ismethod(function):
@@ -260,12 +269,12 @@ def _bound_by(function: Any) -> str | None:
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>")  # as in `<generator object f at 0x7f...>`
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """
-    A tool's result as the model reads it: `str` of it.
+    Convert a tool's result to the text that the model reads, by `str`.
 
     Raises:
-        TypeError: It, or something in it, has no text of its own, only a type and an address in memory.
+        TypeError: If the value, or a part of it, has no text of its own, only a type and an address in memory.
     """
     text = str(value)
     if not isinstance(value, str) and _ADDRESS.search(text):
@@ -274,7 +283,7 @@ def as_text(value: Any) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """An exception's message, even if it fails to give one."""
+    """An exception's message, even if reading it fails."""
     try:
         with containing():
             return str(error)
@@ -283,7 +292,7 @@ def error_text(error: BaseException) -> str:
 
 
 def as_error(error: BaseException) -> Exception:
-    """An exception that costs one call, instead of one that would end more than that."""
+    """Replace an exception that would end more than one call by a `RuntimeError`."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration):
         return error
     wrapped = RuntimeError(f"{type(error).__name__}: {error_text(error)}")
@@ -296,12 +305,12 @@ def as_error(error: BaseException) -> Exception:
 
 async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str) -> T:
     """
-    Wait for `awaitable`, at most `timeout_s`. Unlike `asyncio.wait_for`, it does not wait for the cancelled one to
-    end, which code that swallows cancellation never does.
+    Wait for `awaitable`, at most `timeout_s`. Unlike `asyncio.wait_for`, this does not wait for the cancelled task to
+    end, as code that swallows cancellation never ends.
 
     Raises:
-        CallTimeoutError: it took longer than `timeout_s`.
-        RuntimeError: it was cancelled, and not from here.
+        CallTimeoutError: If it took longer than `timeout_s`.
+        RuntimeError: If it was cancelled, and not from here.
     """
     task = asyncio.ensure_future(awaitable)
     try:
@@ -320,26 +329,26 @@ async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str) ->
             task.add_done_callback(look_at)
 
 
-def look_at(task: asyncio.Future[Any]) -> None:
-    """Look at the outcome of a task that was given up, so that asyncio does not report it as never looked at."""
+def look_at(task: asyncio.Future[T]) -> None:
+    """Retrieve the exception of a task that was given up, so that asyncio does not report it as never retrieved."""
     if not task.cancelled():
         task.exception()
 
 
 # -- signals, and what belongs to a thread ----------------------------------------------------------------------------
 
-_interruption: BaseException | None = None  # what a signal's handler raised in the main thread
+_interruption: BaseException | None = None  # that a signal's handler raised in the main thread
 
 
 @contextmanager
 def noticing_interruptions() -> Iterator[None]:
     """
-    Within the block, what the handlers of SIGINT and SIGTERM raise is known as theirs ([`raise_interruption`]), and
-    not taken for something that the interrupted code raised. Only the main thread runs handlers; in others this does
+    Within the block, exceptions of the handlers of SIGINT and SIGTERM are recorded ([`raise_interruption`]), so that
+    they are not taken for exceptions of the interrupted code. Only the main thread runs handlers; in others this does
     nothing.
     """
     global _interruption
-    noticed: dict[signal.Signals, Callable[..., Any]] = {}
+    noticed: dict[signal.Signals, partial[None]] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
@@ -350,17 +359,17 @@ def noticing_interruptions() -> Iterator[None]:
         yield
     finally:
         for number, ours in noticed.items():
-            if signal.getsignal(number) is ours:  # nobody has set another one
-                signal.signal(number, ours.args[0])  # type: ignore[attr-defined]
+            if signal.getsignal(number) is ours:  # no other handler was set
+                signal.signal(number, ours.args[0])
         if noticed:
             _interruption = None
 
 
-def _is_noticing(handler: Any) -> bool:
+def _is_noticing(handler: object) -> bool:
     return isinstance(handler, partial) and handler.func is _notice
 
 
-def _notice(handler: Callable[..., Any], number: int, frame: Any) -> None:
+def _notice(handler: Callable[..., object], number: int, frame: FrameType | None) -> None:
     global _interruption
     try:
         handler(number, frame)
@@ -371,8 +380,9 @@ def _notice(handler: Callable[..., Any], number: int, frame: Any) -> None:
 
 def raise_interruption(error: BaseException | None = None) -> None:
     """
-    Raise what a signal's handler raised in this thread: always without `error`, as the interrupted code may have
-    swallowed it; else if `error` is that. A `KeyboardInterrupt` of a process that was asked to stop is always one.
+    Raise the exception of a signal's handler in this thread: always without `error`, as the interrupted code may have
+    swallowed it, and with `error` if that is the handler's. A `KeyboardInterrupt` counts as such once the process was
+    asked to stop.
     """
     if isinstance(error, KeyboardInterrupt) and is_requested():
         raise error
@@ -383,7 +393,7 @@ def raise_interruption(error: BaseException | None = None) -> None:
 
 
 def forget_interruption() -> None:
-    """What a signal's handler raised in this thread is on its way to the caller: what ends meanwhile may clean up."""
+    """Forget the exception of a signal's handler, which propagates already, so that code that ends may clean up."""
     global _interruption
     if threading.current_thread() is threading.main_thread():
         _interruption = None
@@ -391,8 +401,8 @@ def forget_interruption() -> None:
 
 @contextmanager
 def keeping_thread_state() -> Iterator[None]:
-    """What the block changes of torch's state is put back: grad mode and the default dtype."""
-    torch: Any = sys.modules.get("torch")  # who has not loaded it changes nothing of it
+    """Restore after the block what it changes of torch's state: grad mode and the default dtype."""
+    torch: Any = sys.modules.get("torch")  # if it is not loaded, nothing can have changed
     if torch is None or not hasattr(torch, "is_grad_enabled"):
         yield
         return
@@ -413,28 +423,28 @@ Jobs = queue.SimpleQueue[Callable[[], None] | None]
 
 
 def work(jobs: Jobs) -> None:
-    """Run jobs, until there is a `None` among them."""
+    """Run jobs until a `None` comes."""
     while (job := jobs.get()) is not None:
         job()
-        del job  # it holds an environment, and the next one may never come
+        del job  # it holds an environment, and the next job may never come
 
 
 class CallThread(Protocol):
-    """The thread of an environment: where it is made, and where all its sync methods run."""
+    """The thread of an environment, in which it is made and all its sync methods run."""
 
     is_taken: bool  # an environment uses it
-    was_left: bool  # a call that hung was left behind
+    was_left: bool  # a call that hangs in it was given up
 
     async def run(self, function: Callable[[], T], timeout_s: float | None, what: str) -> T:
         """Run `function` in this thread. Raises what it raises."""
         ...
 
-    def post(self, function: Callable[[], Any]) -> Future[Any]:
-        """Have `function` run in this thread, from sync code; what comes of it is in the future."""
+    def post(self, function: Callable[[], T]) -> Future[T]:
+        """Have `function` run in this thread, from sync code. The future gets its result or exception."""
         ...
 
     def end(self) -> None:
-        """Nothing more is to run in this thread."""
+        """Let the thread end."""
         ...
 
 
@@ -443,7 +453,7 @@ _current = threading.local()
 
 @contextmanager
 def made_in(thread: CallThread) -> Iterator[None]:
-    """What is made within the block runs in `thread`, the one that runs the block ([`thread_for`])."""
+    """Objects that are made within the block run in `thread`, which runs the block, too ([`thread_for`])."""
     _current.thread = thread
     try:
         yield
@@ -452,7 +462,7 @@ def made_in(thread: CallThread) -> Iterator[None]:
 
 
 def thread_for(name: str) -> CallThread:
-    """The thread of what is being made: the one that makes it ([`made_in`]), or else a new one of that name."""
+    """The thread of an object that is being made: the one that makes it ([`made_in`]), or else a new one."""
     thread: CallThread = getattr(_current, "thread", None) or DaemonThread(name)
     thread.is_taken = True
     return thread
@@ -462,13 +472,12 @@ class DaemonThread:
     """
     Runs sync calls one after another, all in one thread, which starts with the first call.
 
-    Environments were written for one thread: their state is not locked, and some of what they hold (an SQLite
-    connection, for one) refuses any other. A call that is given up keeps its thread to itself; the next call gets a
-    new one.
+    Environments are written for one thread: their state is not locked, and some of their objects (e.g. an SQLite
+    connection) refuse any other thread. A call that is given up keeps its thread; the next call gets a new one.
 
     Args:
         name (`str`):
-            Shown in thread dumps.
+            The thread's name in thread dumps.
     """
 
     def __init__(self, name: str) -> None:
@@ -480,10 +489,10 @@ class DaemonThread:
 
     async def run(self, function: Callable[[], T], timeout_s: float | None, what: str) -> T:
         """
-        Run `function` when the calls before it are done; the time limit counts from then.
+        Run `function` when the calls before it are done. The time limit counts from then.
 
         Raises:
-            CallTimeoutError: it took longer than `timeout_s`.
+            CallTimeoutError: If the call took longer than `timeout_s`.
         """
         if self._turn is None:
             self._turn = asyncio.Lock()
@@ -494,13 +503,15 @@ class DaemonThread:
                 self._start().put(lambda: _run_job(function, future, loop))
                 return await within(future, timeout_s, what)
             finally:
-                if future.cancelled():  # given up: whoever comes next must not queue behind it
+                if future.cancelled():  # given up: the next call must not queue after it
                     self.was_left = True
                     self.end()
 
-    def post(self, function: Callable[[], Any]) -> Future[Any]:
-        """Have `function` run when the calls before it are done, from sync code; what comes of it is in the future."""
-        outcome = Future[Any]()
+    def post(self, function: Callable[[], T]) -> Future[T]:
+        """
+        Have `function` run when the calls before it are done, from sync code. The future gets its result or exception.
+        """
+        outcome = Future[T]()
 
         def job() -> None:
             try:
@@ -521,9 +532,9 @@ class DaemonThread:
         if self._jobs is None:
             jobs: Jobs = queue.SimpleQueue()
             threading.Thread(target=work, args=(jobs,), name=self._name, daemon=True).start()
-            # Neither the thread nor the finalizer holds `self`, so that a forgotten one ends by itself.
+            # Neither the thread nor the finalizer holds `self`, so that the thread ends with it.
             weakref.finalize(self, jobs.put, None).atexit = False
-            self._jobs = jobs  # now that the thread has started, which it may fail to
+            self._jobs = jobs  # only now, as starting the thread may fail
         return self._jobs
 
 
@@ -542,20 +553,20 @@ def _run_job(
         _deliver(loop, future, lambda: future.set_result(result))
 
 
-def _deliver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], deliver: Callable[[], None]) -> None:
+def _deliver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], deliver: Callable[[], None]) -> None:
     with suppress(RuntimeError):  # the loop is closed: the rollout ended long ago
         loop.call_soon_threadsafe(lambda: None if future.done() else deliver())
 
 
-# -- the main thread, where alone signals can be handled --------------------------------------------------------------
+# -- the main thread, the only one that can handle signals ------------------------------------------------------------
 
 _REFUSAL = "only works in main thread"
 _REFUSING_MODULES = ("signal", "asyncio.unix_events")  # `signal.signal`, and an event loop's `add_signal_handler`
-_MOST_CAUSES = 20  # an exception may be raised from itself
+_MAX_CAUSES = 20  # an exception may be raised from itself
 
 
 _served: dict[asyncio.AbstractEventLoop, Jobs] = {}
-"""Event loops in other threads that the main thread waits for, and where to put what it is to run meanwhile."""
+"""Event loops in other threads for which the main thread waits, and the queues of jobs that it runs meanwhile."""
 
 
 def raise_if_main_thread_needed(error: BaseException, what: str) -> None:
@@ -563,32 +574,35 @@ def raise_if_main_thread_needed(error: BaseException, what: str) -> None:
     Raise a `MainThreadNeededError` if `error`, or what caused it, is Python's refusal to handle signals in another
     thread.
 
-    It counts only where all code between the call and the refusal stands in source files. Text that a tool executes
-    may be the policy's, which must not choose where the tool runs: there it has no time limit.
+    The refusal counts only if all code between the call and the refusal is in source files. Text that a tool executes
+    may be the policy's, which must not choose the main thread for the tool, where it has no time limit.
     """
     cause: BaseException | None = error
-    for _ in range(_MOST_CAUSES):
+    for _ in range(_MAX_CAUSES):
         if cause is None:
             return
         frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
         if not all(_stands_in_a_file(frame.f_code.co_filename) for frame in frames):
             return
-        says = cause.args[0] if type(cause) in (ValueError, RuntimeError) and cause.args else None
-        is_refusal = isinstance(says, str) and _REFUSAL in says
+        text = cause.args[0] if type(cause) in (ValueError, RuntimeError) and cause.args else None
+        is_refusal = isinstance(text, str) and _REFUSAL in text
         if is_refusal and frames and frames[-1].f_globals.get("__name__") in _REFUSING_MODULES:
             raise MainThreadNeededError(what) from error
         cause = cause.__cause__ or cause.__context__
 
 
 def _stands_in_a_file(filename: str) -> bool:
-    """Whether code is of a source file, of the interpreter itself or of a notebook's cell, and not executed text."""
+    """Whether code is from a source file, the interpreter itself or a notebook's cell, and not from executed text."""
     if filename.startswith("<"):
         return filename.startswith("<frozen ")
     return filename in linecache.cache or os.path.isfile(filename)
 
 
 def work_for(loop: asyncio.AbstractEventLoop, jobs: Jobs) -> None:
-    """[`work`] while an event loop runs in another thread; in the main thread, its [`MainThread`] is this one."""
+    """
+    Do [`work`] while an event loop runs in another thread. If this is the main thread, the loop's [`MainThread`] runs
+    its calls here.
+    """
     if threading.current_thread() is not threading.main_thread():
         work(jobs)
         return
@@ -601,9 +615,9 @@ def work_for(loop: asyncio.AbstractEventLoop, jobs: Jobs) -> None:
 
 class MainThread:
     """
-    Runs sync calls in the main thread, for code that handles signals: at once where the event loop runs there, else
-    while the main thread waits for that event loop ([`work_for`]). Nothing else runs there meanwhile, and nothing
-    interrupts them: there is no time limit.
+    Runs sync calls in the main thread, for code that handles signals: at once if the event loop runs there, else while
+    the main thread waits for that event loop ([`work_for`]). Nothing else runs there meanwhile, and nothing interrupts
+    the calls: there is no time limit.
     """
 
     is_taken = True
@@ -614,7 +628,7 @@ class MainThread:
         Run `function`.
 
         Raises:
-            MainThreadNeededError: the main thread does something else.
+            MainThreadNeededError: If the main thread is busy.
         """
         if not self.is_free():
             raise MainThreadNeededError(what)
@@ -625,16 +639,16 @@ class MainThread:
         _served[loop].put(lambda: _run_job(lambda: _contained_here(function), future, loop, Exception))
         return await within(future, None, what)
 
-    def post(self, function: Callable[[], Any]) -> Future[Any]:
+    def post(self, function: Callable[[], T]) -> Future[T]:
         """
         Run `function` at once.
 
         Raises:
-            MainThreadNeededError: this is another thread.
+            MainThreadNeededError: If this is another thread.
         """
         if threading.current_thread() is not threading.main_thread():
             raise MainThreadNeededError("it")
-        outcome = Future[Any]()
+        outcome = Future[T]()
         try:
             outcome.set_result(_contained_here(function))
         except Exception as error:
@@ -642,16 +656,16 @@ class MainThread:
         return outcome
 
     def end(self) -> None:
-        """Nothing to end."""
+        """Do nothing: the main thread goes on."""
 
     @staticmethod
     def is_free() -> bool:
-        """Whether it runs calls of this event loop."""
+        """Whether the main thread can run calls of this event loop."""
         return threading.current_thread() is threading.main_thread() or asyncio.get_running_loop() in _served
 
 
 def _contained_here(function: Callable[[], T]) -> T:
-    """Run `function` within a callback of the event loop as if there was none: it may run one of its own."""
+    """Run `function` within a callback of the event loop as if no loop were running, so that it may run its own."""
     loop = asyncio._get_running_loop()
     asyncio._set_running_loop(None)
     try:

@@ -24,6 +24,7 @@ from .types import StopReason, TokenIds
 
 if TYPE_CHECKING:
     from .trainer.data_stream import Rows
+    from .trainer.steppo_config import StepPOConfig
 
 SCRIPT_SETTINGS = {
     *("model_name_or_path", "model_revision", "dtype", "attn_implementation", "dataset_name", "eval_dataset_name"),
@@ -133,7 +134,7 @@ def dry_run(path: Path, *, dataset_name: str | None = None, config_file: str | N
         system_prompt = str(script.get("system_prompt", SYSTEM_PROMPT))
         data, found = _data(dataset_name, str(script.get("dataset_name", "mini_wiki")), system_prompt)
         yield found
-        yield from _play(own, script, config, tokenizer, data)
+        yield from _play(args, script, config, tokenizer, data)
 
 
 def _config(name: str) -> tuple[Any, str]:
@@ -188,49 +189,18 @@ def _adapter(script: dict[str, Any]) -> Any:
     return LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
 
 
-def _play(own: dict[str, Any], script: dict[str, Any], config: Any, tokenizer: Any, data: Any) -> Iterator[str]:
+def _play(args: StepPOConfig, script: dict[str, Any], config: Any, tokenizer: Any, data: Any) -> Iterator[str]:
     """One update of two rows, and one evaluation."""
     from transformers import AutoModelForCausalLM
 
     from .environments.hotpotqa import HotpotQAEnvironment, valid_calls
-    from .trainer.steppo_config import StepPOConfig
     from .trainer.steppo_trainer import StepPOTrainer
 
     config.vocab_size = max(len(tokenizer), config.vocab_size if config.vocab_size < 20_000 else 0)
     config.pad_token_id = config.bos_token_id = None
     config.eos_token_id = tokenizer.eos_token_id
-    generations = int(own.get("num_generations", 1))
-    per_device = generations * max(2, -(-int(own.get("num_mini_batches", 1)) // generations))
-    small = {
-        "max_steps": 1 + int(own.get("critic_warmup_updates", 0)),
-        "total_episodes": None,
-        "per_device_train_batch_size": per_device,
-        "gradient_accumulation_steps": 1,
-        "bf16": False,
-        "eval_strategy": "no",
-        "eval_on_start": False,
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "report_to": "none",
-        "num_sample_generations": 0,
-        "disable_tqdm": True,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "push_to_hub": False,
-        "deepspeed": None,
-        # A script samples here; what the run would correct is corrected all the same.
-        "max_staleness": 0,
-        "use_rollout_worker": False,
-        **dict.fromkeys(("vllm_server_base_url", "vllm_weights_dir"), None),
-        "use_vllm": False,
-        # Servers have caches for models that the in-process sampler has none for.
-        "allow_uncached_sampling": bool(own.get("use_vllm") or own.get("allow_uncached_sampling")),
-        "vllm_server_timeout": 240.0,
-        "vllm_weight_transfer": "files",
-        "rollout_correction": StepPOConfig(**own).correction,
-    }
     trainer = StepPOTrainer(
-        args=StepPOConfig(**{**own, **small}),
+        args=args.for_trial(),
         processing_class=tokenizer,
         model=AutoModelForCausalLM.from_config(config),
         train_dataset=data.train_dataset,

@@ -1,4 +1,8 @@
-"""What was written is there after a power cut; what one process holds, no other one writes."""
+"""Files and directories that are either whole or not there, even after a power cut; and locks between processes.
+
+There is one way to a place: what is written stands beside it, under a name that nothing picks up (`.partial`), until
+all of it is on the disk; then it is renamed. Whatever goes wrong before that leaves the place as it was.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,118 @@ import errno
 import logging
 import os
 import platform
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+# -- files and directories --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def file(path: Path) -> Iterator[Path]:
+    """
+    Write a file so that it is complete wherever it is found. Folders above it are made.
+
+    Args:
+        path (`Path`):
+            The file's place. A file that is there is replaced.
+
+    Yields:
+        `Path`: Where to write the file. It becomes `path` when the block ends, and is removed if the block raises.
+
+    Example:
+    ```python
+    >>> with durable.file(Path("scores.json")) as partial:
+    ...     partial.write_text(json.dumps(scores))
+    ```
+    """
+    partial = partial_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def directory(path: Path, *, syncs: bool = True) -> Iterator[Path]:
+    """
+    Write a directory so that it is complete wherever it is found. Folders above it are made.
+
+    Args:
+        path (`Path`):
+            The directory's place. A directory that is there is replaced.
+        syncs (`bool`, *optional*, defaults to `True`):
+            Whether the directory survives a power cut. `False` for what no later process needs; it is much faster.
+
+    Yields:
+        `Path`: The directory to write into. It becomes `path` when the block ends, and is removed if the block raises.
+    """
+    partial = partial_of(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        publish(partial, path, syncs=syncs)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file or a directory is written before it is whole."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def publish(partial: Path, path: Path, *, syncs: bool = True) -> None:
+    """
+    Move a file or a directory to its place, once all of it is on the disk.
+
+    Args:
+        partial (`Path`):
+            What was written. All of it is there.
+        path (`Path`):
+            The place. What is there is replaced; a directory is deleted when the new one has its place.
+        syncs (`bool`, *optional*, defaults to `True`):
+            Whether the result survives a power cut.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk.
+    """
+    if syncs:
+        for part in (*partial.rglob("*"), partial):
+            sync(part)
+    replaced = retire(path) if path.is_dir() else None
+    try:
+        os.replace(partial, path)
+    except BaseException:
+        if replaced is not None:
+            replaced.rename(path)
+        raise
+    if syncs:
+        sync(path.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def retire(path: Path) -> Path:
+    """
+    Rename a directory that is to be deleted, so that a process that is killed meanwhile leaves no half of it in its
+    place. Returns the new path, which nothing picks up.
+    """
+    retired = path.with_name(f"{path.name}.replaced")
+    shutil.rmtree(retired, ignore_errors=True)
+    path.rename(retired)
+    return retired
 
 
 def sync(path: Path) -> None:
@@ -26,6 +136,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# -- locks ------------------------------------------------------------------------------------------------------------
 
 
 class LockedError(Exception):

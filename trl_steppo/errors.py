@@ -43,4 +43,4 @@ class RolloutError(StepPOError, RuntimeError):
 
 
 class SamplerError(RolloutError):
-    """The sampler failed, for no fault of the episode that asked it: no row is lost for it."""
+    """The sampler failed. The episode that asked it is not at fault, and no row is lost."""

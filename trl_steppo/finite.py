@@ -1,8 +1,8 @@
 """
-What counts as a number: the one place that judges rewards, scores, metrics and weights that other code gives.
+Checks of numbers: the one place that accepts or refuses the rewards, scores, metrics and weights of other code.
 
-Numbers are computed with in float32. A number that float32 does not hold, or whose square it does not hold, turns
-losses and gradient norms into `inf` or `nan`, for all episodes of an update and not only for its own.
+All computation is in float32. A number that exceeds its range, or whose square does, turns losses and gradient norms
+into `inf` or `nan`, for all episodes of an update and not only for its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SHOWN = 100  # characters of a value that a message quotes
 
 
 class NotANumberError(TypeError):
-    """A value that is no number at all: text, `None`, a list, a complex number, an array of several elements."""
+    """A value that is not a number: text, `None`, a list, a complex number, an array of several elements."""
 
 
 class NotFiniteError(ValueError):
@@ -27,23 +27,23 @@ class NotFiniteError(ValueError):
 
 def as_number(value: Any, what: str) -> float:
     """
-    A value as a float that can be computed with in float32.
+    Convert a value to a float that float32 can compute with.
 
     Python's, NumPy's and torch's numbers are taken, arrays and tensors of one element, booleans (0 or 1), `Decimal`
     and `Fraction`.
 
     Args:
         value (`Any`):
-            What other code gave.
+            The value that other code gave.
         what (`str`):
-            How a message names it, such as `"get_reward()"`.
+            The value's name in messages, such as `"get_reward()"`.
 
     Returns:
-        `float`: finite, of a magnitude up to [`LARGEST`].
+        `float`: finite, with a magnitude of at most [`LARGEST`].
 
     Raises:
-        NotANumberError: It is no number.
-        NotFiniteError: It is `nan` or infinite, or too large.
+        NotANumberError: If it is not a number.
+        NotFiniteError: If it is `nan` or infinite, or too large.
 
     Example:
     ```python
@@ -66,8 +66,8 @@ def as_number(value: Any, what: str) -> float:
 
 def as_reward(value: Any, what: str) -> float | None:
     """
-    [`as_number`] of a reward; `None`, which says that there is none to give, stays `None`. The error for `nan`, by
-    which other code says the same, says so.
+    Convert a reward as [`as_number`] does. `None`, which means that no reward applies, stays `None`. Other code uses
+    `nan` for the same; the error for it says so.
     """
     if value is None:
         return None
@@ -90,12 +90,12 @@ def _to_float(value: Any) -> float:
         if isinstance(value, str | bytes):
             raise TypeError("text")
     elif not hasattr(kind, "__float__") and not hasattr(kind, "__index__"):
-        raise TypeError("no number")
+        raise TypeError("not a number")
     return float(value)
 
 
 def not_finite_in(value: Any) -> float | None:
-    """A float in a JSON value, however deep, that is `nan` or infinite; `None` if there is none."""
+    """Find a float in a JSON value, at any depth, that is `nan` or infinite; `None` if there is none."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -109,7 +109,7 @@ def not_finite_in(value: Any) -> float | None:
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value's `repr`, for a message; its type where that cannot be had."""
+    """The beginning of a value's `repr`, for a message; the value's type where it has no `repr`."""
     try:
         text = repr(value)
     except Exception:  # of other code; or an integer of more digits than Python writes

@@ -1,10 +1,10 @@
-"""Ends a process, with all that it started, when its owner ends, however the owner ends.
+"""Ends a process and all its descendants when its owner ends, in whatever way the owner ends.
 
-The owner starts a command through [`Keeper`], which puts this file in front of it, as a program. That program runs the
-command in a session of its own, and holds the read end of a pipe whose write end the owner alone has. When the owner
-closes the pipe, dies, or is killed, the system closes the write end; the program sees that, and ends the command and
-all of its descendants: first with SIGTERM, and after some seconds with SIGKILL. On Linux this reaches descendants that
-began a session of their own, too; elsewhere, those of the command's process group.
+The owner starts a command through [`Keeper`], which runs this file as a program in front of it. That program runs the
+command in a session of its own, and holds the read end of a pipe whose write end only the owner has. When the owner
+closes the pipe, dies, or is killed, the system closes the write end. The program notices that, and ends the command
+and all of its descendants: first with SIGTERM, and after some seconds with SIGKILL. On Linux this includes descendants
+that began a session of their own; elsewhere, it is the command's process group.
 
 The program runs without `site` and imports little, so that it starts in about 10 ms.
 """
@@ -22,10 +22,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-LETS_END_S = 2.0  # from SIGTERM to SIGKILL
-_LINGERS_S = 1.0  # that children of a command that has ended may go on, to write what is left to its pipes
-_GIVES_UP_S = 5.0  # after which a process that SIGKILL does not end (it hangs in the system) is not waited for
-_LOOKS_S = 1.0  # between two looks whether the owner is there, beside the pipe
+SIGKILL_AFTER_S = 2.0  # between SIGTERM and SIGKILL
+_CHILDREN_GRACE_S = 1.0  # for children of a command that has ended, to finish writing to its pipes
+_SIGKILL_PATIENCE_S = 5.0  # to wait for a process that SIGKILL does not end, as it hangs in the system
+_POLL_INTERVAL_S = 1.0  # between two checks of the owner's process, besides the pipe
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -42,7 +42,7 @@ class Keeper:
             The command: a program, and its arguments.
 
     Attributes:
-        command (`list[str]`): What to start instead, in a session of its own.
+        command (`list[str]`): The command to start instead, in a session of its own.
 
     Example:
     ```python
@@ -64,11 +64,11 @@ class Keeper:
         ]
 
     def starting(self) -> _Starting:
-        """Around the start of the process; gives the descriptor that it must inherit (`pass_fds`)."""
+        """Context of the process's start. Gives the descriptor that the process must inherit (`pass_fds`)."""
         return _Starting(self._descriptor)
 
     def end(self) -> None:
-        """Have the process ended. Returns at once, and may be called again."""
+        """End the process. Returns at once, and may be called again."""
         if self._ours in _OPEN:
             _OPEN.discard(self._ours)
             os.close(self._ours)
@@ -76,7 +76,7 @@ class Keeper:
 
 
 class _Starting:
-    """Closes this process's copy of what the started one has inherited."""
+    """Closes this process's copy of the descriptor that the started process inherits."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -88,17 +88,17 @@ class _Starting:
         os.close(self._descriptor)
 
 
-_OPEN: set[int] = set()  # write ends of this process's
+_OPEN: set[int] = set()  # write ends of this process's pipes
 
 
 def _forget() -> None:
-    """In a process that was forked from the owner: the pipes are not its own."""
+    """Close the pipes in a process that was forked from the owner, as they are not its own."""
     for descriptor in _OPEN:
         os.close(descriptor)
     _OPEN.clear()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, where this module can be imported, and no more
+if hasattr(os, "register_at_fork"):  # not on Windows, where this module can only be imported
     os.register_at_fork(after_in_child=_forget)
 
 
@@ -109,8 +109,8 @@ def main(owner: int, pipe: int, words: Sequence[str]) -> int:
     """
     Run a command until it ends or its owner does. Returns the command's status, as `os.wait` gives it.
 
-    It takes two processes. The owner may kill the first at any time, as `asyncio` does with what it has started when
-    it cleans up; the second then does the same as when the owner dies.
+    This takes two processes. The owner may kill the first at any time, as `asyncio` does with the processes that it
+    started when it cleans up. The second then does the same as when the owner dies.
     """
     os.set_inheritable(pipe, False)
     wakes = _wake_on_signals()
@@ -120,21 +120,21 @@ def main(owner: int, pipe: int, words: Sequence[str]) -> int:
         wakes = _wake_on_signals()
         os._exit(_exit_like(_keep(front, pipe, words, wakes)))
     os.close(pipe)
-    _let_go_of_streams()
+    _close_streams()
     while True:
         ended, status = os.waitpid(second, os.WNOHANG)
         if ended:
             return status
-        if os.getppid() != owner:  # seen although a process that the owner forked still holds the pipe
+        if os.getppid() != owner:  # noticed even if a process that the owner forked still holds the pipe
             os.kill(second, signal.SIGTERM)
-        wakes.wait(_LOOKS_S)
+        wakes.wait(_POLL_INTERVAL_S)
 
 
 def _keep(front: int, pipe: int, words: Sequence[str], wakes: _Wakes) -> int:
-    """In the second process: run the command, and end all of it. Returns its status."""
+    """Run the command in the second process, and end it with all its descendants. Returns its status."""
     is_linux = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     command = _start(words)
-    _let_go_of_streams()
+    _close_streams()
     wakes.listen(pipe)
     status = 0
     has_ended = False
@@ -143,26 +143,28 @@ def _keep(front: int, pipe: int, words: Sequence[str], wakes: _Wakes) -> int:
         for ended, of_ended in _reaped():
             if ended == command:
                 status, has_ended = of_ended, True
-                ends_at = time.monotonic() + _LINGERS_S
+                ends_at = time.monotonic() + _CHILDREN_GRACE_S
         if ends_at is not None and (time.monotonic() >= ends_at or not _has_children()):
             break
-        wakes.wait(_LOOKS_S if ends_at is None else max(0.0, ends_at - time.monotonic()))
-    # Children that the command has left behind had their time.
-    for how, patience_s in [(signal.SIGTERM, LETS_END_S)] * (not has_ended) + [(signal.SIGKILL, _GIVES_UP_S)]:
+        wakes.wait(_POLL_INTERVAL_S if ends_at is None else max(0.0, ends_at - time.monotonic()))
+    # Children that outlive the command have had their time.
+    for how, patience_s in [(signal.SIGTERM, SIGKILL_AFTER_S)] * (not has_ended) + [
+        (signal.SIGKILL, _SIGKILL_PATIENCE_S)
+    ]:
         deadline = time.monotonic() + patience_s
         _signal_all(command, how, is_linux)
         while _has_children() and time.monotonic() < deadline:
             for ended, of_ended in _reaped():
                 if ended == command:
                     status = of_ended
-            if how == signal.SIGKILL:  # some may have been started meanwhile
+            if how == signal.SIGKILL:  # others may have been started meanwhile
                 _signal_all(command, how, is_linux)
             wakes.wait(0.02)
     return status
 
 
 def _start(words: Sequence[str]) -> int:
-    """Start the command, in a session of its own. Returns its number."""
+    """Start the command in a session of its own. Returns its process id."""
     keeper = os.getpid()
     command = os.fork()
     if command:
@@ -170,9 +172,9 @@ def _start(words: Sequence[str]) -> int:
     try:
         os.setsid()
         signal.set_wakeup_fd(-1)
-        for number in (*_heard(), signal.SIGPIPE, signal.SIGXFSZ):
+        for number in (*_heeded_signals(), signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # should the keeper itself be killed
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # in case the keeper itself is killed
         if os.getppid() == keeper:
             os.execvp(words[0], list(words))
     except OSError as error:
@@ -182,7 +184,7 @@ def _start(words: Sequence[str]) -> int:
 
 
 def _reaped() -> Iterator[tuple[int, int]]:
-    """The children that have ended, with their statuses; orphans of the command are children, too."""
+    """The children that have ended, with their statuses. Orphans of the command are children, too."""
     while True:
         try:
             ended, status = os.waitpid(-1, os.WNOHANG)
@@ -220,20 +222,20 @@ def _descendants() -> list[int]:
             except (OSError, IndexError, ValueError):  # it has ended meanwhile
                 continue
             children.setdefault(parent, []).append(int(name))
-    found = list(children.get(os.getpid(), ()))
-    for process in found:  # which grows
-        found += children.get(process, ())
-    return found
+    descendants = list(children.get(os.getpid(), ()))
+    for process in descendants:  # the list grows
+        descendants += children.get(process, ())
+    return descendants
 
 
 def _exit_like(status: int) -> int:
-    """The exit status of a process, or the same signal for this one."""
+    """The exit status of a process. One that a signal ended ends this process by the same signal."""
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return code
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # one core is enough
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has written a core file already
     signal.set_wakeup_fd(-1)
     if -code not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(-code, signal.SIG_DFL)
@@ -241,8 +243,8 @@ def _exit_like(status: int) -> int:
     return 128 - code
 
 
-def _let_go_of_streams() -> None:
-    """The streams are the command's: whoever is at the other end sees when that closes them."""
+def _close_streams() -> None:
+    """Close this process's streams: only the command has them, so that their readers notice when it closes them."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
@@ -250,7 +252,7 @@ def _let_go_of_streams() -> None:
 
 
 def _prctl(option: int, value: int) -> bool:
-    """Linux's `prctl`; whether there is one, and it could."""
+    """Call Linux's `prctl`. Returns whether it exists and succeeded."""
     if sys.platform != "linux":
         return False
     try:
@@ -275,30 +277,30 @@ class _Wakes:
         self._poll.register(signals, select.POLLIN)
 
     def listen(self, pipe: int) -> None:
-        """Wait for the end of this pipe, too."""
+        """Also wait for the end of this pipe."""
         self._pipe = pipe
         self._poll.register(pipe, select.POLLIN | select.POLLHUP)
 
     def wait(self, seconds: float) -> None:
-        """Until anything happens, or so long."""
+        """Wait until anything happens, or for this time."""
         for descriptor, _ in self._poll.poll(int(seconds * 1000) + 1):
             if descriptor == self._pipe:
-                self.is_hung_up = True  # nobody ever writes to it
+                self.is_hung_up = True  # nothing is ever written to it
                 self._poll.unregister(self._pipe)
             else:
                 received = os.read(self._signals, 512)
                 self.was_told_to_end |= any(number != signal.SIGCHLD for number in received)
 
 
-def _heard() -> tuple[signal.Signals, ...]:
+def _heeded_signals() -> tuple[signal.Signals, ...]:
     return signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 def _wake_on_signals() -> _Wakes:
-    """Have these signals wake whoever waits, and do nothing else."""
+    """Have these signals wake up [`_Wakes.wait`], and do nothing else."""
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
-    for number in _heard():
+    for number in _heeded_signals():
         signal.signal(number, lambda number, frame: None)
     signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
     return _Wakes(ours)

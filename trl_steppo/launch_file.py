@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError
@@ -35,24 +33,15 @@ def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
     Raises:
         ConfigurationError: If there is no such file, or it contradicts the recipe; the message names all that does.
     """
-    from accelerate import DistributedType
-
-    from .trainer.checks import check_distribution
+    from .trainer.distribution import Distribution, check_distribution
 
     file = _read(name)
-    kind = str(file.get("distributed_type", "NO"))
-    found = list(_contradictions(recipe, args, file, kind))
-    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # as the run itself would find at its start
-        accelerator: Any = SimpleNamespace(
-            distributed_type=DistributedType(kind),
-            deepspeed_plugin=SimpleNamespace(zero_stage=_deepspeed(file)["stage"]),
-            is_fsdp2=int((file.get("fsdp_config") or {}).get("fsdp_version", 1)) == 2,
-            state=SimpleNamespace(fsdp_plugin=_fsdp_plugin(file)),
-        )
-        try:
-            check_distribution(args, accelerator, (None, None))
-        except ConfigurationError as error:
-            found.append(str(error))
+    distribution = Distribution.from_file(file)
+    found = list(_contradictions(recipe, args, file, distribution.kind))
+    try:
+        check_distribution(args, distribution)  # as the run itself does at its start
+    except ConfigurationError as error:
+        found.append(str(error))
     if found:
         raise ConfigurationError(f"the recipe and {name} contradict each other:\n" + "\n".join(found))
     num_processes, batch, updates = _sizes(args, file)
@@ -85,6 +74,8 @@ def read_mapping(path: Path, expected: str) -> dict[str, Any]:
 
 
 def _contradictions(recipe: dict[str, Any], args: StepPOConfig, file: dict[str, Any], kind: str) -> Iterator[str]:
+    from .trainer.distribution import deepspeed_settings
+
     given = file.get("mixed_precision")
     given = "no" if given is False else given  # as YAML reads it without quotes
     own = _precision(recipe, on_cpu=bool(file.get("use_cpu") or recipe.get("use_cpu")))
@@ -105,7 +96,7 @@ def _contradictions(recipe: dict[str, Any], args: StepPOConfig, file: dict[str, 
             ("train_micro_batch_size_per_gpu", "per_device_train_batch_size", args.per_device_train_batch_size),
             ("train_batch_size", f"the batch of {num_processes} processes", batch),
         ):
-            there = _deepspeed(file).get(name, "auto")
+            there = deepspeed_settings(file).get(name, "auto")
             if there not in ("auto", value):
                 yield f"`{name}` is {there} there, and {setting} is {value} in the recipe; write 'auto' there"
     updates = _sizes(args, file)[2]
@@ -122,30 +113,6 @@ def _precision(recipe: dict[str, Any], *, on_cpu: bool) -> str:
         return "fp16"
     bf16 = recipe.get("bf16")
     return "bf16" if (not on_cpu if bf16 is None else bf16) else "no"
-
-
-def _deepspeed(file: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's settings by its own names, of the file or of the one that it points to, and its `stage`."""
-    section = file.get("deepspeed_config") or {}
-    other = section.get("deepspeed_config_file")
-    if other is None:
-        return {**section, "stage": section.get("zero_stage", 2)}
-    content: dict[str, Any] = json.loads(Path(other).read_text())
-    return {**content, "stage": content.get("zero_optimization", {}).get("stage", 0)}
-
-
-def _fsdp_plugin(file: dict[str, Any]) -> SimpleNamespace:
-    """What accelerate would make of the file's `fsdp_config`, with the defaults of its launcher."""
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    section = file.get("fsdp_config") or {}
-    return SimpleNamespace(
-        reshard_after_forward=section.get("fsdp_reshard_after_forward", True),
-        cpu_offload=CPUOffloadPolicy() if section.get("fsdp_offload_params") else None,
-        activation_checkpointing=section.get("fsdp_activation_checkpointing", False),
-        cpu_ram_efficient_loading=section.get("fsdp_cpu_ram_efficient_loading", True),
-        ignored_modules=section.get("fsdp_ignored_modules"),
-    )
 
 
 def _sizes(args: StepPOConfig, file: dict[str, Any]) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """Sums, means, variances and whitening over the places where a mask is `True`.
 
-What stands at a masked place never matters, not even `nan`: it is replaced before any arithmetic, so neither the
-result nor a gradient sees it. Statistics of a batch that is spread over ranks are exposed as sums and counts
+The value at a masked place never matters, not even `nan`: it is replaced before any arithmetic, so it affects neither
+the result nor a gradient. Statistics of a batch that is spread over ranks are exposed as sums and counts
 ([`masked_moments`]), which `reduce` adds up over the ranks.
 """
 

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of networks, for a while."""
+"""Context managers for the training and evaluation mode of networks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def modes_kept(*networks: nn.Module) -> Iterator[None]:
-    """After the block, each module of these networks is in training or evaluation mode as it was before."""
+    """Restore the mode (training or evaluation) of each module of these networks after the block."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
         yield
@@ -21,7 +21,7 @@ def modes_kept(*networks: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Within the block, these networks are in evaluation mode (no dropout). After it, all is as it was."""
+    """Put these networks into evaluation mode (no dropout) within the block, and restore their modes after it."""
     with modes_kept(*networks):
         for network in networks:
             network.eval()

@@ -1,4 +1,4 @@
-"""The precision and the device of forward passes: one place that enters both, in any thread or process.
+"""The precision and the device of forward passes, entered in one place by any thread or process.
 
 Autocast and the current CUDA device belong to a thread, so code that runs a model in another thread, or in another
 process, does not inherit them. Autocast also keeps the low-precision copies of trained weights until its outermost
@@ -52,11 +52,11 @@ class Numerics:
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
         """
-        Around one forward pass, or several with the same weights. It must not be held over an `await`, during which
-        the thread does other work.
+        Context of one forward pass, or of several with the same weights. It must not be held over an `await`, during
+        which the thread does other work.
 
-        Within, mixed precision is what it should be even if the thread has an autocast context of its own, and casts
-        of weights that were made earlier are forgotten.
+        Within it, mixed precision is as set here even if the thread has an autocast context of its own, and casts of
+        weights that were made earlier are discarded.
         """
         device_type = self.device.type
         with ExitStack() as stack:
@@ -73,7 +73,7 @@ class Numerics:
 
     @contextmanager
     def between_passes(self) -> Iterator[None]:
-        """Around what a run computes beside forward passes (losses, backward passes): without mixed precision."""
+        """Context of what a run computes between forward passes (losses, backward passes): no mixed precision."""
         if torch.is_autocast_enabled(self.device.type):
             with torch.autocast(self.device.type, enabled=False):
                 yield
@@ -85,7 +85,7 @@ class CastWeights:
     """
     Low-precision copies of a model's linear weights, made once and used in many forward passes.
 
-    Autocast casts every float32 weight anew in each context. A sampler forwards a few tokens a pass, so that casting
+    Autocast casts every float32 weight again in each context. A sampler forwards a few tokens a pass, so that casting
     would cost more than the products. Results are the same bit for bit, since autocast would cast the same weights to
     the same type. Weights of other modules are left to autocast.
 
@@ -111,7 +111,7 @@ class CastWeights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within, the model's linear layers have the copies instead of their weights."""
+        """Within the block, the model's linear layers have the copies instead of their weights."""
         own = [parameters[name] for parameters, name, _ in self._swaps]
         try:
             for parameters, name, copy in self._swaps:
@@ -125,8 +125,8 @@ class CastWeights:
 @dataclass(frozen=True)
 class ProcessNumerics:
     """
-    What decides a process's numerics beside its models: to be read in the process that trains, and applied in one that
-    samples for it.
+    The settings of a process, besides its models, that decide its numerics. They are read in the process that trains,
+    and applied in a process that samples for it.
 
     Args:
         default_dtype (`torch.dtype`):
@@ -143,7 +143,7 @@ class ProcessNumerics:
 
     @classmethod
     def of_this_process(cls) -> ProcessNumerics:
-        """As they are now."""
+        """The settings of this process, as they are now."""
         found = _read(_SWITCHES)
         if not any(name.endswith("fp32_precision") for name, _ in found):
             found += _read(_SWITCHES_BEFORE)
@@ -154,7 +154,7 @@ class ProcessNumerics:
         )
 
     def apply(self) -> None:
-        """Have this process compute in the same way."""
+        """Apply the settings to this process."""
         torch.set_default_dtype(self.default_dtype)
         torch.set_num_threads(self.num_threads)
         for name, value in self.switches:
@@ -164,7 +164,7 @@ class ProcessNumerics:
 
 
 def _read(names: tuple[str, ...]) -> list[tuple[str, Any]]:
-    """The switches that this version of torch has, and that are set in a way that it can tell."""
+    """The values of the switches that this version of torch has and can report."""
     found: list[tuple[str, Any]] = []
     for name in names:
         with suppress(AttributeError, RuntimeError):
@@ -174,14 +174,14 @@ def _read(names: tuple[str, ...]) -> list[tuple[str, Any]]:
 
 def deviates(found: torch.Tensor, expected: torch.Tensor, mistake: torch.Tensor) -> bool:
     """
-    Whether a computation that may have ignored what it was told differs from the same one done in a plain way by more
-    than rounding does. Where the plain one gives no finite numbers, nothing is known, and the answer is no.
+    Whether a computation differs from a plain computation of the same by more than rounding does, as when it ignored
+    one of its arguments. `False` where the plain one gives no finite numbers, so that nothing is known.
 
     Args:
-        found (`torch.Tensor`), expected (`torch.Tensor`):
-            (tokens, features) of both.
-        mistake (`torch.Tensor`):
-            (any, features), how far off a plain computation of something else is: the scale of a real difference.
+        found (`torch.Tensor` of shape `(tokens, features)`), expected (`torch.Tensor` of the same shape):
+            Results of the two computations.
+        mistake (`torch.Tensor` of shape `(any, features)`):
+            The error of a plain computation of something else: the scale of a real difference.
     """
     dtype = expected.dtype
     if torch.is_autocast_enabled(expected.device.type):
@@ -194,15 +194,15 @@ def deviates(found: torch.Tensor, expected: torch.Tensor, mistake: torch.Tensor)
 
 
 def use_device(device: torch.device) -> None:
-    """Make a device the current one of this thread; without it, a new process takes memory of the first GPU."""
+    """Make a device the current one of this thread. Without that, a new process takes memory of the first GPU."""
     if device.type in _INDEXED and device.index is not None:
         getattr(torch, device.type).set_device(device)
 
 
 def give_back_memory(device: torch.device) -> None:
     """
-    Give memory that this process holds and does not use back to the device. Sampling and training need it in blocks of
-    other sizes, and other processes on the device can have none of it before.
+    Return memory that this process holds and does not use to the device. Sampling and training need it in blocks of
+    other sizes, and other processes on the device cannot use it before.
     """
     empty_cache = getattr(getattr(torch, device.type, None), "empty_cache", None)
     if empty_cache is not None:

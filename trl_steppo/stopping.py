@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to stop: it does so at a place from which it can go on later."""
+"""Requests to stop: on SIGTERM or SIGINT a run stops at a place from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import psutil
 from .errors import StepPOError
 
 _DEFAULTS: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-# A launcher passes on what the terminal or the scheduler has sent to its processes already; that is no second request.
-_SAME_S = 2.0
-_LOOKS_S = 0.5  # between two looks at the launcher
+# A launcher passes on a signal that the terminal or the scheduler has sent to its processes already. Within this time
+# the same signal is not a second request.
+_REPEAT_GRACE_S = 2.0
+_POLL_INTERVAL_S = 0.5  # between two checks whether the launcher is alive
 
 
 class StopRequestedError(StepPOError):
@@ -42,15 +43,15 @@ def is_requested() -> bool:
 @contextmanager
 def listening() -> Iterator[None]:
     """
-    Within the block, SIGTERM and SIGINT end nothing: [`is_requested`] tells of them, and [`calling`] calls. The same
-    signal again, some seconds later, has its usual effect at once.
+    Within the block, SIGTERM and SIGINT do not end the process: [`is_requested`] becomes true, and the callbacks of
+    [`calling`] are called. The same signal again, some seconds later, has its usual effect at once.
 
-    A block that raised [`StopRequestedError`], or ended although a stop was requested, becomes what ends this process:
-    after SIGTERM a `SystemExit` with the status 143 (128 + 15), after SIGINT a `KeyboardInterrupt`.
+    When the block raises [`StopRequestedError`], or ends after a stop was requested, an exception that ends this
+    process is raised: after SIGTERM a `SystemExit` with the status 143 (128 + 15), after SIGINT a `KeyboardInterrupt`.
 
     `accelerate launch` does not pass signals on to a single process, so the end of that launcher counts as SIGTERM.
 
-    A signal for which someone else has installed a handler is left to that handler. Outside the main thread, Python
+    A signal for which a handler has been installed already is left to that handler. Outside the main thread, Python
     cannot handle signals, and nothing changes.
     """
     if threading.current_thread() is not threading.main_thread() or is_requested():
@@ -80,29 +81,29 @@ def listening() -> Iterator[None]:
 def _is_accelerate_launch(pid: int) -> bool:
     try:
         words = psutil.Process(pid).cmdline()
-    except psutil.Error:  # it has ended, or may not be looked at
+    except psutil.Error:  # it has ended, or access is denied
         return False
     return any("accelerate" in word for word in words[:3]) and any(word.endswith("launch") for word in words[:4])
 
 
 def _watch_launcher(pid: int, is_over: threading.Event) -> None:
-    while not is_over.wait(_LOOKS_S):
-        if os.getppid() != pid:  # whose parent ends gets another one
+    while not is_over.wait(_POLL_INTERVAL_S):
+        if os.getppid() != pid:  # a process whose parent has ended gets another parent
             if not is_requested():  # a second request would end the run at once
                 os.kill(os.getpid(), signal.SIGTERM)
             return
 
 
 def _end(requested: signal.Signals | None) -> BaseException:
-    """What ends the process; `None`: another rank was asked to stop, and this one ends with it."""
+    """The exception that ends the process; `None`: another rank was asked to stop, and this one ends with it."""
     return KeyboardInterrupt() if requested == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
 
 @contextmanager
 def calling(callback: Callable[[], None]) -> Iterator[None]:
     """
-    Within the block, have `callback` called when a stop is requested, at once if it was before. It is called in the
-    main thread, between any two instructions, and must do no more than wake up whoever waits.
+    Within the block, call `callback` when a stop is requested, or at once if it was requested before. It runs in the
+    main thread, between any two instructions, and must do no more than wake up threads that wait.
     """
     key = object()
     _callbacks[key] = callback
@@ -118,11 +119,11 @@ def _handle(number: int, frame: FrameType | None) -> Any:
     received, now = signal.Signals(number), time.monotonic()
     if _request.signal is None:
         _request.signal, _request.at = received, now
-        # Not through `logging` or `sys.stderr`, in the midst of whose work this may be.
+        # Not through `logging` or `sys.stderr`, which this may have interrupted.
         with suppress(OSError):
             os.write(2, f"\n{received.name}: stopping when the current step is done; once more to end now\n".encode())
         for callback in list(_callbacks.values()):
             callback()
-    elif now - _request.at > _SAME_S:
+    elif now - _request.at > _REPEAT_GRACE_S:
         signal.signal(received, _DEFAULTS[received])
         os.kill(os.getpid(), received)

@@ -1,4 +1,4 @@
-"""The vocabulary: what a step and an episode are. Frozen dataclasses, standard library only.
+"""The vocabulary: steps, episodes, and the types of what passes between stages. Standard library only.
 
 A *step* is one interaction round: the policy reads a prompt (the state), writes one whole response (the action), and
 the environment answers. An *episode* is the steps played from one dataset row, in order. Both hold the exact token ids
@@ -7,15 +7,35 @@ that the policy read and wrote; text is a view of them.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-C = TypeVar("C", bound=Callable[..., Any])
+from .names import renamed_keyword
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model: TypeAlias = PreTrainedModel | PeftModel
+    Tokenizer: TypeAlias = PreTrainedTokenizerBase
+else:  # a process without torch uses these names, too
+    Model = Tokenizer = Any
+
+JsonObject: TypeAlias = dict[str, Any]
+"""What JSON writes as an object. Its values are checked where they are read, as they come from outside."""
+
+Message: TypeAlias = JsonObject
+"""A chat message, as chat templates read it: `role`, `content`, and where it has them `tool_calls`, `name`, ..."""
+
+TextOrMessages: TypeAlias = str | list[Message]
+"""A prompt, a completion or an observation in one of TRL's two forms."""
+
+Row: TypeAlias = Mapping[str, Any]
+"""A row of a dataset: values by column."""
 
 
 class StopReason(str, Enum):
@@ -31,28 +51,29 @@ class StopReason(str, Enum):
     MAX_PROMPT_LENGTH = "max_prompt_length"
     MAX_EPISODE_TOKENS = "max_episode_tokens"
     MAX_EPISODE_S = "max_episode_s"
-    ERROR = "error"  # ... because its environment or its agent broke
+    ERROR = "error"  # ... because its environment or its agent failed
 
 
 @dataclass(frozen=True)
 class EpisodeLimits:
     """
-    Budgets of an episode. Beyond one the episode ends as truncated, with the budget's own stop reason; if not a single
-    step fits it fails, with an error that says so. An episode that the environment ends itself is terminated, whatever
-    budget was reached at the same time.
+    Budgets of an episode. An episode that exceeds one ends as truncated, with the budget's own stop reason. It fails
+    if not a single step fits. An episode that the environment ends itself is terminated, even if it reaches a budget
+    at the same time.
 
     Args:
         max_interaction_steps (`int` or `None`, *optional*, defaults to `5`):
-            Steps. `None`: as many as the other budgets and the model's context leave room for.
+            Maximum number of steps. `None`: as many as the other budgets and the model's context leave room for.
         max_prompt_length (`int`, *optional*):
-            Tokens of a state.
+            Maximum number of tokens of a state.
         max_episode_tokens (`int`, *optional*):
-            Tokens of the whole episode: the first prompt, the responses and the observations; where an environment
-            rewrites the prompt, of each state with its response. A response gets what is left of it; one that is cut
-            by that, and not by its own budget, is played and then ends the episode as truncated, even if it called no
-            tool.
+            Maximum number of tokens of the whole episode: the first prompt, the responses and the observations; where
+            an environment rewrites the prompt, each state with its response. A response may use what is left of this
+            budget. A response that is cut by it, and not by its own budget, is played and then ends the episode as
+            truncated, even if it called no tool.
         max_episode_s (`float`, *optional*):
-            Time. A step that is not answered by then does not count. `get_reward` may take as long again.
+            Maximum duration in seconds. A step that is not answered by then does not count. `get_reward` may take as
+            long again.
     """
 
     max_interaction_steps: int | None = 5
@@ -66,7 +87,7 @@ class EpisodeLimits:
 
 
 def writable(text: str) -> str:
-    """Half a surrogate pair, which an environment may cut out of somewhere, is no character: it becomes U+FFFD."""
+    """Replace lone surrogates, which have no UTF-8 encoding, by U+FFFD."""
     if text.isascii():
         return text
     try:
@@ -77,7 +98,7 @@ def writable(text: str) -> str:
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A nested value with all of its texts changed, keys included; the value itself where none of them changes."""
+    """Change all texts in a nested value, keys included. Returns the value itself where none of them changes."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -90,37 +111,12 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def renamed_keyword(old: str, new: str) -> Callable[[C], C]:
-    """
-    Decorator: a function, or the constructor of a class, still takes the keyword `old`, with a `DeprecationWarning`.
-    Type checkers see the new name alone.
-
-    Args:
-        old (`str`):
-            The name that callers may still use.
-        new (`str`):
-            The parameter's name.
-    """
-
-    def renamed(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if old in kwargs:
-                if new in kwargs:
-                    raise TypeError(f"`{old}` is the old name of `{new}`; give one of them")
-                warnings.warn(f"`{old}` is now called `{new}`", DeprecationWarning, stacklevel=2)
-                kwargs[new] = kwargs.pop(old)
-            return function(*args, **kwargs)
-
-        return call
-
-    def decorate(target: Any) -> Any:
-        if not isinstance(target, type):
-            return renamed(target)
-        target.__init__ = renamed(target.__init__)  # type: ignore[misc]
-        return target
-
-    return decorate
+def num_shared(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many elements two sequences, of token ids or of characters, have in common from their start on."""
+    shorter = min(len(first), len(second))
+    if first[:shorter] == second[:shorter]:  # as is usual, and much faster than one by one
+        return shorter
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), shorter)
 
 
 class TokenIds(Sequence[int]):
@@ -211,7 +207,7 @@ class Step:
             Natural-log probability of each response token as the sampler reported it, under
             softmax(logits / `temperature`).
         reward (`float`):
-            Everything the environment paid for this step.
+            Sum of the rewards for this step.
         step_index (`int`):
             0-based position in the episode.
         policy_version (`int`):
@@ -221,7 +217,7 @@ class Step:
         stop_reason ([`StopReason`]):
             `STOP` or `LENGTH`.
         observation (`str` or `list[dict]`):
-            What the environment answered: text, or messages. A view for people; the ids are in the next prompt.
+            The environment's answer: text, or messages. A view for people; the ids are in the next prompt.
         info (`Mapping[str, Any]`, *optional*):
             Anything else worth keeping; `state_key` groups steps for `gigpo`.
     """
@@ -234,7 +230,7 @@ class Step:
     policy_version: int
     temperature: float
     stop_reason: StopReason
-    observation: str | list[dict[str, Any]] = ""
+    observation: TextOrMessages = ""
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -261,7 +257,7 @@ class Episode:
 
     Args:
         episode_id (`str`):
-            Unique within a run.
+            Identifier, unique within a run.
         stream_position (`int`):
             Position of the row in the shuffled stream of rows, counted over all epochs. The constructor also takes it
             under its old name, `row_index`.
@@ -277,22 +273,22 @@ class Episode:
             The state after the last step of a truncated episode, which a bootstrap value reads: the next prompt, or
             the last prompt and response where nothing follows them.
         error (`str`, *optional*):
-            What broke. A failed episode trains nothing and leaves its group's statistics.
+            What went wrong. A failed episode trains nothing and does not count in its group's statistics.
         metrics (`Mapping[str, float]`, *optional*):
             Counters and scores of the episode (`tool_calls`, `tool_errors`, `exact_match`, ...).
         stop_reason ([`StopReason`], *optional*):
-            Which end it was: the environment, one of the budgets, or an error.
+            Why the episode ended: the environment, one of the budgets, or an error.
         dataset_row (`int`, *optional*):
             Index of the row in the dataset as the user gave it. `None` where it is not known.
         question (`str` or `list[dict]`, *optional*):
-            What the row asks, as the dataset has it: its `prompt`, or its `question` where it has no prompt. A view
-            for people; what the policy read is in `prompt_ids`.
+            The task, as the dataset has it: the row's `prompt`, or its `question` where it has no prompt. A view for
+            people; what the policy read is in `prompt_ids`.
         reset_text (`str`, *optional*):
             What the environment's `reset` returned, which stands at the end of the row's prompt.
         logged (`Mapping[str, Any]`, *optional*):
-            What reward functions logged of the episode with `log_extra`, by column.
+            What reward functions logged about the episode with `log_extra`, by column.
         needs_reward (`bool`, *optional*, defaults to `False`):
-            Whether nothing has paid the episode yet: its environment has no reward for it. Not recorded.
+            Whether the episode has no reward yet, because its environment gives none. Not recorded.
     """
 
     episode_id: str
@@ -306,7 +302,7 @@ class Episode:
     metrics: Mapping[str, float] = field(default_factory=dict)
     stop_reason: StopReason | None = None
     dataset_row: int | None = None
-    question: str | list[dict[str, Any]] | None = None
+    question: TextOrMessages | None = None
     reset_text: str | None = None
     logged: Mapping[str, Any] = field(default_factory=dict)
     needs_reward: bool = field(default=False, compare=False)
@@ -337,3 +333,8 @@ class Episode:
     def episode_return(self) -> float:
         """Undiscounted sum of the steps' rewards."""
         return sum(step.reward for step in self.steps)
+
+    def paid(self, reward: float) -> Episode:
+        """The same episode with this reward added to that of its last step."""
+        last = self.steps[-1]
+        return replace(self, steps=(*self.steps[:-1], replace(last, reward=last.reward + reward)))

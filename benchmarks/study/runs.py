@@ -12,6 +12,8 @@ from statistics import mean
 
 from common.runs import EXAMPLES, Run, example_run, updates_of
 
+from trl_steppo import durable
+
 from .methods import CRITIC_OVER_POLICY, METHODS, TOKEN_CLIPRANGE, WITH_CRITIC, Flags
 from .tasks import Task
 
@@ -156,11 +158,8 @@ class Store:
 
     def write(self, cell: Cell, record: Record) -> None:
         """Keep it: whole, or not at all."""
-        path = self.path(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps({"run": asdict(cell), "record": asdict(record)}) + "\n")
-        unfinished.replace(path)
+        with durable.file(self.path(cell)) as partial:
+            partial.write_text(json.dumps({"run": asdict(cell), "record": asdict(record)}) + "\n")
 
     def areas(self, cells: Iterable[Cell]) -> dict[Cell, float | None]:
         """Under the curve of each; `None` for those that are not done."""

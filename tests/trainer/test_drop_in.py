@@ -31,7 +31,7 @@ from transformers import DataCollatorWithPadding, OPTConfig, OPTForCausalLM, Tra
 
 from trl_steppo import PPOConfig, PPOTrainer, StepPOTrainer
 from trl_steppo.errors import ConfigurationError
-from trl_steppo.trainer.checks import check_distribution
+from trl_steppo.trainer.distribution import Distribution, check_distribution
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "ppo_trainer.md"
@@ -408,7 +408,7 @@ def test_engines_that_this_version_does_not_know(tmp_path, monkeypatch, engine, 
     [
         ({"fsdp_version": 1}, {}, {}, "`fsdp_version: 2`"),
         ({"reshard_after_forward": False}, {}, {}, "`fsdp_reshard_after_forward` is False"),
-        ({"cpu_offload": True}, {}, {}, "`fsdp_offload_params` is CPUOffloadPolicy.*zero3_offload"),
+        ({"cpu_offload": True}, {}, {}, "`fsdp_offload_params` is True.*zero3_offload"),
         ({"activation_checkpointing": True}, {}, {}, "`gradient_checkpointing`"),
         ({"cpu_ram_efficient_loading": True}, {}, {}, "`fsdp_cpu_ram_efficient_loading` is True"),
         ({"ignored_modules": ".*norm"}, {}, {}, "`fsdp_ignored_modules` is '.*norm'"),
@@ -425,8 +425,9 @@ def test_what_fsdp_cannot_do(tmp_path, monkeypatch, plugin, settings, given, wor
         is_fsdp2=found.fsdp_version == 2,
         state=SimpleNamespace(fsdp_plugin=found),
     )
+    distribution = Distribution.from_accelerator(accelerator)
     with pytest.raises(ConfigurationError, match=words):
-        check_distribution(make_config(tmp_path, **settings), accelerator, given.get("optimizers", (None, None)))
+        check_distribution(make_config(tmp_path, **settings), distribution, given.get("optimizers", (None, None)))
 
 
 @pytest.mark.parametrize(
@@ -446,7 +447,7 @@ def test_what_deepspeed_cannot_do(tmp_path, stage, settings, given, words):
         distributed_type=DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=stage)
     )
     with pytest.raises(ConfigurationError, match=words):
-        check_distribution(args, accelerator, given.get("optimizers", (None, None)))
+        check_distribution(args, Distribution.from_accelerator(accelerator), given.get("optimizers", (None, None)))
 
 
 def test_arguments_that_cannot_work(tmp_path):

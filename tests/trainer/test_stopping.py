@@ -156,7 +156,7 @@ def test_what_the_last_update_has_done_is_saved(tmp_path, event):
 
 
 def test_the_same_signal_again_ends_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(stopping, "_SAME_S", -1.0)
+    monkeypatch.setattr(stopping, "_REPEAT_GRACE_S", -1.0)
     seen = []
 
     class Again(TrainerCallback):

@@ -16,10 +16,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ChatTemplateError
-from ..types import writable
+from ..types import JsonObject, Tokenizer, writable
 from .messages import (
     extended,
     join_thought,
@@ -31,11 +31,8 @@ from .messages import (
 )
 from .parsing import Message, ParsedResponse
 from .responses import ResponseReader, TurnEnds
-from .templates import PROBE, ToolSchema, choose_template, difference
+from .templates import PROBE, choose_template, difference
 from .tokenizing import Guarded, TextEncoder, characters_per_token
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _Items = Sequence[tuple[str, Any]]
 
@@ -80,9 +77,9 @@ class ChatFormat:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         *,
-        tools: Sequence[Callable[..., object] | ToolSchema] | None = None,
+        tools: Sequence[Callable[..., object] | JsonObject] | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
         multi_turn: bool = True,
         end_token_ids: Sequence[int] = (),
@@ -306,8 +303,8 @@ class ChatFormat:
         return ids[1:]
 
 
-def _json_schema(tool: Callable[..., object]) -> ToolSchema:
+def _json_schema(tool: Callable[..., object]) -> JsonObject:
     from transformers.utils import get_json_schema
 
-    schema: ToolSchema = get_json_schema(tool)
+    schema: JsonObject = get_json_schema(tool)
     return schema

@@ -7,18 +7,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import takewhile
-from typing import TYPE_CHECKING
 
 from ..compat.trl import add_response_schema, parse_response
 from ..errors import ChatTemplateError
+from ..types import JsonObject, Tokenizer, num_shared
 from .formats import FORMATS, LLAMA, PLAIN, CallFormat, Piece
 from .parsing import ParsedResponse, check_tool_calls, join_pieces, split_pieces, tool_call
-from .templates import PROBE, USER, Template, ToolSchema, name_of
+from .templates import PROBE, USER, Template, name_of
 from .tokenizing import WRITTEN, TextEncoder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _PROBE_ARGUMENTS = {"key": "a\\b 'c' \"d\"", "count": 2}  # the formats differ in how they write what is quoted
 _PROBE_SCHEMA = {"properties": {"key": {"type": "string"}, "count": {"type": "integer"}}}
@@ -79,11 +75,11 @@ class ResponseReader:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         template: Template,
         encoder: TextEncoder,
         ends: TurnEnds,
-        tools: list[ToolSchema],
+        tools: list[JsonObject],
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
@@ -209,7 +205,7 @@ class ResponseReader:
         return lambda response_ids, prompt_ids: self._parse_with_trl(tokenizer, response_ids, prompt_ids)
 
     def _parse_with_trl(
-        self, tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int], prompt_ids: Sequence[int] | None
+        self, tokenizer: Tokenizer, response_ids: Sequence[int], prompt_ids: Sequence[int] | None
     ) -> ParsedResponse:
         parsed = parse_response(tokenizer, response_ids, prefix=prompt_ids, tools=self._tools)
         message = {"role": "assistant", **parsed}
@@ -227,7 +223,7 @@ class ResponseReader:
         return ParsedResponse(message, tuple(malformed))
 
 
-def _hidden_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _hidden_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The special tokens that text is shown without."""
     decoder = tokenizer.added_tokens_decoder
     special = {token_id for token_id, token in decoder.items() if token.special}
@@ -235,11 +231,11 @@ def _hidden_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset((special | set(tokenizer.all_special_ids)) - framing)
 
 
-def _has_response_format(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _has_response_format(tokenizer: Tokenizer) -> bool:
     return any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
 
 
-def _opens_tool_call(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+def _opens_tool_call(tokenizer: Tokenizer, text: str) -> bool:
     template = getattr(tokenizer, "response_template", None)
     if not isinstance(template, Mapping):
         return False
@@ -254,5 +250,5 @@ def _opens_thought(form: CallFormat, prompt: str) -> bool:
 
 def _common_start(prompt: str, text: str) -> str:
     """What two texts begin with, without a tag that only one of them goes on with."""
-    common = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
+    common = prompt[: num_shared(prompt, text)]
     return common if common.rfind(">") >= common.rfind("<") else common[: common.rindex("<")]

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..compat.trl import training_chat_template
 from ..errors import ChatTemplateError
+from ..types import JsonObject, Tokenizer, num_shared
 from .messages import with_call_ids
 from .parsing import Message, tool_call
 from .tokenizing import WRITTEN
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PROBE = "probe_7d1f"  # appears in no template, so that its position in a rendering is known
 USER: Message = {"role": "user", "content": "dummy"}
@@ -29,9 +25,6 @@ _LEAVES_OUT = {"user": "leaves out what was said", "tool": "leaves out tool call
 
 TOOLS_IN_TEXT = Path(__file__).with_name("tools_in_text.jinja").read_text(encoding="utf-8")
 """Stands before a template that knows no tools: rewrites the messages into some without tools, calls and answers."""
-
-ToolSchema = dict[str, Any]
-"""The JSON schema of a tool."""
 
 
 class Template:
@@ -47,13 +40,13 @@ class Template:
             Passed on to the template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str, arguments: Mapping[str, object]) -> None:
+    def __init__(self, tokenizer: Tokenizer, source: str, arguments: Mapping[str, object]) -> None:
         self.source = source
         self._tokenizer = tokenizer
         self._arguments = arguments
 
     def text(
-        self, messages: Sequence[Message], *, generation_prompt: bool = False, tools: Sequence[ToolSchema] = ()
+        self, messages: Sequence[Message], *, generation_prompt: bool = False, tools: Sequence[JsonObject] = ()
     ) -> str:
         """Render messages. Tool calls get ids where the template demands them."""
 
@@ -80,13 +73,13 @@ class Template:
             except Exception:
                 raise error from None
 
-    def telling_tools(self, tools: Sequence[ToolSchema]) -> Template:
+    def telling_tools(self, tools: Sequence[JsonObject]) -> Template:
         """This template where it shows tools; else one that tells of them in text."""
         if self._shows_tools(tools):
             return self
         return Template(self._tokenizer, TOOLS_IN_TEXT + self.source, self._arguments)
 
-    def _shows_tools(self, tools: Sequence[ToolSchema]) -> bool:
+    def _shows_tools(self, tools: Sequence[JsonObject]) -> bool:
         """Whether the tools make a difference to a prompt, where there are any."""
         messages = [{"role": "system", "content": "dummy"}, USER]  # some show them only in a system message
         try:
@@ -156,7 +149,7 @@ class Template:
         except Exception:  # a template for a single turn
             return tail
         followed = self._encode(text.partition(PROBE)[2])
-        return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(tail, followed, strict=False))] or tail
+        return tail[: num_shared(tail, followed)] or tail
 
     # -- appending ----------------------------------------------------------------------------------------------------
 
@@ -165,16 +158,16 @@ class Template:
         dummy = [USER, _reply(kind, name)]
         return dummy, self._cut_head(dummy, kind, ())
 
-    def _cut_head(self, messages: Sequence[Message], kind: str, tools: Sequence[ToolSchema]) -> str:
+    def _cut_head(self, messages: Sequence[Message], kind: str, tools: Sequence[JsonObject]) -> str:
         text = self.text(messages, tools=tools)
         end = self.token_text(self.end_of_turn(kind))
         return text[: text.rindex(end) + len(end)]
 
-    def takes(self, kinds: Sequence[str], tools: Sequence[ToolSchema]) -> bool:
+    def takes(self, kinds: Sequence[str], tools: Sequence[JsonObject]) -> bool:
         """Whether messages of all these roles can be appended."""
         return not any(self.problem(kind, tools) for kind in kinds)
 
-    def problem(self, kind: str, tools: Sequence[ToolSchema]) -> str | None:
+    def problem(self, kind: str, tools: Sequence[JsonObject]) -> str | None:
         """Why messages of role `kind` cannot be appended with this template; `None` where they can."""
         replies = [_reply(kind)] if kind == "tool" else [_reply(kind), _reply(kind, content=_THOUGHT)]
         try:
@@ -184,7 +177,7 @@ class Template:
         except Exception as error:  # whatever jinja code raises
             return f"{_FAILS_TO_RENDER} {kind} messages ({type(error).__name__}: {error})"
 
-    def _problem_after(self, reply: Message, kind: str, tools: Sequence[ToolSchema]) -> str | None:
+    def _problem_after(self, reply: Message, kind: str, tools: Sequence[JsonObject]) -> str | None:
         head = self._cut_head([USER, reply], kind, tools)
         messages = [USER, reply, _FOLLOW_UP[kind]]
         full = self.text(messages, generation_prompt=True, tools=tools)
@@ -201,8 +194,8 @@ class Template:
 
 
 def choose_template(
-    tokenizer: PreTrainedTokenizerBase,
-    tools: Sequence[ToolSchema],
+    tokenizer: Tokenizer,
+    tools: Sequence[JsonObject],
     arguments: Mapping[str, object],
     *,
     multi_turn: bool,
@@ -251,21 +244,21 @@ def choose_template(
     )
 
 
-def _training_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _training_source(tokenizer: Tokenizer) -> str | None:
     try:
         return training_chat_template(tokenizer)
     except Exception:  # unknown to TRL, or it fails to render TRL's own probes
         return None
 
 
-def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def name_of(tokenizer: Tokenizer) -> str:
     """What messages call a tokenizer."""
     return repr(tokenizer.name_or_path or type(tokenizer).__name__)
 
 
 def difference(expected: str, text: str, what: str) -> str:
     """Where a text does not begin as expected, in words."""
-    at = next((i for i, pair in enumerate(zip(expected, text, strict=False)) if pair[0] != pair[1]), len(text))
+    at = num_shared(expected, text)
     start = max(0, at - 20)
     return (
         f"it renders an earlier turn differently when {what} follow: {expected[start : at + 60]!r} becomes "

@@ -24,14 +24,12 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers
 
-from ..types import map_texts, writable
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from ..types import Tokenizer, map_texts, writable
 
 THINKING = ("<think>", "</think>")
 WRITTEN = frozenset({"<tool_call>", "</tool_call>", *THINKING})
@@ -77,7 +75,7 @@ class TextEncoder:
             A chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "") -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str = "") -> None:
         self._tokenizer = tokenizer
         tokens = {token.content: (id_, token.special) for id_, token in tokenizer.added_tokens_decoder.items()}
         special = {*tokenizer.all_special_tokens, *(text for text, (_, special) in tokens.items() if special)}
@@ -184,11 +182,11 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class _Renamed:
-    backend: Tokenizer
+    backend: Backend
     names: Mapping[str, str]  # of the control tokens, by their text
 
 
-_renamed: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[object, ...], _Renamed | None]] = weakref.WeakKeyDictionary()
+_renamed: weakref.WeakKeyDictionary[Tokenizer, dict[tuple[object, ...], _Renamed | None]] = weakref.WeakKeyDictionary()
 _renaming = threading.Lock()
 
 
@@ -199,14 +197,14 @@ def _frames(token: str, template: str) -> bool:
     return token in template and _FRAMING_SHAPE.fullmatch(token) is not None
 
 
-def _rename(backend: Tokenizer, control_ids: Mapping[str, int]) -> _Renamed | None:
+def _rename(backend: Backend, control_ids: Mapping[str, int]) -> _Renamed | None:
     """A copy of a fast tokenizer with private names for the control tokens."""
     secret = "".join(str(secrets.randbelow(10)) for _ in range(24))
     names = {text: f"\ue0f0{secret}x{index}\ue0f1" for index, text in enumerate(control_ids)}
     try:
         state = json.loads(backend.to_str())
         _rename_in(state, names)
-        renamed = Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
+        renamed = Backend.from_str(json.dumps(state, ensure_ascii=False))
     except Exception:  # a part written in Python, or an unknown one
         return None
     renamed.no_truncation()
@@ -236,7 +234,7 @@ def _rename_in(state: dict[str, Any], names: Mapping[str, str]) -> None:
         model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & gone]
 
 
-def _changes_letters(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _changes_letters(tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer may read a control token out of text that spells it differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = () if backend is None else _parts(_state(backend.normalizer), "normalizers")
@@ -299,10 +297,10 @@ def _texts(value: object) -> Iterable[str]:
 _NFC_SHRINKS = 4  # maximum number of characters that Unicode normalization composes into one
 _DROPS_NOTHING = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "UnicodeScripts", "FixedLength"}
 _EVERY_BYTE = frozenset(pre_tokenizers.ByteLevel.alphabet())
-_longest: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, float]] = weakref.WeakKeyDictionary()
+_longest: weakref.WeakKeyDictionary[Tokenizer, tuple[int, float]] = weakref.WeakKeyDictionary()
 
 
-def characters_per_token(tokenizer: PreTrainedTokenizerBase) -> float:
+def characters_per_token(tokenizer: Tokenizer) -> float:
     """
     The maximum number of characters of a text that one token can stand for. Infinite where the number is not known, as
     for a vocabulary of words whose unknown token stands for a word of any length. Computed once for each tokenizer and
@@ -314,7 +312,7 @@ def characters_per_token(tokenizer: PreTrainedTokenizerBase) -> float:
     return known[1]
 
 
-def _characters_per_token(tokenizer: PreTrainedTokenizerBase) -> float:
+def _characters_per_token(tokenizer: Tokenizer) -> float:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = tokenizer.get_vocab()
     shrinks = None if backend is None else _normalizer_shrinks(_state(backend.normalizer))
@@ -325,7 +323,7 @@ def _characters_per_token(tokenizer: PreTrainedTokenizerBase) -> float:
     return float(max(map(len, vocabulary)) * shrinks)
 
 
-def _keeps_every_character(backend: Tokenizer, vocabulary: Mapping[str, int]) -> bool:
+def _keeps_every_character(backend: Backend, vocabulary: Mapping[str, int]) -> bool:
     """Whether the ids of a text stand for all its characters, without a token for unknown text of any length."""
     parts = _parts(_state(backend.pre_tokenizer), "pretokenizers")
     if any(part["type"] not in _DROPS_NOTHING or part.get("behavior") == "Removed" for part in parts):

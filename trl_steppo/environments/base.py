@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-Message = dict[str, Any]
+from ..types import Message
 
 HOOKS: dict[str, tuple[str, ...] | None] = {
     "reset": None,

@@ -20,28 +20,27 @@ Nothing here loads torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..names import lazy_names
 
 if TYPE_CHECKING:
     from .server import GatewayServer
     from .service import Gateway
     from .sessions import SessionSpec
 
-_HOME = {"GatewayServer": ".server", "Gateway": ".service", "SessionSpec": ".sessions"}
-
 __all__ = ["Gateway", "GatewayServer", "SessionSpec"]
 
+_find = lazy_names(__name__, {"GatewayServer": ".server", "Gateway": ".service", "SessionSpec": ".sessions"})
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        try:
-            return getattr(import_module(_HOME[name], __name__), name)
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
-                raise ModuleNotFoundError(
-                    f'the gateway needs `{error.name}`, which is not installed: pip install "trl-steppo[gateway]"',
-                    name=error.name,
-                ) from error
-            raise
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> object:
+    try:
+        return _find(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
+            raise ModuleNotFoundError(
+                f'the gateway needs `{error.name}`, which is not installed: pip install "trl-steppo[gateway]"',
+                name=error.name,
+            ) from error
+        raise

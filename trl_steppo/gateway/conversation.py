@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import StepPOError
-
-Message = dict[str, Any]
+from ..types import Message
 
 
 class RequestError(StepPOError):

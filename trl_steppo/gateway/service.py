@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import ConfigurationError, DataError
 from ..inference.base import MIN_TEMPERATURE, Sample, SamplingParams, step_seed
-from ..types import Episode, StopReason, TokenIds
+from ..types import Episode, StopReason, TokenIds, num_shared
 from .conversation import Answer, ModelRequest, RequestError, context_error
 from .monitor import Monitor
 from .sampling import SamplingPort
@@ -616,8 +616,7 @@ class Gateway:
             return
         session.told.add("history")
         recorded = session.state_ids(position)
-        pairs = enumerate(zip(recorded, prompt_ids, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(recorded), len(prompt_ids)))
+        at = num_shared(recorded, prompt_ids)
         shown = slice(max(0, at - _SHOWN // 3), at + _SHOWN)
         logger.warning(
             "session %s rewrote its history, which opens a branch: recorded %r, now %r (told once a session)",

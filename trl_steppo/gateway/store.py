@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..durable import Lock, LockedError, sync
+from .. import durable
+from ..durable import Lock, LockedError
 from ..errors import CheckpointError
 
 T = TypeVar("T")
@@ -235,15 +236,11 @@ def _set_up(connection: sqlite3.Connection) -> None:
 
 def _create(path: Path) -> None:
     """Make an empty store. It is there as a whole or not at all, so that a file that is not whole is damaged."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    with closing(sqlite3.connect(partial, isolation_level=None)) as connection:
-        connection.execute("PRAGMA synchronous = FULL")
-        _set_up(connection)
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
+    with durable.file(path) as partial:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with closing(sqlite3.connect(partial, isolation_level=None)) as connection:
+            connection.execute("PRAGMA synchronous = FULL")
+            _set_up(connection)
 
 
 def _check_length(path: Path) -> None:

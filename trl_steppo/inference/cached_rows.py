@@ -27,6 +27,7 @@ from ..errors import ConfigurationError
 from ..models.attention import WITH_DENSE_MASK, register_attention
 from ..modes import evaluating
 from ..numerics import deviates
+from ..types import num_shared
 from .base import SamplingParams
 from .rows import Request, Update, last_logits
 
@@ -286,15 +287,7 @@ class CachedRows:
 
 def _num_shared(request: Request, parked: _Parked | None) -> int:
     """Number of prompt tokens stored with the episode. The last one is forwarded anyway, for its logits."""
-    return min(_common_prefix(parked.ids, request.prompt_ids), len(request.prompt_ids) - 1) if parked else 0
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    limit = min(len(a), len(b))
-    if a[:limit] == b[:limit]:
-        return limit
-    return next(i for i in range(limit) if a[i] != b[i])
+    return min(num_shared(parked.ids, request.prompt_ids), len(request.prompt_ids) - 1) if parked else 0
 
 
 def samples_with_a_cache(model: PreTrainedModel, *, allow_uncached: bool) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -16,13 +16,11 @@ from transformers import PreTrainedModel
 from ..batching import StepBatch
 from ..errors import ConfigurationError
 from ..modes import evaluating
+from ..types import Model
 from .forward import EntropyMode, PolicyScorer, Scores
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-
-Model: TypeAlias = "PreTrainedModel | PeftModel"
-"""A transformers model, with adapters or without."""
 
 
 def is_peft_model(model: object) -> TypeGuard[PeftModel]:

@@ -11,7 +11,8 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedMo
 from ..compat.peft import unwrapped
 from ..compat.transformers import without_zero
 from ..errors import ConfigurationError
-from .adapters import Model, plain_model, shared_copy
+from ..types import Model
+from .adapters import plain_model, shared_copy
 
 
 def build_critic(policy: Model, *, share_weights: bool = False) -> PreTrainedModel:

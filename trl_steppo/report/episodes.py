@@ -15,6 +15,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from ..errors import DataError
+from ..types import num_shared
 from .methods import Method
 from .runs import Run
 
@@ -266,7 +267,7 @@ def _short(value: float | None, digits: int = 4) -> float | None:
 
 def _common_start(texts: Sequence[str]) -> str:
     first, last = min(texts), max(texts)  # all others stand between them
-    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+    return first[: num_shared(first, last)]
 
 
 def _titles(prompts: Sequence[str]) -> list[str]:

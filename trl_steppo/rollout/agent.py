@@ -35,7 +35,7 @@ from ..finite import as_reward
 from ..gateway.sampling import Engine
 from ..gateway.sessions import Session, SessionSpec
 from ..inference.base import Sampler, SamplingParams
-from ..keeper import LETS_END_S, Keeper
+from ..keeper import SIGKILL_AFTER_S, Keeper
 from ..types import Episode, EpisodeLimits
 from .episode import describe
 from .loops import run_coroutine
@@ -55,7 +55,7 @@ _LOOKS_S = 0.25  # between looks whether an agent hangs
 _ENDING_S = 60.0  # that an agent whose episode is over may still take where it may be idle as long as it likes
 _TAIL_BYTES = 2**16  # of each of a process's streams that are kept
 _READS_OUT_S = 1.0  # for what a process that has ended wrote last
-_DIES_S = LETS_END_S + 2.0  # for a process and all that it started, from the moment when it is told to end
+_DIES_S = SIGKILL_AFTER_S + 2.0  # for a process and all that it started, from the moment when it is told to end
 
 # What torchrun, accelerate, DeepSpeed and MPI tell their own processes.
 _LAUNCHER_VARIABLES = frozenset(

@@ -7,11 +7,11 @@ prompt that is a prefix of them is written as its length, and a response that fo
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from .. import durable
 from ..errors import DataError
 from ..types import Episode, Step, StopReason, TokenIds
 
@@ -28,18 +28,9 @@ def dump_episodes(path: str | Path, episodes: Iterable[Episode]) -> None:
     What JSON lacks in `info` and `observation` is written as the nearest thing it has (tuples and sets as lists,
     anything unknown as its `repr`).
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for episode in episodes:
-                file.write(json.dumps(_to_json(episode), default=_nearest) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with durable.file(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
+        for episode in episodes:
+            file.write(json.dumps(_to_json(episode), default=_nearest) + "\n")
 
 
 def load_episodes(path: str | Path) -> list[Episode]:

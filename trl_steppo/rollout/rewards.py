@@ -339,12 +339,10 @@ def _rewarded(episode: Episode, rewards: Mapping[str, _Reward], weights: Sequenc
         return _failed(episode, f"reward_funcs: {broken}")
     applied = {name: reward for name, reward in rewards.items() if isinstance(reward, float)}
     if applied:
-        episode = replace(episode, needs_reward=False)
-    total = sum(weight * applied.get(name, 0.0) for name, weight in zip(rewards, weights, strict=True))
-    last = episode.steps[-1]
-    steps = (*episode.steps[:-1], replace(last, reward=last.reward + total)) if applied else episode.steps
+        total = sum(weight * applied.get(name, 0.0) for name, weight in zip(rewards, weights, strict=True))
+        episode = replace(episode.paid(total), needs_reward=False)
     metrics = {**episode.metrics, **{f"rewards/{name}": reward for name, reward in applied.items()}}
-    return replace(episode, steps=steps, metrics=metrics)
+    return replace(episode, metrics=metrics)
 
 
 def _failed(episode: Episode, error: str) -> Episode:

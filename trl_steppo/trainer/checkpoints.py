@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from .. import durable
 from ..compat.peft import load_weights as adapter_weights
-from ..durable import sync
 from ..errors import CheckpointError
 from ..models import is_peft_model, whole_shape
 from .exchange import Caught, caught, first_failure
@@ -119,7 +119,7 @@ def written_whole(
     Raises:
         CheckpointError: If anything could not be written; what was there before is untouched.
     """
-    partial = directory.with_name(f"{directory.name}.partial")
+    partial = durable.partial_of(directory)
 
     def fail_together(found: Caught) -> None:
         failure = first_failure(found, gather)
@@ -142,8 +142,7 @@ def written_whole(
     with caught() as found:
         if is_writer:
             write_manifest(partial, manifest)
-            _sync(partial)
-            _replace(directory, partial)
+            durable.publish(partial, directory)
     fail_together(found)
 
 
@@ -164,9 +163,7 @@ def rotate(output_dir: Path, limit: int | None, *, keep: set[str]) -> None:
         return
     found = sorted(_checkpoints(output_dir), key=_step)
     for path in [path for path in found if path.name not in keep][: max(0, len(found) - limit)]:
-        replaced = path.with_name(f"{path.name}.replaced")
-        path.rename(replaced)
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(durable.retire(path), ignore_errors=True)
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -231,23 +228,6 @@ def _hash_of_content(content: Mapping[str, Any]) -> str:
     """Of what the manifest says itself."""
     text = json.dumps({name: value for name, value in content.items() if name != "hash"}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).hexdigest()
-
-
-def _sync(directory: Path) -> None:
-    """All of it to the disk: a power cut must not leave a checkpoint of empty files."""
-    for path in [*directory.rglob("*"), directory]:
-        sync(path)
-
-
-def _replace(directory: Path, partial: Path) -> None:
-    """Move `partial` to `directory`; one that a former run left there makes way."""
-    replaced = directory.with_name(f"{directory.name}.replaced")
-    if directory.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        directory.rename(replaced)
-    partial.rename(directory)
-    sync(directory.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

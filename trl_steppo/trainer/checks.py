@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transformers
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel, SchedulerType, TrainingArguments
+from transformers import PreTrainedModel, SchedulerType
 
-from ..compat.accelerate import is_fsdp2
-from ..compat.torch import knows_fsdp2
 from ..errors import ConfigurationError
 from ..models import check_critic, is_peft_model, plain_model, saved_with_adapter
-from .steppo_config import CRITIC_ESTIMATORS, StepPOConfig
+from .config_checks import CRITIC_ESTIMATORS
+from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
 
@@ -44,35 +42,6 @@ def refuse_unsupported(args: StepPOConfig) -> None:
         )
 
 
-def check_distribution(args: StepPOConfig, accelerator: Accelerator, optimizers: tuple[Any, Any]) -> None:
-    """Engines that this version does not know, and what those that it knows cannot do."""
-    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
-        raise ConfigurationError(
-            f"accelerate was launched with {accelerator.distributed_type.value}, and this version trains in one "
-            "process, with DDP, with FSDP2, or with DeepSpeed's ZeRO; choose one of these (`trl-steppo config`)"
-        )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        _check_fsdp(args, accelerator, optimizers)
-        return
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return
-    stage = accelerator.deepspeed_plugin.zero_stage
-    if stage == 0:
-        raise ConfigurationError("DeepSpeed's stage 0 shards nothing; choose stage 2 or 3, or DDP without DeepSpeed")
-    _check_apart_in_shards(args, optimizers, "DeepSpeed")
-    if stage == 3 and not args.ds3_gather_for_generation:
-        raise ConfigurationError(
-            "`ds3_gather_for_generation` is False: layers would be gathered for every token, by all ranks together, "
-            "and their episodes have different lengths; leave it at True"
-        )
-    config: Any = getattr(args, "hf_deepspeed_config", None)
-    mismatches = config.mismatches if config is not None else ()
-    if mismatches:
-        raise ConfigurationError(
-            "the DeepSpeed configuration contradicts the run's settings; write 'auto' there:\n" + "\n".join(mismatches)
-        )
-
-
 def warn_of_waiting(args: StepPOConfig, accelerator: Accelerator) -> None:
     """Ranks wait for the slowest of them, and nothing bounds how long."""
     plays = args.replay_episodes_dir is None
@@ -81,65 +50,6 @@ def warn_of_waiting(args: StepPOConfig, accelerator: Accelerator) -> None:
             f"{accelerator.num_processes} ranks wait for each other's episodes, and nothing bounds how long one "
             "takes: a hanging environment or agent would hold all of them up; set `max_episode_s`"
         )
-
-
-def _check_fsdp(args: StepPOConfig, accelerator: Accelerator, optimizers: tuple[Any, Any]) -> None:
-    """FSDP's version 1, and settings of accelerate's that would change what version 2 does here."""
-    if not is_fsdp2(accelerator):
-        raise ConfigurationError(
-            "accelerate was launched with FSDP in its version 1; set `fsdp_version: 2` in the configuration's "
-            "`fsdp_config` (`trl-steppo config fsdp2`)"
-        )
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    if not knows_fsdp2():
-        raise ConfigurationError(f"torch {torch.__version__} is too old for FSDP2 here; upgrade it (2.13 will do)")
-    plugin: Any = accelerator.state.fsdp_plugin
-    for name, is_usual, why in (
-        ("reshard_after_forward", plugin.reshard_after_forward, "weights are gathered again in the backward pass"),
-        ("offload_params", not isinstance(plugin.cpu_offload, CPUOffloadPolicy), "`zero3_offload` has that"),
-        ("activation_checkpointing", not plugin.activation_checkpointing, "set the run's `gradient_checkpointing`"),
-        ("cpu_ram_efficient_loading", not plugin.cpu_ram_efficient_loading, "every rank copies its model's weights"),
-        ("ignored_modules", plugin.ignored_modules is None, "every parameter is kept in shards"),
-    ):
-        if not is_usual:
-            raise ConfigurationError(
-                f"`fsdp_{name}` is {getattr(plugin, name.replace('offload_params', 'cpu_offload'))!r} in the "
-                f"configuration's `fsdp_config`, which has no effect here: {why}; leave it out (`trl-steppo config "
-                "fsdp2`)"
-            )
-    _check_apart_in_shards(args, optimizers, "FSDP2")
-
-
-def _check_apart_in_shards(args: StepPOConfig, optimizers: tuple[Any, Any], engine: str) -> None:
-    """What networks in shards of their own cannot share."""
-    if any(given is not None for given in optimizers):
-        raise ConfigurationError(
-            f"`optimizers` is set, and {engine} has shards with an optimizer of their own for each network; leave it "
-            "out, and set `optim`, `learning_rate` and `critic_learning_rate`"
-        )
-    if args.critic_shares_base:
-        raise ConfigurationError(
-            f"`critic_shares_base` is set, and two networks cannot share parameters under {engine}; leave it out"
-        )
-
-
-def check_args(args: Any) -> None:
-    """
-    Arguments in the order of `GRPOTrainer`, and settings of no known class.
-
-    Args:
-        args (`Any`):
-            What the user passed as `args`.
-    """
-    if isinstance(args, TrainingArguments):
-        return
-    shown = f"the name {args!r:.100}" if isinstance(args, str) else f"a {type(args).__name__}"
-    raise ConfigurationError(
-        f"`args` is {shown}; pass a `StepPOConfig`. The first positional arguments are those of `PPOTrainer` (`args`, "
-        "`processing_class`, `model`, ...); name them, as in `StepPOTrainer(model=..., reward_funcs=..., args=..., "
-        "train_dataset=...)`"
-    )
 
 
 def check_kinds(**given: Any) -> None:

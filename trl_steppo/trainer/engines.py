@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from .. import durable
 from ..compat.transformers import as_saved
 from ..errors import CheckpointError, ConfigurationError
 from ..inference.base import Counts, Sampler, vocabulary_size
@@ -307,15 +308,13 @@ class InVLLM(_Beside):
         return bool(plain_model(self._model).config.get_text_config().tie_word_embeddings)
 
     def _save(self, path: Path, state: Any) -> None:
-        partial = path.with_name(path.name + ".partial")
         options: dict[str, Any] = {}
         if is_peft_model(self._model):
             options = {"selected_adapters": [self._model.active_adapter], "save_embedding_layers": False}
         try:
-            self._model.save_pretrained(str(partial), state_dict=state, **options)
-            os.rename(partial, path)
+            with durable.directory(path, syncs=False) as partial:
+                self._model.save_pretrained(str(partial), state_dict=state, **options)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise _not_written(path, error) from error
 
 

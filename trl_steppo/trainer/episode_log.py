@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..durable import sync
+from .. import durable
 from ..errors import CheckpointError
 from ..losses import importance_ratio
-from ..types import Episode, Step, TokenIds, writable
+from ..types import Episode, Step, num_shared, writable
 from .credit import Credit
 from .exchange import Rollout, Scores, caught, first_failure
 from .learner import Learner
@@ -170,7 +169,7 @@ class EpisodeLog:
 
     def _played(self, step: Step, before: Sequence[int]) -> dict[str, Any]:
         """What was read, written and answered in a step; `before` is what the policy had in view until then."""
-        kept = _num_shared(before, step.prompt_ids)
+        kept = num_shared(before, step.prompt_ids.tolist())
         return {
             "step_index": step.step_index,
             "prompt": self.decode(step.prompt_ids[kept:]),
@@ -233,12 +232,6 @@ def _mean(values: torch.Tensor, counts: torch.Tensor) -> float:
     return float(values[counts].mean() if values.dim() else values)
 
 
-def _num_shared(before: Sequence[int], prompt_ids: TokenIds) -> int:
-    """How many tokens two sequences have in common from their start on."""
-    pairs = zip(before, prompt_ids.tolist(), strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(prompt_ids)))
-
-
 def _question(question: str | list[dict[str, Any]] | None) -> str | None:
     if question is None or isinstance(question, str):
         return None if question is None else writable(question)
@@ -252,12 +245,5 @@ def _text(observation: str | list[dict[str, Any]]) -> str:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A file that is there is complete: it appears under its name when all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with durable.file(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)

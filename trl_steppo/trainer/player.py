@@ -575,7 +575,7 @@ class EpisodePlayer:
                 numerics=self.numerics,
             )
             for index, score in zip(valid, scores, strict=True):
-                episodes[index] = replace(_add_to_last_step(episodes[index], score), needs_reward=False)
+                episodes[index] = replace(episodes[index].paid(score), needs_reward=False)
         episodes = [paid(episode) for episode in episodes]
         if self.args.missing_eos_penalty is not None:
             episodes = [self._penalize_missing_eos(episode) for episode in episodes]
@@ -588,7 +588,7 @@ class EpisodePlayer:
         if self.tokenizer.eos_token_id in episode.steps[-1].response_ids:
             return episode
         assert self.args.missing_eos_penalty is not None
-        return _add_to_last_step(episode, -self.args.missing_eos_penalty)
+        return episode.paid(-self.args.missing_eos_penalty)
 
     def _check_reward_source(self, environments: Sequence[Any]) -> None:
         if self.agent is not None:
@@ -651,11 +651,6 @@ def _slots(limit: int | None) -> Slots | None:
 def _prefix(update: int) -> str:
     """What the ids of an update's episodes begin with."""
     return f"{update}/"
-
-
-def _add_to_last_step(episode: Episode, reward: float) -> Episode:
-    last = episode.steps[-1]
-    return replace(episode, steps=(*episode.steps[:-1], replace(last, reward=last.reward + reward)))
 
 
 def _check_columns(columns: Sequence[str], *, is_optional: bool) -> bool:

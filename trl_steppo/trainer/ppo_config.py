@@ -41,7 +41,7 @@ class PPOConfig(_Base):
         num_sample_generations (`int`, *optional*, defaults to `10`):
             How many times during the run a table of sample responses is printed. 0: never.
         response_length (`int`, *optional*, defaults to `53`):
-            Most tokens of a response.
+            Maximum number of tokens of a response.
         stop_token (`str`, *optional*):
             `"eos"`: a response ends at the tokenizer's EOS token. Not together with `stop_token_id`.
         stop_token_id (`int`, *optional*):
@@ -121,7 +121,7 @@ class PPOConfig(_Base):
     num_sample_generations: int = field(
         default=10, metadata={"help": "How many times a table of sample responses is printed. 0: never."}
     )
-    response_length: int = field(default=53, metadata={"help": "Most tokens of a response."})
+    response_length: int = field(default=53, metadata={"help": "Maximum number of tokens of a response."})
     stop_token: Literal["eos"] | None = field(
         default=None, metadata={"help": "'eos': a response ends at the tokenizer's EOS token."}
     )

@@ -92,7 +92,6 @@ from .checkpoints import (
 from .checks import (
     check_adapters,
     check_apart,
-    check_distribution,
     check_kinds,
     check_models,
     check_saved,
@@ -104,6 +103,7 @@ from .credit import Credit, assign_credit
 from .data_stream import check_same_order, checksum, column_names, first_rows, make_rows, numbered_rows
 from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
 from .description import describe_task
+from .distribution import Distribution, check_distribution
 from .engines import Engine, InProcess, InVLLM, InWorker
 from .episode_log import EpisodeLog
 from .exchange import Rollout, Scores, together
@@ -337,7 +337,7 @@ class PPOTrainer(_Base):
         self.args: StepPOConfig = args
         self.train_dataset = train_dataset
         find_fsdp(self.accelerator)
-        check_distribution(args, self.accelerator, optimizers)
+        check_distribution(args, Distribution.from_accelerator(self.accelerator), optimizers)
         warn_of_waiting(args, self.accelerator)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..environments.base import Message
 from ..errors import ConfigurationError
 from ..models import plain_model, rows_at_once
+from ..types import TextOrMessages
 from .loading import Loader, name_of
 
 RewardFunc = Callable[..., Any]
@@ -45,7 +45,7 @@ class RewardModel:
         plain_model(model).config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
     def __call__(
-        self, prompts: Sequence[str | list[Message]], completions: Sequence[str | list[Message]], **kwargs: Any
+        self, prompts: Sequence[TextOrMessages], completions: Sequence[TextOrMessages], **kwargs: Any
     ) -> list[float]:
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         device, scores = next(self.model.parameters()).device, list[float]()
@@ -71,7 +71,7 @@ class RewardModel:
                 "chat template; pass one that has with `reward_processing_classes`"
             )
 
-    def _text(self, prompt: str | list[Message], completion: str | list[Message]) -> str:
+    def _text(self, prompt: TextOrMessages, completion: TextOrMessages) -> str:
         if isinstance(prompt, str):
             assert isinstance(completion, str)
             return prompt + completion

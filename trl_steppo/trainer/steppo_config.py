@@ -1,33 +1,25 @@
-"""StepPOConfig: every setting of a run, and the check that no two of them contradict each other."""
+"""StepPOConfig: every setting of a run."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import transformers
+from transformers import TrainingArguments
 
 from ..compat.transformers import json_fields
 from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
-from ..finite import LARGEST, shown
-from ..inference.base import MIN_TEMPERATURE
+from .config_checks import CRITIC_ESTIMATORS, check_choices, check_combinations, check_ranges
 from .grpo_settings import converted, names_unknown_settings
 from .ppo_config import PPOConfig, accelerator_has_bf16
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
     from trl import GRPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
-
-GROUP_BASELINES = ("grpo", "rloo", "gigpo")
-"""Estimators that compare the episodes of one row with each other."""
-
-CRITIC_ESTIMATORS = ("step_gae", "token_gae")
-"""Estimators that need a critic."""
 
 
 @names_unknown_settings
@@ -52,12 +44,12 @@ class StepPOConfig(PPOConfig):
             `"step"` (mean over a step's tokens, then over steps), `"episode"` (each episode counts once, its steps
             equally) or `"token"` (mean over all action tokens). `None`: `"token"` with `token_gae`, else `"step"`.
         cliprange_high (`float`, *optional*):
-            Upper clip range of the ratio where it differs from `cliprange`.
+            Upper clip range of the ratio. `None`: the same as `cliprange`.
         kl_loss_coef (`float`, *optional*, defaults to `0.0`):
-            Coefficient of a per-token KL term in the loss (`kl_coef` is the KL in the reward). With both at 0, no
-            reference model is built.
+            Coefficient of a per-token KL term in the loss (`kl_coef` is that of the KL in the reward). With both at 0,
+            no reference model is built.
         kl_loss_estimator (`str`, *optional*, defaults to `"k3"`):
-            `"k1"`, `"k2"` or `"k3"`, of that term.
+            Estimator of that term: `"k1"`, `"k2"` or `"k3"`.
         entropy_coef (`float`, *optional*, defaults to `0.0`):
             Coefficient of an entropy bonus in the loss.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
@@ -66,12 +58,13 @@ class StepPOConfig(PPOConfig):
             still learns from them.
         rollout_correction (`str`, *optional*):
             Importance weights of the trainer's probabilities over the sampler's: `"none"`, `"truncate"` (weights are
-            cut at `rollout_correction_cap`) or `"mask"` (what lies beyond it, or below its inverse, is left out).
-            `None`: `"truncate"` with `max_staleness` or `use_vllm`, else off, since the sampler then has the trainer's
-            weights and numerics.
+            cut at `rollout_correction_cap`) or `"mask"` (tokens whose weight is above the cap, or below its inverse,
+            are left out). `None`: `"truncate"` with `max_staleness` or `use_vllm`, else off, since the sampler then
+            has the trainer's weights and numerics.
         rollout_correction_level (`str`, *optional*, defaults to `"token"`):
-            `"token"`: each token has its own weight. `"step"`: the geometric mean of its step's tokens', as the step
-            ratio is; it hardly moves where only a few tokens of a step do, so that its cap belongs near 1.
+            `"token"`: each token has its own weight. `"step"`: all tokens of a step have the geometric mean of their
+            weights, as in the step ratio. This mean hardly moves where only a few tokens of a step do, so its cap
+            belongs near 1.
         rollout_correction_cap (`float`, *optional*, defaults to `2.0`):
             Largest weight.
 
@@ -80,71 +73,73 @@ class StepPOConfig(PPOConfig):
         critic_learning_rate (`float`, *optional*):
             Learning rate of the critic. `None`: `learning_rate`.
         num_critic_epochs (`int`, *optional*):
-            Passes of the critic over a batch. `None`: `num_ppo_epochs`.
+            Number of passes of the critic over a batch. `None`: `num_ppo_epochs`.
         critic_warmup_updates (`int`, *optional*, defaults to `0`):
             Number of first updates that train the critic alone.
         bootstrap_truncated (`bool`, *optional*, defaults to `False`):
-            Whether the value after a truncated episode is that of its last state, instead of 0. Behind a last response
+            Whether the value after a truncated episode is that of its last state, instead of 0. After a last response
             that was cut, this state is its prompt and the response.
         critic_shares_base (`bool`, *optional*, defaults to `False`):
-            With adapters on the policy and no `value_model`: whether the critic's adapter stands on the policy's own
-            base weights, one copy of them in memory, instead of on a copy.
+            With adapters on the policy and no `value_model`: whether the critic's adapter uses the policy's own base
+            weights, which are then in memory once, instead of a copy of them.
 
         > Parameters that control the episodes
 
         max_interaction_steps (`int` or `None`, *optional*, defaults to `5`):
-            Most steps of an episode. `response_length` is the budget of one step's response. `None`: no limit; an
-            episode then ends by itself, at the model's context, or at another budget.
+            Maximum number of steps of an episode. `response_length` is the budget of one step's response. `None`: no
+            limit; an episode then ends by itself, at the model's context, or at another budget.
         max_prompt_length (`int`, *optional*):
-            Most tokens of a state; an episode that reaches more ends as truncated. `None`: what the model's context
-            leaves beside `response_length` (`max_position_embeddings` of its configuration, rope scaling included; a
-            vLLM server's `--max-model-len`).
+            Maximum number of tokens of a state; an episode that exceeds it ends as truncated. `None`: the model's
+            context less `response_length`. The context is `max_position_embeddings` of the model's configuration, rope
+            scaling included, or a vLLM server's `--max-model-len`.
         max_episode_tokens (`int`, *optional*):
-            Most tokens of a whole episode, prompts, responses and observations together.
+            Maximum number of tokens of a whole episode: prompts, responses and observations together.
         max_episode_s (`float`, *optional*):
-            Most seconds of an episode.
+            Maximum duration of an episode in seconds.
         tool_timeout_s (`float`, *optional*, defaults to `60.0`):
-            Most seconds of one call of a tool or of an environment's method, and of making an environment. A tool that
-            takes longer is reported to the model; an environment that does costs its own episode.
+            Maximum duration in seconds of one call of a tool or of an environment's method, and of making an
+            environment. A tool that takes longer is reported to the model; an environment that takes longer costs its
+            own episode.
         max_tool_calls (`int`, *optional*, defaults to `32`):
-            Most tool calls of one response that are run; those beyond are answered with an error. Of the calls that
-            cannot be read, as many are answered. Each call of a tool that is not async takes a thread. `None`: all.
+            Maximum number of tool calls of one response that are run; further calls are answered with an error. As
+            many calls that cannot be read are answered. Each call of a tool that is not async takes a thread. `None`:
+            no limit.
         max_concurrent_tool_calls (`int`, *optional*, defaults to `256`):
-            Most calls of one tool that run at a time, over all episodes of a rank; others wait for their turn, which
-            is not part of their `tool_timeout_s`. `None`: as many as come.
+            Maximum number of calls of one tool that run at the same time, over all episodes of a rank. Other calls
+            wait; the wait is not part of their `tool_timeout_s`. `None`: no limit.
         max_concurrent_episodes (`int`, *optional*):
-            Most episodes played at once on a rank. `None`: all of an update; in an evaluation at most 256, or as many
-            as in an update if that is more (`per_device_eval_batch_size` has no effect).
+            Maximum number of episodes that a rank plays at the same time. `None`: all of an update; in an evaluation
+            256, or as many as in an update if that is more (`per_device_eval_batch_size` has no effect).
         reuse_environments (`bool`, *optional*, defaults to `True`):
             Whether an environment plays one episode after the other, each begun by its `reset`, as in `GRPOTrainer`,
-            and is closed when the run ends. `False`: every episode has a new one, which is closed after it.
+            and is closed when the run ends. `False`: every episode has a new environment, which is closed after it.
         num_generations (`int`, *optional*, defaults to `1`):
-            Episodes per dataset row.
+            Number of episodes per dataset row.
         top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
             Restrict sampling to the most likely tokens. Log-probabilities stay those of the whole distribution.
         chat_template_kwargs (`dict`, *optional*):
             Extra arguments of the chat template, e.g. `{"enable_thinking": false}`.
         model_init_kwargs (`dict`, *optional*):
-            Arguments of `from_pretrained` for the models that the trainer is given by their names. `dtype` is float32
-            without them.
+            Arguments of `from_pretrained` for the models that the trainer is given by their names. Without them,
+            `dtype` is float32.
         reward_weights (`list[float]`, *optional*):
             Weight of each of `reward_funcs`. `None`: 1 each.
         rollout_cache_tokens (`int`, *optional*, defaults to `262144`):
-            Most tokens whose keys and values the in-process sampler holds.
+            Maximum number of tokens whose keys and values the in-process sampler holds.
         allow_uncached_sampling (`bool`, *optional*, defaults to `False`):
             Whether a model that the in-process sampler cannot continue from stored keys and values (sliding windows,
-            state-space layers, ALiBi, flash attention) is sampled without. Each token then costs a forward pass over
-            its whole row; `rollout/uncached_rows` counts them. `False`: such a model is an error.
+            state-space layers, ALiBi, flash attention) is sampled without them. Each token then costs a forward pass
+            over its whole row; `rollout/uncached_rows` counts these rows. `False`: such a model is an error.
         max_failed_updates (`int`, *optional*, defaults to `3`):
-            Updates in a row without one valid episode before the run stops with an error.
+            Number of updates in a row without one valid episode after which the run stops with an error.
         dump_episodes_dir (`str`, *optional*):
-            Where to write every episode played.
+            Directory into which every episode played is written.
         replay_episodes_dir (`str`, *optional*):
-            Train on the episodes recorded there instead of playing.
+            Directory of recorded episodes to train on instead of playing.
         log_episodes (`int`, *optional*, defaults to `0`):
             Number of episodes of each update, of the first rank, that are written to `episodes/` in `output_dir` as
             parquet: their text, rewards, values, advantages, and log-probabilities before and after the update.
-            `trl-steppo report` shows them. The update is the same.
+            `trl-steppo report` shows them. The update is the same with and without.
 
         > Parameters that control batching
 
@@ -153,16 +148,16 @@ class StepPOConfig(PPOConfig):
             forwarded once. The loss and its gradients are the same.
         max_tokens_per_micro_batch (`int`, *optional*):
             Size of a forward pass in tokens, padding included, instead of `per_device_train_batch_size` episodes. With
-            more than one rank, the ranks then hand each other their episodes before the update, so that each has
-            about as many tokens to forward; the episodes of a row stay together where they share prefixes. The loss
-            and its gradients are the same.
+            more than one rank, the ranks then exchange episodes before the update, so that each has about as many
+            tokens to forward; the episodes of a row stay together where they share prefixes. The loss and its
+            gradients are the same.
 
         > Parameters that control where and when responses are sampled
 
         max_staleness (`int`, *optional*, defaults to `0`):
-            How many updates before its own an update's rollout may begin, so that none of its steps is older. 0:
-            rollouts and updates alternate. More: rollouts are played while the trainer updates, this many of them at a
-            time, by a sampler in a process of its own, or with `use_vllm` by servers.
+            Maximum age of a step, in updates: a rollout may begin this many updates before its own. 0: rollouts and
+            updates alternate. More: rollouts are played while the trainer updates, this many of them at a time, by a
+            sampler in a process of its own, or with `use_vllm` by servers.
         use_rollout_worker (`bool`, *optional*, defaults to `False`):
             Whether the policy is sampled from in a process of its own with `max_staleness=0`, too.
         use_vllm (`bool`, *optional*, defaults to `False`):
@@ -170,20 +165,20 @@ class StepPOConfig(PPOConfig):
         vllm_server_base_url (`str` or `list[str]`, *optional*):
             URL of the server, or of each of several that share the episodes. `None`: `"http://localhost:8000"`.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
-            Most seconds to wait while no server can be used, before the run ends or what waits fails. A server that
-            takes half as long for new weights is done without until it has them, and one that computes nothing for
-            half as long is given up.
+            Maximum time in seconds to wait while no server can be used, before the run ends or the requests that wait
+            fail. A server that needs more than half of it for new weights is not used until it has them, and a server
+            that computes nothing for half of it is given up.
         vllm_weights_dir (`str`, *optional*):
-            Where rank 0 writes new weights for the servers, which read them there under the same path. `None`:
-            `vllm_weights` in `output_dir`.
+            Directory into which rank 0 writes new weights, and from which the servers read them under the same path.
+            `None`: `vllm_weights` in `output_dir`.
         vllm_weight_transfer (`str`, *optional*, defaults to `"files"`):
             How new weights get to the servers: `"files"`, which they read, or `"nccl"`, from rank 0's GPU to theirs,
-            which must be others, by the transfer that vLLM brings: it has to be installed where the trainer runs,
-            too, and servers are started with `--weight-transfer-config '{"backend": "nccl"}'`.
+            which must be other GPUs. The latter needs vLLM where the trainer runs, too, and servers that are started
+            with `--weight-transfer-config '{"backend": "nccl"}'`.
 
     > [!NOTE]
-    > `use_cpu` is also on where accelerate's launcher says so, or started ranks on a machine whose GPUs, if it has
-    > any, are hidden.
+    > `use_cpu` is also on where accelerate's launcher says so, and where a launcher started several ranks on a machine
+    > without a visible GPU.
     >
     > *Changed* defaults, as in the paper (arXiv 2604.18401): `kl_coef` 0.0 (was 0.05), `lam` 1.0 (0.95), `gamma` 0.99
     > (1.0), `temperature` 1.0 (0.7), `num_ppo_epochs` 1 (4). `bf16=None` means on where the accelerator supports it,
@@ -194,7 +189,7 @@ class StepPOConfig(PPOConfig):
     gamma: float = field(default=0.99, metadata={"help": "Discount per step (per action token with token_gae)."})
     lam: float = field(default=1.0, metadata={"help": "Lambda of GAE."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    num_ppo_epochs: int = field(default=1, metadata={"help": "Passes of the policy over a batch."})
+    num_ppo_epochs: int = field(default=1, metadata={"help": "Number of passes of the policy over a batch."})
 
     # The algorithm
     advantage_estimator: Literal["step_gae", "token_gae", "grpo", "rloo", "reinforce_plus_plus", "gigpo"] = field(
@@ -235,7 +230,7 @@ class StepPOConfig(PPOConfig):
         default=None, metadata={"help": "Learning rate of the critic. None: learning_rate."}
     )
     num_critic_epochs: int | None = field(
-        default=None, metadata={"help": "Passes of the critic over a batch. None: num_ppo_epochs."}
+        default=None, metadata={"help": "Number of passes of the critic over a batch. None: num_ppo_epochs."}
     )
     critic_warmup_updates: int = field(
         default=0, metadata={"help": "Number of first updates that train the critic alone."}
@@ -250,30 +245,33 @@ class StepPOConfig(PPOConfig):
 
     # The episodes
     max_interaction_steps: int | None = field(
-        default=5, metadata={"help": "Most steps of an episode. None: no limit."}
+        default=5, metadata={"help": "Maximum number of steps of an episode. None: no limit."}
     )
     max_prompt_length: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of a state. None: what the model's context leaves beside `response_length`."},
+        metadata={"help": "Maximum number of tokens of a state. None: the model's context less `response_length`."},
     )
-    max_episode_tokens: int | None = field(default=None, metadata={"help": "Most tokens of an episode."})
-    max_episode_s: float | None = field(default=None, metadata={"help": "Most seconds of an episode."})
+    max_episode_tokens: int | None = field(default=None, metadata={"help": "Maximum number of tokens of an episode."})
+    max_episode_s: float | None = field(default=None, metadata={"help": "Maximum duration of an episode in seconds."})
     tool_timeout_s: float | None = field(
-        default=60.0, metadata={"help": "Most seconds of one call of a tool or of an environment's method."}
+        default=60.0,
+        metadata={"help": "Maximum duration of one call of a tool or of an environment's method, in seconds."},
     )
     max_tool_calls: int | None = field(
-        default=MAX_TOOL_CALLS, metadata={"help": "Most tool calls of a response that are run. None: all."}
+        default=MAX_TOOL_CALLS,
+        metadata={"help": "Maximum number of tool calls of a response that are run. None: no limit."},
     )
     max_concurrent_tool_calls: int | None = field(
-        default=256, metadata={"help": "Most calls of one tool at a time on a rank. None: as many as come."}
+        default=256, metadata={"help": "Maximum number of calls of one tool at a time on a rank. None: no limit."}
     )
     max_concurrent_episodes: int | None = field(
-        default=None, metadata={"help": "Most episodes played at once on a rank. None: all of an update."}
+        default=None,
+        metadata={"help": "Maximum number of episodes played at a time on a rank. None: all of an update."},
     )
     reuse_environments: bool = field(
         default=True, metadata={"help": "Reset environments for later episodes. False: a new one for every episode."}
     )
-    num_generations: int = field(default=1, metadata={"help": "Episodes per dataset row."})
+    num_generations: int = field(default=1, metadata={"help": "Number of episodes per dataset row."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens of this total mass."})
     top_k: int = field(default=0, metadata={"help": "Sample from this many most likely tokens; 0: from all."})
     chat_template_kwargs: dict | str | None = field(
@@ -287,21 +285,24 @@ class StepPOConfig(PPOConfig):
         default=None, metadata={"help": "Weight of each reward function. None: 1 each."}
     )
     rollout_cache_tokens: int | None = field(
-        default=262_144, metadata={"help": "Most tokens whose keys and values the in-process sampler holds."}
+        default=262_144,
+        metadata={"help": "Maximum number of tokens whose keys and values the in-process sampler holds."},
     )
     allow_uncached_sampling: bool = field(
         default=False,
         metadata={"help": "Sample a model that no cache can be used for all the same, many times slower."},
     )
     max_failed_updates: int = field(
-        default=3, metadata={"help": "Updates in a row without a valid episode before the run stops."}
+        default=3, metadata={"help": "Number of updates in a row without a valid episode after which the run stops."}
     )
-    dump_episodes_dir: str | None = field(default=None, metadata={"help": "Where to write every episode played."})
+    dump_episodes_dir: str | None = field(
+        default=None, metadata={"help": "Directory into which every episode played is written."}
+    )
     replay_episodes_dir: str | None = field(
-        default=None, metadata={"help": "Train on the episodes recorded there instead of playing."}
+        default=None, metadata={"help": "Directory of recorded episodes to train on instead of playing."}
     )
     log_episodes: int = field(
-        default=0, metadata={"help": "Episodes of each update that are written for `trl-steppo report`."}
+        default=0, metadata={"help": "Number of episodes of each update that are written for `trl-steppo report`."}
     )
 
     # Batching
@@ -314,7 +315,7 @@ class StepPOConfig(PPOConfig):
 
     # Where and when responses are sampled
     max_staleness: int = field(
-        default=0, metadata={"help": "Updates a rollout may begin before its own. 0: rollouts and updates alternate."}
+        default=0, metadata={"help": "Maximum age of a step, in updates. 0: rollouts and updates alternate."}
     )
     use_rollout_worker: bool = field(
         default=False, metadata={"help": "Sample in a process of its own with max_staleness=0, too."}
@@ -324,10 +325,11 @@ class StepPOConfig(PPOConfig):
         default=None, metadata={"help": "URLs of the vLLM servers. None: http://localhost:8000."}
     )
     vllm_server_timeout: float = field(
-        default=240.0, metadata={"help": "Most seconds to wait while no vLLM server can be used."}
+        default=240.0, metadata={"help": "Maximum time in seconds to wait while no vLLM server can be used."}
     )
     vllm_weights_dir: str | None = field(
-        default=None, metadata={"help": "Where vLLM servers read new weights. None: vllm_weights in output_dir."}
+        default=None,
+        metadata={"help": "Directory from which vLLM servers read new weights. None: vllm_weights in output_dir."},
     )
     vllm_weight_transfer: Literal["files", "nccl"] = field(
         default="files", metadata={"help": "How vLLM servers get new weights: 'files' or 'nccl'."}
@@ -342,8 +344,9 @@ class StepPOConfig(PPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_ranges()
-        self._check_combinations()
+        check_ranges(self)
+        check_choices(self, StepPOConfig)
+        check_combinations(self)
 
     @property
     def uses_critic(self) -> bool:
@@ -382,7 +385,7 @@ class StepPOConfig(PPOConfig):
         return self.num_ppo_epochs if self.num_critic_epochs is None else self.num_critic_epochs
 
     @classmethod
-    def of(cls, args: Any) -> StepPOConfig:
+    def of(cls, args: object) -> StepPOConfig:
         """
         What a trainer is given as `args`, as a `StepPOConfig`.
 
@@ -395,25 +398,26 @@ class StepPOConfig(PPOConfig):
         """
         if isinstance(args, StepPOConfig):
             return args
-        if hasattr(args, "num_ppo_epochs"):  # TRL's own class, too
+        if isinstance(args, TrainingArguments) and hasattr(args, "num_ppo_epochs"):  # TRL's own class, too
             return cls.from_ppo_config(args)
-        kinds = {base.__name__ for base in type(args).__mro__}
-        cure = (
-            "`StepPOTrainer` takes `StepPOConfig.from_grpo_config(args)`"
-            if "GRPOConfig" in kinds
-            else "pass a PPOConfig to `PPOTrainer`, a StepPOConfig to `StepPOTrainer`"
+        what = f"the name {args!r:.100}" if isinstance(args, str) else f"a {type(args).__name__}"
+        if _is_grpo_config(args):
+            raise ConfigurationError(f"`args` is {what}; `StepPOTrainer` takes `StepPOConfig.from_grpo_config(args)`")
+        raise ConfigurationError(
+            f"`args` is {what}; pass a PPOConfig to `PPOTrainer`, a StepPOConfig to `StepPOTrainer`. The first "
+            "positional arguments are those of `PPOTrainer` (`args`, `processing_class`, `model`, ...); name them, as "
+            "in `StepPOTrainer(model=..., reward_funcs=..., args=..., train_dataset=...)`"
         )
-        raise ConfigurationError(f"`args` is a {type(args).__name__}; {cure}")
 
     @classmethod
-    def from_ppo_config(cls, args: PPOConfig) -> StepPOConfig:
+    def from_ppo_config(cls, args: TrainingArguments) -> StepPOConfig:
         """
         The settings under which [`StepPOTrainer`] does what `PPOTrainer` does with a plain `PPOConfig`: token-level
         GAE, ratios and averages.
 
         Args:
             args ([`PPOConfig`]):
-                The plain configuration.
+                The plain configuration, ours or that of TRL.
         """
         known = {f.name for f in fields(cls) if f.init}  # a user's subclass may have more
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
@@ -441,7 +445,7 @@ class StepPOConfig(PPOConfig):
             ConfigurationError: If some settings have no place here and are not at their default. It lists all of them
                 with what there is instead.
         """
-        if "GRPOConfig" not in {base.__name__ for base in type(args).__mro__}:
+        if not _is_grpo_config(args):
             raise ConfigurationError(f"`args` is a {type(args).__name__}; `from_grpo_config` takes TRL's GRPOConfig")
         values = converted(args, advantage_estimator=advantage_estimator)
         values["bf16"] = _bf16_of(args)
@@ -454,184 +458,49 @@ class StepPOConfig(PPOConfig):
             )
         return config
 
-    def _check_ranges(self) -> None:
-        within = {  # name: (lowest, highest, whether the lowest itself is excluded)
-            "gamma": (0, 1, False),
-            "lam": (0, 1, False),
-            "temperature": (MIN_TEMPERATURE, math.inf, False),
-            "top_p": (0, 1, True),
-            "top_k": (0, math.inf, False),
-            "cliprange": (0, math.inf, True),
-            "cliprange_high": (0, math.inf, True),
-            "cliprange_value": (0, math.inf, True),
-            "vf_coef": (0, math.inf, True),
-            "kl_coef": (0, math.inf, False),
-            "kl_loss_coef": (0, math.inf, False),
-            "rollout_correction_cap": (1, math.inf, False),
-            "critic_learning_rate": (0, math.inf, False),
-            "missing_eos_penalty": (0, LARGEST, False),
-            "response_length": (1, math.inf, False),
-            "max_interaction_steps": (1, math.inf, False),
-            "max_prompt_length": (1, math.inf, False),
-            "max_episode_tokens": (2, math.inf, False),
-            "max_episode_s": (0, math.inf, True),
-            "tool_timeout_s": (0, math.inf, True),
-            "max_tool_calls": (1, math.inf, False),
-            "max_concurrent_tool_calls": (1, math.inf, False),
-            "max_concurrent_episodes": (1, math.inf, False),
-            "max_tokens_per_micro_batch": (1, math.inf, False),
-            "local_rollout_forward_batch_size": (1, math.inf, False),
-            "rollout_cache_tokens": (1, math.inf, False),
-            "max_failed_updates": (1, math.inf, False),
-            "log_episodes": (0, math.inf, False),
-            "num_generations": (1, math.inf, False),
-            "num_mini_batches": (1, math.inf, False),
-            "num_ppo_epochs": (1, math.inf, False),
-            "num_critic_epochs": (1, math.inf, False),
-            "critic_warmup_updates": (0, math.inf, False),
-            "total_episodes": (1, math.inf, False),
-            "max_staleness": (0, math.inf, False),
-            "vllm_server_timeout": (0, math.inf, True),
-        }
-        for name, (lowest, highest, excluded) in within.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not _is_number(value) or not (lowest < value if excluded else lowest <= value) or not value <= highest:
-                bounds = f"{'(' if excluded else '['}{lowest}, {highest}{']' if highest < math.inf else ')'}"
-                raise ConfigurationError(f"`{name}` is {shown(value)}; set it to a number in {bounds}")
-        choices = {
-            "advantage_estimator": (*CRITIC_ESTIMATORS, *GROUP_BASELINES, "reinforce_plus_plus"),
-            "importance_sampling_level": ("step", "token"),
-            "loss_aggregation": (None, "step", "episode", "token"),
-            "kl_estimator": ("k1", "k3"),
-            "kl_loss_estimator": ("k1", "k2", "k3"),
-            "rollout_correction": (None, "none", "truncate", "mask"),
-            "rollout_correction_level": ("step", "token"),
-            "stop_token": (None, "eos"),
-            "vllm_weight_transfer": ("files", "nccl"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigurationError(f"`{name}` is {getattr(self, name)!r}; choose one of {allowed}")
+    def for_trial(self) -> StepPOConfig:
+        """
+        These settings for a trial on this machine: a few rows, sampled in this process, up to the first update that
+        moves the policy. Nothing is saved, evaluated, uploaded or reported. What the run would correct is corrected
+        all the same.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        defaults = {f.name: f.default for f in fields(self)}
+        rows = max(2, math.ceil(self.num_mini_batches / self.num_generations))
+        return type(self)(
+            **{
+                **values,
+                **{name: defaults[name] for name in _LEFT_OUT_OF_TRIALS},
+                "max_steps": 1 + self.critic_warmup_updates,
+                "per_device_train_batch_size": self.num_generations * rows,
+                "bf16": False,
+                "eval_strategy": "no",
+                "save_strategy": "no",
+                "report_to": "none",
+                "num_sample_generations": 0,
+                "disable_tqdm": True,
+                "logging_steps": 1,
+                "rollout_correction": self.correction,
+                # Servers have caches for models that the in-process sampler has none for.
+                "allow_uncached_sampling": self.use_vllm or self.allow_uncached_sampling,
+            }
+        )
 
-    def _check_combinations(self) -> None:
-        estimator = self.advantage_estimator
-        episodes = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if episodes % self.num_generations:
-            raise ConfigurationError(
-                f"`num_generations`={self.num_generations} does not divide the {episodes} episodes a rank plays per "
-                f"update (`per_device_train_batch_size`={self.per_device_train_batch_size} × "
-                f"`gradient_accumulation_steps`={self.gradient_accumulation_steps}); a row's episodes stay on one rank"
-            )
-        if self.num_mini_batches > episodes:
-            raise ConfigurationError(
-                f"`num_mini_batches`={self.num_mini_batches} exceeds the {episodes} episodes a rank plays per update; "
-                "every mini-batch needs an episode"
-            )
-        if estimator in GROUP_BASELINES and self.num_generations < 2:
-            raise ConfigurationError(
-                f"`advantage_estimator`={estimator!r} compares the episodes of one row, and `num_generations` is "
-                f"{self.num_generations}; set `num_generations` to at least 2"
-            )
-        if self.stop_token is not None and self.stop_token_id is not None:
-            raise ConfigurationError(
-                f"`stop_token`={self.stop_token!r} and `stop_token_id`={self.stop_token_id} are both set; set one"
-            )
-        if self.max_steps > 0 and self.total_episodes is not None:
-            raise ConfigurationError(
-                f"`max_steps`={self.max_steps} and `total_episodes`={self.total_episodes} both say how long to train; "
-                "set one, and the other, which a configuration file may have set, to None (`max_steps` to -1)"
-            )
-        if self.dump_episodes_dir is not None and self.dump_episodes_dir == self.replay_episodes_dir:
-            raise ConfigurationError(
-                f"`dump_episodes_dir` and `replay_episodes_dir` are both {self.dump_episodes_dir!r}; a run would "
-                "overwrite the recording it replays"
-            )
-        if self.use_vllm and (self.top_p != 1 or self.top_k != 0):
-            raise ConfigurationError(
-                f"`use_vllm` is set, and `top_p`={self.top_p}, `top_k`={self.top_k}: vLLM's log-probabilities are "
-                "then of what these leave, not of the whole distribution that is trained; leave them out"
-            )
-        for url in self.vllm_urls:
-            if not url.startswith(("http://", "https://")):
-                raise ConfigurationError(
-                    f"`vllm_server_base_url` has {url!r}; give each server's URL as in 'http://localhost:8000'"
-                )
-        if len(set(self.vllm_urls)) < len(self.vllm_urls):
-            raise ConfigurationError(f"`vllm_server_base_url` names a server twice: {self.vllm_urls}")
-        self._refuse_without_effect()
 
-    def _refuse_without_effect(self) -> None:
-        """Raise for settings that differ from their default although another setting makes them void."""
-        estimator = f"`advantage_estimator`={self.advantage_estimator!r}"
-        void: list[tuple[bool, str, tuple[str, ...]]] = [
-            (
-                not self.uses_critic,
-                f"{estimator}, which has no critic",
-                (
-                    *("critic_learning_rate", "num_critic_epochs", "critic_warmup_updates", "bootstrap_truncated"),
-                    *("vf_coef", "cliprange_value", "lam", "whiten_rewards"),
-                ),
-            ),
-            (
-                self.advantage_estimator in ("grpo", "rloo"),
-                f"{estimator}, which compares undiscounted returns",
-                ("gamma",),
-            ),
-            (self.kl_coef == 0, "`kl_coef`=0", ("kl_estimator",)),
-            (
-                self.replay_episodes_dir is not None,
-                f"`replay_episodes_dir`={self.replay_episodes_dir!r}",
-                ("max_staleness", "use_rollout_worker", "use_vllm"),
-            ),
-            (self.max_staleness > 0, f"`max_staleness`={self.max_staleness}", ("use_rollout_worker",)),
-            (
-                self.use_vllm,
-                "`use_vllm`=True, whose servers sample, and have caches of their own",
-                ("use_rollout_worker", "rollout_cache_tokens", "allow_uncached_sampling"),
-            ),
-            (
-                not self.use_vllm,
-                "`use_vllm`=False",
-                ("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
-            ),
-            (self.vllm_weight_transfer == "nccl", "`vllm_weight_transfer`='nccl'", ("vllm_weights_dir",)),
-            (self.kl_loss_coef == 0, "`kl_loss_coef`=0", ("kl_loss_estimator",)),
-            (
-                self.correction == "none",
-                f"`rollout_correction`={self.rollout_correction!r}",
-                ("rollout_correction_cap", "rollout_correction_level"),
-            ),
-            (
-                self.max_tokens_per_micro_batch is not None,
-                f"`max_tokens_per_micro_batch`={self.max_tokens_per_micro_batch}",
-                ("local_rollout_forward_batch_size",),
-            ),
-            (
-                self.max_prompt_length is not None
-                and self.max_episode_tokens is not None
-                and self.max_prompt_length >= self.max_episode_tokens,
-                f"`max_episode_tokens`={self.max_episode_tokens}",
-                ("max_prompt_length",),
-            ),
-        ]
-        defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}
-        for applies, reason, names in void:
-            for name in names:
-                if applies and getattr(self, name) != defaults[name]:
-                    raise ConfigurationError(
-                        f"`{name}`={getattr(self, name)!r} has no effect together with {reason}; remove one of the two"
-                    )
+_LEFT_OUT_OF_TRIALS = (
+    *("total_episodes", "gradient_accumulation_steps", "logging_strategy"),
+    *("eval_on_start", "load_best_model_at_end", "push_to_hub", "deepspeed"),
+    *("max_staleness", "use_rollout_worker", "use_vllm"),
+    *("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
+)
+"""Settings of where and how long a run trains, which are at their defaults in a trial."""
+
+
+def _is_grpo_config(args: object) -> bool:
+    """Whether these are TRL's settings of that name, which are not imported for this: it takes seconds."""
+    return "GRPOConfig" in {base.__name__ for base in type(args).__mro__}
 
 
 def _bf16_of(args: TrainingArguments) -> bool:
     """TRL's configurations turn bf16 on by default, on a CPU too, where it is then ignored."""
     return bool(args.bf16) and not args.use_cpu and accelerator_has_bf16()
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, Real) and math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False

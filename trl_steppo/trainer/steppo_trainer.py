@@ -10,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..rollout import Agent
-from .checks import check_args
 from .loading import name_of
 from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
@@ -132,7 +131,6 @@ class StepPOTrainer(PPOTrainer):
     ) -> None:
         if args is None:
             args = StepPOConfig(f"{name_of(model)}-StepPO")
-        check_args(args)
         self._set_up(
             StepPOConfig.of(args),
             processing_class,

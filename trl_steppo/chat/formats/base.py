@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from ...types import Message
 from .values import UnreadableError
 
-Message = dict[str, Any]
 PieceKind = Literal["text", "thought", "calls", "malformed"]
 Schemas = Mapping[str, Mapping[str, Any]]
 """The parameters of each tool, as a JSON schema, by the tool's name."""

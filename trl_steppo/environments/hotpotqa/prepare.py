@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...durable import sync
+from ... import durable
 from ...errors import ConfigurationError, DataError
 from .corpus import MappedCorpus, write_corpus
 from .data import is_file, load_rows, make_corpus, split_rows
@@ -250,7 +250,7 @@ def _check_counts(counts: dict[str, int], expected: dict[str, int], dataset: str
 @contextmanager
 def _in_the_making(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[Path, Manifest]]:
     """The directory beside `directory` that becomes it when the block ends without an error."""
-    partial = directory.with_name(f"{directory.name}.partial")
+    partial = durable.partial_of(directory)
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
     try:
@@ -259,8 +259,7 @@ def _in_the_making(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[
         except BlockingIOError as error:
             raise ConfigurationError(f"{directory} is being prepared by another process; wait for it") from error
         yield partial, _leftover(partial, settings)
-        os.replace(partial, directory)
-        sync(directory.parent)
+        durable.publish(partial, directory)
     finally:
         os.close(descriptor)
 
@@ -294,11 +293,8 @@ def _stage(
     (partial / name).mkdir()
     manifest.counts.update(write(partial))
     for path in sorted((partial / name).iterdir()):
-        sync(path)
+        durable.sync(path)
         manifest.files[f"{name}/{path.name}"] = mark_of(path)
-    sync(partial / name)
-    temporary = partial / f"{MANIFEST}.partial"
-    temporary.write_text(manifest.to_json())
-    sync(temporary)
-    os.replace(temporary, partial / MANIFEST)
-    sync(partial)
+    durable.sync(partial / name)
+    with durable.file(partial / MANIFEST) as path:
+        path.write_text(manifest.to_json())

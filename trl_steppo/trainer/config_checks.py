@@ -1,0 +1,254 @@
+"""Settings that cannot be as they are: out of range, unknown, without effect, or in contradiction to each other."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+
+from ..errors import ConfigurationError
+from ..finite import LARGEST, shown
+from ..inference.base import MIN_TEMPERATURE
+
+if TYPE_CHECKING:
+    from .steppo_config import StepPOConfig
+
+GROUP_BASELINES = ("grpo", "rloo", "gigpo")
+"""Estimators that compare the episodes of one row with each other."""
+
+CRITIC_ESTIMATORS = ("step_gae", "token_gae")
+"""Estimators that need a critic."""
+
+
+# -- ranges and choices -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """
+    The finite numbers that a setting may have.
+
+    Args:
+        lowest (`float`):
+            The lower bound.
+        highest (`float`, *optional*, defaults to infinity):
+            The upper bound, which is allowed.
+        excludes_lowest (`bool`, *optional*, defaults to `False`):
+            Whether the lower bound itself is not allowed.
+    """
+
+    lowest: float
+    highest: float = math.inf
+    excludes_lowest: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        try:
+            number = float(value) if isinstance(value, Real) else math.nan
+        except OverflowError:  # an integer that no float holds
+            return False
+        is_above = self.lowest < number if self.excludes_lowest else self.lowest <= number
+        return is_above and number <= self.highest and number < math.inf
+
+    def __str__(self) -> str:
+        begin, end = "(" if self.excludes_lowest else "[", "]" if self.highest < math.inf else ")"
+        return f"{begin}{self.lowest}, {self.highest}{end}"
+
+
+_SHARE = Range(0, 1)
+_NOT_NEGATIVE = Range(0)
+_POSITIVE = Range(0, excludes_lowest=True)
+_AT_LEAST_ONE = Range(1)
+
+_RANGES = {
+    "gamma": _SHARE,
+    "lam": _SHARE,
+    "temperature": Range(MIN_TEMPERATURE),
+    "top_p": Range(0, 1, excludes_lowest=True),
+    "top_k": _NOT_NEGATIVE,
+    "cliprange": _POSITIVE,
+    "cliprange_high": _POSITIVE,
+    "cliprange_value": _POSITIVE,
+    "vf_coef": _POSITIVE,
+    "kl_coef": _NOT_NEGATIVE,
+    "kl_loss_coef": _NOT_NEGATIVE,
+    "rollout_correction_cap": _AT_LEAST_ONE,
+    "critic_learning_rate": _NOT_NEGATIVE,
+    "missing_eos_penalty": Range(0, LARGEST),
+    "response_length": _AT_LEAST_ONE,
+    "max_interaction_steps": _AT_LEAST_ONE,
+    "max_prompt_length": _AT_LEAST_ONE,
+    "max_episode_tokens": Range(2),
+    "max_episode_s": _POSITIVE,
+    "tool_timeout_s": _POSITIVE,
+    "max_tool_calls": _AT_LEAST_ONE,
+    "max_concurrent_tool_calls": _AT_LEAST_ONE,
+    "max_concurrent_episodes": _AT_LEAST_ONE,
+    "max_tokens_per_micro_batch": _AT_LEAST_ONE,
+    "local_rollout_forward_batch_size": _AT_LEAST_ONE,
+    "rollout_cache_tokens": _AT_LEAST_ONE,
+    "max_failed_updates": _AT_LEAST_ONE,
+    "log_episodes": _NOT_NEGATIVE,
+    "num_generations": _AT_LEAST_ONE,
+    "num_mini_batches": _AT_LEAST_ONE,
+    "num_ppo_epochs": _AT_LEAST_ONE,
+    "num_critic_epochs": _AT_LEAST_ONE,
+    "critic_warmup_updates": _NOT_NEGATIVE,
+    "total_episodes": _AT_LEAST_ONE,
+    "max_staleness": _NOT_NEGATIVE,
+    "vllm_server_timeout": _POSITIVE,
+}
+"""Not in the fields' `metadata`, all of which command lines pass on to `argparse`. `None` is allowed everywhere."""
+
+
+def check_ranges(args: StepPOConfig) -> None:
+    """Raise a `ConfigurationError` for a number that is out of its range, or is not a number."""
+    for name, allowed in _RANGES.items():
+        value = getattr(args, name)
+        if value is not None and value not in allowed:
+            raise ConfigurationError(f"`{name}` is {shown(value)}; set it to a number in {allowed}")
+
+
+def check_choices(args: StepPOConfig, config_class: type[StepPOConfig]) -> None:
+    """
+    Raise a `ConfigurationError` for a value that is none of its field's choices.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The settings.
+        config_class (`type`):
+            The class whose fields are looked at: a user's subclass has fields of its own.
+    """
+    for name, allowed in _choices(config_class).items():
+        if getattr(args, name) not in allowed:
+            raise ConfigurationError(f"`{name}` is {getattr(args, name)!r}; choose one of {allowed}")
+
+
+@functools.cache
+def _choices(config_class: type[StepPOConfig]) -> dict[str, tuple[object, ...]]:
+    """The values of each field that is a `Literal`, and `None` where the field may be `None`."""
+    choices = {}
+    for name, hint in get_type_hints(config_class).items():
+        kinds = [hint] if get_origin(hint) is Literal else get_args(hint)
+        literals = [kind for kind in kinds if get_origin(kind) is Literal]
+        if literals and all(kind in literals or kind is type(None) for kind in kinds):
+            none = (None,) if len(kinds) > len(literals) else ()
+            choices[name] = (*none, *(value for literal in literals for value in get_args(literal)))
+    return choices
+
+
+# -- several settings together ----------------------------------------------------------------------------------------
+
+
+def check_combinations(args: StepPOConfig) -> None:
+    """Raise a `ConfigurationError` for settings that cannot be together, or that have no effect together."""
+    contradiction = next(_contradictions(args), None)
+    if contradiction is not None:
+        raise ConfigurationError(contradiction)
+    defaults = {f.name: f.default for f in fields(args)}
+    for reason, names in _without_effect(args):
+        for name in names:
+            if getattr(args, name) != defaults[name]:
+                raise ConfigurationError(
+                    f"`{name}`={getattr(args, name)!r} has no effect together with {reason}; remove one of the two"
+                )
+
+
+def _contradictions(args: StepPOConfig) -> Iterator[str]:
+    """Settings that cannot be together."""
+    estimator = args.advantage_estimator
+    episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if episodes % args.num_generations:
+        yield (
+            f"`num_generations`={args.num_generations} does not divide the {episodes} episodes a rank plays per "
+            f"update (`per_device_train_batch_size`={args.per_device_train_batch_size} × "
+            f"`gradient_accumulation_steps`={args.gradient_accumulation_steps}); a row's episodes stay on one rank"
+        )
+    if args.num_mini_batches > episodes:
+        yield (
+            f"`num_mini_batches`={args.num_mini_batches} exceeds the {episodes} episodes a rank plays per update; "
+            "every mini-batch needs an episode"
+        )
+    if estimator in GROUP_BASELINES and args.num_generations < 2:
+        yield (
+            f"`advantage_estimator`={estimator!r} compares the episodes of one row, and `num_generations` is "
+            f"{args.num_generations}; set `num_generations` to at least 2"
+        )
+    if args.stop_token is not None and args.stop_token_id is not None:
+        yield f"`stop_token`={args.stop_token!r} and `stop_token_id`={args.stop_token_id} are both set; set one"
+    if args.max_steps > 0 and args.total_episodes is not None:
+        yield (
+            f"`max_steps`={args.max_steps} and `total_episodes`={args.total_episodes} both say how long to train; "
+            "set one, and the other, which a configuration file may have set, to None (`max_steps` to -1)"
+        )
+    if args.dump_episodes_dir is not None and args.dump_episodes_dir == args.replay_episodes_dir:
+        yield (
+            f"`dump_episodes_dir` and `replay_episodes_dir` are both {args.dump_episodes_dir!r}; a run would "
+            "overwrite the recording it replays"
+        )
+    if args.use_vllm and (args.top_p != 1 or args.top_k != 0):
+        yield (
+            f"`use_vllm` is set, and `top_p`={args.top_p}, `top_k`={args.top_k}: vLLM's log-probabilities are "
+            "then of what these leave, not of the whole distribution that is trained; leave them out"
+        )
+    for url in args.vllm_urls:
+        if not url.startswith(("http://", "https://")):
+            yield f"`vllm_server_base_url` has {url!r}; give each server's URL as in 'http://localhost:8000'"
+    if len(set(args.vllm_urls)) < len(args.vllm_urls):
+        yield f"`vllm_server_base_url` names a server twice: {args.vllm_urls}"
+
+
+def _without_effect(args: StepPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What the run has, and the settings that it makes void."""
+    estimator = f"`advantage_estimator`={args.advantage_estimator!r}"
+    if not args.uses_critic:
+        yield (
+            f"{estimator}, which has no critic",
+            (
+                *("critic_learning_rate", "num_critic_epochs", "critic_warmup_updates", "bootstrap_truncated"),
+                *("vf_coef", "cliprange_value", "lam", "whiten_rewards"),
+            ),
+        )
+    if args.advantage_estimator in ("grpo", "rloo"):
+        yield f"{estimator}, which compares undiscounted returns", ("gamma",)
+    if args.kl_coef == 0:
+        yield "`kl_coef`=0", ("kl_estimator",)
+    if args.replay_episodes_dir is not None:
+        yield (
+            f"`replay_episodes_dir`={args.replay_episodes_dir!r}",
+            ("max_staleness", "use_rollout_worker", "use_vllm"),
+        )
+    if args.max_staleness > 0:
+        yield f"`max_staleness`={args.max_staleness}", ("use_rollout_worker",)
+    if args.use_vllm:
+        yield (
+            "`use_vllm`=True, whose servers sample, and have caches of their own",
+            ("use_rollout_worker", "rollout_cache_tokens", "allow_uncached_sampling"),
+        )
+    else:
+        yield (
+            "`use_vllm`=False",
+            ("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
+        )
+    if args.vllm_weight_transfer == "nccl":
+        yield "`vllm_weight_transfer`='nccl'", ("vllm_weights_dir",)
+    if args.kl_loss_coef == 0:
+        yield "`kl_loss_coef`=0", ("kl_loss_estimator",)
+    if args.correction == "none":
+        yield (
+            f"`rollout_correction`={args.rollout_correction!r}",
+            ("rollout_correction_cap", "rollout_correction_level"),
+        )
+    if args.max_tokens_per_micro_batch is not None:
+        yield (
+            f"`max_tokens_per_micro_batch`={args.max_tokens_per_micro_batch}",
+            ("local_rollout_forward_batch_size",),
+        )
+    if (
+        args.max_prompt_length is not None
+        and args.max_episode_tokens is not None
+        and args.max_prompt_length >= args.max_episode_tokens
+    ):
+        yield f"`max_episode_tokens`={args.max_episode_tokens}", ("max_prompt_length",)
