@@ -7,8 +7,8 @@ A scripted sampler takes 20 ms a token, whoever else is sampled at the same time
 sessions of several turns over HTTP, with and without trouble: clients that go away or ask twice, a sampler that fails.
 For comparison, agents in this process call the sampler itself. Every step is on the disk before its client is told of
 it. Then: memory over many sessions, one after the other, and the time that a turn takes the gateway when a
-conversation has 1, 8 and 64 of them. Then (`common/hostile_clients.py`): what others wait while a client sends far more than
-the model's context has room for, again and again, and beside 1,500 connections that say nothing, under a limit of
+conversation has 1, 8 and 64 of them. Then (`common/hostile_clients.py`): how long others wait while a client sends far
+more than the model's context has room for, again and again, and beside 1,500 silent connections, under a limit of
 1,024 open files.
 
 The figures, as `--json` has them:

@@ -18,10 +18,10 @@ from statistics import mean
 from typing import Any
 
 from common.intervals import curve_interval
-from study.plots import plot_task
 from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from common.runs import Run, play, refuse_failures
 from study.plan import chosen_rates, refuse_other_settings
+from study.plots import plot_task
 from study.runs import QUICK, Cell, Store, record_of, run_of
 from study.summary import shown, summarize
 from study.tasks import MINI_WIKI

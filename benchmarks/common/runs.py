@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from .record import current_commit
 
 from trl_steppo.keeper import Keeper
 from trl_steppo.models import ROOMS_POLICY, locate_model
+
+from .record import current_commit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAUNCHER = ("-m", "accelerate.commands.launch", "--num_processes", "1")

@@ -88,4 +88,3 @@ TASKS = {
     "mini_wiki": [MINI_WIKI],
     "rooms": list({task.name: task for axis in ROOMS_AXES.values() for task in axis.values()}.values()),
 }
-

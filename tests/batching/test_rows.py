@@ -150,5 +150,7 @@ def test_what_costs_less_is_chosen():
     assert share_prefixes(alone).segments is None
     assert share_prefixes([ids(50, 100), ids(49, 200)]).segments is None, "one token of padding"
     assert share_prefixes([ids(50, 100), ids(30, 200)]).segments is not None, "much padding"
-    assert share_prefixes([ids(50, 100), np.append(ids(10, 100), ids(40, 200))]).segments is not None, "a shared prefix"
+    assert share_prefixes([ids(50, 100), np.append(ids(10, 100), ids(40, 200))]).segments is not None, (
+        "a shared prefix"
+    )
     assert share_prefixes([ids(20, 100), ids(50, 100)]).segments is None, "an episode that only grew"

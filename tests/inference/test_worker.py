@@ -89,7 +89,10 @@ def test_says_what_the_one_in_this_process_says_before_and_after_new_weights(mod
     local = LocalSampler(model)
     expected = asyncio.run(respond(local, PROMPTS))
     assert asyncio.run(respond(worker, PROMPTS)) == expected
-    assert (worker.counts.sampled_tokens, worker.counts.prefilled_tokens) == (local.counts.sampled_tokens, local.counts.prefilled_tokens)
+    assert (worker.counts.sampled_tokens, worker.counts.prefilled_tokens) == (
+        local.counts.sampled_tokens,
+        local.counts.prefilled_tokens,
+    )
     assert worker.counts.forward_s > 0
 
     other = moved(model)

@@ -197,4 +197,3 @@ def longest_first(costs: Sequence[int], num_shares: int) -> list[list[int]]:
         shares[least].append(unit)
         loads[least] += costs[unit]
     return shares
-

@@ -92,9 +92,7 @@ class ChatFormat:
         self._encoder = TextEncoder(tokenizer, self.template)
         self._encoder.warm_up()
         kinds = ("user", "tool") if self.tools else ("user",)
-        ends = TurnEnds(
-            tuple(dict.fromkeys(self._template.end_of_turn(kind) for kind in kinds)), tuple(end_token_ids)
-        )
+        ends = TurnEnds(tuple(dict.fromkeys(self._template.end_of_turn(kind) for kind in kinds)), tuple(end_token_ids))
         self._turn_ends = ends.of_template
         self.end_of_turn_id: int = ends.of_template[0]
         """The token that ends an assistant turn; not always the tokenizer's `eos_token_id`."""

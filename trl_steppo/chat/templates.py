@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..compat.trl import training_chat_template
 from ..errors import ChatTemplateError
@@ -40,7 +41,7 @@ class Template:
             Passed on to the template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, source: str, arguments: Mapping[str, object]) -> None:
+    def __init__(self, tokenizer: Tokenizer, source: str, arguments: Mapping[str, Any]) -> None:
         self.source = source
         self._tokenizer = tokenizer
         self._arguments = arguments
@@ -123,8 +124,8 @@ class Template:
         ends = [i for i in tail if i in self._added_ids and self.token_text(i) not in WRITTEN]
         if not ends:
             raise ChatTemplateError(
-                f"the chat template of {name_of(self._tokenizer)} does not end an assistant turn with a special token; "
-                f"it ends with {text[-40:]!r}, so a finished response could not be told from a cut one"
+                f"the chat template of {name_of(self._tokenizer)} does not end an assistant turn with a special "
+                f"token; it ends with {text[-40:]!r}, so a finished response could not be told from a cut one"
             )
         return ends[-1]
 
@@ -196,7 +197,7 @@ class Template:
 def choose_template(
     tokenizer: Tokenizer,
     tools: Sequence[JsonObject],
-    arguments: Mapping[str, object],
+    arguments: Mapping[str, Any],
     *,
     multi_turn: bool,
 ) -> Template:
@@ -218,8 +219,8 @@ def choose_template(
     """
     if not tokenizer.chat_template:
         raise ChatTemplateError(
-            f"the tokenizer {name_of(tokenizer)} has no chat template; set `tokenizer.chat_template`, or give rows with "
-            "`input_ids` instead of `prompt`"
+            f"the tokenizer {name_of(tokenizer)} has no chat template; set `tokenizer.chat_template`, or give rows "
+            "with `input_ids` instead of `prompt`"
         )
     template = Template(tokenizer, tokenizer.get_chat_template(None, list(tools) or None), arguments)
     if not multi_turn:

@@ -1,7 +1,7 @@
 """Text -> token ids: which text may become control tokens, and how few tokens a text can have.
 
-A control token frames a conversation: it begins a turn, ends it, opens a tool call or a thought. Text from users, tools
-and environments is data. Where it spells a control token (a web page may contain `<|im_end|>`), it must be
+A control token frames a conversation: it begins a turn, ends it, opens a tool call or a thought. Text from users,
+tools and environments is data. Where it spells a control token (a web page may contain `<|im_end|>`), it must be
 tokenized as the characters that it is.
 
 ```
@@ -82,7 +82,7 @@ class TextEncoder:
         framing = {text for text in tokens if _frames(text, template)}
         names = {text for text in special | framing if len(text.strip()) > 1}
         ids = {text: tokenizer.convert_tokens_to_ids(text) for text in sorted(names)}
-        self.control_ids: dict[str, int] = {text: id_ for text, id_ in ids.items() if id_ is not None}
+        self.control_ids: dict[str, int] = {text: id_ for text, id_ in ids.items() if isinstance(id_, int)}
         """The control tokens by their text."""
         self._prefixes = frozenset(text[:end] for text in self.control_ids for end in range(1, len(text)))
         self._first_letters = frozenset(text[0] for text in self.control_ids)
@@ -98,7 +98,9 @@ class TextEncoder:
         value = map_texts(value, writable)
         if not any(self._marks(text) for text in _texts(value)):
             return Guarded(value)
-        mark = "".join(str(secrets.randbelow(10)) for _ in range(24))  # data cannot predict it, and templates do not change it
+        mark = "".join(
+            str(secrets.randbelow(10)) for _ in range(24)
+        )  # data cannot predict it, and templates do not change it
         return Guarded(map_texts(value, lambda text: _inserted(text, self._marks(text), mark)), mark)
 
     def count(self, value: object) -> int:
@@ -138,7 +140,7 @@ class TextEncoder:
 
     def _marks(self, text: str) -> list[int]:
         """The positions where a control token begins, or where the text ends with the beginning of one."""
-        if not any(letter in text for letter in self._first_letters):  # true for nearly all texts, so it is tried first
+        if not any(letter in text for letter in self._first_letters):  # of nearly all texts, so it is tried first
             return []
         found = [match.start() for match in self._starts.finditer(text)]
         first_end = max(0, len(text) - self._longest)
@@ -355,6 +357,6 @@ def _parts(state: Mapping[str, Any] | None, name: str) -> Sequence[Mapping[str, 
     return [part for one in state[name] for part in _parts(one, name)] if state["type"] == "Sequence" else [state]
 
 
-def _state(component: object) -> Mapping[str, Any] | None:
+def _state(component: Any) -> Mapping[str, Any] | None:
     """The state of a part of a fast tokenizer, as in `tokenizer.json`."""
     return None if component is None else json.loads(component.__getstate__())

@@ -92,7 +92,7 @@ class _Layer(CacheLayerMixin):
 
 @dataclass
 class _Cursor:
-    """Where a forward pass writes: rows `first` to `last`, at `columns` (rows, new tokens), of `seen` tokens in all."""
+    """Where a forward pass writes: rows `first` to `last`, at `columns` (rows, new tokens), of `seen` tokens."""
 
     capacity: tuple[int, int] = (0, 0)  # rows, tokens
     first: int = 0
@@ -181,7 +181,7 @@ class CachedRows:
         return Update(self.requests[first:], logits, num_prefilled)
 
     def _prefill(self, first: int) -> tuple[torch.Tensor, int]:
-        """Forward what is not stored of the prompts of rows `first` onwards: their logits, and the tokens forwarded."""
+        """Forward what is not stored of the prompts from row `first` on: their logits, and the tokens forwarded."""
         logits, num_prefilled = [], 0
         for start, stop in self._prefill_groups(first):
             new = [self.requests[row].prompt_ids[self.lengths[row] :] for row in range(start, stop)]
@@ -342,12 +342,12 @@ def _disagreements(model: PreTrainedModel) -> Iterator[str]:
         yield f"{_tried[key]} with transformers {transformers.__version__} gives other logits than a whole row"
 
 
-_tried: dict[tuple[type, str, torch.dtype], str] = {}  # for this process, whose library versions are fixed; "": they agree
+_tried: dict[tuple[type, str, torch.dtype], str] = {}  # for this process and its library versions; "": they agree
 
 
 @torch.no_grad()
 def _first_disagreement(model: PreTrainedModel, vocab_size: int) -> str:
-    """Try two rows of different lengths: begin both, add a token to each, and continue one by several after a pause."""
+    """Try two rows of different lengths: begin both, add a token to each, and continue one after a pause."""
     rows = CachedRows(model, None)
     nobody: Any = None  # no future: nobody waits for these responses
 

@@ -22,6 +22,7 @@ from .base import Counts, Sample, SamplingParams, check_request, vocabulary_size
 from .cached_rows import CachedRows, samples_with_a_cache
 from .rows import Request, Rows, UncachedRows, Update
 
+
 class LocalSampler:
     """
     Samples from a transformers causal language model in this process. Greedy output and log-probabilities equal those

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Collection
 from itertools import accumulate
 from multiprocessing.reduction import DupFd
-from typing import IO
+from typing import IO, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,12 @@ _ALIGNMENT = 64  # that of torch's own allocator: the rounding of a forward pass
 
 _Layout = dict[str, tuple[torch.dtype, torch.Size]]
 """Type and shape of each tensor, by its name."""
+
+
+class _Descriptor(Protocol):
+    """A file descriptor on its way to another process."""
+
+    def detach(self) -> int: ...
 
 
 class SharedModel:
@@ -74,10 +80,10 @@ class SharedModel:
             for (name, (dtype, shape)), start, size in zip(self._layout.items(), starts[:-1], sizes, strict=True)
         }
 
-    def __getstate__(self) -> tuple[bytes, _Layout, DupFd]:
+    def __getstate__(self) -> tuple[bytes, _Layout, _Descriptor]:
         return self._model, self._layout, DupFd(self._file.fileno())
 
-    def __setstate__(self, state: tuple[bytes, _Layout, DupFd]) -> None:
+    def __setstate__(self, state: tuple[bytes, _Layout, _Descriptor]) -> None:
         self._model, self._layout, descriptor = state
         self._file = open(descriptor.detach(), "r+b", buffering=0)  # noqa: SIM115
         self.weights = self._map()

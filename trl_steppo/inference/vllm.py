@@ -6,8 +6,8 @@ weights. A server that died, hangs or was started again is not ready until its k
 sent again, to another server or to this one when it is back. Within a time limit a keeper says that its server is
 ready, or what its trouble is. Nothing waits for a server in trouble.
 
-Each set of weights has a unique name. With each response a server reports the name of the weights that it sampled from,
-so that no response of other weights is taken, such as those that a server was started with.
+Each set of weights has a unique name. With each response a server reports the name of the weights that it sampled
+from, so that no response of other weights is taken, such as those that a server was started with.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class VLLMSampler:
 
     Args:
         urls (`Sequence[str]`):
-            URLs of the servers. Each is started as `vllm serve` with `VLLM_SERVER_DEV_MODE=1`, whose endpoints take new weights,
-            `--enable-scale-out` and `--logprobs-mode processed_logprobs`; for adapters with `--enable-lora --max-loras
-            2`; on a CPU perhaps with an extension ([`PacksOutputLayer`]). The environment variable `VLLM_API_KEY` is
-            their key, if they have one.
+            URLs of the servers. Each is started as `vllm serve` with `VLLM_SERVER_DEV_MODE=1`, whose endpoints take
+            new weights, `--enable-scale-out` and `--logprobs-mode processed_logprobs`; for adapters with
+            `--enable-lora --max-loras 2`; on a CPU perhaps with an extension ([`PacksOutputLayer`]). The environment variable
+            `VLLM_API_KEY` is their key, if they have one.
         timeout_s (`float`, *optional*, defaults to `240.0`):
             How long an attempt waits for a server while none is ready. A server that takes half as long for new
             weights is left out until it has them. A server that computes nothing for half as long, although it has
@@ -63,7 +63,7 @@ class VLLMSampler:
         poll_s (`float`, *optional*, defaults to `1.0`):
             Time between two health checks.
         retry_s (`float`, *optional*, defaults to `0.2`):
-            Time before a request that was answered with an error is sent again; each time five times as long as before.
+            Time before a request that was answered with an error is sent again, each time five times as long.
         join (`Callable`, *optional*):
             Makes a group of this process and a server's workers, in which whole weights are sent ([`NCCLGroup`]).
             `None`: servers read them in a directory.
@@ -275,7 +275,9 @@ class VLLMSampler:
                 logger.warning("vLLM at %s: %s", server.url, server.trouble)
             self._tell()
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(server.check_requested.wait(), self.poll_s if server.is_ready else _RETRY_INTERVAL_S)
+                await asyncio.wait_for(
+                    server.check_requested.wait(), self.poll_s if server.is_ready else _RETRY_INTERVAL_S
+                )
             server.check_requested.clear()
 
     async def _check(self, server: VLLMServer) -> None:

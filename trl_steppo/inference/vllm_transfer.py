@@ -69,7 +69,12 @@ class NCCLGroup:
     """
 
     def __init__(
-        self, open_endpoint: Callable[[dict[str, object]], Communicator], device: int, address: str, port: int, size: int
+        self,
+        open_endpoint: Callable[[dict[str, object]], Communicator],
+        device: int,
+        address: str,
+        port: int,
+        size: int,
     ) -> None:
         torch.cuda.set_device(device)  # of this thread
         self._device = device

@@ -7,8 +7,9 @@ it has begun, and begins no others. So each response comes from one version of t
 A process that dies, hangs, or gives no sign of life for some seconds is started again with the weights that it was
 given last, and gets the unanswered requests again.
 
-This is the trainer's side; `worker_process.py` is the process's side. No event loop ever waits for the process: messages
-to it go to a queue, and its messages are received in a thread, which also ends the process and starts the next one.
+This is the trainer's side; `worker_process.py` is the process's side. No event loop ever waits for the process:
+messages to it go to a queue, and its messages are received in a thread, which also ends the process and starts the
+next one.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class WorkerSampler:
         autocast (`torch.dtype`, *optional*):
             Type of mixed precision in forward passes; `None`: no mixed precision.
         is_paced (`bool`, *optional*, defaults to `True`):
-            Whether batches wait for quick environments, so that batches are the same in every run. For one rollout at a
+            Whether batches wait for quick environments, so that they are the same in every run. For one rollout at a
             time.
         silent_s (`float`, *optional*, defaults to `20.0`):
             A process that gives no sign of life for this long is given up. Signs also come during forward passes.
@@ -119,7 +120,7 @@ class WorkerSampler:
             allow_uncached,
         )
         self._numbers = itertools.count()
-        # Held briefly: event-loop threads acquire it. Notified when weights were taken, a process or the sampler ended.
+        # Held briefly: event-loop threads acquire it. Notified when weights were taken, or a process or this ended.
         self._changed = threading.Condition()
         self._process: _Process | None = None  # the current one, or the last
         self._keeper: threading.Thread | None = None

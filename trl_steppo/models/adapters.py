@@ -20,7 +20,7 @@ from ..types import Model
 from .forward import EntropyMode, PolicyScorer, Scores
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
 
 def is_peft_model(model: object) -> TypeGuard[PeftModel]:
@@ -76,7 +76,7 @@ def add_adapter(model: PreTrainedModel, peft_config: object, *, name: str = "def
     return get_peft_model(model, peft_config, adapter_name=name)
 
 
-def critic_adapter(peft_config: PeftConfig) -> PeftConfig:
+def critic_adapter(peft_config: Any) -> Any:
     """The policy's adapter configuration, as a critic of the same architecture takes it: with its value head."""
     config = copy.deepcopy(peft_config)
     config.task_type = "SEQ_CLS"
@@ -103,8 +103,9 @@ def shared_copy(model: Model) -> PreTrainedModel:
             What to copy; not changed.
     """
     # `deepcopy` takes what it finds in its memo for the copy of what it looks up there.
-    copied = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
-    return copied.unload() if is_peft_model(copied) else copied
+    copied: Any = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
+    plain: PreTrainedModel = copied.unload() if is_peft_model(copied) else copied
+    return plain
 
 
 @torch.no_grad()
@@ -165,7 +166,7 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
 
 
 @contextmanager
-def as_reference(model: PeftModel, policy_adapter: str, reference_adapter: str | None) -> Iterator[None]:
+def as_reference(model: Any, policy_adapter: str, reference_adapter: str | None) -> Iterator[None]:
     """
     Within the block, a policy with adapters is its own reference. Not for anything with a gradient.
 
@@ -199,7 +200,7 @@ class AdapterReference(nn.Module):
             See [`as_reference`].
     """
 
-    def __init__(self, scorer: PolicyScorer, model: PeftModel, policy_adapter: str, reference_adapter: str | None) -> None:
+    def __init__(self, scorer: PolicyScorer, model: Any, policy_adapter: str, reference_adapter: str | None) -> None:
         super().__init__()
         self.scorer = scorer
         self.reference_adapter = reference_adapter

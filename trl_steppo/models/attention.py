@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,8 +34,6 @@ from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-F = TypeVar("F", bound=Callable[..., object])
 
 NAMES = {"sdpa": "sdpa_tree", "flex_attention": "flex_tree"}
 """The name of attention over tries among transformers' attention implementations, by the one that it replaces."""
@@ -199,7 +197,8 @@ def block_mask(segments: Sequence[Segment], device: torch.device) -> BlockMask:
     def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= query) & (query < ends[key])
 
-    return _compiled(create_block_mask, device)(sees, None, None, length, length, device=device)
+    mask: BlockMask = _compiled(create_block_mask, device)(sees, None, None, length, length, device=device)
+    return mask
 
 
 def block_attention(
@@ -238,12 +237,9 @@ def block_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _compiled(function: F, device: torch.device) -> F:
+def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """The function, compiled on a GPU: FlexAttention is meant to be, and its backward pass needs it."""
-    if device.type != "cuda":
-        return function
-    compiled: F = _compile_once(function)
-    return compiled
+    return _compile_once(function) if device.type == "cuda" else function
 
 
 _compile_once = cache(torch.compile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def build_critic(policy: Model, *, share_weights: bool = False) -> PreTrainedMod
         raise ConfigurationError(
             "the policy is quantized, and no critic can be built from its weights; pass `value_model`"
         )
-    critic_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(plain.config), None)
+    critic_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(plain.config), None)
     if critic_class is None:
         raise ConfigurationError(
             f"transformers has no sequence classifier for {type(plain).__name__}, so no critic can be built from it; "

@@ -52,7 +52,7 @@ class PolicyScorer(nn.Module):
 
     def prepare_sharding(self) -> None:
         """
-        Have ZeRO-3 gather the head, which is read without a call of its module. To be called once ZeRO-3 has taken over.
+        Have ZeRO-3 gather the head, which is read without a call of its module. To be called after ZeRO-3's setup.
 
         Raises:
             ConfigurationError: If the head is sharded and more than a product: ranks would call it different numbers
@@ -116,9 +116,12 @@ class PolicyScorer(nn.Module):
         entropy: EntropyMode,
     ) -> Scores:
         """Log-probability of each target (M,) and, if asked for, the entropy (M,)."""
-        # A sharded head is not called as a module: each call would communicate, and ranks differ in their number of chunks.
-        sharded = _is_plain(head) and is_sharded(head.weight)
-        logits = _at_least_float32(nn.functional.linear(states, head.weight) if sharded else head(states))  # (M, V)
+        # A sharded head is not called as a module: each call would communicate, and ranks have different numbers.
+        if _is_plain(head) and is_sharded(head.weight):
+            logits = nn.functional.linear(states, head.weight)
+        else:
+            logits = head(states)
+        logits = _at_least_float32(logits)  # (M, V)
         if self._logit_cap is not None:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
         scores: Scores = _TokenScores.apply(logits, targets, temperatures, entropy)
@@ -190,7 +193,7 @@ class _HeadScores(torch.autograd.Function):
     ) -> Scores:
         logits = states.new_empty(min(size, len(states)), len(weight))
         keep = len(logits) == len(states)
-        ctx.save_for_backward(states, weight, targets, temperatures, logits if keep else None)
+        ctx.save_for_backward(states, weight, targets, temperatures, *([logits] if keep else []))
         ctx.trains_entropy, ctx.size = entropy == "train", size
         parts = []
         for rows in _slices(len(states), size):
@@ -206,17 +209,22 @@ class _HeadScores(torch.autograd.Function):
     def backward(
         ctx: _Context, logprobs_grad: torch.Tensor, entropies_grad: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        states, weight, targets, temperatures, kept = ctx.saved_tensors
+        states, weight, targets, temperatures, *kept = ctx.saved_tensors
         states_grad = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        logits = states.new_empty(min(ctx.size, len(states)), len(weight)) if kept is None else kept
+        logits = kept[0] if kept else states.new_empty(min(ctx.size, len(states)), len(weight))
         for rows in _slices(len(states), ctx.size):
             chunk = logits[: len(states[rows])]
-            if kept is None:
+            if not kept:
                 torch.mm(states[rows], weight.t(), out=chunk)
             entropies_grad_rows = entropies_grad[rows] if entropies_grad is not None and ctx.trains_entropy else None
             _replace_by_gradient(
-                chunk, targets[rows], temperatures[rows], logprobs_grad[rows], entropies_grad_rows, is_log_p=kept is not None
+                chunk,
+                targets[rows],
+                temperatures[rows],
+                logprobs_grad[rows],
+                entropies_grad_rows,
+                is_log_p=bool(kept),
             )
             if states_grad is not None:
                 torch.mm(chunk, weight, out=states_grad[rows])

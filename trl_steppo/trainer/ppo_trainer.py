@@ -1208,7 +1208,7 @@ class PPOTrainer(_Base):
         self._event("on_step_begin")
         yield
         update_s = time.perf_counter() - start
-        counts = self.sampler.counts - counts  # read now: what is sampled during the sync counts towards the next update
+        counts = self.sampler.counts - counts  # read now: what the sync samples is of the next update
         num_cached = max(0, counts.prompt_tokens - counts.prefilled_tokens)
         self._means.add("rollout/prefix_cache_hit_rate", num_cached, counts.prompt_tokens)
         model_s, rollout_s = self.clock.seconds["model_s"], max(self.clock.seconds["rollout_s"], 1e-9)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from ...types import Message
-from .values import UnreadableError
+from .values import Schema, UnreadableError
 
 PieceKind = Literal["text", "thought", "calls", "malformed"]
-Schemas = Mapping[str, Mapping[str, Any]]
+Schemas = Mapping[str, Schema]
 """The parameters of each tool, as a JSON schema, by the tool's name."""
 
 

@@ -6,9 +6,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 MAX_LEVELS = 64  # of nested lists and objects; Python recursion fails at some hundreds
+
+Schema = Mapping[str, Any]
+"""A JSON schema."""
 
 
 class UnreadableError(ValueError):
@@ -100,7 +103,7 @@ def find_end(
     return None
 
 
-def read_text(text: str, schema: Mapping[str, object] | None) -> object:
+def read_text(text: str, schema: Schema | None) -> object:
     """
     What a text stands for, in a format that writes strings without quotes.
 
@@ -178,12 +181,12 @@ def _as_json(text: str, *, is_strict: bool = False) -> list[object]:
     return [value] if not text[end:].strip() else []
 
 
-def _options(schema: Mapping[str, object]) -> list[Mapping[str, object]]:
+def _options(schema: Schema) -> list[Schema]:
     options = schema.get("anyOf") or schema.get("oneOf") or ()
     return [option for option in options if isinstance(option, Mapping)]
 
 
-def _declared(schema: Mapping[str, object]) -> set[str] | None:
+def _declared(schema: Schema) -> set[str] | None:
     """The JSON types that a schema allows; `None` where it allows any."""
     options = _options(schema)
     if options:
@@ -200,6 +203,6 @@ def _declared(schema: Mapping[str, object]) -> set[str] | None:
     return names | {"null"} if schema.get("nullable") else names
 
 
-def _choices(schema: Mapping[str, object]) -> list[object]:
+def _choices(schema: Schema) -> list[object]:
     own = list(schema.get("enum", ())) + ([schema["const"]] if "const" in schema else [])
     return own + [choice for option in _options(schema) for choice in _choices(option)]
