@@ -25,7 +25,7 @@ from typing import Any
 from safetensors import safe_open
 
 HERE = Path(__file__).parent.parent
-COMMON = ["--max_steps=4", "--per_device_train_batch_size=32", "--eval_strategy=no", "--eval_on_start=false"]
+COMMON = ["--total_episodes=128", "--per_device_train_batch_size=32", "--eval_strategy=no", "--eval_on_start=false"]
 GROUP = ["--config", "examples/configs/mini_wiki_group.yaml", "--num_generations=4"]
 SPLIT = ["--config", "examples/configs/mini_wiki.yaml", "--max_tokens_per_micro_batch=2048"]
 TIMES = ("_s", "_runtime", "_per_second", "tokens_per_s", "overhead_fraction")
@@ -44,7 +44,12 @@ RUNS: dict[str, list[str]] = {
     "micro_batches_zero3": SPLIT,
     "ahead": ["--max_staleness=1"],
     "replay": ["--replay_episodes_dir={before}/ahead/episodes", "--rollout_correction=truncate"],
-    "agent": ["--max_concurrent_episodes=1", "--per_device_train_batch_size=8", "--num_mini_batches=2"],
+    "agent": [
+        "--max_concurrent_episodes=1",
+        "--total_episodes=32",
+        "--per_device_train_batch_size=8",
+        "--num_mini_batches=2",
+    ],
     "interrupted": ["--save_strategy=steps", "--save_steps=2"],
     "resumed": [
         "--save_strategy=steps",
