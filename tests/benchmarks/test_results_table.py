@@ -20,7 +20,7 @@ def test_every_program_has_a_row():
     assert sorted(rows()) == PROGRAMS
 
 
-@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("name", [name for name in RESULTS if f"{name}.py" in PROGRAMS])
 def test_a_row_says_what_its_result_says(name):
     _, command, date, commit, machine = rows()[f"{name}.py"]
     record = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())

@@ -49,8 +49,8 @@ class VLLMSampler:
         urls (`Sequence[str]`):
             URLs of the servers. Each is started as `vllm serve` with `VLLM_SERVER_DEV_MODE=1`, whose endpoints take
             new weights, `--enable-scale-out` and `--logprobs-mode processed_logprobs`; for adapters with
-            `--enable-lora --max-loras 2`; on a CPU perhaps with an extension ([`PacksOutputLayer`]). The environment variable
-            `VLLM_API_KEY` is their key, if they have one.
+            `--enable-lora --max-loras 2`; on a CPU perhaps with an extension ([`PacksOutputLayer`]). The environment
+            variable `VLLM_API_KEY` is their key, if they have one.
         timeout_s (`float`, *optional*, defaults to `240.0`):
             How long an attempt waits for a server while none is ready. A server that takes half as long for new
             weights is left out until it has them. A server that computes nothing for half as long, although it has
