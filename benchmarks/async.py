@@ -35,8 +35,8 @@ from common.record import BenchmarkArguments, parse_arguments, print_table, writ
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
-from trl_steppo.models import MINI_WIKI_POLICY
 from trl_steppo.rollout import EpisodeRequest
 
 LATENCIES = (0.0, 0.2, 1.0)

@@ -48,12 +48,12 @@ from common.hostile_clients import measure_hostile
 from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoTokenizer
 
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.chat import ChatFormat
 from trl_steppo.gateway import GatewayServer, SessionSpec
 from trl_steppo.gateway.sampling import Engine
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.models import MINI_WIKI_POLICY
 from trl_steppo.types import Episode, EpisodeLimits, StopReason, TokenIds
 
 CLIENTS = Path(__file__).parent / "common" / "gateway_clients.py"

@@ -23,9 +23,9 @@ import torch
 from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config
 
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
-from trl_steppo.models import MINI_WIKI_POLICY
 
 PROMPT_TOKENS = (40, 250)
 RESPONSE_TOKENS = (8, 40)

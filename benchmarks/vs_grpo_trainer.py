@@ -42,8 +42,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_template
 
 from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
-from trl_steppo.models import MINI_WIKI_POLICY
 
 OURS, THEIRS, DEFAULTS = "StepPOTrainer", "GRPOTrainer", "GRPOTrainer, defaults"
 CASES = {"agent": 5, "single turn": 1}

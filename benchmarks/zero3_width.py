@@ -19,9 +19,10 @@ import torch
 from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_steppo.cli import CONFIGS
-from trl_steppo.memory import Setting, load_config, plan, shape_of
-from trl_steppo.models import MINI_WIKI_POLICY
+from trl_steppo.assets import MINI_WIKI_POLICY
+from trl_steppo.commands.config import CONFIGS
+from trl_steppo.commands.memory_plan import Setting, plan
+from trl_steppo.commands.shapes import load_config, shape_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPE = EXAMPLES / "configs" / "hotpotqa_qwen2.5_3b_8gpu.yaml"

@@ -23,30 +23,29 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+from trl_steppo.assets import locate_model
 from trl_steppo.chat import ChatFormat, parse_hermes
 from trl_steppo.environments import make_playable
-from trl_steppo.environments.base import Message, Playable, Response
-from trl_steppo.environments.hotpotqa import HotpotQAData, HotpotQAEnvironment, hotpotqa_dataset
-from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
-from trl_steppo.environments.tools import MISTAKES
+from trl_steppo.environments.base import MISTAKES, Message, Playable, Response
+from trl_steppo.environments.hotpotqa import EnvironmentArguments, HotpotQAData, hotpotqa_dataset
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
-from trl_steppo.models import end_token_ids, locate_model
+from trl_steppo.models import end_token_ids
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes
 
 SCORES = ("exact_match", "f1", "answered", "steps", "tool_errors")
 HOW_IT_RUNS = ("output_dir", "datasets", "max_questions", "batch_size")  # none of which changes a score
 
 
-@dataclass
-class Arguments:
+@dataclass(kw_only=True)
+class Arguments(EnvironmentArguments):
     """What to evaluate on what."""
 
     model_name_or_path: str = field(
@@ -62,18 +61,16 @@ class Arguments:
     )
     max_questions: int | None = field(default=None, metadata={"help": "Only the first ones of each data set."})
     batch_size: int = field(default=32, metadata={"help": "Questions played at a time."})
-    max_interaction_steps: int = field(default=5, metadata={"help": "Most steps of an episode."})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of a state, in-process."})
-    response_length: int = field(default=1024, metadata={"help": "Most tokens of a response."})
-    max_tool_calls: int | None = field(default=None, metadata={"help": "Most tool calls of a response that are run."})
-    num_passages: int = field(default=3, metadata={"help": "Most passages that a search returns."})
-    system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "First message of every prompt."})
+    max_interaction_steps: int = field(default=5, metadata={"help": "Maximum number of steps of an episode."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Maximum number of tokens of a state, in-process."}
+    )
+    response_length: int = field(default=1024, metadata={"help": "Maximum number of tokens of a response."})
+    max_tool_calls: int | None = field(
+        default=None, metadata={"help": "Maximum number of tool calls of a response that are run."}
+    )
     chat_template_kwargs: str | None = field(
         default=None, metadata={"help": "Extra arguments of the chat template, as JSON."}
-    )
-    state: Literal["chat", "rewritten"] = field(default="chat", metadata={"help": "How the state is shown."})
-    force_first_search: bool = field(
-        default=False, metadata={"help": "Begin with what a search for the question finds."}
     )
 
 
@@ -273,10 +270,7 @@ def evaluate(args: Arguments, dataset: str, data: HotpotQAData, model: LocalMode
 
 
 def _make(args: Arguments, data: HotpotQAData) -> Playable:
-    environment = HotpotQAEnvironment(
-        data.retriever, top_k=args.num_passages, state=args.state, force_first_search=args.force_first_search
-    )
-    return make_playable(environment, max_tool_calls=args.max_tool_calls)
+    return make_playable(args.environment_factory(data.retriever)(), max_tool_calls=args.max_tool_calls)
 
 
 def check_settings(args: Arguments) -> None:

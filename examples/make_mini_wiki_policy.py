@@ -1,8 +1,8 @@
 """
 Make the built-in policy: a tokenizer and a small Qwen2 model, warm-started on scripted demonstrations.
 
-    python examples/make_mini_wiki_policy.py --output_dir trl_steppo/models/mini_wiki
-    python examples/make_mini_wiki_policy.py --thinks true --output_dir trl_steppo/models/mini_wiki_thinking
+    python examples/make_mini_wiki_policy.py --output_dir trl_steppo/assets/mini_wiki
+    python examples/make_mini_wiki_policy.py --thinks true --output_dir trl_steppo/assets/mini_wiki_thinking
 
 Most of the demonstrations are bad on purpose: they stop one hop too early, or follow the wrong link. The policy
 that imitates them knows the format and, from looking up single facts, how to read a passage; but its most likely
@@ -78,7 +78,7 @@ class Arguments:
     hidden_size: int = field(default=64, metadata={"help": "Width of the model."})
     num_layers: int = field(default=3, metadata={"help": "Layers of the model."})
     num_heads: int = field(default=2, metadata={"help": "Attention heads, each with its own keys and values."})
-    vocab_size: int = field(default=2048, metadata={"help": "Most entries of the vocabulary."})
+    vocab_size: int = field(default=2048, metadata={"help": "Maximum size of the vocabulary."})
     num_worlds: int = field(default=6, metadata={"help": "Mini wikis to take demonstrations from."})
     num_steps: int = field(default=3000, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=32, metadata={"help": "Demonstrations of one step."})

@@ -1,7 +1,7 @@
 """
 Make the built-in policy of the rooms: a tokenizer of whole words and a small Llama, warm-started.
 
-    python examples/make_rooms_policy.py --output_dir trl_steppo/models/rooms
+    python examples/make_rooms_policy.py --output_dir trl_steppo/assets/rooms
 
 It learns responses of the right form for every length, in which a wrong door, one that tempts, has a larger share than
 the right one. The policy that comes of it reads the sign, and is wrong where it is greedy, so that what a run then

@@ -14,16 +14,15 @@ many tokens as `response_length`.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from command_line import parse_arguments
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
 from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.assets import ROOMS_POLICY
 from trl_steppo.environments.rooms import RoomsEnvironment, make_rooms
-from trl_steppo.models import ROOMS_POLICY
 
 RECIPE = Path(__file__).parent / "configs" / "rooms.yaml"
 
@@ -44,12 +43,5 @@ def main(training_args: StepPOConfig) -> None:
     trainer.save_model()
 
 
-def with_default_config(arguments: list[str]) -> list[str]:
-    """Without a config, the example's own."""
-    has_config = any(argument.split("=")[0] == "--config" for argument in arguments)
-    return arguments if has_config else ["--config", str(RECIPE), *arguments]
-
-
 if __name__ == "__main__":
-    parser = TrlParser((StepPOConfig,))  # type: ignore[arg-type]
-    main(*parser.parse_args_and_config(with_default_config(sys.argv[1:])))
+    main(*parse_arguments((StepPOConfig,), RECIPE))

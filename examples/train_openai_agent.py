@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from agents import Agent, ModelBehaviorError, OpenAIProvider, RunConfig, Runner, StopAtTools, function_tool
+from command_line import parse_arguments
 from openai import AsyncOpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
 from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import SYSTEM_PROMPT, exact_match, hotpotqa_dataset
 from trl_steppo.environments.hotpotqa.environment import format_passages
-from trl_steppo.models import MINI_WIKI_POLICY
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 DATA = hotpotqa_dataset("mini_wiki")
@@ -91,12 +91,5 @@ def main(training_args: StepPOConfig) -> None:
     trainer.save_model()
 
 
-def with_default_config(arguments: list[str]) -> list[str]:
-    """Without a config, the example's own."""
-    has_config = any(argument.split("=")[0] == "--config" for argument in arguments)
-    return arguments if has_config else ["--config", str(RECIPE), *arguments]
-
-
 if __name__ == "__main__":
-    parser = TrlParser((StepPOConfig,))  # type: ignore[arg-type]
-    main(*parser.parse_args_and_config(with_default_config(sys.argv[1:])))
+    main(*parse_arguments((StepPOConfig,), RECIPE))

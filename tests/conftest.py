@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -13,21 +14,26 @@ import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
-from warm import warm_context
 
+from tests.warm import warm_context
 from trl_steppo.types import Episode, Step, StopReason
 
 VOCABULARY = 64
+
+# Programs that tests start find `tests`, and this checkout of the package.
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # What is not worth repeating with other versions, as files or folders: it uses little of other libraries, or what
 # tests that are repeated use, too.
 PINNED_ONLY = (
     *("benchmarks", "inference/test_vllm.py"),
+    *(f"commands/test_{name}.py" for name in ("check", "config", "memory")),
     *(f"report/test_{name}.py" for name in ("methods", "page", "statistics", "viewer")),
     *(f"gateway/test_{name}.py" for name in ("damaged_store", "formats", "gateway", "hostile", "late", "robustness")),
     *(f"rollout/test_{name}.py" for name in ("agent", "ahead", "pacing")),
     *(f"trainer/test_{name}.py" for name in ("killed_ahead", "killed_rank", "owned_processes")),
-    *(f"test_{name}.py" for name in ("calls", "cli", "durable", "imports", "keeper", "names", "packaging")),
+    *(f"test_{name}.py" for name in ("calls", "durable", "imports", "keeper", "names", "packaging")),
     *(f"test_{name}.py" for name in ("readme", "types", "warm")),
 )
 

@@ -16,6 +16,7 @@ PACKAGE = Path(trl_steppo.__file__).parent
 
 LAYERS: list[set[str]] = [
     {
+        "assets",
         "types",
         "errors",
         "masked",
@@ -34,24 +35,38 @@ LAYERS: list[set[str]] = [
     {"chat", "inference"},
     {"gateway"},
     {"rollout"},
+    {"learning"},
     {"trainer"},
     {
         "report",
         "configs",
-        "memory",
-        "launch_file",
-        "dry_run",
-        "serve",
+        "commands",
         "cli",
         "__init__",
     },  # on top of everything: commands, and the lazy names
 ]
 LAYER = {stage: number for number, stages in enumerate(LAYERS) for stage in stages}
 FOUNDATION = LAYERS[0]
-HEAVY = ("trl", "accelerate")
+INSIDE: dict[str, list[str]] = {
+    "learning": [
+        "ranks",
+        "metrics",
+        "update",
+        "balancing",
+        "estimators",
+        "settings",
+        "network",
+        "objectives",
+        "learner",
+    ],
+}
+"""The order of files within stages."""
+HEAVY = {"trl": {"trainer"}, "accelerate": {"learning", "trainer"}}
+"""Libraries that are slow to import, and the stages that may."""
 LIBRARIES = {"transformers", "trl", "accelerate", "peft", "deepspeed", "datasets", "torch", "vllm"}
 DOCUMENTED = {
     *(LIBRARIES - {"vllm"}),
+    "accelerate.utils",
     "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
@@ -112,10 +127,10 @@ def test_every_stage_has_a_layer():
 
 
 def test_the_reader_sees_what_there_is():
-    """Of a file whose imports are known."""
-    path = PACKAGE / "trainer" / "learner.py"
-    assert {"batching", "losses", "masked", "types", "trainer"} <= stages_imported(path)
-    assert ("accelerate", True) in set(imports(path))
+    """Of files whose imports are known."""
+    objectives, learner = (PACKAGE / "learning" / name for name in ("objectives.py", "learner.py"))
+    assert {"batching", "losses", "masked", "models", "learning"} <= stages_imported(objectives)
+    assert ("accelerate", True) in set(imports(learner))
     assert ("trl.experimental.ppo", False) in set(imports(PACKAGE / "compat" / "trl.py"))
 
 
@@ -128,16 +143,21 @@ def test_imports_point_down(path):
         assert LAYER[stage] < LAYER[own] or in_foundation or LAYER[own] == len(LAYERS) - 1, f"{own} imports {stage}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if stage_of(p) != "trainer"], ids=lambda p: p.name)
-def test_only_the_trainer_imports_trl_and_accelerate(path):
-    if LAYER[stage_of(path)] == len(LAYERS) - 1:
-        found = {name for name, at_top in imports(path) if at_top and name.split(".")[0] in HEAVY}
-    else:
-        found = {name for name, _ in imports(path) if name.split(".")[0] in HEAVY}
-    if path.parent == PACKAGE / "compat":
-        assert not any(at_top for name, at_top in imports(path) if name.split(".")[0] in HEAVY)
-        return
-    assert not found
+@pytest.mark.parametrize("stage", INSIDE)
+def test_files_of_a_stage_import_those_before_them(stage):
+    order = INSIDE[stage]
+    assert {path.stem for path in FILES if stage_of(path) == stage} == {"__init__", *order}
+    for number, name in enumerate(order):
+        found = {module for module, _ in imports(PACKAGE / stage / f"{name}.py")}
+        assert not {later for later in order[number:] if f"trl_steppo.{stage}.{later}" in found}, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_only_the_last_stages_import_trl_and_accelerate(path):
+    """Commands and `compat` import them where they are used."""
+    may_use = LAYER[stage_of(path)] == len(LAYERS) - 1 or path.parent == PACKAGE / "compat"
+    roots = {name.split(".")[0] for name, at_top in imports(path) if at_top or not may_use}
+    assert not {name for name, stages in HEAVY.items() if name in roots and stage_of(path) not in stages}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent != PACKAGE / "compat"], ids=lambda p: p.name)

@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_steppo import StepPOConfig
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.cli import main
-from trl_steppo.models import MINI_WIKI_POLICY
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -348,20 +348,21 @@ def noticing_interruptions() -> Iterator[None]:
     nothing.
     """
     global _interruption
-    noticed: dict[signal.Signals, partial[None]] = {}
+    replaced: dict[signal.Signals, tuple[Callable[..., object], partial[None]]] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
             if callable(handler) and not _is_noticing(handler):
-                noticed[number] = partial(_notice, handler)
-                signal.signal(number, noticed[number])
+                noticing = partial(_notice, handler)
+                signal.signal(number, noticing)
+                replaced[number] = handler, noticing
     try:
         yield
     finally:
-        for number, ours in noticed.items():
-            if signal.getsignal(number) is ours:  # no other handler was set
-                signal.signal(number, ours.args[0])
-        if noticed:
+        for number, (handler, noticing) in replaced.items():
+            if signal.getsignal(number) is noticing:  # no other handler was set
+                signal.signal(number, handler)
+        if replaced:
             _interruption = None
 
 

@@ -160,11 +160,11 @@ def serve(directory: Path, context: int) -> None:
     """Serve until standard input ends."""
     from transformers import AutoTokenizer
 
+    from trl_steppo.assets import MINI_WIKI_POLICY
     from trl_steppo.gateway import GatewayServer, SessionSpec
     from trl_steppo.gateway.sampling import Engine
     from trl_steppo.gateway.tokens import ChatFormats
     from trl_steppo.inference.base import Sample, SamplingParams
-    from trl_steppo.models import MINI_WIKI_POLICY
     from trl_steppo.types import EpisodeLimits, StopReason, TokenIds
 
     class OneToken:

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
+from trl_steppo.assets import ROOMS_POLICY, locate_model
 from trl_steppo.keeper import Keeper
-from trl_steppo.models import ROOMS_POLICY, locate_model
 
 from .record import current_commit
 
@@ -74,7 +74,7 @@ class Run:
     @property
     def played_hashes(self) -> dict[str, str] | None:
         """`hashes` as they were when the run in its directory began. `None`: it kept none."""
-        return self._kept().get("inputs")
+        return under_current_names(self._kept().get("inputs"))
 
     def _kept(self) -> dict[str, Any]:
         path = self.output_dir / _SETTINGS
@@ -205,6 +205,13 @@ def refuse_other_runs(runs: Iterable[Run]) -> None:
                 f"{run.output_dir} holds a finished run of other settings; remove it, or name another --runs_dir\n"
                 f"there: {there}\nhere:  {run.settings}\nfiles that have changed since: {changed}"
             )
+
+
+def under_current_names(inputs: Mapping[str, str] | None) -> dict[str, str] | None:
+    """The hashes that a run kept; the built-in policies, unchanged, had another directory in earlier versions."""
+    if inputs is None:
+        return None
+    return {name.replace("trl_steppo/models/", "trl_steppo/assets/"): value for name, value in inputs.items()}
 
 
 def changed_inputs(before: Mapping[str, str] | None, now: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from common.record import BenchmarkArguments
-from common.runs import Run, changed_inputs, play, settings_in
+from common.runs import Run, changed_inputs, play, settings_in, under_current_names
 
 from .methods import GROUPS, METHODS
 from .runs import QUICK, Cell, Store, record_of, run_of
@@ -143,7 +143,7 @@ def refuse_other_settings(planned: Iterable[tuple[Run, Cell, Store]]) -> None:
         if not store.holds(cell):
             continue
         kept = store.read(cell)
-        changed = changed_inputs(kept.inputs, run.hashes())
+        changed = changed_inputs(under_current_names(kept.inputs), run.hashes())
         if settings_in(kept.command) != settings_in(run.command) or changed:
             raise SystemExit(
                 f"{store.path(cell)} was played with other settings than those of this study; remove it and "

@@ -112,13 +112,13 @@ def test_an_example_reads_its_configuration_and_its_policy(tmp_path):
         [str(Path(path).relative_to(root)) if path.startswith(str(root)) else path for path in paths]
         for paths in inputs.values()
     ] == [
-        ["examples/configs/mini_wiki.yaml", "trl_steppo/models/mini_wiki"],
-        ["examples/configs/rooms.yaml", "trl_steppo/models/rooms"],
+        ["examples/configs/mini_wiki.yaml", "trl_steppo/assets/mini_wiki"],
+        ["examples/configs/rooms.yaml", "trl_steppo/assets/rooms"],
         ["examples/configs/smollm2-135m-cpu.yaml", str(tmp_path)],
     ]
     assert list(example_run("rooms_steppo.py", Path("runs/x"), {}).hashes()) == [
         "examples/configs/rooms.yaml",
-        "trl_steppo/models/rooms",
+        "trl_steppo/assets/rooms",
     ]
 
 

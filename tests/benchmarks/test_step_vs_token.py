@@ -30,6 +30,7 @@ from study.tasks import MINI_WIKI, TASKS, rooms
 from trl import TrlParser
 
 from trl_steppo import StepPOConfig
+from trl_steppo.environments.hotpotqa import HotpotQARecipe
 
 ROOT = Path(__file__).parents[2]
 RECORD = Record(
@@ -46,13 +47,6 @@ RECORD = Record(
 )
 
 
-def load_example(name):
-    sys.path.insert(0, str(ROOT / "tests" / "examples"))
-    from scripts import load_script
-
-    return load_script(name)
-
-
 def cell(rate, seed, method="steppo", phase="tuning"):
     return Cell("mini_wiki", phase, method, rate, seed)
 
@@ -62,7 +56,7 @@ def cell(rate, seed, method="steppo", phase="tuning"):
 
 def settings_of(method, task=MINI_WIKI):
     """The configuration that a run's flags make."""
-    kinds = (load_example("hotpotqa_steppo").HotpotQAArguments,) if task is MINI_WIKI else ()
+    kinds = (HotpotQARecipe,) if task is MINI_WIKI else ()
     run = run_of(task, Cell(task.name, "result", method, 4e-4, 7), Path("runs"), {})
     return TrlParser((*kinds, StepPOConfig)).parse_args_and_config(list(run.arguments[1:]))[-1]
 

@@ -2,11 +2,12 @@
 
 import pytest
 from transformers import GenerationConfig
-from trl_templates import make_tokenizer
 
+from tests.chat.trl_templates import make_tokenizer
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.chat import ChatFormat
 from trl_steppo.gateway.tokens import ChatFormats
-from trl_steppo.models import MINI_WIKI_POLICY, end_token_ids, stored_end_token_ids
+from trl_steppo.models import end_token_ids, stored_end_token_ids
 
 SEARCH = {
     "type": "function",

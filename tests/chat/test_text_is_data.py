@@ -6,13 +6,13 @@ import random
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
-from trl_templates import NAMES, WITH_TOOLS, make_tokenizer
 
+from tests.chat.trl_templates import NAMES, WITH_TOOLS, make_tokenizer
+from trl_steppo.assets import MINI_WIKI_POLICY, MINI_WIKI_THINKING_POLICY, ROOMS_POLICY
 from trl_steppo.chat import ChatFormat
 from trl_steppo.chat.responses import ResponseReader
 from trl_steppo.chat.tokenizing import FRAMING, TextEncoder
 from trl_steppo.errors import ChatTemplateError
-from trl_steppo.models import MINI_WIKI_POLICY, MINI_WIKI_THINKING_POLICY, ROOMS_POLICY
 
 SEARCH = {
     "type": "function",

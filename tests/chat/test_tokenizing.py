@@ -5,9 +5,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
+from trl_steppo.assets import ROOMS_POLICY, locate_model
 from trl_steppo.chat import ChatFormat
 from trl_steppo.chat.tokenizing import characters_per_token
-from trl_steppo.models import ROOMS_POLICY, locate_model
 
 CHARACTERS = [*string.printable, "é", "e\u0301", "\u1f82", "が", "か\u3099", "中", "😀", "\u200b", "  ", "aaaaaaaa"]
 

@@ -6,7 +6,8 @@ import pytest
 
 from trl_steppo.calls import DaemonThread
 from trl_steppo.environments import Response, ToolPlayable, make_playable
-from trl_steppo.environments.tools import MAX_TOOL_CALLS, MISTAKES, ResponsePlayable, check_reset
+from trl_steppo.environments.base import MISTAKES
+from trl_steppo.environments.tools import MAX_TOOL_CALLS, ResponsePlayable, check_reset
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.rollout.play import run_coroutine
 

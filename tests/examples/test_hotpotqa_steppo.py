@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scripts import load_script
-from warm import run_script
+from trl import TrlParser
+
+from tests.examples.scripts import load_script
+from tests.warm import run_script
+from trl_steppo.environments.hotpotqa import HotpotQARecipe
 
 ROOT = Path(__file__).parents[2]
+with_default_config = load_script("command_line").with_default_config
 SCRIPT = ROOT / "examples" / "hotpotqa_steppo.py"
 REAL_ROWS = ROOT.parent / "shared" / "data" / "hotpotqa_distractor_60.jsonl"
 SHORT = ["--total_episodes", "8", "--per_device_train_batch_size", "4", "--num_mini_batches", "1"]
@@ -31,18 +35,20 @@ def read_history(output_dir):
 
 def test_without_flags_it_takes_the_built_in_recipe():
     script = load_script("hotpotqa_steppo")
-    assert script.with_default_config(["--seed", "3"]) == [
+    recipe = script.RECIPES / "mini_wiki.yaml"
+    assert with_default_config(["--seed", "3"], recipe) == [
         "--config",
-        str(script.RECIPES / "mini_wiki.yaml"),
+        str(recipe),
         "--seed",
         "3",
     ]
-    assert script.with_default_config(["--config", "my.yaml"]) == ["--config", "my.yaml"]
+    assert with_default_config(["--config", "my.yaml"], recipe) == ["--config", "my.yaml"]
 
 
 def test_a_model_without_a_recipe_is_refused():
+    script = load_script("hotpotqa_steppo")
     with pytest.raises(SystemExit, match=r"--config.*hotpotqa_qwen2\.5_0\.5b\.yaml"):
-        load_script("hotpotqa_steppo").with_default_config(["--model_name_or_path", "Qwen/Qwen2.5-3B-Instruct"])
+        script.refuse_model_without_config(["--model_name_or_path", "Qwen/Qwen2.5-3B-Instruct"])
 
 
 def test_one_switch_makes_it_token_level_ppo(tmp_path):
@@ -76,7 +82,7 @@ RECIPES = sorted(path.name for path in (ROOT / "examples" / "configs").glob("*.y
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_a_valid_configuration(recipe):
     script = load_script("hotpotqa_steppo")
-    parser = script.TrlParser((script.HotpotQAArguments, script.StepPOConfig))
+    parser = TrlParser((HotpotQARecipe, script.StepPOConfig))
     script_args, training_args = parser.parse_args_and_config(["--config", str(script.RECIPES / recipe)])
     assert script_args.model_name_or_path
     assert training_args.output_dir.startswith("runs/")
@@ -91,7 +97,7 @@ def test_every_recipe_is_a_valid_configuration(recipe):
 
 def parsed(*arguments: str):
     script = load_script("hotpotqa_steppo")
-    parser = script.TrlParser((script.HotpotQAArguments, script.StepPOConfig))
+    parser = TrlParser((HotpotQARecipe, script.StepPOConfig))
     return parser.parse_args_and_config(list(arguments))
 
 

@@ -11,18 +11,20 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 pytest.importorskip("agents", reason="needs the extra `agents`")
 from safetensors.torch import load_file
-from scripts import load_script
 from transformers import AutoTokenizer
+from trl import TrlParser
 
-from trl_steppo.dry_run import ScriptedSampler
+from tests.examples.scripts import load_script
+from trl_steppo.assets import MINI_WIKI_POLICY
+from trl_steppo.commands.trial import ScriptedSampler
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.models import MINI_WIKI_POLICY
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, load_episodes, play_agents
 from trl_steppo.types import StopReason, TokenIds
 
 ROOT = Path(__file__).parents[2]
+with_default_config = load_script("command_line").with_default_config
 TOKENIZER = AutoTokenizer.from_pretrained(MINI_WIKI_POLICY)
 
 
@@ -80,10 +82,10 @@ def test_an_agent_that_goes_wrong_has_not_failed(script):
 
 
 def test_the_recipe_is_a_valid_configuration(script):
-    parser = script.TrlParser((script.StepPOConfig,))
-    (args,) = parser.parse_args_and_config(script.with_default_config(["--seed", "3"]))
+    parser = TrlParser((script.StepPOConfig,))
+    (args,) = parser.parse_args_and_config(with_default_config(["--seed", "3"], script.RECIPE))
     assert (args.seed, args.max_interaction_steps, args.output_dir) == (3, 5, "runs/mini_wiki_agent")
-    assert script.with_default_config(["--config=my.yaml"]) == ["--config=my.yaml"]
+    assert with_default_config(["--config=my.yaml"], script.RECIPE) == ["--config=my.yaml"]
 
 
 def test_three_updates_train_it(tmp_path):

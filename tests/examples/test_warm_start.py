@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_steppo.models import MINI_WIKI_POLICY
+from tests.examples.scripts import load_script
+from trl_steppo.assets import MINI_WIKI_POLICY
 
 
 def test_only_responses_are_imitated() -> None:

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import get_json_schema
 
 from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.chat import ChatFormat
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
-from trl_steppo.models import MINI_WIKI_POLICY
 from trl_steppo.rollout import load_episodes
 
 Received = tuple[str, list[tuple[str, Any]]]  # what a client got by one call: text, and tool calls

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import FakeVLLM
-from gloo_group import GlooGroup
 from safetensors.torch import load_file
 
+from tests.inference.fake_vllm import FakeVLLM
+from tests.inference.gloo_group import GlooGroup
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.inference.vllm import VLLMSampler

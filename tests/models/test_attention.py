@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from test_forward import ARCHITECTURES, EXACT, _float64_norms  # noqa: F401  (a fixture)
 from torch import nn
 
+from tests.models.test_forward import ARCHITECTURES, EXACT, _float64_norms  # noqa: F401  (a fixture)
 from trl_steppo.batching import StepBatch, StepRolloutCollator
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.losses import clipped_policy_loss, clipped_value_loss, importance_ratio

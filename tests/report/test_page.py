@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from synthetic import EVIL, TOKEN_PPO, read_run, write_run
 
+from tests.report.synthetic import EVIL, TOKEN_PPO, read_run, write_run
 from trl_steppo.cli import main
 from trl_steppo.report import write_report
 from trl_steppo.report.episodes import _COLUMNS, outcome, sample_episodes

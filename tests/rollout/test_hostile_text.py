@@ -7,9 +7,9 @@ from array import array
 from collections.abc import Callable
 
 import pytest
-from scripted import ScriptedSampler
-from trl_templates import WITH_TOOLS, make_tokenizer
 
+from tests.chat.trl_templates import WITH_TOOLS, make_tokenizer
+from tests.rollout.scripted import ScriptedSampler
 from trl_steppo.chat import ChatFormat
 from trl_steppo.chat.parsing import ParsedResponse, tool_call
 from trl_steppo.chat.responses import ResponseReader

@@ -10,9 +10,8 @@ from datasets import Dataset
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from trl_steppo.errors import DataError, RolloutError
+from trl_steppo.learning.ranks import _object_group, from_first_rank, gather_objects, together
 from trl_steppo.trainer.data_stream import StreamedRows, check_same_order
-from trl_steppo.trainer.exchange import together
-from trl_steppo.trainer.ranks import _object_group, from_first_rank, gather_objects
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from warm import free_port
 
-from trl_steppo.cli import CONFIGS
+from tests.warm import free_port
+from trl_steppo.commands.config import CONFIGS
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 8,

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from warm import free_port
 
-from trl_steppo.launch_file import CONFIGS
+from tests.warm import free_port
+from trl_steppo.commands.config import CONFIGS
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "hotpotqa_steppo.py"
 SIZES = ["--total_episodes", "16", "--per_device_train_batch_size", "4", "--num_mini_batches", "1"]

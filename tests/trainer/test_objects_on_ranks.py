@@ -10,13 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import id_rows, make_trainer
 
+from tests.trainer.tiny import id_rows, make_trainer
 from trl_steppo import StepPOConfig
+from trl_steppo.learning.ranks import together
 from trl_steppo.trainer import ppo_trainer
 from trl_steppo.trainer.checks import warn_of_waiting
-from trl_steppo.trainer.exchange import together
-from trl_steppo.trainer.ranks import from_first_rank, gather_objects
 
 SCRIPT = Path(__file__).with_name("objects_on_ranks.py")
 
@@ -28,12 +27,6 @@ def test_a_slow_rank_is_waited_for():
         launch, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_one_rank_has_what_it_has():
-    own = [1, 2]
-    assert gather_objects(own) is own
-    assert from_first_rank("a") == "a"
 
 
 @pytest.mark.parametrize(

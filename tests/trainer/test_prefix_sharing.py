@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
-from tiny import Endless, distance, make_model, make_trainer, prompt_rows, weights
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.trainer.tiny import Endless, distance, make_model, make_trainer, prompt_rows, weights
 from trl_steppo import StepPOTrainer
 from trl_steppo.models import agreement, attention
 

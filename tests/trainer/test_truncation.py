@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import END, ScriptedSampler, hashed, make_classifier, make_trainer, message_rows, same, weights
 
+from tests.trainer.tiny import END, hashed, make_classifier, make_trainer, message_rows, same, scripted, weights
 from trl_steppo import StopReason
 from trl_steppo.rollout import episode_file, load_episodes
 
@@ -32,9 +32,9 @@ def train(directory: Any, script: Any = every_second_is_cut, **settings: Any) ->
         max_steps=1,
         value_model=make_classifier(),
         dump_episodes_dir=str(directory / "episodes"),
+        engine=scripted(script),
         **settings,
     )
-    trainer.player.sampler = ScriptedSampler(script)
     trainer.train()
     return trainer
 
@@ -60,7 +60,7 @@ def test_what_is_masked_is_what_was_cut(tmp_path):
     """The policy learns as if the cut responses had taught nothing."""
     trainer = train(tmp_path, mask_truncated_completions=True)
     rollout = trainer.learner.prepare(load_episodes(episode_file(tmp_path / "episodes", 0, 0)))
-    mask = trainer.learner._policy_mask(rollout.batch)
+    mask = trainer.learner.policy_objective.mask(rollout.batch)
     learned = [bool(mask[number].any()) for number in range(rollout.batch.num_steps)]
     assert learned == [episode.stream_position % 2 == 0 for episode in rollout.episodes]
 
@@ -70,7 +70,7 @@ def test_the_bootstrap_value_is_that_of_the_state_behind_the_cut(tmp_path, estim
     """Prompt and response: what the policy would have gone on from."""
     trainer = train(tmp_path, bootstrap_truncated=True, advantage_estimator=estimator)
     episodes = load_episodes(episode_file(tmp_path / "episodes", 0, 0))
-    scores = trainer.learner.score(trainer.learner.prepare(episodes))
+    scores = trainer.learner.evaluate(trainer.learner.prepare(episodes))
     critic = trainer.value_model
     for episode, found in zip(episodes, scores.bootstrap_values.tolist(), strict=True):
         step = episode.steps[-1]

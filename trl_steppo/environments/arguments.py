@@ -1,8 +1,8 @@
 """
 The arguments of a tool call, as the tool's JSON schema declares them.
 
-A model often writes a value in another type than the one declared: `"3"` or `3.0` for an integer. Where the value is
-the same in both, it is converted. Any other value is refused, in words that the model can act on.
+A model often writes a value in another type than the declared one: `"3"` or `3.0` for an integer. If the
+conversion loses nothing, the value is converted. Any other value is refused, with an error that the model can act on.
 
 | declared | taken | converted | refused |
 |---|---|---|---|
@@ -23,13 +23,17 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..calls import why_unbindable
 from ..finite import not_finite_in, shown
-from ..types import map_texts, writable
+from ..types import JsonObject, map_texts, writable
 
-JsonSchema = dict[str, Any]
+JsonSchema: TypeAlias = JsonObject
+"""The schema of a tool, as `transformers.utils.get_json_schema` makes it."""
+
+Schema: TypeAlias = Mapping[str, Any]
+"""The schema of a value, or a part of one."""
 
 
 class WrongArgumentsError(ValueError):
@@ -37,59 +41,59 @@ class WrongArgumentsError(ValueError):
 
 
 def read_arguments(
-    tool: Callable[..., Any], signature: inspect.Signature, schema: JsonSchema, arguments: Mapping[str, Any]
-) -> dict[str, Any]:
+    tool: Callable[..., object], signature: inspect.Signature, schema: JsonSchema, arguments: Mapping[str, object]
+) -> JsonObject:
     """
-    The arguments to call a tool with.
+    Check the arguments of a tool call, and convert them to the declared types.
 
     Args:
         tool (`Callable`), signature (`inspect.Signature`):
             The tool.
         schema (`dict`):
             The tool's JSON schema.
-        arguments (`Mapping[str, Any]`):
+        arguments (`Mapping[str, object]`):
             What the model wrote, as JSON values.
 
     Returns:
-        `dict[str, Any]`: converted where they can be without loss.
+        `dict[str, object]`: The arguments, converted where that loses nothing.
 
     Raises:
-        WrongArgumentsError: an argument is missing or unknown, is of another type, is none of the choices, or holds a
+        WrongArgumentsError: An argument is missing or unknown, has another type, is not among the choices, or holds a
             number that is not finite.
     """
     problem = why_unbindable(tool, arguments, signature)
     if problem is not None:
         raise WrongArgumentsError(problem)
     properties = schema["function"]["parameters"]["properties"]
-    read = {}
+    read: JsonObject = {}
     for name, value in arguments.items():
         declared = properties.get(name, {})
         is_left_out = value is None and name in signature.parameters and signature.parameters[name].default is None
         read[name] = value if is_left_out else converted(value, declared)
         if read[name] is UNFIT:
             raise WrongArgumentsError(f"{name!r} must be {describe(declared)}, not {_kind(value, declared)}")
-        odd = not_finite_in(read[name])
-        if odd is not None:
-            raise WrongArgumentsError(f"{name!r} has {odd}, which JSON does not know; numbers are finite")
+        not_finite = not_finite_in(read[name])
+        if not_finite is not None:
+            raise WrongArgumentsError(f"{name!r} has {not_finite}, which JSON does not know; numbers are finite")
     return read
 
 
-UNFIT: Any = object()
-"""What [`converted`] returns for a value that is nothing of what the schema declares."""
+UNFIT: object = object()
+"""The result of [`converted`] for a value that does not fit the schema."""
 
 
-def converted(value: Any, schema: Mapping[str, Any]) -> Any:
+def converted(value: object, schema: Schema) -> object:
     """
-    A JSON value as the schema declares it: as it is, where it is that already; else converted, if nothing is lost.
+    Convert a JSON value to the type that a schema declares, if that loses nothing.
 
     Args:
-        value (`Any`):
+        value (`object`):
             The JSON value.
         schema (`Mapping[str, Any]`):
-            Types, choices, and what lists and objects hold; anything else in it is not looked at.
+            Types, choices, and the schemas of what lists and objects hold. Other entries are ignored.
 
     Returns:
-        `Any`: the value, or [`UNFIT`].
+        `object`: The value, unchanged if it has that type already; [`UNFIT`] if it cannot be converted.
 
     Example:
     ```python
@@ -101,14 +105,14 @@ def converted(value: Any, schema: Mapping[str, Any]) -> Any:
         return None
     for convert in (_as_it_is, _in_another_type):  # a type that needs no conversion comes before all others
         for option in _options(schema):
-            found = convert(value, option)
-            if found is not UNFIT:
-                return found
+            result = convert(value, option)
+            if result is not UNFIT:
+                return result
     return None if schema.get("nullable") and value == "null" else UNFIT
 
 
-def describe(schema: Mapping[str, Any]) -> str:
-    """What a schema declares, in words: `integer`, `array of string`, `one of ['a', 'b']`."""
+def describe(schema: Schema) -> str:
+    """A schema in words: `integer`, `array of string`, `one of ['a', 'b']`."""
     if "enum" in schema:
         return f"one of {schema['enum']}"
     if "anyOf" in schema:
@@ -121,14 +125,15 @@ def describe(schema: Mapping[str, Any]) -> str:
 _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 
 
-def _kind(value: Any, declared: Mapping[str, Any]) -> str:
+def _kind(value: object, declared: Schema) -> str:
+    """A refused value, or its type, as an error names it."""
     if "enum" in declared or (isinstance(value, str) and declared.get("type") != "string"):
         return shown(value)
     return "null" if value is None else _NAMES.get(type(value), type(value).__name__)
 
 
-def _options(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The schemas of one type each that a value may fit."""
+def _options(schema: Schema) -> Iterator[Schema]:
+    """The alternatives in a schema, as schemas of one type each."""
     if "anyOf" in schema:
         for option in schema["anyOf"]:
             yield from _options(option)
@@ -138,27 +143,27 @@ def _options(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield {**schema, "type": name}
 
 
-def _as_it_is(value: Any, schema: Mapping[str, Any]) -> Any:
-    """The value, if it has the declared type; lists and objects with what they hold converted."""
+def _as_it_is(value: object, schema: Schema) -> object:
+    """The value if it has the declared type, with the items of lists and objects converted; else [`UNFIT`]."""
     name = schema["type"]
     if "enum" in schema:
         return next((choice for choice in schema["enum"] if choice == value and _is_same(choice, value)), UNFIT)
-    # In Python a bool is an int; in JSON `true` is no number.
+    # In Python a bool is an int; in JSON, `true` is not a number.
     if name in _TYPES and (not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and name != "boolean")):
         return UNFIT
     if isinstance(value, list | tuple) and name == "array":
         inner = schema.get("prefixItems")
         if inner is None:
-            return _all_of([converted(one, schema.get("items") or {}) for one in value])
+            return _all_of([converted(item, schema.get("items") or {}) for item in value])
         fits = len(inner) == len(value)
         return _all_of([converted(*pair) for pair in zip(value, inner, strict=True)]) if fits else UNFIT
     if isinstance(value, dict) and isinstance(schema.get("additionalProperties"), Mapping):
-        values = _all_of([converted(one, schema["additionalProperties"]) for one in value.values()])
-        return UNFIT if values is UNFIT else dict(zip(value, values, strict=True))
+        items = _all_of([converted(item, schema["additionalProperties"]) for item in value.values()])
+        return dict(zip(value, items, strict=True)) if isinstance(items, list) else UNFIT
     return value
 
 
-_TYPES: dict[Any, tuple[type, ...]] = {
+_TYPES: dict[object, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
     "number": (int, float),
@@ -169,36 +174,36 @@ _TYPES: dict[Any, tuple[type, ...]] = {
 }
 
 
-def _is_same(choice: Any, value: Any) -> bool:
+def _is_same(choice: object, value: object) -> bool:
     return isinstance(choice, bool) == isinstance(value, bool)  # `True == 1`
 
 
-def _all_of(values: list[Any]) -> Any:
+def _all_of(values: list[object]) -> object:
     return UNFIT if any(value is UNFIT for value in values) else values
 
 
-def _in_another_type(value: Any, schema: Mapping[str, Any]) -> Any:
-    """The value converted to the declared type, if nothing is lost."""
+def _in_another_type(value: object, schema: Schema) -> object:
+    """The value converted to the declared type, if that loses nothing; else [`UNFIT`]."""
     name = schema["type"]
     if name in ("integer", "number"):
-        found = _number(value, is_integer=name == "integer")
+        result = _number(value, is_integer=name == "integer")
     elif name == "boolean":
-        found = _BOOLEANS.get(value.strip().lower(), UNFIT) if isinstance(value, str) else UNFIT
+        result = _BOOLEANS.get(value.strip().lower(), UNFIT) if isinstance(value, str) else UNFIT
     elif name in ("array", "object"):
-        found = _json(value)
+        result = _json(value)
     else:
-        found = None if name == "null" and value == "null" else UNFIT
-    return UNFIT if found is UNFIT else _as_it_is(found, schema)
+        result = None if name == "null" and value == "null" else UNFIT
+    return UNFIT if result is UNFIT else _as_it_is(result, schema)
 
 
 _BOOLEANS = {"true": True, "false": False}
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,99})(\.[0-9]{1,99})?([eE][+-]?[0-9]{1,3})?")  # as in JSON, up to 100 digits
-_MOST = 10**100
-_EXACT = 2**53  # below it a float is the number that was written, if that is an integer
+_MAX_INTEGER = 10**100
+_MAX_EXACT_FLOAT = 2**53  # every integer below is exact as a float
 
 
-def _number(value: Any, *, is_integer: bool) -> Any:
-    """The integer that a text or a float is, exactly; where any number will do, what JSON reads in a text."""
+def _number(value: object, *, is_integer: bool) -> object:
+    """The number that a text is in JSON, or the integer that a text or a float is exactly; else [`UNFIT`]."""
     if isinstance(value, str):
         text = value.strip()
         if not _NUMBER.fullmatch(text):
@@ -206,15 +211,16 @@ def _number(value: Any, *, is_integer: bool) -> Any:
         exact = Decimal(text)
         if is_integer or text.lstrip("-").isdigit():
             whole = int(exact)
-            return whole if whole == exact and abs(whole) < _MOST else UNFIT
-        value = float(text)
-        return value if math.isfinite(value) else UNFIT
-    is_exact = is_integer and isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
-    return int(value) if is_exact else UNFIT
+            return whole if whole == exact and abs(whole) < _MAX_INTEGER else UNFIT
+        number = float(text)
+        return number if math.isfinite(number) else UNFIT
+    if is_integer and isinstance(value, float) and value.is_integer() and abs(value) < _MAX_EXACT_FLOAT:
+        return int(value)
+    return UNFIT
 
 
-def _json(value: Any) -> Any:
-    """The list or object that a text is the JSON of."""
+def _json(value: object) -> object:
+    """The list or object that a text holds as JSON; else [`UNFIT`]."""
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return UNFIT
     try:

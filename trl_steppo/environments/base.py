@@ -1,17 +1,18 @@
-"""The environment protocol: a response in, an observation and a reward out.
+"""
+The environment protocol: a response in, an observation and a reward out.
 
-Users write plain classes, in one of two forms (see [`Environment`] and [`ToolEnvironment`]); nothing has to be
-inherited. The rollout plays a [`Playable`], which adapts either form: it is async, it never raises for a mistake of
-the model, and it counts what went wrong.
+Users write plain classes in one of two forms, [`Environment`] or [`ToolEnvironment`]; no base class is needed. The
+rollout plays a [`Playable`], which adapts either form: it is async, does not raise for mistakes of the model, and
+counts them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from ..types import Message
+from ..types import JsonObject, Message, Row, TextOrMessages
 
 HOOKS: dict[str, tuple[str, ...] | None] = {
     "reset": None,
@@ -21,8 +22,8 @@ HOOKS: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(("step_reward", "done", "state_key", "metrics", "close"), ()),
 }
 """
-Names of an environment's methods that the rollout calls, with their parameters; `None`: whatever these are. A method
-of one of these names with other parameters is a tool like any other. All but `reset` are optional:
+Names of the methods of an environment that the rollout calls, with their parameters; `None`: any parameters. A method
+of one of these names with other parameters is a tool. All but `reset` are optional:
 
 | name | when it is called |
 |---|---|
@@ -31,13 +32,22 @@ of one of these names with other parameters is a tool like any other. All but `r
 | `step_reward()`, `done` | after each step, in the form with tools; `done` is an attribute, a property or a method |
 | `state_key()` | before each step is played, if the trainer compares states (`gigpo`): the state the response was \
 written in |
-| `state_prompt(observation)` | after `reset` (with `""`) and each step: the whole prompt of the state, text or \
-messages, instead of the row's prompt to which everything is appended; `None`: that one all the same. A control token \
-that is spelled in it is tokenized as text: return messages for the chat template to write the turns |
+| `state_prompt(observation)` | after `reset` (with `""`) and each step: the whole prompt of the state, as text \
+or messages. It replaces the chat that grows from the row's prompt; `None` keeps that chat. Control tokens that are \
+spelled out in the prompt are tokenized as text: return messages, and the chat template writes the turns |
 | `get_reward()` | once, at the end |
-| `metrics()` | after it: scores to log, by name |
-| `close()` | once, when it plays no more episodes: at the end of the run, or after an episode that failed |
+| `metrics()` | after `get_reward`: scores to log, by name |
+| `close()` | once, after its last episode: at the end of the run, or after an episode that failed |
 """
+
+Tools: TypeAlias = Sequence[Callable[..., object] | JsonObject]
+"""Functions or JSON schemas, as `apply_chat_template(tools=...)` takes them."""
+
+MISTAKES = (
+    *("malformed_tool_calls", "unknown_tools", "wrong_arguments", "tool_errors", "tool_timeouts"),
+    "refused_tool_calls",
+)
+"""Names of the counters of an episode's mistakes. A further one, `tool_calls`, counts every well-formed call."""
 
 RESERVED_NAMES = frozenset(HOOKS)
 """The names in [`HOOKS`]."""
@@ -46,8 +56,8 @@ RESERVED_NAMES = frozenset(HOOKS)
 @runtime_checkable
 class Environment(Protocol):
     """
-    An environment that takes the whole response as its action. Methods may be sync or async. The one parameter of
-    `step` is named `response`; in a class that inherits from this one it may have any name.
+    An environment that takes the whole response as its action. Methods may be sync or async. The parameter
+    of `step` is named `response`; in a class that inherits from this one it may have any name.
 
     `reset(**row)` receives every column of the dataset row (`prompt` included) and may return text that is appended to
     the prompt's last user message. Optional: `get_reward() -> float`, called once at the end and added to the last
@@ -69,23 +79,23 @@ class Environment(Protocol):
 
     def reset(self, **row: Any) -> str | None: ...
 
-    def step(self, response: str) -> tuple[str | list[Message], float, bool]: ...
+    def step(self, response: str) -> tuple[TextOrMessages, float, bool]: ...
 
 
 @runtime_checkable
 class ToolEnvironment(Protocol):
     """
     A TRL-style environment: every public method with a docstring and type hints is a tool the model may call, static
-    methods included. A method with the name and the parameters of a hook ([`HOOKS`]) is none.
+    methods included. A method with the name and the parameters of a hook ([`HOOKS`]) is not a tool.
 
     Methods may be sync or async. An episode ends when a response calls no tool, or when `done` becomes true. Optional:
     `get_reward() -> float`, called once at the end and added to the last step; `step_reward() -> float` and `done`
     (attribute or method), read after each step; `state_key() -> Hashable`; `state_prompt(observation)`;
     `metrics() -> dict`; `close()`.
 
-    When one response holds several calls, an environment's sync methods run one after another, in the order they were
-    called, all in the thread that it was made in: they share the environment's state. Async ones run concurrently,
-    when these are done. `reset` sets all that an episode changes: an environment plays many of them.
+    If one response holds several calls, an environment's sync methods run one after another, in the order of the
+    calls, in the thread that made the environment: they share its state. Then its async methods run concurrently.
+    `reset` has to reset everything that an episode changes: an environment plays many episodes.
     """
 
     def reset(self, **row: Any) -> str | None: ...
@@ -97,18 +107,18 @@ class Response:
 
     text: str  # decoded, without special tokens
     message: Message  # parsed by the chat format: role, content, tool_calls
-    malformed: tuple[str, ...] = ()  # for each tool call that could not be read: why
+    malformed: tuple[str, ...] = ()  # for each malformed tool call: what is wrong with it
 
 
 @dataclass(frozen=True)
 class Outcome:
     """
-    What the environment answered to one response. `state_key` is that of the state the response was written in.
-    `ended_by_response`: the episode is done because the response asks for nothing more (it called no tool), and not
-    because the environment ended it. If such a response was cut at its length, the episode is truncated.
+    The environment's answer to one response. `state_key` belongs to the state that the response was written in.
+    `ended_by_response`: the episode is over because the response called no tool, not because the environment ended it.
+    If such a response was cut at its maximum length, the episode is truncated.
     """
 
-    observation: str | list[Message]
+    observation: TextOrMessages
     reward: float
     done: bool
     state_key: Hashable = None
@@ -117,11 +127,11 @@ class Outcome:
 
 
 class Playable(Protocol):
-    """What the rollout plays: either form of environment, made async, with the model's mistakes caught."""
+    """An environment of either form, as the rollout plays it: async, with the model's mistakes caught."""
 
-    tools: Sequence[Any]  # callables or JSON schemas, as `apply_chat_template(tools=...)` takes them
+    tools: Tools
 
-    async def reset(self, row: Mapping[str, Any]) -> str | None:
+    async def reset(self, row: Row) -> str | None:
         """Start an episode; the text to append to the prompt's last user message, if any."""
         ...
 
@@ -129,18 +139,18 @@ class Playable(Protocol):
         """Answer one response. Raises only if the environment itself broke."""
         ...
 
-    async def state_prompt(self, observation: str | list[Message]) -> str | list[Message] | None:
-        """The whole prompt of the state that `observation` led to; `None`: the one before, with all that followed."""
+    async def state_prompt(self, observation: TextOrMessages) -> TextOrMessages | None:
+        """The whole prompt of the state after `observation`; `None`: the previous prompt, continued."""
         ...
 
     async def get_reward(self) -> float | None:
-        """Called once, at the end; added to the last step. `None`: the environment has not paid the episode."""
+        """The reward at the end of the episode, added to its last step. `None`: the environment pays nothing."""
         ...
 
     def metrics(self) -> Mapping[str, float]:
-        """Scores of the finished episode that the environment chooses to expose (e.g. `exact_match`)."""
+        """Scores of the finished episode that the environment reports, such as `exact_match`."""
         ...
 
     async def close(self) -> None:
-        """The episode is over, however it ended: release what it held."""
+        """The episode is over, however it ended: release its resources."""
         ...

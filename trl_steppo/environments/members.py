@@ -1,56 +1,56 @@
 """
-What the public names of an environment's class are: hooks that the rollout calls, or tools that the model may call.
+Tells an environment's hooks, which the rollout calls, from its tools, which the model may call.
 
-Tools are found as in TRL's `GRPOTrainer`: the plain functions of the class, inherited ones and static methods
-included. Class methods, properties and attributes of the instance are none. `reset` and `get_reward` are never tools.
-The other hooks, which TRL does not know, are told from tools by their parameters.
+Tools are found as in TRL's `GRPOTrainer`: the plain functions of the class, also inherited ones and static methods.
+Class methods, properties and attributes of the instance are not tools. `reset` and `get_reward` are never tools.
+The other hooks are unknown to TRL; their parameters distinguish them from tools.
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..calls import containing
 from ..errors import ConfigurationError
 from .arguments import JsonSchema
 from .base import HOOKS, Environment
 
-Tool = Callable[..., Any]
+Tool: TypeAlias = Callable[..., Any]
 
 COMPUTED = (property, cached_property)
 
 
-def tools_of(environment: Any) -> dict[str, Tool]:
+def tools_of(environment: object) -> dict[str, Tool]:
     """
-    An environment's tools by name, which is their `__name__`, sorted by the names in the class.
+    Find an environment's tools: by their `__name__`, sorted by their names in the class.
 
-    Nothing of the instance is evaluated but the tools themselves.
+    Only the methods are looked up in the instance; its other attributes are not evaluated.
 
     Raises:
-        ConfigurationError: two of them have the same name.
+        ConfigurationError: Two of them have the same name.
     """
-    found: dict[str, Tool] = {}
-    with containing():  # looking a method up may run code of the environment's
+    tools: dict[str, Tool] = {}
+    with containing():  # looking a method up may run the environment's code
         methods = [(name, getattr(environment, name)) for name in _class_functions(type(environment))]
     for name, tool in methods:
         if not callable(tool) or (name in HOOKS and is_hook(environment, name, tool)):
             continue
-        known = found.setdefault(tool_name(tool), tool)
+        known = tools.setdefault(tool_name(tool), tool)
         if known != tool:
             raise ConfigurationError(_same_name(tool_name(tool)))
-    return found
+    return tools
 
 
-def functions_by_name(tools: Any, *, taken: Any) -> dict[str, Tool]:
+def functions_by_name(tools: Iterable[Tool], *, taken: Container[str]) -> dict[str, Tool]:
     """
-    Plain functions as tools, by name.
+    Name the tools that are plain functions.
 
     Raises:
-        ConfigurationError: one has no name, or that of another tool.
+        ConfigurationError: A tool has no name, or the name of another tool.
     """
     functions: dict[str, Tool] = {}
     for tool in tools:
@@ -75,38 +75,41 @@ def tool_name(tool: Tool) -> str:
     return name
 
 
-def is_hook(environment: Any, name: str, method: Any) -> bool:
+def is_hook(environment: object, name: str, method: Callable[..., object]) -> bool:
     """
-    Whether the rollout calls an environment's method of a reserved name.
+    Whether an environment's method of a reserved name is the hook of that name.
 
-    It does where the method has exactly the parameters that the rollout gives it. Parameters with a default do not
-    count in a method that cannot be a tool, for want of a docstring. The first parameter of `step` may have any name
-    in a class that inherits from [`Environment`].
+    It is if it has exactly the hook's parameters. Parameters with a default are ignored if the method has no docstring
+    and so cannot be a tool. In a class that inherits from [`Environment`], the parameter of `step` may have any name.
     """
     expected = HOOKS[name]
     if expected is None:
         return True
     try:
         parameters = signature_of(method).parameters.values()
-    except (TypeError, ValueError):  # written in C: it is tried
+    except (TypeError, ValueError):  # written in C: assume it is
         return True
-    named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    named = [
+        parameter
+        for parameter in parameters
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
     if not named and len(parameters):
         return True
     if name == "step" and Environment in type(environment).__mro__:
         return True
-    if tuple(one.name for one in named) == expected:
+    if tuple(parameter.name for parameter in named) == expected:
         return True
-    required = tuple(one.name for one in named if one.default is one.empty)
+    required = tuple(parameter.name for parameter in named if parameter.default is parameter.empty)
     return required == expected and not _has_schema(method)
 
 
 def schema_of(name: str, tool: Tool) -> JsonSchema:
     """
-    A tool's JSON schema.
+    Make a tool's JSON schema.
 
     Raises:
-        ConfigurationError: it has no docstring, or an argument without a description or a type hint.
+        ConfigurationError: It has no docstring, or an argument without a description or a type hint.
     """
     from transformers.utils import get_json_schema
 
@@ -128,24 +131,24 @@ def schema_of(name: str, tool: Tool) -> JsonSchema:
 
 
 def signature_of(tool: Tool) -> inspect.Signature:
-    """A function's signature, or that of a bound method."""
+    """The signature of a function or a bound method."""
     function = getattr(tool, "__func__", tool)
     try:
         if function not in _signatures:
             _signatures[function] = inspect.signature(tool)
         return _signatures[function]
-    except TypeError:  # it cannot be a key
+    except TypeError:  # not hashable, or no weak reference to it
         return inspect.signature(tool)
 
 
-_schemas: weakref.WeakKeyDictionary[Any, JsonSchema] = weakref.WeakKeyDictionary()
-"""Schemas by function: an environment is made for every episode, its docstrings are read once."""
+_schemas: weakref.WeakKeyDictionary[Tool, JsonSchema] = weakref.WeakKeyDictionary()
+"""Schemas by function: every episode may make an environment, but docstrings are read once."""
 
-_signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
-"""Signatures by function, or by a method's; reading one takes longer than most calls."""
+_signatures: weakref.WeakKeyDictionary[Tool, inspect.Signature] = weakref.WeakKeyDictionary()
+"""Signatures by function: reading one takes longer than most calls."""
 
 
-def _has_schema(method: Any) -> bool:
+def _has_schema(method: Tool) -> bool:
     try:
         schema_of("", method)
     except ConfigurationError:
@@ -154,12 +157,12 @@ def _has_schema(method: Any) -> bool:
 
 
 def _class_functions(cls: type) -> list[str]:
-    """The public names of a class that stand for plain functions."""
+    """The public names of a class that are plain functions."""
     names = []
     for name in dir(cls):
         try:
             if not name.startswith("_") and inspect.isfunction(getattr(cls, name)):
                 names.append(name)
-        except Exception:  # of a descriptor
+        except Exception:  # raised by a descriptor
             continue
     return names

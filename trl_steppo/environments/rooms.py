@@ -1,21 +1,24 @@
-"""The rooms: a small game whose number of steps and whose responses' length can be set, apart from each other.
+"""
+The rooms: a small game in which the number of steps and the length of responses are independent settings.
 
-An episode leads through `num_rooms` rooms. Each has a sign and four doors, of which one is right. Which door a sign
+An episode leads through `num_rooms` rooms. Each has a sign and four doors, one of which is right. Which door a sign
 means is the same in every episode, and is what there is to learn. A response has `num_words` tokens: the words of a
-thought that counts down, each of which can be said in four ways; then, in the last place and in no other, the door;
-and the end of the turn. The score is the share of rooms whose door was right, and is paid at the end of the episode,
-never before.
+thought that counts down, each of which has four spellings; then the door, which counts in the last place only; then
+the end of the turn. The score is the share of rooms whose door was right. It is paid at the end of the episode.
 
-What it does to the methods that it is to compare. All see the same states and are paid the same, and a room's share of
-the score shrinks with more rooms for all of them. The right door depends on nothing but the sign in sight, so that a
-longer game is no harder to play; and the policy of the start writes the form without fault and reads the sign, at
-every length. What grows is the number of steps and of tokens between a decision and its pay; and the form that a
-method must not spoil while it learns: in one long response a single word too many costs the room. The state says how
-many doors were right so far, and how many rooms are left: a critic can know how the episode stands, at each step and
-at each token. The thought's words neither cost nor earn anything, as the many ways to say the same in a language: they
-are noise to whoever weighs them one by one, on purpose, for that is what the length of a response does. The door is
-the last word, where a token-level method has the shortest way to the next state and to the pay. A discount of 1, under
-which length does not discount, is open to every method.
+The game compares methods as follows:
+
+- All methods see the same states and get the same rewards. With more rooms, each room's share of the score shrinks.
+- The right door depends on the visible sign alone, so a longer game is not harder to play. The initial policy writes
+  the right form and reads the sign at every length.
+- What grows with the settings is the number of steps and of tokens between a decision and its reward, and the form
+  that a method must not unlearn: one word too many costs the room.
+- The state says how many doors were right so far and how many rooms are left. So a critic can know how the episode
+  stands, at each step and at each token.
+- The words of the thought have no effect on the reward, like different wordings of a sentence. They are noise for a
+  method that assigns credit to single tokens; this is deliberate, since it is what longer responses bring.
+- The door is the last word: for a token-level method the shortest way to the next state and to the reward. Every
+  method may use a discount of 1, under which length does not discount.
 """
 
 from __future__ import annotations
@@ -26,22 +29,23 @@ from random import Random
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..types import JsonObject, Message, TextOrMessages
 
 DOORS = ("north", "east", "south", "west")
 SIGNS = ("anchor", "bell", "crown", "fox", "key", "moon", "rose", "wolf")
 VARIANTS = "abcd"
-"""The ways to say a word of the thought: `7a` as well as `7d`."""
+"""The spellings of a word of the thought: `7a` means the same as `7d`."""
 
 MAX_ROOMS = 16
 MIN_WORDS, MAX_WORDS = 3, 128
 
 RIGHT_DOOR = {sign: DOORS[number % len(DOORS)] for number, sign in enumerate(SIGNS)}
-"""What each sign means."""
+"""The right door for each sign."""
 
 TEMPTING_DOOR = {
     sign: DOORS[(number + 1 + number // len(DOORS) % 3) % len(DOORS)] for number, sign in enumerate(SIGNS)
 }
-"""For each sign the wrong door that the policy of the start prefers."""
+"""The wrong door that the initial policy prefers, for each sign."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,13 @@ class RoomsData:
 
     Args:
         train (`list[dict]`):
-            To train on.
+            Rows to train on.
         validation (`list[dict]`):
-            To evaluate on.
+            Rows to evaluate on.
     """
 
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    train: list[JsonObject]
+    validation: list[JsonObject]
 
 
 def make_rooms(
@@ -72,14 +76,14 @@ def make_rooms(
         num_words (`int`):
             Tokens of a response, its end of turn included, from `MIN_WORDS` to `MAX_WORDS`.
         seed (`int`, *optional*, defaults to `0`):
-            Which signs hang where.
+            Decides the signs of every row.
         num_train (`int`, *optional*, defaults to `4096`):
             Rows to train on.
         num_validation (`int`, *optional*, defaults to `64`):
             Rows to evaluate on.
 
     Raises:
-        ConfigurationError: the game cannot have this size.
+        ConfigurationError: The game cannot have this size.
     """
     if not 1 <= num_rooms <= MAX_ROOMS:
         raise ConfigurationError(f"`num_rooms` is {num_rooms}; set it to 1 to {MAX_ROOMS}")
@@ -87,7 +91,7 @@ def make_rooms(
         raise ConfigurationError(f"`num_words` is {num_words}; set it to {MIN_WORDS} to {MAX_WORDS}")
     rng = Random(seed)
 
-    def rows(count: int) -> list[dict[str, Any]]:
+    def rows(count: int) -> list[JsonObject]:
         return [
             {"prompt": _messages(""), "signs": rng.choices(SIGNS, k=num_rooms), "num_words": num_words}
             for _ in range(count)
@@ -98,7 +102,7 @@ def make_rooms(
 
 class RoomsEnvironment:
     """
-    One episode of the game; takes the whole response as its action.
+    The game as an environment that takes the whole response as its action.
 
     Example:
     ```python
@@ -112,25 +116,25 @@ class RoomsEnvironment:
     """
 
     def reset(self, signs: Sequence[str], num_words: int, **row: Any) -> None:
-        """Stand in the first room."""
+        """Enter the first room."""
         self._signs, self._num_words = tuple(signs), num_words
         self._room = self._num_right = 0
 
     def step(self, response: str) -> tuple[str, float, bool]:
-        """Go through the door that stands in its place; who names it earlier or later finds none."""
+        """Go through the door that the response names. It counts in its place only: as the last of all words."""
         words = response.split()
         self._num_right += len(words) == self._num_words - 1 and words[-1] == RIGHT_DOOR[self._signs[self._room]]
         self._room += 1
         return "", 0.0, self._room == len(self._signs)
 
-    def state_prompt(self, observation: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """All there is to know, written anew for each room."""
+    def state_prompt(self, observation: TextOrMessages) -> list[Message]:
+        """Everything there is to know in this room."""
         return _messages(
             describe(self._room, len(self._signs), self._num_right, self._signs[self._room], self._num_words)
         )
 
     def state_key(self) -> tuple[int, int, str]:
-        """The state without the thought's length, which is the same in all of them."""
+        """The state, without the thought's length, which is the same in all states."""
         return self._room, self._num_right, self._signs[self._room]
 
     def get_reward(self) -> float:
@@ -138,7 +142,7 @@ class RoomsEnvironment:
         return self._num_right / len(self._signs)
 
     def metrics(self) -> dict[str, float]:
-        """The score by its name."""
+        """The score, to be logged."""
         return {"score": self.get_reward()}
 
 
@@ -148,7 +152,7 @@ def describe(room_index: int, num_rooms: int, num_right: int, sign: str, num_wor
 
 
 def respond(door: str, num_words: int, rng: Random) -> str:
-    """A response of the right form, with a thought said in some way: one word less than `num_words`, for the end."""
+    """A response of the right form with random spellings. It has `num_words` tokens, with the end of the turn."""
     return " ".join([*(f"{left}{rng.choice(VARIANTS)}" for left in range(num_words - 2, 0, -1)), door])
 
 
@@ -159,5 +163,5 @@ def vocabulary() -> list[str]:
     return [*"room of right sign think user assistant".split(), *DOORS, *SIGNS, *numbers, *thoughts]  # noqa: SIM905
 
 
-def _messages(content: str) -> list[dict[str, Any]]:
+def _messages(content: str) -> list[Message]:
     return [{"role": "user", "content": content}]

@@ -1,4 +1,4 @@
-"""How many calls of one tool, or episodes, run at a time: a search engine or a machine bears only so many."""
+"""Limits how many calls of one tool, or episodes, run at a time, as a search engine or a machine may need it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from contextlib import asynccontextmanager
 
 class Slots:
     """
-    Bounds what of one name runs at a time, in whichever event loops: the calls of a tool, over all episodes that are
-    played. One that was given up at its time limit does not count any more, even if its thread still runs.
+    Limits how many blocks of one name run at a time, in any event loops: the calls of a tool, over all episodes. A
+    call that was given up at its time limit no longer counts, even if its thread still runs.
 
     Args:
         num_slots (`int`):
-            Most of one name at a time, at least 1.
+            Maximum number of blocks of one name at a time, at least 1.
 
     Example:
     ```python
@@ -38,7 +38,7 @@ class Slots:
 
     @asynccontextmanager
     async def of(self, name: str, *, priority: int = 0) -> AsyncIterator[None]:
-        """Begins when a slot of that name is free; the lowest `priority` first, then who came first."""
+        """Enter the block when a slot of that name is free. The lowest `priority` goes first, then by arrival."""
         with self._lock:
             turn = None
             if self._num_taken[name] < self.num_slots:
@@ -59,7 +59,7 @@ class Slots:
             self._pass_on(name)
 
     def _pass_on(self, name: str) -> None:
-        """A slot is free: the next one that still waits gets it, if there is one."""
+        """Give a slot that became free to the next waiting block, if any."""
         with self._lock:
             waiting = self._waiting[name]
             while waiting:

@@ -13,10 +13,11 @@ import inspect
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
+from typing import TypeVar
 
 from ..calls import (
     CallThread,
@@ -28,43 +29,42 @@ from ..calls import (
     call,
     call_and_wait,
     containing,
-    drained,
     error_text,
     is_lazy,
     thread_for,
     why_unbindable,
 )
 from ..errors import ConfigurationError
-from ..finite import as_number, as_reward, shown
-from ..types import writable
+from ..finite import as_number, as_reward
+from ..types import JsonObject, Row, TextOrMessages, writable
 from .arguments import JsonSchema, WrongArgumentsError, describe, read_arguments
-from .base import HOOKS, Message, Outcome, Playable, Response
+from .base import HOOKS, MISTAKES, Message, Outcome, Playable, Response, ToolEnvironment, Tools
 from .members import COMPUTED, Tool, functions_by_name, is_hook, schema_of, signature_of, tool_name, tools_of
-from .results import MediaError, content_of, text_of_blocks
+from .results import (
+    Content,
+    MediaError,
+    answer_of_step,
+    content_of,
+    prompt_of_state,
+    scores_of,
+    text_of_reset,
+    warn_once,
+)
 from .slots import Slots
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 MAX_TOOL_CALLS = 32
-"""How many tool calls of one response are run where nobody says otherwise."""
+"""Default for the maximum number of tool calls of one response that are run."""
 
-MISTAKES = (
-    *("malformed_tool_calls", "unknown_tools", "wrong_arguments", "tool_errors", "tool_timeouts"),
-    "refused_tool_calls",
-)
-"""Counters of what went wrong in an episode, beside `tool_calls`, which counts every call that could be read."""
-
-_need_main_thread: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Functions that were found to work in the main thread only."""
-
-_GIVEN_UP = (CallTimeoutError, asyncio.CancelledError)
-"""What a call ends with that may go on in the environment."""
-
-_COUNTERS = frozenset({"tool_calls", *MISTAKES})
+_need_main_thread: weakref.WeakSet[Tool] = weakref.WeakSet()
+"""Functions that turned out to work in the main thread only."""
 
 
 def make_playable(
-    environment: Any = None,
+    environment: object = None,
     tools: Sequence[Tool] = (),
     *,
     tool_timeout_s: float | None = 60.0,
@@ -78,30 +78,30 @@ def make_playable(
     Make what a user wrote playable.
 
     Args:
-        environment (`Any`, *optional*):
+        environment (`object`, *optional*):
             One instance, for one episode at a time. With `step(response)` it takes the whole response; without, its
             public methods are tools, as in TRL. `None`: only `tools`, and without those an episode is a single step.
         tools (`Sequence[Callable]`, *optional*):
-            Functions beside the environment, sync or async, shared by all episodes.
+            Further tools: functions, sync or async, that all episodes share.
         tool_timeout_s (`float`, *optional*, defaults to `60.0`):
             Time limit of one tool call; `None`: none.
         environment_timeout_s (`float`, *optional*):
             Time limit of each of the environment's other calls (`reset`, `step`, `get_reward`, ...); `None`:
             `tool_timeout_s`.
         max_tool_calls (`int`, *optional*, defaults to `32`):
-            Most tool calls of one response that are run; those beyond are answered with an error. As many calls that
-            cannot be read are answered. `None`: all.
+            Maximum number of tool calls of one response that are run, and of malformed calls that are answered.
+            Further calls are answered with an error. `None`: no limit.
         slots ([`Slots`], *optional*):
-            Bounds how many calls of one tool run at a time; shared by the episodes. Waiting for one's turn does not
-            count as the call's time.
+            Limits how many calls of one tool run at a time, over all episodes. Time spent waiting for a slot is not
+            part of the call's time limit.
         hidden_columns (`Collection[str]`, *optional*):
-            Columns of the row that `reset` is not given.
+            Columns of the row that are not passed to `reset`.
         reads_state_keys (`bool`, *optional*, defaults to `True`):
-            Whether steps are to have the `state_key` of an environment that defines it.
+            Whether steps get the `state_key` of an environment that defines it.
 
     Raises:
         ConfigurationError: the environment has no `reset`, or one of its methods that are not tools is a generator; a
-            tool has no docstring or no type hints; two tools share a name; or there are tools beside a
+            tool has no docstring or no type hints; two tools share a name; or there are tools and a
             `step(response)`, which takes the whole response.
     """
     limit_s = tool_timeout_s if environment_timeout_s is None else environment_timeout_s
@@ -110,7 +110,7 @@ def make_playable(
     if environment is not None:
         _refuse_generators(environment)
     if environment is not None and _takes_responses(environment):
-        _refuse_tools_beside_step(environment, tools)
+        _refuse_tools_with_step(environment, tools)
         return ResponsePlayable(
             environment,
             environment_timeout_s=limit_s,
@@ -129,12 +129,12 @@ def make_playable(
     )
 
 
-def check_reset(environment: Any, columns: Sequence[str]) -> None:
+def check_reset(environment: ToolEnvironment, columns: Sequence[str]) -> None:
     """
     Raises a `ConfigurationError` where `reset` cannot be called with the columns of a dataset.
 
     Args:
-        environment (`Any`):
+        environment ([`ToolEnvironment`]):
             An instance.
         columns (`Sequence[str]`):
             Names of the columns, each of which is passed as a keyword.
@@ -147,8 +147,8 @@ def check_reset(environment: Any, columns: Sequence[str]) -> None:
         )
 
 
-def _refuse_generators(environment: Any) -> None:
-    """A method that yields does nothing when it is called; only tools may give their text piece by piece."""
+def _refuse_generators(environment: object) -> None:
+    """Refuse hooks that are generators: calling one does nothing. Tools may yield their text piece by piece."""
     for name in sorted(HOOKS):
         static = inspect.getattr_static(environment, name, None)
         if is_lazy(static) and is_hook(environment, name, getattr(environment, name)):
@@ -158,12 +158,12 @@ def _refuse_generators(environment: Any) -> None:
             )
 
 
-def _takes_responses(environment: Any) -> bool:
+def _takes_responses(environment: object) -> bool:
     step = getattr(environment, "step", None)
     return callable(step) and is_hook(environment, "step", step)
 
 
-def _refuse_tools_beside_step(environment: Any, tools: Sequence[Tool]) -> None:
+def _refuse_tools_with_step(environment: object, tools: Sequence[Tool]) -> None:
     extra = [*tools_of(environment), *(tool_name(tool) for tool in tools)]
     if extra:
         raise ConfigurationError(
@@ -174,10 +174,10 @@ def _refuse_tools_beside_step(environment: Any, tools: Sequence[Tool]) -> None:
 
 
 class _EnvironmentCalls:
-    """What both forms have in common: an environment's methods under a time limit, in a thread of its own."""
+    """Common part of both forms: calls an environment's methods under a time limit, in a thread of its own."""
 
     def __init__(
-        self, environment: Any, timeout_s: float | None, hidden_columns: Collection[str], reads_state_keys: bool
+        self, environment: object, timeout_s: float | None, hidden_columns: Collection[str], reads_state_keys: bool
     ) -> None:
         self._environment = environment
         self._timeout_s = timeout_s
@@ -191,8 +191,8 @@ class _EnvironmentCalls:
         self._defined: dict[str, bool] = {}
 
     @property
-    def environment(self) -> Any:
-        """What the user wrote; `None` where there are only tools."""
+    def environment(self) -> object:
+        """The user's object; `None` if there are only tools."""
         return self._environment
 
     @property
@@ -208,36 +208,45 @@ class _EnvironmentCalls:
     async def _call(
         self,
         name: str,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        convert: Callable[[Any], Any] = lambda value: value,
-    ) -> Any:
+        convert: Callable[[object], T],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] = MappingProxyType({}),
+    ) -> T:
         """
-        Call the environment's method `name`. Keywords come as a mapping: a dataset's columns may have any name.
-        `convert` checks the result where the method ran.
+        Call the environment's method `name`. Keywords are a mapping, since a dataset's columns may have any name.
+        `convert` checks the result in the method's own thread.
         """
-        with containing():  # a `__getattr__` is code of the environment's, too
-            method = getattr(self._environment, name)
-        what = f"{name}()"
-        try:
-            return await call(
-                method, args, kwargs or {}, thread=self._thread, timeout_s=self._timeout_s, what=what, convert=convert
+        method, what = self._method(name), f"{name}()"
+        with self._noticing_calls_given_up():
+            result: T = await call(
+                method, args, kwargs, thread=self._thread, timeout_s=self._timeout_s, what=what, convert=convert
             )
-        except _GIVEN_UP:
+        return result
+
+    def _method(self, name: str) -> Callable[..., object]:
+        with containing():  # `__getattr__` may be the environment's code
+            method: Callable[..., object] = getattr(self._environment, name)
+        return method
+
+    @contextmanager
+    def _noticing_calls_given_up(self) -> Iterator[None]:
+        """A call that ends by its time limit, or is cancelled, may go on in the environment."""
+        try:
+            yield
+        except (CallTimeoutError, asyncio.CancelledError):
             self._was_given_up = True
             raise
 
     def _defines(self, name: str) -> bool:
-        if name not in self._defined:  # to look takes long, and some are asked for in every step
-            # Not of a property: that would run the environment's code here, outside of any limit.
+        if name not in self._defined:  # cached: looking it up is slow, and some names are needed in every step
+            # A property is not evaluated: that would run the environment's code here, without a time limit.
             static = inspect.getattr_static(self._environment, name, None)
             with containing():
                 method = None if isinstance(static, COMPUTED) else getattr(self._environment, name, None)
                 self._defined[name] = callable(method) and is_hook(self._environment, name, method)
         return self._defined[name]
 
-    async def reset(self, row: Mapping[str, Any]) -> str | None:
+    async def reset(self, row: Row) -> str | None:
         """
         Start an episode. Raises what the environment raises, and a `NewEnvironmentNeededError` if its `reset` has not
         undone what an earlier episode did.
@@ -247,37 +256,37 @@ class _EnvironmentCalls:
         if self._hidden_columns:
             row = {name: value for name, value in row.items() if name not in self._hidden_columns}
         self._scores = {}
-        text = await self._call("reset", (), row, convert=_text_of_reset)
+        text = await self._call("reset", text_of_reset, kwargs=row)
         if self.was_played and self._plain_done():
             problem = (
                 f"`{_class_name(self._environment)}.reset` leaves `done` true, so that a new environment is made for "
                 "every episode; let `reset` set all that an episode changes, or set `reuse_environments=False`"
             )
-            _warn_once(problem)
+            warn_once(problem)
             raise NewEnvironmentNeededError(problem)
         self.was_played = True
         return text
 
     def _plain_done(self) -> bool | None:
-        """`done`, where no code has to run to read it."""
+        """The value of `done` if it can be read without running code; else `None`."""
         computes = hasattr(type(self._environment), "__getattr__")
         plain = inspect.getattr_static(self._environment, "done", None if computes else False)
         return plain if isinstance(plain, bool) else None
 
-    async def state_prompt(self, observation: str | list[Message]) -> str | list[Message] | None:
+    async def state_prompt(self, observation: TextOrMessages) -> TextOrMessages | None:
         """The state's whole prompt; `None` without a `state_prompt`. A `TypeError` for one of another form."""
         if not self._defines("state_prompt"):
             return None
-        return await self._call("state_prompt", [observation], convert=_prompt)
+        return await self._call("state_prompt", prompt_of_state, [observation])
 
     async def get_reward(self) -> float | None:
         """
-        The reward at the end; `None` if nothing has paid the episode: `get_reward` gives none, and steps are not paid.
-        Reads the environment's scores, too.
+        The reward at the end of the episode, and the environment's scores for `metrics`. `None`: the environment pays
+        nothing, neither here nor for steps.
         """
         reward: float | None = None
         if self._defines("get_reward"):
-            reward = await self._call("get_reward", convert=_reward_or_none)
+            reward = await self._call("get_reward", lambda value: as_reward(value, "get_reward()"))
         if reward is None and self._pays_steps():
             reward = 0.0
         if self._defines("metrics"):
@@ -288,34 +297,34 @@ class _EnvironmentCalls:
         return self._defines("step_reward") or self._defines("step")
 
     async def _scores_or_none(self) -> dict[str, float]:
-        """What `metrics()` gives. It is shown and not trained on, so that nothing that is wrong with it costs more."""
+        """The result of `metrics()`. An error costs the scores and not the episode: they are shown, not trained on."""
         try:
-            return await self._call("metrics", convert=_scores)
+            return await self._call("metrics", scores_of)
         except MainThreadNeededError:
             raise
         except Exception as error:
-            _warn_once(f"metrics() failed, and its scores are left out: {type(error).__name__}: {error_text(error)}")
+            warn_once(f"metrics() failed, and its scores are left out: {type(error).__name__}: {error_text(error)}")
             return {}
 
     def metrics(self) -> Mapping[str, float]:
-        """The environment's own scores, as it gave them after `get_reward`."""
+        """The environment's own scores, read after `get_reward`."""
         return self._scores
 
     async def close(self) -> None:
         """Close the environment and end its thread."""
         try:
             if self._defines("close"):
-                await self._call("close")
+                await self._call("close", lambda result: None)
         finally:
             self._thread.end()
 
-    def close_unplayed(self, run: Callable[[Any], Any]) -> Future[Any]:
+    def close_unplayed(self, run: Callable[[Coroutine[object, object, object]], object]) -> Future[None]:
         """
-        Have an environment closed that nothing is to be played in, from sync code.
+        Close an environment in which no episode will be played, from sync code.
 
         Args:
-            run (`Callable[[Coroutine], Any]`):
-                Runs a coroutine to its end, where `close` is async.
+            run (`Callable[[Coroutine], object]`):
+                Runs a coroutine to its end, for an async `close`.
 
         Returns:
             `Future`: done when it is closed, with what `close` raised.
@@ -326,82 +335,17 @@ class _EnvironmentCalls:
 
         def close() -> None:
             if self._defines("close"):
-                call_and_wait(self._environment.close, (), {}, run)
+                call_and_wait(self._method("close"), (), {}, run)
 
         closed = self._thread.post(close)
         self._thread.end()
         return closed
 
-    async def _state_key(self) -> Any:
+    async def _state_key(self) -> Hashable:
         if not (self._reads_state_keys and self._defines("state_key")):
             return None
-        # A copy: the step that follows may change a key that is a list of all moves, say.
-        return await self._call("state_key", convert=copy.deepcopy)
-
-
-def _reward_or_none(value: Any) -> float | None:
-    return as_reward(value, "get_reward()")
-
-
-def _text_of_reset(value: Any) -> str | None:
-    if isinstance(value, list):
-        value = text_of_blocks(value, "reset() returned")
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"reset() returned {type(value).__name__}; it returns text for the prompt, or None")
-    return None if value is None else writable(value)
-
-
-def _prompt(value: Any) -> str | list[Message] | None:
-    if value is not None and not isinstance(value, str | list):
-        raise TypeError(f"state_prompt() returned {type(value).__name__}; it returns text, messages or None")
-    return _read(value, "state_prompt() returned")
-
-
-def _read(value: Any, what: str) -> Any:
-    """Text and messages without half surrogate pairs. A `TypeError` for values that are computed later."""
-    if isinstance(value, str):
-        return writable(value)
-    if isinstance(value, Mapping):
-        return {_read(key, what): _read(one, what) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_read(one, what) for one in value]
-    if hasattr(value, "__next__") or hasattr(value, "__anext__") or inspect.isawaitable(value):
-        raise TypeError(f"{what} a message with a {type(value).__name__} in it; compute it before")
-    return value
-
-
-def _scores(value: Any) -> dict[str, float]:
-    """The scores among what `metrics()` returned; the rest is left out, with a warning."""
-    if not isinstance(value, Mapping):
-        _warn_once(f"metrics() returned {shown(value)}, which is left out; it returns a dict of numbers by name")
-        return {}
-    scores = {}
-    for name, score in value.items():
-        if not isinstance(name, str) or not name.strip():
-            _warn_once(f"metrics() has a score named {shown(name)}, which is left out; a name is text")
-            continue
-        if name in _COUNTERS:
-            _warn_once(f"the score {name!r} of metrics() is left out: it is counted already; rename it")
-            continue
-        try:
-            scores[writable(name)] = as_number(score, f"metrics()[{name!r}]")
-        except (TypeError, ValueError) as error:
-            _warn_once(f"{error}; it is left out", about=name)
-    return scores
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(text: str, *, about: str | None = None) -> None:
-    """Warn, once for each text, or for each name that it is `about`."""
-    key = text if about is None else f"metric {about}"
-    if key not in _warned and len(_warned) < _MOST_WARNINGS:
-        _warned.add(key)
-        logger.warning("%s (said once)", text)
-
-
-_MOST_WARNINGS = 100  # of a process
+        # Copied: the step that follows may change a mutable key, such as a list of all moves.
+        return await self._call("state_key", copy.deepcopy)
 
 
 class ResponsePlayable(_EnvironmentCalls):
@@ -414,16 +358,16 @@ class ResponsePlayable(_EnvironmentCalls):
         environment_timeout_s (`float`, *optional*):
             Time limit of each of its calls; `None`: none.
         hidden_columns (`Collection[str]`, *optional*):
-            Columns of the row that `reset` is not given.
+            Columns of the row that are not passed to `reset`.
         reads_state_keys (`bool`, *optional*, defaults to `True`):
-            Whether steps are to have the `state_key` of an environment that defines it.
+            Whether steps get the `state_key` of an environment that defines it.
     """
 
-    tools: Sequence[Any] = ()
+    tools: Tools = ()
 
     def __init__(
         self,
-        environment: Any,
+        environment: object,
         *,
         environment_timeout_s: float | None = None,
         hidden_columns: Collection[str] = (),
@@ -432,20 +376,10 @@ class ResponsePlayable(_EnvironmentCalls):
         super().__init__(environment, environment_timeout_s, hidden_columns, reads_state_keys)
 
     async def step(self, response: Response) -> Outcome:
-        """Let the environment answer. Raises what it raises, and a `TypeError` for an answer of another form."""
+        """Play the response. Raises what the environment raises, and a `TypeError` for a result of another form."""
         state_key = await self._state_key()
-        observation, reward, done = await self._call("step", [response.text], convert=_answer)
+        observation, reward, done = await self._call("step", answer_of_step, [response.text])
         return Outcome(observation, reward, done, state_key)
-
-
-def _answer(value: Any) -> tuple[str | list[Message], float, bool]:
-    if not isinstance(value, tuple) or len(value) != 3:
-        raise TypeError(f"step() returned {shown(value)}; it returns (observation, reward, done)")
-    observation, reward, done = value
-    observation = drained(observation)
-    if not isinstance(observation, str | list):
-        raise TypeError(f"step() returned an observation of type {type(observation).__name__}; text or messages")
-    return _read(observation, "step() returned"), as_number(reward, "step()'s reward"), bool(done)
 
 
 class ToolPlayable(_EnvironmentCalls):
@@ -459,19 +393,19 @@ class ToolPlayable(_EnvironmentCalls):
         environment ([`ToolEnvironment`], *optional*):
             One instance, for one episode at a time.
         tools (`Sequence[Callable]`, *optional*):
-            Functions beside it, shared by all episodes: calls of them may overlap.
+            Further tools: functions that all episodes share; their calls may overlap.
         tool_timeout_s (`float`, *optional*):
             Time limit of one tool call; `None`: none.
         environment_timeout_s (`float`, *optional*):
             Time limit of each of the environment's other calls; `None`: none.
         max_tool_calls (`int`, *optional*, defaults to `32`):
-            Most tool calls of one response that are run; `None`: all.
+            Maximum number of tool calls of one response that are run; `None`: no limit.
         slots ([`Slots`], *optional*):
-            Bounds how many calls of one tool run at a time.
+            Limits how many calls of one tool run at a time.
         hidden_columns (`Collection[str]`, *optional*):
-            Columns of the row that `reset` is not given.
+            Columns of the row that are not passed to `reset`.
         reads_state_keys (`bool`, *optional*, defaults to `True`):
-            Whether steps are to have the `state_key` of an environment that defines it.
+            Whether steps get the `state_key` of an environment that defines it.
 
     Raises:
         ConfigurationError: a tool has no docstring or no type hints, or two tools share a name.
@@ -479,7 +413,7 @@ class ToolPlayable(_EnvironmentCalls):
 
     def __init__(
         self,
-        environment: Any = None,
+        environment: object = None,
         tools: Sequence[Tool] = (),
         *,
         tool_timeout_s: float | None = None,
@@ -498,7 +432,7 @@ class ToolPlayable(_EnvironmentCalls):
         self._async_methods = {name for name, method in self._methods.items() if is_async(method)}
         self._functions = functions_by_name(tools, taken=self._methods)
         self._schemas = {name: schema_of(name, tool) for name, tool in {**self._methods, **self._functions}.items()}
-        self.tools: Sequence[Any] = list(self._schemas.values())
+        self.tools: Tools = list(self._schemas.values())
 
     async def step(self, response: Response) -> Outcome:
         """Call the tools that the response asks for. Raises only what `done`, `step_reward` or `state_key` raise."""
@@ -507,14 +441,17 @@ class ToolPlayable(_EnvironmentCalls):
         counts = Counter(dict.fromkeys(("tool_calls", *MISTAKES), 0))
         counts.update(tool_calls=len(calls), malformed_tool_calls=len(response.malformed))
         calls, malformed = (calls, response.malformed) if self.tools else ([], ())
-        most = len(calls) + len(malformed) if self._max_tool_calls is None else self._max_tool_calls
-        calls, refused = calls[:most], calls[most:]
+        limit = len(calls) + len(malformed) if self._max_tool_calls is None else self._max_tool_calls
+        calls, refused = calls[:limit], calls[limit:]
         counts.update(refused_tool_calls=len(refused))
         answers = await self._answers(calls, counts)
-        observation = [_message(one["name"], answer, one["id"]) for one, answer in zip(calls, answers, strict=True)]
-        too_many = f"Error: not run: a response may make {most} tool calls"
-        observation += [_message(one["name"], too_many, one["id"]) for one in refused]
-        observation += [_message("error", f"Error: malformed tool call: {reason}") for reason in malformed[:most]]
+        observation = [
+            _message(tool_call["name"], answer, tool_call["id"])
+            for tool_call, answer in zip(calls, answers, strict=True)
+        ]
+        too_many = f"Error: not run: a response may make {limit} tool calls"
+        observation += [_message(tool_call["name"], too_many, tool_call["id"]) for tool_call in refused]
+        observation += [_message("error", f"Error: malformed tool call: {reason}") for reason in malformed[:limit]]
         is_done, asks_nothing = await self._is_done(), not observation
         return Outcome(
             observation,
@@ -525,27 +462,28 @@ class ToolPlayable(_EnvironmentCalls):
             ended_by_response=asks_nothing and not is_done,
         )
 
-    async def _answers(self, calls: Sequence[Mapping[str, Any]], counts: Counter[str]) -> list[str | list[Any]]:
-        """What the tools answer: the async methods of the environment when the other calls are done, as in TRL."""
-        is_late = [one["name"] in self._async_methods for one in calls]
+    async def _answers(self, calls: Sequence[JsonObject], counts: Counter[str]) -> list[Content]:
+        """The tools' answers. As in TRL, the environment's async methods run after the other calls."""
+        is_late = [tool_call["name"] in self._async_methods for tool_call in calls]
         if all(is_late) or not any(is_late):
-            return list(await asyncio.gather(*(self._answer(one["name"], one["arguments"], counts) for one in calls)))
-        answers: dict[int, str | list[Any]] = {}
+            return list(await asyncio.gather(*(self._answer(tool_call, counts) for tool_call in calls)))
+        answers: dict[int, Content] = {}
         for turn in (False, True):
             indexes = [index for index, late in enumerate(is_late) if late is turn]
-            begun = (self._answer(calls[index]["name"], calls[index]["arguments"], counts) for index in indexes)
-            answers.update(zip(indexes, await asyncio.gather(*begun), strict=True))
+            results = await asyncio.gather(*(self._answer(calls[index], counts) for index in indexes))
+            answers.update(zip(indexes, results, strict=True))
         return [answers[index] for index in range(len(calls))]
 
-    async def _answer(self, name: str, arguments: Mapping[str, Any], counts: Counter[str]) -> str | list[Any]:
-        """The tool's result, or what the model did wrong. Raises only for a result that the policy cannot read."""
+    async def _answer(self, tool_call: JsonObject, counts: Counter[str]) -> Content:
+        """The tool's result, or an error for the model to read. Raises only for a result that is no text."""
+        name = tool_call["name"]
         tool = self._methods.get(name) or self._functions.get(name)
         if tool is None:
             counts["unknown_tools"] += 1
             return f"Error: unknown tool {name!r}; available: {', '.join(self._schemas)}"
         schema = self._schemas[name]
         try:
-            arguments = read_arguments(tool, signature_of(tool), schema, arguments)
+            arguments = read_arguments(tool, signature_of(tool), schema, tool_call["arguments"])
         except WrongArgumentsError as problem:
             counts["wrong_arguments"] += 1
             return f"Error: wrong arguments for {name}: {problem}; expected {_usage(schema)}"
@@ -562,16 +500,13 @@ class ToolPlayable(_EnvironmentCalls):
             counts["tool_errors"] += 1
             return writable(f"Error: {name} failed: {type(error).__name__}: {error_text(error)}")
 
-    async def _run(self, name: str, tool: Tool, arguments: Mapping[str, Any]) -> str | list[Any]:
+    async def _run(self, name: str, tool: Tool, arguments: JsonObject) -> Content:
         if name in self._methods:
-            try:
+            with self._noticing_calls_given_up():
                 return await self._run_in(self._thread, name, tool, arguments)
-            except _GIVEN_UP:
-                self._was_given_up = True
-                raise
         if tool in _need_main_thread:
             return await self._run_in(MainThread(), name, tool, arguments)
-        thread = DaemonThread(name)  # functions share no state with the environment: each call has one to itself
+        thread = DaemonThread(name)  # functions share no state with the environment: a thread for each call
         try:
             return await self._run_in(thread, name, tool, arguments)
         except MainThreadNeededError as error:
@@ -584,9 +519,7 @@ class ToolPlayable(_EnvironmentCalls):
         finally:
             thread.end()
 
-    async def _run_in(
-        self, thread: CallThread, name: str, tool: Tool, arguments: Mapping[str, Any]
-    ) -> str | list[Any]:
+    async def _run_in(self, thread: CallThread, name: str, tool: Tool, arguments: JsonObject) -> Content:
         async with self._slots.of(name) if self._slots is not None else nullcontext():
             timeout_s = self._tool_timeout_s
             return await call(tool, (), arguments, thread=thread, timeout_s=timeout_s, what=name, convert=content_of)
@@ -595,10 +528,10 @@ class ToolPlayable(_EnvironmentCalls):
         if self._environment is None:
             return False
         environment, plain = self._environment, self._plain_done()
-        if plain is not None:  # no code runs, so it needs no thread
+        if plain is not None:  # no code to run, so no thread is needed
             return plain
 
-        def done() -> Any:  # may be a property, which is code of the environment's, too
+        def done() -> object:  # a property is the environment's code as well
             value = getattr(environment, "done", False)
             if not callable(value):
                 return value
@@ -609,28 +542,28 @@ class ToolPlayable(_EnvironmentCalls):
     async def _step_reward(self) -> float:
         if not self._defines("step_reward"):
             return 0.0
-        return await self._call("step_reward", convert=lambda value: as_number(value, "step_reward()"))
+        return await self._call("step_reward", lambda value: as_number(value, "step_reward()"))
 
 
-def _message(name: str, content: str | list[Any], call_id: str | None = None) -> Message:
+def _message(name: str, content: Content, call_id: str | None = None) -> Message:
     message: Message = {"role": "tool", "name": name, "content": content}
     return message if call_id is None else {**message, "tool_call_id": call_id}
 
 
-def _identified(tool_call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Name and arguments, and the id that the model gave the call, where its format has ids."""
+def _identified(tool_call: JsonObject) -> JsonObject:
+    """A call's name and arguments, and its id if the model's format has ids."""
     return {**tool_call["function"], "id": tool_call.get("id")}
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
 
 
-def _class_name(environment: Any) -> str:
+def _class_name(environment: object) -> str:
     return type(environment).__name__
 
 
 def _usage(schema: JsonSchema) -> str:
-    """How a tool is called: `search(query: string, k?: integer)`."""
+    """A tool's signature in words: `search(query: string, k?: integer)`."""
     function = schema["function"]
     required = function["parameters"].get("required", ())
     arguments = [

@@ -1,7 +1,6 @@
 """The networks: one forward pass -> per-token log-probabilities, or state values."""
 
-from pathlib import Path
-
+from ..names import moved_names
 from .adapters import (
     AdapterReference,
     adapter_changes_model,
@@ -33,9 +32,6 @@ from .sharding import (
 )
 
 __all__ = [
-    "MINI_WIKI_POLICY",
-    "MINI_WIKI_THINKING_POLICY",
-    "ROOMS_POLICY",
     "AdapterReference",
     "Critic",
     "PolicyScorer",
@@ -53,7 +49,6 @@ __all__ = [
     "gathered",
     "is_peft_model",
     "is_sharded",
-    "locate_model",
     "plain_model",
     "prepare_for_tries",
     "register_attention",
@@ -70,16 +65,6 @@ __all__ = [
     "whole_tensor",
 ]
 
-MINI_WIKI_POLICY = str(Path(__file__).parent / "mini_wiki")
-"""Directory of the built-in policy, made by `examples/make_mini_wiki_policy.py`."""
+_MOVED = ("MINI_WIKI_POLICY", "MINI_WIKI_THINKING_POLICY", "ROOMS_POLICY", "locate_model")
 
-MINI_WIKI_THINKING_POLICY = str(Path(__file__).parent / "mini_wiki_thinking")
-"""The same of a policy that says what it found and needs before each call."""
-
-ROOMS_POLICY = str(Path(__file__).parent / "rooms")
-"""Directory of the rooms' policy, made by `examples/make_rooms_policy.py`."""
-
-
-def locate_model(name: str) -> str:
-    """The directory of a built-in policy of the mini wiki, by its name; any other name or directory as it is."""
-    return {"mini_wiki": MINI_WIKI_POLICY, "mini_wiki_thinking": MINI_WIKI_THINKING_POLICY}.get(name, name)
+__getattr__ = moved_names(__name__, dict.fromkeys(_MOVED, "trl_steppo.assets"))

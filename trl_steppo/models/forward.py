@@ -20,7 +20,7 @@ from ..errors import ConfigurationError
 from .attention import forward_arguments
 from .sharding import is_sharded, read_together
 
-_LOGITS_ELEMENTS = 2**25  # float32 logits held at a time: 128 MiB
+LOGITS_ELEMENTS = 2**25  # float32 logits held at a time: 128 MiB
 _BLOCK_ELEMENTS = 2**20  # of these, as many as a CPU works on at a time: what its cache holds
 _CPU_TOKENS = 2_048  # of a forward pass without a gradient on a CPU; larger tensors go back to the system each time
 
@@ -92,7 +92,7 @@ class PolicyScorer(nn.Module):
     def _score(
         self, states: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
     ) -> Scores:
-        size = max(1, _LOGITS_ELEMENTS // self.model.config.get_text_config().vocab_size)
+        size = max(1, LOGITS_ELEMENTS // self.model.config.get_text_config().vocab_size)
         head = output_head(self.model)
         temperatures = temperatures / self._logit_scale
         if self._logit_cap is None and len(states) and _is_plain(head) and _computes_exactly(head, states):

@@ -20,15 +20,6 @@ _IGNORED = {
 }
 _IGNORED_PREFIXES = ("logging_", "log_level", "log_on", "save_", "eval_", "hub_", "trackio_", "dataloader_")
 
-_NAMES = {
-    "step_gae": ("StepPO", "step"),
-    "token_gae": ("token PPO", "token"),
-    "grpo": ("GRPO", None),
-    "rloo": ("RLOO", None),
-    "gigpo": ("GiGPO", None),
-    "reinforce_plus_plus": ("REINFORCE++", None),
-}
-
 
 @dataclass(frozen=True)
 class Method:
@@ -120,10 +111,11 @@ def _names(groups: Sequence[Sequence[Run]], families: Sequence[str]) -> list[str
 
 def _algorithm(run: Run) -> str:
     """What people call it; empty without settings."""
+    from ..learning.estimators import ESTIMATORS  # it loads torch
+
     settings = run.settings or {}
-    estimator = settings.get("advantage_estimator")
-    if estimator not in _NAMES:
+    estimator = ESTIMATORS.get(settings.get("advantage_estimator"))
+    if estimator is None:
         return ""
-    name, usual_level = _NAMES[estimator]
     level = settings.get("importance_sampling_level")
-    return name if usual_level in (None, level) else f"{name}, {level} ratio"
+    return estimator.title if estimator.usual_ratio in (None, level) else f"{estimator.title}, {level} ratio"

@@ -29,8 +29,8 @@ from torch import nn
 from .. import durable
 from ..compat.peft import load_weights as adapter_weights
 from ..errors import CheckpointError
+from ..learning.ranks import Caught, caught, first_failure
 from ..models import is_peft_model, whole_shape
-from .exchange import Caught, caught, first_failure
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel, SchedulerType
 
 from ..errors import ConfigurationError
+from ..learning.estimators import ESTIMATORS
 from ..models import check_critic, is_peft_model, plain_model, saved_with_adapter
-from .config_checks import CRITIC_ESTIMATORS
 from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
@@ -97,9 +97,10 @@ def check_models(
             "`ref_model` has no effect: `kl_coef` and `kl_loss_coef` are both 0; set one of them, or leave it out"
         )
     if value_model is not None and not args.uses_critic:
+        with_critic = tuple(name for name, estimator in ESTIMATORS.items() if estimator.values is not None)
         raise ConfigurationError(
             f"`value_model` has no effect with `advantage_estimator`={args.advantage_estimator!r}, which has no "
-            f"critic; leave it out, or choose one of {CRITIC_ESTIMATORS}"
+            f"critic; leave it out, or choose one of {with_critic}"
         )
     if value_model is not None:
         check_critic(value_model, "value_model")

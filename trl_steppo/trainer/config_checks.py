@@ -16,13 +16,6 @@ from ..inference.base import MIN_TEMPERATURE
 if TYPE_CHECKING:
     from .steppo_config import StepPOConfig
 
-GROUP_BASELINES = ("grpo", "rloo", "gigpo")
-"""Estimators that compare the episodes of one row with each other."""
-
-CRITIC_ESTIMATORS = ("step_gae", "token_gae")
-"""Estimators that need a critic."""
-
-
 # -- ranges and choices -----------------------------------------------------------------------------------------------
 
 
@@ -111,7 +104,7 @@ def check_ranges(args: StepPOConfig) -> None:
             raise ConfigurationError(f"`{name}` is {shown(value)}; set it to a number in {allowed}")
 
 
-def check_choices(args: StepPOConfig, config_class: type[StepPOConfig]) -> None:
+def check_choices(args: StepPOConfig, config_class: type) -> None:
     """
     Raise a `ConfigurationError` for a value that is none of its field's choices.
 
@@ -127,7 +120,7 @@ def check_choices(args: StepPOConfig, config_class: type[StepPOConfig]) -> None:
 
 
 @functools.cache
-def _choices(config_class: type[StepPOConfig]) -> dict[str, tuple[object, ...]]:
+def _choices(config_class: type) -> dict[str, tuple[object, ...]]:
     """The values of each field that is a `Literal`, and `None` where the field may be `None`."""
     choices = {}
     for name, hint in get_type_hints(config_class).items():
@@ -158,7 +151,6 @@ def check_combinations(args: StepPOConfig) -> None:
 
 def _contradictions(args: StepPOConfig) -> Iterator[str]:
     """Settings that cannot be together."""
-    estimator = args.advantage_estimator
     episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if episodes % args.num_generations:
         yield (
@@ -171,10 +163,10 @@ def _contradictions(args: StepPOConfig) -> Iterator[str]:
             f"`num_mini_batches`={args.num_mini_batches} exceeds the {episodes} episodes a rank plays per update; "
             "every mini-batch needs an episode"
         )
-    if estimator in GROUP_BASELINES and args.num_generations < 2:
+    if args.estimator.compares_episodes and args.num_generations < 2:
         yield (
-            f"`advantage_estimator`={estimator!r} compares the episodes of one row, and `num_generations` is "
-            f"{args.num_generations}; set `num_generations` to at least 2"
+            f"`advantage_estimator`={args.advantage_estimator!r} compares the episodes of one row, and "
+            f"`num_generations` is {args.num_generations}; set `num_generations` to at least 2"
         )
     if args.stop_token is not None and args.stop_token_id is not None:
         yield f"`stop_token`={args.stop_token!r} and `stop_token_id`={args.stop_token_id} are both set; set one"
@@ -211,7 +203,7 @@ def _without_effect(args: StepPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]
                 *("vf_coef", "cliprange_value", "lam", "whiten_rewards"),
             ),
         )
-    if args.advantage_estimator in ("grpo", "rloo"):
+    if not args.estimator.discounts:
         yield f"{estimator}, which compares undiscounted returns", ("gamma",)
     if args.kl_coef == 0:
         yield "`kl_coef`=0", ("kl_estimator",)

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..errors import DataError
-from .ranks import gather_objects
+from ..learning.ranks import gather_objects
 
 _FIRST_ROWS = 16  # which tell the order of a stream from another
 

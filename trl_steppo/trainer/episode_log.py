@@ -14,11 +14,11 @@ import torch
 
 from .. import durable
 from ..errors import CheckpointError
+from ..learning.learner import Learner
+from ..learning.ranks import caught, first_failure
+from ..learning.update import Credit, Rollout, Scores
 from ..losses import importance_ratio
 from ..types import Episode, Step, num_shared, writable
-from .credit import Credit
-from .exchange import Rollout, Scores, caught, first_failure
-from .learner import Learner
 from .steppo_config import StepPOConfig
 
 FOLDER = "episodes"
@@ -200,7 +200,7 @@ def _judged_steps(
     raw: torch.Tensor | None = None
     if scores.values is not None and credit.returns is not None:
         raw = credit.returns - scores.values
-    elif args.advantage_estimator != "reinforce_plus_plus":  # the one without a critic that whitens
+    elif not args.estimator.whitens:
         raw = advantages
     ratio = importance_ratio(new, old, mask, args.importance_sampling_level)
     high = args.cliprange if args.cliprange_high is None else args.cliprange_high

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from ..errors import ConfigurationError
 from ..finite import shown
+from ..learning.estimators import ESTIMATORS
 
 Config = TypeVar("Config", bound=type)
 
@@ -199,14 +200,16 @@ def converted(args: Any, *, advantage_estimator: str) -> dict[str, Any]:
         values["model_init_kwargs"] = {"trust_remote_code": True, **(args.model_init_kwargs or {})}
     for convert in (_batches, _responses, _loss, _vllm):
         convert(args, values, faults)
-    if advantage_estimator == "step_gae":  # StepPO, unless another ratio or average is asked for
+    estimator = ESTIMATORS.get(advantage_estimator)  # an unknown name is refused with the new configuration
+    if estimator is not None and estimator.usual_ratio == "step":  # unless another ratio or average is asked for
         defaults = {f.name: f.default for f in fields(args)}
         if args.importance_sampling_level == defaults["importance_sampling_level"]:
             del values["importance_sampling_level"]
         if args.loss_type == defaults["loss_type"]:
             del values["loss_aggregation"]
+    compares_episodes = estimator is not None and estimator.compares_episodes
     if args.scale_rewards != "group" and (
-        advantage_estimator == "grpo" or (args.scale_rewards == "batch" and advantage_estimator in ("rloo", "gigpo"))
+        advantage_estimator == "grpo" or (args.scale_rewards == "batch" and compares_episodes)
     ):
         faults["scale_rewards"] = args.scale_rewards
     if faults:

@@ -1,52 +1,22 @@
-"""Metrics of an update: sums and counts that add up over micro-batches, episodes and ranks."""
+"""Metrics of an update that its episodes tell: their world, their sampling, their age."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ..batching import StepBatch
+from ..learning.metrics import Means
+from ..learning.ranks import gather_objects
 from ..losses import Level, importance_ratio
 from ..types import Episode, StopReason
-from .ranks import gather_objects
 
 logger = logging.getLogger(__name__)
-
-
-class Means:
-    """Weighted means by name. `add` any number of times on any rank, then read them all with `reduced`."""
-
-    def __init__(self) -> None:
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._counts: defaultdict[str, float] = defaultdict(float)
-
-    def add(self, name: str, total: float | torch.Tensor, count: float | torch.Tensor = 1.0) -> None:
-        """Add a sum over `count` elements."""
-        self._sums[name] += float(total)
-        self._counts[name] += float(count)
-
-    def merge(self, other: Means) -> None:
-        """Add all that `other` has."""
-        for name, total in other._sums.items():
-            self.add(name, total, other._counts[name])
-
-    def reduced(self) -> dict[str, float]:
-        """The means over all ranks; a name without a single element is absent. Every rank must call it."""
-        sums: defaultdict[str, float] = defaultdict(float)
-        counts: defaultdict[str, float] = defaultdict(float)
-        for rank_sums, rank_counts in gather_objects([(dict(self._sums), dict(self._counts))]):
-            for name, total in rank_sums.items():
-                sums[name] += total
-                counts[name] += rank_counts[name]
-        return {name: sums[name] / counts[name] for name in sums if counts[name]}
-
 
 _REFUSED = ("epoch", "step", "total_flos")  # which `Trainer` adds to what is logged
 
@@ -75,22 +45,6 @@ def _tell_of_taken_name(name: str) -> None:
         "(told once)",
         *(name, name),
     )
-
-
-class Clock:
-    """Seconds spent by name."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
 
 
 def add_age_metrics(means: Means, batch: StepBatch, *, version: int, max_staleness: int) -> None:

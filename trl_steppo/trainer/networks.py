@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,79 +14,22 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import Trainer
 
-from ..compat.accelerate import autocasts, forget_engine, is_fsdp2
+from ..compat.accelerate import forget_engine, is_fsdp2
 from ..compat.deepspeed import basic_optimizer, overflowed
 from ..compat.torch import become_root
 from ..compat.transformers import decoder_layers
 from ..compat.trl import frozen_engine, pause_zero_hooks, resume_zero_hooks
 from ..errors import CheckpointError, ConfigurationError
+from ..learning.network import HALF_DTYPES, Network
 from ..models import gathered, is_sharded, shard_like, take_shards, whole_tensor
-from ..numerics import Numerics
 from .checkpoints import SHARDS, load_optimizer_state, load_scheduler_state, reading
 from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
 
-_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by accelerate's names of mixed precision
 
-
-@dataclass
-class Network:
-    """A network in training: as the distributed engine wrapped it, with what updates it."""
-
-    module: nn.Module
-    optimizer: Any
-    scheduler: Any
-    accelerator: Accelerator
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self.scheduler.get_last_lr()[0])
-
-    def accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Around the forward and backward pass of a micro-batch, of which the last one ends its mini-batch."""
-        return nullcontext() if is_last else self.accelerator.no_sync(self.module)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a loss whose sum runs over all ranks and micro-batches already."""
-        # Gradients are averaged over ranks, and accelerate divides by a number of its own.
-        self.accelerator.backward(loss * self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps)
-
-    def step(self, max_grad_norm: float, agree: Callable[[bool], bool], before: Callable[[], None]) -> float | None:
-        """
-        One step of the optimizer.
-
-        Args:
-            max_grad_norm (`float`):
-                Where the gradient's norm is clipped; 0: nowhere.
-            agree (`Callable[[bool], bool]`):
-                Whether all ranks see what this one sees.
-            before (`Callable`):
-                Called between clipping and the step.
-
-        Returns:
-            `float` or `None`: The gradient's norm before clipping; `None` where it is not a number, and nothing moved.
-        """
-        norm = self._clip(max_grad_norm or math.inf)
-        finite = agree(math.isfinite(norm))
-        before()
-        if finite:
-            self.optimizer.step()
-        elif self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # with fp16 a step is skipped so that the next has a smaller scale
-        self.optimizer.zero_grad()
-        return norm if finite else None
-
-    def _clip(self, max_norm: float) -> float:
-        """Scale the gradient down to a norm, and tell the one that it had."""
-        return float(self.accelerator.clip_grad_norm_(self.module.parameters(), max_norm))
-
-    def whole(self) -> AbstractContextManager[Any]:
-        """
-        Within, every rank runs the network's model without a word to the others, as often as it likes: episodes have
-        different lengths. All ranks call it.
-        """
-        return nullcontext()
+class SavedNetwork(Network):
+    """A network whose optimizer and schedule checkpoints hold: on one device, or under DDP."""
 
     def save_state(self, directory: Path, *, is_writer: bool) -> None:
         """Write the optimizer's and the schedule's state."""
@@ -115,7 +56,7 @@ class Network:
         self.optimizer.load_state_dict(state)
 
 
-class Fsdp2Network(Network):
+class Fsdp2Network(SavedNetwork):
     """
     A network under FSDP2: between passes a rank holds its shards of weights, gradients and the optimizer's state, and
     nothing else. On the disk they are whole, so that any number of ranks, and DDP, can go on from them.
@@ -162,7 +103,7 @@ class Fsdp2Network(Network):
         super()._load_optimizer_state(state)
 
 
-class DeepSpeedNetwork(Network):
+class DeepSpeedNetwork(SavedNetwork):
     """A network under DeepSpeed's ZeRO: `module` is its engine, which clips and steps by itself."""
 
     @property
@@ -222,32 +163,11 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
-def end_update(networks: list[Network]) -> None:
-    """On to the learning rates of the next update."""
-    with warnings.catch_warnings():
-        # While the critic warms up, the policy's schedule goes on without a step of its optimizer.
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        for scheduler in {id(network.scheduler): network.scheduler for network in networks}.values():
-            scheduler.step()
-
-
-def numerics_of(accelerator: Accelerator) -> Numerics:
-    """
-    How all forward passes of a run compute, training's as well as those without a gradient.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Knows the device and the mixed precision, and whether autocast does that or an engine (DeepSpeed).
-    """
-    autocast = _HALVES.get(accelerator.mixed_precision, torch.bfloat16) if autocasts(accelerator) else None
-    return Numerics(accelerator.device, autocast)
-
-
 def engine_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """The type that DeepSpeed or FSDP2 gives the weights of layers in mixed precision; `None`: their own."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED and not is_fsdp2(accelerator):
         return None
-    return _HALVES.get(accelerator.mixed_precision)
+    return HALF_DTYPES.get(accelerator.mixed_precision)
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
@@ -272,7 +192,7 @@ def hold_in_float32(accelerator: Accelerator, network: nn.Module, name: str) -> 
         name (`str`):
             What messages call it.
     """
-    trained = [p for p in network.parameters() if p.requires_grad and p.dtype in _HALVES.values()]
+    trained = [p for p in network.parameters() if p.requires_grad and p.dtype in HALF_DTYPES.values()]
     if not trained:
         return
     dtype = str(trained[0].dtype).removeprefix("torch.")
@@ -297,7 +217,7 @@ def build_networks(
     *,
     optimizers: tuple[Any, Any],
     decay_parameter_names: Callable[[nn.Module], list[str]],
-) -> tuple[Network, Network | None]:
+) -> tuple[SavedNetwork, SavedNetwork | None]:
     """
     Place policy and critic on the device, with an optimizer and a schedule of its own each, or with one that the user
     made for both.
@@ -331,7 +251,7 @@ def build_networks(
         _check_optimizer(args, given, policy, critic)
         scheduler = given_scheduler if given_scheduler is not None else make_scheduler(args, given)
         *prepared, optimizer = accelerator.prepare(*networks, given)
-        found = [Network(module, optimizer, scheduler, accelerator) for module in prepared]
+        found = [SavedNetwork(module, optimizer, scheduler, accelerator) for module in prepared]
     elif given_scheduler is not None:
         raise ConfigurationError(
             "`optimizers` has a scheduler without an optimizer; pass both, or choose a schedule by `lr_scheduler_type`"
@@ -342,7 +262,7 @@ def build_networks(
             optimizer = make_optimizer(args, network, learning_rate, set(decay_parameter_names(network)))
             scheduler = make_scheduler(args, optimizer)
             module, optimizer = accelerator.prepare(network, optimizer)
-            found.append(Network(module, optimizer, scheduler, accelerator))
+            found.append(SavedNetwork(module, optimizer, scheduler, accelerator))
     return found[0], found[1] if critic is not None else None
 
 
@@ -356,9 +276,9 @@ def _build_shards(
     accelerator: Accelerator,
     networks: list[nn.Module],
     decay_parameter_names: Callable[[nn.Module], list[str]],
-) -> list[Network]:
+) -> list[SavedNetwork]:
     """Networks in FSDP2's shards, which go to the device by themselves: it need not hold all."""
-    found: list[Network] = []
+    found: list[SavedNetwork] = []
     for network, learning_rate in zip(networks, _learning_rates(args), strict=False):
         shard(network, accelerator)
         optimizer = make_optimizer(args, network, learning_rate, set(decay_parameter_names(network)))
@@ -372,7 +292,7 @@ def _build_engines(
     accelerator: Accelerator,
     networks: list[nn.Module],
     decay_parameter_names: Callable[[nn.Module], list[str]],
-) -> list[Network]:
+) -> list[SavedNetwork]:
     """
     An engine for each network. One for both would have one step for both: a critic that warms up, or makes more epochs
     than the policy, would drag the policy along by its optimizer's momentum.
@@ -384,7 +304,7 @@ def _build_engines(
             f"{args.max_grad_norm}; write 'auto' there, or leave it out"
         )
     config["gradient_clipping"] = float(args.max_grad_norm or 0.0)
-    found: list[Network] = []
+    found: list[SavedNetwork] = []
     for network, learning_rate in zip(networks, _learning_rates(args), strict=False):
         optimizer = make_optimizer(args, network, learning_rate, set(decay_parameter_names(network)))
         forget_engine(accelerator)

@@ -48,8 +48,12 @@ from ..compat.transformers import (
 from ..compat.trl import ppo_bases
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
-from ..inference.base import vocabulary_size
-from ..losses import kl_estimate
+from ..inference.base import Sampler, vocabulary_size
+from ..learning.estimators import reference_kl, token_penalties
+from ..learning.learner import Learner
+from ..learning.metrics import Clock, Means
+from ..learning.ranks import gather_objects, summed, together
+from ..learning.update import Credit, Rollout, Scores
 from ..models import (
     AdapterReference,
     Critic,
@@ -99,21 +103,18 @@ from .checks import (
     refuse_unsupported,
     warn_of_waiting,
 )
-from .credit import Credit, assign_credit
 from .data_stream import check_same_order, checksum, column_names, first_rows, make_rows, numbered_rows
 from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
 from .description import describe_task
 from .distribution import Distribution, check_distribution
-from .engines import Engine, InProcess, InVLLM, InWorker
+from .engines import Engine, check_engine, counts_of, make_engine
 from .episode_log import EpisodeLog
-from .exchange import Rollout, Scores, together
-from .learner import Learner
 from .loading import Loader
-from .metrics import Clock, Means, add_age_metrics, add_correction_metrics, add_episode_metrics, beside
+from .metrics import add_age_metrics, add_correction_metrics, add_episode_metrics, beside
 from .model_card import model_card
 from .networks import (
     DeepSpeedNetwork,
-    Network,
+    SavedNetwork,
     build_networks,
     build_reference,
     hold_in_float32,
@@ -121,7 +122,6 @@ from .networks import (
 )
 from .player import EpisodePlayer, factories_of
 from .ppo_config import PPOConfig
-from .ranks import gather_objects
 from .reward_models import RewardFuncs, RewardModel, load_reward_funcs
 from .steppo_config import StepPOConfig
 
@@ -272,9 +272,11 @@ class PPOTrainer(_Base):
         reward_funcs: RewardFuncs | None = None,
         reward_processing_classes: Any = None,
         agent: Agent | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """All arguments of both trainers, checked and put together."""
         refuse_unsupported(args)
+        check_engine(args, engine)
         check_kinds(
             processing_class=processing_class,
             model=model,
@@ -350,12 +352,11 @@ class PPOTrainer(_Base):
             judge.check_prompt(self.rows.example.get("prompt"))
             _frozen(judge.model, self.accelerator.device)
         self.clock = Clock()
-        self._build_learner(model, ref_model, value_model, optimizers)
-        self.sampler = self.engine.sampler
+        self._build_learner(model, ref_model, value_model, optimizers, engine)
         self.player = EpisodePlayer(
             args,
             processing_class,
-            self.sampler,
+            self.engine,
             columns=self.rows.columns,
             eval_columns=[column_names(dataset) for dataset in _datasets(eval_dataset)],
             environment_factory=environment_factory,
@@ -387,6 +388,11 @@ class PPOTrainer(_Base):
         self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
         # Of Python, NumPy and torch, at the beginning of the update that is being made.
         self._generators: tuple[Any, Any, torch.Tensor] | None = None
+
+    @property
+    def sampler(self) -> Sampler:
+        """What continues prompts: the engine's sampler."""
+        return self.engine.sampler
 
     # -- the story ----------------------------------------------------------------------------------------------------
 
@@ -495,7 +501,7 @@ class PPOTrainer(_Base):
             logger.warning(f"update {self.state.global_step + 1}: {count} of {len(episodes)} episodes failed: {error}")
         cut = [sum(episode.stop_reason is reason for episode in episodes) for reason in _BUDGETS_BY_DEFAULT]
         counts = torch.tensor([float(len(valid)), *map(float, cut)], device=self.accelerator.device)
-        num_valid, *cut = map(int, self.learner.reduce(counts).tolist())
+        num_valid, *cut = map(int, summed(counts).tolist())
         self._tell_of_cut(dict(zip(_BUDGETS_BY_DEFAULT, cut, strict=True)))
         if not num_valid:
             return None
@@ -535,7 +541,7 @@ class PPOTrainer(_Base):
     def _score(self, rollout: Rollout) -> Scores:
         """Log-probabilities and values under the weights before the update."""
         with self.clock.measure("forward_s"):
-            scores = self.learner.score(rollout)
+            scores = self.learner.evaluate(rollout)
         args = self.args
         add_age_metrics(self._means, rollout.batch, version=self.state.global_step, max_staleness=args.max_staleness)
         differs = args.max_staleness > 0 or args.use_vllm or args.correction != "none"
@@ -551,26 +557,13 @@ class PPOTrainer(_Base):
 
     def _assign_credit(self, rollout: Rollout, scores: Scores) -> Credit:
         """Rewards and values to advantages and returns."""
-        batch = rollout.batch
-        penalties = torch.zeros_like(batch.rollout_logprobs)
-        if scores.ref_logprobs is not None:
-            old = scores.old_logprobs if scores.old_logprobs is not None else batch.rollout_logprobs
-            kl = kl_estimate(old, scores.ref_logprobs, batch.action_mask, self.args.kl_estimator)
-            penalties = -self.args.kl_coef * kl
+        args, batch = self.args, rollout.batch
+        kl, penalties = reference_kl(args, rollout, scores), token_penalties(args, rollout, scores)
+        if kl is not None:
             self._means.add("objective/kl", kl.sum(), batch.num_episodes)
         self._means.add("objective/non_score_reward", penalties.sum(), batch.num_episodes)
         self._means.add("objective/rlhf_reward", batch.rewards.sum() + penalties.sum(), batch.num_episodes)
-        groups, states = _group_indices(rollout.episodes, batch.rewards.device)
-        credit = assign_credit(
-            self.args,
-            batch,
-            token_penalties=penalties,
-            values=scores.values,
-            bootstrap_values=scores.bootstrap_values,
-            group_index=groups,
-            state_index=states,
-            reduce=self.learner.reduce,
-        )
+        credit = args.estimator.assign(args, rollout, scores, summed)
         self._logs.update(credit.explained_variance)
         return credit
 
@@ -705,8 +698,10 @@ class PPOTrainer(_Base):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Around every rollout that is waited for; all ranks enter it, those with nothing to play among them."""
-        with self.engine.running(self.state.global_step), self.engine.sampling():
+        """Context of a rollout that is waited for. Collective: every rank must enter it, even with nothing to play."""
+        # A run has started its engine; an evaluation outside of one starts it for itself.
+        running = nullcontext() if self.is_in_train else self.engine.running(self.state.global_step)
+        with running, self.engine.sampling():
             yield
 
     @contextmanager
@@ -924,9 +919,9 @@ class PPOTrainer(_Base):
         together(lambda: check_whole(directory, reads_all=reads_all))
         self._load_networks(directory)
 
-    def _network_folders(self, directory: Path) -> list[tuple[Path, Network]]:
+    def _network_folders(self, directory: Path) -> list[tuple[Path, SavedNetwork]]:
         """Where each optimizer and schedule is kept; one that both networks share stands with the policy."""
-        policy, critic = self.learner.policy, self.learner.critic
+        policy, critic = self._networks
         if critic is None or critic.optimizer is policy.optimizer:
             return [(directory, policy)]
         return [(directory, policy), (directory / "critic", critic)]
@@ -979,6 +974,7 @@ class PPOTrainer(_Base):
         ref_model: PreTrainedModel | None,
         value_model: PreTrainedModel | None,
         optimizers: tuple[Any, Any],
+        engine: Engine | None,
     ) -> None:
         args = self.args
         register_attention()  # a model that was pickled after a run names it
@@ -997,7 +993,8 @@ class PPOTrainer(_Base):
                 self.value_model = value_model if value_model is not None else self._build_critic(model)
             if needs_copy:
                 ref_model = copy.deepcopy(model)
-            twin = copy.deepcopy(plain_model(model)).cpu() if args.samples_in_worker else None
+            needs_twin = engine is None and args.samples_in_worker
+            twin = copy.deepcopy(plain_model(model)).cpu() if needs_twin else None
             if is_fsdp2(self.accelerator):
                 hold(model, "model")  # all compute in the type that FSDP2 gives their layers
         if args.uses_critic:
@@ -1029,6 +1026,7 @@ class PPOTrainer(_Base):
             optimizers=optimizers,
             decay_parameter_names=self.get_decay_parameter_names,
         )
+        self._networks = policy, critic
         self.optimizer, self.lr_scheduler, self.model_wrapped = policy.optimizer, policy.scheduler, policy.module
         handler = self.callback_handler
         handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
@@ -1043,13 +1041,7 @@ class PPOTrainer(_Base):
             self._event,
         )
         # Last: what a model's attention can take is settled by now.
-        self.engine: Engine
-        if args.use_vllm:
-            self.engine = InVLLM(args, self.accelerator, model)
-        elif twin is not None:
-            self.engine = InWorker(args, self.accelerator, model, twin)
-        else:
-            self.engine = InProcess(args, self.accelerator, policy, model)
+        self.engine = engine or make_engine(args, self.accelerator, policy=policy, model=model, twin=twin)
 
     def _choose_reference(self, model: Any, policy_adapter: str) -> str | None:
         """The adapter that is the reference; `None`: the base model without any, as for an adapter that is new."""
@@ -1199,7 +1191,7 @@ class PPOTrainer(_Base):
         self._logged = Means()  # by reward functions
         self._logs: dict[str, float] = {}
         self.clock.seconds.clear()
-        counts = self.sampler.counts
+        before = counts_of(self.sampler)
         forwarded = self.learner.tokens_forwarded
         self._generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
         start = time.perf_counter()
@@ -1208,9 +1200,13 @@ class PPOTrainer(_Base):
         self._event("on_step_begin")
         yield
         update_s = time.perf_counter() - start
-        counts = self.sampler.counts - counts  # read now: what the sync samples is of the next update
-        num_cached = max(0, counts.prompt_tokens - counts.prefilled_tokens)
-        self._means.add("rollout/prefix_cache_hit_rate", num_cached, counts.prompt_tokens)
+        # Read now: tokens sampled during the weight sync count towards the next update.
+        counts = counts_of(self.sampler) - before
+        self._means.add(
+            "rollout/prefix_cache_hit_rate",
+            max(0, counts.prompt_tokens - counts.prefilled_tokens),
+            counts.prompt_tokens,
+        )
         model_s, rollout_s = self.clock.seconds["model_s"], max(self.clock.seconds["rollout_s"], 1e-9)
         if args.max_staleness:  # sampling goes on all the time, and takes none of this process's
             rollout_s = update_s
@@ -1369,30 +1365,6 @@ def _datasets(eval_dataset: Any) -> list[Any]:
     given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
     is_empty = lambda dataset: isinstance(dataset, Sized) and not len(dataset)  # noqa: E731
     return [dataset for dataset in given if dataset is not None and not is_empty(dataset)]
-
-
-def _group_indices(episodes: Sequence[Episode], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(E,) equal for the episodes of a row, and (N,) equal for the steps of a row that were taken in one state."""
-    states: dict[tuple[int, Any], int] = {}
-    step_states = []
-    for episode in episodes:
-        observed: Any = None  # the state of a step that has no key of its own: what was observed last
-        for step in episode.steps:
-            key = step.info.get("state_key", repr(observed))
-            step_states.append(states.setdefault((episode.stream_position, _hashable(key)), len(states)))
-            observed = step.observation
-    rows: dict[int, int] = {}
-    groups = [rows.setdefault(episode.stream_position, len(rows)) for episode in episodes]
-    return torch.tensor(groups, device=device).long(), torch.tensor(step_states, device=device).long()
-
-
-def _hashable(key: Any) -> Any:
-    """A user's key that cannot be one (a list, say) as text: no reason for a run to end."""
-    try:
-        hash(key)
-    except TypeError:
-        return repr(key)
-    return key
 
 
 @contextmanager

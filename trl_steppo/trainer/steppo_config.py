@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 from ..compat.transformers import json_fields
 from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
-from .config_checks import CRITIC_ESTIMATORS, check_choices, check_combinations, check_ranges
+from ..learning.estimators import ESTIMATORS, Estimator, EstimatorName
+from .config_checks import check_choices, check_combinations, check_ranges
 from .grpo_settings import converted, names_unknown_settings
 from .ppo_config import PPOConfig, accelerator_has_bf16
 
@@ -192,7 +193,7 @@ class StepPOConfig(PPOConfig):
     num_ppo_epochs: int = field(default=1, metadata={"help": "Number of passes of the policy over a batch."})
 
     # The algorithm
-    advantage_estimator: Literal["step_gae", "token_gae", "grpo", "rloo", "reinforce_plus_plus", "gigpo"] = field(
+    advantage_estimator: EstimatorName = field(
         default="step_gae", metadata={"help": "How credit is assigned; step_gae is StepPO, token_gae is PPO."}
     )
     importance_sampling_level: Literal["step", "token"] = field(
@@ -349,9 +350,14 @@ class StepPOConfig(PPOConfig):
         check_combinations(self)
 
     @property
+    def estimator(self) -> Estimator:
+        """What `advantage_estimator` names."""
+        return ESTIMATORS[self.advantage_estimator]
+
+    @property
     def uses_critic(self) -> bool:
         """Whether the estimator reads values."""
-        return self.advantage_estimator in CRITIC_ESTIMATORS
+        return self.estimator.values is not None
 
     @property
     def uses_reference(self) -> bool:
@@ -361,7 +367,7 @@ class StepPOConfig(PPOConfig):
     @property
     def aggregation(self) -> Literal["step", "episode", "token"]:
         """`loss_aggregation`, resolved."""
-        return self.loss_aggregation or ("token" if self.advantage_estimator == "token_gae" else "step")
+        return self.loss_aggregation or self.estimator.aggregation
 
     @property
     def correction(self) -> Literal["none", "truncate", "mask"]:

@@ -5,8 +5,9 @@ from .data import SYSTEM_PROMPT, HotpotQAData, hotpotqa_dataset, load_rows, make
 from .dense import DenseRetriever
 from .environment import HotpotQAEnvironment
 from .mini_wiki import MiniWiki, make_mini_wiki
-from .prepare import prepare
+from .prepare import Preparation, prepare
 from .prepared import open_prepared
+from .recipe import EnvironmentArguments, HotpotQARecipe
 from .retrieval import BM25Retriever, Passage, Retriever
 from .scoring import exact_match, f1, normalize_answer, valid_calls
 
@@ -14,11 +15,14 @@ __all__ = [
     "SYSTEM_PROMPT",
     "BM25Retriever",
     "DenseRetriever",
+    "EnvironmentArguments",
     "HotpotQAData",
     "HotpotQAEnvironment",
+    "HotpotQARecipe",
     "MappedCorpus",
     "MiniWiki",
     "Passage",
+    "Preparation",
     "Retriever",
     "exact_match",
     "f1",

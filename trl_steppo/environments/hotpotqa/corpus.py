@@ -1,11 +1,11 @@
-"""A corpus as one file that any number of processes read: memory-mapped, so that they share its pages."""
+"""A corpus in one memory-mapped file, whose pages any number of processes share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 from .retrieval import Passage
 
@@ -18,38 +18,38 @@ def write_corpus(path: Path, passages: Iterable[Passage]) -> int:
 
     Args:
         path (`Path`):
-            The file, which must not be in use.
+            Where to write. No process may have the file open.
         passages (`Iterable[Passage]`):
-            Passages in the order that indices refer to; never all in memory at once.
+            The passages, which are numbered in this order. They need not fit into memory.
 
     Returns:
-        `int`: How many there were.
+        `int`: The number of passages.
     """
     import pyarrow as pa
 
     schema = pa.schema([("title", pa.large_string()), ("text", pa.large_string())])
     num_passages, remaining = 0, iter(passages)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        while some := list(islice(remaining, _PASSAGES_PER_WRITE)):
-            columns = {"title": [passage.title for passage in some], "text": [passage.text for passage in some]}
+        while block := list(islice(remaining, _PASSAGES_PER_WRITE)):
+            columns = {"title": [passage.title for passage in block], "text": [passage.text for passage in block]}
             writer.write_table(pa.table(columns, schema))
-            num_passages += len(some)
+            num_passages += len(block)
     return num_passages
 
 
 class MappedCorpus(Sequence[Passage]):
     """
-    The passages of a file of [`write_corpus`]. Only those that are asked for become Python objects.
+    The passages in a file that [`write_corpus`] wrote. A passage becomes a Python object when it is read.
 
     Args:
         path (`Path`):
-            The file; it may be replaced, but not changed, while this is in use.
+            The file. While it is open it may be replaced, but not changed.
     """
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
 
-        self._table: Any = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

@@ -1,4 +1,4 @@
-"""Questions from the mini wiki, local files, the hub or a prepared directory: data sets, and a corpus to search."""
+"""Questions and the corpus to search: from the mini wiki, local files, the hub, or a prepared directory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import ConfigurationError, DataError
+from ...types import Row
 from .layouts import in_common_layout, read_aliases
 from .mini_wiki import make_mini_wiki
 from .prepared import is_prepared, open_prepared
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MINI_WIKI = "mini_wiki"
-"""The data set name of the built-in mini wiki."""
+"""Name of the built-in mini wiki as a data set."""
 
 SYSTEM_PROMPT = "Search the wiki step by step, then answer."
 """Short, because a small model reads it in every step."""
@@ -30,15 +31,16 @@ _FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 class HotpotQAData(NamedTuple):
     """
-    What a training run needs.
+    Rows and retriever of a training run.
 
     Args:
         train_dataset (`datasets.Dataset`):
-            Rows with `prompt`, `question`, `answer`, `id` and all other columns but `context`: the corpus has that.
+            Rows with `prompt`, `question`, `answer`, `id` and all further columns except `context`, which is in the
+            corpus.
         eval_dataset (`datasets.Dataset`):
             Rows of the same columns.
         retriever ([`Retriever`]):
-            Searches the passages of both.
+            Searches the passages of both datasets.
     """
 
     train_dataset: Dataset
@@ -58,24 +60,24 @@ def hotpotqa_dataset(
     """
     Make the training rows, the evaluation rows and the retriever of a data set.
 
-    The evaluation rows are the validation split of the mini wiki or of a hub data set. A local file has one split: its
-    rows are dealt by `seed`, `eval_share` of them for evaluation, unless `eval_dataset_name` names other rows. A
-    directory of `trl-steppo hotpotqa prepare` has both, and an index that is opened instead of made: for the full data
-    sets that is seconds instead of minutes, and one copy in a machine's memory for all of its ranks.
+    The evaluation rows are the validation split of the mini wiki or of a hub data set. A local file has one split:
+    `eval_share` of its rows, chosen by `seed`, are used for evaluation, unless `eval_dataset_name` names other rows. A
+    directory of `trl-steppo hotpotqa prepare` has both, and an index that is opened instead of built. For the full
+    data sets that takes seconds instead of minutes, and all ranks of a machine share one copy in memory.
 
     Args:
         dataset_name (`str`, *optional*, defaults to `"mini_wiki"`):
             `"mini_wiki"`, a local `.json`, `.jsonl` or `.parquet` file, a name on the hub, or a prepared directory.
         eval_dataset_name (`str`, *optional*):
-            Where the evaluation rows come from, if from elsewhere; named as `dataset_name`.
+            Another source of the evaluation rows, named like `dataset_name`.
         eval_share (`float`, *optional*, defaults to `0.1`):
-            Share of a local file that is kept for evaluation, at least one row; between 0 and 1.
+            Share of a local file that is used for evaluation, between 0 and 1; at least one row.
         seed (`int`, *optional*, defaults to `0`):
-            Which rows of a local file are kept for evaluation.
+            Decides which rows of a local file are used for evaluation.
         mini_wiki_seed (`int`, *optional*, defaults to `0`):
-            Which mini wiki it is.
+            Seed of the mini wiki.
         system_prompt (`str`, *optional*):
-            First message of every prompt; empty for none.
+            First message of every prompt. If it is empty, there is none.
 
     Returns:
         [`HotpotQAData`]: `(train_dataset, eval_dataset, retriever)`.
@@ -118,17 +120,17 @@ def load_rows(
     aliases_file: str | None = None,
 ) -> Dataset:
     """
-    Load rows in the schema of `hotpotqa/hotpot_qa` (distractor), or in a layout that [`in_common_layout`] knows, and
-    check them.
+    Load and check rows, in the schema of `hotpotqa/hotpot_qa` (distractor) or in a layout that [`in_common_layout`]
+    knows.
 
     Args:
         dataset_name (`str` or `Sequence[str]`):
-            `"mini_wiki"`, a local `.json`, `.jsonl` or `.parquet` file (or several, which together are one), a name on
-            the hub, or a file there, `hf://datasets/OWNER/NAME/FILE`.
+            `"mini_wiki"`, a local `.json`, `.jsonl` or `.parquet` file (or several, which are joined), a name on the
+            hub, or a file there, `hf://datasets/OWNER/NAME/FILE`.
         split (`str`):
-            `"train"` or `"validation"`. A file is one split: all its rows are returned for either.
+            `"train"` or `"validation"`. A file has one split: all its rows are returned for both.
         mini_wiki_seed (`int`, *optional*, defaults to `0`):
-            Which mini wiki it is.
+            Seed of the mini wiki.
         revision (`str`, *optional*):
             Revision of a data set on the hub.
         aliases_file (`str`, *optional*):
@@ -148,34 +150,34 @@ def load_rows(
     if source == MINI_WIKI:
         wiki = make_mini_wiki(mini_wiki_seed)
         return Dataset.from_list(wiki.train if split == "train" else wiki.validation)
-    found: Iterable[Any]
+    raw_rows: Iterable[object]
     if is_file(names[0]):
-        found = (row for name in names for row in _read_file(Path(name)))
+        raw_rows = (row for name in names for row in _read_file(Path(name)))
     else:
-        found = rows = _load_from_hub(source, split, revision)
+        raw_rows = rows = _load_from_hub(source, split, revision)
         source = f"{source} ({split})"
         if "context" in rows.features and isinstance(rows[:1]["context"][0], Mapping):
             check_rows(rows, source)
-            return rows  # as it is: it stays on the disk
+            return rows  # not copied: it stays on the disk
     aliases = read_aliases(Path(aliases_file)) if aliases_file is not None else None
-    records = [in_common_layout(row, f"{source}, row {i}", aliases) for i, row in enumerate(found)]
+    records = [in_common_layout(row, f"{source}, row {i}", aliases) for i, row in enumerate(raw_rows)]
     check_rows(records, source)
     try:
         return Dataset.from_list(records)
-    except Exception as error:  # pyarrow's errors have no common root, and each means a column of mixed types
+    except Exception as error:  # pyarrow's errors have no common base class; each means a column of mixed types
         raise DataError(f"{source}: a column holds values of different types: {error}") from error
 
 
-def make_corpus(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
+def make_corpus(rows: Iterable[Row]) -> list[Passage]:
     """
-    Collect every distinct paragraph of the rows' contexts.
+    Collect the distinct paragraphs of the rows' contexts.
 
     Args:
-        rows (`Iterable[Mapping[str, Any]]`):
-            Rows with `context`: its `title` and `sentences`, a list of sentences for each title.
+        rows (`Iterable[Mapping]`):
+            Rows with a `context`: titles in `title`, and in `sentences` a list of sentences for each title.
 
     Returns:
-        `list[Passage]`: In the order in which they first occur, their sentences joined.
+        `list[Passage]`: One for each paragraph, its sentences joined, in the order of their first occurrence.
     """
     passages: dict[Passage, None] = {}
     for row in rows:
@@ -184,20 +186,20 @@ def make_corpus(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
     return list(passages)
 
 
-def check_rows(rows: Iterable[Mapping[str, Any]], source: str) -> None:
+def check_rows(rows: Iterable[object], source: str) -> None:
     """
-    Raise a `DataError` for the first row that cannot be trained on.
+    Raise a `DataError` for the first row that is invalid.
 
     Args:
-        rows (`Iterable[Mapping[str, Any]]`):
+        rows (`Iterable[Mapping]`):
             Rows in the schema of `hotpotqa/hotpot_qa`.
         source (`str`):
-            What the message calls them: a file, or a data set's name.
+            Their name in the message: a file, or a data set.
     """
     first_row_of_id: dict[str, int] = {}
-    for i, row in enumerate(rows):
+    for i, unchecked in enumerate(rows):
         where = f"{source}, row {i}"
-        _check_row(row, where)
+        row = _checked_row(unchecked, where)
         first = first_row_of_id.setdefault(row["id"], i)
         if first != i:
             raise DataError(f"{where}: the id {row['id']!r} is that of row {first} already; ids have to be unique")
@@ -205,7 +207,7 @@ def check_rows(rows: Iterable[Mapping[str, Any]], source: str) -> None:
         raise DataError(f"{source}: there are no rows")
 
 
-def _check_row(row: Any, where: str) -> None:
+def _checked_row(row: object, where: str) -> Row:
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: a row has to be an object with named columns, not {row!r:.80}")
     for column in ("id", "question", "answer", "context"):
@@ -221,9 +223,10 @@ def _check_row(row: Any, where: str) -> None:
     if not _is_list_of(row.get("answer_aliases") or [], str):
         raise DataError(f"{where}: `answer_aliases` has to be a list of texts, not {row['answer_aliases']!r:.80}")
     _check_context(row["context"], where)
+    return row
 
 
-def _check_context(context: Any, where: str) -> None:
+def _check_context(context: object, where: str) -> None:
     if not isinstance(context, Mapping) or not {"title", "sentences"} <= context.keys():
         raise DataError(f"{where}: `context` has to hold the lists 'title' and 'sentences', not {context!r:.80}")
     titles, paragraphs = context["title"], context["sentences"]
@@ -239,18 +242,18 @@ def _check_context(context: Any, where: str) -> None:
             raise DataError(f"{where}: the sentences of {title!r} have to be a list of texts, not {sentences!r:.80}")
 
 
-def _is_list_of(value: Any, kind: type) -> bool:
+def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def is_file(dataset_name: str) -> bool:
-    """Whether a data set's name is that of a local file, there or not."""
+    """Whether a data set's name is that of a local file, which may be missing."""
     if dataset_name.startswith(_HUB_FILE):
         return False
     return Path(dataset_name).suffix.lower() in _FILE_SUFFIXES or Path(dataset_name).is_file()
 
 
-def _read_file(path: Path) -> Iterator[Any]:
+def _read_file(path: Path) -> Iterator[object]:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; for the built-in questions use {MINI_WIKI!r}")
     suffix = path.suffix.lower()
@@ -261,7 +264,7 @@ def _read_file(path: Path) -> Iterator[Any]:
     return _read_json(path) if suffix == ".json" else _read_json_lines(path)
 
 
-def _read_json(path: Path) -> Iterator[Any]:
+def _read_json(path: Path) -> Iterator[object]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also a UnicodeDecodeError
@@ -271,7 +274,7 @@ def _read_json(path: Path) -> Iterator[Any]:
     return iter(rows)
 
 
-def _read_json_lines(path: Path) -> Iterator[Any]:
+def _read_json_lines(path: Path) -> Iterator[object]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -282,7 +285,7 @@ def _read_json_lines(path: Path) -> Iterator[Any]:
                 raise DataError(f"{path}, line {number}: this is not JSON: {error}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[Any]:
+def _read_parquet(path: Path) -> Iterator[object]:
     import pyarrow
     import pyarrow.parquet
 
@@ -309,7 +312,7 @@ def _load_from_hub(dataset_name: str, split: str, revision: str | None) -> Datas
 
 
 def split_rows(rows: Dataset, eval_share: float, seed: int, source: str) -> tuple[Dataset, Dataset]:
-    """Training and evaluation rows of a file. Dealt, because files are often sorted; each side stays in its order."""
+    """Training and evaluation rows of a file. Chosen at random, because files are often sorted; both stay in order."""
     if not 0 < eval_share < 1:
         raise ConfigurationError(f"eval_share is {eval_share}; it has to be between 0 and 1, both excluded")
     if len(rows) < 2:
@@ -323,6 +326,6 @@ def split_rows(rows: Dataset, eval_share: float, seed: int, source: str) -> tupl
 def _with_prompts(rows: Dataset, system_prompt: str) -> Dataset:
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     prompts = [[*system, {"role": "user", "content": question}] for question in rows["question"][:]]
-    # The context stays behind: an environment gets every column of its row, and the corpus has the paragraphs.
+    # Without the context: an environment gets every column of its row, and the corpus has the paragraphs.
     kept = rows.remove_columns("context") if "context" in rows.column_names else rows
     return kept.add_column("prompt", prompts)

@@ -1,4 +1,4 @@
-"""Dense retrieval: passages whose embeddings are close to the query's. Needs the extra `dense`."""
+"""Dense retrieval: finds passages whose embeddings are close to that of the query. Needs the extra `dense`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _PROBE = "Who directed the film?"
 
 class DenseRetriever:
     """
-    Exact nearest neighbours of a query among the embeddings of "title: text", by cosine.
+    Finds the exact nearest neighbours of a query among the embeddings of "title: text", by cosine similarity.
 
-    The counterpart of [`BM25Retriever`]: built once, then only read; [`~DenseRetriever.open`] maps the vectors into
-    memory, where all processes of a machine share their pages. Every process has an encoder of its own.
+    Like [`BM25Retriever`], it is built once and then only read. [`~DenseRetriever.open`] maps the vectors into memory,
+    where all processes of a machine share their pages. Every process has an encoder of its own.
 
     Args:
         passages (`Sequence[Passage]`):
             The corpus.
         model (`str`):
-            The encoder: a directory, or a name on the hub, of a `SentenceTransformer`. Its own prompts for queries and
+            The encoder: a `SentenceTransformer`, as a directory or a name on the hub. Its own prompts for queries and
             documents are used.
         batch_size (`int`, *optional*, defaults to `64`):
             Texts that are encoded together.
         show_progress (`bool`, *optional*, defaults to `False`):
-            Show a bar while passages are encoded.
+            Whether to show a progress bar while passages are encoded.
     """
 
     def __init__(
@@ -69,29 +69,29 @@ class DenseRetriever:
 
         Args:
             queries (`Sequence[str]`):
-                Any texts; what is longer than the encoder reads is cut by it.
+                Any texts. The encoder cuts what is too long for it.
             k (`int`):
-                How many passages to return at most for each, at least 1.
+                Maximum number of passages for each query, at least 1.
 
         Returns:
             `list[list[Passage]]`: Best first. Empty for a query without text.
         """
         check_num_passages(k)
-        found: list[list[Passage]] = [[] for _ in queries]
+        results: list[list[Passage]] = [[] for _ in queries]
         asked = [i for i, query in enumerate(queries) if query.strip()]
         if asked:
             _, nearest = self._index.search(self._encode([queries[i] for i in asked]), min(k, len(self)))
             for i, passage_ids in zip(asked, nearest.tolist(), strict=True):
-                found[i] = [self._passages[passage_id] for passage_id in passage_ids]
-        return found
+                results[i] = [self._passages[passage_id] for passage_id in passage_ids]
+        return results
 
     def save(self, directory: Path) -> None:
         """
-        Write the vectors, but neither the passages nor the encoder.
+        Write the vectors, without the passages and the encoder.
 
         Args:
             directory (`Path`):
-                A directory that nothing reads yet; it is made if it is not there.
+                A directory that no process reads yet. It is made if missing.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self._faiss.write_index(self._index, str(directory / _VECTORS))
@@ -105,17 +105,17 @@ class DenseRetriever:
 
         Args:
             directory (`Path`):
-                Where they were written.
+                Where the vectors were written.
             passages (`Sequence[Passage]`):
-                The corpus that they were made of, such as a [`MappedCorpus`].
+                The corpus of the vectors, such as a [`MappedCorpus`].
             model (`str`, *optional*):
-                The encoder, if it is not where it was.
+                The encoder, if it has moved since.
 
         Returns:
             [`DenseRetriever`]: Ready to search.
 
         Raises:
-            DataError: If they were made of another corpus, or by another encoder: one text is encoded to tell.
+            DataError: If they belong to another corpus or another encoder. To check the latter, one text is encoded.
         """
         about = check_index(directory, num_passages=len(passages))
         retriever = cls.__new__(cls)
@@ -123,7 +123,7 @@ class DenseRetriever:
         faiss = retriever._faiss
         retriever._index = faiss.read_index(str(directory / _VECTORS), faiss.IO_FLAG_MMAP_IFC)
         probe, now = np.asarray(about["probe"], np.float32), retriever._encode([_PROBE])[0]
-        # Rounding differs between machines and batch sizes, far less than encoders do.
+        # Rounding differs between machines and batch sizes, but far less than between encoders.
         if probe.shape != now.shape or float(probe @ now) < 0.99:
             raise DataError(
                 f"{directory}: the index was made with the encoder {about['model']!r}, and {retriever._model!r} gives "
@@ -137,7 +137,7 @@ class DenseRetriever:
         self._model = model
         self._encoder: Any = load(model)
         self._batch_size = batch_size
-        self._lock = threading.Lock()  # tokenizers cannot be borrowed by two threads
+        self._lock = threading.Lock()  # a tokenizer must not be used by two threads at once
 
     def _encode(self, queries: list[str]) -> np.ndarray:
         with self._lock:

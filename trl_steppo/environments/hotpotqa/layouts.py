@@ -1,40 +1,44 @@
-"""Rows of the original files of HotpotQA, 2WikiMultiHopQA and MuSiQue, in the one schema that all else here reads."""
+"""Converts rows of the original files of HotpotQA, 2WikiMultiHopQA and MuSiQue to one common schema."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ...errors import DataError
+from ...types import JsonObject, Row
+
+Aliases: TypeAlias = Mapping[str, Sequence[str]]
+"""Other names of an answer, by its id."""
 
 
-def in_common_layout(row: Any, where: str, aliases: Mapping[str, Sequence[str]] | None = None) -> Any:
+def in_common_layout(row: object, where: str, aliases: Aliases | None = None) -> object:
     """
-    A row in the schema of `hotpotqa/hotpot_qa` on the hub, whichever of the known layouts it came in.
+    Convert a row of a known layout to the schema of `hotpotqa/hotpot_qa` on the hub.
 
-    - The files of HotpotQA and 2WikiMultiHopQA, known by a `context` of pairs of a title and its sentences, or JSON of
-      them: `_id` becomes `id`.
-    - The files of MuSiQue, known by `paragraphs`: each becomes a paragraph of one sentence, and `type` the first part
+    - Files of HotpotQA and 2WikiMultiHopQA have a `context` of pairs of a title and its sentences, or JSON of these.
+      Their `_id` becomes `id`.
+    - Files of MuSiQue have `paragraphs`. Each becomes a paragraph of one sentence, and `type` becomes the first part
       of the id: `2hop`, `3hop1` and so on.
 
-    Names by which an answer is right, too, are kept in `answer_aliases`: those of a MuSiQue row, and those that
-    `aliases` has for the `answer_id` of a 2WikiMultiHopQA row.
+    Other names of the answer, which are right as well, are kept in `answer_aliases`: those of a MuSiQue row, and those
+    in `aliases` for the `answer_id` of a 2WikiMultiHopQA row.
 
     Args:
-        row (`Any`):
-            A row. One that is in the common schema, or in none of these, is returned as it is.
+        row (`object`):
+            A row. If it has the common schema, or no known layout, it is returned unchanged.
         where (`str`):
-            What an error calls it.
+            The row's name in errors.
         aliases (`Mapping[str, Sequence[str]]`, *optional*):
-            For each `answer_id` its other names, as [`read_aliases`] gives them.
+            Other names of each `answer_id`, from [`read_aliases`].
 
     Returns:
-        `Any`: The row.
+        `object`: The row.
 
     Raises:
-        DataError: If the row is of a known layout and breaks it.
+        DataError: If the row has a known layout and violates it.
     """
     if not isinstance(row, Mapping):
         return row
@@ -47,15 +51,15 @@ def in_common_layout(row: Any, where: str, aliases: Mapping[str, Sequence[str]] 
 
 def read_aliases(path: Path) -> dict[str, list[str]]:
     """
-    The other names of 2WikiMultiHopQA's answers, from its `id_aliases.json`: aliases and demonyms, as its official
-    evaluation (version 1.1) counts them.
+    Read the other names of 2WikiMultiHopQA's answers from its `id_aliases.json`: aliases and demonyms, as in its
+    official evaluation (version 1.1).
 
     Args:
         path (`Path`):
-            A file of one JSON object a line, with `Q_id`, `aliases` and `demonyms`.
+            A file with one JSON object per line, with `Q_id`, `aliases` and `demonyms`.
 
     Returns:
-        `dict[str, list[str]]`: Names by the id of what they name.
+        `dict[str, list[str]]`: Names by the id of the answer.
     """
     names: dict[str, list[str]] = {}
     with path.open("rb") as lines:
@@ -70,7 +74,7 @@ def read_aliases(path: Path) -> dict[str, list[str]]:
     return names
 
 
-def _from_original(row: Mapping[str, Any], where: str, aliases: Mapping[str, Sequence[str]] | None) -> dict[str, Any]:
+def _from_original(row: Row, where: str, aliases: Aliases | None) -> JsonObject:
     titles, paragraphs = _pairs(row["context"], "context", where)
     common = {
         "id": row.get("_id", row.get("id")),
@@ -81,12 +85,12 @@ def _from_original(row: Mapping[str, Any], where: str, aliases: Mapping[str, Seq
         titles, sent_ids = _pairs(row["supporting_facts"], "supporting_facts", where)
         common["supporting_facts"] = {"title": titles, "sent_id": sent_ids}
     if aliases is not None:
-        others = aliases.get(row.get("answer_id") or "", [])
-        common["answer_aliases"] = _without(row.get("answer"), others)
+        names = aliases.get(row.get("answer_id") or "", [])
+        common["answer_aliases"] = _without(row.get("answer"), names)
     return common
 
 
-def _from_musique(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _from_musique(row: Row, where: str) -> JsonObject:
     if row.get("answerable") is False:
         raise DataError(f"{where}: the question is not answerable; take the files of MuSiQue-Ans, not MuSiQue-Full")
     paragraphs = row["paragraphs"]
@@ -110,10 +114,10 @@ def _from_musique(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _pairs(value: Any, column: str, where: str) -> tuple[list[Any], list[Any]]:
-    """The first and the second halves of a list of pairs, which may be written as JSON."""
+def _pairs(value: object, column: str, where: str) -> tuple[list[object], list[object]]:
+    """The first and the second elements of a list of pairs, which may be JSON."""
     try:
-        pairs = json.loads(value) if isinstance(value, str) else value
+        pairs: Any = json.loads(value) if isinstance(value, str) else value
         firsts, seconds = [], []
         for pair in pairs:
             first, second = pair.values() if isinstance(pair, Mapping) else pair
@@ -124,5 +128,5 @@ def _pairs(value: Any, column: str, where: str) -> tuple[list[Any], list[Any]]:
     return firsts, seconds
 
 
-def _without(answer: Any, names: Sequence[str]) -> list[str]:
+def _without(answer: object, names: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name != answer]

@@ -1,10 +1,10 @@
 """The built-in mini wiki: a made-up world, its encyclopedia, and questions that only a search can answer.
 
 Everything follows from a seed, without a download: countries, cities, people, films and bands, a passage for each, and
-questions in the schema of HotpotQA's rows. The world consists of two halves that share nothing but their countries:
-validation questions run over people, cities, films and bands that no training question touches, so no fact that a
-validation question passes through can be learned by heart in training. The *words* of names and years are shared, so
-that nothing has to be read in validation that was never seen.
+questions in the schema of HotpotQA's rows. The world consists of two halves that share only their countries:
+validation questions are about people, cities, films and bands that occur in no training question, so the facts that
+they need cannot be learned by heart in training. The *words* of names and years are shared, so that the policy has
+seen every word of validation in training.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from random import Random
-from typing import Any
+from typing import TypeAlias
 
+from ...types import JsonObject
 from .retrieval import Passage
 
 Facts = dict[str, dict[str, str]]
-Row = dict[str, Any]
+Row: TypeAlias = JsonObject
 
 TEMPTING_RELATION = {"director": "star", "star": "director"}
-"""For a relation, the one that is easily confused with it: following it leads to a different, wrong answer."""
+"""Relations that are easily confused: following the wrong one leads to a different, wrong answer."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,13 @@ class MiniWiki:
 
 def make_mini_wiki(seed: int = 0) -> MiniWiki:
     """
-    Make the mini wiki of a seed: the same in every process and for every Python version.
+    Make the mini wiki of a seed. It is the same in every process and every Python version.
 
     The pools of words do not depend on the seed, so one vocabulary covers the wikis of all seeds.
 
     Args:
         seed (`int`, *optional*, defaults to `0`):
-            Which world it is.
+            Decides the world.
 
     Returns:
         [`MiniWiki`]: 1,020 passages, more than 2,000 training questions and 300 validation questions.
@@ -172,7 +173,7 @@ def _pairs(rng: Random, some: Sequence[str], others: Sequence[str], count: int) 
 
 
 def _split(names: Mapping[str, list[str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Training and validation halves of all kinds but the countries."""
+    """The names of the training half and of the validation half, without the countries."""
     train = {kind: names[kind][:count] for kind, (count, _) in _NUM_TRAIN_AND_VALIDATION.items()}
     validation = {kind: names[kind][count:] for kind, (count, _) in _NUM_TRAIN_AND_VALIDATION.items()}
     return train, validation
@@ -396,7 +397,7 @@ def _earlier(
 
 
 def _same_country(rng: Random, cities: Sequence[str], facts: Facts, count: int) -> list[_Question]:
-    """As many with the answer yes as with no."""
+    """Comparisons of two cities, half of them with the answer yes."""
     pairs: dict[str, list[tuple[str, str]]] = {"yes": [], "no": []}
     for a, b in combinations(cities, 2):
         pairs["yes" if facts[a]["country"] == facts[b]["country"] else "no"].append((a, b))
@@ -412,7 +413,7 @@ def _same_country(rng: Random, cities: Sequence[str], facts: Facts, count: int) 
 
 
 def _to_row(question: _Question, sentences: Mapping[str, list[str]]) -> Row:
-    """In the schema of `hotpotqa/hotpot_qa`, with the supporting passages as the context; and our own columns."""
+    """A row in the schema of `hotpotqa/hotpot_qa` with our own columns; its context are the supporting passages."""
     return {
         "question": question.text,
         "answer": question.answer,

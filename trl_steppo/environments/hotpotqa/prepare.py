@@ -1,8 +1,9 @@
 """
-Prepares a data set of multi-hop questions once, so that every run opens it in seconds; `prepared.py` shows the files.
+Prepares a data set of multi-hop questions once, so that every run opens it in seconds; `prepared.py` lists the files.
 
-All is written beside its place, stage by stage. A stage counts when its files are on the disk and in the manifest, so
-that a run that was stopped goes on with the next; the directory gets its name when all stages are there.
+The stages are written one after another into a temporary directory, which is renamed when all of them are complete. A
+stage is complete when its files are on the disk and in the manifest: after an interruption, preparing continues with
+the next stage.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class KnownDataset:
     """
-    Where a data set is on the hub, and how large it is.
+    A data set on the hub, and its size.
 
     Args:
         train (`str` or `None`):
-            Its training rows; `None` for a data set that is for evaluation.
+            Where its training rows are; `None` for a data set for evaluation only.
         validation (`str`):
-            Its evaluation rows.
+            Where its evaluation rows are.
         counts (`dict[str, int]`):
-            Numbers of questions and passages, as far as they are published.
+            The published numbers of questions and passages.
     """
 
     train: str | None
@@ -67,146 +68,185 @@ DATASETS = {
     ),
     "2wikimultihopqa": KnownDataset(
         train=None,
-        # The repository has a loading script, which `datasets` does not run any more: its file is read.
+        # The repository has a loading script, which `datasets` no longer runs, so its file is read.
         validation="hf://datasets/xanhho/2WikiMultihopQA/dev.parquet",
         counts={"validation": 12_576},
     ),
     "musique": KnownDataset(train=None, validation="dgslibisey/MuSiQue", counts={"validation": 2_417}),
 }
-"""The data sets that are known by name. 2WikiMultiHopQA and MuSiQue are for evaluation out of domain."""
+"""The known data sets. 2WikiMultiHopQA and MuSiQue are for out-of-domain evaluation."""
 
 
-def prepare(
-    directory: str | Path,
-    dataset: str = "hotpotqa",
-    *,
-    train: Sequence[str] = (),
-    validation: Sequence[str] = (),
-    revision: str | None = None,
-    aliases_file: str | None = None,
-    eval_share: float = 0.1,
-    seed: int = 0,
-    title_weight: int = 3,
-    k1: float = 1.5,
-    b: float = 0.75,
-    dense_model: str | None = None,
-    check_counts: bool | None = None,
-    show_progress: bool = True,
-    report: Callable[[str], None] = print,
-) -> Manifest:
+@dataclass(frozen=True)
+class Preparation:
     """
-    Write questions, corpus and index of a data set into a directory.
-
-    A directory that was prepared with the same settings is checked and left as it is.
+    Questions, corpus and index of a data set, to be written into a directory.
 
     Args:
-        directory (`str` or `Path`):
-            Where to write; it must not be there yet.
         dataset (`str`, *optional*, defaults to `"hotpotqa"`):
-            `"hotpotqa"`, `"2wikimultihopqa"` or `"musique"`: where rows come from and how many there are.
+            `"hotpotqa"`, `"2wikimultihopqa"` or `"musique"`. Decides the default sources and the expected counts.
         train (`Sequence[str]`, *optional*):
-            Training rows from elsewhere: local files, or a name on the hub.
+            Other sources of the training rows: local files, or a name on the hub.
         validation (`Sequence[str]`, *optional*):
-            Evaluation rows from elsewhere. Left out where `train` names files: a share of those.
+            Other sources of the evaluation rows. By default, if `train` names files, a share of their rows.
         revision (`str`, *optional*):
-            Revision of data sets on the hub.
+            Revision of the data sets on the hub.
         aliases_file (`str`, *optional*):
             2WikiMultiHopQA's `id_aliases.json`.
         eval_share (`float`, *optional*, defaults to `0.1`):
-            Share of local training files that is kept for evaluation.
+            Share of local training files that is used for evaluation.
         seed (`int`, *optional*, defaults to `0`):
-            Which of their rows are.
+            Decides which of their rows are used for evaluation.
         title_weight, k1, b (*optional*):
             Settings of [`BM25Retriever`].
         dense_model (`str`, *optional*):
-            Encoder of a [`DenseRetriever`], which is then written, too, and used.
+            Encoder of a [`DenseRetriever`], which is then prepared as well and used for searches.
         check_counts (`bool`, *optional*):
-            Whether numbers that differ from the full data set's are an error. `None`: if all rows come from its own
-            place on the hub.
+            Whether counts that differ from the published ones are an error. `None`: if all rows come from the default
+            source.
         show_progress (`bool`, *optional*, defaults to `True`):
-            Show bars.
-        report (`Callable`, *optional*, defaults to `print`):
-            Gets a line for each stage.
-
-    Returns:
-        [`Manifest`]: What was written.
+            Whether to show progress bars.
 
     Raises:
-        ConfigurationError: If the directory is there with other settings or something else in it, or is being
-            prepared.
-        DataError: If rows are not what they should be.
+        ConfigurationError: If a setting is not among its choices, or out of range.
     """
-    if dataset not in DATASETS:
-        raise ConfigurationError(f"dataset is {dataset!r}; it has to be one of {', '.join(map(repr, DATASETS))}")
-    check_bm25_settings(title_weight=title_weight, k1=k1, b=b)
-    known = DATASETS[dataset]
-    if check_counts is None:
-        check_counts = not train and not validation
-    if not train and not validation:
-        train, validation = [known.train] if known.train else [], [known.validation]
-    elif not validation and not is_file(train[0]):
-        validation = train
-    settings: dict[str, Any] = {
-        "dataset": dataset,
-        "train": _identities(train),
-        "validation": _identities(validation),
-        "revision": revision,
-        "aliases": None if aliases_file is None else _identities([aliases_file]),
-        "dealt": None if validation else {"eval_share": eval_share, "seed": seed},
-        "bm25": {"title_weight": title_weight, "k1": k1, "b": b},
-        "dense_model": dense_model,
-    }
-    directory = Path(directory)
-    if directory.exists():
-        manifest = _compare(directory, settings)
-        report(f"{directory} is prepared already, with these settings, and intact")
+
+    dataset: str = "hotpotqa"
+    train: Sequence[str] = ()
+    validation: Sequence[str] = ()
+    revision: str | None = None
+    aliases_file: str | None = None
+    eval_share: float = 0.1
+    seed: int = 0
+    title_weight: int = 3
+    k1: float = 1.5
+    b: float = 0.75
+    dense_model: str | None = None
+    check_counts: bool | None = None
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            known = ", ".join(map(repr, DATASETS))
+            raise ConfigurationError(f"dataset is {self.dataset!r}; it has to be one of {known}")
+        check_bm25_settings(title_weight=self.title_weight, k1=self.k1, b=self.b)
+
+    def write(self, directory: Path, *, report: Callable[[str], None] = print) -> Manifest:
+        """
+        Write all files. A directory that was prepared with the same settings is checked and left unchanged.
+
+        Args:
+            directory (`Path`):
+                Where to write. It must be new, or prepared with the same settings.
+            report (`Callable`, *optional*, defaults to `print`):
+                Called with a line for each stage.
+
+        Returns:
+            [`Manifest`]: The description of the directory.
+
+        Raises:
+            ConfigurationError: If the directory has other content or other settings, or is being prepared by another
+                process.
+            DataError: If rows are invalid.
+        """
+        settings = self._settings()
+        if directory.exists():
+            manifest = _compare(directory, settings)
+            report(f"{directory} is prepared already, with these settings, and intact")
+            return manifest
+        with _in_the_making(directory, settings) as (partial, manifest):
+            _stage("data", partial, manifest, self.data, report)
+            _stage(BM25, partial, manifest, self.bm25, report)
+            if self.dense_model is not None:
+                _stage(DENSE, partial, manifest, self.dense, report)
+        numbers = ", ".join(f"{number:,} {name}" for name, number in manifest.counts.items())
+        report(f"{directory}: {numbers}")
         return manifest
 
-    def load(names: Sequence[str], split: str) -> Dataset:
-        return load_rows(names, split, revision=revision, aliases_file=aliases_file)
-
-    def write_data(partial: Path) -> dict[str, int]:
+    def data(self, directory: Path) -> dict[str, int]:
+        """Stage 1: write the rows, without their contexts, and the corpus of all paragraphs. Returns their counts."""
+        train, validation = self._sources()
         rows: dict[str, Dataset] = {}
         if train:
-            rows["train"] = load(train, "train")
+            rows["train"] = self._load(train, "train")
         if validation:
-            rows["validation"] = load(validation, "validation")
+            rows["validation"] = self._load(validation, "validation")
         else:
-            rows["train"], rows["validation"] = split_rows(rows["train"], eval_share, seed, " ".join(train))
+            source = " ".join(train)
+            rows["train"], rows["validation"] = split_rows(rows["train"], self.eval_share, self.seed, source)
         counts = {name: len(some) for name, some in rows.items()}
         contexts = (row for some in rows.values() for row in some.select_columns("context"))
-        counts["passages"] = write_corpus(partial / CORPUS, make_corpus(contexts))
-        if check_counts:
-            _check_counts(counts, known.counts, dataset)
+        counts["passages"] = write_corpus(directory / CORPUS, make_corpus(contexts))
+        if self.check_counts or (self.check_counts is None and not self.train and not self.validation):
+            _check_counts(counts, DATASETS[self.dataset].counts, self.dataset)
         for name, path in (("train", TRAIN), ("validation", VALIDATION)):
             if name in rows:
-                rows[name].remove_columns("context").to_parquet(partial / path)
+                rows[name].remove_columns("context").to_parquet(directory / path)
         return counts
 
-    def write_bm25(partial: Path) -> dict[str, int]:
-        passages = MappedCorpus(partial / CORPUS)
-        BM25Retriever(passages, title_weight=title_weight, k1=k1, b=b, show_progress=show_progress).save(
-            partial / BM25
+    def bm25(self, directory: Path) -> dict[str, int]:
+        """Stage 2: write the index of words. Counts nothing."""
+        retriever = BM25Retriever(
+            MappedCorpus(directory / CORPUS),
+            title_weight=self.title_weight,
+            k1=self.k1,
+            b=self.b,
+            show_progress=self.show_progress,
         )
+        retriever.save(directory / BM25)
         return {}
 
-    def write_dense(partial: Path) -> dict[str, int]:
-        assert dense_model is not None
-        DenseRetriever(MappedCorpus(partial / CORPUS), dense_model, show_progress=show_progress).save(partial / DENSE)
+    def dense(self, directory: Path) -> dict[str, int]:
+        """Stage 3, if there is an encoder: write the index of embeddings. Counts nothing."""
+        assert self.dense_model is not None
+        passages = MappedCorpus(directory / CORPUS)
+        DenseRetriever(passages, self.dense_model, show_progress=self.show_progress).save(directory / DENSE)
         return {}
 
-    with _in_the_making(directory, settings) as (partial, manifest):
-        _stage("data", partial, manifest, write_data, report)
-        _stage(BM25, partial, manifest, write_bm25, report)
-        if dense_model is not None:
-            _stage(DENSE, partial, manifest, write_dense, report)
-    numbers = ", ".join(f"{number:,} {name}" for name, number in manifest.counts.items())
-    report(f"{directory}: {numbers}")
-    return manifest
+    def _settings(self) -> dict[str, object]:
+        """Everything that decides the content of the files, as the manifest stores it."""
+        train, validation = self._sources()
+        return {
+            "dataset": self.dataset,
+            "train": _identities(train),
+            "validation": _identities(validation),
+            "revision": self.revision,
+            "aliases": None if self.aliases_file is None else _identities([self.aliases_file]),
+            "dealt": None if validation else {"eval_share": self.eval_share, "seed": self.seed},
+            "bm25": {"title_weight": self.title_weight, "k1": self.k1, "b": self.b},
+            "dense_model": self.dense_model,
+        }
+
+    def _sources(self) -> tuple[Sequence[str], Sequence[str]]:
+        """The sources of training and evaluation rows; by default the data set's own place on the hub."""
+        if not self.train and not self.validation:
+            known = DATASETS[self.dataset]
+            return [known.train] if known.train else [], [known.validation]
+        if not self.validation and not is_file(self.train[0]):
+            return self.train, self.train  # a data set on the hub has a split for each
+        return self.train, self.validation
+
+    def _load(self, names: Sequence[str], split: str) -> Dataset:
+        return load_rows(names, split, revision=self.revision, aliases_file=self.aliases_file)
+
+
+def prepare(
+    directory: str | Path, dataset: str = "hotpotqa", *, report: Callable[[str], None] = print, **settings: Any
+) -> Manifest:
+    """
+    Prepare a data set in a directory: short for `Preparation(dataset, **settings).write(directory)`.
+
+    Args:
+        directory (`str` or `Path`), report (`Callable`, *optional*, defaults to `print`):
+            See [`~Preparation.write`].
+        dataset (`str`, *optional*, defaults to `"hotpotqa"`), settings (`Any`):
+            See [`Preparation`].
+    """
+    return Preparation(dataset, **settings).write(Path(directory), report=report)
 
 
 def _identities(names: Sequence[str]) -> list[str]:
-    """Names on the hub; files by name and content, wherever they lie."""
+    """Identifies sources: data sets on the hub by name, files by name and content."""
     return [f"{Path(name).name} sha256:{_hash(name)}" if is_file(name) else name for name in names]
 
 
@@ -216,8 +256,8 @@ def _hash(name: str) -> str:
     return mark_of(Path(name)).sha256
 
 
-def _compare(directory: Path, settings: dict[str, Any]) -> Manifest:
-    """The manifest of a directory that was prepared with these settings and is intact."""
+def _compare(directory: Path, settings: dict[str, object]) -> Manifest:
+    """The manifest of a directory. Raises unless it is intact and was prepared with these settings."""
     if not is_prepared(directory):
         raise ConfigurationError(f"{directory} is there, and nothing was prepared in it; name a directory that is new")
     manifest = read_manifest(directory)
@@ -248,8 +288,8 @@ def _check_counts(counts: dict[str, int], expected: dict[str, int], dataset: str
 
 
 @contextmanager
-def _in_the_making(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[Path, Manifest]]:
-    """The directory beside `directory` that becomes it when the block ends without an error."""
+def _in_the_making(directory: Path, settings: dict[str, object]) -> Iterator[tuple[Path, Manifest]]:
+    """Yields a temporary directory and its manifest; it becomes `directory` if the block ends without an error."""
     partial = durable.partial_of(directory)
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
@@ -264,8 +304,8 @@ def _in_the_making(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[
         os.close(descriptor)
 
 
-def _leftover(partial: Path, settings: dict[str, Any]) -> Manifest:
-    """How far an earlier run with the same settings came; what another left is removed."""
+def _leftover(partial: Path, settings: dict[str, object]) -> Manifest:
+    """The manifest that an interrupted process with the same settings left. Files of other settings are removed."""
     if (partial / MANIFEST).is_file():
         manifest = read_manifest(partial)
         if manifest.settings == settings:
@@ -282,7 +322,7 @@ def _stage(
     write: Callable[[Path], dict[str, int]],
     report: Callable[[str], None],
 ) -> None:
-    """Let `write` fill the folder `name`, unless an earlier run did; then it counts."""
+    """Have `write` fill the folder `name`, unless an interrupted process has completed it; update the manifest."""
     done = {path: mark for path, mark in manifest.files.items() if path.startswith(f"{name}/")}
     if done:
         check_files(partial, done)

@@ -1,5 +1,5 @@
 """
-A prepared data set: a directory that is either whole or not there.
+A prepared data set: a directory that is either complete or not there.
 
 ```
 manifest.json              settings, counts, and the size and SHA-256 of every other file
@@ -7,7 +7,7 @@ data/train.parquet         training questions, without their contexts
 data/validation.parquet    evaluation questions
 data/corpus.arrow          every distinct paragraph of all contexts
 bm25/                      the index of `BM25Retriever`
-dense/                     that of `DenseRetriever`, where an encoder was named
+dense/                     the index of `DenseRetriever`, if an encoder was named
 ```
 """
 
@@ -18,10 +18,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ...compat.datasets import of_table
 from ...errors import ConfigurationError, DataError
+from ...types import JsonObject
 from .corpus import MappedCorpus
 from .dense import DenseRetriever
 from .retrieval import BM25Retriever, Retriever
@@ -39,7 +40,7 @@ _BLOCK = 1 << 20
 
 class FileMark(NamedTuple):
     """
-    What a file has to be.
+    Size and hash of a file.
 
     Args:
         num_bytes (`int`):
@@ -55,18 +56,18 @@ class FileMark(NamedTuple):
 @dataclass
 class Manifest:
     """
-    What a prepared directory says about itself.
+    Description of a prepared directory.
 
     Args:
-        settings (`dict[str, Any]`):
-            What it was made with.
+        settings (`dict`):
+            Settings it was prepared with.
         counts (`dict[str, int]`):
             Numbers of `train` and `validation` questions and of `passages`.
         files (`dict[str, FileMark]`):
-            Every file by its path in the directory.
+            Every file, by its path in the directory.
     """
 
-    settings: dict[str, Any]
+    settings: JsonObject
     counts: dict[str, int] = field(default_factory=dict)
     files: dict[str, FileMark] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ class Manifest:
 
 
 def is_prepared(directory: Path) -> bool:
-    """Whether there is a prepared directory, intact or not."""
+    """Whether a directory was prepared. Its files are not checked."""
     return (directory / MANIFEST).is_file()
 
 
@@ -89,12 +90,12 @@ def open_prepared(
 
     Args:
         directory (`Path`):
-            What `trl-steppo hotpotqa prepare` wrote.
+            A directory that `trl-steppo hotpotqa prepare` wrote.
         retriever (`str`, *optional*):
-            `"bm25"` or `"dense"`; `None`: dense if it was prepared.
+            `"bm25"` or `"dense"`; `None`: dense if it was prepared, else BM25.
 
     Returns:
-        `tuple`: Training rows, without any where none were prepared, evaluation rows, and the retriever of both.
+        `tuple`: Training rows (empty if none were prepared), evaluation rows, and the retriever of both.
 
     Raises:
         DataError: If a file is missing or differs from what was written.
@@ -106,29 +107,29 @@ def open_prepared(
     if retriever == "dense" and model is None:
         raise ConfigurationError(f"{directory}: prepared without embeddings; prepare it with --dense MODEL")
     passages = MappedCorpus(directory / CORPUS)
-    searches: Retriever
+    searcher: Retriever
     if model is not None and retriever != "bm25":
-        searches = DenseRetriever.open(directory / DENSE, passages, model=model)
+        searcher = DenseRetriever.open(directory / DENSE, passages, model=model)
     else:
-        searches = BM25Retriever.open(directory / BM25, passages, **manifest.settings["bm25"])
+        searcher = BM25Retriever.open(directory / BM25, passages, **manifest.settings["bm25"])
     evaluation = _read_rows(directory / VALIDATION)
     train = _read_rows(directory / TRAIN) if TRAIN in manifest.files else evaluation.select([])
-    return train, evaluation, searches
+    return train, evaluation, searcher
 
 
 def read_manifest(directory: Path) -> Manifest:
     """
-    Read what a directory says about itself.
+    Read a directory's manifest.
 
     Args:
         directory (`Path`):
-            A prepared directory, or one in the making.
+            A prepared directory, or one that is being prepared.
 
     Returns:
-        [`Manifest`]: Its content, not compared with the files.
+        [`Manifest`]: Its content. The files are not checked.
 
     Raises:
-        DataError: If there is none, it is damaged, or another version of this package wrote it.
+        DataError: If the manifest is missing or damaged, or was written by another version of this package.
     """
     path = directory / MANIFEST
     try:
@@ -147,13 +148,13 @@ def read_manifest(directory: Path) -> Manifest:
 
 def check_files(directory: Path, files: Mapping[str, FileMark]) -> None:
     """
-    Raise a `DataError` for the first file that is not what it was when it was written.
+    Raise a `DataError` for the first file that has changed since it was written.
 
     Args:
         directory (`Path`):
             Where the files are.
         files (`Mapping[str, FileMark]`):
-            What each has to be.
+            Expected size and hash of each.
     """
     for name, mark in files.items():
         path = directory / name

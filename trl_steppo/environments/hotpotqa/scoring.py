@@ -1,6 +1,7 @@
 """
-How HotpotQA scores an answer: exact match and token F1 after a normalization, as its official evaluation does. And how
-well an episode keeps to the form of a tool call.
+Scores of answers and of tool calls.
+
+Answers are scored as in HotpotQA's official evaluation: exact match and token F1 after a normalization.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-from ..base import Message
+from ...types import Message
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -20,14 +20,14 @@ _CLOSED_ANSWERS = ("yes", "no", "noanswer")
 
 def normalize_answer(text: str) -> str:
     """
-    Lower case, without ASCII punctuation, without the articles a, an and the, and with single spaces.
+    Normalize an answer: lower case, without ASCII punctuation, without the articles a, an and the, single spaces.
 
     Args:
         text (`str`):
             An answer as it was written.
 
     Returns:
-        `str`: What is compared; it may be empty.
+        `str`: The text to compare; it may be empty.
 
     Example:
     ```python
@@ -59,8 +59,8 @@ def f1(prediction: str, answer: str) -> float:
     """
     Harmonic mean of the precision and the recall of the words, counted with their multiplicity.
 
-    Yes, no and noanswer are right or wrong as a whole: where either side is one of them and the other side differs,
-    the score is 0, and so it is where no word is shared (two empty answers included).
+    The answers yes, no and noanswer are right or wrong as a whole: if one side is one of them and the other side
+    differs, the score is 0. It is also 0 if no word is shared, for example between two empty answers.
 
     Args:
         prediction (`str`):
@@ -82,9 +82,9 @@ def f1(prediction: str, answer: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def valid_calls(completions: Sequence[Sequence[Message]], **columns: Any) -> list[float]:
+def valid_calls(completions: Sequence[Sequence[Message]], **columns: object) -> list[float]:
     """
-    A reward function: the share of an episode's responses whose tool calls all ran.
+    Reward function: the share of an episode's responses whose tool calls all ran.
 
     A response without a call is not valid, nor is one with a call that is malformed, unknown, refused or failed.
 

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
+from .config import shipped_file, shipped_names
 
 if TYPE_CHECKING:
-    from .trainer.steppo_config import StepPOConfig
-
-CONFIGS = Path(__file__).parent / "configs"
+    from ..trainer.steppo_config import StepPOConfig
 
 
 def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
@@ -33,7 +32,7 @@ def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
     Raises:
         ConfigurationError: If there is no such file, or it contradicts the recipe; the message names all that does.
     """
-    from .trainer.distribution import Distribution, check_distribution
+    from ..trainer.distribution import Distribution, check_distribution
 
     file = _read(name)
     distribution = Distribution.from_file(file)
@@ -52,10 +51,9 @@ def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = CONFIGS / f"{name}.yaml"
-    path = path if path.is_file() else Path(name)
+    path = shipped_file(name) if name in shipped_names() else Path(name)
     if not path.is_file():
-        shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        shipped = ", ".join(shipped_names())
         raise ConfigurationError(f"`--config_file` is {name!r}, which is no file, and none of {shipped}")
     return read_mapping(path, "`accelerate config` writes a mapping")
 
@@ -74,7 +72,7 @@ def read_mapping(path: Path, expected: str) -> dict[str, Any]:
 
 
 def _contradictions(recipe: dict[str, Any], args: StepPOConfig, file: dict[str, Any], kind: str) -> Iterator[str]:
-    from .trainer.distribution import deepspeed_settings
+    from ..trainer.distribution import deepspeed_settings
 
     given = file.get("mixed_precision")
     given = "no" if given is False else given  # as YAML reads it without quotes

@@ -1,4 +1,4 @@
-"""The `trl-steppo` command, as a shell calls it."""
+"""`trl-steppo check`, as a shell calls it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
 
-from trl_steppo.cli import CONFIGS, main
-from trl_steppo.dry_run import SCRIPT_SETTINGS, read_recipe
+from trl_steppo.cli import main
+from trl_steppo.commands.check import read_recipe
+from trl_steppo.commands.config import CONFIGS
+from trl_steppo.commands.launch_file import check_launch
+from trl_steppo.environments.hotpotqa import HotpotQARecipe
 from trl_steppo.errors import ConfigurationError
-from trl_steppo.launch_file import check_launch
 from trl_steppo.trainer.steppo_config import StepPOConfig
 
 
@@ -25,39 +27,7 @@ def _offline(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_config_names_a_file_that_accelerate_reads(path, capsys):
-    assert main(["config", path.stem]) == 0
-    assert capsys.readouterr().out.strip() == str(path)
-    config = load_config_from_file(str(path))
-    assert config.num_processes == (1 if "single" in path.stem else 2 if "cpu2" in path.stem else 8)
-    if "fsdp2" in path.stem:
-        assert config.fsdp_config["fsdp_version"] == 2
-    if "zero" in path.stem:
-        assert config.deepspeed_config["zero_stage"] == int(path.stem.removeprefix("zero")[0])
-
-
-def test_config_lists_what_there_is(capsys):
-    assert main(["config"]) == 0
-    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert listed == {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert main(["config", "zero9"]) == 1
-    assert "zero3" in capsys.readouterr().err
-
-
-def test_memory(capsys):
-    assert main(["memory", "Qwen3-1.7B", "--engine", "zero3", "--gpus", "1", "8", "--details"]) == 0
-    out = capsys.readouterr().out
-    assert "1.72 billion" in out
-    assert "generation cache" in out
-
-
-def test_memory_of_a_model_that_is_not_there(capsys, tmp_path):
-    assert main(["memory", str(tmp_path / "nothing")]) == 1
-    assert "nothing" in capsys.readouterr().err
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -173,7 +143,7 @@ def test_the_script_s_settings_are_known():
         timeout=100,
         check=True,
     ).stdout
-    assert all(f"--{name}" in help_text for name in SCRIPT_SETTINGS)
+    assert all(f"--{field.name}" in help_text for field in fields(HotpotQARecipe))
 
 
 @pytest.mark.parametrize(

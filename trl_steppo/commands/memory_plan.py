@@ -9,145 +9,20 @@ where a process beside the trainer samples, what it needs is held all the time.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-Engine = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
+from .shapes import Shape
+
+LaunchKind = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
 SamplesIn = Literal["trainer", "worker", "vllm"]
 
 GIB = 2**30
 GPU_SIZES = (24, 40, 80)  # GB, as they are sold
 RESERVED = 1.5 * GIB  # the CUDA context, and what the allocator cannot use
-_LOGITS_ELEMENTS = 2**25  # logits that are held at a time; see `models.forward`
 _LOGITS_BYTES = 16  # of each: as computed, in float32, its log-probability, its gradient
 _BUCKET = 5e8  # parameters in the buffer through which a DeepSpeed engine reduces gradients; its default
 _LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at a time; its default
 _SAMPLING_BYTES = 24  # of a logit in sampling: in float32, its log-probability, its cumulative sum in float64
-
-_QWEN: dict[str, Any] = {"vocab_size": 151_936, "tie_word_embeddings": True}
-SHAPES: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "model_type": "llama",
-        "vocab_size": 49_152,
-        "hidden_size": 576,
-        "intermediate_size": 1_536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8_192,
-        "tie_word_embeddings": True,
-    },
-    "Qwen2.5-0.5B": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "intermediate_size": 4_864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        **_QWEN,
-    },
-    "Qwen2.5-3B": {
-        "model_type": "qwen2",
-        "hidden_size": 2048,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        **_QWEN,
-    },
-    "Qwen3-1.7B": {
-        "model_type": "qwen3",
-        "hidden_size": 2048,
-        "intermediate_size": 6_144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        **_QWEN,
-    },
-    "Qwen3-4B": {
-        "model_type": "qwen3",
-        "hidden_size": 2560,
-        "intermediate_size": 9_728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        **_QWEN,
-    },
-}
-"""Configurations of the models of the paper's experiments (from their `config.json`)."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """
-    What of a causal language model decides its memory.
-
-    Args:
-        hidden, intermediate, layers, vocabulary (`int`):
-            Sizes.
-        queries, keys (`int`):
-            Width of all query heads, and of all key (and of all value) heads.
-        parameters (`int`):
-            All of them; a tied head counts once.
-        head_parameters (`int`):
-            Those of an output head of its own, which a critic does not have.
-        linear (`tuple[tuple[int, int], ...]`):
-            (in, out) of every linear layer of the backbone, where LoRA goes.
-    """
-
-    hidden: int
-    intermediate: int
-    layers: int
-    vocabulary: int
-    queries: int
-    keys: int
-    parameters: int
-    head_parameters: int
-    linear: tuple[tuple[int, int], ...]
-
-
-def shape_of(config: Any) -> Shape:
-    """
-    Measure a model that is built without memory.
-
-    Args:
-        config (`PretrainedConfig`):
-            Of a causal language model.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = config.get_text_config()
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    head, backbone = model.get_output_embeddings(), model.base_model
-    own_head = 0 if head.weight is model.get_input_embeddings().weight else head.weight.numel()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        vocabulary=config.vocab_size,
-        queries=head_dim * config.num_attention_heads,
-        keys=head_dim * config.num_key_value_heads,
-        parameters=sum(p.numel() for p in model.parameters()),
-        head_parameters=own_head,
-        linear=tuple(
-            (module.in_features, module.out_features)
-            for module in backbone.modules()
-            if isinstance(module, torch.nn.Linear)
-        ),
-    )
-
-
-def load_config(name: str) -> Any:
-    """The configuration of a built-in shape, of a directory, or of a name on the hub."""
-    from transformers import AutoConfig
-
-    if name in SHAPES:
-        return AutoConfig.for_model(**SHAPES[name])
-    return AutoConfig.from_pretrained(name)
 
 
 @dataclass(frozen=True)
@@ -156,7 +31,7 @@ class Setting:
     The part of a run's settings that decides its memory.
 
     Args:
-        engine (`str`):
+        launch (`str`):
             `"single"`, `"ddp"`, `"zero2"`, `"zero3"`, `"zero3_offload"` or `"fsdp2"`, as the shipped accelerate files.
         num_gpus (`int`):
             Ranks.
@@ -184,7 +59,7 @@ class Setting:
             `use_rollout_worker`), or `"vllm"` servers on other ones (`use_vllm`).
     """
 
-    engine: Engine
+    launch: LaunchKind
     num_gpus: int
     weights: Literal["float32", "bfloat16"] = "float32"
     bf16: bool = True
@@ -204,7 +79,7 @@ class Setting:
 
     @property
     def shards_weights(self) -> bool:
-        return self.engine.startswith("zero3") or self.fsdp2
+        return self.launch.startswith("zero3") or self.fsdp2
 
     @property
     def weight_shards(self) -> int:
@@ -212,11 +87,11 @@ class Setting:
 
     @property
     def deepspeed(self) -> bool:
-        return self.engine.startswith("zero")
+        return self.launch.startswith("zero")
 
     @property
     def fsdp2(self) -> bool:
-        return self.engine == "fsdp2"
+        return self.launch == "fsdp2"
 
     @property
     def loaded(self) -> str:
@@ -271,6 +146,8 @@ def plan(shape: Shape, setting: Setting) -> Plan:
         setting ([`Setting`]):
             The run.
     """
+    from ..models.forward import LOGITS_ELEMENTS
+
     backbone = shape.parameters - shape.head_parameters
     policy = _network(shape, setting, shape.parameters, "policy")
     critic = _network(shape, setting, backbone + shape.hidden, "critic") if setting.critic else _Network({}, 0.0, 0.0)
@@ -291,7 +168,7 @@ def plan(shape: Shape, setting: Setting) -> Plan:
     training = {
         "gradients": max(policy.gradients, critic.gradients),
         "activations": _activations(shape, setting),
-        "logits": float(_LOGITS_ELEMENTS * _LOGITS_BYTES),
+        "logits": float(LOGITS_ELEMENTS * _LOGITS_BYTES),
         "gathered or cast weights": max(live, _cast_bytes(shape, setting)),
     }
     host = {"optimizers": policy.host + critic.host} if policy.host + critic.host else {}
@@ -329,9 +206,9 @@ def _network(shape: Shape, setting: Setting, parameters: int, name: str) -> _Net
     # Adam's two moments; DeepSpeed keeps a float32 copy of the weights beside them.
     states = trained * (12.0 if setting.deepspeed else 2.0 * weight) / setting.shards
     gradients = trained * weight / setting.shards
-    if setting.engine == "ddp":
+    if setting.launch == "ddp":
         gradients *= 2  # its buckets
-    if setting.engine == "zero3_offload":
+    if setting.launch == "zero3_offload":
         return _Network({f"{name}'s weights": weights}, gradients, states + trained * 4.0 / setting.shards)
     return _Network({f"{name}'s weights": weights, f"{name}'s optimizer": states}, gradients, 0.0)
 

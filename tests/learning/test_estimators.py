@@ -1,18 +1,20 @@
-"""assign_credit: from rewards and values to what each action token is weighted with, for all six estimators."""
+"""From rewards and values to the weight of each action token, for all six estimators."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from tiny import make_config, make_episode, mixed_episodes
 
+from tests.trainer.tiny import make_config, make_episode, mixed_episodes
+from trl_steppo import StepPOConfig
 from trl_steppo.batching import StepBatch, StepRolloutCollator
-from trl_steppo.trainer.credit import Credit, assign_credit
-from trl_steppo.trainer.ppo_trainer import _group_indices
+from trl_steppo.learning.estimators import ESTIMATORS, EstimatorName, state_index
+from trl_steppo.learning.update import Credit, Rollout, Scores, Steps
 from trl_steppo.types import Episode
 
 
@@ -26,18 +28,17 @@ def credit_of(
     **settings: Any,
 ) -> tuple[StepBatch, Credit]:
     """What `StepPOTrainer` does between scoring and learning."""
+    if penalties is not None:
+        settings["kl_coef"] = 1.0
     config = make_config(tmp_path, **{"max_interaction_steps": 5, **settings})
     batch = StepRolloutCollator()(episodes)
-    groups, states = _group_indices(episodes, torch.device("cpu"))
-    credit = assign_credit(
-        config,
-        batch,
-        token_penalties=torch.zeros_like(batch.rollout_logprobs) if penalties is None else penalties,
+    scores = Scores(
+        old_logprobs=None if penalties is None else -penalties,
+        ref_logprobs=None if penalties is None else torch.zeros_like(penalties),
         values=None if values is None else torch.as_tensor(values),
         bootstrap_values=None if bootstrap is None else torch.as_tensor(bootstrap),
-        group_index=groups,
-        state_index=states,
     )
+    credit = config.estimator.assign(config, Rollout(Steps.of(episodes), batch), scores, None)
     assert credit.advantages.shape == batch.action_mask.shape
     assert (credit.advantages[~batch.action_mask] == 0).all()
     return batch, credit
@@ -238,7 +239,7 @@ def test_gigpo_without_keys_groups_by_the_last_observation(tmp_path):
         make_episode("a", [0.0, 1.0], row=0, generation=0),
         make_episode("b", [0.0, 3.0], row=0, generation=1),
     ]
-    _, states = _group_indices(episodes, torch.device("cpu"))
+    states = state_index(episodes, torch.device("cpu"))
     assert states.tolist() == [0, 1, 0, 1]
 
 
@@ -247,7 +248,7 @@ def test_a_state_key_that_cannot_be_hashed_ends_no_run():
         make_episode("a", [0.0, 0.0], states=[["x"], ("x", ["y"])]),
         make_episode("b", [0.0, 0.0], generation=1, states=[["x"], ["z"]]),
     ]
-    _, states = _group_indices(episodes, torch.device("cpu"))
+    states = state_index(episodes, torch.device("cpu"))
     assert states.tolist() == [0, 1, 0, 2]
 
 
@@ -259,6 +260,33 @@ def test_reinforce_plus_plus(tmp_path):
     whitened = (raw - raw.mean()) / raw.std()
     torch.testing.assert_close(credit.advantages[batch.action_mask], whitened, atol=1e-5, rtol=0)
     assert credit.returns is None
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_every_name_has_an_estimator():
+    assert get_args(EstimatorName) == tuple(ESTIMATORS)
+    assert get_args(get_type_hints(StepPOConfig)["advantage_estimator"]) == tuple(ESTIMATORS)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_what_an_entry_says_is_what_its_function_does(tmp_path, name):
+    estimator, episodes = ESTIMATORS[name], mixed_episodes()
+    config = make_config(tmp_path, advantage_estimator=name, num_generations=2, max_interaction_steps=5)
+    batch = StepRolloutCollator()(episodes)
+    shape = {None: None, "step": (batch.num_steps,), "token": batch.action_mask.shape}[estimator.values]
+    scores = Scores(None, None, values=None if shape is None else torch.zeros(shape), bootstrap_values=None)
+
+    def assign(episodes: Sequence[Episode]) -> Credit:
+        return estimator.assign(config, Rollout(Steps.of(episodes), batch), scores, None)
+
+    credit = assign(episodes)
+    assert (None if credit.returns is None else credit.returns.shape) == shape
+    of_one_row = assign([replace(episode, stream_position=0) for episode in episodes])
+    assert torch.equal(credit.advantages, of_one_row.advantages) is not estimator.compares_episodes
+    config.gamma = 0.5  # which the configuration refuses where it has no effect
+    assert torch.equal(credit.advantages, assign(episodes).advantages) is not estimator.discounts
 
 
 # -- explained variance -----------------------------------------------------------------------------------------------
@@ -308,28 +336,18 @@ def test_two_ranks_whiten_together(tmp_path, estimator):
     given = None if estimator == "reinforce_plus_plus" else values
     _, expected = credit_of(tmp_path, episodes, given, advantage_estimator=estimator)
     config = make_config(tmp_path, advantage_estimator=estimator, max_interaction_steps=5)
-    empty = StepBatch.empty()
+    empty = Rollout(Steps.of([]), StepBatch.empty())
     calls: list[torch.Tensor] = []
 
-    def alone(batch: StepBatch, values: torch.Tensor | None, reduce: Any) -> Credit:
-        index = torch.zeros(batch.num_episodes).long(), torch.zeros(batch.num_steps).long()
-        penalties, bootstrap = torch.zeros_like(batch.rollout_logprobs), torch.zeros(batch.num_episodes)
-        return assign_credit(
-            config,
-            batch,
-            token_penalties=penalties,
-            values=values,
-            bootstrap_values=bootstrap,
-            group_index=index[0],
-            state_index=index[1],
-            reduce=reduce,
-        )
+    def alone(rollout: Rollout, values: torch.Tensor | None, reduce: Any) -> Credit:
+        scores = Scores(None, None, values, bootstrap_values=torch.zeros(rollout.batch.num_episodes))
+        return config.estimator.assign(config, rollout, scores, reduce)
 
     def record(statistics: torch.Tensor) -> torch.Tensor:
         calls.append(statistics.clone())
         return statistics
 
-    found = alone(whole, given, record)
+    found = alone(Rollout(Steps.of(episodes), whole), given, record)
     torch.testing.assert_close(found.advantages, expected.advantages)
     waiting = iter(calls)  # what the other rank sends
     no_values = None if given is None else torch.zeros((0, 1) if estimator == "token_gae" else 0)

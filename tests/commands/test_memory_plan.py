@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trl_steppo.memory import SHAPES, Setting, Shape, load_config, plan, shape_of
+from trl_steppo.commands.memory_plan import Setting, plan
+from trl_steppo.commands.shapes import SHAPES, Shape, load_config, shape_of
 
 # As their model cards and checkpoints have it.
 PARAMETERS = {
@@ -67,7 +68,7 @@ def test_ddp_in_float32_by_hand():
 
 
 def test_a_worker_holds_a_copy_of_the_policy_by_hand():
-    setting = {"engine": "zero3", "num_gpus": 4, "cache_tokens": 5, "concurrent_episodes": 3}
+    setting = {"launch": "zero3", "num_gpus": 4, "cache_tokens": 5, "concurrent_episodes": 3}
     places = ("trainer", "worker", "vllm")
     alone, beside, away = (plan(SMALL, Setting(**setting, samples_in=place)) for place in places)
     assert {name: size for name, size in beside.held.items() if name not in alone.held} == {

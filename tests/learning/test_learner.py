@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from tiny import distance, make_classifier, make_episode, make_model, make_trainer, mixed_episodes, same, weights
+from accelerate import Accelerator
 
+from tests.trainer.tiny import (
+    distance,
+    make_classifier,
+    make_config,
+    make_episode,
+    make_model,
+    make_trainer,
+    mixed_episodes,
+    same,
+    weights,
+)
 from trl_steppo import Episode, StepPOTrainer
+from trl_steppo.learning import learner as learner_module
+from trl_steppo.learning.learner import Learner
+from trl_steppo.learning.metrics import Clock, Means
+from trl_steppo.learning.network import Network
+from trl_steppo.learning.update import Credit, Rollout, Scores
 from trl_steppo.losses import clipped_value_loss, kl_estimate
-from trl_steppo.trainer.credit import Credit, assign_credit
-from trl_steppo.trainer.exchange import Rollout, Scores
-from trl_steppo.trainer.metrics import Means
-from trl_steppo.trainer.ppo_trainer import _group_indices
+from trl_steppo.models import Critic, PolicyScorer
 
 # With SGD the change of the weights is the learning rate times the gradient, without clipping.
 PLAIN = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "max_interaction_steps": 5, "gamma": 0.9}
@@ -42,17 +55,8 @@ def judge(trainer: StepPOTrainer, episodes: Sequence[Episode]) -> tuple[Rollout,
     """What comes before the update."""
     learner = trainer.learner
     rollout = learner.prepare(episodes)
-    scores = learner.score(rollout)
-    groups, states = _group_indices(episodes, torch.device("cpu"))
-    credit = assign_credit(
-        trainer.args,
-        rollout.batch,
-        token_penalties=torch.zeros_like(rollout.batch.rollout_logprobs),
-        values=scores.values,
-        bootstrap_values=scores.bootstrap_values,
-        group_index=groups,
-        state_index=states,
-    )
+    scores = learner.evaluate(rollout)
+    credit = trainer.args.estimator.assign(trainer.args, rollout, scores, None)
     return rollout, scores, credit
 
 
@@ -69,7 +73,7 @@ def learn(
     rollout, scores, credit = judge(trainer, mixed_episodes() if episodes is None else episodes)
     if explicit_old:
         with torch.no_grad():
-            scores.old_logprobs, _ = trainer.learner.policy.module(rollout.batch)
+            scores = replace(scores, old_logprobs=trainer.learner.policy.module(rollout.batch)[0])
     stats = trainer.learner.update(rollout, scores, credit, seed=3, train_policy=train_policy)
     return finished(trainer, before, stats)
 
@@ -86,6 +90,34 @@ def assert_same_result(a: Learned, b: Learned, tolerance: float = 2e-6) -> None:
         assert distance(a.critic, b.critic) < tolerance
     for name in a.metrics:
         assert a.metrics[name] == pytest.approx(b.metrics[name], rel=1e-4, abs=1e-6), name
+
+
+# -- without a trainer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["step_gae", "token_gae"])
+def test_a_learner_by_itself_learns_what_a_trainers_does(tmp_path, estimator):
+    settings: dict[str, Any] = {"num_mini_batches": 2, "advantage_estimator": estimator, "prefix_sharing": False}
+    args = make_config(tmp_path, **PLAIN, **settings)
+    accelerator = Accelerator(cpu=True)
+
+    def network(module: torch.nn.Module) -> Network:
+        optimizer = torch.optim.SGD(module.parameters(), lr=args.learning_rate)
+        return Network(module, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0), accelerator)
+
+    model, critic = make_model(), make_classifier()
+    learner = Learner(
+        args, accelerator, network(PolicyScorer(model)), network(Critic(critic)), None, layout="rows", clock=Clock()
+    )
+    rollout = learner.prepare(mixed_episodes())
+    scores = learner.evaluate(rollout)
+    credit = args.estimator.assign(args, rollout, scores, None)
+    means = learner.update(rollout, scores, credit, seed=3, train_policy=True)
+    expected = learn(tmp_path, **settings)
+    assert same(weights(model), expected.policy)
+    assert same(weights(critic), expected.critic)
+    assert means.reduced() == expected.metrics
+    assert not same(weights(model), expected.before)
 
 
 # -- memory settings never change the result --------------------------------------------------------------------------
@@ -405,7 +437,7 @@ def test_masked_truncated_episodes_teach_the_critic_alone(tmp_path):
     keep = [n for e, episode in enumerate(episodes) for n in [not episodes[e].truncated] * len(episode.steps)]
     width = rollout.batch.action_mask.shape[1]
     credit = Credit(credit.advantages[torch.tensor(keep), :width], credit.returns[torch.tensor(keep)], {})
-    scores = trainer.learner.score(rollout)
+    scores = trainer.learner.evaluate(rollout)
     trainer.learner.update(rollout, scores, credit, seed=0, train_policy=True)
     assert distance(weights(trainer.model), masked.policy) < 1e-6
 
@@ -424,8 +456,6 @@ def test_rollout_correction_weighs_the_gradient(tmp_path, mode):
 
 
 def test_rollout_correction_of_exact_logprobs_changes_nothing(tmp_path):
-    from dataclasses import replace
-
     trainer = build(tmp_path)
     episodes = mixed_episodes()
     rollout = trainer.learner.prepare(episodes)
@@ -531,22 +561,23 @@ def test_the_critic_regresses_on_the_returns(tmp_path):
     rollout, scores, credit = judge(trainer, episodes)
     before = float((scores.values - credit.returns).square().mean())
     trainer.learner.update(rollout, scores, credit, seed=0, train_policy=False)
-    after = float((trainer.learner.score(rollout).values - credit.returns).square().mean())
+    after = float((trainer.learner.evaluate(rollout).values - credit.returns).square().mean())
     assert after < 0.1 * before
 
 
-def test_a_rank_without_an_episode_takes_part(tmp_path):
+def test_a_rank_without_an_episode_takes_part(tmp_path, monkeypatch):
     """All of this rank's episodes failed: the same passes, a gradient of zero, no exception."""
     trainer = build(tmp_path, num_ppo_epochs=2, bootstrap_truncated=True, kl_loss_coef=0.1, ref_model=make_model(5))
     rollout, scores, credit = judge(trainer, [])
     assert scores.old_logprobs.numel() == scores.values.numel() == 0
-    trainer.learner._largest = lambda count: max(count, 2)  # another rank has two micro-batches
-    trainer.learner._total = lambda count: float(count) + 5.0  # ... and five things to learn from
+    # Another rank has two micro-batches, and five things to learn from.
+    monkeypatch.setattr(learner_module, "largest", lambda count: max(count, 2))
+    monkeypatch.setattr(learner_module, "summed", lambda statistics: statistics + 5.0)
     before = weights(trainer.model)
     passes: list[str] = []
     for name, module in (("policy", trainer.learner.policy.module), ("critic", trainer.learner.critic.module)):
         module.register_forward_hook(lambda *args, name=name: passes.append(name))
-    trainer.learner.score(rollout)
+    trainer.learner.evaluate(rollout)
     assert passes == ["policy", "critic"] * 2
     passes.clear()
     stats = trainer.learner.update(rollout, scores, credit, seed=0, train_policy=True).reduced()

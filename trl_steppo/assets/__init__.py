@@ -1,0 +1,22 @@
+"""The policies that come with the package: small models that need no download, and where they are."""
+
+from pathlib import Path
+
+__all__ = ["MINI_WIKI_POLICY", "MINI_WIKI_THINKING_POLICY", "POLICIES", "ROOMS_POLICY", "locate_model"]
+
+POLICIES = {name: str(Path(__file__).parent / name) for name in ("mini_wiki", "mini_wiki_thinking", "rooms")}
+"""The directory of each built-in policy, by its name."""
+
+MINI_WIKI_POLICY = POLICIES["mini_wiki"]
+"""Directory of the mini wiki's policy, made by `examples/make_mini_wiki_policy.py`."""
+
+MINI_WIKI_THINKING_POLICY = POLICIES["mini_wiki_thinking"]
+"""Directory of a policy that says what it found and needs before each call, made with `--thinks true`."""
+
+ROOMS_POLICY = POLICIES["rooms"]
+"""Directory of the rooms' policy, made by `examples/make_rooms_policy.py`."""
+
+
+def locate_model(name: str) -> str:
+    """The directory of a built-in policy by its name; any other name or directory is returned unchanged."""
+    return POLICIES.get(name, name)

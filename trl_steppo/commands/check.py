@@ -1,0 +1,126 @@
+"""
+`trl-steppo check`: a recipe tried out before a GPU is: its settings, its rows, its environment, and one small update.
+
+The model is of the recipe's architecture, with two narrow layers and random weights; what it would say is scripted, so
+that searches and answers really happen, and some answers are right. What cannot be had without a network is replaced,
+and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigurationError, DataError
+from .launch_file import check_launch, read_mapping
+
+if TYPE_CHECKING:
+    from ..environments.hotpotqa import HotpotQAData, HotpotQARecipe
+
+HELP = "a dry run of a recipe: its settings, and one small update"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("config", help="a YAML file of settings, as `--config` takes it")
+    parser.add_argument("--dataset_name", help="rows to play instead of the recipe's; `mini_wiki` is built in")
+    parser.add_argument(
+        "--config_file", help="the accelerate file it will be launched with: a shipped one's name, or a path"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what is found, line by line."""
+    for line in check(Path(args.config), dataset_name=args.dataset_name, config_file=args.config_file):
+        print(line)
+
+
+def check(path: Path, *, dataset_name: str | None = None, config_file: str | None = None) -> Iterator[str]:
+    """
+    Try a recipe of `examples/hotpotqa_steppo.py` out.
+
+    Args:
+        path (`Path`):
+            The recipe.
+        dataset_name (`str`, *optional*):
+            Rows to play instead of the recipe's.
+        config_file (`str`, *optional*):
+            The accelerate file it will be launched with: a shipped one's name, or a path.
+
+    Returns:
+        `Iterator[str]`: What is found, in lines.
+
+    Raises:
+        ConfigurationError, DataError: If settings contradict each other, or those of the accelerate file, or rows are
+            not what they should be.
+    """
+    from ..environments.hotpotqa import HotpotQARecipe
+    from ..trainer.steppo_config import StepPOConfig
+    from .trial import one_update, small_config, tokenizer_of
+
+    settings, script = read_recipe(path)
+    with tempfile.TemporaryDirectory() as directory:
+        here = settings | {"output_dir": directory, "use_cpu": True}
+        args = StepPOConfig(**here)  # finds what contradicts, and what has no effect
+        episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        yield f"settings: {len(here) - 2} of StepPOConfig and {len(script)} of the script, without contradiction"
+        yield (
+            f"an update: {episodes} episodes a process, {args.num_ppo_epochs} epochs of {args.num_mini_batches} "
+            f"optimizer steps; {args.advantage_estimator}, {args.importance_sampling_level} ratio, averaged over "
+            f"{args.aggregation}s"
+        )
+        if config_file is not None:
+            yield check_launch(settings, args, config_file)
+        recipe = HotpotQARecipe(**{"model_name_or_path": "mini_wiki", **script})
+        config, line = small_config(recipe.model_name_or_path)
+        yield line
+        tokenizer, line = tokenizer_of(recipe.model_name_or_path)
+        yield line
+        data, line = _load_data(dataset_name, recipe)
+        yield line
+        yield one_update(args, recipe, config, tokenizer, data)
+
+
+def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    A YAML file's settings: those of `StepPOConfig`, and those of `HotpotQARecipe`, the script's own.
+
+    Raises:
+        ConfigurationError: If the file is no mapping, or names a setting that neither knows.
+    """
+    from ..environments.hotpotqa import HotpotQARecipe
+    from ..trainer.grpo_settings import explain_unknown
+    from ..trainer.steppo_config import StepPOConfig
+
+    content = read_mapping(path, "a recipe is a mapping of settings")
+    of_trainer, of_script = _names(StepPOConfig), _names(HotpotQARecipe)
+    unknown = [name for name in content if name not in of_trainer | of_script]
+    if unknown:
+        raise ConfigurationError(
+            f"{path}: these settings are not known:\n" + explain_unknown(unknown, of_trainer | of_script)
+        )
+    settings = {name: value for name, value in content.items() if name in of_trainer}
+    script = {name: value for name, value in content.items() if name in of_script}
+    return settings, script
+
+
+def _names(settings: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(settings)}
+
+
+def _load_data(dataset_name: str | None, recipe: HotpotQARecipe) -> tuple[HotpotQAData, str]:
+    """The rows that were asked for, or the recipe's; where these cannot be had, the mini wiki's."""
+    from ..environments.hotpotqa import hotpotqa_dataset
+
+    name = recipe.dataset_name if dataset_name is None else dataset_name
+    try:
+        return hotpotqa_dataset(name, system_prompt=recipe.system_prompt), f"rows: of {name}"
+    except (OSError, DataError, ConnectionError, ValueError) as error:
+        if dataset_name is not None or Path(name).suffix:
+            raise
+        line = f"rows: {name} cannot be had here ({type(error).__name__}); tried with the mini wiki"
+        return hotpotqa_dataset(system_prompt=recipe.system_prompt), line

@@ -1,0 +1,40 @@
+"""`trl-steppo config`: the accelerate files that are shipped with the package."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import ConfigurationError
+
+HELP = "where an accelerate configuration lies that is shipped with the package"
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""The directory of the shipped files."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("name", nargs="?", help="its name; left out, all names are listed")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a path for `accelerate launch --config_file`, or what there is."""
+    if args.name is None:
+        for name in shipped_names():
+            comment = shipped_file(name).read_text().splitlines()[0].removeprefix("# ")
+            print(f"{name:16}{comment}")
+    elif args.name in shipped_names():
+        print(shipped_file(args.name))
+    else:
+        raise ConfigurationError(f"there is no {args.name!r}; choose one of {', '.join(shipped_names())}")
+
+
+def shipped_names() -> list[str]:
+    """Names of the shipped files, sorted."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def shipped_file(name: str) -> Path:
+    """Where the shipped file of a name is, or would be."""
+    return CONFIGS / f"{name}.yaml"

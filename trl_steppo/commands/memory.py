@@ -1,0 +1,91 @@
+"""`trl-steppo memory`: what a run needs of each GPU's memory, before there is one."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import TYPE_CHECKING, get_args
+
+from .memory_plan import GIB, RESERVED, LaunchKind, Plan, Setting, plan
+from .shapes import load_config, shape_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HELP = "what a run needs of each GPU's memory, from the model's shape alone"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("model", help="Qwen2.5-3B, Qwen3-1.7B, Qwen3-4B (built in), a directory, or a name on the hub")
+    kinds = get_args(LaunchKind)
+    parser.add_argument("--engine", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument(
+        "--weights", choices=["float32", "bfloat16"], default="float32", help="what they are loaded as"
+    )
+    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="no mixed precision")
+    parser.add_argument("--no_critic", dest="critic", action="store_false", help="an estimator without a critic")
+    parser.add_argument("--reference", action="store_true", help="with a KL term")
+    parser.add_argument("--lora_rank", type=int, default=0, help="adapters on all linear layers; 0: none")
+    parser.add_argument("--critic_shares_base", action="store_true")
+    parser.add_argument("--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false")
+    parser.add_argument("--micro_batch_tokens", type=int, default=16_384, help="max_tokens_per_micro_batch")
+    parser.add_argument("--cache_tokens", type=int, default=262_144, help="rollout_cache_tokens")
+    parser.add_argument("--concurrent_episodes", type=int, default=64)
+    parser.add_argument(
+        "--samples_in",
+        choices=("trainer", "worker", "vllm"),
+        default="trainer",
+        help="what samples: the trainer, a process beside it (max_staleness), servers on other GPUs (use_vllm)",
+    )
+    parser.add_argument("--details", action="store_true", help="a table for each engine, by what the memory is for")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what each GPU needs under each kind of launch, and the smallest GPU that has it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shape = shape_of(load_config(args.model))
+    settings = {field.name: getattr(args, field.name) for field in fields(Setting) if hasattr(args, field.name)}
+    console = Console()
+    table = Table(
+        title=f"{args.model}, {shape.parameters / 1e9:.2f} billion parameters: GB on each GPU (smallest that fits)",
+        title_justify="left",
+    )
+    table.add_column("engine")
+    for num_gpus in args.gpus:
+        table.add_column(f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}", justify="right")
+    for launch in args.engine:
+        plans = {
+            num_gpus: plan(shape, Setting(launch, num_gpus, **settings))
+            for num_gpus in args.gpus
+            if launch != "single" or num_gpus == 1
+        }
+        table.add_row(launch, *(_cell(plans.get(num_gpus)) for num_gpus in args.gpus))
+        if args.details:
+            console.print(_details(launch, plans))
+    console.print(table)
+
+
+def _cell(plan: Plan | None) -> str:
+    """GB that a GPU needs, and the smallest one that has it."""
+    if plan is None:
+        return ""
+    return f"{(plan.peak + RESERVED) / 1e9:.0f} ({f'{plan.fits} GB' if plan.fits else 'none'})"
+
+
+def _details(launch: str, plans: dict[int, Plan]) -> Table:
+    """What the memory of each number of GPUs is for."""
+    from rich.table import Table
+
+    details = Table(title=f"{launch}: GiB on each GPU", title_justify="left")
+    details.add_column("what")
+    for num_gpus in plans:
+        details.add_column(str(num_gpus), justify="right")
+    for phase in ("held", "training", "rollout", "host"):
+        sizes = [getattr(plan, phase) for plan in plans.values()]
+        for name in dict.fromkeys(name for of_plan in sizes for name in of_plan):
+            details.add_row(f"{phase}: {name}", *(f"{of_plan.get(name, 0.0) / GIB:.1f}" for of_plan in sizes))
+    return details

@@ -1,0 +1,106 @@
+"""A training run on multi-hop questions as a value: the policy, the questions, how they are shown and what is paid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from .data import MINI_WIKI, SYSTEM_PROMPT, HotpotQAData, hotpotqa_dataset
+from .environment import HotpotQAEnvironment
+from .retrieval import Retriever
+from .scoring import valid_calls
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass(kw_only=True)
+class EnvironmentArguments:
+    """What the policy is shown; a script's flags."""
+
+    num_passages: int = field(default=3, metadata={"help": "Maximum number of passages that a search returns."})
+    system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "First message of every prompt."})
+    state: Literal["chat", "rewritten"] = field(
+        default="chat", metadata={"help": "How the state is shown: a growing chat, or the paper's rewritten prompt."}
+    )
+    force_first_search: bool = field(
+        default=False, metadata={"help": "Begin with what a search for the question finds, as the paper does."}
+    )
+
+    def environment_factory(self, retriever: Retriever) -> partial[HotpotQAEnvironment]:
+        """What makes the environment of an episode."""
+        return partial(
+            HotpotQAEnvironment,
+            retriever,
+            top_k=self.num_passages,
+            state=self.state,
+            force_first_search=self.force_first_search,
+        )
+
+
+@dataclass(kw_only=True)
+class HotpotQARecipe(EnvironmentArguments):
+    """
+    What `examples/hotpotqa_steppo.py` takes beside the fields of `StepPOConfig`: which model, what to search, and what
+    to pay for. Each field is a flag, and its help says what it is.
+
+    Example:
+    ```python
+    >>> recipe = HotpotQARecipe(model_name_or_path="mini_wiki", num_passages=1)
+    >>> data = recipe.data()
+    >>> environment_factory = recipe.environment_factory(data.retriever)
+    ```
+    """
+
+    model_name_or_path: str = field(
+        metadata={"help": "The policy: built in (`mini_wiki`, `mini_wiki_thinking`), a directory, or on the hub."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Its revision on the hub."})
+    dtype: str = field(default="float32", metadata={"help": "Its weights' type: float32, bfloat16, or auto."})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Its attention: sdpa, flex_attention (for GPUs) or eager."}
+    )
+    dataset_name: str = field(
+        default=MINI_WIKI,
+        metadata={"help": "`mini_wiki`, a .json, .jsonl or .parquet file, a name on the hub, a prepared directory."},
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "File to evaluate on. None: a part of a local file, or the validation split."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of whole networks."})
+    lora_r: int = field(default=32, metadata={"help": "Their rank."})
+    lora_alpha: int = field(default=64, metadata={"help": "Their scale, over the rank."})
+    lora_target_modules: str = field(default="all-linear", metadata={"help": "The layers they stand in."})
+    reward: Literal["exact_match", "f1"] = field(default="exact_match", metadata={"help": "What an answer is paid."})
+    valid_call_reward: float = field(
+        default=0.0, metadata={"help": "What the share of responses that make a valid tool call is paid beside it."}
+    )
+
+    def data(self) -> HotpotQAData:
+        """The rows to train and to evaluate on, and what searches their passages."""
+        return hotpotqa_dataset(
+            self.dataset_name, eval_dataset_name=self.eval_dataset_name, system_prompt=self.system_prompt
+        )
+
+    def environment_factory(self, retriever: Retriever) -> partial[HotpotQAEnvironment]:
+        """What makes the environment of an episode, paid as the recipe says."""
+        return partial(super().environment_factory(retriever), reward=self.reward)
+
+    def reward_functions(self) -> list[Callable[..., list[float]]] | None:
+        """What the trainer pays beside the environment's reward, weighted by `valid_call_reward`."""
+        return [valid_calls] if self.valid_call_reward else None
+
+    def peft_config(self) -> LoraConfig | None:
+        """The adapter of the policy, if it is to have one."""
+        if not self.use_peft:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            target_modules=self.lora_target_modules,
+            task_type="CAUSAL_LM",
+        )

@@ -1,0 +1,283 @@
+"""From rewards and values to the weight of each action token: where the algorithms differ, and only here.
+
+[`ESTIMATORS`] has one entry for each algorithm. StepPO and token-level PPO share everything but this entry and the
+importance ratio. A new algorithm is a new entry, and its name in [`EstimatorName`].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol
+
+import torch
+
+from ..advantages import (
+    GroupBaseline,
+    broadcast_to_tokens,
+    discounted_returns,
+    explained_variance,
+    from_episode_grid,
+    from_token_grid,
+    gigpo_step_advantages,
+    group_advantages,
+    step_gae,
+    to_episode_grid,
+    to_token_grid,
+    token_gae,
+)
+from ..losses import Aggregation, Level, kl_estimate
+from ..masked import Reduce, masked_whiten
+from ..types import Episode
+from .update import Credit, Rollout, Scores
+
+EstimatorName = Literal["step_gae", "token_gae", "grpo", "rloo", "reinforce_plus_plus", "gigpo"]
+
+_MAX_LOGGED_STEPS = 16
+"""Number of steps with an explained variance of their own where `max_interaction_steps` is `None`."""
+
+
+class CreditSettings(Protocol):
+    """The settings that estimators read."""
+
+    gamma: float
+    lam: float
+    whiten_rewards: bool
+    max_interaction_steps: int | None
+    kl_coef: float
+    kl_estimator: Literal["k1", "k3"]
+
+
+Assign = Callable[[CreditSettings, Rollout, Scores, Reduce | None], Credit]
+"""
+A pure function from the rewards of a rollout, and the values of its states, to credit. The last argument sums
+statistics over ranks; all ranks call it equally often, whatever their steps are. Without it there is one rank.
+"""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """
+    An algorithm: how it assigns credit, and what follows from that for everything else.
+
+    Args:
+        title (`str`):
+            What people call the algorithm.
+        assign ([`Assign`]):
+            From rewards and values to credit.
+        values (`str`, *optional*):
+            What the critic values: the state of each `"step"`, values (N,), or of each action `"token"`, values
+            (N, A). `None`: there is no critic.
+        aggregation (`str`, *optional*, defaults to `"step"`):
+            What `loss_aggregation=None` means.
+        usual_ratio (`str`, *optional*):
+            The importance ratio that the algorithm's name stands for. `None`: either.
+        compares_episodes (`bool`, *optional*, defaults to `False`):
+            Whether the episodes of one dataset row are compared with each other, so that there must be several.
+        compares_states (`bool`, *optional*, defaults to `False`):
+            Whether steps that were taken in the same state are compared with each other, so that states are read.
+        discounts (`bool`, *optional*, defaults to `True`):
+            Whether `gamma` has an effect.
+        whitens (`bool`, *optional*, defaults to `False`):
+            Whether the advantages are whitened at the end.
+    """
+
+    title: str
+    assign: Assign
+    values: Level | None = None
+    aggregation: Aggregation = "step"
+    usual_ratio: Level | None = None
+    compares_episodes: bool = False
+    compares_states: bool = False
+    discounts: bool = True
+    whitens: bool = False
+
+
+# -- with a critic ----------------------------------------------------------------------------------------------------
+
+
+def _by_steps(settings: CreditSettings, rollout: Rollout, scores: Scores, reduce: Reduce | None) -> Credit:
+    """Generalized advantage estimation over the steps of each episode."""
+    assert scores.values is not None
+    batch = rollout.batch
+    index = (batch.episode_index, batch.step_index, batch.num_episodes)
+    rewards, mask = _step_rewards(settings, rollout, scores)
+    if settings.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
+    values, _ = to_episode_grid(scores.values, *index)
+    advantages, returns = step_gae(
+        rewards, values, mask, gamma=settings.gamma, lam=settings.lam, bootstrap_values=scores.bootstrap_values
+    )
+    monte_carlo = discounted_returns(rewards, mask, gamma=settings.gamma)
+    whitened = from_episode_grid(masked_whiten(advantages, mask, reduce=reduce), *index[:2])
+    numbers = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return Credit(
+        broadcast_to_tokens(whitened, batch.action_mask),
+        from_episode_grid(returns, *index[:2]),
+        _explained_variance(values, monte_carlo, mask, numbers, settings.max_interaction_steps, reduce),
+    )
+
+
+def _by_tokens(settings: CreditSettings, rollout: Rollout, scores: Scores, reduce: Reduce | None) -> Credit:
+    """Generalized advantage estimation over the action tokens of each episode."""
+    assert scores.values is not None
+    batch = rollout.batch
+    index = (batch.action_mask, batch.episode_index, batch.step_index, batch.num_episodes)
+    rewards, mask = to_token_grid(_token_rewards(settings, rollout, scores), *index)
+    if settings.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
+    values, _ = to_token_grid(scores.values, *index)
+    advantages, returns = token_gae(
+        rewards, values, mask, gamma=settings.gamma, lam=settings.lam, bootstrap_values=scores.bootstrap_values
+    )
+    monte_carlo = discounted_returns(rewards, mask, gamma=settings.gamma)
+    numbers, _ = to_token_grid(batch.step_index[:, None].expand_as(batch.action_mask), *index)
+    return Credit(
+        from_token_grid(masked_whiten(advantages, mask, reduce=reduce), *index[:3]),
+        from_token_grid(returns, *index[:3]),
+        _explained_variance(values, monte_carlo, mask, numbers, settings.max_interaction_steps, reduce),
+    )
+
+
+def _explained_variance(
+    values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    step_numbers: torch.Tensor,
+    max_steps: int | None,
+    reduce: Reduce | None,
+) -> dict[str, float]:
+    """Of all values, and of those of each step; a key is absent where the returns do not vary."""
+    by_name = {"critic/explained_variance": explained_variance(values, returns, mask, reduce)}
+    # A bound that all ranks share: each of them reduces as often.
+    for number in range(_MAX_LOGGED_STEPS if max_steps is None else max_steps):
+        at_step = mask & (step_numbers == number)
+        by_name[f"critic/explained_variance/step_{number}"] = explained_variance(values, returns, at_step, reduce)
+    return {name: float(value) for name, value in by_name.items() if value is not None}
+
+
+# -- without a critic -------------------------------------------------------------------------------------------------
+
+
+def _by_returns(settings: CreditSettings, rollout: Rollout, scores: Scores, reduce: Reduce | None) -> Credit:
+    """REINFORCE++: the return of each action token over the whole episode, whitened."""
+    batch = rollout.batch
+    index = (batch.action_mask, batch.episode_index, batch.step_index, batch.num_episodes)
+    rewards, mask = to_token_grid(_token_rewards(settings, rollout, scores), *index)
+    advantages = discounted_returns(rewards, mask, gamma=settings.gamma)
+    return Credit(from_token_grid(masked_whiten(advantages, mask, reduce=reduce), *index[:3]), None, {})
+
+
+def _by_episodes(
+    settings: CreditSettings,
+    rollout: Rollout,
+    scores: Scores,
+    reduce: Reduce | None,
+    *,
+    baseline: GroupBaseline,
+) -> Credit:
+    """Returns of whole episodes, compared with those of the same dataset row."""
+    advantages = _episode_advantages(settings, rollout, scores, baseline)  # (N,)
+    return Credit(broadcast_to_tokens(advantages, rollout.batch.action_mask), None, {})
+
+
+def _by_states(settings: CreditSettings, rollout: Rollout, scores: Scores, reduce: Reduce | None) -> Credit:
+    """GiGPO: returns of whole episodes, and those from a step on among the steps that were taken in its state."""
+    batch = rollout.batch
+    step_returns = discounted_returns(*_step_rewards(settings, rollout, scores), gamma=settings.gamma)
+    step_returns = from_episode_grid(step_returns, batch.episode_index, batch.step_index)
+    advantages = _episode_advantages(settings, rollout, scores, "grpo")
+    advantages = advantages + gigpo_step_advantages(step_returns, state_index(rollout.episodes, step_returns.device))
+    return Credit(broadcast_to_tokens(advantages, batch.action_mask), None, {})
+
+
+def _episode_advantages(
+    settings: CreditSettings, rollout: Rollout, scores: Scores, baseline: GroupBaseline
+) -> torch.Tensor:
+    """(N,): the advantage of each step's episode."""
+    rewards, _ = _step_rewards(settings, rollout, scores)
+    groups = group_index(rollout.episodes, rewards.device)
+    return group_advantages(rewards.sum(-1), groups, baseline)[rollout.batch.episode_index]
+
+
+# -- rewards ----------------------------------------------------------------------------------------------------------
+
+
+def reference_kl(settings: CreditSettings, rollout: Rollout, scores: Scores) -> torch.Tensor | None:
+    """(N, A): the KL divergence from the reference at each action token, 0 where masked. `None`: no reference."""
+    if scores.ref_logprobs is None:
+        return None
+    batch = rollout.batch
+    old = scores.old_logprobs if scores.old_logprobs is not None else batch.rollout_logprobs
+    return kl_estimate(old, scores.ref_logprobs, batch.action_mask, settings.kl_estimator)
+
+
+def token_penalties(settings: CreditSettings, rollout: Rollout, scores: Scores) -> torch.Tensor:
+    """(N, A): what the KL divergence takes from the reward of each action token, 0 where masked."""
+    kl = reference_kl(settings, rollout, scores)
+    return torch.zeros_like(rollout.batch.rollout_logprobs) if kl is None else -settings.kl_coef * kl
+
+
+def _step_rewards(settings: CreditSettings, rollout: Rollout, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
+    """(E, S): the rewards of steps with the penalties of their tokens, and the mask of steps."""
+    batch = rollout.batch
+    rewards = batch.rewards + token_penalties(settings, rollout, scores).sum(-1)
+    return to_episode_grid(rewards, batch.episode_index, batch.step_index, batch.num_episodes)
+
+
+def _token_rewards(settings: CreditSettings, rollout: Rollout, scores: Scores) -> torch.Tensor:
+    """(N, A): each step's reward on its last action token, and the penalties on all of them."""
+    batch = rollout.batch
+    last = batch.action_mask.sum(-1) - 1
+    return token_penalties(settings, rollout, scores).scatter_add(-1, last[:, None], batch.rewards[:, None])
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+
+def group_index(episodes: Sequence[Episode], device: torch.device) -> torch.Tensor:
+    """(E,), equal for the episodes of one dataset row."""
+    rows: dict[int, int] = {}
+    numbers = [rows.setdefault(episode.stream_position, len(rows)) for episode in episodes]
+    return torch.tensor(numbers, device=device).long()
+
+
+def state_index(episodes: Sequence[Episode], device: torch.device) -> torch.Tensor:
+    """
+    (N,), equal for the steps of one dataset row that were taken in the same state: the one that `state_key()` of the
+    environment told. Without that it is what was observed last, so that all first steps of a row share a state.
+    """
+    states: dict[tuple[int, Hashable], int] = {}
+    numbers = []
+    for episode in episodes:
+        observed: object = None
+        for step in episode.steps:
+            key = step.info.get("state_key", repr(observed))
+            numbers.append(states.setdefault((episode.stream_position, _hashable(key)), len(states)))
+            observed = step.observation
+    return torch.tensor(numbers, device=device).long()
+
+
+def _hashable(key: object) -> Hashable:
+    """A user's key, or its text if it cannot be hashed (a list, say): no reason for a run to end."""
+    try:
+        hash(key)
+    except TypeError:
+        return repr(key)
+    return key
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+ESTIMATORS: dict[str, Estimator] = {
+    "step_gae": Estimator("StepPO", _by_steps, values="step", usual_ratio="step", whitens=True),
+    "token_gae": Estimator(
+        "token PPO", _by_tokens, values="token", usual_ratio="token", aggregation="token", whitens=True
+    ),
+    "grpo": Estimator("GRPO", partial(_by_episodes, baseline="grpo"), compares_episodes=True, discounts=False),
+    "rloo": Estimator("RLOO", partial(_by_episodes, baseline="rloo"), compares_episodes=True, discounts=False),
+    "reinforce_plus_plus": Estimator("REINFORCE++", _by_returns, whitens=True),
+    "gigpo": Estimator("GiGPO", _by_states, compares_episodes=True, compares_states=True),
+}
+"""By the names that `advantage_estimator` takes."""

@@ -1,0 +1,267 @@
+"""Learner: evaluates a rollout under the networks as they are, then updates the networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..batching import LayoutName, Part, StepBatch, StepRolloutCollator, micro_batches, mini_batches
+from ..models import rows_at_once
+from ..modes import evaluating
+from ..types import Episode
+from .balancing import lesson_of_all_ranks, own_lesson, own_share
+from .metrics import Clock, Means
+from .network import Network, end_update, numerics_of
+from .objectives import Objective, PolicyObjective, ValueObjective, rows_of
+from .ranks import all_agree, largest, summed
+from .settings import LearnerSettings
+from .update import Credit, Lesson, Rollout, Scores, Steps
+
+
+class Learner:
+    """
+    Learns from episodes. It knows nothing about environments, sampling or checkpoints.
+
+    Args:
+        args ([`LearnerSettings`]):
+            The run's settings.
+        accelerator ([`~accelerate.Accelerator`]):
+            Knows the device, the precision and the number of ranks.
+        policy ([`Network`]):
+            A prepared [`PolicyScorer`].
+        critic ([`Network`], *optional*):
+            A prepared [`Critic`]; `None` for estimators without one.
+        reference (`torch.nn.Module`, *optional*):
+            A [`PolicyScorer`] that never changes.
+        layout (`str`):
+            How steps share their prefixes; see [`StepRolloutCollator`].
+        clock ([`Clock`]):
+            Takes the time of forward passes, backward passes and optimizers, as `model_s`.
+        on_event (`Callable[[str], None]`, *optional*):
+            Called with the name of a `TrainerCallback` event within an update: `on_substep_end` (a backward pass that
+            does not end its mini-batch), `on_pre_optimizer_step`, `on_optimizer_step`.
+    """
+
+    def __init__(
+        self,
+        args: LearnerSettings,
+        accelerator: Accelerator,
+        policy: Network,
+        critic: Network | None,
+        reference: nn.Module | None,
+        layout: LayoutName,
+        clock: Clock,
+        on_event: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.numerics = numerics_of(accelerator)
+        self.policy = policy
+        self.critic = critic
+        self.reference = reference
+        self.layout: LayoutName = layout
+        self.clock = clock
+        self.on_event = on_event
+        self.policy_objective = PolicyObjective(args, policy, layout, self._forward_pass)
+        self.value_objective = ValueObjective(args, critic, layout, self._forward_pass) if critic is not None else None
+        self.steps_taken = 0  # of optimizers, over the run
+        self.steps_skipped = 0  # because a loss or a gradient was not a finite number
+
+    @property
+    def tokens_forwarded(self) -> int:
+        """Number of tokens in the policy's training passes over the run, padding included."""
+        return self.policy_objective.tokens_forwarded
+
+    # -- before the update --------------------------------------------------------------------------------------------
+
+    def prepare(self, episodes: Sequence[Episode]) -> Rollout:
+        """Lay out the valid episodes of an update (there may be none on this rank)."""
+        batch = self.policy_objective.collator(episodes) if episodes else StepBatch.empty()
+        return Rollout(Steps.of(episodes), batch.to(self.accelerator.device))
+
+    @torch.no_grad()
+    def evaluate(self, rollout: Rollout) -> Scores:
+        """Log-probabilities and values under the weights before the update. Collective: every rank must call this."""
+        batch, policy, critic = rollout.batch, self.policy_objective, self.value_objective
+        shape, device = batch.action_mask.shape, self.accelerator.device
+        old = torch.zeros(shape, device=device) if policy.needs_old_logprobs else None
+        ref = torch.zeros(shape, device=device) if self.reference is not None else None
+        values = critic.zeros(batch) if critic is not None else None
+        bootstrap = torch.zeros(batch.num_episodes, device=device) if critic is not None else None
+        with self._evaluating():
+            for parts in self._evaluation_batches(rollout, range(len(rollout.episodes))):
+                if old is not None or ref is not None:
+                    micro, steps = self._collate(rollout.steps, parts, policy.collator)
+                    rows = rows_of(steps, micro.action_mask)
+                    if old is not None:
+                        old[rows] = policy.logprobs(micro)[0]
+                    if ref is not None:
+                        ref[rows] = policy.logprobs(micro, scorer=self.reference)[0]
+                if critic is not None and values is not None and bootstrap is not None:
+                    micro, steps = self._collate(rollout.steps, parts, critic.evaluation_collator)
+                    of_states, after = critic.values(micro)
+                    values[rows_of(steps, of_states)] = of_states
+                    episodes = torch.tensor([index for index, _ in parts], dtype=torch.long, device=device)
+                    bootstrap[episodes[micro.bootstrap_positions >= 0]] = after
+        return Scores(old, ref, values, bootstrap)
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout, chosen: Sequence[int]) -> torch.Tensor:
+        """
+        Log-probabilities under the policy as it is now. Collective: every rank must call this.
+
+        Args:
+            rollout ([`Rollout`]):
+                What was played.
+            chosen (`Sequence[int]`):
+                The episodes to forward; there may be none on this rank.
+
+        Returns:
+            `torch.Tensor`: (N, A), 0 in all other episodes.
+        """
+        logprobs = torch.zeros(rollout.batch.action_mask.shape, device=self.accelerator.device)
+        with self._evaluating():
+            for parts in self._evaluation_batches(rollout, chosen):
+                micro, steps = self._collate(rollout.steps, parts, self.policy_objective.collator)
+                logprobs[rows_of(steps, micro.action_mask)] = self.policy_objective.logprobs(micro)[0]
+        return logprobs
+
+    def _evaluation_batches(self, rollout: Rollout, chosen: Sequence[int]) -> list[list[Part]]:
+        """Micro-batches of a pass without gradients."""
+        longest = max((len(ids) for sequences in rollout.steps.sequences for ids in sequences), default=1)
+        max_episodes = rows_at_once(self.args.local_rollout_forward_batch_size, longest, self.accelerator.device)
+        return self._micro_batches(rollout.steps, chosen, max_episodes)
+
+    # -- the update ---------------------------------------------------------------------------------------------------
+
+    def update(self, rollout: Rollout, scores: Scores, credit: Credit, *, seed: int, train_policy: bool) -> Means:
+        """
+        All epochs of one update; every mini-batch is exactly one optimizer step of each network that is trained. One
+        without anything to learn from (its episodes failed, or are masked, on all ranks) is none: a gradient of zero
+        would still move the weights, by their optimizer's momentum.
+
+        Args:
+            rollout ([`Rollout`]), scores ([`Scores`]), credit ([`Credit`]):
+                What to learn from.
+            seed (`int`):
+                Of the permutations that split the episodes into mini-batches.
+            train_policy (`bool`):
+                `False` while the critic warms up: the policy and its optimizer stay bit-identical.
+        """
+        args, means = self.args, Means()
+        epochs: list[tuple[Objective, int]] = [(self.policy_objective, args.num_ppo_epochs if train_policy else 0)]
+        if self.value_objective is not None:
+            epochs.append((self.value_objective, args.critic_epochs))
+        for objective, _ in epochs:
+            means.add(f"{objective.name}/skipped_steps", 0.0, self._share)
+        lesson = (own_lesson if args.max_tokens_per_micro_batch is None else lesson_of_all_ranks)(
+            rollout, scores, credit
+        )
+        for epoch in range(max(count for _, count in epochs)):
+            splits = [mini_batches(n, args.num_mini_batches, seed=seed * 1_009 + epoch) for n in lesson.num_episodes]
+            for chosen in zip(*splits, strict=True):  # of each rank of the lesson
+                share = own_share(lesson, chosen, self.layout)
+                for objective in [objective for objective, count in epochs if epoch < count]:
+                    denominator = self._denominator(objective, rollout, chosen[lesson.rank])
+                    if denominator:
+                        self._step(objective, lesson, share, denominator, means)
+        self.end_update()
+        return means
+
+    def end_update(self) -> None:
+        """On to the learning rates of the next update."""
+        end_update(self._networks)
+
+    def _denominator(self, objective: Objective, rollout: Rollout, chosen: Sequence[int]) -> float:
+        """What the loss of a mini-batch is averaged over, on all ranks; `chosen`: this rank's episodes."""
+        batch = rollout.batch
+        numbers = torch.tensor(chosen, dtype=torch.long, device=batch.rewards.device)
+        count = objective.count(batch, torch.isin(batch.episode_index, numbers))
+        return float(summed(count.double()[None]))
+
+    def _step(
+        self, objective: Objective, lesson: Lesson, chosen: Sequence[int], denominator: float, means: Means
+    ) -> None:
+        """One optimizer step of one network on one mini-batch."""
+        network = objective.network
+        micros = self._micro_batches(lesson.steps, chosen, self.args.per_device_train_batch_size)
+        is_finite = True
+        network.module.train()
+        for number, parts in enumerate(micros):
+            micro, steps = self._collate(lesson.steps, parts, objective.collator)
+            objective.tokens_forwarded += micro.input_ids.numel()
+            is_last = number == len(micros) - 1
+            with network.accumulating(is_last=is_last):
+                loss = objective.loss(lesson, micro, steps, denominator, means)
+                with self.clock.measure("model_s"):
+                    is_finite = math.isfinite(loss.item()) and is_finite
+                    network.backward(loss)
+            if not is_last:
+                self.on_event("on_substep_end")
+        with self.clock.measure("model_s"):
+            norm = network.step(
+                self.args.max_grad_norm,
+                agree=lambda is_norm_finite: all_agree(is_finite and is_norm_finite),
+                before=lambda: self.on_event("on_pre_optimizer_step"),
+            )
+        self.on_event("on_optimizer_step")
+        if norm is not None:
+            self.steps_taken += 1
+            means.add(f"{objective.name}/grad_norm", norm)
+        else:
+            self.steps_skipped += 1
+        means.add(f"{objective.name}/skipped_steps", self._share if norm is None else 0.0, 0.0)
+        for name in objective.step_means:
+            means.add(name, 0.0, self._share)
+
+    # -- what both share ----------------------------------------------------------------------------------------------
+
+    def _micro_batches(self, steps: Steps, chosen: Sequence[int], max_episodes: int) -> list[list[Part]]:
+        """
+        Groups of steps that are forwarded together. As many on every rank (the last ones may be empty), because
+        forward and backward passes are what the ranks do together.
+        """
+        groups = micro_batches(
+            chosen,
+            steps.sequences,
+            layout=self.layout,
+            max_episodes=max_episodes,
+            max_tokens=self.args.max_tokens_per_micro_batch,
+        )
+        return groups + [[]] * (largest(len(groups)) - len(groups))
+
+    def _collate(
+        self, steps: Steps, parts: list[Part], collator: StepRolloutCollator
+    ) -> tuple[StepBatch, torch.Tensor]:
+        """A micro-batch with its rows, and the numbers of its steps."""
+        device = self.accelerator.device
+        numbers = [steps.first_step[index] + t for index, of_episode in parts for t in of_episode]
+        episodes = [steps.episodes[index] for index, _ in parts]
+        batch = collator(episodes, steps=[taken for _, taken in parts]) if parts else StepBatch.empty()
+        return batch.to(device), torch.tensor(numbers, dtype=torch.long, device=device)
+
+    @contextmanager
+    def _forward_pass(self) -> Iterator[None]:
+        # The reference is not prepared by accelerate: it has to see the numerics of the networks that are.
+        with self.clock.measure("model_s"), self.numerics.forward_pass():
+            yield
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Dropout off."""
+        with evaluating(*(network.module for network in self._networks)):
+            yield
+
+    @property
+    def _networks(self) -> list[Network]:
+        return [self.policy, *([self.critic] if self.critic is not None else [])]
+
+    @property
+    def _share(self) -> float:
+        """This rank's part of what all ranks do together, so that its count sums to 1."""
+        return 1.0 / self.accelerator.num_processes

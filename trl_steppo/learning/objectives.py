@@ -1,0 +1,315 @@
+"""What each network learns: its loss, what the loss is averaged over, and the metrics that come with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..batching import LayoutName, StepBatch, StepRolloutCollator
+from ..batching.collator import Reads
+from ..losses import (
+    Level,
+    aggregate,
+    aggregation_count,
+    clipped_policy_loss,
+    clipped_value_loss,
+    correction_weights,
+    importance_ratio,
+    kl_estimate,
+)
+from ..masked import masked_sum
+from ..models.forward import EntropyMode
+from .metrics import Means
+from .network import Network
+from .settings import LearnerSettings
+from .update import Lesson
+
+ForwardPass = Callable[[], AbstractContextManager[None]]
+"""A context in which networks are run."""
+
+
+class Objective(Protocol):
+    """A network, and what it is trained for."""
+
+    name: str  # which the metrics of the network's steps begin with
+    network: Network
+    collator: StepRolloutCollator  # of what the network forwards
+    step_means: tuple[str, ...]  # metrics that are means over optimizer steps; `loss` adds to their sums
+    tokens_forwarded: int  # by training passes over the run, padding included
+
+    def count(self, batch: StepBatch, is_chosen: torch.Tensor) -> torch.Tensor:
+        """
+        What the loss is averaged over: the number of such terms (0-d) in some steps of this rank.
+
+        Args:
+            batch ([`StepBatch`]):
+                All steps of this rank.
+            is_chosen (`torch.Tensor`):
+                (N,), which of them.
+        """
+        ...
+
+    def loss(
+        self, lesson: Lesson, micro: StepBatch, steps: torch.Tensor, denominator: float, means: Means
+    ) -> torch.Tensor:
+        """
+        The part of a mini-batch's loss that comes from one of its micro-batches.
+
+        Args:
+            lesson ([`Lesson`]):
+                What is learned.
+            micro ([`StepBatch`]):
+                The micro-batch.
+            steps (`torch.Tensor`):
+                The numbers that its steps have in the lesson.
+            denominator (`float`):
+                The [`count`] of the mini-batch, over all ranks.
+            means ([`Means`]):
+                Where metrics are added.
+        """
+        ...
+
+
+def rows_of(steps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor | slice, ...]:
+    """The index of some steps in a step-major tensor that is as wide as `like`, or wider."""
+    return (steps, *map(slice, like.shape[1:]))
+
+
+# -- the policy -------------------------------------------------------------------------------------------------------
+
+
+class PolicyObjective:
+    """
+    PPO's clipped objective, with what may be added to it: a KL term, an entropy bonus, weights that correct for the
+    sampler's numerics and age.
+
+    Args:
+        settings ([`LearnerSettings`]):
+            The run's settings.
+        network ([`Network`]):
+            A prepared [`PolicyScorer`].
+        layout (`str`):
+            How steps share their prefixes; see [`StepRolloutCollator`].
+        forward_pass (`Callable`):
+            Around each forward pass.
+    """
+
+    name: str = "policy"
+
+    def __init__(
+        self, settings: LearnerSettings, network: Network, layout: LayoutName, forward_pass: ForwardPass
+    ) -> None:
+        self.settings = settings
+        self.network = network
+        self.collator = StepRolloutCollator(layout=layout)
+        self.step_means: tuple[str, ...] = ("loss/policy_avg", *(("loss/kl_avg",) if settings.kl_loss_coef else ()))
+        self.tokens_forwarded = 0
+        self._forward_pass = forward_pass
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether log-probabilities before the update are needed, and the training pass cannot give them."""
+        settings = self.settings
+        takes_several_steps = settings.num_ppo_epochs > 1 or settings.num_mini_batches > 1
+        return takes_several_steps or settings.kl_coef != 0.0 or settings.correction != "none"
+
+    def logprobs(
+        self, micro: StepBatch, *, scorer: nn.Module | None = None, entropy: EntropyMode = "skip"
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities and entropies (N, A), by the policy as it is now or by another [`PolicyScorer`]."""
+        with self._forward_pass():
+            outputs: tuple[torch.Tensor, torch.Tensor | None] = (scorer or self.network.module)(micro, entropy=entropy)
+        return outputs
+
+    def mask(self, batch: StepBatch) -> torch.Tensor:
+        """(N, A): the action tokens that the policy learns from."""
+        if not self.settings.mask_truncated_completions:
+            return batch.action_mask
+        return batch.action_mask & ~batch.truncated[batch.episode_index][:, None]
+
+    def count(self, batch: StepBatch, is_chosen: torch.Tensor) -> torch.Tensor:
+        """Tokens, steps or episodes."""
+        mask = self.mask(batch) & is_chosen[:, None]
+        return aggregation_count(mask, self.settings.aggregation, batch.episode_index)
+
+    def loss(
+        self, lesson: Lesson, micro: StepBatch, steps: torch.Tensor, denominator: float, means: Means
+    ) -> torch.Tensor:
+        settings, scores, mask = self.settings, lesson.scores, self.mask(micro)
+        rows = rows_of(steps, mask)
+        logprobs, entropy = self.logprobs(micro, entropy="train" if settings.entropy_coef else "track")
+        assert entropy is not None
+        old = logprobs.detach() if scores.old_logprobs is None else scores.old_logprobs[rows]
+        weights = self._correction_weights(micro, old)
+        if weights is not None:
+            means.add("rollout/correction_weight", masked_sum(weights, mask), mask.sum())
+        aggregation, shares = settings.aggregation, torch.ones_like(old)
+        if aggregation == "episode":  # some of an episode's steps may be in another micro-batch
+            aggregation, shares = "step", shares / micro.num_steps_of_episode[:, None]
+            weights = shares if weights is None else shares * weights
+        loss, sums = clipped_policy_loss(
+            importance_ratio(logprobs, old, micro.action_mask, settings.importance_sampling_level),
+            lesson.credit.advantages[rows],
+            mask,
+            cliprange=settings.cliprange,
+            cliprange_high=settings.cliprange_high,
+            weights=weights,
+            aggregation=aggregation,
+            denominator=denominator,
+        )
+        means.add("loss/policy_avg", loss.detach(), 0.0)
+        if settings.kl_loss_coef:
+            assert scores.ref_logprobs is not None
+            kl = kl_estimate(logprobs, scores.ref_logprobs[rows], micro.action_mask, settings.kl_loss_estimator)
+            kl_loss = aggregate(kl * shares, mask, aggregation, denominator=denominator)
+            means.add("loss/kl_avg", kl_loss.detach(), 0.0)
+            loss = loss + settings.kl_loss_coef * kl_loss
+        if settings.entropy_coef:
+            bonus = aggregate(entropy * shares, mask, aggregation, denominator=denominator)
+            loss = loss - settings.entropy_coef * bonus
+        _add_policy_metrics(means, sums, logprobs.detach(), old, entropy.detach(), micro, mask)
+        return loss
+
+    def _correction_weights(self, micro: StepBatch, old_logprobs: torch.Tensor) -> torch.Tensor | None:
+        """(N, A): weights for what was sampled by other numerics or older weights; `None`: no correction."""
+        settings = self.settings
+        if settings.correction == "none":
+            return None
+        return correction_weights(
+            old_logprobs,
+            micro.rollout_logprobs,
+            micro.action_mask,
+            mode=settings.correction,
+            level=settings.rollout_correction_level,
+            cap=settings.rollout_correction_cap,
+        )
+
+
+def _add_policy_metrics(
+    means: Means,
+    sums: dict[str, torch.Tensor],
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    micro: StepBatch,
+    mask: torch.Tensor,
+) -> None:
+    count = sums["num_tokens"]
+    means.add("policy/clipfrac_avg", sums["clipfrac_sum"], count)
+    means.add("val/ratio", sums["ratio_sum"], count)
+    means.add("val/ratio_sq", sums["ratio_sq_sum"], count)
+    means.add("policy/approxkl_avg", 0.5 * masked_sum((logprobs - old_logprobs).square(), mask), count)
+    means.add("policy/entropy_avg", masked_sum(entropy, mask), count)
+    # E[exp(r) − 1 − r] with r = log π_old − log π_rollout: how far the sampler's numerics or weights are off.
+    mismatch = kl_estimate(micro.rollout_logprobs, old_logprobs, micro.action_mask, "k3")
+    means.add("rollout/mismatch_kl", masked_sum(mismatch, mask), count)
+    # Surprisal of whole episodes, as `objective/entropy` of `PPOTrainer`.
+    means.add("objective/entropy", masked_sum(-old_logprobs, micro.action_mask), (micro.step_index == 0).sum())
+
+
+# -- the critic -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a critic's values stand: what is forwarded to read them, their positions, and which of these count."""
+
+    reads: Reads
+    positions_and_mask: Callable[[StepBatch], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _of_steps(batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch.value_positions, torch.ones_like(batch.value_positions, dtype=torch.bool)  # (N,)
+
+
+def _of_tokens(batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch.logit_positions, batch.action_mask  # (N, A)
+
+
+_PLACES: dict[Level, _Places] = {
+    "step": _Places("step_values", _of_steps),
+    "token": _Places("token_values", _of_tokens),
+}
+"""By what the [`Estimator`] says the critic values."""
+
+
+class ValueObjective:
+    """
+    Clipped regression of the critic's values on the returns.
+
+    Args:
+        settings ([`LearnerSettings`]):
+            The run's settings.
+        network ([`Network`]):
+            A prepared [`Critic`].
+        layout (`str`):
+            How steps share their prefixes; see [`StepRolloutCollator`].
+        forward_pass (`Callable`):
+            Around each forward pass.
+    """
+
+    name: str = "critic"
+    step_means: tuple[str, ...] = ("loss/value_avg",)
+
+    def __init__(
+        self, settings: LearnerSettings, network: Network, layout: LayoutName, forward_pass: ForwardPass
+    ) -> None:
+        assert settings.estimator.values is not None
+        places = _PLACES[settings.estimator.values]
+        self.settings = settings
+        self.network = network
+        # The critic does not forward what no value is read from.
+        self.collator = StepRolloutCollator(layout=layout, reads=places.reads)
+        self.evaluation_collator = StepRolloutCollator(
+            layout=layout, reads=places.reads, bootstrap_truncated=settings.bootstrap_truncated
+        )
+        self.tokens_forwarded = 0
+        self._positions_and_mask = places.positions_and_mask
+        self._forward_pass = forward_pass
+
+    def zeros(self, batch: StepBatch) -> torch.Tensor:
+        """A value of 0 at each place of a batch."""
+        positions, _ = self._positions_and_mask(batch)
+        return torch.zeros(positions.shape, device=positions.device)
+
+    def values(self, micro: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values of a micro-batch's states, and those after its truncated episodes, as many as it reads."""
+        positions, _ = self._positions_and_mask(micro)
+        after = micro.bootstrap_positions[micro.bootstrap_positions >= 0]
+        values = self._values(micro, torch.cat([positions.flatten(), after]))
+        of_states, bootstrap_values = values.tensor_split([positions.numel()])
+        return of_states.view(positions.shape), bootstrap_values
+
+    def count(self, batch: StepBatch, is_chosen: torch.Tensor) -> torch.Tensor:
+        """Values."""
+        _, mask = self._positions_and_mask(batch)
+        return mask[is_chosen].sum()
+
+    def loss(
+        self, lesson: Lesson, micro: StepBatch, steps: torch.Tensor, denominator: float, means: Means
+    ) -> torch.Tensor:
+        assert lesson.scores.values is not None
+        assert lesson.credit.returns is not None
+        positions, mask = self._positions_and_mask(micro)
+        rows = rows_of(steps, mask)
+        loss, sums = clipped_value_loss(
+            self._values(micro, positions),
+            lesson.scores.values[rows],
+            lesson.credit.returns[rows],
+            mask,
+            cliprange_value=self.settings.cliprange_value,
+            denominator=denominator,
+        )
+        means.add("loss/value_avg", loss.detach(), 0.0)
+        means.add("val/clipfrac_avg", sums["clipfrac_sum"], sums["num_values"])
+        return self.settings.vf_coef * loss
+
+    def _values(self, micro: StepBatch, positions: torch.Tensor) -> torch.Tensor:
+        with self._forward_pass():
+            values: torch.Tensor = self.network.module(micro, positions)
+        return values

@@ -1,0 +1,47 @@
+"""The settings that learning reads."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from .estimators import CreditSettings, Estimator
+
+
+class LearnerSettings(CreditSettings, Protocol):
+    """What the [`Learner`] reads of a [`StepPOConfig`], which says what the settings mean. Tests may pass others."""
+
+    # The policy's loss
+    importance_sampling_level: Literal["step", "token"]
+    cliprange: float
+    cliprange_high: float | None
+    kl_loss_coef: float
+    kl_loss_estimator: Literal["k1", "k2", "k3"]
+    entropy_coef: float
+    mask_truncated_completions: bool
+    rollout_correction_level: Literal["step", "token"]
+    rollout_correction_cap: float
+
+    # The critic's loss
+    bootstrap_truncated: bool
+    cliprange_value: float
+    vf_coef: float
+
+    # Steps of the optimizers
+    num_ppo_epochs: int
+    num_mini_batches: int
+    max_grad_norm: float
+
+    # Memory
+    per_device_train_batch_size: int
+    local_rollout_forward_batch_size: int
+    max_tokens_per_micro_batch: int | None
+
+    # Derived
+    @property
+    def estimator(self) -> Estimator: ...
+    @property
+    def aggregation(self) -> Literal["step", "episode", "token"]: ...
+    @property
+    def correction(self) -> Literal["none", "truncate", "mask"]: ...
+    @property
+    def critic_epochs(self) -> int: ...

@@ -1,0 +1,121 @@
+"""Data of one update: steps, what the networks say of them, the credit of their actions, and what is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from ..batching import StepBatch, step_ids
+from ..types import Episode
+
+
+@dataclass(frozen=True)
+class Steps:
+    """
+    The steps of episodes, numbered from 0 in the order of the episodes.
+
+    Args:
+        episodes (`Sequence[Episode]`):
+            Valid episodes.
+        sequences (`list[list[np.ndarray]]`):
+            For each episode, the tokens of its steps.
+        first_step (`list[int]`):
+            For each episode, the number of its first step.
+    """
+
+    episodes: Sequence[Episode]
+    sequences: list[list[np.ndarray]]
+    first_step: list[int]
+
+    @classmethod
+    def of(cls, episodes: Sequence[Episode]) -> Steps:
+        """Number the steps of valid episodes."""
+        sequences = [[step_ids(step) for step in episode.steps] for episode in episodes]
+        return cls(episodes, sequences, list(accumulate(map(len, sequences), initial=0))[:-1])
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    The valid episodes of one update on this rank.
+
+    Args:
+        steps ([`Steps`]):
+            Their steps.
+        batch ([`StepBatch`]):
+            The tensors of all their steps.
+    """
+
+    steps: Steps
+    batch: StepBatch
+
+    @property
+    def episodes(self) -> Sequence[Episode]:
+        return self.steps.episodes
+
+
+@dataclass(frozen=True)
+class Scores:
+    """
+    What the networks say before the update, step-major over a rollout.
+
+    Args:
+        old_logprobs, ref_logprobs (`torch.Tensor`, *optional*):
+            (N, A), under the policy and under the reference. Without `old_logprobs`, the training pass computes them:
+            the weights have not changed before its only step.
+        values (`torch.Tensor`, *optional*):
+            (N,) or (N, A), as the [`Estimator`] wants them; `None` without a critic.
+        bootstrap_values (`torch.Tensor`, *optional*):
+            (E,), the value after each episode's last step; 0 where the episode terminated.
+    """
+
+    old_logprobs: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+    values: torch.Tensor | None
+    bootstrap_values: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Credit:
+    """
+    What the steps of a rollout are worth.
+
+    Args:
+        advantages (`torch.Tensor`):
+            (N, A), whitened if the [`Estimator`] whitens; 0 where masked.
+        returns (`torch.Tensor`, *optional*):
+            The critic's targets, in the shape of its values; not whitened. `None` without a critic.
+        explained_variance (`dict[str, float]`):
+            `critic/explained_variance`, and by step index; a key is absent where the returns do not vary.
+    """
+
+    advantages: torch.Tensor
+    returns: torch.Tensor | None
+    explained_variance: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """
+    What is learned in one update: the steps that micro-batches are cut from.
+
+    Args:
+        steps ([`Steps`]):
+            The steps of this rank, or those of all ranks in their order.
+        scores ([`Scores`]), credit ([`Credit`]):
+            Of these steps.
+        num_episodes (`list[int]`):
+            For each rank whose steps these are, its number of episodes.
+        rank (`int`):
+            The index of this rank in `num_episodes`.
+    """
+
+    steps: Steps
+    scores: Scores
+    credit: Credit
+    num_episodes: list[int]
+    rank: int
