@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -13,11 +14,15 @@ import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
-from warm import warm_context
 
+from tests.warm import warm_context
 from trl_steppo.types import Episode, Step, StopReason
 
 VOCABULARY = 64
+
+# Programs that tests start find `tests`, and this checkout of the package.
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # What is not worth repeating with other versions, as files or folders: it uses little of other libraries, or what
 # tests that are repeated use, too.

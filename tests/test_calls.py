@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import itertools
-import os
 import subprocess
 import sys
 import threading
@@ -95,8 +94,7 @@ async def main():
         print("given up")
 asyncio.run(main())
 """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "given up")
 
 
@@ -252,9 +250,8 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("how", ["raised", "swallowed", "reward", "at_rest", "inside"])
 def test_ctrl_c_ends_the_run_whatever_runs(how):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", INTERRUPTED, how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=40, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40)
     assert done.stdout.strip() == "interrupted", done.stderr
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 
 import pytest
-from warm import WarmProcess, run_script
+
+from tests.warm import WarmProcess, run_script
 
 ENDS = """
 import atexit, sys, threading, time

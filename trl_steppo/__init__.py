@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .names import lazy_names
 
 if TYPE_CHECKING:
+    from .trainer.engines import Engine, FixedEngine
     from .trainer.ppo_config import PPOConfig
     from .trainer.ppo_trainer import PPOTrainer
     from .trainer.steppo_config import StepPOConfig
@@ -15,7 +16,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Episode", "PPOConfig", "PPOTrainer", "Step", "StepPOConfig", "StepPOTrainer", "StopReason"]
+__all__ = [
+    "Engine",
+    "Episode",
+    "FixedEngine",
+    "PPOConfig",
+    "PPOTrainer",
+    "Step",
+    "StepPOConfig",
+    "StepPOTrainer",
+    "StopReason",
+]
 
 # A process that only serves an environment or a gateway never loads torch.
 __getattr__ = lazy_names(
@@ -25,6 +36,8 @@ __getattr__ = lazy_names(
         "PPOTrainer": ".trainer.ppo_trainer",
         "StepPOConfig": ".trainer.steppo_config",
         "StepPOTrainer": ".trainer.steppo_trainer",
+        "Engine": ".trainer.engines",
+        "FixedEngine": ".trainer.engines",
         "Step": ".types",
         "Episode": ".types",
         "StopReason": ".types",

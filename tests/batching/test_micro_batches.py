@@ -7,8 +7,8 @@ import random
 
 import numpy as np
 import pytest
-from test_rows import random_forest
 
+from tests.batching.test_rows import random_forest
 from trl_steppo.batching import (
     LayoutName,
     chains,

@@ -2,8 +2,8 @@
 
 import pytest
 from transformers import GenerationConfig
-from trl_templates import make_tokenizer
 
+from tests.chat.trl_templates import make_tokenizer
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.chat import ChatFormat
 from trl_steppo.gateway.tokens import ChatFormats

@@ -6,7 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
-from scripts import load_script
+
+from tests.examples.scripts import load_script
 
 
 @pytest.fixture

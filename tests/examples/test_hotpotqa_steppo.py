@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scripts import load_script
 from trl import TrlParser
-from warm import run_script
 
+from tests.examples.scripts import load_script
+from tests.warm import run_script
 from trl_steppo.environments.hotpotqa import HotpotQARecipe
 
 ROOT = Path(__file__).parents[2]

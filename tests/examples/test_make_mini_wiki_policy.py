@@ -3,8 +3,8 @@
 import random
 
 import pytest
-from scripts import load_script
 
+from tests.examples.scripts import load_script
 from trl_steppo.environments.hotpotqa import make_mini_wiki
 
 

@@ -4,8 +4,9 @@ import importlib.util
 
 import pytest
 import torch
-from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.examples.scripts import load_script
 
 
 @pytest.fixture

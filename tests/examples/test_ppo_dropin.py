@@ -17,8 +17,7 @@ from transformers import (
     GPTNeoXForSequenceClassification,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-from tiny import make_tokenizer
+from tests.trainer.tiny import make_tokenizer
 
 SCRIPT = str(Path(__file__).parents[2] / "examples" / "ppo_dropin.py")
 

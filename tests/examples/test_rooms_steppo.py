@@ -5,11 +5,11 @@ import random
 from pathlib import Path
 
 import torch
-from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
-from warm import run_script
 
+from tests.examples.scripts import load_script
+from tests.warm import run_script
 from trl_steppo.assets import ROOMS_POLICY
 from trl_steppo.environments.rooms import DOORS, RIGHT_DOOR, SIGNS, describe, respond, vocabulary
 

@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 pytest.importorskip("agents", reason="needs the extra `agents`")
 from safetensors.torch import load_file
-from scripts import load_script
 from transformers import AutoTokenizer
 from trl import TrlParser
 
+from tests.examples.scripts import load_script
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.commands.trial import ScriptedSampler
 from trl_steppo.gateway import GatewayServer

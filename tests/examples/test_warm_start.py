@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.examples.scripts import load_script
 from trl_steppo.assets import MINI_WIKI_POLICY
 
 

@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 import httpx
-from gateway_policy import Policy, echo, make_spec, start
 
+from tests.gateway.gateway_policy import Policy, echo, make_spec, start
 from trl_steppo.errors import CheckpointError
 from trl_steppo.gateway.store import Store
 

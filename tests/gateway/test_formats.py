@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
-from gateway_policy import ADMIN, make_spec
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "chat" / "formats"))
-from call_writers import OPEN_THOUGHT, WRITERS, make_tokenizer
-
+from tests.chat.formats.call_writers import OPEN_THOUGHT, WRITERS, make_tokenizer
+from tests.gateway.gateway_policy import ADMIN, make_spec
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.sampling import Engine
 from trl_steppo.gateway.tokens import ChatFormats

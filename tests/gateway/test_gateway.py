@@ -21,8 +21,7 @@ import httpx
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
-from gateway_policy import ADMIN, END, TOKENIZER, Policy, call, echo, make_spec, start
-
+from tests.gateway.gateway_policy import ADMIN, END, TOKENIZER, Policy, call, echo, make_spec, start
 from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.gateway import GatewayServer, SessionSpec
 from trl_steppo.gateway.bodies import whole_characters

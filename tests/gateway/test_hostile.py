@@ -10,15 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
-from gateway_policy import ADMIN, TOKENIZER, Policy, echo, make_spec, start
-
+from tests.gateway.gateway_policy import ADMIN, TOKENIZER, Policy, echo, make_spec, start
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.gateway.bodies import arguments_of, dumps, read_body
 from trl_steppo.gateway.connections import ConnectionLimits
@@ -27,7 +25,6 @@ from trl_steppo.gateway.limits import BodyLimits, check_structure
 from trl_steppo.gateway.openai import ChatBody, CompletionBody
 from trl_steppo.inference.base import Sample, SamplingParams
 
-HERE = Path(__file__).parent
 CONTEXT = 2048
 
 
@@ -524,7 +521,7 @@ def test_connections_are_bounded_by_the_files_of_the_process():
 SERVE_WITH_FEW_FILES = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-from gateway_policy import Policy, echo, start
+from tests.gateway.gateway_policy import Policy, echo, start
 server = start(Policy(echo))
 print(server.port, flush=True)
 sys.stdin.read()
@@ -535,7 +532,7 @@ server.close()
 def test_more_silent_connections_than_files(tmp_path):
     """400 of them under a limit of 256 files: others are served."""
     command = [sys.executable, "-c", SERVE_WITH_FEW_FILES]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
     address = ("127.0.0.1", int(process.stdout.readline()))

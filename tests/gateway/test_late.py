@@ -13,9 +13,8 @@ import httpx
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
-from gateway_policy import Policy, echo, start
-from test_gateway import USER, Client, hold, let_go, wait_until
-
+from tests.gateway.gateway_policy import Policy, echo, start
+from tests.gateway.test_gateway import USER, Client, hold, let_go, wait_until
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.conversation import Answer
 from trl_steppo.gateway.late import LateStream

@@ -17,8 +17,7 @@ import httpx
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
-from gateway_policy import ADMIN, TOKENIZER, Policy, echo, make_spec, start
-
+from tests.gateway.gateway_policy import ADMIN, TOKENIZER, Policy, echo, make_spec, start
 from trl_steppo.gateway.sampling import Engine
 
 HERE = Path(__file__).parent
@@ -118,11 +117,7 @@ def kill_and_go_on(directory: Path, num_kills: int, seed: int) -> None:
     rng = random.Random(seed)
     command = [sys.executable, str(HERE / "gateway_policy.py"), "--port", str(port)]
     command += ["--store", str(directory / "s.sqlite")]
-    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    nursery = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
-    )
+    nursery = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
     def launch() -> int:
         assert nursery.stdin is not None

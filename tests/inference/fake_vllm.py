@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import uvicorn
-from gloo_group import GlooGroup
 from safetensors.torch import save_file
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from tests.inference.gloo_group import GlooGroup
 
 Respond = Callable[[list[int], dict[str, Any], str | None], Awaitable[tuple[list[int], list[float]]]]
 

@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ROOT / "tests"
 PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 MISSING = f"there is no vLLM at {PYTHON}: `make install-vllm`"
 _STARTS_S = 900.0  # on a machine that does other things
@@ -47,13 +46,13 @@ class RealVLLM:
         command += ["--enable-scale-out", "--enable-prompt-tokens-details", "--enable-lora", "--max-lora-rank", "8"]
         command += ["--max-loras", "2"]
         if self.takes_sent:
-            command += ["--worker-extension-cls", "vllm_over_gloo.Worker"]
+            command += ["--worker-extension-cls", "tests.trainer.vllm_over_gloo.Worker"]
             command += ["--weight-transfer-config", '{"backend": "nccl"}']
         else:
             command += ["--worker-extension-cls", "trl_steppo.inference.vllm_worker.PacksOutputLayer"]
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))},
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS / "trainer", TESTS / "inference"))),
+            "PYTHONPATH": str(ROOT),
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -9,8 +9,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from tiny import make_config, make_episode, mixed_episodes
 
+from tests.trainer.tiny import make_config, make_episode, mixed_episodes
 from trl_steppo import StepPOConfig
 from trl_steppo.batching import StepBatch, StepRolloutCollator
 from trl_steppo.learning.estimators import ESTIMATORS, EstimatorName, state_index

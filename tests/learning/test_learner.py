@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import (
+
+from tests.trainer.tiny import (
     distance,
     make_classifier,
     make_config,
@@ -21,7 +22,6 @@ from tiny import (
     same,
     weights,
 )
-
 from trl_steppo import Episode, StepPOTrainer
 from trl_steppo.learning import learner as learner_module
 from trl_steppo.learning.learner import Learner

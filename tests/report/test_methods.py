@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from synthetic import TOKEN_PPO, write_run
 
+from tests.report.synthetic import TOKEN_PPO, write_run
 from trl_steppo.report.methods import differing_settings, group_runs
 from trl_steppo.report.runs import load_runs
 

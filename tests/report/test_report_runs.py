@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from synthetic import read_run, write_run
 
+from tests.report.synthetic import read_run, write_run
 from trl_steppo.errors import DataError
 from trl_steppo.report import write_report
 from trl_steppo.report.runs import load_runs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,10 @@ from selenium.webdriver import Chrome, ChromeOptions, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from synthetic import EVIL, TOKEN_PPO, write_run
 
+from tests.report.synthetic import EVIL, TOKEN_PPO, write_run
+from tests.trainer.tiny import make_trainer
 from trl_steppo.report import write_report
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-
-from tiny import make_trainer
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

@@ -15,8 +15,8 @@ import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 import httpx
-from scripted import ScriptedSampler, make_tokenizer
 
+from tests.rollout.scripted import ScriptedSampler, make_tokenizer
 from trl_steppo.errors import ConfigurationError, SamplerError
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats

@@ -4,8 +4,8 @@ import threading
 from dataclasses import replace
 
 import pytest
-from scripted import END, LookEnvironment, ScriptedSampler, call
 
+from tests.rollout.scripted import END, LookEnvironment, ScriptedSampler, call
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import MISTAKES
 from trl_steppo.errors import DataError, SamplerError

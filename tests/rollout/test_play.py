@@ -5,8 +5,8 @@ import time
 from collections import Counter
 
 import pytest
-from scripted import END, LookEnvironment, ScriptedSampler, call
 
+from tests.rollout.scripted import END, LookEnvironment, ScriptedSampler, call
 from trl_steppo.calls import DaemonThread
 from trl_steppo.calls import call as call_others
 from trl_steppo.environments import make_playable

@@ -6,8 +6,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from scripted import LookEnvironment, ScriptedSampler, call
 
+from tests.rollout.scripted import LookEnvironment, ScriptedSampler, call
 from trl_steppo.environments import make_playable
 from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.inference.base import SamplingParams

@@ -9,8 +9,8 @@ from functools import partial
 from typing import ClassVar
 
 import pytest
-from scripted import END, LookEnvironment, ScriptedSampler, call
 
+from tests.rollout.scripted import END, LookEnvironment, ScriptedSampler, call
 from trl_steppo.calls import MainThreadNeededError
 from trl_steppo.environments import make_playable
 from trl_steppo.errors import ConfigurationError

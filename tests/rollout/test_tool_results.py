@@ -1,6 +1,6 @@
 import pytest
-from scripted import ScriptedSampler, call
 
+from tests.rollout.scripted import ScriptedSampler, call
 from trl_steppo.environments import make_playable
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes, score_episodes

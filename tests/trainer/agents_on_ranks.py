@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 import torch
-from tiny import hashed, make_classifier, make_trainer, prompt_rows
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from tests.trainer.tiny import hashed, make_classifier, make_trainer, prompt_rows
 from trl_steppo.errors import StepPOError
 from trl_steppo.rollout.agent import without_launcher
 

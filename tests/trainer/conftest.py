@@ -1,15 +1,11 @@
 import logging
-import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from trl_steppo.trainer import player
-
-sys.path.append(str(Path(__file__).parents[1] / "inference"))  # fake_vllm.py
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,12 +21,13 @@ from typing import Any
 
 import psutil
 import torch
-from fake_vllm import free_port
-from forked import context, fork
-from served_policy import serve
-from tiny import make_trainer, message_rows
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
+
+from tests.inference.fake_vllm import free_port
+from tests.trainer.forked import context, fork
+from tests.trainer.served_policy import serve
+from tests.trainer.tiny import make_trainer, message_rows
 
 BATCH = 8
 UPDATE_S = 0.2  # about

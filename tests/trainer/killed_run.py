@@ -22,10 +22,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from forked import context, fork
-from tiny import make_trainer, prompt_rows
 from transformers.trainer_utils import get_last_checkpoint
 
+from tests.trainer.forked import context, fork
+from tests.trainer.tiny import make_trainer, prompt_rows
 from trl_steppo.trainer import player
 
 PHASES = {"_roll_out": 0.05, "_learn": 0.03, "_write_checkpoint": 0.02}  # method: seconds that it takes, about

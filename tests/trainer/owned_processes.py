@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import make_trainer, message_rows
+
+from tests.trainer.tiny import make_trainer, message_rows
 
 AGENT = """
 case "$(cat)" in *'"number": '[0-9]*[13579],*) trap '' TERM;; esac

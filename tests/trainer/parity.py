@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny import TOKENIZER, distance, make_classifier, make_model, make_ppo_config, weights
 
-from trl_steppo import PPOConfig, StopReason
+from tests.trainer.tiny import TOKENIZER, distance, make_classifier, make_model, make_ppo_config, weights
+from trl_steppo import FixedEngine, PPOConfig, StopReason
 from trl_steppo import PPOTrainer as OurPPOTrainer
 from trl_steppo.compat.trl import ppo_bases
 from trl_steppo.inference.base import Sample, SamplingParams
@@ -164,10 +164,11 @@ def train_theirs(args: PPOConfig, networks: Networks, dataset: Dataset) -> list[
 def train_ours(
     args: PPOConfig, networks: Networks, dataset: Dataset, recording: Replay, monkeypatch: pytest.MonkeyPatch
 ) -> list[Weights]:
-    trainer = make_trainer(OurPPOTrainer, args, networks, dataset)
     replay = copy.deepcopy(recording)
-    trainer.rows = trainer.player.sampler = replay
     with monkeypatch.context() as patch:
+        patch.setattr("trl_steppo.trainer.ppo_trainer.make_engine", lambda *args, **more: FixedEngine(replay))
+        trainer = make_trainer(OurPPOTrainer, args, networks, dataset)
+        trainer.rows = replay
         patch.setattr("trl_steppo.learning.learner.mini_batches", replay.mini_batches)
         trainer.train()
     assert not replay.permutations, "PPOTrainer made more epochs"

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity import Recording, make_config, make_rows, make_small_networks, train_theirs
+
+from tests.trainer.parity import Recording, make_config, make_rows, make_small_networks, train_theirs
 
 DIRECTORY = Path(__file__).parent / "recorded"
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {  # lengths of the queries, settings

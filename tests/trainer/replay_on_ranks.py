@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from tests.trainer.tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows
 from trl_steppo.trainer.networks import Fsdp2Network
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake_vllm import FakeVLLM
 from safetensors.torch import load_file
-from tiny import make_model
 
+from tests.inference.fake_vllm import FakeVLLM
+from tests.trainer.tiny import make_model
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.numerics import Numerics

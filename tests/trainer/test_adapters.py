@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from tiny import TOKENIZER, make_classifier, make_model, make_trainer, prompt_rows, same, weights
 from torch import nn
 
+from tests.trainer.tiny import TOKENIZER, make_classifier, make_model, make_trainer, prompt_rows, same, weights
 from trl_steppo import StepPOTrainer
 from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.models import plain_model

@@ -16,11 +16,11 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 pytest.importorskip("uvicorn", reason="needs the extra `gateway`")
 pytest.importorskip("httpx", reason="needs the extra `dev`")
-from agents_on_ranks import train
 from safetensors.torch import load_file
-from tiny import distance
-from warm import free_port
 
+from tests.trainer.agents_on_ranks import train
+from tests.trainer.tiny import distance
+from tests.warm import free_port
 from trl_steppo.commands.config import CONFIGS
 from trl_steppo.rollout import episode_file, load_episodes
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import make_trainer, prompt_rows
 from transformers import TrainerCallback
-from warm import run_script
 
 import trl_steppo
+from tests.trainer.tiny import make_trainer, prompt_rows
+from tests.warm import run_script
 from trl_steppo.trainer import model_card
 
 EVENTS = [name for name, _ in inspect.getmembers(TrainerCallback, inspect.isfunction) if name.startswith("on_")]
@@ -124,7 +124,7 @@ def test_tensorboard(tmp_path, monkeypatch):
 
 TRACKIO_RUN = """
 import sys
-from tiny import make_trainer
+from tests.trainer.tiny import make_trainer
 make_trainer(sys.argv[1], report_to="trackio", run_name="tiny", project="steppo", trackio_space_id=None).train()
 """
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from killed_run import train
-from tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows, same, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
-from warm import run_script
 
+from tests.trainer.killed_run import train
+from tests.trainer.tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows, same, weights
+from tests.warm import run_script
 from trl_steppo import StepPOTrainer
 from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.rollout import load_episodes

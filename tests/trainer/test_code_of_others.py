@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Hash, hashed, make_classifier, make_model, make_trainer, prompt_rows, same, weights
-from warm import run_script
 
+from tests.trainer.tiny import Hash, hashed, make_classifier, make_model, make_trainer, prompt_rows, same, weights
+from tests.warm import run_script
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 
 COLUMNS = (
@@ -204,7 +204,7 @@ def test_one_response_of_many_calls_is_an_ordinary_episode(tmp_path):
     """In a process of its own, whose threads are counted."""
     program = """
 import sys, tempfile, threading
-from tiny import *
+from tests.trainer.tiny import *
 most = [0]
 
 def look() -> str:
@@ -215,8 +215,8 @@ def look() -> str:
 def pays(completions, **kwargs):
     return [0.0] * len(completions)
 
-trainer = make_trainer(tempfile.mkdtemp(), tools=[look], reward_funcs=pays, max_interaction_steps=1)
-trainer.sampler = trainer.player.sampler = ScriptedSampler(lambda *order: call("look").removesuffix(END) * 100 + END)
+engine = scripted(lambda *order: call("look").removesuffix(END) * 100 + END)
+trainer = make_trainer(tempfile.mkdtemp(), tools=[look], reward_funcs=pays, max_interaction_steps=1, engine=engine)
 requests = trainer.player.prepare(trainer._requests(0))
 episodes = trainer.player.play(requests)
 assert all(episode.valid for episode in episodes), episodes[0].error

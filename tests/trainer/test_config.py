@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tiny import make_config
 from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
+from tests.trainer.tiny import make_config
 from trl_steppo import PPOConfig, StepPOConfig
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.trainer import ppo_config

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tiny import (
+from transformers import AutoModelForSequenceClassification
+
+from tests.trainer.tiny import (
     TOKENIZER,
     Hash,
     hashed,
@@ -23,8 +25,6 @@ from tiny import (
     same,
     weights,
 )
-from transformers import AutoModelForSequenceClassification
-
 from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.errors import CheckpointError, ConfigurationError, DataError
 from trl_steppo.rollout import episode_file, load_episodes

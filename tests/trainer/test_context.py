@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tiny import Endless, id_rows, make_classifier, make_model, make_trainer, prompt_rows
 
+from tests.trainer.tiny import Endless, id_rows, make_classifier, make_model, make_trainer, prompt_rows
 from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import EpisodeRequest
 from trl_steppo.types import Episode, StopReason
@@ -46,9 +46,9 @@ def test_without_a_setting_a_state_has_what_the_context_leaves(tmp_path, longest
 
 def test_servers_that_take_less_than_the_model_bound_a_state(tmp_path):
     trainer = make_trainer(tmp_path, model=make_model(max_position_embeddings=CONTEXT), response_length=8)
-    trainer.player.sampler.context = 32
+    trainer.sampler.context = 32
     assert trainer.player.limits.max_prompt_length == 24
-    trainer.player.sampler.context = 8
+    trainer.sampler.context = 8
     with pytest.raises(ConfigurationError, match="--max-model-len"):
         _ = trainer.player.limits
 

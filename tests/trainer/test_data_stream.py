@@ -2,8 +2,8 @@ import json
 from importlib.metadata import version
 
 from datasets import Dataset
-from tiny import TOKENIZER
 
+from tests.trainer.tiny import TOKENIZER
 from trl_steppo.chat import ChatFormat
 from trl_steppo.trainer.data_stream import RowStream, row_of
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, Features, Sequence, Value
 from datasets.table import InMemoryTable
-from tiny import TOKENIZER, VOCABULARY, Hash, id_rows, make_config, make_model, make_trainer, prompt_rows
 from transformers import ProcessorMixin
 
+from tests.trainer.tiny import TOKENIZER, VOCABULARY, Hash, id_rows, make_config, make_model, make_trainer, prompt_rows
 from trl_steppo import Episode, StepPOTrainer
 from trl_steppo.errors import ConfigurationError, DataError
 from trl_steppo.inference.base import SamplingParams

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from tiny import Hash, make_model
 
+from tests.trainer.tiny import Hash, make_model
 from trl_steppo.trainer.description import describe_task
 
 ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]

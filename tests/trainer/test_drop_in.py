@@ -14,7 +14,9 @@ import pytest
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
-from tiny import (
+from transformers import DataCollatorWithPadding, OPTConfig, OPTForCausalLM, TrainingArguments, get_scheduler
+
+from tests.trainer.tiny import (
     TOKENIZER,
     Endless,
     distance,
@@ -27,8 +29,6 @@ from tiny import (
     same,
     weights,
 )
-from transformers import DataCollatorWithPadding, OPTConfig, OPTForCausalLM, TrainingArguments, get_scheduler
-
 from trl_steppo import PPOConfig, PPOTrainer, StepPOTrainer
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.trainer.distribution import Distribution, check_distribution

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
-from tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, message_rows, same, weights
 from transformers import TrainerCallback
 
-from trl_steppo import StepPOTrainer, StopReason
+from tests.trainer.tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, message_rows, same, weights
+from trl_steppo import FixedEngine, StepPOTrainer, StopReason
 from trl_steppo.errors import ConfigurationError, SamplerError
-from trl_steppo.inference.base import Sample
+from trl_steppo.inference.base import Counts, Sample
 from trl_steppo.rollout import episode_file, load_episodes
 from trl_steppo.types import TokenIds
 
@@ -136,14 +136,14 @@ def test_no_row_is_lost_to_a_sampler_that_fails(tmp_path, max_staleness) -> None
     settings |= {"train_dataset": message_rows(), "total_episodes": 8 * UPDATES}
     failing = threading.Event()
     trainer = make_trainer(tmp_path, callbacks=[At(2, lambda control: failing.set())], **settings)
-    sample = trainer.player.sampler.sample
+    sample = trainer.sampler.sample
 
     async def fail_at_times(*args: Any, **kwargs: Any) -> Sample:
         if failing.is_set():
             raise RuntimeError("out of memory")
         return await sample(*args, **kwargs)
 
-    trainer.player.sampler.sample = fail_at_times
+    trainer.sampler.sample = fail_at_times
     with pytest.raises(SamplerError, match=r"episode \d/\d+-0, sampling step \d: RuntimeError: out of memory"):
         trainer.train()
     done = trainer.state.global_step  # of rollouts ahead one may have ended before
@@ -187,17 +187,19 @@ def test_settings_that_exclude_each_other(tmp_path) -> None:
 class Scripted:
     """An engine that says the same again and again, after a random time, and knows how many updates were done."""
 
-    prompt_tokens, prefilled_tokens, uncached_rows, forward_s = 0, 0, 0, 0.0
-
     def __init__(self) -> None:
         self.sampler = self
-        self.sampled_tokens, self.policy_version = 0, 0
+        self.num_tokens, self.policy_version = 0, 0
         self.rng, self.lock = random.Random(0), threading.Lock()
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(sampled_tokens=self.num_tokens)
 
     async def sample(self, prompt_ids, params, *, episode_id, order=()):
         with self.lock:
             pause = self.rng.random() ** 8 * 0.05  # a few take very long
-            self.sampled_tokens += 2
+            self.num_tokens += 2
         await asyncio.sleep(pause)
         return Sample(
             TokenIds([order[0] % 200, params.stop_token_ids[0]]), (-5.0, -5.0), StopReason.STOP, self.policy_version
@@ -247,9 +249,9 @@ def test_under_random_delays_nothing_is_too_old_and_every_row_is_trained_once_an
         model=make_model(),
         train_dataset=message_rows(num_rows),
         environment_factory=Hash,
+        engine=Scripted(),
     )
     trainer.trained, trainer.ages = Counter(), Counter()
-    trainer.engine = trainer.player.sampler = Scripted()
     trainer.train()
     assert sorted(trainer.trained) == list(range(batch * num_updates))
     assert set(trainer.trained.values()) == {1}
@@ -258,3 +260,72 @@ def test_under_random_delays_nothing_is_too_old_and_every_row_is_trained_once_an
         assert sorted(rows) == list(range(num_rows))
     assert max(trainer.ages) == max_staleness
     assert min(trainer.ages) >= 0
+
+
+# -- an engine of the user's own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"use_rollout_worker": True}, "`use_rollout_worker`=True has no effect together with `engine`"),
+        ({"rollout_cache_tokens": 100}, "`rollout_cache_tokens`=100 has no effect together with `engine`"),
+        ({"allow_uncached_sampling": True}, "`allow_uncached_sampling`=True has no effect together with `engine`"),
+        ({"use_vllm": True}, "`use_vllm`=True has no effect together with `engine`"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_of_other_engines_are_refused(tmp_path, settings, problem) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        make_trainer(tmp_path, engine=Scripted(), **settings)
+
+
+def test_an_object_that_is_not_an_engine_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match="`engine` is a object, which has no `sampler` and no `running` and"):
+        make_trainer(tmp_path, engine=object())
+
+
+def test_a_run_starts_and_ends_its_engine_once_and_gives_it_all_weights(tmp_path) -> None:
+    class Noting(Scripted):
+        def __init__(self) -> None:
+            super().__init__()
+            self.events: list[Any] = []
+
+        @contextmanager
+        def running(self, version: int):
+            self.events.append(("start", version))
+            with super().running(version):
+                yield
+            self.events.append("end")
+
+        @contextmanager
+        def sampling(self):
+            self.events.append("sampling")
+            yield
+
+        def take_weights(self, version: int) -> None:
+            super().take_weights(version)
+            self.events.append(version)
+
+    engine = Noting()
+    settings: dict[str, Any] = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"train_dataset": message_rows(), "eval_dataset": message_rows(2)}
+    trainer = make_trainer(tmp_path, engine=engine, **settings)
+    trainer.train()
+    assert engine.events == [("start", 0), 0, "sampling", 1, "sampling", "sampling", 2, "sampling", "end"]
+    assert trainer.sampler is engine
+    assert trainer.state.log_history[0]["perf/sampled_tokens"] >= 16
+    engine.events.clear()
+    trainer.evaluate()
+    assert engine.events == [("start", 2), 2, "sampling", "end"]
+
+
+def test_a_sampler_that_counts_nothing_will_do(tmp_path) -> None:
+    class Silent:
+        def __init__(self) -> None:
+            scripted = Scripted()
+            self.sample, self.release, self.pace = scripted.sample, scripted.release, scripted.pace
+
+    trainer = make_trainer(tmp_path, engine=FixedEngine(Silent()), train_dataset=message_rows(), max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["perf/sampled_tokens"] == 0

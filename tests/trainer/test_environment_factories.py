@@ -12,12 +12,17 @@ from typing import Any, ClassVar
 
 import pytest
 from datasets import Dataset
-from tiny import END, TOKENIZER, Hash, Look, ScriptedSampler, call, make_classifier, make_trainer, message_rows
 
+from tests.trainer.tiny import END, TOKENIZER, Hash, Look, call, make_classifier, make_trainer, message_rows, scripted
+from trl_steppo import FixedEngine
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.rollout import EpisodeRequest, episode_file, load_episodes
 
 PAIRS = {"per_device_train_batch_size": 2, "total_episodes": 8}  # 4 updates of 2 episodes
+
+
+def says_ok() -> FixedEngine:
+    return scripted(lambda *order: f"ok{END}")
 
 
 class Counting(Hash):
@@ -63,8 +68,7 @@ def test_environments_are_made_once_for_a_run_and_closed_at_its_end(tmp_path, co
 
 
 def test_rollouts_beside_each_other_have_environments_of_their_own_that_all_are_closed(tmp_path, counting):
-    trainer = make_trainer(tmp_path, environment_factory=counting, **PAIRS)
-    trainer.player.sampler = ScriptedSampler(lambda *order: f"ok{END}")
+    trainer = make_trainer(tmp_path, environment_factory=counting, engine=says_ok(), **PAIRS)
     requests = [EpisodeRequest(row, index) for index, row in enumerate(message_rows(2))]
     go_on, played = threading.Event(), []
     begun = threading.Barrier(3, timeout=60)
@@ -132,8 +136,7 @@ def test_functions_see_environments_however_few_play_at_once(tmp_path, counting,
         return [0.0] * len(completions)
 
     settings = {"max_concurrent_episodes": 1, "reward_funcs": takes_what_comes}
-    trainer = make_trainer(tmp_path, environment_factory=counting, **PAIRS, **settings)
-    trainer.player.sampler = ScriptedSampler(lambda *order: f"ok{END}")
+    trainer = make_trainer(tmp_path, environment_factory=counting, engine=says_ok(), **PAIRS, **settings)
     monkeypatch.setattr("trl_steppo.trainer.player._EVAL_EPISODES", 4)
     trainer.evaluate(message_rows(6))
     trainer.train()
@@ -171,8 +174,7 @@ def test_a_reward_function_that_fails_leaves_no_environment_behind(tmp_path, cou
 
 def test_a_rollout_that_ends_after_its_run_leaves_no_environment_behind(tmp_path, counting):
     """Not even where another run has begun by then, and reward functions were to see it."""
-    trainer = make_trainer(tmp_path, environment_factory=counting, reward_funcs=pays)
-    trainer.player.sampler = ScriptedSampler(lambda *order: f"ok{END}")
+    trainer = make_trainer(tmp_path, environment_factory=counting, reward_funcs=pays, engine=says_ok())
     begun, go_on = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -308,15 +310,15 @@ def test_rows_choose_their_environment_and_see_its_tools_only(tmp_path, rows):
         return [100.0 * (name == "adds") for name in environment]
 
     episodes_dir = tmp_path / "episodes"
+    asked = [call("add", n=3), call("double")]
     trainer = make_trainer(
         tmp_path,
         environment_factory=FACTORIES,
         train_dataset=rows(),
         reward_funcs=by_column,
         dump_episodes_dir=str(episodes_dir),
+        engine=scripted(lambda position, _, step: asked[step] if step < 2 else f"done{END}"),
     )
-    asked = [call("add", n=3), call("double")]
-    trainer.player.sampler = ScriptedSampler(lambda position, _, step: asked[step] if step < 2 else f"done{END}")
     trainer.train()
     for update in range(2):
         for episode in load_episodes(episode_file(episodes_dir, update, 0)):
@@ -430,10 +432,14 @@ def hits(completions: Any, **columns: Any) -> list[float]:
 
 def test_a_tool_that_handles_signals_answers(tmp_path):
     trainer = make_trainer(
-        tmp_path, tools=[query], environment_factory=None, reward_funcs=hits, train_dataset=message_rows()
-    )
-    trainer.player.sampler = ScriptedSampler(
-        lambda position, _, step: call("query", sql_command="select 7") if step == 0 else f"*yes*{END}"
+        tmp_path,
+        tools=[query],
+        environment_factory=None,
+        reward_funcs=hits,
+        train_dataset=message_rows(),
+        engine=scripted(
+            lambda position, _, step: call("query", sql_command="select 7") if step == 0 else f"*yes*{END}"
+        ),
     )
     trainer.train()
     first = trainer.state.log_history[0]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tiny import TOKENIZER, Hash, make_classifier, make_trainer, mixed_episodes, prompt_rows
 
+from tests.trainer.tiny import TOKENIZER, Hash, make_classifier, make_trainer, mixed_episodes, prompt_rows
 from trl_steppo import Episode, StepPOConfig
 from trl_steppo.errors import CheckpointError, RolloutError
 from trl_steppo.report.episodes import sample_episodes

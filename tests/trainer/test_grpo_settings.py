@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import TINY, TOKENIZER, Endless, make_model, message_rows
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
+from tests.trainer.tiny import TINY, TOKENIZER, Endless, make_model, message_rows
 from trl_steppo import PPOConfig, PPOTrainer, StepPOConfig, StepPOTrainer
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.losses import kl_estimate

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from killed_ahead import BATCH
-from warm import run_script
 
+from tests.trainer.killed_ahead import BATCH
+from tests.warm import run_script
 from trl_steppo.rollout import episode_file, load_episodes
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from warm import free_port
 
+from tests.warm import free_port
 from trl_steppo.commands.config import CONFIGS
 
 SETTINGS: dict[str, Any] = {

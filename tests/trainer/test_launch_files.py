@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from warm import free_port
 
+from tests.warm import free_port
 from trl_steppo.commands.config import CONFIGS
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "hotpotqa_steppo.py"

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import id_rows, make_trainer
 
+from tests.trainer.tiny import id_rows, make_trainer
 from trl_steppo import StepPOConfig
 from trl_steppo.learning.ranks import together
 from trl_steppo.trainer import ppo_trainer

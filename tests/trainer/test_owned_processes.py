@@ -14,8 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from fake_vllm import FakeVLLM
-from served_policy import Policy
+
+from tests.inference.fake_vllm import FakeVLLM
+from tests.trainer.served_policy import Policy
 
 pytest.importorskip("uvicorn", reason="needs the extra `gateway`")
 

@@ -10,7 +10,9 @@ import textwrap
 from typing import Any
 
 import pytest
-from parity import (
+from transformers import Trainer
+
+from tests.trainer.parity import (
     EOS,
     EPISODES,
     PPO_MODULE,
@@ -26,8 +28,6 @@ from parity import (
     train_ours,
     train_theirs,
 )
-from transformers import Trainer
-
 from trl_steppo import StepPOTrainer
 
 pytestmark = pytest.mark.skipif(PPOTrainer is Trainer, reason="this TRL has no `PPOTrainer`")

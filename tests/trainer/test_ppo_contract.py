@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from record_configs import DIRECTORY
-from tiny import TOKENIZER, id_rows, make_classifier, make_model
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from trl import TrlParser
 
+from tests.trainer.record_configs import DIRECTORY
+from tests.trainer.tiny import TOKENIZER, id_rows, make_classifier, make_model
 from trl_steppo import PPOConfig, PPOTrainer, StepPOConfig, StepPOTrainer
 from trl_steppo.compat.trl import ppo_bases
 

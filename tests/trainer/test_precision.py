@@ -10,11 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import FakeVLLM
 from peft import LoraConfig, get_peft_model
-from served_policy import Policy
-from tiny import Endless, distance, make_classifier, make_model, make_trainer, message_rows, same, weights
 
+from tests.inference.fake_vllm import FakeVLLM
+from tests.trainer.served_policy import Policy
+from tests.trainer.tiny import (
+    Endless,
+    distance,
+    make_classifier,
+    make_model,
+    make_trainer,
+    message_rows,
+    same,
+    weights,
+)
 from trl_steppo import StepPOTrainer
 from trl_steppo.inference.base import Sample, SamplingParams
 

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
-from replay_on_ranks import replay
 from safetensors.torch import load_file
-from tiny import distance, make_episode, make_model, make_trainer, weights
-from warm import free_port, run_on_ranks
 
+from tests.trainer.replay_on_ranks import replay
+from tests.trainer.tiny import distance, make_episode, make_model, make_trainer, weights
+from tests.warm import free_port, run_on_ranks
 from trl_steppo import Episode, StopReason
 from trl_steppo.batching import micro_batches, step_ids
 from trl_steppo.commands.config import CONFIGS

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from parity import Replay, assert_same, make_config, make_rows, make_small_networks, train_ours
-from record_ppo_trainer import CASES, DIRECTORY
+
+from tests.trainer.parity import Replay, assert_same, make_config, make_rows, make_small_networks, train_ours
+from tests.trainer.record_ppo_trainer import CASES, DIRECTORY
 
 
 @pytest.mark.parametrize("case", CASES)

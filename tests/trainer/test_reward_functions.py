@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tiny import END, Hash, ScriptedSampler, make_trainer, prompt_rows
 
+from tests.trainer.tiny import END, Hash, make_trainer, prompt_rows, scripted
 from trl_steppo import StepPOTrainer
 from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import EpisodeRequest, episode_file, load_episodes
@@ -88,9 +88,8 @@ def test_reward_functions_see_the_environments(tmp_path, monkeypatch, case):
 
 
 def one_step(tmp_path: Path, environment: type[Counted]) -> StepPOTrainer:
-    trainer = make_trainer(tmp_path, environment_factory=environment, reward_funcs=number_of)
-    trainer.player.sampler = ScriptedSampler(lambda *order: "x" + END)  # type: ignore[assignment]
-    return trainer
+    engine = scripted(lambda *order: "x" + END)
+    return make_trainer(tmp_path, environment_factory=environment, reward_funcs=number_of, engine=engine)
 
 
 def test_rollouts_that_are_played_ahead_keep_their_environments(tmp_path):

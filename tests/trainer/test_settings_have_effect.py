@@ -18,7 +18,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import (
+from transformers import TrainingArguments
+
+from tests.trainer.tiny import (
     TOKENIZER,
     Endless,
     Hash,
@@ -31,8 +33,6 @@ from tiny import (
     same,
     weights,
 )
-from transformers import TrainingArguments
-
 from trl_steppo import Episode, StepPOConfig, StepPOTrainer, StopReason
 from trl_steppo.calls import within
 from trl_steppo.environments.base import Response

@@ -12,9 +12,9 @@ import time
 from typing import Any
 
 import pytest
-from tiny import Hash, make_model, make_trainer, prompt_rows, same, weights
 from transformers import TrainerCallback
 
+from tests.trainer.tiny import Hash, make_model, make_trainer, prompt_rows, same, weights
 from trl_steppo import stopping
 from trl_steppo.learning.ranks import _sendable
 
@@ -228,8 +228,7 @@ def test_a_run_stops_with_its_launcher(tmp_path, number):
     script, stopped = tmp_path / "listens.py", tmp_path / "stopped"
     script.write_text(LISTENS)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([*words, script, stopped], stdout=subprocess.PIPE, env=environment, text=True) as launcher:
+    with subprocess.Popen([*words, script, stopped], stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
         assert any("listens" in line for line in iter(launcher.stdout.readline, ""))
         launcher.send_signal(number)

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import (
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+from tests.trainer.tiny import (
     END,
     TOKENIZER,
     Endless,
     Hash,
     Look,
-    ScriptedSampler,
     call,
     distance,
     hashed,
@@ -29,10 +30,9 @@ from tiny import (
     message_rows,
     prompt_rows,
     same,
+    scripted,
     weights,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-
 from trl_steppo import PPOTrainer, StepPOTrainer, StopReason
 from trl_steppo.chat import ChatFormat
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
@@ -97,12 +97,10 @@ def test_environment_that_takes_the_response(tmp_path, rows):
 
 
 def test_trl_style_environment(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, environment_factory=Look, train_dataset=message_rows())
-
     def script(row: int, generation: int, step: int) -> str:
         return call("look", where="there") if step <= row % 2 else f"done{'<|im_end|>'}"
 
-    trainer.player.sampler = ScriptedSampler(script)
+    trainer = make_trainer(tmp_path, environment_factory=Look, train_dataset=message_rows(), engine=scripted(script))
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "max_interaction_steps" not in caplog.text
@@ -141,9 +139,7 @@ def test_tools_and_reward_functions(tmp_path):
         train_dataset=message_rows(),
         max_steps=1,
         dump_episodes_dir=str(tmp_path / "episodes"),
-    )
-    trainer.player.sampler = ScriptedSampler(
-        lambda row, generation, step: call("look", where="x") if step == 0 else "ok<|im_end|>"
+        engine=scripted(lambda row, generation, step: call("look", where="x") if step == 0 else "ok<|im_end|>"),
     )
     trainer.train()
     (logs,) = training_logs(tmp_path)
@@ -474,9 +470,7 @@ def test_a_bad_tool_call_is_an_observation_and_a_counter(tmp_path, kind):
         train_dataset=message_rows(),
         tool_timeout_s=0.5 if kind == "slow" else 60.0,
         dump_episodes_dir=str(tmp_path / "episodes"),
-    )
-    trainer.player.sampler = ScriptedSampler(
-        lambda row, generation, step: text if step == 0 and row % 4 == 0 else "ok<|im_end|>"
+        engine=scripted(lambda row, generation, step: text if step == 0 and row % 4 == 0 else "ok<|im_end|>"),
     )
     trainer.train()
     for logs in training_logs(tmp_path):
@@ -681,7 +675,7 @@ def public_state(trainer: Any) -> dict[str, Any]:
         "policy trains": [module.training for module in trainer.model.modules()],
         "critic trains": [module.training for module in trainer.value_model.modules()],
         "serves": trainer.player._server,
-        "running": getattr(trainer.engine, "_is_running", False),
+        "running": getattr(trainer.sampler, "_keeper", None),
         "bars": [getattr(callback, "training_bar", None) for callback in trainer.callback_handler.callbacks],
     }
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import httpx
 import pytest
-from tiny import Hash, Look, ScriptedSampler, call, make_trainer, message_rows, same, weights
 from transformers import TrainerCallback
 
+from tests.trainer.tiny import Hash, Look, ScriptedSampler, call, make_trainer, message_rows, same, scripted, weights
+from trl_steppo import FixedEngine
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import Response
 from trl_steppo.errors import CheckpointError, ConfigurationError
@@ -122,10 +123,10 @@ def test_the_same_policy_through_our_loop_and_through_the_gateway(tmp_path, envi
             max_steps=3,
             dump_episodes_dir=str(directory / "episodes"),
             bootstrap_truncated=True,
+            engine=scripted(script),
             **settings,
             **given,
         )
-        trainer.player.sampler = ScriptedSampler(script)
         trainer.train()
         files = sorted((directory / "episodes").iterdir())
         assert len(files) == 3
@@ -156,14 +157,12 @@ def test_a_killed_run_takes_up_the_episodes_that_were_played(tmp_path):
 
     settings = {"train_dataset": message_rows(), "max_steps": 3, "response_length": 200}
     settings |= {"save_strategy": "steps", "save_steps": 1, "dump_episodes_dir": str(tmp_path / "episodes")}
-    trainer = make_trainer(tmp_path, agent=agent, **settings)
-    trainer.player.sampler = Dying(look_script)
+    trainer = make_trainer(tmp_path, agent=agent, engine=FixedEngine(Dying(look_script)), **settings)
     with suppress(KeyboardInterrupt):
         trainer.train()
     assert (trainer.state.global_step, len(played)) == (1, 16)
     dies[0] = False
-    trainer = make_trainer(tmp_path, agent=agent, **settings)
-    trainer.player.sampler = Dying(look_script)
+    trainer = make_trainer(tmp_path, agent=agent, engine=FixedEngine(Dying(look_script)), **settings)
     trainer.train(resume_from_checkpoint=True)
     assert (trainer.state.global_step, len(played)) == (3, 24)
     found = [e for file in sorted((tmp_path / "episodes").iterdir()) for e in load_episodes(file)]
@@ -190,8 +189,8 @@ def test_what_is_no_agent_is_refused(tmp_path):
 
 
 def test_evaluation_plays_the_agent_greedily(tmp_path):
-    trainer = make_trainer(tmp_path, agent=agent_of(Look), eval_dataset=message_rows(3), response_length=200)
-    trainer.player.sampler = ScriptedSampler(look_script)
+    settings = {"eval_dataset": message_rows(3), "response_length": 200, "engine": scripted(look_script)}
+    trainer = make_trainer(tmp_path, agent=agent_of(Look), **settings)
     assert trainer.evaluate()["eval_failed_episodes"] == 0
 
 
@@ -238,9 +237,8 @@ class Raises(TrainerCallback):
 
 def evaluating_trainer(directory: Any, **settings: Any) -> Any:
     settings = {"eval_dataset": message_rows(2), "max_steps": 2, "response_length": 200, **settings}
-    trainer = make_trainer(directory, agent=agent_of(Look), train_dataset=message_rows(), **settings)
-    trainer.player.sampler = ScriptedSampler(look_script)
-    return trainer
+    settings["engine"] = scripted(look_script)
+    return make_trainer(directory, agent=agent_of(Look), train_dataset=message_rows(), **settings)
 
 
 def test_one_gateway_serves_a_run(tmp_path, gateways):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import END, ScriptedSampler, hashed, make_classifier, make_trainer, message_rows, same, weights
 
+from tests.trainer.tiny import END, hashed, make_classifier, make_trainer, message_rows, same, scripted, weights
 from trl_steppo import StopReason
 from trl_steppo.rollout import episode_file, load_episodes
 
@@ -32,9 +32,9 @@ def train(directory: Any, script: Any = every_second_is_cut, **settings: Any) ->
         max_steps=1,
         value_model=make_classifier(),
         dump_episodes_dir=str(directory / "episodes"),
+        engine=scripted(script),
         **settings,
     )
-    trainer.player.sampler = ScriptedSampler(script)
     trainer.train()
     return trainer
 

@@ -12,14 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import FakeVLLM
-from gloo_group import GlooGroup
 from safetensors.torch import load_file
-from served_policy import Policy
-from tiny import Endless, distance, hashed, make_classifier, make_model, make_trainer, message_rows, weights
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
-from vllm_on_ranks import launch, train
 
+from tests.inference.fake_vllm import FakeVLLM
+from tests.inference.gloo_group import GlooGroup
+from tests.trainer.served_policy import Policy
+from tests.trainer.tiny import (
+    Endless,
+    distance,
+    hashed,
+    make_classifier,
+    make_model,
+    make_trainer,
+    message_rows,
+    weights,
+)
+from tests.trainer.vllm_on_ranks import launch, train
 from trl_steppo.errors import CheckpointError, ConfigurationError, RolloutError
 from trl_steppo.rollout import episode_file, load_episodes
 from trl_steppo.trainer import engines

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from gloo_group import GlooGroup
-from real_vllm import MISSING, PYTHON, RealVLLM
-from tiny import TOKENIZER, Endless, make_config, make_model, message_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
-from vllm_on_ranks import Probe, distance_of, launch, logprobs_of
 
+from tests.inference.gloo_group import GlooGroup
+from tests.inference.real_vllm import MISSING, PYTHON, RealVLLM
+from tests.trainer.tiny import TOKENIZER, Endless, make_config, make_model, message_rows
+from tests.trainer.vllm_on_ranks import Probe, distance_of, launch, logprobs_of
 from trl_steppo import StepPOTrainer
 from trl_steppo.inference.base import Sample
 from trl_steppo.rollout import episode_file, load_episodes

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from trl_steppo import Episode, PPOConfig, Step, StepPOConfig, StepPOTrainer, StopReason
+from trl_steppo import Episode, FixedEngine, PPOConfig, Step, StepPOConfig, StepPOTrainer, StopReason
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.types import TokenIds
 
@@ -173,6 +173,11 @@ class ScriptedSampler:
         pass
 
 
+def scripted(script: Callable[..., str]) -> FixedEngine:
+    """An engine whose sampler follows a script."""
+    return FixedEngine(ScriptedSampler(script))
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 TINY: dict[str, Any] = {
@@ -209,7 +214,7 @@ def make_trainer(output_dir: Any, *, args: Any = None, model: Any = None, **argu
     """A trainer of the tiny model in the `Hash` environment; settings and arguments may be mixed."""
     of_trainer = ("ref_model", "reward_model", "train_dataset", "value_model", "eval_dataset", "callbacks")
     of_trainer += ("environment_factory", "tools", "reward_funcs", "data_collator", "optimizers", "peft_config")
-    of_trainer += ("agent", "reward_processing_classes")
+    of_trainer += ("agent", "reward_processing_classes", "engine")
     given = {name: arguments.pop(name) for name in of_trainer if name in arguments}
     if not {"environment_factory", "tools", "reward_funcs", "reward_model", "agent"} & set(given):
         given["environment_factory"] = Hash

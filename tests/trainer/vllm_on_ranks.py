@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gloo_group import GlooGroup
-from tiny import make_classifier, make_trainer, message_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
-from warm import free_port
 
+from tests.inference.gloo_group import GlooGroup
+from tests.trainer.tiny import make_classifier, make_trainer, message_rows
+from tests.warm import free_port
 from trl_steppo.commands.config import CONFIGS
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.trainer import engines
@@ -84,8 +84,6 @@ def launch(directory: Path, engine: str, settings: dict[str, Any], *, timeout_s:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port()]
     command += ["--config_file", str(CONFIGS / f"{engine}.yaml"), __file__, str(given), str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    tests = Path(__file__).parents[1]
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (tests, tests / "inference")))
     subprocess.run(command, timeout=timeout_s, env=environment, check=True)
     return output
 

@@ -1,13 +1,14 @@
 """
 Has a real vLLM server on a CPU make groups over gloo, where its own are over NCCL: `--worker-extension-cls
-vllm_over_gloo.Worker`, with this directory and that of `gloo_group` in `PYTHONPATH`. All else is vLLM's.
+tests.trainer.vllm_over_gloo.Worker`. All else is vLLM's.
 """
 
 from typing import Any
 
 import torch
-from gloo_group import GlooGroup
 from vllm.distributed.weight_transfer import nccl_engine
+
+from tests.inference.gloo_group import GlooGroup
 
 
 class Worker:

@@ -1,4 +1,4 @@
-"""Where responses are sampled, and how new weights get there: here, in a process beside this, or on vLLM servers."""
+"""What samples for a trainer, and how new weights get there: in this process, in another one, or on vLLM servers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from .. import durable
 from ..compat.transformers import as_saved
 from ..errors import CheckpointError, ConfigurationError
-from ..inference.base import Sampler, vocabulary_size
+from ..inference.base import Counts, Sampler, vocabulary_size
 from ..inference.local import LocalSampler
 from ..inference.vllm import VLLMSampler
 from ..inference.vllm_server import Weights
@@ -35,57 +36,144 @@ from .networks import cast_parameters, engine_dtype
 from .steppo_config import StepPOConfig
 
 _OWNER = ".trl-steppo-weights.json"
+_SETTINGS_OF_ENGINES = (
+    *("use_rollout_worker", "rollout_cache_tokens", "allow_uncached_sampling", "use_vllm", "vllm_server_base_url"),
+    *("vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
+)
 _SENT = (torch.int8, torch.uint8, torch.int32, torch.int64)  # beside floating-point numbers
 
 
+@runtime_checkable
 class CountingSampler(Sampler, Protocol):
-    """A sampler that counts what it does."""
+    """A sampler that counts what it does. Its counts are logged as `perf/*` and `rollout/*`."""
 
     @property
-    def sampled_tokens(self) -> int:
-        """Tokens of all responses."""
-        ...
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        ...
-
-    @property
-    def prefilled_tokens(self) -> int:
-        """Those of them that were forwarded; the others were in the cache."""
-        ...
-
-    @property
-    def uncached_rows(self) -> int:
-        """Rows that were forwarded whole for one more token."""
-        ...
-
-    @property
-    def forward_s(self) -> float:
-        """Seconds in the model's forward passes."""
+    def counts(self) -> Counts:
+        """What it has done since it was made."""
         ...
 
 
+def counts_of(sampler: Sampler) -> Counts:
+    """What a sampler has done until now; all 0 if it does not count."""
+    return sampler.counts if isinstance(sampler, CountingSampler) else Counts()
+
+
+@runtime_checkable
 class Engine(Protocol):
-    """What samples for a trainer. All ranks call each method, in the same order."""
+    """
+    What samples for a trainer: the argument `engine=` of `StepPOTrainer`.
+
+    `version` is the number of updates that are in the policy's weights; samples tell it as `policy_version`. All ranks
+    call each method, in the same order. Without this argument, the run's settings choose an engine: [`InProcess`],
+    [`InWorker`] or [`InVLLM`].
+
+    Example:
+    ```python
+    class Remote:
+        def __init__(self, client): self.sampler = client  # a `Sampler`
+        def running(self, version): return self.sampler.connected()
+        def sampling(self): return nullcontext()
+        def take_weights(self, version): self.sampler.upload(policy.state_dict(), version)
+
+    StepPOTrainer(args, model=policy, engine=Remote(client), ...)
+    ```
+    """
 
     @property
-    def sampler(self) -> CountingSampler:
-        """Where requests go, within [`running`]."""
+    def sampler(self) -> Sampler:
+        """Continues prompts, within [`running`]; a [`CountingSampler`] has its counts logged."""
         ...
 
     def running(self, version: int) -> AbstractContextManager[None]:
-        """Around all that samples; from the policy as it is at the beginning, after so many updates."""
+        """Context of a run, or of an evaluation outside of one; sampling starts with the policy's current weights."""
         ...
 
     def sampling(self) -> AbstractContextManager[None]:
-        """Around a rollout that the trainer waits for."""
+        """Context of a rollout that the trainer waits for."""
         ...
 
     def take_weights(self, version: int) -> None:
-        """From now on, sample from the policy as it is now, after so many updates."""
+        """Publish the policy's current weights to the sampler."""
         ...
+
+
+class FixedEngine:
+    """
+    A sampler as an engine. It is there all the time and never takes weights: for tests, and for policies that are
+    updated elsewhere.
+
+    Args:
+        sampler ([`Sampler`]):
+            Continues prompts.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def running(self, version: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def sampling(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def take_weights(self, version: int) -> None:
+        pass
+
+
+def check_engine(args: StepPOConfig, engine: Engine | None) -> None:
+    """
+    Check the trainer's argument `engine`.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The run's settings.
+        engine ([`Engine`], *optional*):
+            What the user passed.
+
+    Raises:
+        ConfigurationError: If it is not an engine, or settings choose one, too.
+    """
+    if engine is None:
+        return
+    if not isinstance(engine, Engine):
+        missing = [name for name in ("sampler", "running", "sampling", "take_weights") if not hasattr(engine, name)]
+        raise ConfigurationError(
+            f"`engine` is a {type(engine).__name__}, which has no {' and no '.join(f'`{name}`' for name in missing)}; "
+            "pass an object with all that `trl_steppo.Engine` names. A sampler that takes no weights is wrapped: "
+            "`FixedEngine(sampler)`"
+        )
+    defaults = {field.name: field.default for field in fields(args)}
+    for name in _SETTINGS_OF_ENGINES:
+        if getattr(args, name) != defaults[name]:
+            raise ConfigurationError(
+                f"`{name}`={getattr(args, name)!r} has no effect together with `engine`, which samples instead of the "
+                "engine that this setting is about; remove one of the two"
+            )
+
+
+def make_engine(
+    args: StepPOConfig, accelerator: Accelerator, *, policy: Network, model: Any, twin: Any | None
+) -> Engine:
+    """
+    The engine that the run's settings choose.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The run's settings.
+        accelerator ([`~accelerate.Accelerator`]):
+            Knows the numerics of training, and the other ranks.
+        policy ([`Network`]):
+            The prepared policy.
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy's model.
+        twin (`PreTrainedModel`, *optional*):
+            For [`InWorker`]: a whole copy of the model, made before it was prepared for training.
+    """
+    if args.use_vllm:
+        return InVLLM(args, accelerator, model)
+    if twin is not None:
+        return InWorker(args, accelerator, model, twin)
+    return InProcess(args, accelerator, policy, model)
 
 
 class InProcess:
@@ -133,24 +221,18 @@ class InProcess:
 
 
 class _Beside(ABC):
-    """What samples beside the trainer: from the outermost [`running`] to its end, with copies of the weights."""
+    """What samples outside of the trainer's process, with copies of the weights."""
 
     sampler: Any
     _model: Any
-    _is_running = False
 
     @contextmanager
     def running(self, version: int) -> Iterator[None]:
-        if self._is_running:
-            yield
-            return
-        self._is_running = True
         try:
             self._start()
             self.take_weights(version)
             yield
         finally:
-            self._is_running = False
             self._close()
 
     def sampling(self) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ from ..environments.base import Playable
 from ..environments.slots import Slots
 from ..environments.tools import check_reset, make_playable
 from ..errors import ConfigurationError, DataError
-from ..inference.base import Sampler, SamplingParams
+from ..inference.base import SamplingParams
 from ..models import score_sequences
 from ..numerics import Numerics
 from ..rollout import (
@@ -45,6 +45,7 @@ from ..rollout import (
 from ..rollout.loops import run_coroutine
 from ..types import Episode, StopReason, TokenIds
 from .dataset_checks import ENVIRONMENT_COLUMN
+from .engines import Engine
 from .reward_models import RewardModel
 from .steppo_config import StepPOConfig
 
@@ -67,8 +68,8 @@ class EpisodePlayer:
             The run's settings.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer, with a chat template where rows have `prompt`.
-        sampler ([`Sampler`]):
-            The policy.
+        engine ([`Engine`]):
+            Has the sampler that continues prompts.
         columns (`Sequence[str]`):
             The dataset's columns: rows have `prompt` or `input_ids`.
         eval_columns (`Sequence[Sequence[str]]`, *optional*):
@@ -104,7 +105,7 @@ class EpisodePlayer:
         self,
         args: StepPOConfig,
         tokenizer: Any,
-        sampler: Sampler,
+        engine: Engine,
         *,
         columns: Sequence[str],
         eval_columns: Sequence[Sequence[str]] = (),
@@ -122,7 +123,7 @@ class EpisodePlayer:
         self.args = args
         self._end_token_ids = tuple(end_token_ids)
         self.tokenizer = tokenizer
-        self.sampler = sampler
+        self.engine = engine
         self._update_episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self._factories = factories_of(environment_factory)
         self._chooses = isinstance(environment_factory, Mapping)
@@ -190,7 +191,7 @@ class EpisodePlayer:
     @property
     def context(self) -> int | None:
         """Most tokens of a prompt with its response: what the model can read, or its servers take if that is less."""
-        known = (self._model_context, getattr(self.sampler, "context", None))
+        known = (self._model_context, getattr(self.engine.sampler, "context", None))
         return min((length for length in known if length is not None), default=None)
 
     @property
@@ -261,7 +262,7 @@ class EpisodePlayer:
             common["make_timeout_s"] = self.args.tool_timeout_s
             holds = self._shows_environments
             with self._staged() as stage:
-                played = play_episodes(requests, stage, self.sampler, chat=self.chat_of, holds=holds, **common)
+                played = play_episodes(requests, stage, self.engine.sampler, chat=self.chat_of, holds=holds, **common)
                 for name in [episode.episode_id for episode in played if holds and episode.valid]:
                     self._played_in[name] = stage, stage.held(name)
             return [_readable(episode, self.context) for episode in played]
@@ -272,7 +273,7 @@ class EpisodePlayer:
                 requests,
                 self.agent,
                 server,
-                self.sampler,
+                self.engine.sampler,
                 idle_s=self.args.tool_timeout_s,
                 needs_reward=not self.reward_funcs and self.reward_model is None,
                 resumes=update is not None,

@@ -48,7 +48,7 @@ from ..compat.transformers import (
 from ..compat.trl import ppo_bases
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError, ConfigurationError, DataError, RolloutError
-from ..inference.base import vocabulary_size
+from ..inference.base import Sampler, vocabulary_size
 from ..learning.estimators import reference_kl, token_penalties
 from ..learning.learner import Learner
 from ..learning.metrics import Clock, Means
@@ -71,6 +71,7 @@ from ..models import (
     gathered,
     is_peft_model,
     plain_model,
+    register_attention,
     takes_tries,
     whole_state_dict,
 )
@@ -106,7 +107,7 @@ from .data_stream import check_same_order, checksum, column_names, first_rows, m
 from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
 from .description import describe_task
 from .distribution import Distribution, check_distribution
-from .engines import Engine, InProcess, InVLLM, InWorker
+from .engines import Engine, check_engine, counts_of, make_engine
 from .episode_log import EpisodeLog
 from .loading import Loader
 from .metrics import add_age_metrics, add_correction_metrics, add_episode_metrics, beside
@@ -271,9 +272,11 @@ class PPOTrainer(_Base):
         reward_funcs: RewardFuncs | None = None,
         reward_processing_classes: Any = None,
         agent: Agent | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """All arguments of both trainers, checked and put together."""
         refuse_unsupported(args)
+        check_engine(args, engine)
         check_kinds(
             processing_class=processing_class,
             model=model,
@@ -349,12 +352,11 @@ class PPOTrainer(_Base):
             judge.check_prompt(self.rows.example.get("prompt"))
             _frozen(judge.model, self.accelerator.device)
         self.clock = Clock()
-        self._build_learner(model, ref_model, value_model, optimizers)
-        self.sampler = self.engine.sampler
+        self._build_learner(model, ref_model, value_model, optimizers, engine)
         self.player = EpisodePlayer(
             args,
             processing_class,
-            self.sampler,
+            self.engine,
             columns=self.rows.columns,
             eval_columns=[column_names(dataset) for dataset in _datasets(eval_dataset)],
             environment_factory=environment_factory,
@@ -386,6 +388,11 @@ class PPOTrainer(_Base):
         self._steps_taken = self._steps_skipped = 0  # by the learner, before this update
         # Of Python, NumPy and torch, at the beginning of the update that is being made.
         self._generators: tuple[Any, Any, torch.Tensor] | None = None
+
+    @property
+    def sampler(self) -> Sampler:
+        """What continues prompts: the engine's sampler."""
+        return self.engine.sampler
 
     # -- the story ----------------------------------------------------------------------------------------------------
 
@@ -691,8 +698,10 @@ class PPOTrainer(_Base):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Around every rollout that is waited for; all ranks enter it, those with nothing to play among them."""
-        with self.engine.running(self.state.global_step), self.engine.sampling():
+        """Context of a rollout that is waited for. Collective: every rank must enter it, even with nothing to play."""
+        # A run has started its engine; an evaluation outside of one starts it for itself.
+        running = nullcontext() if self.is_in_train else self.engine.running(self.state.global_step)
+        with running, self.engine.sampling():
             yield
 
     @contextmanager
@@ -965,8 +974,10 @@ class PPOTrainer(_Base):
         ref_model: PreTrainedModel | None,
         value_model: PreTrainedModel | None,
         optimizers: tuple[Any, Any],
+        engine: Engine | None,
     ) -> None:
         args = self.args
+        register_attention()  # a model that was pickled after a run names it
         self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None  # type: ignore[assignment]
         self.value_model: Any = None
         needs_copy = args.uses_reference and ref_model is None and self.policy_adapter is None
@@ -982,7 +993,8 @@ class PPOTrainer(_Base):
                 self.value_model = value_model if value_model is not None else self._build_critic(model)
             if needs_copy:
                 ref_model = copy.deepcopy(model)
-            twin = copy.deepcopy(plain_model(model)).cpu() if args.samples_in_worker else None
+            needs_twin = engine is None and args.samples_in_worker
+            twin = copy.deepcopy(plain_model(model)).cpu() if needs_twin else None
             if is_fsdp2(self.accelerator):
                 hold(model, "model")  # all compute in the type that FSDP2 gives their layers
         if args.uses_critic:
@@ -1029,13 +1041,7 @@ class PPOTrainer(_Base):
             self._event,
         )
         # Last: what a model's attention can take is settled by now.
-        self.engine: Engine
-        if args.use_vllm:
-            self.engine = InVLLM(args, self.accelerator, model)
-        elif twin is not None:
-            self.engine = InWorker(args, self.accelerator, model, twin)
-        else:
-            self.engine = InProcess(args, self.accelerator, policy, model)
+        self.engine = engine or make_engine(args, self.accelerator, policy=policy, model=model, twin=twin)
 
     def _choose_reference(self, model: Any, policy_adapter: str) -> str | None:
         """The adapter that is the reference; `None`: the base model without any, as for an adapter that is new."""
@@ -1185,13 +1191,7 @@ class PPOTrainer(_Base):
         self._logged = Means()  # by reward functions
         self._logs: dict[str, float] = {}
         self.clock.seconds.clear()
-        sampled, prompted, prefilled, sampling, uncached = (
-            self.sampler.sampled_tokens,
-            self.sampler.prompt_tokens,
-            self.sampler.prefilled_tokens,
-            self.sampler.forward_s,
-            self.sampler.uncached_rows,
-        )
+        before = counts_of(self.sampler)
         forwarded = self.learner.tokens_forwarded
         self._generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
         start = time.perf_counter()
@@ -1200,16 +1200,18 @@ class PPOTrainer(_Base):
         self._event("on_step_begin")
         yield
         update_s = time.perf_counter() - start
-        sampled = self.sampler.sampled_tokens - sampled  # now: those that are sampled meanwhile are of the next one
-        prompted = self.sampler.prompt_tokens - prompted
-        prefilled = self.sampler.prefilled_tokens - prefilled
-        uncached = self.sampler.uncached_rows - uncached
-        self._means.add("rollout/prefix_cache_hit_rate", max(0, prompted - prefilled), prompted)
+        # Read now: tokens sampled during the weight sync count towards the next update.
+        counts = counts_of(self.sampler) - before
+        self._means.add(
+            "rollout/prefix_cache_hit_rate",
+            max(0, counts.prompt_tokens - counts.prefilled_tokens),
+            counts.prompt_tokens,
+        )
         model_s, rollout_s = self.clock.seconds["model_s"], max(self.clock.seconds["rollout_s"], 1e-9)
         if args.max_staleness:  # sampling goes on all the time, and takes none of this process's
             rollout_s = update_s
         else:
-            model_s += self.sampler.forward_s - sampling
+            model_s += counts.forward_s
         self.state.global_step += 1
         with self.clock.measure("sync_s"):
             self.engine.take_weights(self.state.global_step)
@@ -1227,10 +1229,10 @@ class PPOTrainer(_Base):
             **{f"perf/{name}": value for name, value in self.clock.seconds.items() if name != "model_s"},
             "perf/update_s": update_s,
             "perf/overhead_fraction": 1.0 - model_s / update_s,
-            "perf/tokens_per_s": sampled / rollout_s,
-            "perf/sampled_tokens": sampled,
-            "perf/prefilled_tokens": prefilled,
-            "rollout/uncached_rows": uncached,
+            "perf/tokens_per_s": counts.sampled_tokens / rollout_s,
+            "perf/sampled_tokens": counts.sampled_tokens,
+            "perf/prefilled_tokens": counts.prefilled_tokens,
+            "rollout/uncached_rows": counts.uncached_rows,
         }
         if self.learner.tokens_forwarded > forwarded:
             count = self.learner.tokens_forwarded - forwarded

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..rollout import Agent
+from .engines import Engine
 from .loading import name_of
 from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
@@ -75,6 +76,9 @@ class StepPOTrainer(PPOTrainer):
             Plays the rows instead of an environment: any agent that speaks the OpenAI or Anthropic API, as a function
             `agent(row, *, base_url, api_key) -> float | None`, sync or async, or as a command that is run for each
             episode; see [`rollout.agent`].
+        engine ([`Engine`], *optional*):
+            What samples for the run, instead of the engine that the run's settings choose. Set `rollout_correction`
+            where its log-probabilities differ from the policy's.
 
     Raises:
         ConfigurationError, DataError: If arguments or settings do not fit together; the message names them and the
@@ -128,6 +132,7 @@ class StepPOTrainer(PPOTrainer):
         reward_funcs: RewardFuncs | None = None,
         reward_processing_classes: Any = None,
         agent: Agent | None = None,
+        engine: Engine | None = None,
     ) -> None:
         if args is None:
             args = StepPOConfig(f"{name_of(model)}-StepPO")
@@ -149,4 +154,5 @@ class StepPOTrainer(PPOTrainer):
             reward_funcs=reward_funcs,
             reward_processing_classes=reward_processing_classes,
             agent=agent,
+            engine=engine,
         )

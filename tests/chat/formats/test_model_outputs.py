@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from call_writers import (
+
+from tests.chat.formats.call_writers import (
     HARMONY_OF_TEMPLATE,
     OPEN_THOUGHT,
     WRITERS,
@@ -22,7 +23,6 @@ from call_writers import (
     Xml,
     make_chat,
 )
-
 from trl_steppo.environments import Response, ToolPlayable
 
 USER = {"role": "user", "content": "Do it."}

@@ -6,8 +6,9 @@ import random
 from typing import Any
 
 import pytest
-from call_writers import OPEN_THOUGHT, WRITERS, make_chat, make_tokenizer
-from test_model_outputs import TOOLS
+
+from tests.chat.formats.call_writers import OPEN_THOUGHT, WRITERS, make_chat, make_tokenizer
+from tests.chat.formats.test_model_outputs import TOOLS
 
 TEXTS = (
     *("", "x", "2024", "02134", "1e5", "null", "true", '{"a": 1}', "[1]", '"', "'", "\\", "\\n", "a b", " x ", "\n"),

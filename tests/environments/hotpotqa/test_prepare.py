@@ -11,8 +11,8 @@ from typing import Any
 
 import datasets
 import pytest
-from test_hotpotqa_data import REAL_ROWS, ROWS, make_row, write_rows
 
+from tests.environments.hotpotqa.test_hotpotqa_data import REAL_ROWS, ROWS, make_row, write_rows
 from trl_steppo.cli import main
 from trl_steppo.environments.hotpotqa import (
     BM25Retriever,

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from scripted_runs import call, say
+
+from tests.examples.trl_scripts.scripted_runs import call, say
 
 Config = Callable[..., Any]
 

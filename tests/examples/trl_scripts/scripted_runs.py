@@ -10,7 +10,6 @@ import copy
 import functools
 import inspect
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +21,10 @@ import trl
 from trl.chat_template_utils import qwen3_chat_template
 
 import trl_steppo
-from trl_steppo import StepPOConfig, StepPOTrainer
+from tests.trainer import tiny
+from trl_steppo import FixedEngine, StepPOConfig, StepPOTrainer
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.types import StopReason, TokenIds
-
-sys.path.insert(0, str(Path(__file__).absolute().parents[2] / "trainer"))
-import tiny
 
 Script = Callable[[str, int, int], str]
 """What the policy says: of the episode's first prompt as text, its index among the row's episodes, and its step."""
@@ -241,7 +238,7 @@ def steppo_trainer(script: Script, recording: Recording, policy: str) -> type:
     class Scripted(StepPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **_stood_in(kwargs, recording, policy))
-            self.player.sampler = _ScriptedSampler(script, self.player.tokenizer)
+            self.engine = self.player.engine = FixedEngine(_ScriptedSampler(script, self.player.tokenizer))
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             super().log(logs, start_time)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import scripted_runs
-from programs import PROGRAMS
-from scripted_runs import GRPOConfig, Recording, grpo_trainer, say, steppo_config, steppo_trainer
+from tests.examples.trl_scripts import scripted_runs
+from tests.examples.trl_scripts.programs import PROGRAMS
+from tests.examples.trl_scripts.scripted_runs import (
+    GRPOConfig,
+    Recording,
+    grpo_trainer,
+    say,
+    steppo_config,
+    steppo_trainer,
+)
 
 
 @pytest.fixture(scope="module")

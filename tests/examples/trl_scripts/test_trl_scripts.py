@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 import trl
 
-sys.path.insert(0, str(Path(__file__).parent))
-import clients
-import scripted_runs
-from scripted_runs import Recording, call, say
+from tests.examples.trl_scripts import clients, scripted_runs
+from tests.examples.trl_scripts.scripted_runs import Recording, call, say
 
 EXAMPLES = Path(os.environ.get("TRL_EXAMPLES", ""))
 
