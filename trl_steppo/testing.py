@@ -10,20 +10,32 @@ import inspect
 import json
 import random
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .chat import ChatFormat
 from .environments import Playable, make_playable
+from .episodes import EpisodeSpec
 from .errors import RolloutError
 from .inference.base import Sample, SamplingParams
-from .rollout import Agent, EpisodeLimits, EpisodeRequest, Stage, paid, play_agents, play_episodes, score_episodes
-from .types import Episode, Step, StopReason, TokenIds
+from .rollout import (
+    Agent,
+    AgentPlayer,
+    EnvironmentPlayer,
+    EpisodeRequest,
+    Stage,
+    paid,
+    play_episodes,
+    score_episodes,
+)
+from .types import Episode, EpisodeLimits, Row, Step, StopReason, TokenIds
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
+
+    from .types import Tokenizer
 
 END_OF_TURN = "<|im_end|>"
 """What ends a turn of [`byte_tokenizer`]'s chat template."""
@@ -123,7 +135,7 @@ class Turn:
     stream_position: int
     generation_index: int
     step_index: int
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
 
     @cached_property
     def prompt(self) -> str:
@@ -168,7 +180,7 @@ class ScriptedSampler:
         self,
         script: Script,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         logprobs: float | Callable[[Turn, Sequence[int]], Sequence[float]] = -1.0,
         ends_turns: bool = True,
         policy_version: int = 0,
@@ -203,7 +215,7 @@ class ScriptedSampler:
         """The episode is over."""
         self.released.append(episode_id)
 
-    def pace(self, settled: Callable[[], Awaitable[None]] | None) -> None:
+    def pace(self, quiet: Callable[[], Awaitable[None]] | None) -> None:
         """It forms no batches."""
 
     async def _respond(self, turn: Turn) -> Response:
@@ -249,7 +261,7 @@ class ScriptedEngine:
             The trainer's `processing_class`; a [`byte_tokenizer`] if not given.
     """
 
-    def __init__(self, script: Script | ScriptedSampler, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(self, script: Script | ScriptedSampler, *, tokenizer: Tokenizer | None = None) -> None:
         is_sampler = isinstance(script, ScriptedSampler)
         self.sampler = script if is_sampler else ScriptedSampler(script, tokenizer=tokenizer)
 
@@ -274,7 +286,7 @@ class ScriptedEngine:
 def play(
     environment_factory: Callable[[], object] | None,
     responses: Script | ScriptedSampler,
-    rows: Sequence[Mapping[str, object]] = _ROWS,
+    rows: Sequence[Row] = _ROWS,
     *,
     tools: Sequence[Callable[..., Any]] = (),
     reward_funcs: Sequence[Callable[..., Any]] = (),
@@ -320,40 +332,24 @@ def play(
     """
     sampler = responses if isinstance(responses, ScriptedSampler) else ScriptedSampler(responses)
 
-    def make(row: Mapping[str, object]) -> Any:
+    def make(row: Row) -> Playable:
         environment = None if environment_factory is None else environment_factory()
         return make_playable(environment, tools, tool_timeout_s=tool_timeout_s)
 
-    stage = Stage(make, close_timeout_s=tool_timeout_s)
-    try:
+    with closing(Stage(make, close_timeout_s=tool_timeout_s)) as stage:
         example = stage.run(_first(stage, rows[0]))
         chat = ChatFormat(sampler.tokenizer, tools=example.tools)
-        episodes = play_episodes(
-            [EpisodeRequest(row, position) for position, row in enumerate(rows)],
-            stage,
-            sampler,
-            chat=chat,
-            limits=limits,
-            sampling=SamplingParams(response_length),
-            run_seed=0,
-            holds=True,
-        )
+        spec = EpisodeSpec(limits, SamplingParams(response_length))
+        player = EnvironmentPlayer(stage, sampler, spec, chat, make_timeout_s=tool_timeout_s, holds=True)
+        episodes = play_episodes(_requests(rows), player)
         if not reward_funcs:
             return episodes
-        scored = score_episodes(
-            reward_funcs,
-            None,
-            episodes,
-            rows,
-            chat=chat,
-            environments=[stage.held(episode.episode_id) for episode in episodes],
-        )
+        environments = [stage.held(episode.episode_id) for episode in episodes]
+        scored = score_episodes(reward_funcs, None, episodes, rows, chat=chat, environments=environments)
         return [paid(episode) for episode in scored]
-    finally:
-        stage.close()
 
 
-async def _first(stage: Stage, row: Mapping[str, object]) -> Playable:
+async def _first(stage: Stage, row: Row) -> Playable:
     """An environment that rests on the stage until an episode needs it."""
     place = await stage.take(row, None)
     await stage.give_back(place, is_well=True, name="the first")
@@ -364,7 +360,7 @@ async def _first(stage: Stage, row: Mapping[str, object]) -> Playable:
 def play_agent(
     agent: Agent,
     responses: Script | ScriptedSampler,
-    rows: Sequence[Mapping[str, object]] = _ROWS,
+    rows: Sequence[Row] = _ROWS,
     *,
     limits: EpisodeLimits = EpisodeLimits(max_interaction_steps=None),  # noqa: B008 (it is immutable)
     response_length: int = 2048,
@@ -390,20 +386,13 @@ def play_agent(
     from .gateway.tokens import ChatFormats
 
     sampler = responses if isinstance(responses, ScriptedSampler) else ScriptedSampler(responses)
-    server = GatewayServer(ChatFormats(sampler.tokenizer)).start()
-    try:
-        return play_agents(
-            [EpisodeRequest(row, position) for position, row in enumerate(rows)],
-            agent,
-            server,
-            sampler,
-            limits=limits,
-            sampling=SamplingParams(response_length),
-            run_seed=0,
-            idle_s=idle_s,
-        )
-    finally:
-        server.close()
+    spec = EpisodeSpec(limits, SamplingParams(response_length))
+    with closing(GatewayServer(ChatFormats(sampler.tokenizer)).start()) as server:
+        return play_episodes(_requests(rows), AgentPlayer(agent, server, sampler, spec, idle_s=idle_s))
+
+
+def _requests(rows: Sequence[Row]) -> list[EpisodeRequest]:
+    return [EpisodeRequest(row, position) for position, row in enumerate(rows)]
 
 
 # -- tiny models ------------------------------------------------------------------------------------------------------
@@ -457,7 +446,7 @@ def tiny_critic(seed: int = 1, **settings: object) -> PreTrainedModel:
         return Qwen2ForSequenceClassification(_tiny_config({"num_labels": 1, **settings})).eval()
 
 
-def _tiny_config(changes: Mapping[str, object]) -> Any:
+def _tiny_config(changes: Mapping[str, Any]) -> Qwen2Config:
     from transformers import Qwen2Config
 
     tokenizer = byte_tokenizer()
