@@ -33,6 +33,7 @@ LAYERS: list[set[str]] = [
     {"environments", "batching", "advantages", "losses"},
     {"models"},
     {"chat", "inference"},
+    {"episodes"},
     {"gateway"},
     {"rollout"},
     {"learning"},
@@ -248,7 +249,7 @@ def test_one_module_imports_the_experimental_ppo():
         "import trl_steppo.calls",
         "import trl_steppo.environments.tools",
         "import trl_steppo.chat",
-        "from trl_steppo.gateway import Gateway, GatewayServer, SessionSpec",
+        "from trl_steppo.gateway import EpisodeSpec, Gateway, GatewayServer",
         "import trl_steppo.rollout",
     ],
 )
