@@ -20,7 +20,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.inference.fake_vllm import FakeVLLM
+from tests.inference.fake_vllm import (
+    GENERATE,
+    FakeVLLM,
+    fails,
+    hangs,
+    no_answer_to,
+    refuses_prompts,
+    refuses_weights,
+    without_adapters,
+    without_dev_mode,
+    without_scale_out,
+)
 from tests.inference.gloo_group import GlooGroup
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.inference.base import Sample, SamplingParams
@@ -30,7 +41,6 @@ from trl_steppo.inference.vllm_transfer import NCCLGroup, Transfer, meeting_plac
 from trl_steppo.types import StopReason
 
 SAMPLED = SamplingParams(max_new_tokens=4, seed=7)
-GENERATE = "/inference/v1/generate"
 
 
 @pytest.fixture
@@ -43,8 +53,7 @@ def serve() -> Iterator[Callable[..., FakeVLLM]]:
 
     yield start
     for server in servers:
-        server.hangs = False
-        server.silent.clear()
+        server.faults.clear()
         server.kill()
 
 
@@ -163,10 +172,10 @@ def test_an_episode_stays_where_one_response_failed_but_not_where_two_did(serve,
     servers = [serve(), serve()]
     sampler = connect(*servers)
     ask(sampler, 4)
-    servers[0].failures = 1
+    servers[0].faults = [fails(1)]
     ask(sampler, 4)
     assert [len(server.asked) for server in servers] == [5, 4]
-    servers[0].failures = 99
+    servers[0].faults = [fails(99)]
     for _ in range(2):
         ask(sampler, 4)
     assert [len(server.asked) for server in servers] == [5 + 4, 4 + 4 + 4]
@@ -209,10 +218,10 @@ def test_a_server_may_be_away_for_a_while(serve, connect):
 def test_a_server_that_hangs_is_given_up_until_it_answers(serve, connect):
     servers = [serve(), serve()]
     sampler = connect(*servers, silent_s=1.0)
-    servers[0].hangs = True
+    servers[0].faults = [hangs()]
     assert len(ask(sampler, 4)) == 4
     assert not servers[0].asked
-    servers[0].hangs = False
+    servers[0].faults = []
     numbers = itertools.count(4)
     until(lambda: ask(sampler, 1, first=next(numbers)) and servers[0].asked)
 
@@ -222,7 +231,7 @@ def test_a_stuck_engine_is_given_up_although_its_server_answers(serve, connect, 
     servers = [serve(), serve()]
     sampler = connect(*servers, timeout_s=2.0)
     for server in servers[:num_stuck]:
-        server.silent.add(GENERATE)
+        server.faults = [no_answer_to(GENERATE)]
     samples: list[Sample] = []
     asking = later(0, lambda: samples.extend(ask(sampler, 4)))
     until(lambda: sum(server.num_waiting for server in servers) == 2 * num_stuck)
@@ -230,7 +239,7 @@ def test_a_stuck_engine_is_given_up_although_its_server_answers(serve, connect, 
         sampler.hold()  # returns
     assert f"vLLM at {servers[0].url}: it has computed no token for 1 s, although it has 2 requests" in caplog.text
     for server in servers[num_stuck:] or servers:
-        server.silent.clear()
+        server.faults.clear()
     sampler.update(weights(tmp_path, 1))
     asking.join()
     assert [sample.policy_version for sample in samples].count(1) == 2 * num_stuck
@@ -252,11 +261,11 @@ def test_a_slow_engine_is_not_given_up_and_who_waits_is_told_for_what(serve, con
 
 def test_a_server_that_tells_nothing_of_its_weights_is_done_without(serve, connect):
     servers = [serve(), serve()]
-    servers[1].silent.add("/weight_info")
+    servers[1].faults = [no_answer_to("/weight_info")]
     sampler = connect(*servers, silent_s=0.5, timeout_s=4.0)
     assert [sample.policy_version for sample in ask(sampler, 2)] == [0, 0]
     assert len(servers[0].asked) == 2
-    servers[1].silent.clear()
+    servers[1].faults.clear()
     numbers = itertools.count(2)
     until(lambda: ask(sampler, 1, first=next(numbers)) and servers[1].asked)
 
@@ -264,14 +273,14 @@ def test_a_server_that_tells_nothing_of_its_weights_is_done_without(serve, conne
 def test_an_update_waits_once_for_a_server_that_hangs(serve, connect, tmp_path):
     servers = [serve(), serve()]
     sampler = connect(*servers, silent_s=1.0, timeout_s=4.0)
-    servers[1].hangs = True
+    servers[1].faults = [hangs()]
     sampler.update(weights(tmp_path, 1))
     for server in sampler._servers:
         server._silent_s = 1_000.0  # from here on its silence is never long enough
     for version in (2, 3, 4):
         sampler.update(weights(tmp_path, version))
         assert [sample.policy_version for sample in ask(sampler, 2)] == [version] * 2
-    servers[1].hangs = False
+    servers[1].faults = []
     numbers = itertools.count(2)
     until(lambda: ask(sampler, 1, first=next(numbers)) and servers[1].asked)
     assert servers[1].loaded[-1] == str(tmp_path / "run-4")
@@ -294,7 +303,7 @@ def test_without_a_server_requests_fail_in_time_and_say_which(serve, connect):
 def test_a_request_that_breaks_every_server_is_given_up(serve, connect):
     server = serve()
     sampler = connect(server, retry_s=0.01)
-    server.failures = 99
+    server.faults = [fails(99)]
     with pytest.raises(RolloutError, match=rf"given up after 5 attempts; vLLM at {server.url}: .* 500: .*broken"):
         ask(sampler, 1)
 
@@ -302,7 +311,7 @@ def test_a_request_that_breaks_every_server_is_given_up(serve, connect):
 @pytest.mark.parametrize(("status", "words"), [(500, "given up after 5 attempts"), (400, "400")])
 def test_a_prompt_that_alone_is_not_answered_is_the_fault_of_its_episode(serve, connect, status, words):
     server = serve()
-    server.refused = {9: status}
+    server.faults = [refuses_prompts(9, status)]
     sampler = connect(server, retry_s=0.01)
     with pytest.raises(DataError, match=words):
         asyncio.run(sampler.sample([9, 9], SAMPLED, episode_id="refused"))
@@ -312,8 +321,8 @@ def test_a_prompt_that_alone_is_not_answered_is_the_fault_of_its_episode(serve, 
 def test_a_server_that_fails_for_a_while_is_asked_later(serve, connect):
     server = serve()
     sampler = connect(server)
-    server.failures = 99
-    mending = later(0.5, lambda: setattr(server, "failures", 0))
+    server.faults = [fails(99)]
+    mending = later(0.5, lambda: server.faults.clear())
     assert len(ask(sampler, 1)) == 1
     mending.join()
 
@@ -332,7 +341,7 @@ def test_why_a_server_does_not_take_an_adapter(serve, connect, tmp_path):
     elsewhere = replace(weights(tmp_path, 0, is_adapter=True), directory="/not/here")
     with pytest.raises(ConfigurationError, match="finds no adapter at /not/here; set `vllm_weights_dir`"):
         sampler.update(elsewhere)
-    server.takes_adapters = False
+    server.faults = [without_adapters()]
     with pytest.raises(ConfigurationError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
         connect(server, version=None).update(weights(tmp_path, 1, is_adapter=True))
 
@@ -439,13 +448,13 @@ def test_a_server_that_cannot_take_weights_is_done_without_by_all_processes(serv
     sender = connect(*servers, version=None)
     others = [connect(*servers, version=None, sends_weights=False) for _ in range(2)]
     for version, is_adapter in ((0, True), (1, True), (2, False)):
-        servers[1].refuses_weights = version > 0
+        servers[1].faults = [refuses_weights()] if version > 0 else []
         for sampler in (sender, *others):  # in this order, as ranks do
             sampler.update(weights(tmp_path, version, is_adapter=is_adapter))
         for sampler in (sender, *others):
             assert [sample.policy_version for sample in ask(sampler, 2)] == [version] * 2
     assert len(servers[1].asked) == 3
-    servers[1].refuses_weights = False
+    servers[1].faults = []
     numbers = itertools.count(2)
     for sampler in (sender, *others):
         before = len(servers[1].asked)
@@ -490,7 +499,7 @@ def test_a_server_without_what_is_needed_is_refused_at_once(serve, connect, tmp_
     with pytest.raises(ConfigurationError, match=rf"{server.url} reports .*'raw_logprobs'.*--logprobs-mode"):
         connect(server)
     server = serve()
-    server.has_scale_out = False
+    server.faults = [without_scale_out()]
     with pytest.raises(ConfigurationError, match=rf"{server.url} takes no token ids.*--enable-scale-out"):
         connect(server)
     server = serve()
@@ -502,7 +511,7 @@ def test_a_server_without_what_is_needed_is_refused_at_once(serve, connect, tmp_
         with pytest.raises(ConfigurationError, match=rf"{server.url} takes . LoRA adapters .*--max-loras 2"):
             connect(server, version=None).update(weights(tmp_path, 0, is_adapter=True))
     server = serve()
-    server.has_dev_mode = False
+    server.faults = [without_dev_mode()]
     with pytest.raises(ConfigurationError, match=rf"{server.url} has no endpoints that take weights.*DEV_MODE=1"):
         connect(server)
 
@@ -693,10 +702,10 @@ def test_an_nccl_group_sends_on_a_stream_of_its_own_until_it_is_left(monkeypatch
 
 def test_a_transfer_that_fails_is_told_and_tried_again(sent):
     sampler, loads, (server,) = sent(timeout_s=2.0)
-    server.refuses_weights = True
+    server.faults = [refuses_weights()]
     with pytest.raises(RolloutError, match=r"POST /update_weights was answered with 500: .*not initialized"):
         sampler.update(whole(0))
-    server.refuses_weights = False
+    server.faults = []
     sampler.update(whole(1))
     assert same(loads[-1], whole(1))
     assert server.num_joined > 1
