@@ -31,7 +31,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from trl_steppo import StepPOConfig, StepPOTrainer
@@ -192,7 +192,7 @@ def rollout_tokens_per_s(latency_s: float, num_episodes: int, in_flight: int) ->
         with torch.no_grad():
             start = time.perf_counter()
             trainer.player.play(requests)
-            return trainer.sampler.sampled_tokens / (time.perf_counter() - start)
+            return trainer.sampler.counts.sampled_tokens / (time.perf_counter() - start)
 
 
 @contextmanager

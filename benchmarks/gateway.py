@@ -7,8 +7,8 @@ A scripted sampler takes 20 ms a token, whoever else is sampled at the same time
 sessions of several turns over HTTP, with and without trouble: clients that go away or ask twice, a sampler that fails.
 For comparison, agents in this process call the sampler itself. Every step is on the disk before its client is told of
 it. Then: memory over many sessions, one after the other, and the time that a turn takes the gateway when a
-conversation has 1, 8 and 64 of them. Then (`_hostile_clients.py`): what others wait while a client sends far more than
-the model's context has room for, again and again, and beside 1,500 connections that say nothing, under a limit of
+conversation has 1, 8 and 64 of them. Then (`common/hostile_clients.py`): how long others wait while a client sends far
+more than the model's context has room for, again and again, and beside 1,500 silent connections, under a limit of
 1,024 open files.
 
 The figures, as `--json` has them:
@@ -44,8 +44,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
-from _hostile_clients import measure_hostile
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.hostile_clients import measure_hostile
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoTokenizer
 
 from trl_steppo.assets import MINI_WIKI_POLICY
@@ -56,7 +56,7 @@ from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.types import Episode, EpisodeLimits, StopReason, TokenIds
 
-CLIENTS = Path(__file__).parent / "_gateway_clients.py"
+CLIENTS = Path(__file__).parent / "common" / "gateway_clients.py"
 RESPONSE_TOKENS = 48  # about a tool call
 TOKEN_S = 0.02
 DELAY_S = 0.2  # an agent's longest pause between two calls

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
-from _runs import LAUNCHER, Run, example_run, play, refuse_failures, updates_of
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.runs import LAUNCHER, Run, example_run, play, refuse_failures, updates_of
 
 TOKEN_LEVEL = ["--advantage_estimator", "token_gae", "--importance_sampling_level", "token"]
 METHODS = {

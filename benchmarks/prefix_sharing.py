@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from _processes import in_new_process, peak_bytes
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.processes import in_new_process, peak_bytes
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -242,7 +242,7 @@ def roll_out(work: Work, keep: bool) -> tuple[float, float, list[list[int]]]:
     # Sampling has computed each response but for its last token, which was never forwarded. (Greedily, members of a
     # group with the same prompt give the same response, which the trie holds once.)
     sampled = len(continued) * (RESPONSE_TOKENS - 1)
-    return seconds, sampler.prefilled_tokens / (trie.num_tokens - sampled), said
+    return seconds, sampler.counts.prefilled_tokens / (trie.num_tokens - sampled), said
 
 
 def prepare_process(threads: int) -> None:

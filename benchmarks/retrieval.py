@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
-from _retrieval_process import CORPUS
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.retrieval_process import CORPUS
 
 from trl_steppo.environments.hotpotqa import Passage, load_rows, make_corpus, write_corpus
 from trl_steppo.environments.hotpotqa.retrieval import tokenize
 
-PROCESS = [sys.executable, str(Path(__file__).with_name("_retrieval_process.py"))]
+PROCESS = [sys.executable, str(Path(__file__).with_name("common") / "retrieval_process.py")]
 QUICK_PASSAGES, QUICK_QUERIES = 20_000, 200
 NUM_WORDS = 500_000
 """By Zipf's law with exponent 1 the most common of so many words is 7.3 % of a text; in the 600 passages of 60 real

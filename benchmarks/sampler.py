@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config
 
 from trl_steppo.assets import MINI_WIKI_POLICY

@@ -23,8 +23,8 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
-from _runs import EXAMPLES, Run, example_run, play, refuse_failures, updates_of
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.runs import EXAMPLES, Run, example_run, play, refuse_failures, updates_of
 from scipy.stats import bootstrap
 
 from trl_steppo import Episode

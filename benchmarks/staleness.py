@@ -17,22 +17,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from _intervals import curve_interval
-from _plots import plot_task
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
-from _runs import Run, play, refuse_failures
-from step_vs_token import (
-    MINI_WIKI,
-    QUICK,
-    Cell,
-    Store,
-    chosen_rates,
-    record_of,
-    refuse_other_settings,
-    run_of,
-    shown,
-    summarize,
-)
+from common.intervals import curve_interval
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.runs import Run, play, refuse_failures
+from study.plan import chosen_rates, refuse_other_settings
+from study.plots import plot_task
+from study.runs import QUICK, Cell, Store, record_of, run_of
+from study.summary import shown, summarize
+from study.tasks import MINI_WIKI
 
 SYNCHRONOUS = "staleness 0"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -91,7 +83,7 @@ def play_settings(
 
 def main(args: StalenessArguments) -> None:
     """Play, print, draw, write."""
-    synchronous = Store(Path("benchmarks/results/step_vs_token"))
+    synchronous = Store(Path(__file__).parent / "results" / "step_vs_token")
     rate = chosen_rates(MINI_WIKI, synchronous)["steppo"]
     cells = [
         Cell("mini_wiki", "result", "steppo", rate, seed)

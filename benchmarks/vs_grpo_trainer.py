@@ -35,8 +35,8 @@ from typing import Any
 import torch
 import transformers
 import trl
-from _processes import in_new_process, peak_bytes
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.processes import in_new_process, peak_bytes
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_template

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import transformers
 import trl
-from _processes import in_new_process, peak_bytes
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.processes import in_new_process, peak_bytes
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import (

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from _record import BenchmarkArguments, parse_arguments, print_table, write_record
+from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_steppo.assets import MINI_WIKI_POLICY

@@ -168,7 +168,7 @@ def test_sharing_and_padding_change_no_step(random_episode, rewritten):
     """Everything that losses see is the same, however the rows are packed and whatever fills them."""
     episodes = [random_episode(seed, rewritten=rewritten) for seed in range(8)]
     one, other = StepRolloutCollator()(episodes), StepRolloutCollator(layout="rows")(episodes)
-    packed = {"input_ids", "position_ids", "attention_mask", "runs", "logit_positions", "value_positions"}
+    packed = {"input_ids", "position_ids", "attention_mask", "segments", "logit_positions", "value_positions"}
     for name in {field.name for field in fields(StepBatch)} - packed:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), msg=name)
     assert one.attention_mask.sum() <= other.attention_mask.sum()
@@ -229,7 +229,7 @@ def test_the_empty_batch_has_the_tensors_of_any_other():
     empty, batch = StepBatch.empty(), StepRolloutCollator()(drawn_episodes())
     assert (empty.num_steps, empty.num_episodes) == (0, 0)
     for field in fields(StepBatch):
-        if field.name == "runs":
+        if field.name == "segments":
             continue
         one, other = getattr(empty, field.name), getattr(batch, field.name)
         assert (one.dtype, one.dim()) == (other.dtype, other.dim()), field.name

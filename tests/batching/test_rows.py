@@ -75,7 +75,7 @@ def test_by_hand(name):
     assert found == expected_chains
     layout = flattened(sequences)
     assert layout.input_ids.tolist() == [expected_row]
-    assert [(run.start, run.stop, run.ancestors) for run in layout.runs or ()] == expected_runs
+    assert [(run.start, run.stop, run.ancestors) for run in layout.segments or ()] == expected_runs
 
 
 def assert_finds_every_token(layout: Layout, sequences: list[np.ndarray]) -> None:
@@ -101,7 +101,7 @@ def test_causal_rows_hold_each_sequence_from_the_row_s_start(lay_out):
     for seed in range(200):
         sequences = random_forest(seed)
         layout = lay_out(sequences)
-        assert layout.runs is None
+        assert layout.segments is None
         assert (layout.input_ids[~layout.attention_mask] == 0).all()
         for number, ids in enumerate(sequences):
             positions = layout.positions(number, 0, len(ids))
@@ -117,7 +117,7 @@ def test_a_trie_holds_every_prefix_once_behind_its_ancestors():
         assert layout.input_ids.shape == (1, len(prefixes))
         assert layout.attention_mask.all()
         seen: dict[int, list[int]] = {}  # token: what it attends to
-        for run in layout.runs or ():
+        for run in layout.segments or ():
             before = [i for start, stop in run.ancestors for i in range(start, stop)]
             assert run.num_ancestors == len(before)
             seen |= {i: [*before, *range(run.start, i + 1)] for i in range(run.start, run.stop)}
@@ -147,8 +147,10 @@ def test_what_costs_less_is_chosen():
         return np.arange(first, first + count, dtype=np.int32)
 
     alone = [ids(50, 100), ids(50, 200)]  # nothing is shared, nothing is padded
-    assert share_prefixes(alone).runs is None
-    assert share_prefixes([ids(50, 100), ids(49, 200)]).runs is None, "one token of padding"
-    assert share_prefixes([ids(50, 100), ids(30, 200)]).runs is not None, "much padding"
-    assert share_prefixes([ids(50, 100), np.append(ids(10, 100), ids(40, 200))]).runs is not None, "a shared prefix"
-    assert share_prefixes([ids(20, 100), ids(50, 100)]).runs is None, "an episode that only grew"
+    assert share_prefixes(alone).segments is None
+    assert share_prefixes([ids(50, 100), ids(49, 200)]).segments is None, "one token of padding"
+    assert share_prefixes([ids(50, 100), ids(30, 200)]).segments is not None, "much padding"
+    assert share_prefixes([ids(50, 100), np.append(ids(10, 100), ids(40, 200))]).segments is not None, (
+        "a shared prefix"
+    )
+    assert share_prefixes([ids(20, 100), ids(50, 100)]).segments is None, "an episode that only grew"

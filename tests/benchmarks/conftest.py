@@ -1,4 +1,4 @@
-"""The benchmarks are programs, not a package: their folder is put where imports look."""
+"""Benchmarks are started by their paths: their folder is put where imports look."""
 
 import sys
 from pathlib import Path

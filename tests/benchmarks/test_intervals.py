@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from _intervals import (
+from common.intervals import (
     curve_interval,
     episodes_ratio,
     episodes_to_reach,

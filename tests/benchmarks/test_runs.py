@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from _runs import Run, example_run, play, refuse_failures, updates_of
+from common.runs import Run, example_run, play, refuse_failures, updates_of
 
 SCRIPT = """
 import json, os, sys, time
@@ -137,8 +137,8 @@ def test_whoever_is_terminated_takes_its_runs_along(run_in, tmp_path, how):
     run = run_in("a", "wait")
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(sys.modules[Run.__module__].__file__).parent)!r})
-from _runs import Run, play
+sys.path.insert(0, {str(Path(sys.modules[Run.__module__].__file__).parents[1])!r})
+from common.runs import Run, play
 from pathlib import Path
 play([Run({run.arguments!r}, Path({str(run.output_dir)!r}))])
 """

@@ -10,6 +10,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 from tests.chat.trl_templates import NAMES, WITH_TOOLS, make_tokenizer
 from trl_steppo.assets import MINI_WIKI_POLICY, MINI_WIKI_THINKING_POLICY, ROOMS_POLICY
 from trl_steppo.chat import ChatFormat
+from trl_steppo.chat.responses import ResponseReader
 from trl_steppo.chat.tokenizing import FRAMING, TextEncoder
 from trl_steppo.errors import ChatTemplateError
 
@@ -26,7 +27,7 @@ USER = {"role": "user", "content": "Where is the tower?"}
 
 def make_chat(name: str, monkeypatch, tools=(SEARCH,)) -> ChatFormat:
     """A format for any template: what cannot be appended to or parsed is rendered all the same."""
-    monkeypatch.setattr(ChatFormat, "_find_parser", lambda self: lambda response_ids, prompt_ids: None)
+    monkeypatch.setattr(ResponseReader, "_find_parser", lambda self: lambda response_ids, prompt_ids: None)
     try:
         return ChatFormat(make_tokenizer(name), tools=tools)
     except ChatTemplateError:
@@ -158,7 +159,7 @@ def test_harmless_text_has_the_ids_that_the_tokenizer_gives(name, monkeypatch):
     for _ in range(20):
         messages = [{"role": "user", "content": "".join(rng.choices(pieces, k=rng.randrange(12)))} for _ in range(3)]
         messages[1]["role"] = "assistant"
-        text = chat._text(messages, tools=chat.tools, generation_prompt=True)
+        text = chat._template.text(messages, tools=chat.tools, generation_prompt=True)
         assert chat.render(messages) == chat._tokenizer.encode(text, add_special_tokens=False)
 
 

@@ -17,7 +17,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from trl_steppo.compat import transformers as compat
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
-from trl_steppo.inference import local
+from trl_steppo.inference import cached_rows
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.inference.local import LocalSampler, sample_tokens
 from trl_steppo.numerics import Numerics
@@ -90,8 +90,8 @@ def test_equals_a_plain_forward_pass(tiny_model, architecture, params, attention
     for (_, prompt, how), sample in zip(asks(params), ask(sampler, *asks(params)), strict=True):
         assert len(sample.token_ids) == how.max_new_tokens
         assert_plain(model, prompt, how, sample)
-    assert sampler.prefilled_tokens == sum(map(len, PROMPTS))
-    assert sampler.sampled_tokens == len(PROMPTS) * params.max_new_tokens
+    assert sampler.counts.prefilled_tokens == sum(map(len, PROMPTS))
+    assert sampler.counts.sampled_tokens == len(PROMPTS) * params.max_new_tokens
 
 
 UNUSUAL = {
@@ -135,7 +135,7 @@ def test_what_costs_a_multiple_has_to_be_asked_for(tiny_model):
     uncached, cached = LocalSampler(windowed, allow_uncached=True), LocalSampler(tiny_model("Llama", torch.float32))
     for sampler in (uncached, cached):
         ask(sampler, *asks(GREEDY))
-    assert (uncached.uncached_rows, cached.uncached_rows) == (uncached.sampled_tokens, 0)
+    assert (uncached.counts.uncached_rows, cached.counts.uncached_rows) == (uncached.counts.sampled_tokens, 0)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "state"])
@@ -154,7 +154,7 @@ def test_both_names_of_the_cache(tiny_model, monkeypatch, name):
     *others, keywords = own.parameters.values()
     forward.__signature__ = own.replace(parameters=[*others, renamed, keywords])
     monkeypatch.setattr(kind, "forward", forward)
-    monkeypatch.setattr(local, "_tried", {})
+    monkeypatch.setattr(cached_rows, "_tried", {})
     if name == "state":
         with pytest.raises(ConfigurationError, match=r"takes no cache by a name that is known"):
             LocalSampler(model)
@@ -162,14 +162,14 @@ def test_both_names_of_the_cache(tiny_model, monkeypatch, name):
     sampler = LocalSampler(model)
     for (_, prompt, how), sample in zip(asks(GREEDY), ask(sampler, *asks(GREEDY)), strict=True):
         assert_plain(model, prompt, how, sample)
-    assert sampler.uncached_rows == 0
+    assert sampler.counts.uncached_rows == 0
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_version_that_ignores_the_mask_is_noticed(tiny_model, monkeypatch, attention):
     """Before anything is sampled with it."""
     model = tiny_model("Llama", torch.float32, attn_implementation=attention)
-    monkeypatch.setattr(local, "_tried", {})
+    monkeypatch.setattr(cached_rows, "_tried", {})
     kind, original = type(model), type(model).forward
 
     @functools.wraps(original)
@@ -184,11 +184,11 @@ def test_a_version_that_ignores_the_mask_is_noticed(tiny_model, monkeypatch, att
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_rounding_is_no_disagreement(tiny_model, monkeypatch, dtype, autocast):
-    monkeypatch.setattr(local, "_tried", {})
+    monkeypatch.setattr(cached_rows, "_tried", {})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for architecture in ("Llama", "Qwen2", "Mixtral"):
             for seed in range(5):
-                local._tried.clear()
+                cached_rows._tried.clear()
                 LocalSampler(tiny_model(architecture, dtype, seed=seed))
 
 
@@ -390,7 +390,7 @@ def test_a_group_prefills_its_prompt_once(tiny_model, architecture):
     samples = ask(sampler, *asked)
     for (_, prompt, how), sample in zip(asked, samples, strict=True):
         assert_plain(model, prompt, how, sample)
-    assert sampler.prefilled_tokens == len(PROMPTS[0]) + len(PROMPTS[1])
+    assert sampler.counts.prefilled_tokens == len(PROMPTS[0]) + len(PROMPTS[1])
     assert len({tuple(sample.token_ids) for sample in samples}) == len(samples), "each member has its own numbers"
     alone = [ask(LocalSampler(model), asked_alone)[0] for asked_alone in asked]
     assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in alone]
@@ -403,7 +403,7 @@ def test_members_of_a_group_go_on_by_themselves(model):
     longer = [[*p, *s.token_ids, 20 + i] for i, (p, s) in enumerate(zip(prompts, samples, strict=True))]
     for prompt, sample in zip(longer, ask(sampler, *asks(GREEDY, longer)), strict=True):
         assert_plain(model, prompt, GREEDY, sample)
-    assert sampler.prefilled_tokens == len(PROMPTS[1]) + 3 * 2
+    assert sampler.counts.prefilled_tokens == len(PROMPTS[1]) + 3 * 2
 
 
 def test_a_member_that_comes_back_does_not_lead_its_group(model):
@@ -413,7 +413,7 @@ def test_a_member_that_comes_back_does_not_lead_its_group(model):
     samples = ask(sampler, *asks(GREEDY, [PROMPTS[1]] * 3))
     for sample in samples:
         assert_plain(model, PROMPTS[1], GREEDY, sample)
-    assert sampler.prefilled_tokens == 2 * len(PROMPTS[1]) + 1
+    assert sampler.counts.prefilled_tokens == 2 * len(PROMPTS[1]) + 1
 
 
 # --- from step to step ---
@@ -437,7 +437,7 @@ def test_continues_without_prefilling_again(tiny_model, architecture):
     for prompt, sample in steps:
         assert_plain(model, prompt, GREEDY, sample)
     # Besides the first prompts: a step's last token, which was sampled and never forwarded, and the two behind it.
-    assert sampler.prefilled_tokens == sum(map(len, PROMPTS)) + 2 * len(PROMPTS) * 3
+    assert sampler.counts.prefilled_tokens == sum(map(len, PROMPTS)) + 2 * len(PROMPTS) * 3
 
 
 @pytest.mark.parametrize("kept", [0, 2, 5])
@@ -445,11 +445,11 @@ def test_a_rewritten_prompt_shares_what_it_kept(model, kept):
     sampler = LocalSampler(model)
     first = [1, 2, 3, 4, 5, 6]
     ask(sampler, ("a", first, GREEDY))
-    before = sampler.prefilled_tokens
+    before = sampler.counts.prefilled_tokens
     second = [*first[:kept], 40, 41, 42]
     (sample,) = ask(sampler, ("a", second, GREEDY))
     assert_plain(model, second, GREEDY, sample)
-    assert sampler.prefilled_tokens - before == 3
+    assert sampler.counts.prefilled_tokens - before == 3
 
 
 @pytest.mark.parametrize("shorter", [[1, 2, 3], [1, 2, 3, 4, 5, 6]])
@@ -458,7 +458,7 @@ def test_a_prompt_that_is_all_stored_forwards_its_last_token(model, shorter):
     ask(sampler, ("a", [1, 2, 3, 4, 5, 6], GREEDY))
     (sample,) = ask(sampler, ("a", shorter, GREEDY))
     assert_plain(model, shorter, GREEDY, sample)
-    assert sampler.prefilled_tokens == 6 + 1
+    assert sampler.counts.prefilled_tokens == 6 + 1
 
 
 def test_two_requests_of_one_episode(model):
@@ -480,7 +480,7 @@ def test_what_is_forgotten_is_prefilled_again(model, forget):
     forget(sampler)
     sampler.release("unknown")
     assert ask(sampler, ("a", [1, 2, 3], GREEDY)) == [first]
-    assert sampler.prefilled_tokens == 6
+    assert sampler.counts.prefilled_tokens == 6
 
 
 def test_new_weights_after_a_reset(tiny_model):
@@ -506,9 +506,9 @@ def test_the_bound_changes_only_what_is_prefilled(model, cache_tokens):
     bounded, unbounded = play_steps(sampler, next_prompt), play_steps(free, next_prompt)
     assert [s.token_ids for _, s in bounded] == [s.token_ids for _, s in unbounded]
     if cache_tokens is not None and cache_tokens < 60:
-        assert sampler.prefilled_tokens > free.prefilled_tokens
+        assert sampler.counts.prefilled_tokens > free.counts.prefilled_tokens
     elif cache_tokens is None:
-        assert sampler.prefilled_tokens == free.prefilled_tokens
+        assert sampler.counts.prefilled_tokens == free.counts.prefilled_tokens
 
 
 def test_storage_stays_within_the_bound(model):
@@ -548,7 +548,7 @@ def test_an_episode_does_not_push_itself_out(model):
     sampler = LocalSampler(model, cache_tokens=20)
     (first,) = ask(sampler, ("a", [1, 2, 3], GREEDY))
     ask(sampler, ("a", [1, 2, 3, *first.token_ids, 7], GREEDY))
-    assert sampler.prefilled_tokens == 3 + 2
+    assert sampler.counts.prefilled_tokens == 3 + 2
 
 
 # --- failures ---
@@ -645,9 +645,9 @@ def test_a_cancelled_request_leaves_the_others_alone(model, cache_tokens):
     for number in (0, 2, 3):
         assert results[number] == ask(LocalSampler(model), asks(SAMPLED)[number])[0]
     # It was released before it left the batch, and is not kept.
-    before = sampler.prefilled_tokens
+    before = sampler.counts.prefilled_tokens
     (again,) = ask(sampler, asks(SAMPLED)[1])
-    assert sampler.prefilled_tokens - before == len(PROMPTS[1])
+    assert sampler.counts.prefilled_tokens - before == len(PROMPTS[1])
     assert_plain(model, PROMPTS[1], SAMPLED, again)
 
 
@@ -775,7 +775,7 @@ def test_a_prefill_is_split_without_a_difference(model, monkeypatch):
     whole = ask(LocalSampler(model), *asks(SAMPLED, prompts))
     for name in ("_PREFILL_TOKENS", "_PREFILL_PADDING", "_MASK_ELEMENTS"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"trl_steppo.inference.local.{name}", 20)
+            patch.setattr(f"trl_steppo.inference.cached_rows.{name}", 20)
             widths: list[torch.Size] = []
             hook = model.register_forward_pre_hook(
                 lambda _, __, kwargs, widths=widths: widths.append(kwargs["input_ids"].shape), with_kwargs=True

@@ -119,13 +119,13 @@ def test_tokens_are_counted_and_those_in_the_cache_are_not_prefilled(serve, conn
     server = serve()
     sampler = connect(server)
     ask(sampler, 1)
-    assert (sampler.sampled_tokens, sampler.prompt_tokens, sampler.prefilled_tokens) == (4, 3, 3)
+    assert (sampler.counts.sampled_tokens, sampler.counts.prompt_tokens, sampler.counts.prefilled_tokens) == (4, 3, 3)
     asyncio.run(sampler.sample([1, 2, 3, 3, 4, 5, 6, 9], SAMPLED, episode_id="e0"))
-    assert (sampler.sampled_tokens, sampler.prompt_tokens, sampler.prefilled_tokens) == (8, 11, 5)
-    assert sampler.forward_s > 0
+    assert (sampler.counts.sampled_tokens, sampler.counts.prompt_tokens, sampler.counts.prefilled_tokens) == (8, 11, 5)
+    assert sampler.counts.forward_s > 0
     server.counts_cached = False  # without `--enable-prompt-tokens-details`
     ask(sampler, 1)
-    assert (sampler.prompt_tokens, sampler.prefilled_tokens) == (11, 8)
+    assert (sampler.counts.prompt_tokens, sampler.counts.prefilled_tokens) == (11, 8)
 
 
 def test_episodes_are_spread_evenly_and_stay_where_they_are(serve, connect):

@@ -28,7 +28,7 @@ from trl_steppo.inference.base import Sample, Sampler, SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.inference.shared_model import SharedModel
 from trl_steppo.inference.worker import WorkerSampler
-from trl_steppo.inference.worker_process import Release, Settings
+from trl_steppo.inference.worker_process import Release, WorkerSettings
 from trl_steppo.numerics import Numerics, ProcessNumerics
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13, 14, 15]]
@@ -89,8 +89,11 @@ def test_says_what_the_one_in_this_process_says_before_and_after_new_weights(mod
     local = LocalSampler(model)
     expected = asyncio.run(respond(local, PROMPTS))
     assert asyncio.run(respond(worker, PROMPTS)) == expected
-    assert (worker.sampled_tokens, worker.prefilled_tokens) == (local.sampled_tokens, local.prefilled_tokens)
-    assert worker.forward_s > 0
+    assert (worker.counts.sampled_tokens, worker.counts.prefilled_tokens) == (
+        local.counts.sampled_tokens,
+        local.counts.prefilled_tokens,
+    )
+    assert worker.counts.forward_s > 0
 
     other = moved(model)
     worker.update_weights(other.named_parameters(), version=7)
@@ -115,8 +118,8 @@ def test_new_weights_are_sampled_from_in_mixed_precision(model) -> None:
         worker.close()
 
 
-def settings_of_process(numerics: Numerics) -> Settings:
-    return Settings(numerics, None, 1.0, ProcessNumerics.of_this_process())
+def settings_of_process(numerics: Numerics) -> WorkerSettings:
+    return WorkerSettings(numerics, None, 1.0, ProcessNumerics.of_this_process())
 
 
 def test_the_process_uses_its_gpu_and_gives_back_what_it_does_not_need(monkeypatch) -> None:
@@ -246,7 +249,7 @@ def test_what_nobody_waits_for_is_given_up(worker) -> None:
         return await respond(worker, [[1]])
 
     asyncio.run(run())
-    assert worker.sampled_tokens < LONG.max_new_tokens
+    assert worker.counts.sampled_tokens < LONG.max_new_tokens
 
 
 @dataclass
@@ -462,7 +465,7 @@ def test_weights_are_not_written_while_they_are_read(model, monkeypatch) -> None
     take = worker._take
 
     def late(process: Any, message: Any) -> None:
-        if isinstance(message, worker_module.Taken):
+        if isinstance(message, worker_module.WeightsTaken):
             reads.set()
             assert may_read.wait(WAIT_S)
         take(process, message)
@@ -517,7 +520,7 @@ def test_counts_go_on_over_restarts(model) -> None:
     worker.close()
     worker.start()
     asyncio.run(respond(worker, [[1]]))
-    assert worker.sampled_tokens == 2 * SAMPLED.max_new_tokens
+    assert worker.counts.sampled_tokens == 2 * SAMPLED.max_new_tokens
     worker.close()
 
 

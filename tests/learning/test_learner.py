@@ -103,7 +103,9 @@ def test_a_learner_by_itself_learns_what_a_trainers_does(tmp_path, estimator):
 
     def network(module: torch.nn.Module) -> Network:
         optimizer = torch.optim.SGD(module.parameters(), lr=args.learning_rate)
-        return Network(module, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0), accelerator)
+        return Network(
+            module, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0), accelerator
+        )
 
     model, critic = make_model(), make_classifier()
     learner = Learner(

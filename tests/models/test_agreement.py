@@ -56,6 +56,7 @@ def test_layers_with_a_configuration_of_their_own_are_prepared_too(tiny_model):
 def test_a_layer_that_keeps_its_attention_is_an_error(tiny_model):
     model = tiny_model("Llama")
     model.model.layers[1].self_attn.config = copy.deepcopy(model.config)
+    attention.register_attention()
     with pytest.raises(ConfigurationError, match=r"'model\.layers\.1\.self_attn' \(1 modules in all\) keeps"):
         exchange_attention(model, "sdpa_tree")
 
@@ -71,19 +72,20 @@ def test_rounding_is_no_disagreement(tiny_model, architecture, dtype, implementa
         assert agrees_on_tries(build_critic(model))
 
 
-def without_branches(*args: Any, trie_runs: Any = None, **kwargs: Any) -> Any:
-    return attention.run_attention(*args, **kwargs)
+def without_branches(*args: Any, trie_segments: Any = None, **kwargs: Any) -> Any:
+    return attention.segment_attention(*args, **kwargs)
 
 
-def causal(*args: Any, trie_runs: Any = None, **kwargs: Any) -> Any:
+def causal(*args: Any, trie_segments: Any = None, **kwargs: Any) -> Any:
     module, query, key, value, _ = args
-    return attention.run_attention(module, query, key, value, None, **kwargs)
+    return attention.segment_attention(module, query, key, value, None, **kwargs)
 
 
 @pytest.mark.parametrize("ignoring", [without_branches, causal])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_ignores_branches_disagrees(tiny_model, monkeypatch, architecture, ignoring):
     """One that attends to everything, as the mask it is given says, and one that attends to all that comes before."""
+    attention.register_attention()
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa_tree", ignoring)
     for seed in range(5):
         agreement._known.clear()

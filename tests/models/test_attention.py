@@ -85,7 +85,7 @@ def test_a_hundred_forests_equal_one_row_a_step(tiny_model, architecture):
             weights = torch.tensor([1.0, -0.7, 0.4], dtype=torch.double)
             gradients = torch.autograd.grad(terms @ weights, parameters, allow_unused=True)
             found.append((logprobs, values, terms, *(g for g in gradients if g is not None)))
-        num_branched += batch.runs is not None and any(run.ancestors for run in batch.runs)
+        num_branched += batch.segments is not None and any(run.ancestors for run in batch.segments)
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, **EXACT)
     assert num_branched > 50
@@ -95,8 +95,8 @@ def test_long_runs_are_worked_on_in_blocks(tiny_model, monkeypatch):
     """No mask is larger than a block of queries."""
     policy, episodes = tiny_model("Qwen2"), random_forest(3)
     batch = StepRolloutCollator()(episodes)
-    assert batch.runs is not None
-    assert any(run.ancestors and run.stop - run.start > 2 for run in batch.runs)
+    assert batch.segments is not None
+    assert any(run.ancestors and run.stop - run.start > 2 for run in batch.segments)
     whole, _ = PolicyScorer(policy)(batch)
     monkeypatch.setattr(attention, "_BLOCK", 2)
     in_blocks, _ = PolicyScorer(policy)(batch)
@@ -106,12 +106,12 @@ def test_long_runs_are_worked_on_in_blocks(tiny_model, monkeypatch):
 def test_a_subtree_holds_the_tokens_that_have_its_root_as_an_ancestor():
     for seed in range(20):
         batch = StepRolloutCollator()(random_forest(seed))
-        if batch.runs is None:
+        if batch.segments is None:
             continue
-        ends = attention.subtree_ends(batch.runs)
+        ends = attention.subtree_ends(batch.segments)
         positions = torch.arange(len(ends))
         sees = (positions <= positions[:, None]) & (positions[:, None] < ends)  # (queries, keys)
-        for run in batch.runs:
+        for run in batch.segments:
             for query in range(run.start, run.stop):
                 ancestors = [p for start, stop in run.ancestors for p in range(start, stop)]
                 assert sees[query].nonzero().flatten().tolist() == [*ancestors, *range(run.start, query + 1)]
@@ -122,7 +122,7 @@ def test_one_call_for_all_branches_equals_one_for_each():
     generator = torch.Generator().manual_seed(0)
     num_tries = 0
     for seed in range(20):
-        runs = StepRolloutCollator()(random_forest(seed)).runs
+        runs = StepRolloutCollator()(random_forest(seed)).segments
         if runs is None:
             continue
         num_tries += 1
@@ -133,7 +133,7 @@ def test_one_call_for_all_branches_equals_one_for_each():
         module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
         mask = attention.block_mask(runs, query.device)
         in_one = attention.block_attention(module, query, key, value, None, scaling=0.3, trie_mask=mask)[0]
-        by_run = attention.run_attention(module, query, key, value, None, scaling=0.3, trie_runs=runs)[0]
+        by_run = attention.segment_attention(module, query, key, value, None, scaling=0.3, trie_segments=runs)[0]
         torch.testing.assert_close(in_one, by_run, **EXACT)
     assert num_tries > 10
 

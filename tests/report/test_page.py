@@ -135,13 +135,13 @@ def test_a_damaged_log_costs_its_episodes_not_the_report(tmp_path, damage):
         sample = sample_episodes(group_runs(load_runs(runs)), max_bytes=max_bytes)
         if max_bytes == 10**6 or damage in ("truncated", "empty"):
             assert len(sample.unreadable) == 1
-            assert "update_00002.parquet is no log of episodes" in sample.unreadable[0]
+            assert "update_00002.parquet is not a log of episodes" in sample.unreadable[0]
             assert sample.num_logged == 44
     sample = sample_episodes(group_runs(load_runs(runs)), max_bytes=10**6)
     assert ("dataset_row" in sample.unreadable[0]) is (damage == "without a column")
     assert {episode["update"] for episode in sample.episodes if episode["method"] == 0} == {1, 3, 4, 5, 6}
     page = write_report(runs, tmp_path / "report.html")[0].read_text()
-    assert re.search(r"Left out: .*update_00002\.parquet is no log of episodes", page)
+    assert re.search(r"Left out: .*update_00002\.parquet is not a log of episodes", page)
 
 
 def test_the_columns_that_are_read_are_those_that_are_written():

@@ -12,6 +12,7 @@ from tests.chat.trl_templates import WITH_TOOLS, make_tokenizer
 from tests.rollout.scripted import ScriptedSampler
 from trl_steppo.chat import ChatFormat
 from trl_steppo.chat.parsing import ParsedResponse, tool_call
+from trl_steppo.chat.responses import ResponseReader
 from trl_steppo.chat.tokenizing import TextEncoder
 from trl_steppo.environments import make_playable
 from trl_steppo.errors import ChatTemplateError
@@ -81,7 +82,7 @@ def make_chat(name: str, tools) -> ChatFormat:
 @pytest.fixture(autouse=True)
 def _parses_nothing(monkeypatch):
     """Templates whose tool calls nobody can parse are looked at, too."""
-    monkeypatch.setattr(ChatFormat, "_find_parser", lambda self: None)
+    monkeypatch.setattr(ResponseReader, "_find_parser", lambda self: None)
 
 
 def states(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatFormat, list[list[int]]]:
@@ -96,7 +97,7 @@ def states(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
     message = {"role": "assistant", "content": "", "tool_calls": [tool_call("search", {"query": "x"})]}
     chat.parse = lambda response_ids, prompt_ids=None: ParsedResponse(message)
     prompt = shown if where == "dataset message" else HARMLESS
-    sampler = ScriptedSampler(chat, lambda order: "x" + chat._token_text(chat.end_of_turn_id))
+    sampler = ScriptedSampler(chat, lambda order: "x" + chat._template.token_text(chat.end_of_turn_id))
     episode = asyncio.run(
         run_episode(
             playable,

@@ -91,8 +91,9 @@ def test_a_model_with_windows_shares_chains_alone_and_says_so_once(tmp_path, cap
 
 def test_a_version_that_ignores_branches_gets_no_tries(tmp_path, caplog, monkeypatch):
     """However it comes that values of a trie are not those of its rows: they are not trained on, and it is said."""
-    ignoring = lambda *args, trie_runs=None, **kwargs: attention.run_attention(*args, **kwargs)  # noqa: E731
+    ignoring = lambda *args, trie_segments=None, **kwargs: attention.segment_attention(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(agreement, "_known", {})
+    attention.register_attention()
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa_tree", ignoring)
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path, train_dataset=prompt_rows(4), per_device_train_batch_size=4, max_steps=1)

@@ -1,14 +1,15 @@
 """Episodes -> StepBatch: steps share prefixes in rows, and become step-major tensors."""
 
-from .collator import LayoutName, StepBatch, StepRolloutCollator, num_unique_tokens, step_ids
+from .collator import LayoutName, PackedRows, StepBatch, StepRolloutCollator, num_unique_tokens, step_ids
 from .micro_batches import Part, divide, longest_first, micro_batches, mini_batches
-from .rows import Layout, Run, Trie, chains, row_per_step, share_prefixes
+from .rows import Layout, Segment, Trie, chains, row_per_step, share_prefixes
 
 __all__ = [
     "Layout",
     "LayoutName",
+    "PackedRows",
     "Part",
-    "Run",
+    "Segment",
     "StepBatch",
     "StepRolloutCollator",
     "Trie",

@@ -4,35 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
 from ..errors import DataError
 from ..types import Episode, Step
-from .rows import Layout, Run, Trie, chains, row_per_step, share_prefixes
+from .rows import Layout, Segment, Trie, chains, row_per_step, share_prefixes
 
 LayoutName = Literal["trie", "chains", "rows"]
 Reads = Literal["logprobs", "step_values", "token_values"]
 
+T = TypeVar("T", bound="PackedRows")
+
 
 @dataclass
-class StepBatch:
+class PackedRows:
     """
-    A batch of episodes: R packed rows of L tokens to forward, N steps of up to A response tokens to learn from.
+    R packed rows of L tokens, as a forward pass reads them.
 
-    A *position* is an index into the flattened rows (r·L + l). The forward pass gathers by position into step-major
-    tensors, so that nothing after it knows how the rows were packed.
+    A *position* is an index into the flattened rows (r·L + l).
 
     Args:
         input_ids, position_ids (`torch.Tensor`):
             (R, L), padded on the right; position ids count from the start of a step's prompt.
         attention_mask (`torch.Tensor`):
             (R, L), `True` for tokens.
-        runs (`tuple[Run, ...]`, *optional*):
+        segments (`tuple[Segment, ...]`, *optional*):
             The branches of a trie that was flattened into one row, which say what attends to what
             ([`share_prefixes`]). `None`: plain causal rows.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    segments: tuple[Segment, ...] | None
+
+    def to(self: T, device: torch.device | str) -> T:
+        """The same rows on another device."""
+        tensors = [f.name for f in fields(self) if f.name != "segments"]
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
+
+
+@dataclass
+class StepBatch(PackedRows):
+    """
+    A batch of episodes: [`PackedRows`] to forward, N steps of up to A response tokens to learn from.
+
+    The forward pass gathers by position into step-major tensors, so that nothing after it knows how the rows were
+    packed.
+
+    Args:
+        input_ids, position_ids, attention_mask, segments:
+            See [`PackedRows`].
         action_ids (`torch.Tensor`):
             (N, A), the response tokens.
         action_mask (`torch.Tensor`):
@@ -57,10 +82,6 @@ class StepBatch:
             (E,), where the value after a truncated episode is read; -1 where it is 0.
     """
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    runs: tuple[Run, ...] | None
     action_ids: torch.Tensor
     action_mask: torch.Tensor
     logit_positions: torch.Tensor
@@ -92,7 +113,7 @@ class StepBatch:
             input_ids=token,
             position_ids=token,
             attention_mask=token == 0,
-            runs=None,
+            segments=None,
             action_ids=no,
             action_mask=no.bool(),
             logit_positions=no,
@@ -107,11 +128,6 @@ class StepBatch:
             truncated=steps.bool(),
             bootstrap_positions=steps,
         )
-
-    def to(self, device: torch.device | str) -> StepBatch:
-        """The same batch on another device."""
-        tensors = [f.name for f in fields(self) if f.name != "runs"]
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
 
 
 class StepRolloutCollator:
@@ -217,7 +233,7 @@ class StepRolloutCollator:
             input_ids=torch.from_numpy(layout.input_ids),
             position_ids=torch.from_numpy(layout.position_ids),
             attention_mask=torch.from_numpy(layout.attention_mask),
-            runs=layout.runs,
+            segments=layout.segments,
             action_ids=torch.from_numpy(action_ids),
             action_mask=torch.from_numpy(action_mask),
             logit_positions=torch.from_numpy(logit_positions),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -54,11 +53,11 @@ def micro_batches(
         layout (`str`):
             How they will be laid out; see [`StepRolloutCollator`].
         max_episodes (`int`):
-            Most episodes of a group.
+            Maximum number of episodes in a group.
         max_tokens (`int`, *optional*):
-            Most tokens of a group, padding included (of a trie that is laid out as rows, 3 % more); instead of
-            `max_episodes`. An episode that has more is cut
-            between its steps, whose prompts then are forwarded again; a step that has more stands alone.
+            Maximum number of tokens in a group, padding included (3 % more for a trie that is laid out as rows).
+            Replaces `max_episodes`. An episode that has more is cut between its steps, whose prompts are then
+            forwarded again. A step that has more gets a group of its own.
 
     Returns:
         `list[list[Part]]`: The parts of each micro-batch.
@@ -71,26 +70,69 @@ def micro_batches(
         return [
             [whole[i] for i in order[start : start + max_episodes]] for start in range(0, len(order), max_episodes)
         ]
-    groups: list[list[Part]] = []
-    size = _size_of(layout)
+    groups: list[_Group] = []
     for index in order:
-        if groups and size.with_more(sequences[index]) <= max_tokens:
-            groups[-1].append(whole[index])
-            size.add(sequences[index])
-            continue
-        size = _size_of(layout)
-        if size.with_more(sequences[index]) <= max_tokens:
-            groups.append([whole[index]])
-            size.add(sequences[index])
-            continue
-        groups.append([(index, [])])
-        for number, ids in enumerate(sequences[index]):
-            if groups[-1][0][1] and size.with_more([ids]) > max_tokens:
-                groups.append([(index, [])])
-                size = _size_of(layout)
-            groups[-1][0][1].append(number)
-            size.add([ids])
+        steps = sequences[index]
+        if groups and groups[-1].fits(steps):
+            groups[-1].add(index, range(len(steps)), steps)
+        elif (alone := _Group(layout, max_tokens)).fits(steps):
+            alone.add(index, range(len(steps)), steps)
+            groups.append(alone)
+        else:
+            groups += _cut(index, steps, layout, max_tokens)
+    return [group.parts for group in groups]
+
+
+def _cut(index: int, steps: Sequence[np.ndarray], layout: LayoutName, max_tokens: int) -> list[_Group]:
+    """The steps of an episode that is too large for one group, in as few groups as keep their order."""
+    groups: list[_Group] = []
+    for number, ids in enumerate(steps):
+        if not groups or not groups[-1].fits([ids]):
+            groups.append(_Group(layout, max_tokens))
+        groups[-1].add(index, [number], [ids])
     return groups
+
+
+class _Group:
+    """Parts of episodes that are forwarded together."""
+
+    def __init__(self, layout: LayoutName, max_tokens: int) -> None:
+        self.parts: list[Part] = []
+        self._layout = layout
+        self._max_tokens = max_tokens
+        self._sequences: list[np.ndarray] = []
+        self._trie = Trie()
+
+    def fits(self, sequences: Sequence[np.ndarray]) -> bool:
+        """Whether there is room for these, too."""
+        if self._layout != "trie":
+            return num_tokens([*self._sequences, *sequences], self._layout) <= self._max_tokens
+        # An upper bound: of what the sequences share with the trie, only the longest prefix is counted once.
+        num_shared = max(map(self._trie.num_shared, sequences))
+        return self._trie.num_tokens + num_tokens(sequences, "trie") - num_shared <= self._max_tokens
+
+    def add(self, index: int, steps: Iterable[int], sequences: Sequence[np.ndarray]) -> None:
+        """Add steps of an episode, with their token ids."""
+        if not self.parts or self.parts[-1][0] != index:
+            self.parts.append((index, []))
+        self.parts[-1][1].extend(steps)
+        if self._layout != "trie":
+            self._sequences += sequences
+            return
+        for ids in sequences:
+            self._trie.insert(ids)
+
+
+def num_tokens(sequences: Sequence[np.ndarray], layout: LayoutName) -> int:
+    """Tokens that sequences take in a layout, padding included."""
+    if layout == "chains":
+        return chains(sequences).input_ids.size
+    if layout == "rows":
+        return len(sequences) * max(map(len, sequences))
+    trie = Trie()
+    for ids in sequences:
+        trie.insert(ids)
+    return trie.num_tokens
 
 
 def divide(
@@ -124,7 +166,7 @@ def divide(
     for index in chosen:
         units.setdefault(rows[index] if layout == "trie" else index, []).append(index)
     members = list(units.values())
-    costs = [_size_of(layout).with_more([ids for i in unit for ids in sequences[i]]) for unit in members]
+    costs = [num_tokens([ids for i in unit for ids in sequences[i]], layout) for unit in members]
     return [[index for unit in share for index in members[unit]] for share in longest_first(costs, num_ranks)]
 
 
@@ -155,45 +197,3 @@ def longest_first(costs: Sequence[int], num_shares: int) -> list[list[int]]:
         shares[least].append(unit)
         loads[least] += costs[unit]
     return shares
-
-
-class _Size(Protocol):
-    """Tokens that a group of sequences takes in a layout."""
-
-    def with_more(self, sequences: Sequence[np.ndarray]) -> int: ...
-    def add(self, sequences: Sequence[np.ndarray]) -> None: ...
-
-
-def _size_of(layout: LayoutName) -> _Size:
-    return _TrieSize() if layout == "trie" else _PaddedSize(layout)
-
-
-class _TrieSize:
-    def __init__(self) -> None:
-        self._trie = Trie()
-
-    def with_more(self, sequences: Sequence[np.ndarray]) -> int:
-        """At most so many: of what the sequences share with the trie, the longest prefix alone is counted once."""
-        alone = Trie()
-        for ids in sequences:
-            alone.insert(ids)
-        return self._trie.num_tokens + alone.num_tokens - max(map(self._trie.num_shared, sequences))
-
-    def add(self, sequences: Sequence[np.ndarray]) -> None:
-        for ids in sequences:
-            self._trie.insert(ids)
-
-
-class _PaddedSize:
-    def __init__(self, layout: LayoutName) -> None:
-        self._layout = layout
-        self._sequences: list[np.ndarray] = []
-
-    def with_more(self, sequences: Sequence[np.ndarray]) -> int:
-        all_of_them = [*self._sequences, *sequences]
-        if self._layout == "chains":
-            return chains(all_of_them).input_ids.size
-        return len(all_of_them) * max(map(len, all_of_them))
-
-    def add(self, sequences: Sequence[np.ndarray]) -> None:
-        self._sequences += sequences

@@ -23,7 +23,7 @@ _CHAINS_COST = (
 
 
 @dataclass(frozen=True)
-class Run:
+class Segment:
     """
     Tokens of a flattened trie that stand side by side and follow one another, from a branch to a leaf.
 
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def num_ancestors(self) -> int:
-        """Number of tokens before the run."""
+        """Number of tokens before the segment."""
         return sum(stop - start for start, stop in self.ancestors)
 
 
@@ -56,7 +56,7 @@ class Layout:
             (R, L), padded on the right; positions count from the start of a sequence.
         attention_mask (`np.ndarray`):
             (R, L), `True` for tokens.
-        runs (`tuple[Run, ...]`, *optional*):
+        segments (`tuple[Segment, ...]`, *optional*):
             Of a flattened trie, which is one row, its branches. `None`: plain causal rows.
         find (`Callable[[int, int, int], np.ndarray]`):
             Positions of a sequence's tokens `start` to `stop`; see [`positions`].
@@ -65,7 +65,7 @@ class Layout:
     input_ids: np.ndarray
     position_ids: np.ndarray
     attention_mask: np.ndarray
-    runs: tuple[Run, ...] | None
+    segments: tuple[Segment, ...] | None
     find: Callable[[int, int, int], np.ndarray]
 
     def positions(self, sequence: int, start: int, stop: int) -> np.ndarray:
@@ -126,7 +126,7 @@ def share_prefixes(sequences: Sequence[Ids]) -> Layout:
 
 @dataclass(eq=False)  # nodes are themselves, not what they hold
 class _Node:
-    """A run of tokens without a branch, `depth` tokens below the root."""
+    """Tokens without a branch between them, `depth` tokens below the root."""
 
     ids: Ids
     depth: int
@@ -183,7 +183,7 @@ class Trie:
             np.concatenate([node.ids for node in nodes]).astype(np.int64)[None],
             np.concatenate([np.arange(node.depth, node.end) for node in nodes])[None],
             np.ones((1, L), dtype=bool),
-            tuple(self._runs(nodes)),
+            tuple(self._segments(nodes)),
             self._find,
         )
 
@@ -221,7 +221,7 @@ class Trie:
         return child
 
     def _depth_first(self) -> Iterator[_Node]:
-        """Parents before children, the child with the deepest leaf first: its run is the longest without a branch."""
+        """Parents before children; the child with the deepest leaf first, so that its segment is the longest."""
         bottom: dict[_Node, int] = {}
         order, stack = [], list(self._root.children.values())
         while stack:
@@ -235,8 +235,8 @@ class Trie:
             yield node
             stack += sorted(node.children.values(), key=lambda child: bottom[child])
 
-    def _runs(self, nodes: Sequence[_Node]) -> Iterator[Run]:
-        """From each branch to a leaf; a first child continues its parent's run."""
+    def _segments(self, nodes: Sequence[_Node]) -> Iterator[Segment]:
+        """From each branch to a leaf; a first child continues its parent's segment."""
         start = 0
         for index, node in enumerate(nodes):
             stop = node.place + len(node.ids)
@@ -246,7 +246,7 @@ class Trie:
             while top.place > start:
                 assert top.parent is not None
                 top = top.parent
-            yield Run(start, stop, _spans(top.parent))
+            yield Segment(start, stop, _spans(top.parent))
             start = stop
 
     def _find(self, sequence: int, start: int, stop: int) -> np.ndarray:

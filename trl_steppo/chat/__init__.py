@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .chat_format import ChatFormat, extended
+from .chat_format import ChatFormat
+from .messages import extended
 from .parsing import Message, ParsedResponse, parse_hermes
 
 __all__ = ["ChatFormat", "Message", "ParsedResponse", "extended", "parse_hermes"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .formats.base import Message, Piece, tool_call
+from .formats.base import Message, Piece, Schemas, tool_call
 from .formats.hermes import HERMES
 from .formats.values import UnreadableError, check_value, read_text
 
@@ -63,9 +63,7 @@ def split_pieces(pieces: Sequence[Piece]) -> tuple[str, str]:
     return "\n".join(filter(None, thoughts)), said.lstrip() if thoughts else said
 
 
-def check_tool_calls(
-    tool_calls: Sequence[Any], schemas: Mapping[str, Mapping[str, Any]]
-) -> tuple[list[Message], list[str]]:
+def check_tool_calls(tool_calls: Sequence[Any], schemas: Schemas) -> tuple[list[Message], list[str]]:
     """
     Sort the tool calls of another parser into good ones and reasons against the others.
 

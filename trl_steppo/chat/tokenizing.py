@@ -1,7 +1,7 @@
 """Text -> token ids: which text may become control tokens, and how few tokens a text can have.
 
-A control token frames a conversation: it begins a turn, ends it, opens a tool call or a thought. Text that users,
-tools and environments bring is data. Where it spells a control token (a web page may contain `<|im_end|>`), it must be
+A control token frames a conversation: it begins a turn, ends it, opens a tool call or a thought. Text from users,
+tools and environments is data. Where it spells a control token (a web page may contain `<|im_end|>`), it must be
 tokenized as the characters that it is.
 
 ```
@@ -26,13 +26,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers
 
-from ..types import map_texts, writable
+from ..types import Tokenizer, map_texts, writable
 
 THINKING = ("<think>", "</think>")
 WRITTEN = frozenset({"<tool_call>", "</tool_call>", *THINKING})
-"""What frames the parts of a response: a model writes it."""
+"""Tokens that frame the parts of a response; a model writes them."""
 FRAMING = WRITTEN | {"<tool_response>", "</tool_response>"}
 _MARKER_SHAPE = re.compile(r"<[|｜].*>|<.*[|｜]>", re.DOTALL)
 _FRAMING_SHAPE = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)
@@ -48,14 +49,14 @@ class Guarded:
         value (`Any`):
             The data: text, or a nested value of texts.
         mark (`str`, *optional*):
-            What was put into it; `None` where it is as it was.
+            The mark that was put into it; `None` where it is unchanged.
     """
 
     value: Any
     mark: str | None = None
 
     def unmarked(self, text: str) -> str:
-        """A text without the mark, as it is shown to people."""
+        """A text without the mark."""
         return text if self.mark is None else text.replace(self.mark, "")
 
 
@@ -74,14 +75,14 @@ class TextEncoder:
             A chat template.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "") -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str = "") -> None:
         self._tokenizer = tokenizer
         tokens = {token.content: (id_, token.special) for id_, token in tokenizer.added_tokens_decoder.items()}
         special = {*tokenizer.all_special_tokens, *(text for text, (_, special) in tokens.items() if special)}
         framing = {text for text in tokens if _frames(text, template)}
         names = {text for text in special | framing if len(text.strip()) > 1}
         ids = {text: tokenizer.convert_tokens_to_ids(text) for text in sorted(names)}
-        self.control_ids: dict[str, int] = {text: id_ for text, id_ in ids.items() if id_ is not None}
+        self.control_ids: dict[str, int] = {text: id_ for text, id_ in ids.items() if isinstance(id_, int)}
         """The control tokens by their text."""
         self._prefixes = frozenset(text[:end] for text in self.control_ids for end in range(1, len(text)))
         self._first_letters = frozenset(text[0] for text in self.control_ids)
@@ -91,17 +92,19 @@ class TextEncoder:
 
     def guard(self, value: Any) -> Guarded:
         """
-        Data with a mark inside of whatever spells a control token, or may do so together with what follows it. Half of
-        a surrogate pair, which is no character, becomes U+FFFD.
+        Put a mark into everything in the data that spells a control token, or may do so together with the text after
+        it. Lone surrogates, which have no UTF-8 encoding, become U+FFFD.
         """
         value = map_texts(value, writable)
         if not any(self._marks(text) for text in _texts(value)):
             return Guarded(value)
-        mark = "".join(str(secrets.randbelow(10)) for _ in range(24))  # no data can foresee it; no template changes it
+        mark = "".join(
+            str(secrets.randbelow(10)) for _ in range(24)
+        )  # data cannot predict it, and templates do not change it
         return Guarded(map_texts(value, lambda text: _inserted(text, self._marks(text), mark)), mark)
 
-    def count(self, value: Any) -> int:
-        """How many control tokens a nested value of texts spells."""
+    def count(self, value: object) -> int:
+        """Number of control tokens that a nested value of texts spells."""
         return sum(len(self._any.findall(text)) for text in _texts(value)) if self.control_ids else 0
 
     def encode(self, text: str, guarded: Guarded | None = None, *, add_special_tokens: bool = False) -> list[int]:
@@ -110,11 +113,11 @@ class TextEncoder:
 
         Args:
             text (`str`):
-                What has been made of guarded data.
+                A text that was rendered from guarded data.
             guarded ([`Guarded`], *optional*):
-                That data; without any, the text has none in it.
+                That data. `None`: the text contains no data.
             add_special_tokens (`bool`, *optional*, defaults to `False`):
-                Whether the tokenizer adds what it adds to a text by itself, such as a BOS token.
+                Whether the tokenizer adds its own tokens to the text, such as a BOS token.
         """
         has_marks = guarded is not None and guarded.mark is not None
         if not self.control_ids or not (has_marks or (guarded is not None and self._always_renames)):
@@ -129,17 +132,15 @@ class TextEncoder:
 
     def warm_up(self) -> None:
         """
-        Make now what the first text that spells a control token needs, once for each tokenizer: with a vocabulary of
-        150,000 it takes more than a second, for which an event loop should not wait.
+        Prepare for the first text that spells a control token, once for each tokenizer. With a vocabulary of 150,000
+        this takes more than a second, which must not block an event loop.
         """
         if self.control_ids:
             _ = self._renamed
 
     def _marks(self, text: str) -> list[int]:
-        """The positions where a control token begins, or its beginning ends the text."""
-        if not any(
-            letter in text for letter in self._first_letters
-        ):  # as in nearly all texts, of which there are many
+        """The positions where a control token begins, or where the text ends with the beginning of one."""
+        if not any(letter in text for letter in self._first_letters):  # of nearly all texts, so it is tried first
             return []
         found = [match.start() for match in self._starts.finditer(text)]
         first_end = max(0, len(text) - self._longest)
@@ -147,12 +148,12 @@ class TextEncoder:
 
     @cached_property
     def _renamed(self) -> _Renamed | None:
-        """The tokenizer with other names for the control tokens; `None` where it cannot be had."""
+        """The tokenizer with other names for the control tokens; `None` where none can be made."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
         key = (len(self._tokenizer), *self.control_ids)
-        with _renaming:  # it is large, and takes long: one for all chat formats of a tokenizer
+        with _renaming:  # large and slow to make: all chat formats of a tokenizer share one
             known = _renamed.setdefault(self._tokenizer, {})
             if key not in known:
                 known[key] = _rename(backend, self.control_ids)
@@ -168,7 +169,7 @@ class TextEncoder:
         return ids + self._encode_plain(guarded.unmarked(text[start:]))
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Ids of text, none of which is a control token's."""
+        """Ids of a text without any control token's id."""
         if not text:
             return []
         ids = list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
@@ -183,30 +184,30 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class _Renamed:
-    backend: Tokenizer
+    backend: Backend
     names: Mapping[str, str]  # of the control tokens, by their text
 
 
-_renamed: weakref.WeakKeyDictionary[Any, dict[Any, _Renamed | None]] = weakref.WeakKeyDictionary()
+_renamed: weakref.WeakKeyDictionary[Tokenizer, dict[tuple[object, ...], _Renamed | None]] = weakref.WeakKeyDictionary()
 _renaming = threading.Lock()
 
 
 def _frames(token: str, template: str) -> bool:
-    """Whether an added token that is not special is a control token all the same."""
+    """Whether an added token that is not special is a control token nevertheless."""
     if token in FRAMING or _MARKER_SHAPE.fullmatch(token):
         return True
     return token in template and _FRAMING_SHAPE.fullmatch(token) is not None
 
 
-def _rename(backend: Tokenizer, control_ids: Mapping[str, int]) -> _Renamed | None:
+def _rename(backend: Backend, control_ids: Mapping[str, int]) -> _Renamed | None:
     """A copy of a fast tokenizer with private names for the control tokens."""
     secret = "".join(str(secrets.randbelow(10)) for _ in range(24))
     names = {text: f"\ue0f0{secret}x{index}\ue0f1" for index, text in enumerate(control_ids)}
     try:
         state = json.loads(backend.to_str())
         _rename_in(state, names)
-        renamed = Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
-    except Exception:  # a part written in Python, or one that we do not know
+        renamed = Backend.from_str(json.dumps(state, ensure_ascii=False))
+    except Exception:  # a part written in Python, or an unknown one
         return None
     renamed.no_truncation()
     renamed.no_padding()
@@ -219,7 +220,7 @@ def _rename_in(state: dict[str, Any], names: Mapping[str, str]) -> None:
     """Rename tokens in what a `tokenizer.json` contains."""
     for token in state["added_tokens"]:
         if token["content"] in names:
-            # Or a normalizer that puts something in front of every text would put it in front of the name, too.
+            # Otherwise a normalizer that adds a prefix to every text would add it to the name, too.
             token |= {"content": names[token["content"]], "normalized": False}
     model = state["model"]
     vocabulary = model.get("vocab")
@@ -229,14 +230,14 @@ def _rename_in(state: dict[str, Any], names: Mapping[str, str]) -> None:
         model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
     if model.get("unk_token") is not None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    if model.get("merges"):  # the few that would make a control token out of text
+    if model.get("merges"):  # remove the few that would make a control token out of text
         pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         gone = names.keys()
         model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & gone]
 
 
-def _changes_letters(tokenizer: Any) -> bool:
-    """Whether a tokenizer may read a control token out of text that is written in another way."""
+def _changes_letters(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer may read a control token out of text that spells it differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = () if backend is None else _parts(_state(backend.normalizer), "normalizers")
     return any(part["type"] not in _KEEPS_LETTERS for part in parts)
@@ -244,7 +245,7 @@ def _changes_letters(tokenizer: Any) -> bool:
 
 @lru_cache(maxsize=64)
 def _patterns(words: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What finds the words, and what finds all places where one begins, even inside of another."""
+    """A pattern that finds the words, and one that finds every place where a word begins, even inside another."""
     starts = "|".join(f"{first}(?={rest})" for first, rest in _tries(words).items())
     return re.compile(_trie_pattern(words)), re.compile(starts)
 
@@ -258,7 +259,7 @@ def _tries(words: Iterable[str]) -> dict[str, str]:
 
 
 def _trie_pattern(words: Iterable[str]) -> str:
-    """A pattern that matches the longest of the words, and looks at each character once, however many they are."""
+    """A pattern that matches the longest of the words, and looks at each character only once."""
     words = list(words)
     if not words:
         return "(?!)"
@@ -272,7 +273,7 @@ def _trie_pattern(words: Iterable[str]) -> str:
 
 
 def _inserted(text: str, positions: Sequence[int], mark: str) -> str:
-    """The text with a mark behind the characters at these positions."""
+    """The text with a mark after the character at each of these positions."""
     pieces, start = [], 0
     for position in sorted(set(positions)):
         pieces.append(text[start : position + 1])
@@ -280,7 +281,7 @@ def _inserted(text: str, positions: Sequence[int], mark: str) -> str:
     return mark.join([*pieces, text[start:]])
 
 
-def _texts(value: Any) -> Iterable[str]:
+def _texts(value: object) -> Iterable[str]:
     """All texts of a nested value, keys included."""
     if isinstance(value, str):
         yield value
@@ -295,16 +296,17 @@ def _texts(value: Any) -> Iterable[str]:
 
 # -- lengths ----------------------------------------------------------------------------------------------------------
 
-_NFC_SHRINKS = 4  # most characters that Unicode normalization composes into one
+_NFC_SHRINKS = 4  # maximum number of characters that Unicode normalization composes into one
 _DROPS_NOTHING = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "UnicodeScripts", "FixedLength"}
 _EVERY_BYTE = frozenset(pre_tokenizers.ByteLevel.alphabet())
-_longest: weakref.WeakKeyDictionary[Any, tuple[int, float]] = weakref.WeakKeyDictionary()
+_longest: weakref.WeakKeyDictionary[Tokenizer, tuple[int, float]] = weakref.WeakKeyDictionary()
 
 
-def characters_per_token(tokenizer: Any) -> float:
+def characters_per_token(tokenizer: Tokenizer) -> float:
     """
-    The most characters of a text that one token can stand for; infinite where no number is known, as for a vocabulary
-    of words whose unknown token stands for a word of any length. Computed once for each tokenizer and vocabulary.
+    The maximum number of characters of a text that one token can stand for. Infinite where the number is not known, as
+    for a vocabulary of words whose unknown token stands for a word of any length. Computed once for each tokenizer and
+    vocabulary.
     """
     size, known = len(tokenizer), _longest.get(tokenizer)
     if known is None or known[0] != size:
@@ -312,19 +314,19 @@ def characters_per_token(tokenizer: Any) -> float:
     return known[1]
 
 
-def _characters_per_token(tokenizer: Any) -> float:
+def _characters_per_token(tokenizer: Tokenizer) -> float:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = tokenizer.get_vocab()
     shrinks = None if backend is None else _normalizer_shrinks(_state(backend.normalizer))
     if backend is None or shrinks is None or not _keeps_every_character(backend, vocabulary):
         return float("inf")
     if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
-        return float("inf")  # such a token swallows the white space beside it, however long it is
+        return float("inf")  # such a token swallows the white space next to it, of any length
     return float(max(map(len, vocabulary)) * shrinks)
 
 
-def _keeps_every_character(backend: Any, vocabulary: Mapping[str, int]) -> bool:
-    """Whether the ids of a text stand for all of its characters, with no token for unknown text of any length."""
+def _keeps_every_character(backend: Backend, vocabulary: Mapping[str, int]) -> bool:
+    """Whether the ids of a text stand for all its characters, without a token for unknown text of any length."""
     parts = _parts(_state(backend.pre_tokenizer), "pretokenizers")
     if any(part["type"] not in _DROPS_NOTHING or part.get("behavior") == "Removed" for part in parts):
         return False
@@ -335,7 +337,7 @@ def _keeps_every_character(backend: Any, vocabulary: Mapping[str, int]) -> bool:
 
 
 def _normalizer_shrinks(state: Mapping[str, Any] | None) -> int | None:
-    """How many characters a normalizer may make one of; `None` where that is not known."""
+    """Maximum number of characters that a normalizer composes into one; `None` where it is not known."""
     shrinks = 1
     for part in _parts(state, "normalizers"):
         if part["type"] in ("NFC", "NFKC"):
@@ -356,5 +358,5 @@ def _parts(state: Mapping[str, Any] | None, name: str) -> Sequence[Mapping[str, 
 
 
 def _state(component: Any) -> Mapping[str, Any] | None:
-    """What a part of a fast tokenizer is, as `tokenizer.json` has it."""
+    """The state of a part of a fast tokenizer, as in `tokenizer.json`."""
     return None if component is None else json.loads(component.__getstate__())

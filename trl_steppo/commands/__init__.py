@@ -1,5 +1,5 @@
 """
-The subcommands of `trl-steppo`: each module says what its command takes, and runs it.
+The subcommands of `trl-steppo`. Each module declares the arguments of its command, and runs it.
 
 | file | what it is |
 |---|---|
@@ -11,7 +11,7 @@ The subcommands of `trl-steppo`: each module says what its command takes, and ru
 | `gateway.py` | a model served to agents |
 | `hotpotqa.py` | data sets prepared for training |
 
-To load them imports nothing heavy: what a command needs is imported when it runs.
+Loading them is cheap: heavy imports happen when a command runs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Protocol
 
 
 class Command(Protocol):
-    """A module with a subcommand in it."""
+    """A module that implements a subcommand."""
 
     HELP: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare what the command takes."""
+        """Declare the command's arguments."""
         ...
 
     def run(self, args: argparse.Namespace) -> None:
-        """Do it. Raises errors that name their cure."""
+        """Run the command. Errors name their cure."""
         ...

@@ -1,9 +1,9 @@
 """
-`trl-steppo check`: a recipe tried out before a GPU is: its settings, its rows, its environment, and one small update.
+`trl-steppo check`: a trial of a recipe without a GPU: its settings, rows and environment, and one small update.
 
-The model is of the recipe's architecture, with two narrow layers and random weights; what it would say is scripted, so
-that searches and answers really happen, and some answers are right. What cannot be had without a network is replaced,
-and said so.
+The model has the recipe's architecture, but two narrow layers and random weights. Its responses are scripted, so that
+searches and answers really happen, and some answers are right. What cannot be downloaded is replaced, and the output
+says so.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, DataError
+from ..types import JsonObject
 from .launch_file import check_launch, read_mapping
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ HELP = "a dry run of a recipe: its settings, and one small update"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the command's arguments."""
     parser.add_argument("config", help="a YAML file of settings, as `--config` takes it")
     parser.add_argument("--dataset_name", help="rows to play instead of the recipe's; `mini_wiki` is built in")
     parser.add_argument(
@@ -34,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what is found, line by line."""
+    """Print the findings, line by line."""
     for line in check(Path(args.config), dataset_name=args.dataset_name, config_file=args.config_file):
         print(line)
 
 
 def check(path: Path, *, dataset_name: str | None = None, config_file: str | None = None) -> Iterator[str]:
     """
-    Try a recipe of `examples/hotpotqa_steppo.py` out.
+    Try out a recipe of `examples/hotpotqa_steppo.py`.
 
     Args:
         path (`Path`):
@@ -49,14 +50,13 @@ def check(path: Path, *, dataset_name: str | None = None, config_file: str | Non
         dataset_name (`str`, *optional*):
             Rows to play instead of the recipe's.
         config_file (`str`, *optional*):
-            The accelerate file it will be launched with: a shipped one's name, or a path.
+            The accelerate file for the launch: the name of a shipped one, or a path.
 
     Returns:
-        `Iterator[str]`: What is found, in lines.
+        `Iterator[str]`: The findings, line by line.
 
     Raises:
-        ConfigurationError, DataError: If settings contradict each other, or those of the accelerate file, or rows are
-            not what they should be.
+        ConfigurationError, DataError: If settings contradict each other or the accelerate file, or rows are invalid.
     """
     from ..environments.hotpotqa import HotpotQARecipe
     from ..trainer.steppo_config import StepPOConfig
@@ -85,12 +85,12 @@ def check(path: Path, *, dataset_name: str | None = None, config_file: str | Non
         yield one_update(args, recipe, config, tokenizer, data)
 
 
-def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_recipe(path: Path) -> tuple[JsonObject, JsonObject]:
     """
-    A YAML file's settings: those of `StepPOConfig`, and those of `HotpotQARecipe`, the script's own.
+    Read a recipe: its settings of `StepPOConfig`, and those of `HotpotQARecipe`.
 
     Raises:
-        ConfigurationError: If the file is no mapping, or names a setting that neither knows.
+        ConfigurationError: If the file is not a mapping, or has an unknown setting.
     """
     from ..environments.hotpotqa import HotpotQARecipe
     from ..trainer.grpo_settings import explain_unknown
@@ -113,7 +113,7 @@ def _names(settings: type) -> set[str]:
 
 
 def _load_data(dataset_name: str | None, recipe: HotpotQARecipe) -> tuple[HotpotQAData, str]:
-    """The rows that were asked for, or the recipe's; where these cannot be had, the mini wiki's."""
+    """Load the given rows or the recipe's; if the latter are not available, those of the mini wiki."""
     from ..environments.hotpotqa import hotpotqa_dataset
 
     name = recipe.dataset_name if dataset_name is None else dataset_name

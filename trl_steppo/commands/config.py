@@ -14,12 +14,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the command's arguments."""
     parser.add_argument("name", nargs="?", help="its name; left out, all names are listed")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a path for `accelerate launch --config_file`, or what there is."""
+    """Print a path for `accelerate launch --config_file`, or the names of all files."""
     if args.name is None:
         for name in shipped_names():
             comment = shipped_file(name).read_text().splitlines()[0].removeprefix("# ")
@@ -36,5 +36,5 @@ def shipped_names() -> list[str]:
 
 
 def shipped_file(name: str) -> Path:
-    """Where the shipped file of a name is, or would be."""
+    """The path of the shipped file with this name."""
     return CONFIGS / f"{name}.yaml"

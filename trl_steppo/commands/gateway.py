@@ -20,7 +20,7 @@ HELP = "serve a model to agents over the OpenAI and Anthropic APIs, and record w
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the command's arguments."""
     parser.add_argument("--model", required=True, help="`mini_wiki` (built in), a directory, or a name on the hub")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; by default this machine's own")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """
-    Serve a model until a signal ends it. Sessions are opened with the admin's key, which is written to a file that its
-    owner alone may read; those that were running when the gateway was last stopped go on.
+    Serve a model until a signal ends the process. Sessions are opened with the admin's key, which is written to a file
+    that only its owner can read. Sessions that were running when the gateway was stopped are continued.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> None:
         context=context,
         idle_s=args.idle_s,
     )
-    with closing(server):  # its port is had before the model is loaded, which takes longer
+    with closing(server):  # it holds its port already, while the model is loading
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         write_key(key_file, admin_key)
         gc.collect()
-        gc.freeze()  # what is loaded by now stays, and no later collection looks at it again
+        gc.freeze()  # what is loaded now stays: later collections need not look at it
         server.start()
         server.resume(Engine(LocalSampler(model, allow_uncached=args.allow_uncached_sampling), _loop_in_a_thread()))
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_key(path: Path, key: str) -> None:
-    """Write a key where its owner alone can read it."""
+    """Write a key to a file that only its owner can read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
@@ -104,7 +104,7 @@ def write_key(path: Path, key: str) -> None:
 
 
 def _loop_in_a_thread() -> asyncio.AbstractEventLoop:
-    """Where a model's forward passes do not hold up the gateway."""
+    """An event loop for the model's forward passes, in a thread of its own, so that they do not block the gateway."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="sampler", daemon=True).start()
     return loop

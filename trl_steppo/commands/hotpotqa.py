@@ -9,7 +9,7 @@ HELP = "data sets of multi-hop questions"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the command's arguments."""
     tasks = parser.add_subparsers(dest="task", required=True)
     prepare = tasks.add_parser(
         "prepare", help="questions, corpus and search index in one directory; a run takes it as --dataset_name"
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepare what was asked for, and print a line for each stage."""
+    """Prepare a data set, and print a line for each stage."""
     from ..environments.hotpotqa import Preparation
 
     preparation = Preparation(

@@ -1,48 +1,50 @@
-"""What a recipe and the accelerate file that it is launched with say against each other."""
+"""Finds contradictions between a recipe and the accelerate file of its launch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
+from ..types import JsonObject
 from .config import shipped_file, shipped_names
 
 if TYPE_CHECKING:
     from ..trainer.steppo_config import StepPOConfig
 
 
-def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
+def check_launch(recipe: Mapping[str, object], args: StepPOConfig, name: str) -> str:
     """
     Compare a recipe with an accelerate file.
 
     Args:
-        recipe (`dict[str, Any]`):
-            The settings of `StepPOConfig` that the recipe itself has.
+        recipe (`Mapping[str, object]`):
+            The settings of `StepPOConfig` in the recipe.
         args ([`StepPOConfig`]):
-            The same, with the defaults.
+            These settings, with the defaults of all others.
         name (`str`):
-            A shipped file's name, or a path.
+            The name of a shipped file, or a path.
 
     Returns:
-        `str`: What is launched, in a line.
+        `str`: A line that describes the launch.
 
     Raises:
-        ConfigurationError: If there is no such file, or it contradicts the recipe; the message names all that does.
+        ConfigurationError: If there is no such file, or it contradicts the recipe. The message lists all
+        contradictions.
     """
     from ..trainer.distribution import Distribution, check_distribution
 
     file = _read(name)
     distribution = Distribution.from_file(file)
-    found = list(_contradictions(recipe, args, file, distribution.kind))
+    contradictions = list(_contradictions(recipe, args, file, distribution.kind))
     try:
         check_distribution(args, distribution)  # as the run itself does at its start
     except ConfigurationError as error:
-        found.append(str(error))
-    if found:
-        raise ConfigurationError(f"the recipe and {name} contradict each other:\n" + "\n".join(found))
+        contradictions.append(str(error))
+    if contradictions:
+        raise ConfigurationError(f"the recipe and {name} contradict each other:\n" + "\n".join(contradictions))
     num_processes, batch, updates = _sizes(args, file)
     counted = f"{updates} updates" if updates else "as many updates as the rows give"
     line = f"launch: {num_processes} processes, {batch} episodes an update, {counted}"
@@ -50,37 +52,40 @@ def check_launch(recipe: dict[str, Any], args: StepPOConfig, name: str) -> str:
     return line + (f", {beyond} episodes more than `total_episodes`" if beyond > 0 else "")
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str) -> JsonObject:
     path = shipped_file(name) if name in shipped_names() else Path(name)
     if not path.is_file():
         shipped = ", ".join(shipped_names())
-        raise ConfigurationError(f"`--config_file` is {name!r}, which is no file, and none of {shipped}")
+        raise ConfigurationError(f"`--config_file` is {name!r}, which is not a file, and none of {shipped}")
     return read_mapping(path, "`accelerate config` writes a mapping")
 
 
-def read_mapping(path: Path, expected: str) -> dict[str, Any]:
-    """A YAML file's settings. A `ConfigurationError` where it holds something else than the `expected` mapping."""
+def read_mapping(path: Path, expected: str) -> JsonObject:
+    """Read a YAML file's settings. A `ConfigurationError` with `expected` in it if the file is not a mapping."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is no YAML: {error}") from error
+        raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} holds a {type(content).__name__}; {expected}")
     return content
 
 
-def _contradictions(recipe: dict[str, Any], args: StepPOConfig, file: dict[str, Any], kind: str) -> Iterator[str]:
+def _contradictions(recipe: Mapping[str, object], args: StepPOConfig, file: JsonObject, kind: str) -> Iterator[str]:
     from ..trainer.distribution import deepspeed_settings
 
-    given = file.get("mixed_precision")
-    given = "no" if given is False else given  # as YAML reads it without quotes
-    own = _precision(recipe, on_cpu=bool(file.get("use_cpu") or recipe.get("use_cpu")))
+    precision = file.get("mixed_precision")
+    precision = "no" if precision is False else precision  # YAML reads `no` without quotes as False
+    wanted = _precision(recipe, on_cpu=bool(file.get("use_cpu") or recipe.get("use_cpu")))
     is_named = bool(recipe.get("fp16")) or recipe.get("bf16") is not None
-    if given is not None and given != own and (is_named or own == "no"):
-        outcome = f"the run would be in {given}" if own == "no" else "the file's has no effect"
-        yield f"`mixed_precision` is {given!r} there, and the recipe asks for {own!r}: {outcome}; leave it out there"
+    if precision is not None and precision != wanted and (is_named or wanted == "no"):
+        outcome = f"the run would be in {precision}" if wanted == "no" else "the file's has no effect"
+        yield (
+            f"`mixed_precision` is {precision!r} there, and the recipe asks for {wanted!r}: {outcome}; leave it out "
+            "there"
+        )
     for section, needed in (("deepspeed_config", "DEEPSPEED"), ("fsdp_config", "FSDP")):
         if file.get(section) and kind != needed:
             yield f"`{section}` has no effect there with `distributed_type` {kind}; remove it, or choose {needed}"
@@ -105,16 +110,16 @@ def _contradictions(recipe: dict[str, Any], args: StepPOConfig, file: dict[str, 
         )
 
 
-def _precision(recipe: dict[str, Any], *, on_cpu: bool) -> str:
-    """What the recipe has a run compute in; see `bf16` of [`StepPOConfig`]."""
+def _precision(recipe: Mapping[str, object], *, on_cpu: bool) -> str:
+    """The precision that a recipe asks for; see `bf16` of [`StepPOConfig`]."""
     if recipe.get("fp16"):
         return "fp16"
     bf16 = recipe.get("bf16")
     return "bf16" if (not on_cpu if bf16 is None else bf16) else "no"
 
 
-def _sizes(args: StepPOConfig, file: dict[str, Any]) -> tuple[int, int, int]:
-    """Processes, episodes of an update, and updates (0 where the number of rows decides)."""
+def _sizes(args: StepPOConfig, file: JsonObject) -> tuple[int, int, int]:
+    """Numbers of processes, of episodes per update, and of updates (0 if the number of rows decides)."""
     num_processes = int(file.get("num_processes") or 1)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
     if args.max_steps > 0:

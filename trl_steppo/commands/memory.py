@@ -16,7 +16,7 @@ HELP = "what a run needs of each GPU's memory, from the model's shape alone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the command's arguments."""
     parser.add_argument("model", help="Qwen2.5-3B, Qwen3-1.7B, Qwen3-4B (built in), a directory, or a name on the hub")
     kinds = get_args(LaunchKind)
     parser.add_argument("--engine", nargs="+", choices=kinds, default=kinds)
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what each GPU needs under each kind of launch, and the smallest GPU that has it."""
+    """Print the memory that each GPU needs with each kind of launch, and the smallest sufficient GPU."""
     from rich.console import Console
     from rich.table import Table
 
@@ -70,14 +70,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _cell(plan: Plan | None) -> str:
-    """GB that a GPU needs, and the smallest one that has it."""
+    """Needed GB and the smallest sufficient GPU."""
     if plan is None:
         return ""
     return f"{(plan.peak + RESERVED) / 1e9:.0f} ({f'{plan.fits} GB' if plan.fits else 'none'})"
 
 
 def _details(launch: str, plans: dict[int, Plan]) -> Table:
-    """What the memory of each number of GPUs is for."""
+    """A table of the memory by purpose, with a column for each number of GPUs."""
     from rich.table import Table
 
     details = Table(title=f"{launch}: GiB on each GPU", title_justify="left")

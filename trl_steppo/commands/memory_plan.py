@@ -1,9 +1,9 @@
 """
-What a run needs of a GPU's memory, from the model's configuration alone.
+Estimates a run's GPU memory from the model's configuration alone.
 
-An estimate, in the terms that papers on ZeRO use (arXiv 1910.02054): what is held all the time (weights, optimizer
-states), what training adds, and what a rollout adds. Of the last two only the larger counts, since they alternate;
-where a process beside the trainer samples, what it needs is held all the time.
+The terms are those of papers on ZeRO (arXiv 1910.02054): memory that is always held (weights, optimizer states), and
+what training and rollouts add to it. Only the larger of the two additions counts, since training and rollouts
+alternate. If a worker process samples, its memory is always held.
 """
 
 from __future__ import annotations
@@ -17,46 +17,47 @@ LaunchKind = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"
 SamplesIn = Literal["trainer", "worker", "vllm"]
 
 GIB = 2**30
-GPU_SIZES = (24, 40, 80)  # GB, as they are sold
+GPU_SIZES = (24, 40, 80)  # GB
 RESERVED = 1.5 * GIB  # the CUDA context, and what the allocator cannot use
-_LOGITS_BYTES = 16  # of each: as computed, in float32, its log-probability, its gradient
-_BUCKET = 5e8  # parameters in the buffer through which a DeepSpeed engine reduces gradients; its default
-_LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at a time; its default
-_SAMPLING_BYTES = 24  # of a logit in sampling: in float32, its log-probability, its cumulative sum in float64
+_LOGITS_BYTES = 16  # per logit: as computed, in float32, its log-probability, its gradient
+_BUCKET_PARAMETERS = 5e8  # in the buffer in which DeepSpeed reduces gradients; its default
+_LIVE_PARAMETERS = 1e9  # that ZeRO-3 keeps gathered at a time; its default
+_SAMPLING_BYTES = 24  # per sampled logit: in float32, its log-probability, its cumulative sum in float64
 
 
 @dataclass(frozen=True)
 class Setting:
     """
-    The part of a run's settings that decides its memory.
+    The settings of a run that decide its memory.
 
     Args:
         launch (`str`):
-            `"single"`, `"ddp"`, `"zero2"`, `"zero3"`, `"zero3_offload"` or `"fsdp2"`, as the shipped accelerate files.
+            `"single"`, `"ddp"`, `"zero2"`, `"zero3"`, `"zero3_offload"` or `"fsdp2"`, like the shipped accelerate
+            files.
         num_gpus (`int`):
-            Ranks.
+            Number of GPUs, each with one rank.
         weights (`str`, *optional*, defaults to `"float32"`):
-            Type that the weights are loaded in. With `bf16` it makes a difference only to those that are not trained:
-            trained ones are held in float32 (under DeepSpeed all are bfloat16, beside its float32 copies).
+            Type in which the weights are loaded. With `bf16` it matters only for weights that are not trained: trained
+            ones are held in float32 (under DeepSpeed all are bfloat16, with float32 copies).
         bf16 (`bool`, *optional*, defaults to `True`):
-            Mixed precision.
+            Whether mixed precision is used.
         critic, reference (`bool`, *optional*):
-            Whether there is one.
+            Whether there is a critic, and a reference model.
         lora_rank (`int`, *optional*, defaults to `0`):
-            Rank of adapters on all linear layers; 0: everything is trained.
+            Rank of adapters on all linear layers; 0: no adapters.
         critic_shares_base (`bool`, *optional*, defaults to `False`):
-            Whether the critic's adapter stands on the policy's weights.
+            Whether the critic's adapter uses the policy's base weights.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
-            Whether only the layers' inputs are kept.
+            Whether only the layers' inputs are kept for the backward pass.
         micro_batch_tokens (`int`, *optional*, defaults to `16384`):
             Tokens of a forward and backward pass.
         cache_tokens (`int`, *optional*, defaults to `262144`):
             `rollout_cache_tokens`.
         concurrent_episodes (`int`, *optional*, defaults to `64`):
-            Episodes sampled at once.
+            Number of episodes sampled at the same time.
         samples_in (`str`, *optional*, defaults to `"trainer"`):
-            What samples: the trainer itself, a `"worker"` process on the same GPU (`max_staleness`,
-            `use_rollout_worker`), or `"vllm"` servers on other ones (`use_vllm`).
+            Where episodes are sampled: in the trainer, in a `"worker"` process on the same GPU (`max_staleness`,
+            `use_rollout_worker`), or by `"vllm"` servers on other GPUs (`use_vllm`).
     """
 
     launch: LaunchKind
@@ -95,30 +96,30 @@ class Setting:
 
     @property
     def loaded(self) -> str:
-        """The weights' type while a run is going on: trained ones become float32 where autocast makes bfloat16."""
+        """The weights' type during a run: trained weights become float32 if autocast casts them to bfloat16."""
         becomes_float32 = self.bf16 and not self.runs_in_bf16 and not self.lora_rank
         return "float32" if becomes_float32 else self.weights
 
     @property
     def runs_in_bf16(self) -> bool:
-        """Whether an engine gives the layers bfloat16 weights, instead of casts by autocast."""
+        """Whether DeepSpeed or FSDP2 gives the layers bfloat16 weights, instead of casts by autocast."""
         return self.bf16 and (self.deepspeed or self.fsdp2)
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    Bytes on each GPU, by what they are for.
+    Bytes on each GPU, by purpose.
 
     Args:
         held (`dict[str, float]`):
-            All the time.
+            Memory that is always held.
         training (`dict[str, float]`):
-            Added while a network is updated.
+            Memory that is added while a network is updated.
         rollout (`dict[str, float]`):
-            Added while episodes are played.
+            Memory that is added while episodes are played.
         host (`dict[str, float]`):
-            In the host's memory, for each GPU.
+            Memory of the host, per GPU.
     """
 
     held: dict[str, float]
@@ -132,19 +133,19 @@ class Plan:
 
     @property
     def fits(self) -> int | None:
-        """The smallest GPU, in GB, that holds it with what CUDA takes for itself; `None`: none of them."""
+        """Size in GB of the smallest sufficient GPU, with CUDA's own memory counted; `None`: no GPU is sufficient."""
         return next((size for size in GPU_SIZES if self.peak + RESERVED <= size * 1e9), None)
 
 
 def plan(shape: Shape, setting: Setting) -> Plan:
     """
-    Memory of a run on each GPU.
+    Estimate the memory of a run on each GPU.
 
     Args:
         shape ([`Shape`]):
-            Of the policy; the critic has its backbone.
+            The policy's shape. The critic has the same backbone.
         setting ([`Setting`]):
-            The run.
+            The run's settings.
     """
     from ..models.forward import LOGITS_ELEMENTS
 
@@ -158,12 +159,12 @@ def plan(shape: Shape, setting: Setting) -> Plan:
         held["reference"] = shape.parameters * frozen / setting.weight_shards
     if setting.deepspeed:
         trained = [shape.parameters, backbone][: 1 + setting.critic]
-        held["communication buffers"] = sum(min(_BUCKET, parameters) for parameters in trained) * frozen
+        held["communication buffers"] = sum(min(_BUCKET_PARAMETERS, parameters) for parameters in trained) * frozen
     gathered = 2.0 if setting.runs_in_bf16 else frozen
-    live = min(_LIVE, shape.parameters) * gathered if setting.shards_weights else 0.0
+    live = min(_LIVE_PARAMETERS, shape.parameters) * gathered if setting.shards_weights else 0.0
     if setting.fsdp2:
         around, layer = _units(shape)
-        # What is around the layers stays until the end, with its gradients; a unit's gradients are summed in float32.
+        # Parameters outside the layers stay gathered to the end, with gradients; gradients are reduced in float32.
         live = 2 * (around + layer) * gathered + max(around, layer) * 4.0
     training = {
         "gradients": max(policy.gradients, critic.gradients),
@@ -197,24 +198,24 @@ def _network(shape: Shape, setting: Setting, parameters: int, name: str) -> _Net
     trained = parameters
     if setting.lora_rank:
         trained = sum(setting.lora_rank * (a + b) for a, b in shape.linear)
-    # Of those that are trained.
+    # Bytes of a trained weight.
     weight = 4.0 if setting.bf16 and not setting.deepspeed else _frozen_bytes(setting)
     base = 0 if setting.lora_rank and setting.critic_shares_base and name == "critic" else parameters
     adapter = trained if setting.lora_rank else 0
     base_weight = _frozen_bytes(setting) if setting.lora_rank else weight
     weights = (base * base_weight + adapter * weight) / setting.weight_shards
-    # Adam's two moments; DeepSpeed keeps a float32 copy of the weights beside them.
+    # Adam's two moments; DeepSpeed adds a float32 copy of the weights.
     states = trained * (12.0 if setting.deepspeed else 2.0 * weight) / setting.shards
     gradients = trained * weight / setting.shards
     if setting.launch == "ddp":
-        gradients *= 2  # its buckets
+        gradients *= 2  # DDP's buckets
     if setting.launch == "zero3_offload":
         return _Network({f"{name}'s weights": weights}, gradients, states + trained * 4.0 / setting.shards)
     return _Network({f"{name}'s weights": weights, f"{name}'s optimizer": states}, gradients, 0.0)
 
 
 def _sampling(shape: Shape, setting: Setting) -> dict[str, float]:
-    """What a rollout needs beside the weights."""
+    """Memory that a rollout needs in addition to the weights."""
     compute = _compute_bytes(setting)
     return {
         "generation cache": float(setting.cache_tokens * shape.layers * 2 * shape.keys * compute),
@@ -223,31 +224,31 @@ def _sampling(shape: Shape, setting: Setting) -> dict[str, float]:
 
 
 def _compute_bytes(setting: Setting) -> int:
-    """Bytes of a number that a layer computes."""
+    """Bytes of a number in a layer's computations."""
     return 2 if setting.bf16 or setting.weights == "bfloat16" else 4
 
 
 def _frozen_bytes(setting: Setting) -> float:
-    """Bytes of a weight on the GPU."""
+    """Bytes of a weight on the GPU, unless it is trained in float32."""
     return 2.0 if setting.loaded == "bfloat16" or (setting.deepspeed and setting.bf16) else 4.0
 
 
 def _units(shape: Shape) -> tuple[float, float]:
-    """Parameters that FSDP2 gathers together: all around the layers, and those of a layer."""
+    """Parameters that FSDP2 gathers at once: all outside the layers, and those of one layer."""
     layer = sum(a * b for a, b in shape.linear) / shape.layers
     return shape.parameters - layer * shape.layers, layer
 
 
 def _cast_bytes(shape: Shape, setting: Setting) -> float:
-    """Autocast keeps a bfloat16 copy of each weight for as long as it lasts."""
+    """Bytes of the bfloat16 copies of weights that autocast caches."""
     casts = setting.bf16 and not setting.runs_in_bf16 and setting.loaded == "float32"
     return shape.parameters * 2.0 if casts else 0.0
 
 
 def _activations(shape: Shape, setting: Setting) -> float:
     """
-    What a backward pass needs, for all tokens of a micro-batch: of each layer, the norms' inputs in float32, the
-    inputs and outputs of its linear layers, and queries, keys and values before and after their rotation.
+    Bytes that a backward pass needs for the tokens of a micro-batch: for each layer, the norms' inputs in float32, the
+    inputs and outputs of linear layers, and queries, keys and values before and after their rotation.
     """
     compute = _compute_bytes(setting)
     stream = 4 if setting.loaded == "float32" and not setting.runs_in_bf16 else 2

@@ -8,7 +8,7 @@ HELP = "runs as one HTML file: curves, final figures, episodes step by step"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the command's arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run's output_dir")
     parser.add_argument("--output", default="report.html", metavar="FILE.html", help="plots lie beside it as PNG")
 

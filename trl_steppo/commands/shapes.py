@@ -1,12 +1,17 @@
-"""Models whose sizes decide a run's memory: those of the paper's experiments are known without a download."""
+"""Shapes of models, as far as they decide a run's memory. Those of the paper's experiments need no download."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_QWEN: dict[str, Any] = {"vocab_size": 151_936, "tie_word_embeddings": True}
-SHAPES: dict[str, dict[str, Any]] = {
+from ..types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_QWEN: JsonObject = {"vocab_size": 151_936, "tie_word_embeddings": True}
+SHAPES: dict[str, JsonObject] = {
     "SmolLM2-135M": {
         "model_type": "llama",
         "vocab_size": 49_152,
@@ -57,25 +62,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_QWEN,
     },
 }
-"""Configurations of the models of the paper's experiments (from their `config.json`)."""
+"""Configurations of the models in the paper's experiments, from their `config.json`."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """
-    What of a causal language model decides its memory.
+    The sizes of a causal language model that decide its memory.
 
     Args:
         hidden, intermediate, layers, vocabulary (`int`):
             Sizes.
         queries, keys (`int`):
-            Width of all query heads, and of all key (and of all value) heads.
+            Total width of the query heads, and of the key heads (and of the value heads).
         parameters (`int`):
-            All of them; a tied head counts once.
+            Number of parameters; a tied head counts once.
         head_parameters (`int`):
-            Those of an output head of its own, which a critic does not have.
+            Number of parameters of an untied output head, which a critic does not have.
         linear (`tuple[tuple[int, int], ...]`):
-            (in, out) of every linear layer of the backbone, where LoRA goes.
+            (in, out) of every linear layer of the backbone, to which LoRA is applied.
     """
 
     hidden: int
@@ -89,13 +94,13 @@ class Shape:
     linear: tuple[tuple[int, int], ...]
 
 
-def shape_of(config: Any) -> Shape:
+def shape_of(config: PretrainedConfig) -> Shape:
     """
-    Measure a model that is built without memory.
+    Measure a model, without allocating its memory.
 
     Args:
         config (`PretrainedConfig`):
-            Of a causal language model.
+            Configuration of a causal language model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -123,8 +128,8 @@ def shape_of(config: Any) -> Shape:
     )
 
 
-def load_config(name: str) -> Any:
-    """The configuration of a built-in shape, of a directory, or of a name on the hub."""
+def load_config(name: str) -> PretrainedConfig:
+    """Load the configuration of a built-in shape, of a directory, or of a name on the hub."""
     from transformers import AutoConfig
 
     if name in SHAPES:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..assets import MINI_WIKI_POLICY, locate_model
 from ..errors import ConfigurationError, StepPOError
-from ..inference.base import Sample, SamplingParams
+from ..inference.base import Counts, Sample, SamplingParams
 from ..types import StopReason, TokenIds
 from .shapes import SHAPES, load_config
 
@@ -37,8 +37,7 @@ class ScriptedSampler:
         self.tokenizer = tokenizer
         self.rows = rows
         self.policy_version = 0
-        self.sampled_tokens = self.prompt_tokens = self.prefilled_tokens = self.uncached_rows = 0
-        self.forward_s = 0.0
+        self.counts = Counts()
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
@@ -50,7 +49,7 @@ class ScriptedSampler:
             call = {"name": "answer", "arguments": {"text": self.rows[position]["answer"] if knows else "unknown"}}
         text = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + list(params.stop_token_ids)[:1]
-        self.sampled_tokens += len(ids)
+        self.counts += Counts(sampled_tokens=len(ids))
         return Sample(TokenIds(ids), (-1.0,) * len(ids), StopReason.STOP, self.policy_version)
 
     def release(self, episode_id: str) -> None: ...

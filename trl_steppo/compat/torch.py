@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from . import attribute
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -20,7 +23,7 @@ def own_parameters(module: Any) -> dict[str, Any]:
     return parameters
 
 
-def in_shards(tensor: Any) -> bool:
+def in_shards(tensor: object) -> TypeGuard[DTensor]:
     """Whether a tensor is a `DTensor`, as FSDP2's parameters, their gradients and their optimizer's states are."""
     return hasattr(tensor, "full_tensor")
 

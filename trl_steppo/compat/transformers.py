@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from ..errors import ConfigurationError
 from . import attribute, find
 
@@ -109,6 +111,12 @@ def cache_argument(model: Any) -> str | None:
 def takes_positions(model: Any) -> bool:
     """Whether a model's forward pass takes `position_ids`."""
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def output_head(model: Any) -> nn.Module:
+    """The module that makes a language model's logits of its hidden states."""
+    head: nn.Module = model.get_output_embeddings()
+    return head
 
 
 def supports_attention_backend(model: Any) -> bool:

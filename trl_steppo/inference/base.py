@@ -124,6 +124,49 @@ class Sample:
     policy_version: int
 
 
+@dataclass(frozen=True)
+class Counts:
+    """
+    What a sampler has done since it was made.
+
+    Args:
+        sampled_tokens (`int`):
+            Tokens of all responses.
+        prompt_tokens (`int`):
+            Tokens of all prompts; of vLLM only those whose server says how many of them were cached.
+        prefilled_tokens (`int`):
+            Tokens of prompts that were forwarded; the others were in the cache.
+        forward_s (`float`):
+            Seconds in the model's forward passes; of vLLM those in which servers had something to do.
+        uncached_rows (`int`):
+            Rows that were forwarded whole for one more token.
+    """
+
+    sampled_tokens: int = 0
+    prompt_tokens: int = 0
+    prefilled_tokens: int = 0
+    forward_s: float = 0.0
+    uncached_rows: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.sampled_tokens + other.sampled_tokens,
+            self.prompt_tokens + other.prompt_tokens,
+            self.prefilled_tokens + other.prefilled_tokens,
+            self.forward_s + other.forward_s,
+            self.uncached_rows + other.uncached_rows,
+        )
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(
+            self.sampled_tokens - other.sampled_tokens,
+            self.prompt_tokens - other.prompt_tokens,
+            self.prefilled_tokens - other.prefilled_tokens,
+            self.forward_s - other.forward_s,
+            self.uncached_rows - other.uncached_rows,
+        )
+
+
 class Sampler(Protocol):
     """Anything that continues token ids: the in-process engine, a server, a script in a test."""
 

@@ -18,35 +18,35 @@ if TYPE_CHECKING:
     import aiohttp
     import torch
 
-FIRST_VERSION = "default"  # as a server names the weights that it was started with
+FIRST_VERSION = "default"  # a server's name for the weights that it was started with
 
 _GENERATE = "/inference/v1/generate"  # token ids in and out, with the name of the weights
-_AT_ONCE = ("/health", "/metrics")  # answered without the engine
+_WITHOUT_ENGINE = ("/health", "/metrics")  # paths that are answered without the engine
 _EXTENSION = "trl_steppo.inference.vllm_worker.PacksOutputLayer"
-# What changes while an engine computes; of a long prompt the cache fills before the first token is counted.
+# Metrics that change while an engine computes; with a long prompt the cache fills before the first token is counted.
 _PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
-_LOADING = "-loading"  # after the name of weights that it does not have in whole
-_RETRY_S = 0.2  # between two tries to have it forget what it cached
+_LOADING = "-loading"  # suffix of a version that is still being loaded
+_RETRY_INTERVAL_S = 0.2  # between two requests to reset the prefix cache
 
 
 @dataclass(frozen=True)
 class Weights:
     """
-    What servers sample from.
+    A version of the policy's weights.
 
     Args:
         name (`str`):
-            That no other weights have: a run's, a hyphen, the version.
+            A unique name: the run's, a hyphen, the version.
         version (`int`):
-            Updates applied to them.
+            Number of updates applied.
         directory (`str`, *optional*, defaults to `""`):
             Where servers read them: a checkpoint, or a LoRA adapter. Empty if they are not read.
         is_adapter (`bool`, *optional*, defaults to `False`):
             Whether they are an adapter on the weights that a server was started with.
         is_tied (`bool`, *optional*, defaults to `False`):
-            Whether the output layer's are the embeddings'.
+            Whether the output layer shares the embeddings' weights.
         tensors (`Mapping[str, torch.Tensor]`, *optional*):
-            The whole of them, under the names of a checkpoint, where servers are sent them and do not read them.
+            All weights, under the names of a checkpoint, where servers are sent them instead of reading them.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Weights:
 
     @property
     def run(self) -> str:
-        """Whose they are."""
+        """The name of the run that made them."""
         return self.name.rpartition("-")[0]
 
 
-class Answered(Exception):  # noqa: N818  (an answer is not always an error)
-    """A server answered, but not what it was asked for."""
+class AnswerError(Exception):
+    """A server answered, but refused or did not give what it was asked for."""
 
     def __init__(self, status: int, what: str) -> None:
         super().__init__(what)
@@ -80,7 +80,7 @@ class Sending:
 
 
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     """How a server was started."""
 
     max_tokens: int  # of prompt and response
@@ -89,55 +89,57 @@ class Options:
     max_adapters: int  # in one batch; 0 if it takes none
 
 
-class Server:
+class VLLMServer:
     """
-    One server, and what is known of it. Lives in the sampler's loop.
+    One server, and what is known of it. Used in the sampler's event loop only.
 
     Args:
         url (`str`):
-            Where it is.
+            Address of the server.
         silent_s (`float`):
-            How long it may take for what it answers without its engine.
+            Time limit of answers that do not need the engine.
         join (`Callable`, *optional*):
-            Makes a group of this process and its workers, to which whole weights are sent. `None`: it reads them.
+            Makes a group of this process and the server's workers, to which whole weights are sent. `None`: the server
+            reads them.
     """
 
     def __init__(self, url: str, silent_s: float, join: Join | None) -> None:
         self.url = url
         self.is_ready = False
-        self.trouble: Exception | None = None  # why it could not be made ready when that was tried last
-        self.options: Options | None = None  # unknown until they were checked
+        self.trouble: Exception | None = None  # why the last attempt to make it ready failed
+        self.options: ServerOptions | None = None  # `None` until they were checked
         self.num_running = 0
         self.sending: Sending | None = None
         self._silent_s = silent_s
         self._transfer = None if join is None else Transfer(join)
-        self._progress = ""  # of its engine when that was asked last, as it says it
+        self._progress = ""  # metrics of its engine at the last check
         self._progress_at = 0.0
 
     def open(self, session: aiohttp.ClientSession) -> None:
+        """Use an HTTP session from now on."""
         self._session = session
-        self.doubted = asyncio.Event()
-        self._lost = asyncio.get_running_loop().create_future()
-        self.lose(None)
+        self.check_requested = asyncio.Event()
+        self._given_up = asyncio.get_running_loop().create_future()
+        self.give_up(None)
 
     @property
     def is_sent_weights(self) -> bool:
-        """Whether it gets whole weights from this process's memory, and does not read them."""
+        """Whether the server is sent whole weights from this process's memory instead of reading them."""
         return self._transfer is not None
 
-    def doubt(self) -> None:
-        """Have it checked before it is asked again."""
+    def request_check(self) -> None:
+        """Have the keeper check the server before it gets another request."""
         self.is_ready = False
-        self.doubted.set()
+        self.check_requested.set()
 
     def begin(self) -> None:
-        """It has one more request."""
+        """Count one more running request."""
         if not self.num_running:
             self._progress_at = time.monotonic()
         self.num_running += 1
 
     async def check_progress(self, limit_s: float) -> None:
-        """Raise if its engine has computed nothing for so long: its health is good for as long as nothing crashes."""
+        """Raise if the engine has computed nothing for `limit_s`. A stuck engine still answers health checks."""
         progress = await self._count()
         if progress != self._progress:
             self._progress, self._progress_at = progress, time.monotonic()
@@ -147,36 +149,37 @@ class Server:
             )
 
     def send(self, weights: Weights, before: Weights | None) -> None:
-        """Begin to have it read these weights."""
+        """Begin to load these weights."""
         sent = self._take_adapter(weights, before) if weights.is_adapter else self._take_whole(weights)
         self.sending = Sending(weights, asyncio.ensure_future(sent), time.monotonic())
 
-    def win(self) -> None:
+    def set_ready(self) -> None:
+        """The server may get requests."""
         self.is_ready, self.trouble = True, None
 
-    def lose(self, trouble: Exception | None) -> None:
-        """It may be gone, and with it all that it knew; whoever waits for it need not."""
+    def give_up(self, trouble: Exception | None) -> None:
+        """The server may be gone, with all that it knew. Requests that wait for it fail."""
         self.is_ready, self.trouble, self.options = False, trouble, None
         if self.sending is not None:
             self.sending.task.cancel()
             self.sending = None
         if self._transfer is not None:
             self._transfer.leave()
-        self._lost.set_result(None)
-        self._lost = asyncio.get_running_loop().create_future()
+        self._given_up.set_result(None)
+        self._given_up = asyncio.get_running_loop().create_future()
 
     async def ask(self, method: str, path: str, body: Any = None) -> Any:
         """
-        What it answers: the content of its JSON, or its text. What it says without its engine is there at once, or it
-        hangs; what that has to do takes as long as whoever asks waits.
+        Send a request, and return the content of the answer's JSON, or its text. Only answers that do not need the
+        engine have a time limit here.
 
         Raises:
-            OSError: It cannot be reached.
-            Answered: It refuses.
+            OSError: The server cannot be reached.
+            AnswerError: The server refuses.
         """
         import aiohttp
 
-        # vLLM closes a connection after an error of its own, and the next request would go there.
+        # vLLM closes a connection after an internal error, and the next request would be sent over it.
         headers = {"Connection": "close"} if method == "POST" and path != _GENERATE else {}
 
         async def exchange() -> tuple[int, str]:
@@ -184,19 +187,19 @@ class Server:
                 return response.status, await response.text()
 
         try:
-            status, text = await asyncio.wait_for(exchange(), self._silent_s if path in _AT_ONCE else None)
+            status, text = await asyncio.wait_for(exchange(), self._silent_s if path in _WITHOUT_ENGINE else None)
         except aiohttp.ClientError as error:  # first: some are timeouts, too
             raise ConnectionError(f"{method} {path}: {error}" if str(error) else f"{method} {path} failed") from None
         except asyncio.TimeoutError:
             raise ConnectionError(f"no answer to {method} {path} for {self._silent_s:g} s") from None
         if status >= 400:
-            raise Answered(status, f"{method} {path} was answered with {status}: {text[:2000].strip()}")
+            raise AnswerError(status, f"{method} {path} was answered with {status}: {text[:2000].strip()}")
         with suppress(json.JSONDecodeError):
             return json.loads(text)
         return text
 
     async def generate(self, prompt_ids: list[int], params: SamplingParams, weights: Weights) -> Any:
-        """One response, for as long as the server is not given up."""
+        """Sample one response. Fails as soon as the server is given up."""
         body = {
             "model": weights.name if weights.is_adapter else None,
             "token_ids": prompt_ids,
@@ -210,10 +213,10 @@ class Server:
                 "detokenize": False,
             },
         }
-        lost = self._lost
+        given_up = self._given_up
         answer = asyncio.ensure_future(self.ask("POST", _GENERATE, body))
         try:
-            await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({answer, given_up}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 raise ConnectionError("it was given up")
             return answer.result()
@@ -221,17 +224,17 @@ class Server:
             answer.cancel()
 
     async def try_out(self) -> None:
-        """Have it continue a prompt that can break nothing."""
+        """Have the server continue a harmless prompt."""
         await self.ask("POST", _GENERATE, {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
 
-    # -- what it is, and what it has ----------------------------------------------------------------------------------
+    # -- options and weights ------------------------------------------------------------------------------------------
 
     async def check_options(self) -> None:
-        """Note how it was started; raise where that lacks what sampling needs."""
+        """Read how the server was started. Raises where it lacks an option that sampling needs."""
         try:
             info = await self.ask("GET", "/server_info?config_format=json")
             version = (await self.ask("GET", "/weight_info"))["weight_version"]
-        except Answered as error:
+        except AnswerError as error:
             if error.status != 404:
                 raise
             raise ConfigurationError(
@@ -242,7 +245,7 @@ class Server:
             await self._recover()
         try:
             await self.try_out()
-        except Answered as error:
+        except AnswerError as error:
             if error.status not in (403, 404):
                 raise
             raise ConfigurationError(
@@ -266,7 +269,7 @@ class Server:
                 f"the server at {self.url} takes no weights over NCCL (its backend for them is {backend}); start it "
                 """with `--weight-transfer-config '{"backend": "nccl"}'`, or set `vllm_weight_transfer` to 'files'"""
             )
-        self.options = Options(
+        self.options = ServerOptions(
             int(model["max_model_len"]),
             is_on_cpu=config["device_config"]["device"] == "cpu",
             extension=config["parallel_config"]["worker_extension_cls"] or "",
@@ -275,15 +278,15 @@ class Server:
 
     async def _recover(self) -> None:
         """
-        End the update in the midst of which whoever sent weights was killed, or failed: it samples nothing until then,
-        and what it got in part would go into the next one.
+        End an update of weights whose sender was killed or failed. The server samples nothing until then, and the part
+        that it got would go into the next update.
         """
         for path in ("/start_weight_update", "/finish_weight_update"):
-            with suppress(Answered):  # it is in it, or takes no weights that are sent
+            with suppress(AnswerError):  # it is in an update, or takes no weights that are sent
                 await self.ask("POST", path)
 
     def check_length(self, prompt_length: int, params: SamplingParams) -> None:
-        """Raise if it does not take a prompt of so many tokens with its response."""
+        """Raise if the server does not take a prompt of this length with its response."""
         if self.options is not None and prompt_length + params.max_new_tokens > self.options.max_tokens:
             raise ConfigurationError(
                 f"a prompt of {prompt_length} tokens with up to {params.max_new_tokens} new ones exceeds the "
@@ -292,7 +295,7 @@ class Server:
             )
 
     async def has(self, weights: Weights) -> bool:
-        """Whether it samples from these weights; raises where it cannot, with its base of another run."""
+        """Whether the server samples from these weights. Raises if an adapter's base is another run's weights."""
         version = (await self.ask("GET", "/weight_info"))["weight_version"]
         if not weights.is_adapter:
             return bool(version == weights.name)
@@ -304,14 +307,14 @@ class Server:
         return any(model["id"] == weights.name for model in (await self.ask("GET", "/v1/models"))["data"])
 
     async def _count(self) -> str:
-        """What its engine has computed, in its own words; nothing if it does not count that."""
+        """The metrics that change while the engine computes; empty if the server does not count them."""
         counted = await self.ask("GET", "/metrics")
         return "\n".join(line for line in counted.splitlines() if line.startswith(_PROGRESS))
 
-    # -- what it gets -------------------------------------------------------------------------------------------------
+    # -- new weights --------------------------------------------------------------------------------------------------
 
     async def _take_adapter(self, weights: Weights, before: Weights | None) -> None:
-        """Have it read the adapter; the one before may still be used, those before that no more."""
+        """Load an adapter. Keeps the one before, which may still be used, and unloads all older ones."""
         assert self.options is not None
         if self.options.max_adapters < 2:
             raise ConfigurationError(
@@ -323,7 +326,7 @@ class Server:
             await self.ask(
                 "POST", "/v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": weights.directory}
             )
-        except Answered as error:
+        except AnswerError as error:
             if error.status == 404 and "adapter" in str(error).partition(": ")[2]:
                 raise ConfigurationError(
                     f"the server at {self.url} finds no adapter at {weights.directory}; set `vllm_weights_dir` to a "
@@ -334,18 +337,18 @@ class Server:
                     f"the server at {self.url} takes no new LoRA adapter; start it with "
                     f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment. {error}"
                 ) from None
-            if error.status != 400:  # it may have it already: who asked before did not wait for the answer
+            if error.status != 400:  # it may have it already, from a request whose answer was not waited for
                 raise
 
     async def _unload_adapters(self, run: str, *, but: Weights | None = None) -> None:
-        """Have it forget a run's adapters."""
+        """Unload a run's adapters."""
         for model in (await self.ask("GET", "/v1/models"))["data"]:
             if model["id"].startswith(f"{run}-") and (but is None or model["id"] != but.name):
-                with suppress(Answered):  # somebody else was quicker
+                with suppress(AnswerError):  # another process was quicker
                     await self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": model["id"]})
 
     async def _take_whole(self, weights: Weights) -> None:
-        """Have it take whole weights, and forget what it computed with others."""
+        """Load whole weights, and reset the caches of the ones before."""
         assert self.options is not None
         needs_packing = self.options.is_on_cpu and weights.is_tied
         if needs_packing and self.options.extension != _EXTENSION:
@@ -354,7 +357,7 @@ class Server:
                 f"whose embeddings it shares; start it with `--worker-extension-cls {_EXTENSION}`, and this package's "
                 "parent directory in PYTHONPATH"
             )
-        # Whoever is killed in between leaves no weights under the name of others.
+        # A process that is killed in between leaves no partly loaded weights under a valid name.
         await self.ask("POST", "/update_weight_version", {"new_version": weights.name + _LOADING})
         if weights.tensors is None:
             reload = {"method": "reload_weights", "kwargs": {"weights_path": weights.directory}}
@@ -363,13 +366,13 @@ class Server:
             await self._send(weights.tensors)
         if needs_packing:
             await self.ask("POST", "/collective_rpc", {"method": "pack_output_layer"})
-        # Not while anything still runs there, such as what another process asked before it noticed a restart.
+        # Refused while requests run, such as those that another process sent before it noticed a restart.
         while not (await self.ask("POST", "/reset_prefix_cache"))["success"]:
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(_RETRY_INTERVAL_S)
         await self.ask("POST", "/update_weight_version", {"new_version": weights.name})
 
     async def _send(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Send it these from here."""
+        """Send tensors from this process's memory."""
         assert self._transfer is not None
         if not self._transfer.is_joined:
             size = 1 + (await self.ask("GET", "/get_world_size"))["world_size"]
@@ -388,19 +391,19 @@ class Server:
         await self._transfer.send(tensors.values(), received)
         await self.ask("POST", "/finish_weight_update")
 
-    async def part(self, weights: Weights) -> None:
-        """At the end of a run: have it forget the run's adapters, or leave the group."""
+    async def end_run(self, weights: Weights) -> None:
+        """At the end of a run: unload its adapters, or leave the transfer group."""
         if weights.is_adapter:
             await self._unload_adapters(weights.run)
         elif self._transfer is not None:
             await self._end_transfers()
 
     async def close(self, timeout_s: float) -> None:
-        """Return when nothing is under way to it any more, or after `timeout_s`."""
+        """Return when no transfer to the server is running, or after `timeout_s`."""
         if self._transfer is not None:
             await self._transfer.close(timeout_s)
 
     async def _end_transfers(self) -> None:
-        """Have it leave the group that it is in, of this run or of one before, if it is in any."""
-        with suppress(Answered):
+        """Have the server leave its transfer group, of this run or an earlier one, if it is in one."""
+        with suppress(AnswerError):
             await self.ask("POST", "/shutdown_weight_transfer_engine")

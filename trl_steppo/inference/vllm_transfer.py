@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -24,42 +24,57 @@ T = TypeVar("T")
 
 
 class Group(Protocol):
-    """This process, as the first, and the workers of a server."""
+    """A transfer group: this process, as the first member, and the workers of a server."""
 
     def send(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give these to all others, one after another; return when they have them."""
+        """Send tensors to all other members, one after another. Returns when they have them."""
         ...
 
     def leave(self) -> None:
-        """End it, and with it what is being sent. May be called from another thread."""
+        """End the group, and with it a running transfer. May be called from another thread."""
         ...
 
 
-Join = Callable[[str, int, int], Group]  # the address and the port where its members meet, and how many they are
+Join = Callable[[str, int, int], Group]
+"""Makes a group, given the address and the port where its members meet, and their number."""
+
+
+class Communicator(Protocol):
+    """vLLM's communicator over NCCL."""
+
+    disabled: bool
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: torch.cuda.Stream) -> object: ...
+    def destroy(self) -> object: ...
 
 
 class NCCLGroup:
     """
-    A [`Group`] over NCCL, made when all of its members are there.
+    A [`Group`] over NCCL. Construction waits for all members.
 
     Args:
         open_endpoint (`Callable`):
             vLLM's `trainer_init`: meets the others, and returns the communicator.
         device (`int`):
-            The index of this process's GPU.
+            Index of this process's GPU.
         address (`str`):
-            Of this process, as the others see it.
+            This process's address, as the other members see it.
         port (`int`):
-            Where this process waits for them.
+            Port where this process waits for them.
         size (`int`):
-            How many they are, with this one.
+            Number of members, with this process.
 
     Raises:
-        ConfigurationError: If NCCL is not to be had here.
+        ConfigurationError: If NCCL is not available here.
     """
 
     def __init__(
-        self, open_endpoint: Callable[[dict[str, Any]], Any], device: int, address: str, port: int, size: int
+        self,
+        open_endpoint: Callable[[dict[str, object]], Communicator],
+        device: int,
+        address: str,
+        port: int,
+        size: int,
     ) -> None:
         torch.cuda.set_device(device)  # of this thread
         self._device = device
@@ -77,7 +92,7 @@ class NCCLGroup:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             for tensor in tensors:
                 here = tensor.contiguous().cuda(self._device)
-                self._check()  # a copy waits for what was sent before, and goes on where that was broken off
+                self._check()  # the copy waits for the transfer before, and returns if that was interrupted
                 self._members.broadcast(here, src=0, stream=self._stream)
         self._stream.synchronize()
         self._check()
@@ -94,14 +109,14 @@ class NCCLGroup:
 
 def nccl_join(device: torch.device) -> Join:
     """
-    How this process joins a server in an [`NCCLGroup`].
+    The function with which this process joins a server in an [`NCCLGroup`].
 
     Args:
         device (`torch.device`):
-            What the policy trains on.
+            The device that the policy trains on.
 
     Raises:
-        ConfigurationError: If that is no GPU, or vLLM cannot be imported where this process runs.
+        ConfigurationError: If that is not a GPU, or vLLM cannot be imported where this process runs.
     """
     if device.type != "cuda":
         raise ConfigurationError(
@@ -110,7 +125,7 @@ def nccl_join(device: torch.device) -> Join:
         )
     try:
         trainer_init = compat.trainer_init()
-    except Exception as error:  # it imports much, of the versions that it was built for
+    except Exception as error:  # it imports many libraries, of the versions that it was built for
         raise ConfigurationError(
             "`vllm_weight_transfer`='nccl' uses vLLM's own side of the transfer, which cannot be imported where the "
             f"trainer runs ({error}); install the servers' version of vLLM there, or set it to 'files'"
@@ -120,11 +135,11 @@ def nccl_join(device: torch.device) -> Join:
 
 class Transfer:
     """
-    This process's end of a group with one server. Lives in the sampler's loop.
+    This process's end of a group with one server. Used in the sampler's event loop only.
 
     Args:
         join (`Callable`):
-            Makes the group; it may take as long as the server does.
+            Makes the group, which may take as long as the server's side does.
     """
 
     def __init__(self, join: Join) -> None:
@@ -134,17 +149,17 @@ class Transfer:
 
     @property
     def is_joined(self) -> bool:
-        """Whether there is a group, as far as is known here."""
+        """Whether there is a group, as far as this process knows."""
         return self._group is not None
 
-    async def join(self, address: str, port: int, size: int, joined: Coroutine[Any, Any, Any]) -> None:
-        """Make the group, while the server is asked to do so."""
+    async def join(self, address: str, port: int, size: int, joined: Coroutine[None, None, object]) -> None:
+        """Make the group, while `joined` asks the server to do so."""
         made = self._start(lambda: self._join(address, port, size))
         try:
             await _both(made, joined)
         except BaseException as error:
-            made.add_done_callback(_leave)  # it may still come about
-            if "invalid usage" in str(error).lower():  # NCCL's word for it, from either side
+            made.add_done_callback(_leave)  # it may still succeed
+            if "invalid usage" in str(error).lower():  # NCCL's message, from either side
                 raise ConfigurationError(
                     "`vllm_weight_transfer`='nccl', and NCCL refuses a group of the trainer and the server at "
                     f"{address} ({error}); it does so where both are on one GPU. Give the server another GPU "
@@ -153,31 +168,31 @@ class Transfer:
             raise
         self._group = made.result()
 
-    async def send(self, tensors: Iterable[torch.Tensor], received: Coroutine[Any, Any, Any]) -> None:
-        """Send these, while the server is asked to receive them."""
+    async def send(self, tensors: Iterable[torch.Tensor], received: Coroutine[None, None, object]) -> None:
+        """Send tensors, while `received` asks the server to receive them."""
         group = self._group
         assert group is not None
         try:
             await _both(self._start(lambda: group.send(tensors)), received)
         except BaseException:
-            self.leave()  # whoever still sends or receives waits for the others
+            self.leave()  # a member that still sends or receives waits for the others
             raise
 
     def leave(self) -> None:
-        """End the group, if there is one; whatever is under way fails."""
+        """End the group, if there is one. A running transfer fails."""
         group, self._group = self._group, None
         if group is not None:
             self._start(group.leave)
 
     async def close(self, timeout_s: float) -> None:
-        """End the group; return when nothing is under way any more, or after `timeout_s`."""
+        """End the group. Returns when no transfer is running, or after `timeout_s`."""
         self.leave()
         deadline = time.monotonic() + timeout_s
-        for thread in self._threads:  # a process that ends in the midst of it may crash
+        for thread in self._threads:  # a process that ends during a transfer may crash
             await asyncio.to_thread(thread.join, max(deadline - time.monotonic(), 0))
 
     def _start(self, act: Callable[[], T]) -> Future[T]:
-        """Do what may hang in a thread of its own, which holds up neither the loop nor the end of the process."""
+        """Run what may hang in its own daemon thread, which delays neither the loop nor the end of the process."""
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
 
@@ -193,8 +208,8 @@ class Transfer:
         return future
 
 
-async def _both(here: Future[Any], asked: Coroutine[Any, Any, Any]) -> None:
-    """What is done here, and meanwhile there; if one fails, the other is not waited for."""
+async def _both(here: Future[T], asked: Coroutine[None, None, object]) -> None:
+    """Wait for this process's part and the server's. If one fails, the other is not waited for."""
     tasks = asyncio.wrap_future(here), asyncio.ensure_future(asked)
     try:
         await asyncio.gather(*tasks)
@@ -209,7 +224,7 @@ def _leave(made: Future[Group]) -> None:
 
 
 def meeting_place(url: str) -> tuple[str, int]:
-    """This machine's IPv4 address as a server at `url` sees it, and a port that is free; may ask a name server."""
+    """This machine's IPv4 address as a server at `url` sees it, and a free port. May ask a name server."""
     parts = urlsplit(url)
     peer = socket.getaddrinfo(parts.hostname, parts.port or 80, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:

@@ -1,6 +1,6 @@
-"""What a vLLM server on a CPU needs to take new weights of a policy whose output layer is its embeddings.
+"""An extension of vLLM servers on a CPU, which need it to take new weights of a policy with tied embeddings.
 
-It is loaded by the server, which needs no more of this package than this file.
+The server loads it, and needs nothing else of this package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class PacksOutputLayer:
     packed first (seen in 0.32).
     """
 
-    model_runner: Any  # of the worker
+    model_runner: Any  # of the worker, set by vLLM
 
     def pack_output_layer(self) -> None:
         """Pack the output layer's weights as they are now."""

@@ -1,14 +1,15 @@
-"""The policy in a process of its own: it samples while the trainer updates.
+"""The policy in its own process: it samples while the trainer updates.
 
 The process holds a copy of the model and samples with [`LocalSampler`], as the trainer itself would. New weights are
-written to shared memory, from where the process takes them between two responses: it first answers the requests that
-it has begun, and begins no others. So each response comes from one version of the weights, and no episode ends for it.
+written to shared memory. The process copies them from there between two responses: it first answers the requests that
+it has begun, and begins no others. So each response comes from one version of the weights, and no episode ends early.
 
-A process that dies, hangs, or says nothing for some seconds is started again with the weights that it was given last,
-and asked again what it did not answer.
+A process that dies, hangs, or gives no sign of life for some seconds is started again with the weights that it was
+given last, and gets the unanswered requests again.
 
-This is the trainer's side; `worker_process.py` is the process's. Nobody who samples ever waits for the process here:
-what is sent to it goes to a queue, and what it says is taken in a thread, which also ends it and starts the next one.
+This is the trainer's side; `worker_process.py` is the process's side. No event loop ever waits for the process:
+messages to it go to a queue, and its messages are received in a thread, which also ends the process and starts the
+next one.
 """
 
 from __future__ import annotations
@@ -23,35 +24,35 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import RolloutError
 from ..numerics import Numerics, ProcessNumerics
 from ..types import TokenIds
-from .base import Sample, SamplingParams
-from .local import samples_with_a_cache
+from .base import Counts, Sample, SamplingParams
+from .cached_rows import samples_with_a_cache
 from .shared_model import SharedModel
 from .worker_process import (
-    Answer,
     Ask,
     Cancel,
-    Counts,
+    FromWorker,
     Go,
     HandedOut,
+    NewWeights,
     Pace,
     Release,
-    Settings,
-    Taken,
-    Weights,
+    Sampled,
+    ToWorker,
+    WeightsTaken,
+    WorkerSettings,
     serve,
 )
 
 logger = logging.getLogger(__name__)
 
-_STARTS_S = 120.0  # a process that takes longer to start does not
+_START_TIMEOUT_S = 120.0
 
 
 class WorkerSampler:
@@ -61,28 +62,29 @@ class WorkerSampler:
 
     Args:
         model (`PreTrainedModel`):
-            What the process begins with: a causal language model on the CPU that is nobody else's, with an attention
-            of transformers' own. Its weights move to shared memory.
+            The model that the process begins with: a causal language model on the CPU that is not used elsewhere, with
+            an attention implementation of transformers. Its weights move to shared memory.
         trained (`Sequence[str]`):
-            Names of the parameters that change; all others are sent once.
+            Names of the parameters that are trained; all others are sent once.
         device (`torch.device`, *optional*):
-            Where the process puts its copy. `None`: on the CPU, where it copies no more than `trained`.
+            Device of the process's copy. `None`: the CPU, where only `trained` is copied.
         cache_tokens (`int`, *optional*, defaults to `262144`):
             As [`LocalSampler`]'s.
         allow_uncached (`bool`, *optional*, defaults to `False`):
             As [`LocalSampler`]'s.
         autocast (`torch.dtype`, *optional*):
-            Type of mixed precision in forward passes; `None`: without.
+            Type of mixed precision in forward passes; `None`: no mixed precision.
         is_paced (`bool`, *optional*, defaults to `True`):
-            Whether batches wait for quick environments, so that they are the same in every run; for one rollout at a
+            Whether batches wait for quick environments, so that they are the same in every run. For one rollout at a
             time.
         silent_s (`float`, *optional*, defaults to `20.0`):
-            A process that gives no sign of life for so long is given up. It gives them during forward passes, too.
+            A process that gives no sign of life for this long is given up. Signs also come during forward passes.
         stuck_s (`float`, *optional*, defaults to `600.0`):
-            A process whose forward pass takes so long, or its taking of new weights, ends itself, and prints where it
-            was. To be longer than the longest prefill.
+            A process that needs this long for a forward pass, or for taking new weights, ends itself and prints a
+            traceback. Choose it longer than the longest prefill.
         max_restarts (`int`, *optional*, defaults to `3`):
-            How often a process that died, or was given up, is started again with the same weights.
+            Maximum number of times that the process is started again with the same weights after it died or was given
+            up.
 
     Raises:
         ConfigurationError: If the model cannot be sampled with a cache and `allow_uncached` is not set.
@@ -91,7 +93,7 @@ class WorkerSampler:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         *,
         trained: Sequence[str],
         device: torch.device | None = None,
@@ -108,9 +110,9 @@ class WorkerSampler:
         self.max_restarts = max_restarts
         self.num_restarts = 0
         self._trained = tuple(trained)
-        samples_with_a_cache(model, allow_uncached=allow_uncached)  # told here, before a process starts
+        samples_with_a_cache(model, allow_uncached=allow_uncached)  # fails here, before a process starts
         self._shared = SharedModel(model)
-        self._settings = Settings(
+        self._settings = WorkerSettings(
             Numerics(device or torch.device("cpu"), autocast),
             cache_tokens,
             stuck_s,
@@ -118,49 +120,26 @@ class WorkerSampler:
             allow_uncached,
         )
         self._numbers = itertools.count()
-        # Held for moments only: event loops take it. Notified when weights were taken, a process or the sampler ended.
+        # Held briefly: event-loop threads acquire it. Notified when weights were taken, or a process or this ended.
         self._changed = threading.Condition()
-        self._process: _Process | None = None  # the one that samples, or did last
+        self._process: _Process | None = None  # the current one, or the last
         self._keeper: threading.Thread | None = None
-        self._weights: Weights | None = Weights(next(self._numbers), 0)  # in shared memory; `None`: being written
+        self._weights: NewWeights | None = NewWeights(next(self._numbers), 0)  # `None` while they are written
         self._pending: dict[int, tuple[Ask, Future[Sample]]] = {}
         self._pacing: _Pacing | None = None
         self._restarts_left = max_restarts
-        self._counts_before = Counts()  # of the processes before this one
+        self._counts_before = Counts()  # of earlier processes
         self._failure: RolloutError | None = RolloutError("the sampler was not started")
 
     @property
     def process_id(self) -> int:
-        """Of the process that samples, or did last."""
+        """Id of the current process, or of the last one."""
         assert self._process is not None
         return self._process.id
 
     @property
-    def sampled_tokens(self) -> int:
-        """Tokens of all responses."""
-        return self._counts().sampled_tokens
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return self._counts().prompt_tokens
-
-    @property
-    def prefilled_tokens(self) -> int:
-        """Tokens of prompts that were forwarded."""
-        return self._counts().prefilled_tokens
-
-    @property
-    def uncached_rows(self) -> int:
-        """Rows that were forwarded whole for one more token."""
-        return self._counts().uncached_rows
-
-    @property
-    def forward_s(self) -> float:
-        """Seconds in the model's forward passes."""
-        return self._counts().forward_s
-
-    def _counts(self) -> Counts:
+    def counts(self) -> Counts:
+        """What all processes of this sampler have done."""
         with self._changed:
             return self._counts_before + (self._process.counts if self._process is not None else Counts())
 
@@ -190,7 +169,7 @@ class WorkerSampler:
         self._send(Release(episode_id))
 
     def reset_cache(self) -> None:
-        """Forget every waiting episode's keys and values; the process gives their memory back to its device."""
+        """Forget every waiting episode's keys and values. The process returns their memory to its device."""
         self._send(Release(None))
 
     def pace(self, settled: Callable[[], Awaitable[None]] | None) -> None:
@@ -201,7 +180,7 @@ class WorkerSampler:
             self._pacing = _Pacing(settled, asyncio.get_running_loop()) if settled is not None else None
             self._send(Pace(settled is not None))
 
-    def _send(self, message: Any) -> None:
+    def _send(self, message: ToWorker) -> None:
         with self._changed:
             if self._process is not None:
                 self._process.send(message)
@@ -210,11 +189,11 @@ class WorkerSampler:
 
     def start(self) -> None:
         """
-        Start the process; it may be started again when it was closed. It begins with the weights that the model has,
-        or that it was given last.
+        Start the process, with the weights of the model, or those that were given last. May be called again after
+        [`close`].
 
         Raises:
-            RolloutError: It does not start.
+            RolloutError: The process does not start.
         """
         with self._changed:
             self._failure, self._restarts_left = None, self.max_restarts
@@ -235,7 +214,7 @@ class WorkerSampler:
         self._keeper.start()
 
     def close(self) -> None:
-        """End the process. Those who still wait for a response are told."""
+        """End the process. Requests that still wait fail with a `RolloutError`."""
         keeper, self._keeper = self._keeper, None
         if keeper is None:
             return
@@ -244,20 +223,20 @@ class WorkerSampler:
             process = self._process
         assert process is not None
         process.end()
-        keeper.join()  # so that it sees nothing of a process that is started from now on
+        keeper.join()  # so that it does not see a process that is started later
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """
-        Give the process new weights: what is asked for from now on is sampled with them. Returns when they are in the
-        shared memory; the process takes them as soon as what it has begun is answered.
+        Give the process new weights. Requests from now on are sampled with them. Returns when they are in the shared
+        memory; the process copies them as soon as the requests that it has begun are answered.
 
         Args:
             weights (`Iterable[tuple[str, torch.Tensor]]`):
                 The trained parameters with their names, whole.
             version (`int`):
-                Number of updates that made them.
+                Number of updates applied to them.
 
         Raises:
             RolloutError: The process died too often, or was closed.
@@ -274,8 +253,8 @@ class WorkerSampler:
             self._fail(RolloutError(f"the sampler got but a part of its new weights: {error!r}"))
             raise
         with self._changed:
-            self._weights = Weights(next(self._numbers), version)
-            self._restarts_left = self.max_restarts  # a run of weeks may lose its process now and then
+            self._weights = NewWeights(next(self._numbers), version)
+            self._restarts_left = self.max_restarts  # a long run may lose its process now and then
             if self._process is not None:
                 self._process.send(self._weights)
 
@@ -286,7 +265,7 @@ class WorkerSampler:
     # -- the process --------------------------------------------------------------------------------------------------
 
     def _launch(self) -> _Process | None:
-        """Start a process, and tell it all that it must know; `None` if this was closed meanwhile."""
+        """Start a process, and send it the weights and the pending requests; `None` if this was closed meanwhile."""
         process = _Process(self._shared, self._trained, self._settings, self.silent_s)
         with self._changed:
             if self._process is not None:
@@ -305,7 +284,7 @@ class WorkerSampler:
         return None
 
     def _keep(self, process: _Process | None) -> None:
-        """In a thread: take what the process says; when it says no more, start another one, until this is closed."""
+        """In a thread: receive the process's messages; when it has ended, start another one, until this is closed."""
         try:
             while process is not None:
                 while (message := process.receive()) is not None:
@@ -315,24 +294,24 @@ class WorkerSampler:
             logger.exception("the sampler's process is not looked after any more")
             self._fail(RolloutError(f"the sampler's process could not be started again, or heard: {error!r}"))
 
-    def _take(self, process: _Process, message: Any) -> None:
+    def _take(self, process: _Process, message: FromWorker) -> None:
         with self._changed:
-            if isinstance(message, Answer):
+            if isinstance(message, Sampled):
                 _, answer = self._pending.pop(message.number, (None, None))
                 if answer is not None:
                     _settle(answer, message.outcome)
             elif isinstance(message, Counts):
                 process.counts = message
-            elif isinstance(message, Taken):
+            elif isinstance(message, WeightsTaken):
                 process.taken = message.edition
                 self._changed.notify_all()
             elif isinstance(message, HandedOut) and self._pacing is not None:
                 self._pacing.when_settled(lambda: process.send(Go()))
 
     def _replace(self, process: _Process) -> _Process | None:
-        """Another process for one that has ended; `None` if there is to be none."""
+        """Start another process after one has ended; `None` if there is to be none."""
         with self._changed:
-            self._changed.notify_all()  # it reads no more
+            self._changed.notify_all()  # it no longer reads the shared memory
             if self._failure is not None:
                 return None
             died = f"the sampler's process {process.trouble}"
@@ -361,23 +340,23 @@ class WorkerSampler:
 
 class _Process:
     """
-    One process that samples: what is sent to it and what it says, from its start to its end.
+    One process that samples: its messages in both directions, from its start to its end.
 
     Attributes:
-        trouble (`str`): What happened to it, when [`receive`] returned `None`.
-        counts (`Counts`): The last that it said.
-        taken (`int`): Edition of the weights that it has read last.
+        trouble (`str`): Why it ended, once [`receive`] has returned `None`.
+        counts (`Counts`): The last counts that it sent.
+        taken (`int`): Edition of the weights that it has copied last.
     """
 
-    def __init__(self, shared: SharedModel, trained: Sequence[str], settings: Settings, silent_s: float) -> None:
+    def __init__(self, shared: SharedModel, trained: Sequence[str], settings: WorkerSettings, silent_s: float) -> None:
         context = torch.multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        with theirs:  # closed here, so that the end of the process is the end of the connection
+        with theirs:  # closed here, so that the connection ends with the process
             self._process = context.Process(
                 target=serve, args=(theirs, shared, trained, settings), name="sampler", daemon=True
             )
             self._process.start()
-        self._silent_s, self._patience_s = silent_s, _STARTS_S
+        self._silent_s, self._patience_s = silent_s, _START_TIMEOUT_S
         self._ending = threading.Lock()
         self._has_ended = False
         self._sent: int | None = None
@@ -394,21 +373,21 @@ class _Process:
 
     @property
     def is_reading(self) -> bool:
-        """Whether it was sent weights that it has not taken."""
+        """Whether it was sent weights that it has not copied yet."""
         return not self._has_ended and self.taken != self._sent
 
-    def send(self, message: Any) -> None:
-        """Returns at once; what is sent to a process that has died is lost."""
-        if isinstance(message, Weights):
+    def send(self, message: ToWorker) -> None:
+        """Send a message. Returns at once; a message to a process that has died is lost."""
+        if isinstance(message, NewWeights):
             self._sent = message.edition
         self._outbox.put(pickle.dumps(message))
 
-    def receive(self) -> Any | None:
-        """The next that it says; `None` if it has died, or says nothing for too long, and is ended then."""
+    def receive(self) -> FromWorker | None:
+        """Its next message; `None` if it has died, or was silent for too long and is ended."""
         hangs, unreadable = False, ""
         try:
             if self._connection.poll(self._patience_s):
-                message = self._connection.recv()
+                message: FromWorker = self._connection.recv()
                 self._patience_s = self._silent_s
                 return message
             hangs = True
@@ -425,7 +404,7 @@ class _Process:
         return None
 
     def end(self) -> None:
-        """End it, whatever it is doing; it may have ended. Any thread may call this."""
+        """Kill the process; it may have ended already. Any thread may call this."""
         with self._ending:
             self._process.kill()
             self._process.join()
@@ -433,8 +412,8 @@ class _Process:
         self._outbox.put(None)
 
     def _write(self) -> None:
-        """In a thread: a process that does not read holds up nobody but this."""
-        with suppress(OSError):  # it has died; whoever receives notices
+        """In a thread: a process that does not read delays only this thread."""
+        with suppress(OSError):  # it has died, which `receive` notices
             while (message := self._outbox.get()) is not None:
                 self._connection.send_bytes(message)
 

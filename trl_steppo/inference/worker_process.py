@@ -1,7 +1,7 @@
-"""The process that samples beside the trainer, and what the two tell each other. The trainer's side: `worker.py`.
+"""The process that samples beside the trainer, and the messages between the two. The trainer's side: `worker.py`.
 
-What is asked for is begun in the order in which it was sent. New weights are taken between responses: first the
-requests that were begun are answered, and no others begun. So each response comes from one version of the weights.
+Requests are begun in the order in which they were sent. New weights are taken between responses: first the requests
+that were begun are answered, and no others are begun. So each response comes from one version of the weights.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 
 from ..errors import SamplerError, StepPOError
 from ..numerics import Numerics, ProcessNumerics, give_back_memory, use_device
 from ..types import TokenIds
-from .base import Sample, SamplingParams
+from .base import Counts, Sample, SamplingParams
 from .local import LocalSampler
 from .shared_model import SharedModel
 
 logger = logging.getLogger(__name__)
 
-_BEATS_S = 1.0  # between two signs of life
+_HEARTBEAT_S = 1.0  # between two signs of life
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Sampled:
     """A response, or why there is none."""
 
     number: int
@@ -55,14 +54,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Nobody waits for that response any more."""
+    """That response is no longer wanted."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Release:
-    """Forget an episode's cache; `None`: everybody's."""
+    """Forget an episode's cache; `None`: that of all episodes."""
 
     episode_id: str | None
 
@@ -85,43 +84,23 @@ class Go:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """There are new weights in the shared memory: what is asked from now on is sampled with them."""
+class NewWeights:
+    """New weights are in the shared memory. Requests after this message are sampled with them."""
 
-    edition: int  # no other weights have this number, while a version may be sent twice
+    edition: int  # a unique number, while a version may be sent twice
     version: int
 
 
 @dataclass(frozen=True)
-class Taken:
-    """They were read."""
+class WeightsTaken:
+    """The new weights were copied from the shared memory."""
 
     edition: int
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What was sampled since the process began; a sign of life."""
-
-    sampled_tokens: int = 0
-    prompt_tokens: int = 0
-    prefilled_tokens: int = 0
-    forward_s: float = 0.0
-    uncached_rows: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.sampled_tokens + other.sampled_tokens,
-            self.prompt_tokens + other.prompt_tokens,
-            self.prefilled_tokens + other.prefilled_tokens,
-            self.forward_s + other.forward_s,
-            self.uncached_rows + other.uncached_rows,
-        )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of the process; see [`WorkerSampler`]."""
+class WorkerSettings:
+    """Settings of the process; see [`WorkerSampler`]."""
 
     numerics: Numerics
     cache_tokens: int | None
@@ -130,41 +109,45 @@ class Settings:
     allow_uncached: bool = False
 
 
-def serve(connection: Connection, shared: SharedModel, trained: Sequence[str], settings: Settings) -> None:
-    """What the process does, for as long as somebody listens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end is ours
+def serve(connection: Connection, shared: SharedModel, trained: Sequence[str], settings: WorkerSettings) -> None:
+    """The process's main function: sample until the connection ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this process
     use_device(settings.numerics.device)
     settings.process.apply()
     asyncio.run(_Worker(connection, shared, trained, settings).run())
 
 
+ToWorker = Ask | Cancel | Release | Pace | Go | NewWeights
+FromWorker = Sampled | Counts | WeightsTaken | HandedOut
+
+
 class _Worker:
     def __init__(
-        self, connection: Connection, shared: SharedModel, trained: Sequence[str], settings: Settings
+        self, connection: Connection, shared: SharedModel, trained: Sequence[str], settings: WorkerSettings
     ) -> None:
         self.connection = connection
         self.settings = settings
         model = shared.load(settings.numerics.device, private=set(trained))
         parameters = dict(model.named_parameters())
         self.trained = [(parameters[name], shared.weights[name]) for name in trained]
-        self._copy_weights()  # what the model makes of a cache is tried out
+        self._copy_weights()  # they are needed to try out whether the model can be sampled with a cache
         self.sampler = LocalSampler(
             model,
             cache_tokens=settings.cache_tokens,
             allow_uncached=settings.allow_uncached,
             numerics=settings.numerics,
         )
-        self.sending = threading.Lock()  # beside the event loop, the pulse's thread sends
-        self.asked: dict[int, Ask] = {}  # and not begun
+        self.sending = threading.Lock()  # the event loop and the heartbeat's thread send
+        self.asked: dict[int, Ask] = {}  # not begun yet
         self.begun: dict[int, asyncio.Task[None]] = {}
-        self.coming: Weights | None = None  # to be taken when nothing is being sampled
+        self.coming: NewWeights | None = None  # to be taken when nothing is being sampled
         self.has_weights = False
         self.handed_out = False
         self.went = asyncio.Event()
 
     async def run(self) -> None:
-        """An exception here ends the process, which the trainer's side notices."""
-        inbox: asyncio.Queue[Any] = asyncio.Queue()
+        """Handle messages. An exception here ends the process, which the trainer's side notices."""
+        inbox: asyncio.Queue[ToWorker | _Over] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self.inbox = inbox
 
@@ -183,7 +166,7 @@ class _Worker:
             self._take(await inbox.get())
             self._begin()
 
-    def _take(self, message: Any) -> None:
+    def _take(self, message: ToWorker | _Over) -> None:
         if isinstance(message, Ask):
             self.asked[message.number] = message
         elif isinstance(message, Cancel):
@@ -202,7 +185,7 @@ class _Worker:
             self.went.set()
         elif isinstance(message, Go):
             self.went.set()
-        elif isinstance(message, Weights):
+        elif isinstance(message, NewWeights):
             self.coming = message
         elif isinstance(message, _Over):
             task = self.begun.pop(message.number)
@@ -210,7 +193,7 @@ class _Worker:
                 task.result()
 
     def _begin(self) -> None:
-        """Begin what was asked for; before that take new weights, if there are any, once nothing is being sampled."""
+        """Begin the requests. If there are new weights, take them first, once nothing is being sampled."""
         if self.coming is not None and not self.begun:
             self._take_weights(self.coming)
             self.coming = None
@@ -221,12 +204,12 @@ class _Worker:
             task.add_done_callback(lambda _, over=_Over(number): self.inbox.put_nowait(over))  # type: ignore[misc]
         self.asked.clear()
 
-    def _take_weights(self, weights: Weights) -> None:
+    def _take_weights(self, weights: NewWeights) -> None:
         self._copy_weights()
         self.sampler.reset_cache()
         self.sampler.policy_version = weights.version
         self.has_weights = True
-        self._send(Taken(weights.edition))
+        self._send(WeightsTaken(weights.edition))
 
     @torch.no_grad()
     def _copy_weights(self) -> None:
@@ -241,12 +224,12 @@ class _Worker:
             )
         except StepPOError as error:
             outcome = type(error)(str(error))
-        except Exception as error:  # not all survive the way to another process, but text does
+        except Exception as error:  # not every exception can be pickled, but its text can
             logger.exception("a response could not be sampled")
             outcome = SamplerError("".join(traceback.format_exception_only(error)).strip())
         self.handed_out = True
-        self._send(self._counts())  # before the response, whose rollout may read them when it has the last one
-        self._send(Answer(ask.number, outcome))
+        self._send(self.sampler.counts)  # before the response: after the last one the rollout may read the counts
+        self._send(Sampled(ask.number, outcome))
 
     async def _settled(self) -> None:
         """Wait until the trainer's side says that all who were handed a response are back."""
@@ -258,41 +241,31 @@ class _Worker:
         await self.went.wait()
 
     def _beat(self) -> None:
-        """In a thread of its own: signs of life, also during a long forward pass."""
+        """In its own thread: send signs of life, also during a long forward pass."""
         trainer = multiprocessing.parent_process()
         assert trainer is not None
         while True:
-            if os.getppid() != trainer.pid:  # where a process that it forked still holds its end of the connection
+            if os.getppid() != trainer.pid:  # a process that it forked may still hold its end of the connection
                 os._exit(0)
-            self._send(self._counts())
-            time.sleep(_BEATS_S)
+            self._send(self.sampler.counts)
+            time.sleep(_HEARTBEAT_S)
 
     async def _watch(self) -> None:
-        """End the process, with a word on where it was, when one turn of the event loop takes too long."""
+        """End the process with a traceback when one turn of the event loop takes too long."""
         while True:
             faulthandler.dump_traceback_later(self.settings.stuck_s, exit=True)
-            await asyncio.sleep(min(_BEATS_S, self.settings.stuck_s / 2))
+            await asyncio.sleep(min(_HEARTBEAT_S, self.settings.stuck_s / 2))
 
-    def _counts(self) -> Counts:
-        sampler = self.sampler
-        return Counts(
-            sampler.sampled_tokens,
-            sampler.prompt_tokens,
-            sampler.prefilled_tokens,
-            sampler.forward_s,
-            sampler.uncached_rows,
-        )
-
-    def _send(self, message: Any) -> None:
+    def _send(self, message: FromWorker) -> None:
         with self.sending:
             try:
                 self.connection.send(message)
             except OSError:
-                os._exit(0)  # nobody listens any more
+                os._exit(0)  # the trainer has ended
 
 
 @dataclass(frozen=True)
 class _Over:
-    """To itself: a response was handed out, or is not wanted any more."""
+    """A message to itself: a response was handed out, or is no longer wanted."""
 
     number: int

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import accumulate
-from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -15,8 +14,6 @@ from ..batching import LayoutName, divide
 from ..types import Episode
 from .ranks import gather_objects
 from .update import Credit, Lesson, Rollout, Scores, Steps
-
-Tensors = TypeVar("Tensors", Scores, Credit)
 
 
 def own_lesson(rollout: Rollout, scores: Scores, credit: Credit) -> Lesson:
@@ -29,12 +26,16 @@ def lesson_of_all_ranks(rollout: Rollout, scores: Scores, credit: Credit) -> Les
     if PartialState().num_processes == 1:
         return own_lesson(rollout, scores, credit)
     device = rollout.batch.rewards.device
-    own_part = (list(map(_stripped, rollout.episodes)), _moved(scores, "cpu"), _moved(credit, "cpu"))
-    episodes, scores_of_ranks, credit_of_ranks = zip(*gather_objects([own_part]), strict=True)
+    tensors = [scores.old_logprobs, scores.ref_logprobs, scores.values, scores.bootstrap_values]
+    tensors += [credit.advantages, credit.returns]
+    on_cpu = [None if tensor is None else tensor.cpu() for tensor in tensors]
+    episodes, parts = zip(*gather_objects([(list(map(_stripped, rollout.episodes)), on_cpu)]), strict=True)
+    *of_networks, advantages, returns = (_joined(of_ranks, device) for of_ranks in zip(*parts, strict=True))
+    assert advantages is not None
     return Lesson(
         Steps.of([episode for of_rank in episodes for episode in of_rank]),
-        _moved(_joined(scores_of_ranks), device),
-        _moved(_joined(credit_of_ranks), device),
+        Scores(*of_networks),
+        Credit(advantages, returns, credit.explained_variance),
         list(map(len, episodes)),
         PartialState().process_index,
     )
@@ -69,24 +70,12 @@ def _stripped(episode: Episode) -> Episode:
     return replace(episode, steps=steps, metrics={})
 
 
-def _moved(data: Tensors, device: torch.device | str) -> Tensors:
-    """The same dataclass with its tensors on a device."""
-    return replace(data, **{name: tensor.to(device) for name, tensor in _tensors(data).items()})
-
-
-def _joined(parts: Sequence[Tensors]) -> Tensors:
-    """Dataclasses of step-major tensors as one; rows of action tokens as wide as the widest."""
-    joined = {}
-    for name in _tensors(parts[0]):
-        tensors = [_tensors(part)[name] for part in parts]
-        if tensors[0].dim() == 2:
-            width = max(tensor.shape[1] for tensor in tensors)
-            tensors = [pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
-        joined[name] = torch.cat(tensors)
-    return replace(parts[0], **joined)
-
-
-def _tensors(data: Scores | Credit) -> dict[str, torch.Tensor]:
-    """The tensors of a dataclass, by their fields."""
-    values = {field.name: getattr(data, field.name) for field in fields(data)}
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+def _joined(parts: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
+    """Step-major tensors of all ranks as one; rows of action tokens as wide as the widest. All are there, or none."""
+    tensors = [tensor for tensor in parts if tensor is not None]
+    if not tensors:
+        return None
+    if tensors[0].dim() == 2:
+        width = max(tensor.shape[1] for tensor in tensors)
+        tensors = [pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
+    return torch.cat(tensors).to(device)

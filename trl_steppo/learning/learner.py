@@ -69,6 +69,8 @@ class Learner:
         self.on_event = on_event
         self.policy_objective = PolicyObjective(args, policy, layout, self._forward_pass)
         self.value_objective = ValueObjective(args, critic, layout, self._forward_pass) if critic is not None else None
+        # This rank's part of what all ranks do together, so that its count sums to 1.
+        self._share: float = 1.0 / accelerator.num_processes
         self.steps_taken = 0  # of optimizers, over the run
         self.steps_skipped = 0  # because a loss or a gradient was not a finite number
 
@@ -260,8 +262,3 @@ class Learner:
     @property
     def _networks(self) -> list[Network]:
         return [self.policy, *([self.critic] if self.critic is not None else [])]
-
-    @property
-    def _share(self) -> float:
-        """This rank's part of what all ranks do together, so that its count sums to 1."""
-        return 1.0 / self.accelerator.num_processes

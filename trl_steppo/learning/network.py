@@ -29,7 +29,7 @@ class Network:
             The network, as accelerate has wrapped it.
         optimizer ([`~torch.optim.Optimizer`]):
             Two networks may share one.
-        scheduler ([`~torch.optim.lr_scheduler.LRScheduler`]):
+        scheduler ([`~torch.optim.lr_scheduler.LambdaLR`]):
             The optimizer's learning rates over updates.
         accelerator ([`~accelerate.Accelerator`]):
             Scales, reduces and clips gradients.
@@ -37,7 +37,7 @@ class Network:
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     accelerator: Accelerator
 
     @property

@@ -13,7 +13,7 @@ from .adapters import (
     saved_with_adapter,
 )
 from .agreement import agrees_on_tries
-from .attention import prepare_for_tries, takes_tries
+from .attention import prepare_for_tries, register_attention, takes_tries
 from .context import context_length
 from .critic import build_critic, check_critic
 from .dropout import disable_dropout
@@ -51,6 +51,7 @@ __all__ = [
     "is_sharded",
     "plain_model",
     "prepare_for_tries",
+    "register_attention",
     "rows_at_once",
     "saved_with_adapter",
     "score_sequences",

@@ -1,4 +1,4 @@
-"""Adapters (LoRA and its kin): one for the policy, one for the critic, none for the reference."""
+"""Adapters (LoRA and similar): one for the policy, one for the critic, none for the reference."""
 
 from __future__ import annotations
 
@@ -7,28 +7,34 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..batching import StepBatch
 from ..errors import ConfigurationError
 from ..modes import evaluating
+from ..types import Model
+from .forward import EntropyMode, PolicyScorer, Scores
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
-def is_peft_model(model: Any) -> bool:
-    """Whether a model carries adapters; without importing peft, which has been where one was made."""
+def is_peft_model(model: object) -> TypeGuard[PeftModel]:
+    """Whether a model carries adapters. Does not import peft, which has been imported where one was made."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def plain_model(model: Any) -> Any:
-    """The transformers model itself, its layers wrapped by adapters where it has any; what a forward pass goes to."""
+    """The transformers model itself, whose layers adapters wrap where it has any. A forward pass goes to it."""
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def add_adapter(model: PreTrainedModel, peft_config: Any, *, name: str = "default") -> Any:
+def add_adapter(model: PreTrainedModel, peft_config: object, *, name: str = "default") -> PeftModel:
     """
     Put a new adapter on a model; everything else is frozen.
 
@@ -80,7 +86,7 @@ def critic_adapter(peft_config: Any) -> Any:
     return config
 
 
-def saved_with_adapter(model: Any) -> set[int]:
+def saved_with_adapter(model: PeftModel) -> set[int]:
     """The memory of the parameters that `save_pretrained` writes for a `PeftModel`'s active adapter."""
     from peft import get_peft_model_state_dict
 
@@ -88,7 +94,7 @@ def saved_with_adapter(model: Any) -> set[int]:
     return {tensor.data_ptr() for tensor in weights.values()}
 
 
-def shared_copy(model: Any) -> PreTrainedModel:
+def shared_copy(model: Model) -> PreTrainedModel:
     """
     A second plain model, without adapters, whose parameters are the model's own: one copy of the weights in memory.
 
@@ -97,16 +103,17 @@ def shared_copy(model: Any) -> PreTrainedModel:
             What to copy; not changed.
     """
     # `deepcopy` takes what it finds in its memo for the copy of what it looks up there.
-    copied = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
-    return copied.unload() if is_peft_model(copied) else copied
+    copied: Any = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
+    plain: PreTrainedModel = copied.unload() if is_peft_model(copied) else copied
+    return plain
 
 
 @torch.no_grad()
-def adapter_changes_model(model: Any) -> bool:
+def adapter_changes_model(model: PeftModel) -> bool:
     """
     Whether the active adapter changes what a model computes. A new one does not: e.g. one factor of LoRA's is zero.
 
-    It is tried on a few tokens, so that it holds for every kind of adapter.
+    Computes the logits of a few tokens with it and without, which holds for every kind of adapter.
 
     Args:
         model (`PeftModel`):
@@ -117,13 +124,13 @@ def adapter_changes_model(model: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, size, (1, 16), generator=generator).to(device)
     with evaluating(model):
-        with_it = plain_model(model)(input_ids=input_ids, use_cache=False).logits
+        with_adapter = plain_model(model)(input_ids=input_ids, use_cache=False).logits
         with model.disable_adapter():
-            without = plain_model(model)(input_ids=input_ids, use_cache=False).logits
-    return not torch.equal(with_it, without)
+            without_adapter = plain_model(model)(input_ids=input_ids, use_cache=False).logits
+    return not torch.equal(with_adapter, without_adapter)
 
 
-def freeze_copy(model: Any, adapter: str) -> str:
+def freeze_copy(model: PeftModel, adapter: str) -> str:
     """
     Add a copy of an adapter that is not trained.
 
@@ -146,7 +153,7 @@ def freeze_copy(model: Any, adapter: str) -> str:
     return name
 
 
-def copy_adapter(model: Any, source: str, target: str) -> None:
+def copy_adapter(model: PeftModel, source: str, target: str) -> None:
     """Give one adapter of a model the weights of another, of the same kind; it is frozen."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -187,19 +194,20 @@ class AdapterReference(nn.Module):
     The reference policy that a policy with adapters carries within itself.
 
     Args:
-        scorer (`torch.nn.Module`):
-            A [`PolicyScorer`] over the model.
+        scorer ([`PolicyScorer`]):
+            Over the model.
         model, policy_adapter, reference_adapter:
             See [`as_reference`].
     """
 
-    def __init__(self, scorer: nn.Module, model: Any, policy_adapter: str, reference_adapter: str | None) -> None:
+    def __init__(self, scorer: PolicyScorer, model: Any, policy_adapter: str, reference_adapter: str | None) -> None:
         super().__init__()
         self.scorer = scorer
         self.reference_adapter = reference_adapter
         self._switched = partial(as_reference, model, policy_adapter)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the scorer's."""
+    def forward(self, rows: StepBatch, *, entropy: EntropyMode = "skip") -> Scores:
+        """See [`PolicyScorer.forward`]."""
         with self._switched(self.reference_adapter):
-            return self.scorer(*args, **kwargs)
+            scores: Scores = self.scorer(rows, entropy=entropy)
+        return scores

@@ -1,4 +1,4 @@
-"""Whether a model attends to a trie as it is asked to, tried out on a handful of tokens.
+"""Whether a model attends to a trie correctly, tried out on a few tokens.
 
 The layouts rely on how a version of transformers hands masks, positions and other arguments on to its attention, which
 no interface promises. One that ignores them computes other numbers without an error.
@@ -6,34 +6,24 @@ no interface promises. One that ignores them computes other numbers without an e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..batching import Segment
 from ..compat.transformers import attention_of, exchange_attention
 from ..modes import evaluating
 from ..numerics import deviates
-from .attention import prepare_for_tries, run_arguments
+from .attention import prepare_for_tries, segment_arguments
 
-_STEM, _BRANCH = 3, 3  # tokens that both branches begin with, and of each branch
-_known: dict[tuple[Any, ...], bool] = {}  # of this process, whose versions are what they are
-
-
-@dataclass
-class _Run:
-    start: int
-    stop: int
-    ancestors: Sequence[tuple[int, int]] = ()
+_STEM, _BRANCH = 3, 3  # tokens that both branches share, and tokens of each branch
+_known: dict[tuple[type, type, str, torch.dtype], bool] = {}  # for this process, whose library versions are fixed
 
 
-def agrees_on_tries(model: nn.Module) -> bool:
+def agrees_on_tries(model: PreTrainedModel) -> bool:
     """
-    Whether two short branches give the same hidden states in one trie as in a row each. It is tried once for each
-    class of model and attention implementation; the model's attention is exchanged for that, see
-    [`prepare_for_tries`].
+    Whether two short branches give the same hidden states in one trie as in a row each. Tried once for each class of
+    model and attention implementation. Exchanges the model's attention, see [`prepare_for_tries`].
 
     Args:
         model (`PreTrainedModel`):
@@ -41,7 +31,7 @@ def agrees_on_tries(model: nn.Module) -> bool:
     """
     prepare_for_tries(model)
     exchange_attention(model, attention_of(model.config))  # also where a configuration only says that it is prepared
-    backbone = getattr(model, str(model.base_model_prefix))
+    backbone = getattr(model, model.base_model_prefix)
     attention = attention_of(model.config)
     key = (type(model), type(backbone), attention, next(model.parameters()).dtype)
     if key not in _known:
@@ -50,26 +40,26 @@ def agrees_on_tries(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _agrees(model: nn.Module) -> bool:
-    config: Any = model.config
-    backbone: Any = getattr(model, str(model.base_model_prefix))
+def _agrees(model: PreTrainedModel) -> bool:
+    backbone: nn.Module = getattr(model, model.base_model_prefix)
     device = next(model.parameters()).device
     stem, end = _STEM, _STEM + _BRANCH
-    ids = torch.arange(1, end + _BRANCH + 1, device=device) % config.get_text_config().vocab_size
+    ids = torch.arange(1, end + _BRANCH + 1, device=device) % model.config.get_text_config().vocab_size
     positions = torch.arange(end, device=device)
-    one, other = ids[:end], torch.cat([ids[:stem], ids[end:]])
-    runs = [_Run(0, stem), _Run(stem, end, [(0, stem)]), _Run(end, end + _BRANCH, [(0, stem)])]
+    first, second = ids[:end], torch.cat([ids[:stem], ids[end:]])
+    before = ((0, stem),)
+    segments = [Segment(0, stem, ()), Segment(stem, end, before), Segment(end, end + _BRANCH, before)]
 
-    def states(input_ids: torch.Tensor, position_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        found: torch.Tensor = backbone(
+    def states(input_ids: torch.Tensor, position_ids: torch.Tensor, **arguments: object) -> torch.Tensor:
+        hidden: torch.Tensor = backbone(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments
         ).last_hidden_state
-        return found
+        return hidden
 
     with evaluating(model):
-        apart = states(torch.stack([one, other]), positions.repeat(2, 1))
+        apart = states(torch.stack([first, second]), positions.repeat(2, 1))
         packed = torch.cat([positions, positions[stem:]])[None]
-        trie = states(ids[None], packed, **run_arguments(model, runs))[0]
+        trie = states(ids[None], packed, **segment_arguments(model, segments))[0]
         # One branch after the other in a row: as far off as a version that knows of no branches would be.
         mixed = states(ids[None], torch.arange(len(ids), device=device)[None])
     expected = torch.cat([apart[0], apart[1, stem:]])

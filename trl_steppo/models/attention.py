@@ -1,24 +1,26 @@
 """Attention over a flattened trie: every token attends to its ancestors and to itself.
 
-Two ways lead there, and the model's own `attn_implementation` chooses between them:
+There are two implementations, and the model's own `attn_implementation` chooses between them:
 
-- `sdpa`: each run of the trie (see [`batching.rows`]) is one call of scaled-dot-product attention, its queries against
-  the keys of its ancestors and its own. No pair of tokens from different branches is ever computed, and no mask is
-  larger than a block of queries against the keys before them.
-- `flex_attention`: one call of FlexAttention for all runs, whose block mask leaves out every block of queries and keys
-  that have nothing to do with each other. It learns on a GPU alone; elsewhere such a model attends run by run, too.
+- `sdpa`: each segment of the trie (see [`batching.rows`]) is one call of scaled-dot-product attention, its queries
+  against the keys of its ancestors and its own. No pair of tokens from different branches is ever computed, and no
+  mask is larger than a block of queries against the keys before them.
+- `flex_attention`: one call of FlexAttention for all segments. Its block mask leaves out every block of queries and
+  keys that have nothing to do with each other. It has a backward pass on a GPU only; on other devices such a model
+  attends segment by segment, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
+from ..batching import Segment
 from ..compat.transformers import (
     AttentionMaskInterface,
     attention_of,
@@ -30,29 +32,36 @@ from ..compat.transformers import (
 )
 from ..errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 NAMES = {"sdpa": "sdpa_tree", "flex_attention": "flex_tree"}
-"""What attention over tries is called among transformers' attention implementations, by what it takes the place of."""
+"""The name of attention over tries among transformers' attention implementations, by the one that it replaces."""
 
-_BLOCK = 1024  # queries of a run with ancestors that are worked on at a time: a mask has so many rows at most
+WITH_DENSE_MASK = ("sdpa", *NAMES.values(), "eager")
+"""The attention implementations that take a mask of four dimensions as it is, where no trie is given."""
 
-
-class Run(Protocol):
-    """Tokens that follow one another, from a branch to a leaf, and the spans of those before them."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-    @property
-    def ancestors(self) -> Sequence[tuple[int, int]]: ...
+_BLOCK = 1024  # queries of a segment with ancestors per call, which bounds the rows of a mask
 
 
-def takes_tries(model: nn.Module) -> bool:
+@cache
+def register_attention() -> None:
+    """
+    Make attention over tries known to transformers. To be called before the forward pass of a model that may have been
+    prepared in another process: its configuration names one of [`NAMES`].
+    """
+    AttentionInterface.register(NAMES["sdpa"], segment_attention)
+    AttentionInterface.register(NAMES["flex_attention"], block_attention)
+    for name in NAMES.values():
+        AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def takes_tries(model: PreTrainedModel) -> bool:
     """
     Whether every layer of a model attends to all tokens before it by transformers' exchangeable attention, and takes
     positions: no sliding windows, no state-space layers, no ALiBi.
     """
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config = model.config.get_text_config()
     return (
         not any(special_attention(config))
         and supports_attention_backend(model)
@@ -61,13 +70,14 @@ def takes_tries(model: nn.Module) -> bool:
     )
 
 
-def prepare_for_tries(model: Any) -> None:
+def prepare_for_tries(model: PreTrainedModel) -> None:
     """
-    Have a model attend by [`run_attention`] or [`block_attention`], which are `sdpa` wherever no trie is given.
+    Have a model attend by [`segment_attention`] or [`block_attention`], which are `sdpa` where no trie is given.
 
     Raises:
         ConfigurationError: If its attention cannot be exchanged; see [`takes_tries`] and [`exchange_attention`].
     """
+    register_attention()
     attention = attention_of(model.config)
     if attention in NAMES.values():
         return
@@ -79,49 +89,49 @@ def prepare_for_tries(model: Any) -> None:
     exchange_attention(model, NAMES[attention])
 
 
-def forward_arguments(model: Any, runs: Sequence[Run] | None) -> dict[str, Any]:
-    """What a model's backbone takes beside ids and positions; `runs` is `None` for plain causal rows."""
-    if runs is None:
+def forward_arguments(model: PreTrainedModel, segments: Sequence[Segment] | None) -> dict[str, object]:
+    """The arguments of a model's backbone besides ids and positions; `segments` is `None` for plain causal rows."""
+    if segments is None:
         return {}
     prepare_for_tries(model)
     if attention_of(model.config) == NAMES["flex_attention"] and model.device.type == "cuda":
-        return _mask_argument(model) | {"trie_mask": block_mask(runs, model.device)}
-    return run_arguments(model, runs)
+        return _mask_argument(model) | {"trie_mask": block_mask(segments, model.device)}
+    return segment_arguments(model, segments)
 
 
-def run_arguments(model: Any, runs: Sequence[Run]) -> dict[str, Any]:
-    """The arguments with which a prepared model attends run by run, whichever implementation it has."""
-    return _mask_argument(model) | {"trie_runs": runs}
+def segment_arguments(model: PreTrainedModel, segments: Sequence[Segment]) -> dict[str, object]:
+    """The arguments with which a prepared model attends segment by segment, whichever implementation it has."""
+    return _mask_argument(model) | {"trie_segments": segments}
 
 
-def _mask_argument(model: Any) -> dict[str, Any]:
-    """A mask of four dimensions is handed on as it is: this one only keeps the model from making another."""
+def _mask_argument(model: PreTrainedModel) -> dict[str, object]:
+    """A mask of four dimensions, which is handed on as it is. It only keeps the model from making another."""
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)}
 
 
-# -- a call for each run ----------------------------------------------------------------------------------------------
+# -- a call for each segment ------------------------------------------------------------------------------------------
 
 
-def run_attention(
+def segment_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    trie_runs: Sequence[Run] | None = None,
+    trie_segments: Sequence[Segment] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
     Args:
         module, query, key, value, attention_mask, kwargs:
             As transformers calls its attention implementations: (1, heads, L, head size).
-        trie_runs (`Sequence[Run]`, *optional*):
+        trie_segments (`Sequence[Segment]`, *optional*):
             The branches of a flattened trie; `None`: plain `sdpa`.
 
     Returns:
         `tuple[torch.Tensor, None]`: (1, L, heads, head size).
     """
-    if trie_runs is None:
+    if trie_segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("is_causal", None)
 
@@ -129,14 +139,14 @@ def run_attention(
         return sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **kwargs)[0]
 
     outputs = []
-    for run in trie_runs:
-        queries = query[:, :, run.start : run.stop]
-        own_keys, own_values = key[:, :, run.start : run.stop], value[:, :, run.start : run.stop]
-        if not run.ancestors:
+    for segment in trie_segments:
+        queries = query[:, :, segment.start : segment.stop]
+        own_keys, own_values = key[:, :, segment.start : segment.stop], value[:, :, segment.start : segment.stop]
+        if not segment.ancestors:
             outputs.append(attend(queries, own_keys, own_values, None))
             continue
-        keys = torch.cat([*(key[:, :, start:stop] for start, stop in run.ancestors), own_keys], dim=2)
-        values = torch.cat([*(value[:, :, start:stop] for start, stop in run.ancestors), own_values], dim=2)
+        keys = torch.cat([*(key[:, :, start:stop] for start, stop in segment.ancestors), own_keys], dim=2)
+        values = torch.cat([*(value[:, :, start:stop] for start, stop in segment.ancestors), own_values], dim=2)
         before = keys.shape[2] - own_keys.shape[2]
         for start in range(0, queries.shape[2], _BLOCK):
             block = queries[:, :, start : start + _BLOCK]
@@ -156,38 +166,39 @@ def _causal(num_queries: int, num_keys: int, device: torch.device) -> torch.Tens
 # -- one call for all -------------------------------------------------------------------------------------------------
 
 
-def subtree_ends(runs: Sequence[Run]) -> torch.Tensor:
+def subtree_ends(segments: Sequence[Segment]) -> torch.Tensor:
     """
-    Where the subtree of each token of a flattened trie ends: a row runs through it depth first, so token k is an
+    Where the subtree of each token of a flattened trie ends: a row goes through it depth first, so token k is an
     ancestor of token q, or q itself, exactly if k <= q < end of k.
 
     Args:
-        runs (`Sequence[Run]`):
+        segments (`Sequence[Segment]`):
             The branches, in the order of the row.
 
     Returns:
         `torch.Tensor`: (L,), positions in the row.
     """
-    length = runs[-1].stop
+    length = segments[-1].stop
     ends = torch.full((length,), length)
-    for run in runs:
-        parent = run.ancestors[-1][1] - 1 if run.ancestors else -1
-        closed = ends[parent + 1 : run.start]  # all after the parent that is still open ends here
-        closed[closed == length] = run.start
+    for segment in segments:
+        parent = segment.ancestors[-1][1] - 1 if segment.ancestors else -1
+        closed = ends[parent + 1 : segment.start]  # all after the parent that is still open ends here
+        closed[closed == length] = segment.start
     return ends
 
 
-def block_mask(runs: Sequence[Run], device: torch.device) -> Any:
+def block_mask(segments: Sequence[Segment], device: torch.device) -> BlockMask:
     """The `BlockMask` of a flattened trie: which blocks of queries and keys have an ancestor in common."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    ends = subtree_ends(runs).to(device)
+    ends = subtree_ends(segments).to(device)
     length = len(ends)
 
     def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= query) & (query < ends[key])
 
-    return _compiled(create_block_mask, device)(sees, None, None, length, length, device=device)
+    mask: BlockMask = _compiled(create_block_mask, device)(sees, None, None, length, length, device=device)
+    return mask
 
 
 def block_attention(
@@ -197,7 +208,7 @@ def block_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    trie_mask: Any = None,
+    trie_mask: BlockMask | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -205,13 +216,13 @@ def block_attention(
         module, query, key, value, attention_mask, scaling, kwargs:
             As transformers calls its attention implementations: (1, heads, L, head size).
         trie_mask (`BlockMask`, *optional*):
-            Of a flattened trie, see [`block_mask`]; `None`: as [`run_attention`].
+            Of a flattened trie, see [`block_mask`]; `None`: as [`segment_attention`].
 
     Returns:
         `tuple[torch.Tensor, None]`: (1, L, heads, head size).
     """
     if trie_mask is None:
-        return run_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return segment_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     changed = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if changed:
         raise ConfigurationError(
@@ -227,13 +238,8 @@ def block_attention(
 
 
 def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """FlexAttention is meant to be compiled, and is where it learns."""
+    """The function, compiled on a GPU: FlexAttention is meant to be, and its backward pass needs it."""
     return _compile_once(function) if device.type == "cuda" else function
 
 
 _compile_once = cache(torch.compile)
-
-AttentionInterface.register(NAMES["sdpa"], run_attention)
-AttentionInterface.register(NAMES["flex_attention"], block_attention)
-for _name in NAMES.values():
-    AttentionMaskInterface.register(_name, sdpa_mask)

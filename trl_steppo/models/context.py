@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _SCALED = ("linear", "dynamic", "yarn")  # kinds of rope scaling that lengthen the context by their factor
 
 
-def context_length(config: Any) -> int | None:
+def context_length(config: PretrainedConfig) -> int | None:
     """
-    The most tokens of a prompt and its response together.
+    The maximum number of tokens of a prompt and its response together.
 
     Args:
         config (`PretrainedConfig`):
@@ -27,7 +30,7 @@ def context_length(config: Any) -> int | None:
     return max(positions, _scaled(positions, scaling)) if isinstance(scaling, dict) else positions
 
 
-def _scaled(positions: int, scaling: dict[str, Any]) -> int:
+def _scaled(positions: int, scaling: dict[str, object]) -> int:
     """
     The positions that rope scaling reaches. Some models count them in `max_position_embeddings` already; those with
     other scaling for each kind of layer all do.
@@ -35,4 +38,6 @@ def _scaled(positions: int, scaling: dict[str, Any]) -> int:
     factor = scaling.get("factor")
     if scaling.get("rope_type", scaling.get("type")) not in _SCALED or not isinstance(factor, int | float):
         return positions
-    return int(scaling.get("original_max_position_embeddings", positions) * factor)
+    original = scaling.get("original_max_position_embeddings", positions)
+    assert isinstance(original, int | float)
+    return int(original * factor)

@@ -12,10 +12,11 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedMo
 from ..compat.peft import unwrapped
 from ..compat.transformers import without_zero
 from ..errors import ConfigurationError
+from ..types import Model
 from .adapters import plain_model, shared_copy
 
 
-def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> PreTrainedModel:
+def build_critic(policy: Model, *, share_weights: bool = False) -> PreTrainedModel:
     """
     A critic of the policy's architecture that starts from its weights and values every state at 0.
 
@@ -33,7 +34,7 @@ def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> Pre
         ConfigurationError: If transformers has no sequence classifier for this architecture, or the policy is
             quantized.
     """
-    plain = plain_model(policy)
+    plain: PreTrainedModel = plain_model(policy)
     if getattr(plain, "is_quantized", False):
         raise ConfigurationError(
             "the policy is quantized, and no critic can be built from its weights; pass `value_model`"
@@ -48,7 +49,7 @@ def build_critic(policy: PreTrainedModel, *, share_weights: bool = False) -> Pre
     config, backbone = copied.config, getattr(copied, plain.base_model_prefix)
     if not share_weights:
         config, backbone = copy.deepcopy((config, backbone))
-    # The backbone's own configuration, not a copy: what is set on the critic has to reach the layers that read it.
+    # The backbone's configuration itself: what is set on the critic has to reach the layers that read it.
     config.num_labels = 1
     with without_zero(), torch.device("meta"):  # for its class and its head; its backbone is the policy's
         critic = critic_class(config).to(plain.dtype)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
-def end_token_ids(generation_config: Any) -> tuple[int, ...]:
+def end_token_ids(generation_config: GenerationConfig | None) -> tuple[int, ...]:
     """
     The tokens that a model was trained to end with, which may be several.
 
@@ -17,12 +20,12 @@ def end_token_ids(generation_config: Any) -> tuple[int, ...]:
     Returns:
         `tuple[int, ...]`: `eos_token_id`, which is one id, a list of them, or `None`.
     """
-    found = getattr(generation_config, "eos_token_id", None)
-    return tuple(map(int, found)) if isinstance(found, Sequence) else () if found is None else (int(found),)
+    eos = getattr(generation_config, "eos_token_id", None)
+    return tuple(map(int, eos)) if isinstance(eos, Sequence) else () if eos is None else (int(eos),)
 
 
 def stored_end_token_ids(name: str) -> tuple[int, ...]:
-    """[`end_token_ids`] of a directory or a name on the hub, before the model is loaded."""
+    """[`end_token_ids`] of a model that is not loaded yet, by its directory or its name on the hub."""
     from transformers import AutoConfig, GenerationConfig
 
     try:

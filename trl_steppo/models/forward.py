@@ -6,16 +6,18 @@ float32 from there on: the logits of a whole batch never exist at once, and of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, TypeGuard
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ..batching import PackedRows, StepBatch
 from ..compat.torch import has_hooks
+from ..compat.transformers import output_head
 from ..errors import ConfigurationError
-from .attention import Run, forward_arguments
+from .attention import forward_arguments
 from .sharding import is_sharded, read_together
 
 LOGITS_ELEMENTS = 2**25  # float32 logits held at a time: 128 MiB
@@ -24,25 +26,8 @@ _CPU_TOKENS = 2_048  # of a forward pass without a gradient on a CPU; larger ten
 
 
 EntropyMode = Literal["skip", "track", "train"]
-
-
-class Rows(Protocol):
-    """The part of a `StepBatch` that a forward pass reads; its docstring gives the shapes. Padded on the right."""
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-
-    @property
-    def runs(self) -> Sequence[Run] | None: ...
-
-
-class ActionRows(Rows, Protocol):
-    """Rows, and where the actions stand in them."""
-
-    action_ids: torch.Tensor
-    action_mask: torch.Tensor
-    logit_positions: torch.Tensor
-    temperatures: torch.Tensor
+Scores = tuple[torch.Tensor, torch.Tensor | None]
+"""Log-probabilities, and entropies where they are asked for."""
 
 
 class PolicyScorer(nn.Module):
@@ -59,21 +44,21 @@ class PolicyScorer(nn.Module):
         ConfigurationError: If the architecture scales its logits in a way that is not known here.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.config: Any = model.config  # engines look for it
+        self.config = model.config  # distributed engines look for it
         self._logit_cap, self._logit_scale = _logit_transform(model.config)
 
     def prepare_sharding(self) -> None:
         """
-        To be called once ZeRO-3 has taken over: the head is read without a call of its module.
+        Have ZeRO-3 gather the head, which is read without a call of its module. To be called after ZeRO-3's setup.
 
         Raises:
-            ConfigurationError: If it is sharded and more than a product: ranks would call it different numbers of
-                times, and wait for each other for ever.
+            ConfigurationError: If the head is sharded and more than a product: ranks would call it different numbers
+                of times, and wait for each other without end.
         """
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = output_head(self.model)
         if _is_plain(head):
             read_together(self, [head.weight])
         elif any(map(is_sharded, head.parameters())):
@@ -82,7 +67,7 @@ class PolicyScorer(nn.Module):
                 "ranks gather together; leave it out of the adapter's targets, or use ZeRO-2"
             )
 
-    def forward(self, rows: ActionRows, *, entropy: EntropyMode = "skip") -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, rows: StepBatch, *, entropy: EntropyMode = "skip") -> Scores:
         """
         Args:
             rows (`StepBatch`):
@@ -106,13 +91,12 @@ class PolicyScorer(nn.Module):
 
     def _score(
         self, states: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        config: Any = self.model.config
-        size = max(1, LOGITS_ELEMENTS // config.get_text_config().vocab_size)
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+    ) -> Scores:
+        size = max(1, LOGITS_ELEMENTS // self.model.config.get_text_config().vocab_size)
+        head = output_head(self.model)
         temperatures = temperatures / self._logit_scale
         if self._logit_cap is None and len(states) and _is_plain(head) and _computes_exactly(head, states):
-            scores: Any = _HeadScores.apply(states, head.weight, targets, temperatures, entropy, size)
+            scores: Scores = _HeadScores.apply(states, head.weight, targets, temperatures, entropy, size)
             return scores
         if len(states) <= size:
             return self._token_scores(head, states, targets, temperatures, entropy)
@@ -125,20 +109,32 @@ class PolicyScorer(nn.Module):
 
     def _token_scores(
         self,
-        head: Any,
+        head: nn.Module,
         states: torch.Tensor,
         targets: torch.Tensor,
         temperatures: torch.Tensor,
         entropy: EntropyMode,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Scores:
         """Log-probability of each target (M,) and, if asked for, the entropy (M,)."""
-        # A sharded head is no call of a module: each would be a word among the ranks, whose numbers of chunks differ.
-        sharded = _is_plain(head) and is_sharded(head.weight)
-        logits = _at_least_float32(nn.functional.linear(states, head.weight) if sharded else head(states))  # (M, V)
+        # A sharded head is not called as a module: each call would communicate, and ranks have different numbers.
+        if _is_plain(head) and is_sharded(head.weight):
+            logits = nn.functional.linear(states, head.weight)
+        else:
+            logits = head(states)
+        logits = _at_least_float32(logits)  # (M, V)
         if self._logit_cap is not None:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
-        scores: Any = _TokenScores.apply(logits, targets, temperatures, entropy)
+        scores: Scores = _TokenScores.apply(logits, targets, temperatures, entropy)
         return scores
+
+
+class _Context(torch.autograd.function.FunctionCtx):
+    """What a forward pass leaves for its backward pass."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    trains_entropy: bool
+    size: int
 
 
 class _TokenScores(torch.autograd.Function):
@@ -156,8 +152,8 @@ class _TokenScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx: _Context, logits: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
+    ) -> Scores:
         ctx.save_for_backward(logits, targets, temperatures)
         ctx.trains_entropy = entropy == "train"
         logprobs, entropies = _scores_of(logits, targets, temperatures, entropy)
@@ -166,7 +162,9 @@ class _TokenScores(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: Any) -> tuple[torch.Tensor, None, None, None]:
+    def backward(
+        ctx: _Context, logprobs_grad: torch.Tensor, entropies_grad: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None, None]:
         logits, targets, temperatures = ctx.saved_tensors
         _replace_by_gradient(
             logits, targets, temperatures, logprobs_grad, entropies_grad if ctx.trains_entropy else None
@@ -185,17 +183,17 @@ class _HeadScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         states: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
         temperatures: torch.Tensor,
         entropy: EntropyMode,
         size: int,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Scores:
         logits = states.new_empty(min(size, len(states)), len(weight))
         keep = len(logits) == len(states)
-        ctx.save_for_backward(states, weight, targets, temperatures, logits if keep else None)
+        ctx.save_for_backward(states, weight, targets, temperatures, *([logits] if keep else []))
         ctx.trains_entropy, ctx.size = entropy == "train", size
         parts = []
         for rows in _slices(len(states), size):
@@ -208,18 +206,25 @@ class _HeadScores(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, logprobs_grad: torch.Tensor, entropies_grad: Any) -> tuple[torch.Tensor | None, ...]:
-        states, weight, targets, temperatures, kept = ctx.saved_tensors
+    def backward(
+        ctx: _Context, logprobs_grad: torch.Tensor, entropies_grad: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        states, weight, targets, temperatures, *kept = ctx.saved_tensors
         states_grad = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        logits = states.new_empty(min(ctx.size, len(states)), len(weight)) if kept is None else kept
+        logits = kept[0] if kept else states.new_empty(min(ctx.size, len(states)), len(weight))
         for rows in _slices(len(states), ctx.size):
             chunk = logits[: len(states[rows])]
-            if kept is None:
+            if not kept:
                 torch.mm(states[rows], weight.t(), out=chunk)
-            of_entropies = entropies_grad[rows] if ctx.trains_entropy else None
+            entropies_grad_rows = entropies_grad[rows] if entropies_grad is not None and ctx.trains_entropy else None
             _replace_by_gradient(
-                chunk, targets[rows], temperatures[rows], logprobs_grad[rows], of_entropies, is_log_p=kept is not None
+                chunk,
+                targets[rows],
+                temperatures[rows],
+                logprobs_grad[rows],
+                entropies_grad_rows,
+                is_log_p=bool(kept),
             )
             if states_grad is not None:
                 torch.mm(chunk, weight, out=states_grad[rows])
@@ -228,7 +233,7 @@ class _HeadScores(torch.autograd.Function):
         return states_grad, weight_grad, None, None, None, None
 
 
-def _is_plain(head: nn.Module) -> bool:
+def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
     """
     Whether a head is nothing but a product. Others (with an adapter, a bias, hooks of the user) are called as the
     modules they are.
@@ -246,9 +251,9 @@ def _is_plain(head: nn.Module) -> bool:
     )
 
 
-def _computes_exactly(head: nn.Module, states: torch.Tensor) -> bool:
+def _computes_exactly(head: nn.Linear, states: torch.Tensor) -> bool:
     """Whether the product comes in the precision that scores need."""
-    weight: Any = head.weight
+    weight = head.weight
     return (
         states.dtype == weight.dtype
         and states.dtype in (torch.float32, torch.float64)
@@ -263,7 +268,7 @@ def _scores_of(
     entropy: EntropyMode,
     *,
     keep: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Scores:
     """Log-probabilities of the targets (M,) and entropies (M,); `keep` leaves log p in the place of the logits."""
     logprobs = logits.new_empty(len(logits))
     entropies = logits.new_empty(len(logits)) if entropy != "skip" else None
@@ -317,20 +322,20 @@ class Critic(nn.Module):
             A model with a backbone at `base_model_prefix` and a one-output head `score`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.config: Any = model.config  # engines look for it
+        self.config = model.config  # distributed engines look for it
 
     def prepare_sharding(self) -> None:
-        """To be called once ZeRO-3 has taken over: the value head is read without a call of its module."""
-        read_together(self, self.model.score.parameters())  # type: ignore[union-attr]
+        """Have ZeRO-3 gather the value head, which is read without a call of its module."""
+        read_together(self, _value_head(self.model).parameters())
 
-    def forward(self, rows: Rows, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows: PackedRows, positions: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            rows (`StepBatch`):
-                R rows of L tokens.
+            rows (`PackedRows`):
+                R rows of L tokens, such as a `StepBatch`.
             positions (`torch.Tensor`):
                 Where to read values: any shape, indices into the flattened rows (r·L + l).
 
@@ -339,7 +344,7 @@ class Critic(nn.Module):
         """
         hidden = _hidden_states(self.model, rows)
         states = hidden.flatten(0, 1)[positions.flatten()]
-        score: nn.Linear = self.model.score  # type: ignore[assignment]
+        score = _value_head(self.model)
         with torch.autocast(states.device.type, enabled=False):
             states, weight = _at_least_float32(states), _at_least_float32(score.weight)
             bias = _at_least_float32(score.bias) if score.bias is not None else None
@@ -347,28 +352,33 @@ class Critic(nn.Module):
         return values.view(positions.shape)
 
 
+def _value_head(model: PreTrainedModel) -> nn.Linear:
+    return model.score  # type: ignore[return-value]
+
+
 def rows_at_once(max_rows: int, num_tokens: int, device: torch.device) -> int:
-    """How many rows of up to `num_tokens` tokens to forward together without a gradient; `max_rows` at most."""
+    """Number of rows of up to `num_tokens` tokens to forward together without a gradient; at most `max_rows`."""
     return max_rows if device.type != "cpu" else max(1, min(max_rows, _CPU_TOKENS // num_tokens))
 
 
-def _hidden_states(model: nn.Module, rows: Rows) -> torch.Tensor:
+def _hidden_states(model: PreTrainedModel, rows: PackedRows) -> torch.Tensor:
     """
     The backbone's last hidden states (R, L, H).
 
     Without a mask: padding comes last, where no token of a causal model sees it, and attention kernels are a fifth
     faster without.
     """
-    backbone: Any = getattr(model, str(model.base_model_prefix))
-    return backbone(
+    backbone: nn.Module = getattr(model, model.base_model_prefix)
+    states: torch.Tensor = backbone(
         input_ids=rows.input_ids,
         position_ids=rows.position_ids,
         use_cache=False,
-        **forward_arguments(model, rows.runs),
+        **forward_arguments(model, rows.segments),
     ).last_hidden_state
+    return states
 
 
-def _logit_transform(config: Any) -> tuple[float | None, float]:
+def _logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
     """What the architecture does to the output of its head before it calls it logits: a soft cap, then a factor."""
     config = config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)

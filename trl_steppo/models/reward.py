@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..batching import PackedRows
 from ..numerics import Numerics
 from .forward import Critic, rows_at_once
 
 
-@dataclass
-class _PaddedRows:
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    runs: None = None
-
-
 @torch.no_grad()
 def score_sequences(
-    model: nn.Module, sequences: Sequence[Sequence[int]], *, batch_size: int, numerics: Numerics | None = None
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int, numerics: Numerics | None = None
 ) -> list[float]:
     """
     The reward model's score of each sequence, read at its last token.
@@ -32,7 +26,7 @@ def score_sequences(
         sequences (`Sequence[Sequence[int]]`):
             Token ids, none empty.
         batch_size (`int`):
-            Sequences of one forward pass, at most.
+            Maximum number of sequences in one forward pass.
         numerics ([`~numerics.Numerics`], *optional*):
             The precision of forward passes; `None`: that of the weights.
     """
@@ -45,10 +39,8 @@ def score_sequences(
         lengths = torch.tensor([len(row) for row in rows])
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (R, L), padded on the right
         num_rows, width = input_ids.shape
-        padded = _PaddedRows(
-            input_ids.to(device),
-            torch.arange(width).repeat(num_rows, 1).to(device),
-        )
+        positions = torch.arange(width)
+        padded = PackedRows(input_ids, positions.repeat(num_rows, 1), positions < lengths[:, None], None).to(device)
         with numerics.forward_pass():
             values = scorer(padded, (torch.arange(num_rows) * width + lengths - 1).to(device))
         scores += values.tolist()

@@ -10,20 +10,20 @@ from ..errors import ConfigurationError
 
 def write_report(directories: Sequence[str | Path], output: str | Path = "report.html") -> list[Path]:
     """
-    Write a report of runs as one HTML file that loads nothing, and its plots as PNGs beside it.
+    Write a report of runs as one self-contained HTML file, and its plots as PNGs in the same directory.
 
     Args:
         directories (`Sequence[str | Path]`):
-            The `output_dir` of each run. Runs that differ in their seed alone are taken as one method; one that was
-            stopped is read up to its last checkpoint.
+            The `output_dir` of each run. Runs that differ only in their seed are one method. An unfinished run is read
+            up to its last checkpoint.
         output (`str | Path`, *optional*, defaults to `"report.html"`):
-            The HTML file; its name is the beginning of the PNGs' names.
+            The HTML file. The PNGs' names begin with its name.
 
     Returns:
-        `list[Path]`: What was written, the HTML file first.
+        `list[Path]`: The written files, the HTML file first.
 
     Raises:
-        DataError: If a directory holds no run that logged an update.
+        DataError: If a directory does not hold a run that logged an update.
         ConfigurationError: If the extra `report` is not installed.
     """
     try:

@@ -1,4 +1,4 @@
-"""The logged episodes of runs, as many as a page may hold, as the viewer reads them."""
+"""Selects logged episodes of runs for a page, and converts them for the viewer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,46 +15,47 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from ..errors import DataError
-from ..types import num_shared
+from ..types import JsonObject, num_shared
 from .methods import Method
 from .runs import Run
 
 T = TypeVar("T")
 
-_LONGEST_TEXT = 6_000  # characters of one prompt, response or observation
-_MOST_TOKENS = 400  # of one response
-_LONGEST_TITLE = 160
-_COLUMNS = (  # that are read; the log has more
+Question: TypeAlias = tuple[object, str]
+"""The dataset row and the prompt of an episode."""
+
+_MAX_TEXT_CHARS = 6_000  # of one prompt, response or observation
+_MAX_TOKENS = 400  # of one response
+_MAX_TITLE_CHARS = 160
+_COLUMNS = (  # of the log that are read
     *("update", "episode_id", "stream_position", "dataset_row", "generation_index", "truncated", "stop_reason"),
     "error",
     *("score", "metrics", "step_index", "prompt", "prompt_tokens", "prompt_kept_tokens", "response", "observation"),
     *("response_stop_reason", "reward", "tokens", "rollout_logprobs", "old_logprobs", "new_logprobs", "value"),
     *("return", "raw_advantage", "advantage", "clipped_fraction"),
 )
-
-
 _OLD_NAMES = {"stream_position": "row_index"}  # of columns, in logs of older versions
 
 
 @dataclass
 class Sample:
     """
-    What a page holds of the logged episodes.
+    The logged episodes that a page shows.
 
     Args:
         episodes (`list[dict]`):
-            As the viewer reads them.
+            The episodes, as the viewer reads them.
         questions (`list[str]`):
-            A title for each; an episode's `question` counts them.
+            Titles of the questions. An episode's `question` is an index into them.
         num_logged (`int`):
-            How many the runs have logged.
+            Number of episodes that the runs have logged.
         num_shortened (`int`):
-            Texts that are shown without their middle.
+            Number of texts that are shown without their middle.
         unreadable (`list[str]`):
-            What was left out because its file cannot be read, and why.
+            Files that were left out because they cannot be read, and why.
     """
 
-    episodes: list[dict[str, Any]] = field(default_factory=list)
+    episodes: list[JsonObject] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
     num_logged: int = 0
     num_shortened: int = 0
@@ -63,20 +64,22 @@ class Sample:
 
 def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
     """
-    Read logged episodes until the budget is spent: of the first and the last update, then of those halfway between,
-    and so on; of one update, question by question, of all runs that have it, so that they can be compared.
+    Read logged episodes until the budget is spent.
+
+    The first and the last update come first, then the updates halfway between, and so on. Within an update, the
+    episodes of one question by all runs stand together, so that they can be compared.
 
     Args:
         methods (`Sequence[Method]`):
-            Whose runs' episodes.
+            The methods whose runs' episodes are read.
         max_bytes (`int`):
-            Most bytes they may take in the page.
+            Maximum number of bytes of the episodes in the page.
 
     Returns:
-        [`Sample`]: A file that is no log of episodes, or is damaged, is left out and named in it.
+        [`Sample`]: The episodes. Files that are damaged, or are not logs of episodes, are left out and named in it.
     """
     sample = Sample()
-    numbers: dict[tuple[Any, str], int] = {}
+    numbers: dict[Question, int] = {}
     prompts: list[str] = []
     spent = 0
     is_full = False
@@ -86,12 +89,14 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
         if is_full:
             sample.num_logged += sum(_readable(_num_episodes, file, sample) or 0 for _, _, file in files)
             continue
-        found = [(index, run, rows) for index, run, file in files for rows in _readable(_episodes, file, sample) or []]
-        sample.num_logged += len(found)
-        positions: dict[tuple[Any, str], int] = {}
-        for _, _, rows in found:
+        episodes = [
+            (index, run, rows) for index, run, file in files for rows in _readable(_episodes, file, sample) or []
+        ]
+        sample.num_logged += len(episodes)
+        positions: dict[Question, int] = {}
+        for _, _, rows in episodes:
             positions.setdefault(_question(rows), len(positions))
-        for index, run, rows in sorted(found, key=lambda entry: positions[_question(entry[2])]):
+        for index, run, rows in sorted(episodes, key=lambda entry: positions[_question(entry[2])]):
             key = _question(rows)
             episode, num_shortened = _for_viewer(index, run, rows, numbers.setdefault(key, len(numbers)))
             size = len(embedded_json(episode).encode())
@@ -110,15 +115,15 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
     return sample
 
 
-def embedded_json(content: Any) -> Markup:
-    """JSON that no browser takes for markup, whatever is in it."""
+def embedded_json(content: object) -> Markup:
+    """JSON that is safe to embed in HTML, with any content."""
     return htmlsafe_json_dumps(content, dumps=json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def outcome(episode: dict[str, Any], metrics: dict[str, float]) -> str:
+def outcome(episode: JsonObject, metrics: dict[str, float]) -> str:
     """
-    `failed` where something broke; else `right` where the exact match (or `success`) is 1, or, in environments that
-    score neither, where the score is above 0.
+    The outcome of an episode: `failed`, `right` or `wrong`. It is right if the exact match (or `success`) is 1, or, in
+    environments without these, if the score is above 0.
     """
     if episode["error"] is not None:
         return "failed"
@@ -129,7 +134,7 @@ def outcome(episode: dict[str, Any], metrics: dict[str, float]) -> str:
 
 
 def _readable(read: Callable[[Path], T], file: Path, sample: Sample) -> T | None:
-    """What a file holds; of one that cannot be read, a line in the sample: the others are worth a report."""
+    """The content of a file. A file that cannot be read is named in the sample, and the report goes on without it."""
     try:
         return read(file)
     except DataError as error:
@@ -137,20 +142,20 @@ def _readable(read: Callable[[Path], T], file: Path, sample: Sample) -> T | None
         return None
 
 
-def _episodes(path: Path) -> list[list[dict[str, Any]]]:
+def _episodes(path: Path) -> list[list[JsonObject]]:
     """The rows of each episode in a file."""
-    by_id: dict[str, list[dict[str, Any]]] = {}
+    by_id: dict[str, list[JsonObject]] = {}
     for row in _read(path, _COLUMNS).to_pylist():
         by_id.setdefault(row["episode_id"], []).append(row | {"metrics": _metrics(path, row)})
     return list(by_id.values())
 
 
-def _metrics(path: Path, row: dict[str, Any]) -> dict[str, float]:
+def _metrics(path: Path, row: JsonObject) -> dict[str, float]:
     try:
         metrics: dict[str, float] = json.loads(row["metrics"])
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"{path} is no log of episodes: the metrics of {row['episode_id']} are no JSON ({error})"
+            f"{path} is not a log of episodes: the metrics of {row['episode_id']} are not JSON ({error})"
         ) from error
     return metrics
 
@@ -165,20 +170,20 @@ def _read(path: Path, columns: Sequence[str]) -> pa.Table:
         stored = {name: name if name in names else _OLD_NAMES.get(name, name) for name in columns}
         missing = sorted(name for name, column in stored.items() if column not in names)
         if not missing:
-            found = list(stored.values())
-            return pq.read_table(path, columns=found).select(found).rename_columns(list(stored))
+            present = list(stored.values())
+            return pq.read_table(path, columns=present).select(present).rename_columns(list(stored))
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is no log of episodes: {error}") from error
-    raise DataError(f"{path} is no log of episodes: it has no column {', '.join(missing)}")
+        raise DataError(f"{path} is not a log of episodes: {error}") from error
+    raise DataError(f"{path} is not a log of episodes: it has no column {', '.join(missing)}")
 
 
-def _question(rows: Sequence[dict[str, Any]]) -> tuple[Any, str]:
-    """The same for episodes of one dataset row under one prompt; a failed episode may have no prompt."""
+def _question(rows: Sequence[JsonObject]) -> Question:
+    """The question of an episode. A failed episode may have no prompt."""
     return rows[0]["dataset_row"], rows[0]["prompt"] or ""
 
 
 def _spread(updates: Sequence[int]) -> list[int]:
-    """First, last, then halfway between those that are there already."""
+    """The updates in the order first, last, then halfway between those before."""
     order: dict[int, None] = dict.fromkeys([*updates[:1], *updates[-1:]])
     parts = 2
     while len(order) < len(updates):
@@ -190,16 +195,16 @@ def _spread(updates: Sequence[int]) -> list[int]:
     return list(order)
 
 
-def _for_viewer(method: int, run: Run, rows: Sequence[dict[str, Any]], question: int) -> tuple[dict[str, Any], int]:
+def _for_viewer(method: int, run: Run, rows: Sequence[JsonObject], question: int) -> tuple[JsonObject, int]:
     first = rows[0]
     metrics = first["metrics"]
     shortened = [0]
 
     def text(value: str | None) -> str:
-        if value is None or len(value) <= _LONGEST_TEXT:
+        if value is None or len(value) <= _MAX_TEXT_CHARS:
             return value or ""
         shortened[0] += 1
-        half = _LONGEST_TEXT // 2
+        half = _MAX_TEXT_CHARS // 2
         return f"{value[:half]}\n… {len(value) - 2 * half:,} characters left out …\n{value[-half:]}"
 
     steps = [
@@ -218,8 +223,8 @@ def _for_viewer(method: int, run: Run, rows: Sequence[dict[str, Any]], question:
             "advantage": _short(row["advantage"]),
             "clipped": _short(row["clipped_fraction"]),
             "numTokens": len(row["tokens"]),
-            "tokens": row["tokens"][:_MOST_TOKENS],
-            "logRatio": _log_ratios(row["new_logprobs"], row["old_logprobs"])[:_MOST_TOKENS],
+            "tokens": row["tokens"][:_MAX_TOKENS],
+            "logRatio": _log_ratios(row["new_logprobs"], row["old_logprobs"])[:_MAX_TOKENS],
             "meanLogRatio": _mean(_log_ratios(row["new_logprobs"], row["old_logprobs"])),
             "rolloutGap": _mean(_log_ratios(row["old_logprobs"], row["rollout_logprobs"])),
         }
@@ -259,29 +264,29 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _short(value: float | None, digits: int = 4) -> float | None:
-    """As many digits as anybody reads; `None` for what is not a number."""
+    """A number with few digits; `None` if it is not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}")
 
 
 def _common_start(texts: Sequence[str]) -> str:
-    first, last = min(texts), max(texts)  # all others stand between them
+    first, last = min(texts), max(texts)  # all others are between them
     return first[: num_shared(first, last)]
 
 
 def _titles(prompts: Sequence[str]) -> list[str]:
-    """What tells prompts apart: without what all of them begin and end with, the system message for one."""
-    told_apart = [prompt for prompt in prompts if prompt]
-    before = _common_start(told_apart) if len(set(told_apart)) > 1 else ""
-    after = _common_start([prompt[len(before) :][::-1] for prompt in told_apart]) if before else ""
-    # Whole lines and special tokens, not the words that questions happen to begin or end with.
+    """Titles that distinguish prompts: without the texts that all of them begin and end with."""
+    nonempty = [prompt for prompt in prompts if prompt]
+    before = _common_start(nonempty) if len(set(nonempty)) > 1 else ""
+    after = _common_start([prompt[len(before) :][::-1] for prompt in nonempty]) if before else ""
+    # Cut at line ends and special tokens only, not within words that the questions share by chance.
     start = max((i + 1 for i, char in enumerate(before) if char in "\n>"), default=0)
     end = max((i + 1 for i, char in enumerate(after) if char in "\n<"), default=0)
     titles = []
     for prompt in prompts:
         title = " ".join(prompt[start : len(prompt) - end].split())
-        if not start:  # nothing to go by but its end, where the question usually stands
-            title = title[-_LONGEST_TITLE:]
-        titles.append(title[:_LONGEST_TITLE] or "(failed before its first prompt)")
+        if not start:  # nothing in common: show the end, where the question usually is
+            title = title[-_MAX_TITLE_CHARS:]
+        titles.append(title[:_MAX_TITLE_CHARS] or "(failed before its first prompt)")
     return titles

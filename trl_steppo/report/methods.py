@@ -1,4 +1,4 @@
-"""Runs -> methods: what differs in nothing but its seed is repeated, what differs in more is compared."""
+"""Groups runs into methods: runs that differ only in their seed repeat each other, others are compared."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ..types import JsonObject
 from .runs import Run, short_names
 
-# Settings that change nothing that is learned: what is written and shown, and what is a matter of memory
+# Settings that do not change what is learned: what is written and shown, and what saves memory
 _IGNORED = {
     *("seed", "data_seed", "output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "debug"),
     *("num_sample_generations", "log_episodes", "dump_episodes_dir", "resume_from_checkpoint", "local_rank"),
@@ -24,13 +24,13 @@ _IGNORED_PREFIXES = ("logging_", "log_level", "log_on", "save_", "eval_", "hub_"
 @dataclass(frozen=True)
 class Method:
     """
-    Runs that repeat each other.
+    Runs that differ only in their seed.
 
     Args:
         name (`str`):
-            What it is called in the report.
+            Its name in the report.
         runs (`tuple[Run, ...]`):
-            In the order of their seeds.
+            Its runs, in the order of their seeds.
     """
 
     name: str
@@ -39,44 +39,45 @@ class Method:
 
 def group_runs(runs: Sequence[Run]) -> list[Method]:
     """
-    Methods, in the order in which their first runs were named.
+    Group runs into methods, in the order of their first runs.
 
-    Runs of equal settings and equal seed cannot repeat each other: something differs that settings do not hold. Those,
-    and runs without settings, are told apart by their directories' names, up to a seed in them.
+    Runs with equal settings and equal seeds cannot repeat each other: they differ in something that is not a setting.
+    These, and runs without settings, are distinguished by the names of their directories, apart from a seed in the
+    name.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((_fingerprint(run), ""), []).append(run)
-    apart: dict[tuple[str, str], list[Run]] = {}
+    named: dict[tuple[str, str], list[Run]] = {}
     for (fingerprint, _), members in groups.items():
         seeds = [run.seed for run in members]
         for run in members:
-            is_told_by_name = None in seeds or len(set(seeds)) < len(seeds)
-            apart.setdefault((fingerprint, _family(run.name) if is_told_by_name else ""), []).append(run)
-    members_of = list(apart.values())
-    names = _names(members_of, [family for _, family in apart])
+            needs_name = None in seeds or len(set(seeds)) < len(seeds)
+            named.setdefault((fingerprint, _family(run.name) if needs_name else ""), []).append(run)
+    members_of = list(named.values())
+    names = _names(members_of, [family for _, family in named])
     ordered = (tuple(sorted(members, key=lambda run: (run.seed or 0, run.name))) for members in members_of)
     return [Method(name, members) for name, members in zip(names, ordered, strict=True)]
 
 
-def differing_settings(methods: Sequence[Method]) -> dict[str, list[Any]]:
+def differing_settings(methods: Sequence[Method]) -> dict[str, list[object]]:
     """The settings in which methods differ, with the value of each method."""
     settings = [relevant(method.runs[0]) for method in methods]
-    names = dict.fromkeys(name for one in settings for name in one)
-    values = {name: [one.get(name) for one in settings] for name in names}
+    names = dict.fromkeys(name for of_method in settings for name in of_method)
+    values = {name: [of_method.get(name) for of_method in settings] for name in names}
     if "model" in values:
         values["model"] = _short_models(values["model"])
-    return {name: of_methods for name, of_methods in values.items() if len(set(map(repr, of_methods))) > 1}
+    return {name: by_method for name, by_method in values.items() if len(set(map(repr, by_method))) > 1}
 
 
 def _short_models(models: Sequence[str | None]) -> list[str | None]:
-    """The last parts of where models are from, as many as tell them apart."""
+    """The last parts of the models' paths, as many as are needed to distinguish them."""
     named = list(dict.fromkeys(_family(model) for model in models if model is not None))
     short = dict(zip(named, short_names([Path(name) for name in named]), strict=True))
     return [None if model is None else short[_family(model)] for model in models]
 
 
-def relevant(run: Run) -> dict[str, Any]:
+def relevant(run: Run) -> JsonObject:
     """The settings that may change what is learned."""
     return {
         name: value
@@ -87,7 +88,7 @@ def relevant(run: Run) -> dict[str, Any]:
 
 def _fingerprint(run: Run) -> str:
     settings = relevant(run)
-    if "model" in settings:  # each seed may start from a policy of its own, made with that seed
+    if "model" in settings:  # each seed may start from its own policy, made with that seed
         settings["model"] = _family(settings["model"])
     return json.dumps(settings, sort_keys=True, default=repr)
 
@@ -98,7 +99,7 @@ def _family(name: str) -> str:
 
 
 def _names(groups: Sequence[Sequence[Run]], families: Sequence[str]) -> list[str]:
-    """The algorithm's name, with what tells those of one algorithm apart."""
+    """The name of each method: its algorithm, and the settings that distinguish methods of the same algorithm."""
     algorithms = [_algorithm(group[0]) for group in groups]
     names = []
     for index, (algorithm, family) in enumerate(zip(algorithms, families, strict=True)):
@@ -110,8 +111,8 @@ def _names(groups: Sequence[Sequence[Run]], families: Sequence[str]) -> list[str
 
 
 def _algorithm(run: Run) -> str:
-    """What people call it; empty without settings."""
-    from ..learning.estimators import ESTIMATORS  # it loads torch
+    """The usual name of a run's algorithm; empty without settings."""
+    from ..learning.estimators import ESTIMATORS  # loads torch
 
     settings = run.settings or {}
     estimator = ESTIMATORS.get(settings.get("advantage_estimator"))

@@ -1,4 +1,4 @@
-"""The HTML file: one page that loads nothing, and runs no script but its own."""
+"""The HTML file: one page that loads nothing and runs only its own script."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -34,13 +33,13 @@ from .statistics import CONFIDENCE, estimate, final_values
 
 _MAX_BYTES = 4_800_000
 _MAX_EPISODE_BYTES = 2_500_000
-_LAST = 5  # updates that a final figure is the mean of
+_LAST = 5  # updates over which a final figure is averaged
 _HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of the table: the last value of a metric, or the mean of its last few."""
+    """A column of the table: the mean of the last values of a metric."""
 
     title: str
     metric: str
@@ -68,8 +67,8 @@ def write_page(directories: Sequence[str | Path], output: Path) -> list[Path]:
 
 def _content(
     runs: Sequence[Run], methods: Sequence[Method], charts: Sequence[Chart], curves: Curves
-) -> dict[str, Any]:
-    """All but the episodes."""
+) -> dict[str, object]:
+    """The content of the page, without the episodes."""
     return {
         "version": __version__,
         "methods": methods,
@@ -99,12 +98,12 @@ def _content(
         "has_intervals": any(len(method.runs) > 1 for method in methods),
         "confidence": CONFIDENCE,
         "last": _LAST,
-        "updates_per_point": max((found.updates_per_point for found in curves.values()), default=1),
+        "updates_per_point": max((curve.updates_per_point for curve in curves.values()), default=1),
         "colors": {"method": METHOD_COLORS, "phase": PHASE_COLORS, "ink": INK, "grid": GRID},
     }
 
 
-def _render(page: dict[str, Any], methods: Sequence[Method], sample: Sample) -> str:
+def _render(page: dict[str, object], methods: Sequence[Method], sample: Sample) -> str:
     script = (_HERE / "viewer.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(
@@ -126,8 +125,8 @@ def _render(page: dict[str, Any], methods: Sequence[Method], sample: Sample) -> 
     )
 
 
-def _table(methods: Sequence[Method]) -> dict[str, Any]:
-    """Final figures of each method; a column that no method has is left out."""
+def _table(methods: Sequence[Method]) -> dict[str, object]:
+    """Final figures of each method. Columns without any value are left out."""
     metrics = {name for method in methods for run in method.runs for name in run.metrics}
     score, sampled = score_metrics(metrics)
     name = sampled.rsplit("/", 1)[-1].replace("_", " ")
@@ -142,14 +141,14 @@ def _table(methods: Sequence[Method]) -> dict[str, Any]:
         Column("seconds per update", "perf/update_s", last=0),
     ]
     columns = [column for column in columns if column.metric in metrics]
-    found = [[final_values(method, column.metric, column.last) for column in columns] for method in methods]
-    rows = [[estimate(values) if values else None for values in of_method] for of_method in found]
+    finals = [[final_values(method, column.metric, column.last) for column in columns] for method in methods]
+    rows = [[estimate(values) if values else None for values in of_method] for of_method in finals]
     episodes = [min(run.num_updates * run.episodes_per_update for run in method.runs) for method in methods]
     return {"columns": [column.title for column in columns], "rows": rows, "episodes": episodes}
 
 
 def _length_notes(methods: Sequence[Method]) -> list[str]:
-    """What to know of runs that did not come as far as others, or to their end."""
+    """Notes on runs that are shorter than others, or unfinished."""
     notes = []
     for method in methods:
         lengths = sorted({run.num_updates for run in method.runs})
@@ -166,7 +165,7 @@ def _length_notes(methods: Sequence[Method]) -> list[str]:
 
 
 def _summary(metric: str, methods: Sequence[Method], curves: Curves) -> str:
-    """A panel in words, for those who do not see it."""
+    """A panel in words, for screen readers."""
     if not metric:
         parts = [
             f"{method.name}: " + ", ".join(f"{name} {seconds:.2g} s" for name, seconds in phases_of(method).items())
@@ -175,14 +174,14 @@ def _summary(metric: str, methods: Sequence[Method], curves: Curves) -> str:
         return "; ".join(parts)
     parts = []
     for method in methods:
-        found = curves.get((method.name, metric))
-        if found is not None:
-            parts.append(f"{method.name} from {_number(found.center[0])} to {_number(found.center[-1])}")
+        curve = curves.get((method.name, metric))
+        if curve is not None:
+            parts.append(f"{method.name} from {_number(curve.center[0])} to {_number(curve.center[-1])}")
     return "; ".join(parts)
 
 
 def _number(value: float | None) -> str:
-    """Three digits."""
+    """A number with three digits."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

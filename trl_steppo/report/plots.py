@@ -1,4 +1,4 @@
-"""Charts of methods: what is in them, and how they are drawn, as PNG and as SVG that takes the page's colours."""
+"""Charts of methods: their content, and how they are drawn as PNG, and as SVG with the colors of the page."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .methods import Method
 from .statistics import Curve, curve
 
 Curves = Mapping[tuple[str, str], Curve]
-"""By a method's name and a metric; those without a value are absent."""
+"""Curves by method name and metric. Metrics without a value are absent."""
 
-# On paper and on a light page; on a dark one. Told apart by those who see red and green alike, too.
+# Pairs: for paper and light pages, and for dark pages. They can be distinguished with red-green color blindness.
 METHOD_COLORS = (
     ("#0b66c3", "#6db3ff"),
     ("#c2540a", "#ff9f52"),
@@ -51,9 +51,9 @@ class Panel:
 
     Args:
         title (`str`):
-            Stands above it.
+            Its title.
         metric (`str`):
-            Its metric, drawn over episodes; empty for the time by phase.
+            The metric that is drawn over episodes; empty for the time by phase.
     """
 
     title: str
@@ -63,13 +63,13 @@ class Panel:
 @dataclass(frozen=True)
 class Chart:
     """
-    A section's plots.
+    The plots of a section.
 
     Args:
         slug (`str`):
-            Its PNG's name.
+            Name of its PNG file.
         title, text (`str`):
-            Stand above it.
+            Its title and description.
         panels (`tuple[Panel, ...]`):
             At least one.
     """
@@ -81,7 +81,7 @@ class Chart:
 
 
 def charts_of(methods: Sequence[Method]) -> list[Chart]:
-    """The charts that the runs logged something for."""
+    """The charts for which the runs have data."""
     metrics = {name for method in methods for run in method.runs for name in run.metrics}
     by_step = sorted(
         (name for name in metrics if re.fullmatch(r"critic/explained_variance/step_\d+", name)),
@@ -121,7 +121,7 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
             "critic",
             "Critic",
             "Explained variance is 1 − Var(G − V) / Var(G), of the returns G that were observed and the values V "
-            "before the update: 1 is a perfect critic, 0 one that says the mean.",
+            "before the update: 1 is a perfect critic, 0 one that always predicts the mean.",
             (
                 Panel("Value loss", "loss/value_avg"),
                 Panel("Explained variance", "critic/explained_variance"),
@@ -160,7 +160,7 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
 
 
 def score_metrics(metrics: set[str]) -> tuple[str, str]:
-    """The greedy score and the sampled one: exact match where it is scored, else the reward."""
+    """The metrics of the greedy score and the sampled score: exact match or success if logged, else the reward."""
     for name in ("exact_match", "success", "reward"):
         if f"env/{name}" in metrics:
             return f"eval_{name}", f"env/{name}"
@@ -168,13 +168,13 @@ def score_metrics(metrics: set[str]) -> tuple[str, str]:
 
 
 def phases_of(method: Method) -> dict[str, float]:
-    """Mean seconds of an update by phase, over its runs; what is in no phase is `other`."""
+    """Mean seconds of an update by phase, over the method's runs. Time outside of all phases is `other`."""
     means: dict[str, list[float]] = {}
     for run in method.runs:
         names = sorted(
             name for name in run.metrics if re.fullmatch(r"perf/\w+_s", name) and name != "perf/tokens_per_s"
         )
-        of_run = {name: float(np.mean(list(found.values()))) for name in names if (found := run.series(name))}
+        of_run = {name: float(np.mean(list(values.values()))) for name in names if (values := run.series(name))}
         total = of_run.pop("perf/update_s", 0.0)
         of_run["perf/other_s"] = max(0.0, total - sum(of_run.values()))
         for name, seconds in of_run.items():
@@ -189,14 +189,14 @@ def phases_of(method: Method) -> dict[str, float]:
 
 
 def curves_of(charts: Sequence[Chart], methods: Sequence[Method]) -> Curves:
-    """All that the charts show, worked out once."""
+    """Compute the curves of all charts, each once."""
     metrics = {panel.metric for chart in charts for panel in chart.panels}
-    found = {(method.name, metric): curve(method, metric) for method in methods for metric in sorted(metrics)}
-    return {key: one for key, one in found.items() if one is not None}
+    curves = {(method.name, metric): curve(method, metric) for method in methods for metric in sorted(metrics)}
+    return {key: value for key, value in curves.items() if value is not None}
 
 
 def save_png(chart: Chart, methods: Sequence[Method], curves: Curves, path: Path) -> None:
-    """All panels of a chart in one picture, on white."""
+    """Draw all panels of a chart into one PNG with a white background."""
     columns = min(3, len(chart.panels))
     rows = -(-len(chart.panels) // columns)
     with matplotlib.rc_context(_style(INK[0], GRID[0])):
@@ -225,32 +225,32 @@ def panel_svg(panel: Panel, methods: Sequence[Method], curves: Curves) -> str:
         figure = Figure(figsize=(4.2 if panel.metric else 8.4, height), layout="constrained")
         _draw(figure.subplots(), panel, methods, curves, method_colors, phase_colors)
         buffer = io.StringIO()
-        nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every panel; what is referred to has a hash for a name
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # repeated in every panel; ids that are referred to are hashes
     svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg)
     svg = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--font)", svg)
     svg = re.sub(r"\n\s*", "\n", svg)
     named = {ink: "var(--ink)", grid: "var(--grid)"}
     named |= {color: f"var(--method-{index})" for index, color in enumerate(method_colors)}
     named |= {color: f"var(--phase-{index})" for index, color in enumerate(phase_colors)}
-    return re.sub("#fe0[123][0-9a-f]{2}", lambda found: named[found[0]], svg)
+    return re.sub("#fe0[123][0-9a-f]{2}", lambda match: named[match[0]], svg)
 
 
-def draw_curve(ax: Axes, found: Curve, color: str, alpha: float, **line: Any) -> None:
-    """A line, and its band where there is an interval."""
-    ax.plot(found.episodes, found.center, color=color, **line)
-    if np.isfinite(found.low).any():
-        ax.fill_between(found.episodes, found.low, found.high, color=color, alpha=alpha, linewidth=0)
+def draw_curve(ax: Axes, values: Curve, color: str, alpha: float, **line: Any) -> None:
+    """Draw a curve, with a band if it has an interval."""
+    ax.plot(values.episodes, values.center, color=color, **line)
+    if np.isfinite(values.low).any():
+        ax.fill_between(values.episodes, values.low, values.high, color=color, alpha=alpha, linewidth=0)
 
 
-def _style(ink: str, grid: str) -> Any:  # rc parameters, whose type differs between versions of matplotlib
+def _style(ink: str, grid: str) -> Any:  # rc parameters; their type differs between versions of matplotlib
     return {
         "svg.fonttype": "none",
-        "text.parse_math": False,  # a run's name is no formula
+        "text.parse_math": False,  # names of runs are not formulas
         "font.size": 9,
         "text.color": ink,
         "axes.labelcolor": ink,
@@ -288,13 +288,13 @@ def _draw(
 
 def _draw_curves(ax: Axes, panel: Panel, methods: Sequence[Method], curves: Curves, colors: Sequence[str]) -> None:
     for index, method in enumerate(methods):
-        found = curves.get((method.name, panel.metric))
+        values = curves.get((method.name, panel.metric))
         color, line = colors[index % len(colors)], _LINES[index // len(colors) % len(_LINES)]
-        if found is None:
+        if values is None:
             ax.plot([], [], color=color, linestyle=line, label=method.name)
             continue
-        marker = "o" if len(found.episodes) < 15 else None
-        draw_curve(ax, found, color, 0.18, linestyle=line, marker=marker, markersize=3, label=method.name)
+        marker = "o" if len(values.episodes) < 15 else None
+        draw_curve(ax, values, color, 0.18, linestyle=line, marker=marker, markersize=3, label=method.name)
     ax.set_xlabel("episodes")
     ax.margins(x=0.02)
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
@@ -321,6 +321,6 @@ def _with_data(chart: Chart, metrics: set[str]) -> Chart:
 
 
 def _words(metric: str) -> str:
-    """A metric's name as a title."""
+    """The name of a metric as a title."""
     words = metric.removeprefix("eval_").rsplit("/", 1)[-1].replace("_", " ")
     return words[:1].upper() + words[1:]

@@ -1,4 +1,4 @@
-"""What a run left in its `output_dir`."""
+"""Reads what runs wrote into their `output_dir`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..errors import DataError
+from ..types import JsonObject
 
 
 @dataclass(frozen=True)
@@ -21,61 +21,62 @@ class Run:
         directory (`Path`):
             Its `output_dir`.
         name (`str`):
-            Short, and no other run's.
+            A short name, different from that of every other run.
         history (`list[dict]`):
-            What it logged, in order.
-        settings (`dict[str, Any]`, *optional*):
-            Its `StepPOConfig`. `None`: it wrote none.
+            Its logs, in order.
+        settings (`dict`, *optional*):
+            Its `StepPOConfig`; `None` if it wrote none.
         episode_files (`dict[int, Path]`, *optional*):
             Its logged episodes, by update.
         is_finished (`bool`, *optional*, defaults to `True`):
-            Whether it came to its end. If not, its history is that of its last checkpoint.
+            Whether it ended regularly. If not, its history is that of its last checkpoint.
     """
 
     directory: Path
     name: str
-    history: list[dict[str, Any]]
-    settings: dict[str, Any] | None = None
+    history: list[JsonObject]
+    settings: JsonObject | None = None
     episode_files: dict[int, Path] = field(default_factory=dict)
     is_finished: bool = True
 
     @property
     def seed(self) -> int | None:
-        """The seed among its settings."""
-        return None if self.settings is None else self.settings.get("seed")
+        """The seed in its settings."""
+        seed: int | None = None if self.settings is None else self.settings.get("seed")
+        return seed
 
     @property
     def metrics(self) -> set[str]:
-        """The names of all that it logged."""
+        """The names of the metrics that it logged."""
         return {name for logs in self.history for name in logs}
 
     @property
     def num_updates(self) -> int:
-        """How many of its updates it logged anything of."""
-        return max(logs["step"] for logs in self.history)
+        """Number of the last update that it logged."""
+        return int(max(logs["step"] for logs in self.history))
 
     @property
     def episodes_per_update(self) -> float:
-        """What `episode` counts, over the updates."""
+        """Mean number of episodes per update."""
         last = next(logs for logs in reversed(self.history) if "episode" in logs)
-        return last["episode"] / last["step"]
+        return float(last["episode"] / last["step"])
 
     def series(self, metric: str) -> dict[int, float]:
-        """A metric by update, without what is not a finite number."""
-        found = {logs["step"]: float(logs[metric]) for logs in self.history if metric in logs}
-        return {step: value for step, value in found.items() if math.isfinite(value)}
+        """A metric by update, without values that are not finite."""
+        values = {logs["step"]: float(logs[metric]) for logs in self.history if metric in logs}
+        return {step: value for step, value in values.items() if math.isfinite(value)}
 
 
 def load_runs(directories: Sequence[str | Path]) -> list[Run]:
     """
-    Read runs.
+    Read several runs.
 
     Args:
         directories (`Sequence[str | Path]`):
-            The `output_dir` of each.
+            The `output_dir` of each run.
 
     Raises:
-        DataError: If one of them is no run that logged an update, or is named twice.
+        DataError: If one of them is not a run that logged an update, or is named twice.
     """
     paths = [Path(directory) for directory in directories]
     resolved = [path.resolve() for path in paths]
@@ -105,9 +106,9 @@ def _load(directory: Path, name: str) -> Run:
 
 
 def _last_checkpoint(directory: Path) -> Path:
-    """The newest checkpoint of a run that was stopped."""
-    found = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
-    numbered = {int(number): path for path in found if (number := path.name.removeprefix("checkpoint-")).isdecimal()}
+    """The newest checkpoint of an unfinished run."""
+    paths = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
+    numbered = {int(number): path for path in paths if (number := path.name.removeprefix("checkpoint-")).isdecimal()}
     if not numbered:
         raise DataError(
             f"{directory} has no trainer_state.json, so it is not the `output_dir` of a finished run, and no "
@@ -116,7 +117,7 @@ def _last_checkpoint(directory: Path) -> Path:
     return numbered[max(numbered)]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -127,7 +128,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _episode_files(run: Run) -> Iterator[tuple[int, Path]]:
-    """Those of this run: an earlier one in the same directory may have left others behind."""
+    """The logs of this run's episodes. An earlier run in the same directory may have left further files."""
     if run.settings is not None and not run.settings.get("log_episodes"):
         return
     for path in sorted((run.directory / "episodes").glob("update_*.parquet")):
@@ -137,9 +138,9 @@ def _episode_files(run: Run) -> Iterator[tuple[int, Path]]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell all of them apart."""
-    most = max((len(path.parts) for path in paths), default=1)
-    for count in range(1, most):
+    """The last parts of each path, as many as are needed to distinguish all paths."""
+    longest = max((len(path.parts) for path in paths), default=1)
+    for count in range(1, longest):
         names = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(names)) == len(names):
             return names

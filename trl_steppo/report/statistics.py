@@ -1,4 +1,4 @@
-"""Figures of several runs as one: their interquartile mean, and how sure it is."""
+"""Aggregates the figures of several runs: interquartile means with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .methods import Method
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2_000
-_MOST_POINTS = 120  # of a curve
+_MAX_POINTS = 120  # of a curve
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The interquartile mean of some runs; `low` and `high` bound it where there are at least two."""
+    """The interquartile mean of some runs. `low` and `high` are its interval, if there are at least two runs."""
 
     center: float
     low: float | None
@@ -28,13 +28,13 @@ class Estimate:
 @dataclass(frozen=True)
 class Curve:
     """
-    A metric of a method over episodes. `low` and `high` are not numbers where fewer than two runs have a value.
+    A metric of a method over episodes. `low` and `high` are NaN where fewer than two runs have a value.
 
     Args:
         episodes, center, low, high (`np.ndarray`):
-            One entry a point.
+            One entry per point.
         updates_per_point (`int`):
-            How many logs were averaged into a point, so that there are not too many.
+            Number of logs that were averaged for each point, which bounds the number of points.
     """
 
     episodes: np.ndarray
@@ -46,11 +46,11 @@ class Curve:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """
-    The interquartile mean, which for fewer than four values is the mean, with a bootstrap interval.
+    The interquartile mean with a bootstrap interval. For fewer than four values it is the mean.
 
     Args:
         values (`Sequence[float]`):
-            One of each run; at least one.
+            One value per run; at least one.
     """
     row = np.asarray(values, dtype=float)
     low, high = bootstrap_interval(interquartile_mean, row)
@@ -60,33 +60,33 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def final_values(method: Method, metric: str, last: int) -> list[float]:
     """
-    Of each run that has the metric: the mean of its last values, up to where all of these runs have come.
+    The mean of the last values of each run that has the metric, up to the last update that all of these runs reached.
 
     Args:
         method ([`Method`]):
-            Whose runs.
+            The method whose runs are read.
         metric (`str`):
-            Its name.
+            The metric's name.
         last (`int`):
-            How many values; 0 means all.
+            Number of values to average; 0 means all.
     """
-    series = [found for found in (run.series(metric) for run in method.runs) if found]
-    end = min((max(found) for found in series), default=0)
-    values = ([found[step] for step in sorted(found) if step <= end][-last:] for found in series)
+    series = [of_run for of_run in (run.series(metric) for run in method.runs) if of_run]
+    end = min((max(of_run) for of_run in series), default=0)
+    values = ([of_run[step] for step in sorted(of_run) if step <= end][-last:] for of_run in series)
     return [sum(of_run) / len(of_run) for of_run in values if of_run]
 
 
 def curve(method: Method, metric: str) -> Curve | None:
-    """A metric of a method's runs over the episodes played; `None` where no run has it."""
+    """A metric of a method's runs over the episodes played; `None` if no run has it."""
     series = [run.series(metric) for run in method.runs]
-    steps = sorted({step for one in series for step in one})
+    steps = sorted({step for of_run in series for step in of_run})
     if not steps:
         return None
-    width = -(-len(steps) // _MOST_POINTS)
+    width = -(-len(steps) // _MAX_POINTS)
     bins = [steps[start : start + width] for start in range(0, len(steps), width)]
-    values = np.array([[_mean_of([one[s] for s in of_bin if s in one]) for one in series] for of_bin in bins])
+    values = np.array([[_mean_of([of_run[s] for s in of_bin if s in of_run]) for of_run in series] for of_bin in bins])
     center, low, high = (np.full(len(bins), np.nan) for _ in range(3))
-    known = ~np.isnan(values)  # runs may have ended early, or have logged a metric now and then
+    known = ~np.isnan(values)  # runs may have ended early, or have logged the metric in some updates only
     for pattern in np.unique(known, axis=0):
         rows = (known == pattern).all(axis=1)
         chosen = values[np.ix_(rows, pattern)]
@@ -102,28 +102,28 @@ def _mean_of(values: Sequence[float]) -> float:
 
 
 def interquartile_mean(values: Any, axis: int = -1) -> Any:
-    """The mean of the middle half: what lies in the lowest and the highest quarter is left out."""
+    """The mean of the middle half: the lowest and the highest quarter are left out."""
     return stats.trim_mean(np.asarray(values, dtype=float), 0.25, axis=axis)
 
 
 def bootstrap_interval(statistic: Callable[..., Any], *samples: Any) -> tuple[Any, Any]:
     """
-    Percentile bootstrap over the last axis, the runs; the same at every call.
+    Percentile bootstrap over the last axis, the runs. The result is the same at every call.
 
     Args:
         statistic (`Callable`):
-            Of the samples and an `axis`.
+            Takes the samples and an `axis`.
         samples (`array`):
-            (..., runs), each drawn anew by itself.
+            (..., runs), each resampled independently.
 
     Returns:
-        `tuple`: Low and high, of the shape without the last axis; `None` where a sample is of one run, which says
-        nothing about others.
+        `tuple`: Low and high, of the shape without the last axis; `None` if a sample has one run only, which says
+        nothing about the spread.
     """
     arrays = [np.asarray(sample, dtype=float) for sample in samples]
     if min(array.shape[-1] for array in arrays) < 2:
         return None, None
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         arrays,
         statistic,
         axis=-1,
@@ -132,4 +132,4 @@ def bootstrap_interval(statistic: Callable[..., Any], *samples: Any) -> tuple[An
         method="percentile",
         rng=np.random.default_rng(0),
     )
-    return found.confidence_interval.low, found.confidence_interval.high
+    return result.confidence_interval.low, result.confidence_interval.high

@@ -10,7 +10,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import astuple, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from .. import durable
 from ..compat.transformers import as_saved
 from ..errors import CheckpointError, ConfigurationError
-from ..inference.base import Sampler, vocabulary_size
+from ..inference.base import Counts, Sampler, vocabulary_size
 from ..inference.local import LocalSampler
 from ..inference.vllm import VLLMSampler
 from ..inference.vllm_server import Weights
@@ -48,57 +48,14 @@ class CountingSampler(Sampler, Protocol):
     """A sampler that counts what it does. Its counts are logged as `perf/*` and `rollout/*`."""
 
     @property
-    def sampled_tokens(self) -> int:
-        """Tokens of all responses."""
-        ...
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        ...
-
-    @property
-    def prefilled_tokens(self) -> int:
-        """Those of them that were forwarded; the others were in the cache."""
-        ...
-
-    @property
-    def uncached_rows(self) -> int:
-        """Rows that were forwarded whole for one more token."""
-        ...
-
-    @property
-    def forward_s(self) -> float:
-        """Seconds in the model's forward passes."""
+    def counts(self) -> Counts:
+        """What it has done since it was made."""
         ...
 
 
-@dataclass(frozen=True)
-class SamplerCounts:
-    """What a sampler has done until some moment; fields as in [`CountingSampler`]."""
-
-    sampled_tokens: int = 0
-    prompt_tokens: int = 0
-    prefilled_tokens: int = 0
-    uncached_rows: int = 0
-    forward_s: float = 0.0
-
-    def __sub__(self, earlier: SamplerCounts) -> SamplerCounts:
-        """What was done since an earlier moment."""
-        return SamplerCounts(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
-
-
-def counts_of(sampler: Sampler) -> SamplerCounts:
+def counts_of(sampler: Sampler) -> Counts:
     """What a sampler has done until now; all 0 if it does not count."""
-    if not isinstance(sampler, CountingSampler):
-        return SamplerCounts()
-    return SamplerCounts(
-        sampler.sampled_tokens,
-        sampler.prompt_tokens,
-        sampler.prefilled_tokens,
-        sampler.uncached_rows,
-        sampler.forward_s,
-    )
+    return sampler.counts if isinstance(sampler, CountingSampler) else Counts()
 
 
 @runtime_checkable

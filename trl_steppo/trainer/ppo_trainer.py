@@ -71,6 +71,7 @@ from ..models import (
     gathered,
     is_peft_model,
     plain_model,
+    register_attention,
     takes_tries,
     whole_state_dict,
 )
@@ -976,6 +977,7 @@ class PPOTrainer(_Base):
         engine: Engine | None,
     ) -> None:
         args = self.args
+        register_attention()  # a model that was pickled after a run names it
         self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None  # type: ignore[assignment]
         self.value_model: Any = None
         needs_copy = args.uses_reference and ref_model is None and self.policy_adapter is None

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from ...types import Message
-from .values import UnreadableError
+from .values import Schema, UnreadableError
 
-Schemas = Mapping[str, Mapping[str, Any]]
+PieceKind = Literal["text", "thought", "calls", "malformed"]
+Schemas = Mapping[str, Schema]
 """The parameters of each tool, as a JSON schema, by the tool's name."""
 
 
-def tool_call(name: str, arguments: Mapping[str, Any], call_id: str | None = None) -> Message:
+def tool_call(name: str, arguments: Mapping[str, object], call_id: str | None = None) -> Message:
     call: Message = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
     return call if call_id is None else {**call, "id": call_id}
 
@@ -35,7 +36,7 @@ class Piece:
             Why it cannot be read, in words that the model can act on.
     """
 
-    kind: Literal["text", "thought", "calls", "malformed"]
+    kind: PieceKind
     text: str
     calls: tuple[Message, ...] = ()
     problem: str = ""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from .base import Piece, Schemas, tool_call
+from .base import Piece, PieceKind, Schemas, tool_call
 from .tags import add_argument
 from .values import UnreadableError, find_end, read_json, skip_space
 
@@ -39,7 +38,7 @@ class HarmonyFormat:
             if recipient is not None:
                 at = self._read_call(text, header, recipient["to"], pieces)
             else:
-                kind = "thought" if "<|channel|>analysis" in header["head"] else "text"
+                kind: PieceKind = "thought" if "<|channel|>analysis" in header["head"] else "text"
                 at = self._read_text(text, header.end(), kind, pieces)
         if text.rstrip().endswith("<|call|>") and all(piece.kind in ("text", "thought") for piece in pieces):
             last = next((piece.text for piece in reversed(pieces) if piece.kind == "text"), "") or "<|call|>"
@@ -52,7 +51,7 @@ class HarmonyFormat:
             return Piece("malformed", text, problem=f"the header of a tool call is cut; {self.form}")
         return Piece("text", _without_turn_end(text))
 
-    def _read_text(self, text: str, at: int, kind: Any, pieces: list[Piece]) -> int:
+    def _read_text(self, text: str, at: int, kind: PieceKind, pieces: list[Piece]) -> int:
         end = _TEXT_END.search(text, at)
         pieces.append(Piece(kind, text[at : end.start()] if end else text[at:]))
         return end.end() if end else len(text)
@@ -99,7 +98,7 @@ class MuseFormat:
                 pieces.append(self._read_headless(text[at:]))
                 break
             if header["to"] in (None, "user", "self"):
-                kind = "thought" if header["to"] == "self" else "text"
+                kind: PieceKind = "thought" if header["to"] == "self" else "text"
                 at = self._read_text(text, header.end(), kind, pieces)
             else:
                 at = self._read_calls(text, header, schemas, pieces)
@@ -111,7 +110,7 @@ class MuseFormat:
             return Piece("malformed", text, problem=f"the header of a tool call is cut; {self.form}")
         return Piece("text", _without_turn_end(text))
 
-    def _read_text(self, text: str, at: int, kind: Any, pieces: list[Piece]) -> int:
+    def _read_text(self, text: str, at: int, kind: PieceKind, pieces: list[Piece]) -> int:
         end = _MUSE_END.search(text, at)
         pieces.append(Piece(kind, text[at : end.start()] if end else text[at:]))
         return end.end() if end else len(text)
@@ -131,14 +130,14 @@ class MuseFormat:
         return tail.end()
 
 
-def _read_atem(text: str, at: int, schemas: Schemas) -> tuple[list[dict[str, Any]], int]:
+def _read_atem(text: str, at: int, schemas: Schemas) -> tuple[list[dict[str, object]], int]:
     opening = _ATEM_OPEN.match(text, at)
     if opening is None:
         raise UnreadableError("<atem:function_calls> is missing", at)
-    calls: list[dict[str, Any]] = []
+    calls: list[dict[str, object]] = []
     at = opening.end()
     while (invoke := _ATEM_INVOKE.match(text, at)) is not None:
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, object] = {}
         at = invoke.end()
         while (key := _ATEM_PARAMETER.match(text, at)) is not None:
             end = find_end(text, key.end(), _ATEM_VALUE_END, begins=_ATEM_OPEN, closing="</atem:function_calls>")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from .base import Message, Schemas, TaggedFormat, tool_call
 from .values import UnreadableError, read_json, skip_space
@@ -36,7 +35,7 @@ class HermesFormat(TaggedFormat):
         return [call_of_json(value, at)], at
 
 
-def call_of_json(value: Any, at: int, *, arguments: Sequence[str] = ("arguments",)) -> Message:
+def call_of_json(value: object, at: int, *, arguments: Sequence[str] = ("arguments",)) -> Message:
     """
     The tool call that a JSON object stands for; `arguments` are the names that its arguments may have.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from .base import Message, Schemas, TaggedFormat, ThoughtTags, tool_call
 from .hermes import call_of_json
@@ -57,7 +56,7 @@ class MistralFormat(TaggedFormat):
         return [_with_id(call_of_json(one, end), one.get("id")) for one in value], end
 
 
-def _with_id(call: Message, call_id: Any) -> Message:
+def _with_id(call: Message, call_id: object) -> Message:
     return {**call, "id": call_id} if isinstance(call_id, str) else call
 
 

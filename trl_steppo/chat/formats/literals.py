@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .base import Message, Schemas, TaggedFormat, ThoughtTags, tool_call
-from .values import MOST_LEVELS, UnreadableError, check_value, find_end, read_json, skip_space
+from .values import MAX_LEVELS, UnreadableError, check_value, find_end, read_json, skip_space
 
 _CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 _WORD = re.compile(r"[\w.+-]+")
@@ -27,11 +26,13 @@ class GemmaFormat(TaggedFormat):
         head = _GEMMA_HEAD.match(text, begin.end())
         if head is None:
             raise UnreadableError("call:<tool name>{ is missing behind <|tool_call>", begin.end())
-        arguments, at = _read_value(text, head.end() - 1, _GEMMA)
+        value, at = _read_value(text, head.end() - 1, _GEMMA)
         at = skip_space(text, at)
         if not text.startswith(self.closing, at):
             raise UnreadableError("<tool_call|> is missing behind the arguments", at)
-        return [tool_call(head["name"], check_value(arguments))], at + len(self.closing)
+        arguments = check_value(value)
+        assert isinstance(arguments, dict), "the head ends with an opening brace"
+        return [tool_call(head["name"], arguments)], at + len(self.closing)
 
 
 class PythonicFormat(TaggedFormat):
@@ -67,8 +68,8 @@ class PythonicFormat(TaggedFormat):
         at = skip_space(text, _expect(text, at, "]"))
         return calls, _expect(text, at, self.closing)
 
-    def _read_arguments(self, text: str, at: int) -> tuple[dict[str, Any], int]:
-        arguments: dict[str, Any] = {}
+    def _read_arguments(self, text: str, at: int) -> tuple[dict[str, object], int]:
+        arguments: dict[str, object] = {}
         at = skip_space(text, at)
         if text.startswith(")", at):
             return arguments, at + 1
@@ -85,7 +86,7 @@ class PythonicFormat(TaggedFormat):
                 return arguments, at + 1
             at = _expect(text, at, ",")
 
-    def _read_argument(self, text: str, at: int) -> tuple[Any, int]:
+    def _read_argument(self, text: str, at: int) -> tuple[object, int]:
         if text.startswith(("[", "{"), at):  # JSON, or a list as Python writes it
             try:
                 return read_json(text, at)
@@ -110,15 +111,15 @@ class _Notation:
     read_key: Callable[[str, int], tuple[str, int]]
 
 
-def _read_value(text: str, at: int, notation: _Notation, levels: int = 0) -> tuple[Any, int]:
+def _read_value(text: str, at: int, notation: _Notation, levels: int = 0) -> tuple[object, int]:
     """A value, and the position behind it."""
-    if levels > MOST_LEVELS:
+    if levels > MAX_LEVELS:
         raise UnreadableError("nested too deeply", at)
     at = skip_space(text, at)
     if text.startswith(notation.quotes, at):
         return notation.read_text(text, at)
     if text.startswith("[", at):
-        items: list[Any] = []
+        items: list[object] = []
         at = skip_space(text, at + 1)
         while not text.startswith("]", at):
             item, at = _read_value(text, at, notation, levels + 1)
@@ -126,7 +127,7 @@ def _read_value(text: str, at: int, notation: _Notation, levels: int = 0) -> tup
             at = _next_item(text, at, "]")
         return items, at + 1
     if text.startswith("{", at):
-        members: dict[str, Any] = {}
+        members: dict[str, object] = {}
         at = skip_space(text, at + 1)
         while not text.startswith("}", at):
             key, at = notation.read_key(text, at)
@@ -174,7 +175,7 @@ def _unescape(escape: re.Match[str]) -> str:
     return _ESCAPED.get(escape["character"], escape[0])
 
 
-def _read_word(text: str, at: int) -> tuple[Any, int]:
+def _read_word(text: str, at: int) -> tuple[object, int]:
     word = _WORD.match(text, at)
     if word is None:
         raise UnreadableError("a value is missing", at)

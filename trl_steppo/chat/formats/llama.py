@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from .base import Message, Piece, Schemas, TaggedFormat
 from .hermes import call_of_json
@@ -56,7 +55,7 @@ def _is_answer(piece: Piece, schemas: Schemas) -> bool:
     if piece.kind != "malformed" or piece.text.lstrip().startswith(_TAG):
         return False
     try:
-        value: Any = read_json(piece.text, 0)[0]
+        value: object = read_json(piece.text, 0)[0]
     except UnreadableError:
         return False
     has_parameters = isinstance(value, dict) and ("parameters" in value or "arguments" in value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from .base import Message, Schemas, TaggedFormat, tool_call
 from .values import UnreadableError, find_end, read_text, skip_space
@@ -25,7 +24,7 @@ class XmlFormat(TaggedFormat):
         head = _FUNCTION.match(text, begin.end())
         if head is None:
             raise UnreadableError("<function=...> is missing behind <tool_call>", begin.end())
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, object] = {}
         at = head.end()
         while (key := _PARAMETER.match(text, at)) is not None:
             # A value on lines of its own ends with a line of its own; any other `</parameter>` is part of it.
@@ -58,7 +57,7 @@ class GlmFormat(TaggedFormat):
         head = _GLM_NAME.match(text, begin.end())
         if head is None:
             raise UnreadableError("the tool's name is missing behind <tool_call>", begin.end())
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, object] = {}
         at = head.end()
         while (key := _GLM_KEY.match(text, at)) is not None:
             end = find_end(text, key.end(), _GLM_VALUE_END, begins=_GLM_CALL, closing=self.closing)
@@ -73,7 +72,7 @@ class GlmFormat(TaggedFormat):
         return [tool_call(head["name"], arguments)], at + len(self.closing)
 
 
-def add_argument(arguments: dict[str, Any], key: str, value: str, schemas: Schemas, tool: str, *, at: int) -> None:
+def add_argument(arguments: dict[str, object], key: str, value: str, schemas: Schemas, tool: str, *, at: int) -> None:
     """
     Add an argument that was written as text up to `at`.
 

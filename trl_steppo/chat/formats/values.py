@@ -6,9 +6,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-MOST_LEVELS = 64  # of lists and objects in each other; Python's own limit is reached at some hundreds
+MAX_LEVELS = 64  # of nested lists and objects; Python recursion fails at some hundreds
+
+Schema = Mapping[str, Any]
+"""A JSON schema."""
 
 
 class UnreadableError(ValueError):
@@ -28,7 +31,7 @@ class UnreadableError(ValueError):
         self.at = at
 
 
-def read_json(text: str, at: int) -> tuple[Any, int]:
+def read_json(text: str, at: int) -> tuple[object, int]:
     """
     The JSON value that begins at `at`, and the position behind it.
 
@@ -60,14 +63,14 @@ def skip_space(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def check_value(value: Any, levels: int = 0) -> Any:
+def check_value(value: object, levels: int = 0) -> object:
     """
     A value that is fit for a tool and for JSON: halves of surrogate pairs become U+FFFD.
 
     Raises:
         UnreadableError: it is not finite, or nested too deeply.
     """
-    if levels > MOST_LEVELS:
+    if levels > MAX_LEVELS:
         raise UnreadableError("nested too deeply")
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -100,7 +103,7 @@ def find_end(
     return None
 
 
-def read_text(text: str, schema: Mapping[str, Any] | None) -> Any:
+def read_text(text: str, schema: Schema | None) -> object:
     """
     What a text stands for, in a format that writes strings without quotes.
 
@@ -154,7 +157,7 @@ _NAMES: dict[type, str] = {
 }
 
 
-def _refuse(name: str) -> Any:
+def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a finite number")
 
 
@@ -163,11 +166,11 @@ def _finite(text: str) -> float:
     return number if math.isfinite(number) else _refuse(text)
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     return _NAMES.get(type(value), "null")
 
 
-def _as_json(text: str, *, is_strict: bool = False) -> list[Any]:
+def _as_json(text: str, *, is_strict: bool = False) -> list[object]:
     """The JSON value that the whole text is; none if it is none."""
     try:
         value, end = read_json(text, 0)
@@ -178,12 +181,12 @@ def _as_json(text: str, *, is_strict: bool = False) -> list[Any]:
     return [value] if not text[end:].strip() else []
 
 
-def _options(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _options(schema: Schema) -> list[Schema]:
     options = schema.get("anyOf") or schema.get("oneOf") or ()
     return [option for option in options if isinstance(option, Mapping)]
 
 
-def _declared(schema: Mapping[str, Any]) -> set[str] | None:
+def _declared(schema: Schema) -> set[str] | None:
     """The JSON types that a schema allows; `None` where it allows any."""
     options = _options(schema)
     if options:
@@ -200,6 +203,6 @@ def _declared(schema: Mapping[str, Any]) -> set[str] | None:
     return names | {"null"} if schema.get("nullable") else names
 
 
-def _choices(schema: Mapping[str, Any]) -> list[Any]:
+def _choices(schema: Schema) -> list[object]:
     own = list(schema.get("enum", ())) + ([schema["const"]] if "const" in schema else [])
     return own + [choice for option in _options(schema) for choice in _choices(option)]

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any, Literal
 
 from ...errors import ConfigurationError, DataError
-from ..base import Message
+from ...types import JsonObject, Message, TextOrMessages
 from .retrieval import Passage, Retriever
 from .scoring import exact_match, f1
 
 _ANSWERED = "Answered."
-_NUM_ERRORS = 3  # that a rewritten prompt shows, as in the paper
+_NUM_SHOWN_ERRORS = 3  # in a rewritten prompt, as in the paper
 _SCORES: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": f1}
 
 
@@ -20,25 +20,25 @@ class HotpotQAEnvironment:
     """
     Question answering over a corpus, as a TRL environment: the tools are `search` and `answer`.
 
-    The episode is over when `answer` is called (`done` becomes true); the first answer counts. An episode that ends
-    without one scores 0. Give the trainer a factory: every episode in flight needs an environment of its own, and all
-    of them may share one retriever.
+    The episode ends when `answer` is called (`done` becomes true); the first answer counts. An episode that ends
+    without an answer scores 0. Give the trainer a factory: every concurrent episode needs its own environment; all of
+    them may share one retriever.
 
-    The state is shown as a chat to which everything is appended, or, as in the paper (arXiv 2604.18401), as one prompt
-    that is rewritten for every step: the row's system message, then the question, the searches so far, the distinct
-    passages they found and the last errors. What the model wrote is not in it.
+    The state is shown as a growing chat, or, as in the paper (arXiv 2604.18401), as one prompt that is rewritten for
+    every step: the row's system message, then the question, the searches so far, the distinct passages they found and
+    the last errors. It does not contain what the model wrote.
 
     Args:
         retriever ([`Retriever`]):
-            What `search` asks.
+            Answers the searches.
         top_k (`int`, *optional*, defaults to `3`):
-            Passages that a search returns at most.
+            Maximum number of passages that a search returns.
         reward (`str`, *optional*, defaults to `"exact_match"`):
-            What `get_reward` returns for the answer: `"exact_match"` or `"f1"`.
+            Score of the answer that is paid: `"exact_match"` or `"f1"`.
         state (`str`, *optional*, defaults to `"chat"`):
             How the state is shown: `"chat"` or `"rewritten"`.
         force_first_search (`bool`, *optional*, defaults to `False`):
-            Whether every episode begins with what a search for the question itself finds. It takes no step.
+            Whether every episode begins with the results of a search for the question. This search takes no step.
 
     Example:
     ```python
@@ -69,23 +69,24 @@ class HotpotQAEnvironment:
         self._retriever = retriever
         self._top_k = top_k
         self._reward = reward
-        # Attributes and not methods: TRL's trainers, too, play this class, and offer every public method as a tool.
+        # Attributes instead of methods: TRL's trainers can play this class as well, and every public method is a tool
+        # for them.
         self.metrics: Callable[[], dict[str, float]] = partial(self._metrics)
         self.state_key: Callable[[], Hashable] = partial(self._state_key)
         if state == "rewritten":
-            self.state_prompt: Callable[[str | list[Message]], list[Message]] = partial(self._state_prompt)
+            self.state_prompt: Callable[[TextOrMessages], list[Message]] = partial(self._state_prompt)
         self._rewrites = state == "rewritten"
         self._force_first_search = force_first_search
         self.done = False
         self._right_answers: list[str] = []
         self._given_answer: str | None = None
-        self._row: dict[str, Any] = {}
+        self._row: JsonObject = {}
         self._searches: list[str] = []
         self._passages: dict[Passage, None] = {}
         self._errors: list[str] = []
 
     def reset(self, answer: str | None = None, answer_aliases: Sequence[str] | None = None, **row: Any) -> str | None:
-        """Start an episode from a dataset row; its `answer`, or one of `answer_aliases`, is what has to be found."""
+        """Start an episode from a dataset row. Its `answer` and each of its `answer_aliases` are right answers."""
         if not isinstance(answer, str) or not answer.strip():
             raise DataError(
                 f"the row {row.get('id', '')!r} has the answer {answer!r}; `HotpotQAEnvironment` scores against a "
@@ -99,8 +100,8 @@ class HotpotQAEnvironment:
             raise DataError(f"the row {row.get('id', '')!r} has no column `question` to search for or to show")
         if not self._force_first_search:
             return None
-        found = self.search(row["question"])
-        return None if self._rewrites else f"\n\n{found}"
+        results = self.search(row["question"])
+        return None if self._rewrites else f"\n\n{results}"
 
     def search(self, query: str) -> str:
         """
@@ -130,12 +131,12 @@ class HotpotQAEnvironment:
             A confirmation.
         """
         if not self.done:
-            self._given_answer = str(text)  # a model may well send a year as a number
+            self._given_answer = str(text)  # a model may send a year as a number
             self.done = True
         return _ANSWERED
 
     def get_reward(self) -> float:
-        """The score of the given answer; 0.0 where none was given."""
+        """The score of the given answer; 0.0 without one."""
         return self._score(_SCORES[self._reward])
 
     def _metrics(self) -> dict[str, float]:
@@ -147,17 +148,17 @@ class HotpotQAEnvironment:
         }
 
     def _state_key(self) -> Hashable:
-        # What is known, however it was found: two orders of the same searches are one state.
+        # The known passages, in any order: the same searches in another order lead to the same state.
         return tuple(sorted({passage.title for passage in self._passages}))
 
-    def _state_prompt(self, observation: str | list[Message]) -> list[Message]:
+    def _state_prompt(self, observation: TextOrMessages) -> list[Message]:
         answers = [] if isinstance(observation, str) else [str(message["content"]) for message in observation]
         self._errors += [answer for answer in answers if answer.startswith("Error:")]
         parts = {
             "Question": self._row["question"],
             "Searches so far": "\n".join(self._searches),
             "Passages": format_passages(list(self._passages)) if self._passages else "",
-            "Last errors": "\n".join(self._errors[-_NUM_ERRORS:]),
+            "Last errors": "\n".join(self._errors[-_NUM_SHOWN_ERRORS:]),
         }
         content = "\n\n".join(f"{name}:\n{text or 'None'}" for name, text in parts.items())
         prompt = self._row.get("prompt")
@@ -171,11 +172,11 @@ class HotpotQAEnvironment:
 
 def format_passages(passages: Sequence[Passage]) -> str:
     """
-    Passages as the model reads them: one numbered line each.
+    Format passages for the model: one numbered line each.
 
     Args:
         passages (`Sequence[Passage]`):
-            What a search found.
+            The results of a search.
 
     Returns:
         `str`: Lines `[1] Title: text`, or `No results.`

@@ -1,4 +1,4 @@
-"""A training run on multi-hop questions as a value: the policy, the questions, how they are shown and what is paid."""
+"""The arguments of a training run on multi-hop questions, and the parts that they describe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class EnvironmentArguments:
-    """What the policy is shown; a script's flags."""
+    """Arguments of an environment: what the policy is shown. Fields are flags of a script."""
 
     num_passages: int = field(default=3, metadata={"help": "Maximum number of passages that a search returns."})
     system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "First message of every prompt."})
@@ -30,7 +30,7 @@ class EnvironmentArguments:
     )
 
     def environment_factory(self, retriever: Retriever) -> partial[HotpotQAEnvironment]:
-        """What makes the environment of an episode."""
+        """A factory of environments."""
         return partial(
             HotpotQAEnvironment,
             retriever,
@@ -43,8 +43,8 @@ class EnvironmentArguments:
 @dataclass(kw_only=True)
 class HotpotQARecipe(EnvironmentArguments):
     """
-    What `examples/hotpotqa_steppo.py` takes beside the fields of `StepPOConfig`: which model, what to search, and what
-    to pay for. Each field is a flag, and its help says what it is.
+    Arguments of `examples/hotpotqa_steppo.py` apart from those in `StepPOConfig`: which model, which questions, how
+    they are shown, and what is rewarded. Each field is a flag; its help describes it.
 
     Example:
     ```python
@@ -79,21 +79,21 @@ class HotpotQARecipe(EnvironmentArguments):
     )
 
     def data(self) -> HotpotQAData:
-        """The rows to train and to evaluate on, and what searches their passages."""
+        """The rows to train and evaluate on, and the retriever of their passages."""
         return hotpotqa_dataset(
             self.dataset_name, eval_dataset_name=self.eval_dataset_name, system_prompt=self.system_prompt
         )
 
     def environment_factory(self, retriever: Retriever) -> partial[HotpotQAEnvironment]:
-        """What makes the environment of an episode, paid as the recipe says."""
+        """A factory of environments with the recipe's reward."""
         return partial(super().environment_factory(retriever), reward=self.reward)
 
     def reward_functions(self) -> list[Callable[..., list[float]]] | None:
-        """What the trainer pays beside the environment's reward, weighted by `valid_call_reward`."""
+        """Reward functions for the trainer, if there are any; their weight is `valid_call_reward`."""
         return [valid_calls] if self.valid_call_reward else None
 
     def peft_config(self) -> LoraConfig | None:
-        """The adapter of the policy, if it is to have one."""
+        """The adapter of the policy, if there is one."""
         if not self.use_peft:
             return None
         from peft import LoraConfig

@@ -10,22 +10,23 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import bm25s
 import numpy as np
 from tqdm.auto import tqdm
 
 from ...errors import ConfigurationError, DataError
+from ...types import JsonObject
 
 _WORD = re.compile(r"[^\W_]+")
 
 INDEX = "index.json"
-"""What an index says about itself."""
+"""Name of the file that describes an index."""
 
 _WORDS = "words.arrow"
 _TOKENIZER = 1
-"""Counted up when [`tokenize`] changes: words of an index made before would not be found any more."""
+"""Version of [`tokenize`]. Increased with every change of it, because older indices contain other words."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Passage:
 
     Args:
         title (`str`):
-            What it is about.
+            Its title.
         text (`str`):
-            What it says.
+            Its text.
     """
 
     title: str
@@ -45,19 +46,19 @@ class Passage:
 
 
 class Retriever(Protocol):
-    """Anything that finds passages for a query; called concurrently by many episodes."""
+    """Finds passages for a query. Many episodes call it concurrently."""
 
     def search(self, query: str, k: int) -> list[Passage]:
-        """The `k` best passages, best first; fewer, or none, where no more match."""
+        """The `k` best passages, best first; fewer or none if no more match."""
         ...
 
     def search_many(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """The same for several queries at once."""
+        """The best passages of several queries at once."""
         ...
 
 
 class Vocabulary(Protocol):
-    """Ids of words; a `dict` is one."""
+    """Ids of words, such as a `dict`."""
 
     def get(self, word: str, /) -> int | None:
         """The id, or `None` for an unknown word."""
@@ -66,25 +67,25 @@ class Vocabulary(Protocol):
 
 class BM25Retriever:
     """
-    BM25 over title and text. Built once, then only read, so that any number of threads may search it.
+    BM25 over title and text. It is built once and then only read, so any number of threads may search it.
 
-    A title counts `title_weight` times, because a search for a title should find its passage before those that mention
-    it. No word is dropped as a stop word: titles such as "The Who" consist of them. Accents and case are ignored.
+    A title counts `title_weight` times, so that a search for a title finds its passage before those that mention it.
+    There are no stop words: titles such as "The Who" consist of them. Accents and case are ignored.
 
     [`~BM25Retriever.save`] writes the index into a directory. [`~BM25Retriever.open`] maps it into memory, where all
-    processes of a machine that open it share its pages; a search then finds what it would have found before.
+    processes of a machine that open it share its pages. Searches then give the same results as before.
 
     Args:
         passages (`Iterable[Passage]`):
-            The corpus. Passages that score the same are found in this order. A sequence is used as it is.
+            The corpus. Passages with equal scores are returned in this order. A sequence is not copied.
         title_weight (`int`, *optional*, defaults to `3`):
-            How many times the words of a title are counted, at least 1.
+            Number of times that the words of a title are counted, at least 1.
         k1 (`float`, *optional*, defaults to `1.5`):
-            How slowly the repetition of a word saturates.
+            How slowly repetitions of a word saturate.
         b (`float`, *optional*, defaults to `0.75`):
-            How much long passages are marked down, from 0 to 1.
+            How much long passages are penalized, from 0 to 1.
         show_progress (`bool`, *optional*, defaults to `False`):
-            Show bars while the index is made.
+            Whether to show progress bars while the index is built.
 
     Example:
     ```python
@@ -109,17 +110,17 @@ class BM25Retriever:
         words: dict[str, int] = {}
 
         def learn(passage: Passage) -> array[int]:
-            found = tokenize(passage.title) * title_weight + tokenize(passage.text)
-            return array("i", (words.setdefault(word, len(words)) for word in found))
+            counted = tokenize(passage.title) * title_weight + tokenize(passage.text)
+            return array("i", (words.setdefault(word, len(words)) for word in counted))
 
         documents = [learn(p) for p in tqdm(self._passages, "Reading passages", disable=not show_progress)]
         if not words:
             raise DataError(f"the corpus has {len(self._passages)} passages and no word; there is nothing to search")
         self._vocabulary: Vocabulary = words
-        # "lucene" scores every match above 0, so that 0 means that no word of the query occurs.
+        # "lucene" scores every match above 0, so 0 means that no word of the query occurs.
         self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
-        # Ids of our own in first-seen order: the library numbers words in the order of a set, which differs between
-        # processes, and with it the rounding of sums and the order of near ties.
+        # We number the words in the order in which they occur. The library would use the order of a set, which differs
+        # between processes, and so would the rounding of sums and the order of near ties.
         self._index.index((documents, words), create_empty_token=False, show_progress=show_progress)
 
     def __len__(self) -> int:
@@ -127,51 +128,51 @@ class BM25Retriever:
 
     def search(self, query: str, k: int) -> list[Passage]:
         """
-        Find the passages that share the most telling words with the query.
+        Find the passages that match the query best.
 
         Args:
             query (`str`):
-                Any text; each of its words counts once, which bounds the work by the size of the vocabulary.
+                Any text. Each of its words counts once, so the work is bounded by the size of the vocabulary.
             k (`int`):
-                How many passages to return at most, at least 1.
+                Maximum number of passages, at least 1.
 
         Returns:
-            `list[Passage]`: Best first. Empty where no word of the query occurs in the corpus.
+            `list[Passage]`: Best first. Empty if no word of the query occurs in the corpus.
         """
         check_num_passages(k)
-        found = (self._vocabulary.get(word) for word in set(tokenize(query)))
-        word_ids = sorted(word_id for word_id in found if word_id is not None)
+        candidates = (self._vocabulary.get(word) for word in set(tokenize(query)))
+        word_ids = sorted(word_id for word_id in candidates if word_id is not None)
         if not word_ids:
             return []
         return [self._passages[i] for i in _best(self._index.get_scores_from_ids(word_ids), k)]
 
     def search_many(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """
-        Search for several queries, one after the other.
+        Search for several queries, one after another.
 
         Args:
             queries (`Sequence[str]`):
                 Any texts.
             k (`int`):
-                How many passages to return at most for each, at least 1.
+                Maximum number of passages for each query, at least 1.
 
         Returns:
-            `list[list[Passage]]`: What [`~BM25Retriever.search`] returns for each.
+            `list[list[Passage]]`: The result of [`~BM25Retriever.search`] for each query.
         """
         return [self.search(query, k) for query in queries]
 
     def save(self, directory: Path) -> None:
         """
-        Write the index, but not the passages.
+        Write the index, without the passages.
 
         Args:
             directory (`Path`):
-                A directory that nothing reads yet; it is made if it is not there.
+                A directory that no process reads yet. It is made if missing.
         """
         if not isinstance(self._vocabulary, dict):
             raise ConfigurationError("this index was opened from files; copy those instead of saving it")
         words = self._vocabulary
-        self._index.vocab_dict = {}  # ours is searched without being read as a whole
+        self._index.vocab_dict = {}  # ours can be searched without reading all of it
         self._index.save(directory, show_progress=False)
         _MappedVocabulary.write(directory / _WORDS, words)
         about = {"tokenizer": _TOKENIZER, "num_passages": len(self), **self._settings}
@@ -184,17 +185,17 @@ class BM25Retriever:
 
         Args:
             directory (`Path`):
-                Where it was written.
+                Where the index was written.
             passages (`Sequence[Passage]`):
-                The corpus that it was made of, such as a [`MappedCorpus`].
+                The corpus of the index, such as a [`MappedCorpus`].
             settings (`float`):
-                `title_weight`, `k1`, `b`: what it has to have been made with; those left out may be anything.
+                Required values of `title_weight`, `k1` and `b`. Those left out may have any value.
 
         Returns:
             [`BM25Retriever`]: Ready to search.
 
         Raises:
-            DataError: If the index was made with other settings or of another corpus.
+            DataError: If the index was built with other settings or from another corpus.
         """
         about = check_index(directory, tokenizer=_TOKENIZER, num_passages=len(passages), **settings)
         retriever = cls.__new__(cls)
@@ -206,7 +207,7 @@ class BM25Retriever:
 
 
 class _MappedVocabulary:
-    """Words in the order of the alphabet with their ids, in a file of which a look-up reads a few pages."""
+    """Sorted words with their ids, in a memory-mapped file of which a lookup reads only a few pages."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -225,12 +226,12 @@ class _MappedVocabulary:
 
     def get(self, word: str, /) -> int | None:
         i = bisect_left(self._words, word, key=lambda scalar: scalar.as_py())
-        found = i < len(self._words) and self._words[i].as_py() == word
-        return self._ids[i].as_py() if found else None
+        is_known = i < len(self._words) and self._words[i].as_py() == word
+        return int(self._ids[i].as_py()) if is_known else None
 
 
 def check_bm25_settings(*, title_weight: int, k1: float, b: float) -> None:
-    """Raise a `ConfigurationError` for settings that cannot work; see [`BM25Retriever`] for what they mean."""
+    """Raise a `ConfigurationError` for invalid settings of [`BM25Retriever`]."""
     if title_weight < 1:
         raise ConfigurationError(f"title_weight is {title_weight}; a title has to count at least once")
     if k1 < 0:
@@ -240,31 +241,31 @@ def check_bm25_settings(*, title_weight: int, k1: float, b: float) -> None:
 
 
 def check_num_passages(k: int) -> None:
-    """Raise a `ConfigurationError` for a search that asks for no passage."""
+    """Raise a `ConfigurationError` for an invalid number of passages."""
     if k < 1:
         raise ConfigurationError(f"k is {k}; a search has to ask for at least 1 passage")
 
 
-def check_index(directory: Path, **wanted: Any) -> dict[str, Any]:
+def check_index(directory: Path, **wanted: object) -> JsonObject:
     """
-    What an index says about itself.
+    Read the description of an index, and check its settings.
 
     Args:
         directory (`Path`):
-            Where it was written.
-        wanted (`Any`):
-            Settings that it has to have been made with.
+            Where the index was written.
+        wanted (`object`):
+            Required values of its settings.
 
     Returns:
-        `dict[str, Any]`: All of its settings.
+        `dict`: All of its settings.
 
     Raises:
-        DataError: If there is none, or one was made with another setting.
+        DataError: If there is no index, or it has other settings.
     """
     path = directory / INDEX
     if not path.is_file():
         raise DataError(f"{directory}: there is no index here ({INDEX} is missing); make one")
-    about: dict[str, Any] = json.loads(path.read_text())
+    about: JsonObject = json.loads(path.read_text())
     for name, value in wanted.items():
         if about.get(name) != value:
             raise DataError(
@@ -276,14 +277,14 @@ def check_index(directory: Path, **wanted: Any) -> dict[str, Any]:
 
 def tokenize(text: str) -> list[str]:
     """
-    The words of a text as they are compared: runs of letters and digits, without case and accents.
+    Split a text into words: runs of letters and digits, without case and accents.
 
     Args:
         text (`str`):
             Any text.
 
     Returns:
-        `list[str]`: The words in order.
+        `list[str]`: The words, in order.
 
     Example:
     ```python
@@ -302,6 +303,7 @@ def _best(scores: np.ndarray, k: int) -> list[int]:
     matches = np.flatnonzero(scores > 0)
     if len(matches) > k:
         kth_score = np.partition(scores[matches], len(matches) - k)[len(matches) - k]
-        matches = matches[scores[matches] >= kth_score]  # every tie at the edge, so that the sort below decides
+        matches = matches[scores[matches] >= kth_score]  # with all ties at the limit, which the sort below decides
     order = np.argsort(-scores[matches], kind="stable")[:k]
-    return matches[order].tolist()
+    best: list[int] = matches[order].tolist()
+    return best

@@ -1,8 +1,8 @@
 """
 Clients that send too much, or nothing, beside a gateway, and what others see of it. Used by `gateway.py`.
 
-The gateway runs in a process of its own (`python benchmarks/_hostile_clients.py`), whose sampler answers at once with
-one token, with a limit of 1,024 open files.
+The gateway runs in a process of its own (`python benchmarks/common/hostile_clients.py`), with a limit of 1,024 open
+files. Its sampler answers at once with one token.
 """
 
 from __future__ import annotations

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from _record import current_commit
 
 from trl_steppo.assets import ROOMS_POLICY, locate_model
 from trl_steppo.keeper import Keeper
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from .record import current_commit
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 LAUNCHER = ("-m", "accelerate.commands.launch", "--num_processes", "1")
 
 _SECONDS = "seconds.txt"  # written when a run is over, and well: its mark
@@ -94,7 +95,7 @@ class Run:
     @property
     def command(self) -> str:
         """What a user types for the same run."""
-        here = os.path.relpath(Path(__file__).parents[1])
+        here = os.path.relpath(Path(__file__).parents[2])
         return shlex.join(["python", *(argument.removeprefix(f"{here}/") for argument in self.arguments)])
 
     def history(self) -> list[dict[str, Any]]:

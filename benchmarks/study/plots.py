@@ -8,13 +8,27 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from _intervals import Interval
+from common.intervals import Interval
 
 from trl_steppo.report.plots import draw_curve
 from trl_steppo.report.statistics import Curve
 
+from .tasks import ROOMS_AXES
+
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of what draws
+
+
+def draw(figures: Mapping[str, Any], directory: Path) -> None:
+    """An image for each task, and one of the rooms' axes."""
+    for name, of_task in figures.items():
+        plot_task(directory / f"{name}.png", name, of_task)
+    axes = {
+        label: {value: figures[task.name]["summaries"] for value, task in by_value.items() if task.name in figures}
+        for label, by_value in ROOMS_AXES.items()
+    }
+    if all(axes.values()):
+        plot_axes(directory / "rooms.png", axes)
 
 
 def plot_task(path: Path, title: str, figures: Mapping[str, Any]) -> None:
