@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from .. import durable
 from ..compat.peft import load_weights as adapter_weights
 from ..errors import CheckpointError
 from ..learning.ranks import Caught, caught, first_failure
 from ..models import is_peft_model, whole_shape
-from ..types import JsonObject, Model
+from ..types import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -427,7 +428,7 @@ def shapes(network: nn.Module) -> dict[str, list[int]]:
     return {name: whole_shape(parameter) for name, parameter in network.named_parameters()}
 
 
-def load_weights(model: Model, directory: Path, *, adapter: str | None = None, into: str | None = None) -> None:
+def load_weights(model: nn.Module, directory: Path, *, adapter: str | None = None, into: str | None = None) -> None:
     """
     Load saved weights into a model, bit for bit.
 
@@ -453,7 +454,7 @@ def load_weights(model: Model, directory: Path, *, adapter: str | None = None, i
             adapter = adapter or model.active_adapter
             folder = directory if adapter == "default" else directory / adapter
             weights = adapter_weights(str(folder))
-            loaded = set_peft_model_state_dict(model, weights, adapter_name=into or adapter)
+            loaded: Any = set_peft_model_state_dict(model, weights, adapter_name=into or adapter)
             if loaded.unexpected_keys:
                 raise CheckpointError(
                     f"{folder} has weights that this model does not have: {loaded.unexpected_keys[:3]}"
@@ -463,6 +464,7 @@ def load_weights(model: Model, directory: Path, *, adapter: str | None = None, i
         if not _fit(model, weights):
             # Some architectures are saved under other names than those of their parameters; their own loading knows
             # these names. Float32 holds every type of weights, and copying casts back.
+            assert isinstance(model, PreTrainedModel)
             whole: nn.Module = type(model).from_pretrained(directory, dtype=torch.float32, local_files_only=True)
             weights = whole.state_dict()
         model.load_state_dict(weights, strict=False)

@@ -183,8 +183,9 @@ def _check_served_adapter(peft_config: PeftConfig) -> None:
         "use_dora": bool(getattr(peft_config, "use_dora", False)),
     }
     settings = [f"{name}={getattr(peft_config, name)!r}" for name, is_set in unsupported.items() if is_set]
-    if peft_config.peft_type != "LORA":
-        settings = [f"peft_type={str(peft_config.peft_type.value)!r}"]
+    kind = peft_config.peft_type
+    if kind != "LORA":
+        settings = [f"peft_type={str(getattr(kind, 'value', kind))!r}"]
     if settings:
         raise ConfigurationError(
             f"`use_vllm` is set, and the adapter has {', '.join(settings)}, which vLLM's servers do not load; take a "

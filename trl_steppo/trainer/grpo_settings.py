@@ -201,7 +201,7 @@ def converted(args: GRPOConfig, *, advantage_estimator: str) -> JsonObject:
     faults = _unusable(args)
     values |= {c.field: getattr(args, name) for name, c in COUNTERPARTS.items() if c.field and hasattr(args, name)}
     if args.trust_remote_code:
-        values["model_init_kwargs"] = {"trust_remote_code": True, **(args.model_init_kwargs or {})}
+        values["model_init_kwargs"] = {"trust_remote_code": True, **(values["model_init_kwargs"] or {})}
     for convert in (_batches, _responses, _loss, _vllm):
         convert(args, values, faults)
     estimator = ESTIMATORS.get(advantage_estimator)  # an unknown name is refused with the new configuration
@@ -246,6 +246,7 @@ def _batches(args: GRPOConfig, values: JsonObject, faults: dict[str, object]) ->
     optimizer step has more micro-batches.
     """
     generated, accumulated = args.steps_per_generation, args.gradient_accumulation_steps
+    assert generated is not None, "GRPOConfig fills it in"
     values["gradient_accumulation_steps"] = max(generated, accumulated)
     values["num_mini_batches"] = max(1, generated // accumulated)
     repeats = generated < accumulated and args.num_iterations > 1  # within one optimizer step

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ..compat.transformers import source_of
 from ..errors import ConfigurationError
 from ..models import plain_model
-from ..types import Model, Tokenizer
+from ..types import Tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +71,7 @@ class Loader:
             model: PreTrainedModel = kind.from_pretrained(given, **{"dtype": "float32", **labels, **self._init_kwargs})
         return model
 
-    def tokenizer(self, argument: str, given: Tokenizer | str | None, model: Model) -> Tokenizer:
+    def tokenizer(self, argument: str, given: Tokenizer | str | None, model: nn.Module) -> Tokenizer:
         """
         Load a tokenizer by its name, or that of a model from where the model's weights are. It pads on the left, with
         the end-of-sequence token if it has no token for padding. A tokenizer is returned as it is.
@@ -112,7 +112,7 @@ class Loader:
             )
 
 
-def name_of(model: nn.Module | str) -> str:
+def name_of(model: object) -> str:
     """The last part of a model's name, or of where it was loaded from, or else the name of its class."""
     name = model if isinstance(model, str) else source_of(getattr(plain_model(model), "config", None))
     return (name or type(model).__name__).rstrip("/").split("/")[-1]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError
 from ..models import plain_model, rows_at_once
 from ..rollout.rewards import RewardFunc
-from ..types import TextOrMessages, Tokenizer
+from ..types import JsonObject, TextOrMessages, Tokenizer
 from .loading import Loader, name_of
 
 RewardFuncs: TypeAlias = RewardFunc | str | Sequence[RewardFunc | str]
 """Functions, sequence classifiers, or names of these."""
-
-T = TypeVar("T")
 
 
 class RewardModel:
@@ -39,10 +36,10 @@ class RewardModel:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         tokenizer: Tokenizer,
         *,
-        chat_template_kwargs: Mapping[str, object] | None,
+        chat_template_kwargs: JsonObject | None,
         batch_size: int,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -93,7 +90,7 @@ def load_reward_funcs(
     processing_classes: Tokenizer | Sequence[Tokenizer | None] | None,
     loader: Loader,
     *,
-    chat_template_kwargs: Mapping[str, object] | None,
+    chat_template_kwargs: JsonObject | None,
     batch_size: int,
 ) -> list[RewardFunc]:
     """
@@ -138,7 +135,7 @@ def load_reward_funcs(
     return loaded
 
 
-def _as_list(given: T | Sequence[T] | None) -> list[T]:
+def _as_list(given: object) -> list[Any]:
     if given is None:
         return []
     return list(given) if isinstance(given, list | tuple) else [given]
