@@ -51,8 +51,8 @@ class CreditSettings(Protocol):
 
 Assign = Callable[[CreditSettings, Rollout, Scores, Reduce | None], Credit]
 """
-Pure function from a rollout's rewards and values to credit. The last argument sums statistics over ranks (`None`: there
-is one rank); an estimator calls it equally often on every rank, whatever its steps.
+Pure function from a rollout's rewards and values to credit. The last argument sums statistics over ranks; `None`: there
+is one rank. It is called equally often on every rank, whatever the steps are.
 """
 
 
@@ -245,8 +245,10 @@ def group_index(episodes: Sequence[Episode], device: torch.device) -> torch.Tens
 
 def state_index(episodes: Sequence[Episode], device: torch.device) -> torch.Tensor:
     """
-    Numbers (N,) that are equal for the steps of one dataset row that were taken in the same state. The environment's
-    `state_key()` names the state. Without it the last observation does, so that all first steps of a row share a state.
+    Numbers (N,) that are equal for the steps of one dataset row that were taken in the same state.
+
+    The environment's `state_key()` names the state. Without it the last observation does, so that all first steps of a
+    row share a state.
     """
     states: dict[tuple[int, Hashable], int] = {}
     numbers = []
