@@ -51,8 +51,8 @@ class CreditSettings(Protocol):
 
 Assign = Callable[[CreditSettings, Rollout, Scores, Reduce | None], Credit]
 """
-Pure function from a rollout's rewards and values to credit. The last argument sums statistics over ranks; `None`: there
-is one rank. It is called equally often on every rank, whatever the steps are.
+Pure function from a rollout's rewards and values to credit. The last argument sums statistics over ranks; `None`: one
+rank is alone. It is called equally often on every rank, whatever the steps are.
 """
 
 
