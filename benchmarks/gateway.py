@@ -50,8 +50,8 @@ from transformers import AutoTokenizer
 
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.chat import ChatFormat
-from trl_steppo.gateway import GatewayServer, SessionSpec
-from trl_steppo.gateway.sampling import Engine
+from trl_steppo.gateway import EpisodeSpec, GatewayServer
+from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.types import Episode, EpisodeLimits, StopReason, TokenIds
@@ -107,9 +107,9 @@ class ScriptedSampler:
         """Nothing is batched."""
 
 
-def make_spec(index: int = 0) -> SessionSpec:
+def make_spec(index: int = 0) -> EpisodeSpec:
     """A session that may go on."""
-    return SessionSpec(EpisodeLimits(10_000), SamplingParams(RESPONSE_TOKENS), stream_position=index)
+    return EpisodeSpec(EpisodeLimits(10_000), SamplingParams(RESPONSE_TOKENS), stream_position=index)
 
 
 async def sample_directly(sampler: ScriptedSampler, chat: ChatFormat, num_sessions: int, num_steps: int) -> float:
@@ -169,7 +169,7 @@ def count_wrong(chat: ChatFormat, episodes: Sequence[Episode], said: Sequence[Se
 
 def memory_growth(server: GatewayServer, sampler: ScriptedSampler, num_sessions: int) -> float:
     """MB that the process grows by over so many sessions of one step, after as many tenths of them to warm up."""
-    server.resume(Engine(sampler))
+    server.resume(SamplerLoop(sampler))
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
     async def play(count: int) -> None:
@@ -196,7 +196,7 @@ async def at_gateway(server: GatewayServer, coroutine: Any) -> Any:
 
 def time_of_turns(server: GatewayServer, sampler: ScriptedSampler, repeats: int) -> tuple[dict[str, float], float]:
     """Milliseconds of turn 1, 8 and 64 of a conversation, and how many new tokens turn 64 has over turn 2."""
-    server.resume(Engine(sampler))
+    server.resume(SamplerLoop(sampler))
     times: dict[int, list[float]] = {1: [], 8: [], 64: []}
     ratios = []
     for _ in range(repeats):
@@ -248,10 +248,10 @@ def measure(server: GatewayServer, chat: ChatFormat, args: BenchmarkArguments) -
     num_sessions, num_steps = (60, 3) if args.quick else (300, 5)
     num_finished, repeats = (500, 1) if args.quick else (10_000, 5)
     direct_s = asyncio.run(sample_directly(ScriptedSampler(chat), chat, num_sessions, num_steps))
-    server.resume(Engine(ScriptedSampler(chat)))
+    server.resume(SamplerLoop(ScriptedSampler(chat)))
     calm = play_through(server, num_sessions, num_steps, trouble=False)
     troubled_sampler = ScriptedSampler(chat, failures=0.02, seed=args.seed)
-    server.resume(Engine(troubled_sampler))
+    server.resume(SamplerLoop(troubled_sampler))
     troubled = play_through(server, num_sessions, num_steps, trouble=True)
     wrong = [count_wrong(chat, seen["episodes"], seen["said"]) for seen in (calm, troubled)]
     at_once = ScriptedSampler(chat, token_s=0.0)

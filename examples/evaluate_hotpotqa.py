@@ -19,6 +19,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,10 +36,11 @@ from trl_steppo.chat import ChatFormat, parse_hermes
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import MISTAKES, Message, Playable, Response
 from trl_steppo.environments.hotpotqa import EnvironmentArguments, HotpotQAData, hotpotqa_dataset
+from trl_steppo.episodes import EpisodeSpec, as_messages
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.models import end_token_ids
-from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes
+from trl_steppo.rollout import EnvironmentPlayer, EpisodeLimits, EpisodeRequest, Stage, play_episodes
 
 SCORES = ("exact_match", "f1", "answered", "steps", "tool_errors")
 HOW_IT_RUNS = ("output_dir", "datasets", "max_questions", "batch_size")  # none of which changes a score
@@ -111,20 +113,19 @@ class LocalModel:
     def play(self, rows: Sequence[Row], make: Callable[[], Playable]) -> list[Scores]:
         """The scores of every row."""
         args = self.args
-        episodes = play_episodes(
-            [EpisodeRequest(row, index) for index, row in enumerate(rows)],
-            lambda row: make(),
-            self.sampler,
-            chat=ChatFormat(
-                self.tokenizer,
-                tools=make().tools,
-                chat_template_kwargs=self.template_kwargs,
-                end_token_ids=self.end_token_ids,
-            ),
-            limits=EpisodeLimits(args.max_interaction_steps, args.max_prompt_length),
-            sampling=SamplingParams(max_new_tokens=args.response_length, temperature=0.0),
-            run_seed=0,
+        chat = ChatFormat(
+            self.tokenizer,
+            tools=make().tools,
+            chat_template_kwargs=self.template_kwargs,
+            end_token_ids=self.end_token_ids,
         )
+        spec = EpisodeSpec(
+            EpisodeLimits(args.max_interaction_steps, args.max_prompt_length),
+            SamplingParams(max_new_tokens=args.response_length, temperature=0.0),
+        )
+        requests = [EpisodeRequest(row, index) for index, row in enumerate(rows)]
+        with closing(Stage(lambda row: make(), reuses=False)) as stage:
+            episodes = play_episodes(requests, EnvironmentPlayer(stage, self.sampler, spec, chat))
         return [
             scores(row, episode.metrics, len(episode.steps), episode.error)
             for row, episode in zip(rows, episodes, strict=True)
@@ -231,11 +232,6 @@ def answer_messages(observation: str | list[Message], call_ids: Sequence[str]) -
         {"role": "tool", "tool_call_id": call_id, "content": message["content"]}
         for call_id, message in zip(call_ids, messages, strict=True)
     ]
-
-
-def as_messages(content: str | list[Message]) -> list[Message]:
-    """Text as a user message."""
-    return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
 
 
 # -- scores, kept question by question --------------------------------------------------------------------------------

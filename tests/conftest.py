@@ -27,10 +27,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 # What is not worth repeating with other versions, as files or folders: it uses little of other libraries, or what
 # tests that are repeated use, too.
 PINNED_ONLY = (
-    *("benchmarks", "inference/test_vllm.py"),
+    *("benchmarks", "episodes", "inference/test_vllm.py"),
     *(f"commands/test_{name}.py" for name in ("check", "config", "memory")),
     *(f"report/test_{name}.py" for name in ("methods", "page", "statistics", "viewer")),
-    *(f"gateway/test_{name}.py" for name in ("damaged_store", "formats", "gateway", "hostile", "late", "robustness")),
+    *(f"gateway/test_{name}.py" for name in ("damaged_store", "delivery", "flights", "formats", "gateway", "hostile")),
+    *(f"gateway/test_{name}.py" for name in ("anthropic", "openai", "responses", "robustness")),
     *(f"rollout/test_{name}.py" for name in ("agent", "ahead", "pacing")),
     *(f"trainer/test_{name}.py" for name in ("killed_ahead", "killed_rank", "owned_processes")),
     *(f"test_{name}.py" for name in ("calls", "durable", "imports", "keeper", "names", "packaging")),

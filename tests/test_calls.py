@@ -21,7 +21,7 @@ from trl_steppo.calls import (
     why_unbindable,
     within,
 )
-from trl_steppo.rollout.play import run_coroutine
+from trl_steppo.rollout.loops import run_coroutine
 
 
 def run_call(function, timeout_s=None, thread=None):
@@ -198,7 +198,7 @@ def test_an_async_generator_that_does_not_end_is_left_behind():
 INTERRUPTED = """
 import asyncio, os, signal, sys, threading
 from trl_steppo.calls import DaemonThread, call, call_and_wait
-from trl_steppo.rollout.play import run_coroutine
+from trl_steppo.rollout.loops import run_coroutine
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 

@@ -161,8 +161,8 @@ def serve(directory: Path, context: int) -> None:
     from transformers import AutoTokenizer
 
     from trl_steppo.assets import MINI_WIKI_POLICY
-    from trl_steppo.gateway import GatewayServer, SessionSpec
-    from trl_steppo.gateway.sampling import Engine
+    from trl_steppo.gateway import EpisodeSpec, GatewayServer
+    from trl_steppo.gateway.sampling import SamplerLoop
     from trl_steppo.gateway.tokens import ChatFormats
     from trl_steppo.inference.base import Sample, SamplingParams
     from trl_steppo.types import EpisodeLimits, StopReason, TokenIds
@@ -184,10 +184,10 @@ def serve(directory: Path, context: int) -> None:
         ChatFormats(AutoTokenizer.from_pretrained(MINI_WIKI_POLICY)),
         store=directory / "sessions.sqlite",
         admin_key="admin",
-        default=SessionSpec(EpisodeLimits(10**6), SamplingParams(1)),
+        default=EpisodeSpec(EpisodeLimits(10**6), SamplingParams(1)),
         context=context,
     ).start()
-    server.resume(Engine(OneToken()))
+    server.resume(SamplerLoop(OneToken()))
     print(server.port, flush=True)
     sys.stdin.read()
     server.close()

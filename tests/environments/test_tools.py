@@ -9,7 +9,7 @@ from trl_steppo.environments import Response, ToolPlayable, make_playable
 from trl_steppo.environments.base import MISTAKES
 from trl_steppo.environments.tools import MAX_TOOL_CALLS, ResponsePlayable, check_reset
 from trl_steppo.errors import ConfigurationError
-from trl_steppo.rollout.play import run_coroutine
+from trl_steppo.rollout.loops import run_coroutine
 
 
 def calling(*calls: tuple[str, dict], malformed: tuple[str, ...] = ()) -> Response:

@@ -17,10 +17,11 @@ from trl import TrlParser
 from tests.examples.scripts import load_script
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.commands.trial import ScriptedSampler
+from trl_steppo.episodes import EpisodeSpec
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, load_episodes, play_agents
+from trl_steppo.rollout import AgentPlayer, EpisodeLimits, EpisodeRequest, load_episodes, play_episodes
 from trl_steppo.types import StopReason, TokenIds
 
 ROOT = Path(__file__).parents[2]
@@ -47,16 +48,8 @@ def play(script, sampler, *, steps=5):
     server = GatewayServer(ChatFormats(TOKENIZER)).start()
     requests = [EpisodeRequest(script.DATA.train_dataset[index], index) for index in range(4)]
     try:
-        return play_agents(
-            requests,
-            script.play,
-            server,
-            sampler,
-            limits=EpisodeLimits(max_interaction_steps=steps),
-            sampling=SamplingParams(max_new_tokens=60),
-            run_seed=0,
-            idle_s=200,
-        )
+        spec = EpisodeSpec(EpisodeLimits(max_interaction_steps=steps), SamplingParams(max_new_tokens=60))
+        return play_episodes(requests, AgentPlayer(script.play, server, sampler, spec, idle_s=200))
     finally:
         server.close()
 

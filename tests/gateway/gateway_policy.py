@@ -15,8 +15,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trl_steppo.gateway import GatewayServer, SessionSpec
-from trl_steppo.gateway.sampling import Engine
+from trl_steppo.gateway import EpisodeSpec, GatewayServer
+from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
 from trl_steppo.types import EpisodeLimits, StopReason, TokenIds
@@ -103,19 +103,19 @@ def echo(prompt: str, order: tuple[int, ...]) -> str:
     return f"{order[2]}:{zlib.crc32(prompt.encode()):08x}"
 
 
-def start(policy: Policy, *, spec: SessionSpec | None = None, **settings: Any) -> GatewayServer:
+def start(policy: Policy, *, spec: EpisodeSpec | None = None, **settings: Any) -> GatewayServer:
     """A gateway that serves the policy, which runs in the gateway's own loop."""
     settings.setdefault("admin_key", ADMIN)
     server = GatewayServer(ChatFormats(TOKENIZER), default=spec or make_spec(), **settings).start()
-    server.resume(Engine(policy))
+    server.resume(SamplerLoop(policy))
     return server
 
 
-def make_spec(**changes: Any) -> SessionSpec:
+def make_spec(**changes: Any) -> EpisodeSpec:
     limits = {"max_interaction_steps": changes.pop("max_interaction_steps", 100)}
     limits |= {name: changes.pop(name) for name in list(changes) if name.startswith("max_")}
     sampling = SamplingParams(max_new_tokens=changes.pop("response_length", 200))
-    return SessionSpec(EpisodeLimits(**limits), sampling, **changes)
+    return EpisodeSpec(EpisodeLimits(**limits), sampling, **changes)
 
 
 def serve(port: int, store: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_damaged_session_is_left_out_and_named(path, keys, caplog, column, mak
     change(column, make)(path)
     server = start(Policy(echo), store=path)
     try:
-        assert [session.name for session in server.gateway._sessions.values()] == ["good"]
+        assert [session.episode_id for session in server.gateway.sessions] == ["good"]
         assert "'bad'" in caplog.text
         assert ask(server, keys["good"], [{"role": "user", "content": "new"}]).status_code == 200
         assert ask(server, keys["bad"], [{"role": "user", "content": "new"}]).status_code == 401
@@ -153,7 +153,7 @@ def test_a_damaged_session_is_left_out_and_named(path, keys, caplog, column, mak
 def test_a_session_that_lacks_a_step_is_left_out(path, caplog):
     edit(path, "DELETE FROM steps WHERE session IN bad AND position = 0")
     server = start(Policy(echo), store=path)
-    assert [session.name for session in server.gateway._sessions.values()] == ["good"]
+    assert [session.episode_id for session in server.gateway.sessions] == ["good"]
     assert "a step of it is missing" in caplog.text
     server.close()
 

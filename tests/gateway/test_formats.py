@@ -13,7 +13,7 @@ pytest.importorskip("starlette", reason="needs the extra `gateway`")
 from tests.chat.formats.call_writers import OPEN_THOUGHT, WRITERS, make_tokenizer
 from tests.gateway.gateway_policy import ADMIN, make_spec
 from trl_steppo.gateway import GatewayServer
-from trl_steppo.gateway.sampling import Engine
+from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample
 from trl_steppo.types import StopReason, TokenIds
@@ -83,7 +83,7 @@ def session(request: Any) -> Iterator[Session]:
     tokenizer = make_tokenizer(request.param)
     policy = Scripted(tokenizer)
     server = GatewayServer(ChatFormats(tokenizer), default=make_spec(), admin_key=ADMIN).start()
-    server.resume(Engine(policy))
+    server.resume(SamplerLoop(policy))
     yield Session(server, policy, request.param)
     server.close()
 

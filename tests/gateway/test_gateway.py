@@ -23,13 +23,14 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 from tests.gateway.gateway_policy import ADMIN, END, TOKENIZER, Policy, call, echo, make_spec, start
 from trl_steppo.errors import CheckpointError, ConfigurationError
-from trl_steppo.gateway import GatewayServer, SessionSpec
+from trl_steppo.gateway import EpisodeSpec, GatewayServer
 from trl_steppo.gateway.bodies import whole_characters
 from trl_steppo.gateway.conversation import Answer, ModelRequest
-from trl_steppo.gateway.sampling import Engine, SamplingPort
-from trl_steppo.gateway.service import Retry
-from trl_steppo.gateway.sessions import Notes, Session
+from trl_steppo.gateway.flights import Retry
+from trl_steppo.gateway.sampling import SamplerLoop, SamplingPort
+from trl_steppo.gateway.sessions import Delivery, Session, SessionNotes
 from trl_steppo.gateway.store import Store
+from trl_steppo.gateway.stored import spec_from_json, spec_to_json
 from trl_steppo.types import Episode, StopReason, writable
 
 USER = {"role": "user", "content": "hello"}
@@ -42,7 +43,7 @@ SEARCH = {
 class Client:
     """One session of a gateway, over HTTP."""
 
-    def __init__(self, server: GatewayServer, spec: SessionSpec | None = None) -> None:
+    def __init__(self, server: GatewayServer, spec: EpisodeSpec | None = None) -> None:
         self.server = server
         self.session, self.key = server.call(server.gateway.open_session(spec or make_spec()))
         self.http = httpx.Client(base_url=server.origin, headers={"authorization": f"Bearer {self.key}"}, timeout=20)
@@ -115,7 +116,7 @@ def test_what_was_sampled_is_not_tokenized_again(server):
             odd = [TOKENIZER.convert_tokens_to_ids("<tool_call>"), *sample.token_ids]
             return type(sample)(type(sample.token_ids)(odd), (-1.0,) * len(odd), sample.stop_reason, 0)
 
-    server.resume(Engine(Odd(lambda prompt, order: "x</tool_call>")))
+    server.resume(SamplerLoop(Odd(lambda prompt, order: "x</tool_call>")))
     client = Client(server)
     reply = client.say([USER])
     client.say([USER, reply, USER])
@@ -140,7 +141,7 @@ def test_tool_calls_and_their_answers(server):
     def script(prompt: str, order: tuple[int, ...]) -> str:
         return "let me see " + call("search", query="Bonn") if order[2] == 0 else "It is Bonn."
 
-    server.resume(Engine(Policy(script)))
+    server.resume(SamplerLoop(Policy(script)))
     client = Client(server)
     completion = client.chat([USER], tools=[SEARCH]).json()
     (choice,) = completion["choices"]
@@ -199,7 +200,7 @@ def test_examples_of_what_a_model_may_say_are_no_rewritten_history(client):
 
 
 def test_of_two_that_said_the_same_the_one_is_continued_whose_calls_come_back(server):
-    server.resume(Engine(Policy(lambda prompt, order: call("search", query="x"))))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: call("search", query="x"))))
     client = Client(server)
     replies = [
         client.post("/v1/chat/completions", {"model": "m", "messages": [USER], "tools": [SEARCH]}, **FIRST)
@@ -220,7 +221,7 @@ def test_of_two_that_said_the_same_the_one_is_continued_whose_calls_come_back(se
 
 @pytest.mark.parametrize("field", ["content", "tool_calls"])
 def test_clients_may_write_what_was_said_in_their_own_way(server, field):
-    server.resume(Engine(Policy(lambda prompt, order: " hm " + call("search", query="ä", k=1))))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: " hm " + call("search", query="ä", k=1))))
     client = Client(server)
     reply = client.say([USER], tools=[SEARCH])
     if field == "content":
@@ -256,7 +257,7 @@ def test_completions_continue_text(client):
 
 def test_completions_with_a_stop_text_are_read_as_they_were_sent(server):
     """An agent that writes the stop text itself, with what it observed; and one that writes another."""
-    server.resume(Engine(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
     client = Client(server)
     thought = complete(client, "Q\n", stop=["Observation:"])
     assert thought == "Thought: yes\n"
@@ -279,7 +280,7 @@ def test_completions_take_token_ids(client):
 
 
 def test_a_stop_text_cuts_the_recorded_response_where_sampling_would_have_ended(server):
-    server.resume(Engine(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "Thought: yes\nObservation: made up")))
     client = Client(server)
     completion = client.chat([USER], stop=["Observation:"]).json()
     assert completion["choices"][0]["message"]["content"] == "Thought: yes\n"
@@ -355,7 +356,7 @@ def test_tokens_of_the_episode_cut_a_response(server):
     client = Client(server, make_spec(max_episode_tokens=60))
     long = client.chat([USER]).json()
     prompt = long["usage"]["prompt_tokens"]
-    server.resume(Engine(Policy(lambda prompt, order: "x" * 100)))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "x" * 100)))
     cut = Client(server, make_spec(max_episode_tokens=prompt + 10))
     choice = cut.chat([USER]).json()["choices"][0]
     assert choice["finish_reason"] == "length"
@@ -372,7 +373,7 @@ def test_tokens_of_the_episode_cut_a_response(server):
     ],
 )
 def test_an_agent_that_ends_behind_a_cut_response_leaves_a_truncated_episode(server, max_tokens, body, reason):
-    server.resume(Engine(Policy(lambda prompt, order: "x" * 1000)))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "x" * 1000)))
     client = Client(server)
     asked = {} if max_tokens is None else {"max_tokens": max_tokens}
     assert client.chat([USER], **asked).json()["choices"][0]["finish_reason"] == "length"
@@ -392,15 +393,15 @@ def test_a_session_says_which_row_it_plays(server):
     client.say([USER])
     episode = client.episode()
     assert (episode.stream_position, episode.dataset_row) == (7, 3)
-    stored = spec.to_json()
-    assert SessionSpec.from_json(stored) == spec
+    stored = spec_to_json(spec)
+    assert spec_from_json(stored) == spec
     del stored["dataset_row"]
     stored["row_index"] = stored.pop("stream_position")
-    assert SessionSpec.from_json(stored) == replace(spec, dataset_row=None)
+    assert spec_from_json(stored) == replace(spec, dataset_row=None)
 
 
 def test_a_cut_response_that_is_gone_on_from_does_not_truncate(server):
-    server.resume(Engine(Policy(lambda prompt, order: "x" * 1000 if order[2] == 0 else "done<|im_end|>")))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "x" * 1000 if order[2] == 0 else "done<|im_end|>")))
     client = Client(server)
     first = client.say([USER])
     client.say([USER, first, USER])
@@ -440,9 +441,9 @@ def test_an_episode_lasts_as_long_as_it_does_whatever_the_wall_clock_is_set_to(s
         assert 0 <= client.session.age_s() < 60
         assert not client.session.is_out_of_time
     monkeypatch.undo()
-    stored = Session("a", "b", "c", client.session.spec, Notes(created=time.time() - 100))
+    stored = Session("a", "b", "c", client.session.spec, SessionNotes(created=time.time() - 100))
     assert 100 <= stored.age_s() < 200
-    assert Session("a", "b", "c", client.session.spec, Notes(created=time.time() + 1e6)).age_s() < 100
+    assert Session("a", "b", "c", client.session.spec, SessionNotes(created=time.time() + 1e6)).age_s() < 100
 
 
 def test_sessions_that_nobody_goes_on_with_are_finished(server, policy):
@@ -545,7 +546,7 @@ def test_a_step_whose_client_was_not_told_is_the_next_ones(client, server, heade
     lost = ask_again(client, FIRST)
     position = client.session.steps[-1]
     client.say([USER, USER])
-    client.session.notes.undelivered.append(0)
+    client.session.deliveries[0] = Delivery.SENT
     client.session.told_of(position.answer, to_the_end=False)
     assert ask_again(client, headers) == lost
     assert ask_again(client, FIRST) != lost
@@ -558,10 +559,10 @@ def test_a_step_that_was_recorded_for_nobody_is_the_next_ones(client, server, mo
     with pytest.raises(httpx.ReadTimeout):
         client.http.post("/v1/chat/completions", json=body, headers=FIRST, timeout=0.5)
     assert held.is_asked.wait(20)
-    (flight,) = server.gateway._flights[client.session.session_id]
+    (flight,) = server.gateway._responders[client.session.session_id].flights
     wait_until(lambda: flight.num_waiting == 0)
     held.is_free.set()
-    wait_until(lambda: client.session.lost)
+    wait_until(lambda: Delivery.LOST in client.session.deliveries)
     assert ask_again(client, FIRST) == f"chatcmpl-{client.session.steps[0].answer.answer_id}"
     assert len(client.episode().steps) == 1
 
@@ -618,7 +619,7 @@ def test_requests_wait_while_weights_change(client, policy, server):
     thread.start()
     time.sleep(0.2)
     assert policy.asked == []
-    server.resume(Engine(policy))
+    server.resume(SamplerLoop(policy))
     thread.join()
     assert replies == [200]
 
@@ -867,7 +868,7 @@ def test_an_error_that_an_agent_tells_has_no_key(server, client):
 
 
 def test_bytes_are_told_of_whole_characters_alone(server):
-    server.resume(Engine(Policy(lambda prompt, order: "aä")))
+    server.resume(SamplerLoop(Policy(lambda prompt, order: "aä")))
     client = Client(server)
     chat = client.chat([USER], logprobs=True).json()["choices"][0]["logprobs"]["content"]
     include = {"include": ["message.output_text.logprobs"]}
@@ -935,7 +936,7 @@ def test_an_end_and_a_disconnection_at_once_leave_no_exception_behind(server, cl
             """The handler's request, and what it waits for, in one turn of the loop."""
             coroutines = {t: t.get_coro().__qualname__ for t in asyncio.all_tasks()}
             (asked,) = [t for t, name in coroutines.items() if name == "Gateway.respond"]
-            (flight,) = [t for t, name in coroutines.items() if name == "Gateway._fly"]
+            (flight,) = [t for t, name in coroutines.items() if name == "Responder._step"]
             flight.cancel()
             await asyncio.wait([flight])
             asked.cancel()
@@ -961,7 +962,7 @@ def test_who_was_let_through_too_late_waits_for_the_next_engine(policy):
         port._resumed = told_too_early
         asked = asyncio.ensure_future(port.sample([1], make_spec().sampling, session_id="a", order=(0, 0, 0)))
         await asyncio.sleep(0.05)
-        await port.resume(Engine(policy))
+        await port.resume(SamplerLoop(policy))
         await asked
         return len(policy.asked)
 

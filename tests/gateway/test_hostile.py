@@ -244,7 +244,7 @@ def test_others_are_served_while_a_long_body_is_worked_on(policy, monkeypatch, n
     held = Held()
     homes = {
         "check_structure": ("trl_steppo.gateway.bodies", check_structure),
-        "prefix_keys": ("trl_steppo.gateway.tokens", sys.modules["trl_steppo.gateway.tokens"].prefix_keys),
+        "prefix_keys": ("trl_steppo.gateway.placement", sys.modules["trl_steppo.gateway.placement"].prefix_keys),
     }
     hostile, other = open_client(server), open_client(server)
     body = {"model": "m", "messages": [HI]}
@@ -282,7 +282,7 @@ def test_long_requests_are_recorded_as_short_ones_are(server):
         message = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
         assert message["content"].startswith(f"{step}:")
         messages += [message, {"role": "user", "content": "b" * 20_000}]
-    (session,) = start_with_room.gateway._sessions.values()
+    (session,) = start_with_room.gateway.sessions
     assert [step.history for step in session.steps] == ["first", "continued", "continued"]
     assert TOKENIZER.decode(session.state_ids(2)).count("b" * 20_000) == 2
     start_with_room.close()
@@ -327,7 +327,7 @@ def test_one_client_has_one_piece_of_work_at_a_time(policy, monkeypatch):
     assert held.begun.wait(60)
 
     def turns() -> list[Any]:
-        return [session.turn for session in list(server.gateway._sessions.values()) if session.turn.locked()]
+        return [session.turn for session in server.gateway.sessions if session.turn.locked()]
 
     (turn,) = turns()
     for thread in threads[1:]:

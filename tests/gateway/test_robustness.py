@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 from tests.gateway.gateway_policy import ADMIN, TOKENIZER, Policy, echo, make_spec, start
-from trl_steppo.gateway.sampling import Engine
+from trl_steppo.gateway.sampling import SamplerLoop
 
 HERE = Path(__file__).parent
 
@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_finished_sessions():
     """Nothing of a finished session stays in memory."""
     server = start(Policy(echo))
     try:
-        server.resume(Engine(Policy(echo)))
+        server.resume(SamplerLoop(Policy(echo)))
         for _ in range(20):
             session, key = server.call(server.gateway.open_session(make_spec()))
             headers = {"authorization": f"Bearer {key}"}
@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_finished_sessions():
             server.call(server.gateway.finish(session))
             server.call(server.gateway.collect(session, keep=False))
         gateway = server.gateway
-        assert (gateway._sessions, gateway._by_digest, gateway._flights) == ({}, {}, {})
+        assert (gateway.sessions, gateway._by_digest) == ([], {})
         assert server.store.running() == []
     finally:
         server.close()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen2_5_chat_template
 
 from trl_steppo.chat import ChatFormat
+from trl_steppo.episodes import EpisodeSpec
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.types import StopReason, TokenIds
+from trl_steppo.rollout import EnvironmentPlayer, EpisodeRequest, Stage, play_episodes
+from trl_steppo.types import Episode, EpisodeLimits, StopReason, TokenIds
 
 END = "<|im_end|>"
 
@@ -108,3 +111,27 @@ class LookEnvironment:
     def _do(self, name):
         behaviour = self.behaviour.get(name)
         return behaviour() if behaviour is not None else None
+
+
+def play_in(
+    make_playable,
+    requests: Sequence[EpisodeRequest],
+    sampler,
+    chat: ChatFormat,
+    *,
+    limits: EpisodeLimits | None = None,
+    max_new_tokens: int = 200,
+    id_prefix: str = "",
+    make_timeout_s: float | None = None,
+    holds: bool = False,
+    **options,
+) -> list[Episode]:
+    """Episodes in environments that a function makes, one for each, or on a stage."""
+    spec = EpisodeSpec(limits or EpisodeLimits(), SamplingParams(max_new_tokens=max_new_tokens))
+    is_stage = isinstance(make_playable, Stage)
+    stage = (
+        make_playable if is_stage else Stage(make_playable, reuses=False, close_timeout_s=spec.limits.max_episode_s)
+    )
+    with nullcontext() if is_stage else closing(stage):
+        player = EnvironmentPlayer(stage, sampler, spec, chat, make_timeout_s, id_prefix, holds)
+        return play_episodes(requests, player, **options)

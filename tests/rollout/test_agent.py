@@ -17,15 +17,17 @@ pytest.importorskip("starlette", reason="needs the extra `gateway`")
 import httpx
 
 from tests.rollout.scripted import ScriptedSampler, make_tokenizer
+from trl_steppo.episodes import EpisodeSpec
 from trl_steppo.errors import ConfigurationError, SamplerError
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import SamplingParams
-from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, check_agent, play_agents
+from trl_steppo.rollout import AgentPlayer, EpisodeLimits, EpisodeRequest, check_agent, play_episodes
 from trl_steppo.rollout.agent import _last_number, _Output, _ProcessRun, without_launcher
 from trl_steppo.types import StopReason
 
 PROMPT = [{"role": "user", "content": "Find it."}]
+SAMPLING = SamplingParams(max_new_tokens=100)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +59,11 @@ def good(row: Any, *, base_url: str, api_key: str) -> float:
     return 1.5
 
 
-def play(server, chat, agent, *, rows=1, sampler=None, **settings):
-    settings = {"limits": EpisodeLimits(), "sampling": SamplingParams(max_new_tokens=100), "run_seed": 0, **settings}
+def play(server, chat, agent, *, rows=1, sampler=None, limits=None, sampling=None, run_seed=0, **settings):
+    spec = EpisodeSpec(limits or EpisodeLimits(), sampling or SAMPLING, run_seed=run_seed)
     sampler = sampler or ScriptedSampler(chat, lambda order: f"step {order[2]}<|im_end|>")
     requests = [EpisodeRequest({"index": index}, stream_position=index) for index in range(rows)]
-    return play_agents(requests, agent, server, sampler, **settings)
+    return play_episodes(requests, AgentPlayer(agent, server, sampler, spec, **settings))
 
 
 def test_functions_and_coroutines_play(server, chat):
@@ -89,9 +91,9 @@ def test_an_agent_may_change_its_row(server, chat):
         return float(len(row["facts"].pop() + row["facts"].pop()))
 
     requests = [EpisodeRequest(rows[0], 5, generation, dataset_row=2) for generation in range(2)]
-    sampling = SamplingParams(max_new_tokens=100)
     sampler = ScriptedSampler(chat, lambda order: "step<|im_end|>")
-    episodes = play_agents(requests, agent, server, sampler, limits=EpisodeLimits(), sampling=sampling, run_seed=0)
+    spec = EpisodeSpec(EpisodeLimits(), SAMPLING)
+    episodes = play_episodes(requests, AgentPlayer(agent, server, sampler, spec))
     assert [episode.error for episode in episodes] == [None, None]
     assert rows == [{"facts": ["a", "b"]}]
     assert {(episode.stream_position, episode.dataset_row) for episode in episodes} == {(5, 2)}
@@ -265,7 +267,7 @@ for turn in range(9):
 @pytest.mark.parametrize("idle_s", [3.0, None])
 def test_one_that_asks_on_behind_its_end_is_let_go(server, chat, monkeypatch, idle_s):
     """It catches whatever it is told; its truncated episode is as good as others."""
-    monkeypatch.setattr("trl_steppo.rollout.agent._ENDING_S", 0.5)
+    monkeypatch.setattr("trl_steppo.rollout.agent._CLEANUP_GRACE_S", 0.5)
     release = threading.Event()
 
     def agent(row, *, base_url, api_key):

@@ -72,7 +72,7 @@ def test_closing_waits_for_what_nobody_takes_any_more(caplog):
 
 
 def test_waiting_is_told_now_and_then(monkeypatch, caplog):
-    monkeypatch.setattr(trl_steppo.rollout.ahead, "_SAYS_S", 0.01)
+    monkeypatch.setattr(trl_steppo.rollout.ahead, "_WARN_INTERVAL_S", 0.01)
     told = threading.Event()
     monkeypatch.setattr(trl_steppo.rollout.ahead.logger, "warning", lambda *args: told.set())
     ahead = Ahead(lambda update: partial(told.wait, 20), max_staleness=1)

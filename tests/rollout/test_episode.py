@@ -8,6 +8,7 @@ import pytest
 from tests.rollout.scripted import END, LookEnvironment, ScriptedSampler, call
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import MISTAKES
+from trl_steppo.episodes import EpisodeRecord, EpisodeSpec
 from trl_steppo.errors import DataError, SamplerError
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, run_episode, step_seed
@@ -24,17 +25,8 @@ def play(chat, script, env="look", row=ROW, sampling=SAMPLING, sampler=None, pla
     environment = LookEnvironment() if env == "look" else env
     if environment is not None and playable is None:
         playable = make_playable(environment, tool_timeout_s=10)
-    coroutine = run_episode(
-        playable,
-        sampler,
-        row,
-        chat=chat,
-        limits=EpisodeLimits(**limits),
-        sampling=sampling,
-        run_seed=3,
-        stream_position=5,
-        generation_index=1,
-    )
+    spec = EpisodeSpec(EpisodeLimits(**limits), sampling, run_seed=3, stream_position=5, generation_index=1)
+    coroutine = run_episode(playable, row, EpisodeRecord(spec, spec.name), sampler=sampler, chat=chat)
     return asyncio.run(coroutine), sampler
 
 

@@ -15,10 +15,12 @@ from trl_steppo.chat.parsing import ParsedResponse, tool_call
 from trl_steppo.chat.responses import ResponseReader
 from trl_steppo.chat.tokenizing import TextEncoder
 from trl_steppo.environments import make_playable
+from trl_steppo.episodes import EpisodeRecord, EpisodeSpec
 from trl_steppo.errors import ChatTemplateError
 from trl_steppo.gateway.conversation import Answer, ModelRequest, next_key, prefix_keys, tools_key
-from trl_steppo.gateway.sessions import RecordedStep, Session, SessionSpec
-from trl_steppo.gateway.tokens import ChatFormats, place
+from trl_steppo.gateway.placement import Placer
+from trl_steppo.gateway.sessions import Session, SessionStep
+from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EpisodeLimits, run_episode
 from trl_steppo.types import StopReason
@@ -101,14 +103,12 @@ def states(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
     episode = asyncio.run(
         run_episode(
             playable,
-            sampler,
             {"prompt": [{"role": "user", "content": prompt}]},
+            EpisodeRecord(
+                EpisodeSpec(EpisodeLimits(max_interaction_steps=2), SamplingParams(max_new_tokens=9)), "0-0"
+            ),
+            sampler=sampler,
             chat=chat,
-            limits=EpisodeLimits(max_interaction_steps=2),
-            sampling=SamplingParams(max_new_tokens=9),
-            run_seed=0,
-            stream_position=0,
-            generation_index=0,
         )
     )
     assert episode.error is None
@@ -126,15 +126,15 @@ def placed(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
     chat = formats.of(tools)
     shown = text(name)
     messages = [{"role": "user", "content": shown if where == "gateway message" else HARMLESS}]
-    session = Session("s", "s", "", SessionSpec())
-    first = place(ModelRequest("m", tuple(messages), tools=tuple(tools)), session, formats)
+    session = Session("s", "s", "", EpisodeSpec())
+    first = Placer(session, formats).place(ModelRequest("m", tuple(messages), tools=tuple(tools)))
     answer = Answer(
         "a", 0, "m", "", ({"id": "c", "name": "search", "arguments": {}},), "", "tool_calls", None, 1, 0, 1, (), ()
     )
     response_ids = [chat.stop_token_ids[-1]]
     key = next_key(prefix_keys(tools_key(tools), messages)[-1], answer.message)
-    session.commit(
-        RecordedStep(
+    session.add(
+        SessionStep(
             seed_index=0,
             parent=None,
             new_ids=array("i", first.new_ids),
@@ -154,7 +154,7 @@ def placed(name: str, where: str, text: Callable[[str], str]) -> tuple[ChatForma
     )
     result = shown if where == "gateway tool result" else HARMLESS
     messages += [answer.message, {"role": "tool", "name": "search", "content": result}]
-    second = place(ModelRequest("m", tuple(messages), tools=tuple(tools)), session, formats)
+    second = Placer(session, formats).place(ModelRequest("m", tuple(messages), tools=tuple(tools)))
     assert second.parent == 0
     return chat, [first.new_ids, second.new_ids]
 

@@ -6,16 +6,15 @@ from collections import Counter
 
 import pytest
 
-from tests.rollout.scripted import END, LookEnvironment, ScriptedSampler, call
+from tests.rollout.scripted import END, LookEnvironment, ScriptedSampler, call, play_in
 from trl_steppo.calls import DaemonThread
 from trl_steppo.calls import call as call_others
 from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import Response
 from trl_steppo.environments.slots import Slots
 from trl_steppo.errors import RolloutError, SamplerError
-from trl_steppo.inference.base import SamplingParams
-from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes
-from trl_steppo.rollout.play import run_coroutine
+from trl_steppo.rollout import EpisodeLimits, EpisodeRequest
+from trl_steppo.rollout.loops import run_coroutine
 
 LOOK, STOP = call("look", where="here"), call("stop")
 PROMPT = [{"role": "user", "content": "Find it."}]
@@ -34,14 +33,12 @@ def play(chat, environments, sampler=None, *, tool_timeout_s=20.0, limits=None, 
 
     rows = [{"prompt": PROMPT, "index": index} for index in range(len(environments))]
     options = {key: value for key, value in kwargs.items() if key != "environment_timeout_s"}
-    return play_episodes(
-        [EpisodeRequest(row, stream_position=row["index"]) for row in rows],
+    return play_in(
         make,
+        [EpisodeRequest(row, stream_position=row["index"]) for row in rows],
         sampler or ScriptedSampler(chat, lambda order: [LOOK, STOP][order[2]]),
-        chat=chat,
+        chat,
         limits=limits or EpisodeLimits(),
-        sampling=SamplingParams(max_new_tokens=200),
-        run_seed=0,
         **options,
     )
 
@@ -72,14 +69,12 @@ def test_how_many_play_at_a_time_changes_nothing(chat):
 def test_episodes_know_their_row_and_their_question(chat):
     def play_rows(row, **known):
         sampler = ScriptedSampler(chat, lambda order: f"there{END}")
-        return play_episodes(
-            [EpisodeRequest(row, 7, **known)],
+        return play_in(
             lambda row: None,
+            [EpisodeRequest(row, 7, **known)],
             sampler,
-            chat=chat,
-            limits=EpisodeLimits(),
-            sampling=SamplingParams(max_new_tokens=9),
-            run_seed=0,
+            chat,
+            max_new_tokens=9,
         )[0]
 
     known = play_rows({"prompt": PROMPT}, dataset_row=3)
@@ -120,14 +115,11 @@ def test_every_episode_has_a_row_of_its_own(chat, num_accidents):
 
     lock = threading.Lock()  # which cannot be copied
     row = {"prompt": [{"role": "user", "content": "Find it."}], "facts": ["a", "b"], "lock": lock}
-    episodes = play_episodes(
-        [EpisodeRequest(row, 0, generation) for generation in range(3)],
+    episodes = play_in(
         lambda row: make_playable(Takes(), tool_timeout_s=20),
+        [EpisodeRequest(row, 0, generation) for generation in range(3)],
         ScriptedSampler(chat, script),
-        chat=chat,
-        limits=EpisodeLimits(),
-        sampling=SamplingParams(max_new_tokens=200),
-        run_seed=0,
+        chat,
     )
     assert row == {"prompt": PROMPT, "facts": ["a", "b"], "lock": lock}
     assert [episode.error for episode in episodes] == [None] * 3

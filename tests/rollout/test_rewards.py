@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.rollout.scripted import LookEnvironment, ScriptedSampler, call
+from tests.rollout.scripted import LookEnvironment, ScriptedSampler, call, play_in
 from trl_steppo.environments import make_playable
 from trl_steppo.errors import ConfigurationError, RolloutError
-from trl_steppo.inference.base import SamplingParams
-from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes, score_episodes
+from trl_steppo.rollout import EpisodeRequest, score_episodes
 from trl_steppo.rollout.rewards import check_reward_funcs, paid, takes_environments, within_float32
 from trl_steppo.types import Episode, StopReason
 
@@ -22,14 +21,11 @@ ROWS = [{"prompt": [{"role": "user", "content": text}], "answer": text} for text
 
 @pytest.fixture(scope="module")
 def episodes(chat):
-    return play_episodes(
-        [EpisodeRequest(row, index) for index, row in enumerate(ROWS)],
+    return play_in(
         lambda row: make_playable(LookEnvironment()),
+        [EpisodeRequest(row, index) for index, row in enumerate(ROWS)],
         ScriptedSampler(chat, lambda order: [LOOK, STOP][order[2]]),
-        chat=chat,
-        limits=EpisodeLimits(),
-        sampling=SamplingParams(max_new_tokens=200),
-        run_seed=0,
+        chat,
     )
 
 
@@ -148,14 +144,11 @@ def test_nothing_to_score_calls_nothing(chat):
 
 def test_a_malformed_call_reaches_a_reward_function_as_its_raw_text(chat):
     malformed = '<tool_call>\n{"name": "look", "arguments": {"where": NaN}}\n</tool_call>'
-    (episode,) = play_episodes(
-        [EpisodeRequest(ROWS[0], 0)],
+    (episode,) = play_in(
         lambda row: make_playable(LookEnvironment()),
+        [EpisodeRequest(ROWS[0], 0)],
         ScriptedSampler(chat, lambda order: [malformed + "<|im_end|>", STOP][order[2]]),
-        chat=chat,
-        limits=EpisodeLimits(),
-        sampling=SamplingParams(max_new_tokens=200),
-        run_seed=0,
+        chat,
     )
     seen = []
 
@@ -265,14 +258,11 @@ def test_prompts_have_what_reset_returned_at_their_end(chat):
             return " and more"
 
     def played(row):
-        (episode,) = play_episodes(
-            [EpisodeRequest(row, 0)],
+        (episode,) = play_in(
             lambda row: make_playable(Asks()),
+            [EpisodeRequest(row, 0)],
             ScriptedSampler(chat, lambda order: STOP),
-            chat=chat,
-            limits=EpisodeLimits(),
-            sampling=SamplingParams(max_new_tokens=200),
-            run_seed=0,
+            chat,
         )
         seen = {}
         score_episodes([lambda **given: seen.update(given) or [0.0]], None, [episode], [row], chat=chat)
@@ -435,14 +425,11 @@ class Unsure:
 )
 def test_get_reward_may_not_apply(chat, environment, reward, expected):
     """The functions pay then; what nobody pays has failed."""
-    (episode,) = play_episodes(
-        [EpisodeRequest(ROWS[0], 0)],
+    (episode,) = play_in(
         lambda row: make_playable(environment()),
+        [EpisodeRequest(ROWS[0], 0)],
         ScriptedSampler(chat, lambda order: STOP),
-        chat=chat,
-        limits=EpisodeLimits(),
-        sampling=SamplingParams(max_new_tokens=200),
-        run_seed=0,
+        chat,
     )
     assert episode.valid
     (scored,) = score_episodes([lambda prompts, **kwargs: [reward]], None, [episode], ROWS[:1], chat=chat)

@@ -10,12 +10,11 @@ from typing import ClassVar
 
 import pytest
 
-from tests.rollout.scripted import END, LookEnvironment, ScriptedSampler, call
+from tests.rollout.scripted import END, LookEnvironment, ScriptedSampler, call, play_in
 from trl_steppo.calls import MainThreadNeededError
 from trl_steppo.environments import make_playable
 from trl_steppo.errors import ConfigurationError
-from trl_steppo.inference.base import SamplingParams
-from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, MainThreadKinds, Stage, play_episodes
+from trl_steppo.rollout import EpisodeRequest, MainThreadKinds, Stage
 
 PROMPT = [{"role": "user", "content": "Find it."}]
 DONE = f"done{END}"
@@ -40,14 +39,11 @@ def on_stage(chat):
 
 
 def play(stage, script, chat, count=2):
-    return play_episodes(
-        [EpisodeRequest({"prompt": PROMPT, "index": index}, index) for index in range(count)],
+    return play_in(
         stage,
+        [EpisodeRequest({"prompt": PROMPT, "index": index}, index) for index in range(count)],
         ScriptedSampler(chat, script),
-        chat=chat,
-        limits=EpisodeLimits(),
-        sampling=SamplingParams(max_new_tokens=200),
-        run_seed=0,
+        chat,
     )
 
 

@@ -1,9 +1,8 @@
 import pytest
 
-from tests.rollout.scripted import ScriptedSampler, call
+from tests.rollout.scripted import ScriptedSampler, call, play_in
 from trl_steppo.environments import make_playable
-from trl_steppo.inference.base import SamplingParams
-from trl_steppo.rollout import EpisodeLimits, EpisodeRequest, play_episodes, score_episodes
+from trl_steppo.rollout import EpisodeRequest, score_episodes
 from trl_steppo.types import StopReason
 
 ROW = {"prompt": [{"role": "user", "content": "Which genes?"}]}
@@ -11,14 +10,11 @@ ROWS = [("JNKK", 9606), ("MAPKK4", 9606)]
 
 
 def play(chat, tool):
-    return play_episodes(
-        [EpisodeRequest(ROW, 0)],
+    return play_in(
         lambda row: make_playable(tools=[tool]),
+        [EpisodeRequest(ROW, 0)],
         ScriptedSampler(chat, lambda order: call(tool.__name__) if order[2] == 0 else "*yes*<|im_end|>"),
-        chat=chat,
-        limits=EpisodeLimits(),
-        sampling=SamplingParams(max_new_tokens=200),
-        run_seed=0,
+        chat,
     )
 
 

@@ -30,5 +30,4 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampler waits however long a thread stalls: else its batches differ, and with them its last digits."""
-    for name in ("play_episodes", "play_agents"):
-        monkeypatch.setattr(player, name, partial(getattr(player, name), grace_s=60.0))
+    monkeypatch.setattr(player, "play_episodes", partial(player.play_episodes, grace_s=60.0))

@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from ..gateway import GatewayServer, SessionSpec
-    from ..gateway.sampling import Engine
+    from ..gateway import EpisodeSpec, GatewayServer
+    from ..gateway.sampling import SamplerLoop
     from ..gateway.tokens import ChatFormats
     from ..inference.base import SamplingParams
     from ..inference.local import LocalSampler
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         port=args.port,
         store=directory / "sessions.sqlite",
         admin_key=admin_key,
-        default=SessionSpec(
+        default=EpisodeSpec(
             EpisodeLimits(max_interaction_steps=args.max_interaction_steps),
             SamplingParams(args.response_length, temperature=args.temperature),
         ),
@@ -88,7 +88,9 @@ def run(args: argparse.Namespace) -> None:
         gc.collect()
         gc.freeze()  # what is loaded now stays: later collections need not look at it
         server.start()
-        server.resume(Engine(LocalSampler(model, allow_uncached=args.allow_uncached_sampling), _loop_in_a_thread()))
+        server.resume(
+            SamplerLoop(LocalSampler(model, allow_uncached=args.allow_uncached_sampling), _loop_in_a_thread())
+        )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.stop())
         print(f"serving {args.model} on {server.base_url}; the admin's key is in {key_file}", flush=True)

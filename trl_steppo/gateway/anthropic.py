@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .bodies import FIRST_ERROR, Body, Content, JsonObject, Part, call_message, dumps, event, text_of
-from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces
+from ..types import JsonObject, Message
+from .bodies import FIRST_ERROR, Body, Content, FiniteObject, Part, call_message, dumps, event, text_of
+from .conversation import Answer, ModelRequest, RequestError, Wishes, pieces
+from .dialect import Dialect, ModelBody
 from .limits import BodyLimits
 
 
@@ -18,9 +20,9 @@ class ToolUse(Body):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: JsonObject
-    caller: JsonObject | None = None
-    cache_control: JsonObject | None = None
+    input: FiniteObject
+    caller: FiniteObject | None = None
+    cache_control: FiniteObject | None = None
 
 
 class ToolResult(Body):
@@ -30,7 +32,7 @@ class ToolResult(Body):
     tool_use_id: str
     content: Content | None = None
     is_error: bool | None = None
-    cache_control: JsonObject | None = None
+    cache_control: FiniteObject | None = None
 
 
 class Thinking(Body):
@@ -57,8 +59,8 @@ class AnthropicTool(Body):
     type: Literal["custom"] | None = None
     name: str
     description: str | None = None
-    input_schema: JsonObject
-    cache_control: JsonObject | None = None
+    input_schema: FiniteObject
+    cache_control: FiniteObject | None = None
     strict: bool | None = None
 
 
@@ -78,7 +80,7 @@ class ThinkingChoice(Body):
     display: str | None = None
 
 
-class MessagesBody(Body):
+class MessagesBody(ModelBody):
     """`POST /v1/messages`."""
 
     model: str
@@ -95,10 +97,10 @@ class MessagesBody(Body):
     thinking: ThinkingChoice | None = None
     metadata: dict[str, str | None] | None = None
     service_tier: str | None = None
-    cache_control: JsonObject | None = None
+    cache_control: FiniteObject | None = None
 
     def request(self, limits: BodyLimits) -> ModelRequest:
-        """In our own form."""
+        """What is asked, in our own form."""
         choice = self.tool_choice
         tools = () if choice is not None and choice.type == "none" else self.tools or ()
         ignored = {
@@ -129,7 +131,7 @@ class MessagesBody(Body):
         )
 
 
-def _tool(tool: AnthropicTool) -> dict[str, Any]:
+def _tool(tool: AnthropicTool) -> JsonObject:
     described = {} if tool.description is None else {"description": tool.description}
     return {"type": "function", "function": {"name": tool.name, **described, "parameters": tool.input_schema}}
 
@@ -148,8 +150,8 @@ def _messages(messages: list[InputMessage]) -> Iterator[Message]:
             yield from _user_messages(message.content, names)
 
 
-def _user_messages(blocks: list[Any], names: dict[str, str]) -> Iterator[Message]:
-    """Tools' answers come before what the user says beside them."""
+def _user_messages(blocks: Sequence[Block], names: dict[str, str]) -> Iterator[Message]:
+    """Messages of a user's turn. Tools' answers come before what the user says."""
     for block in blocks:
         if isinstance(block, ToolResult):
             yield {"role": "tool", "name": names.get(block.tool_use_id, ""), "content": text_of(block.content)}
@@ -161,7 +163,7 @@ def _user_messages(blocks: list[Any], names: dict[str, str]) -> Iterator[Message
 # -- responses --------------------------------------------------------------------------------------------------------
 
 
-def message(answer: Answer) -> dict[str, Any]:
+def message(answer: Answer) -> JsonObject:
     """A whole response."""
     return {
         **_head(answer),
@@ -175,14 +177,14 @@ def message(answer: Answer) -> dict[str, Any]:
 def message_stream(answer: Answer) -> Iterator[bytes]:
     """The same response as a stream."""
 
-    def send(kind: str, **data: Any) -> bytes:
+    def send(kind: str, **data: object) -> bytes:
         return event({"type": kind, **data}, kind)
 
     opening = {**_head(answer), "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(answer, 0)}
     yield send("message_start", message=opening)
     for index, block in enumerate(_content(answer)):
         kind = block["type"]
-        empty: dict[str, Any] = {**block, ("input" if kind == "tool_use" else kind): {} if kind == "tool_use" else ""}
+        empty: JsonObject = {**block, ("input" if kind == "tool_use" else kind): {} if kind == "tool_use" else ""}
         yield send("content_block_start", index=index, content_block=empty)
         text = dumps(block["input"]) if kind == "tool_use" else block[kind]
         name = {"tool_use": "input_json_delta", "text": "text_delta", "thinking": "thinking_delta"}[kind]
@@ -195,12 +197,12 @@ def message_stream(answer: Answer) -> Iterator[bytes]:
     yield send("message_stop")
 
 
-def _head(answer: Answer) -> dict[str, Any]:
+def _head(answer: Answer) -> JsonObject:
     return {"id": f"msg_{answer.answer_id}", "type": "message", "role": "assistant", "model": answer.model}
 
 
-def _content(answer: Answer) -> list[dict[str, Any]]:
-    blocks: list[dict[str, Any]] = []
+def _content(answer: Answer) -> list[JsonObject]:
+    blocks: list[JsonObject] = []
     if answer.reasoning:
         blocks.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
     if answer.text or not answer.tool_calls:
@@ -220,7 +222,7 @@ def _stop_reason(answer: Answer) -> str:
     return "stop_sequence" if answer.stop_sequence is not None else "end_turn"
 
 
-def _usage(answer: Answer, output_tokens: int) -> dict[str, Any]:
+def _usage(answer: Answer, output_tokens: int) -> JsonObject:
     return {
         "input_tokens": answer.prompt_tokens - answer.kept_tokens,
         "cache_read_input_tokens": answer.kept_tokens,
@@ -229,10 +231,28 @@ def _usage(answer: Answer, output_tokens: int) -> dict[str, Any]:
     }
 
 
-_KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
 
 
-def error_body(error: RequestError) -> dict[str, Any]:
-    """A refusal as Anthropic writes it."""
-    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+def error_body(error: RequestError) -> JsonObject:
+    """A refusal in the form of Anthropic's API."""
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def error_event(error: RequestError) -> bytes:
+    """A failure within a stream."""
+    return event(error_body(error), "error")
+
+
+# -- the API ----------------------------------------------------------------------------------------------------------
+
+MESSAGES = Dialect(
+    "/v1/messages",
+    "Anthropic: messages",
+    MessagesBody,
+    whole=lambda answer, body: message(answer),
+    stream=lambda answer, body: message_stream(answer),
+    error=error_body,
+    error_event=error_event,
+)

@@ -1,45 +1,47 @@
-"""What the bodies of all APIs have in common: how they are read, and how a mistake in one is told."""
+"""What the bodies of all APIs have in common: how they are read, how their mistakes are told, and JSON for clients."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from .conversation import Message, RequestError
+from ..types import JsonObject, Message
+from .conversation import RequestError
 from .limits import BodyLimits, check_structure
 
 B = TypeVar("B", bound="Body")
+T = TypeVar("T")
 
 
 class Body(BaseModel):
-    """A body of which every field is known: one that is not is refused by its name, unless it is null."""
+    """A body whose fields are all known. Others are refused by name, unless they are null."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
     __pydantic_extra__: dict[str, None] = Field(init=False)
 
 
-def _check_finite(value: Any) -> Any:
+def _check_finite(value: T) -> T:
     if not is_finite(value):
-        raise ValueError("NaN and infinite numbers are no JSON")
+        raise ValueError("NaN and infinite numbers are not JSON")
     return value
 
 
-JsonObject = Annotated[dict[str, Any], AfterValidator(_check_finite)]
-"""An object with anything in it that is JSON."""
+FiniteObject = Annotated[JsonObject, AfterValidator(_check_finite)]
+"""An object of JSON values."""
 
-JsonList = Annotated[list[Any], AfterValidator(_check_finite)]
-"""The same, as a list."""
+FiniteList = Annotated[list[object], AfterValidator(_check_finite)]
+"""A list of JSON values."""
 
 FIRST_ERROR = Field(fail_fast=True)
-"""Of a list: what is wrong behind the first mistake is not looked for, however long the list is."""
+"""For lists: validation stops at the first mistake, however long the list is."""
 
 
 class OpenAIOptions(Body):
-    """What chat completions and responses may both say beside what they ask for."""
+    """Fields that chat completions and responses share, and that do not change what is sampled."""
 
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
@@ -55,11 +57,11 @@ class Part(Body):
 
     type: Literal["text", "input_text", "output_text"]
     text: str
-    annotations: JsonList | None = None
-    logprobs: JsonList | None = None
-    citations: JsonList | None = None
-    cache_control: JsonObject | None = None
-    prompt_cache_breakpoint: JsonObject | None = None
+    annotations: FiniteList | None = None
+    logprobs: FiniteList | None = None
+    citations: FiniteList | None = None
+    cache_control: FiniteObject | None = None
+    prompt_cache_breakpoint: FiniteObject | None = None
 
 
 Content = str | Annotated[list[Part], FIRST_ERROR]
@@ -67,7 +69,7 @@ Content = str | Annotated[list[Part], FIRST_ERROR]
 
 def read_body(kind: type[B], body: bytes, limits: BodyLimits) -> B:
     """
-    A body as its API describes it.
+    Read a body as its API describes it.
 
     Args:
         kind (`type[Body]`):
@@ -75,10 +77,10 @@ def read_body(kind: type[B], body: bytes, limits: BodyLimits) -> B:
         body (`bytes`):
             What was sent.
         limits ([`~gateway.limits.BodyLimits`]):
-            What it may consist of, which is looked at first.
+            What it may consist of, which is checked first.
 
     Raises:
-        RequestError: It is not; names the first field that is wrong.
+        RequestError: The body is something else. The message names the first field that is wrong.
     """
     check_structure(body, limits)
     body = whole_characters(body)
@@ -100,25 +102,25 @@ _ESCAPES = re.compile(
 
 
 def whole_characters(body: bytes) -> bytes:
-    """JSON in which half a surrogate pair, which a client may have cut out of a text, is U+FFFD."""
+    """Replace each lone half of a surrogate pair in JSON, which a client may have cut out of a text, by U+FFFD."""
     if b"\\ud" not in body and b"\\uD" not in body:
         return body
-    return _ESCAPES.sub(lambda found: found[0] if found[1] is None else b"\\ufffd", body)
+    return _ESCAPES.sub(lambda match: match[0] if match[1] is None else b"\\ufffd", body)
 
 
-def _names_a_type(part: Any) -> bool:
-    """Whether a part of a field's place is no field, but which of several types was tried."""
+def _names_a_type(part: object) -> bool:
+    """Whether a part of an error's location names one of several possible types, and not a field."""
     return isinstance(part, str) and (part in ("str", "none") or "[" in part or part[:1].isupper())
 
 
 def text_of(content: Content | None) -> str:
-    """The text of a message; its parts stand on lines of their own."""
+    """The text of a message, with a line for each of its parts."""
     if content is None or isinstance(content, str):
         return content or ""
     return "\n".join(part.text for part in content)
 
 
-def arguments_of(text: str, param: str, limits: BodyLimits) -> dict[str, Any]:
+def arguments_of(text: str, param: str, limits: BodyLimits) -> JsonObject:
     """The arguments of a tool call that a client sends back."""
     check_structure(text.encode("utf-8", "surrogatepass"), limits)
     try:
@@ -126,12 +128,12 @@ def arguments_of(text: str, param: str, limits: BodyLimits) -> dict[str, Any]:
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict) or not is_finite(arguments):
-        raise RequestError(400, f"`{param}` is no JSON object", param=param)
+        raise RequestError(400, f"`{param}` is not a JSON object", param=param)
     return arguments
 
 
-def call_message(content: str, calls: list[tuple[str, dict[str, Any]]]) -> Message:
-    """An assistant's message in our own form."""
+def call_message(content: str, calls: list[tuple[str, JsonObject]]) -> Message:
+    """An assistant's message with tool calls, in our own form."""
     message: Message = {"role": "assistant", "content": content}
     if calls:
         message["tool_calls"] = [
@@ -140,33 +142,33 @@ def call_message(content: str, calls: list[tuple[str, dict[str, Any]]]) -> Messa
     return message
 
 
-def is_finite(value: Any) -> bool:
-    """Whether JSON can say a value: NaN and infinite numbers have no form there."""
-    left = [value]
-    while left:
-        one = left.pop()
-        if isinstance(one, dict):
-            left.extend(one.values())
-        elif isinstance(one, list | tuple):
-            left.extend(one)
-        elif isinstance(one, float) and not math.isfinite(one):
+def is_finite(value: object) -> bool:
+    """Whether JSON can write a value, which it cannot where there are NaN or infinite numbers."""
+    values = [value]
+    while values:
+        part = values.pop()
+        if isinstance(part, dict):
+            values.extend(part.values())
+        elif isinstance(part, list | tuple):
+            values.extend(part)
+        elif isinstance(part, float) and not math.isfinite(part):
             return False
     return True
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """A value with null in the place of each NaN and infinite number."""
     if is_finite(value):
         return value
     if isinstance(value, dict):
-        return {name: finite(one) for name, one in value.items()}
-    return [finite(one) for one in value] if isinstance(value, list | tuple) else None
+        return {name: finite(part) for name, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, list | tuple) else None
 
 
-def dumps(value: Any, *, compact: bool = False) -> str:
+def dumps(value: object, *, compact: bool = False) -> str:
     """
-    JSON for a client; null where a number is none. In ASCII: a model may escape half a character in a tool call,
-    which no encoding has.
+    JSON for a client, with null in the place of NaN and infinite numbers. It is ASCII, because a model may escape half
+    a character in a tool call, which no encoding has.
     """
     separators = (",", ":") if compact else None
     try:
@@ -175,7 +177,7 @@ def dumps(value: Any, *, compact: bool = False) -> str:
         return json.dumps(finite(value), separators=separators, allow_nan=False)
 
 
-def event(data: Any, name: str | None = None) -> bytes:
+def event(data: object, name: str | None = None) -> bytes:
     """One server-sent event."""
     text = data if isinstance(data, str) else dumps(data, compact=True)
     return (f"event: {name}\n" if name is not None else "").encode() + f"data: {text}\n\n".encode()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..errors import StepPOError
-from ..types import Message
+from ..types import JsonObject, Message
 
 
 class RequestError(StepPOError):
@@ -20,7 +19,7 @@ class RequestError(StepPOError):
         status (`int`):
             HTTP status.
         message (`str`):
-            What is wrong with it, and the cure.
+            What is wrong with the request, and the cure.
         param (`str`, *optional*):
             The field that is to blame.
         code (`str`, *optional*):
@@ -74,7 +73,7 @@ class Wishes:
 @dataclass(frozen=True)
 class ModelRequest:
     """
-    One call of the model, whichever API it came by.
+    One call of the model, in a form that all APIs are translated to.
 
     Args:
         model (`str`):
@@ -93,15 +92,15 @@ class ModelRequest:
         call_ids (`tuple[str, ...]`, *optional*):
             Ids of the tool calls that the client sends back.
         ignored (`tuple[str, ...]`, *optional*):
-            Fields that were taken and have no effect, for the client to be told.
+            Fields that were accepted and have no effect, which the client is told.
         size (`int`, *optional*, defaults to `0`):
-            Bytes of the body that said all this.
+            Bytes of the body.
     """
 
     model: str
     messages: tuple[Message, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[JsonObject, ...] = ()
     wishes: Wishes = field(default_factory=Wishes)
     logprobs: bool = False
     call_ids: tuple[str, ...] = ()
@@ -120,28 +119,28 @@ class Answer:
         created (`int`):
             Seconds since 1970.
         model (`str`):
-            As the client called it.
+            What the client called the model.
         text (`str`):
             What the model said, without its tool calls.
         tool_calls (`tuple[dict, ...]`):
-            Each `id`, `name` and `arguments`, an object.
+            Each with `id`, `name` and `arguments`, an object.
         reasoning (`str`):
-            What it thought before.
+            What the model thought before.
         finish_reason (`str`):
             `"stop"`, `"length"` or `"tool_calls"`.
         stop_sequence (`str`, *optional*):
-            The text that ended it, where one did.
+            The text that ended the response, where one did.
         prompt_tokens, kept_tokens, completion_tokens (`int`):
-            Read; of these, read before; written.
+            Number of tokens of the prompt; of these, those that an earlier step has; number of tokens of the response.
         tokens (`tuple[str, ...]`), logprobs (`tuple[float, ...]`):
-            The text of each written token, and its log-probability; empty where the client did not ask.
+            The text of each token of the response, and its log-probability; empty where the client did not ask.
     """
 
     answer_id: str
     created: int
     model: str
     text: str
-    tool_calls: tuple[dict[str, Any], ...]
+    tool_calls: tuple[JsonObject, ...]
     reasoning: str
     finish_reason: str
     stop_sequence: str | None
@@ -153,12 +152,20 @@ class Answer:
 
     @property
     def message(self) -> Message:
-        """As the client will send it back, in our own form."""
+        """The message that the client will send back, in our own form."""
         calls = [
             {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
             for call in self.tool_calls
         ]
         return {"role": "assistant", "content": self.text, **({"tool_calls": calls} if calls else {})}
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def unauthorized() -> RequestError:
+    """The one answer to all wrong, missing, foreign and finished keys."""
+    return RequestError(401, "this key is not valid here", code="invalid_api_key")
 
 
 def context_error(context: int, what: str, request: ModelRequest) -> RequestError:
@@ -174,37 +181,37 @@ def context_error(context: int, what: str, request: ModelRequest) -> RequestErro
 # -- keys -------------------------------------------------------------------------------------------------------------
 
 
-def tools_key(tools: Iterable[Mapping[str, Any]]) -> bytes:
-    """The key of an empty conversation in which these tools are shown."""
+def tools_key(tools: Iterable[JsonObject]) -> bytes:
+    """Key of an empty conversation in which these tools are shown."""
     return _digest(b"tools", _canonical(list(tools)))
 
 
 def next_key(key: bytes, message: Message) -> bytes:
-    """The key of a conversation that has one more message."""
+    """Key of a conversation that has one more message."""
     return _digest(key, _canonical(comparable(message)))
 
 
 def prefix_keys(key: bytes, messages: Sequence[Message]) -> list[bytes]:
-    """The keys of the first 0, 1, ... all messages behind a conversation of this key."""
+    """Keys of a conversation of this key followed by the first 0, 1, ... all messages."""
     keys = [key]
     for message in messages:
         keys.append(next_key(keys[-1], message))
     return keys
 
 
-def comparable(message: Message) -> list[Any]:
+def comparable(message: Message) -> list[object]:
     """
-    What of a message tells it from others. Clients drop what the model thought, write the ids of tool calls anew, and
-    strip text at its ends; none of it makes another history.
+    What of a message distinguishes it from others. Clients drop what the model thought, write ids of their own for
+    tool calls, and strip text at its ends; none of it makes another history.
     """
     calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls") or ()]
     content = message.get("content") or ""
-    is_own = message["role"] == "assistant"
-    return [message["role"], content.strip() if is_own else content, calls, message.get("name", "")]
+    is_of_model = message["role"] == "assistant"
+    return [message["role"], content.strip() if is_of_model else content, calls, message.get("name", "")]
 
 
 def text_keys(text: str, lengths: Iterable[int]) -> dict[int, bytes]:
-    """The keys of the first `lengths` characters of a text, in one pass over it."""
+    """Keys of the first `lengths` characters of a text, in one pass over it."""
     keys: dict[int, bytes] = {}
     hasher, done = hashlib.blake2b(b"text", digest_size=16), 0
     for length in sorted(n for n in set(lengths) if n <= len(text)):
@@ -214,7 +221,7 @@ def text_keys(text: str, lengths: Iterable[int]) -> dict[int, bytes]:
 
 
 def request_key(path: str, body: bytes) -> str:
-    """What tells one request from another: a retry has the same."""
+    """Key of a request, which its retries share."""
     return hashlib.blake2b(path.encode() + b"\0" + body, digest_size=16).hexdigest()
 
 
@@ -225,10 +232,13 @@ def _digest(key: bytes, text: str) -> bytes:
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
-def token_logprobs(answer: Answer) -> list[dict[str, Any]]:
+# -- parts of answers -------------------------------------------------------------------------------------------------
+
+
+def token_logprobs(answer: Answer) -> list[JsonObject]:
     """
-    Each written token with its log-probability, as OpenAI's APIs write it. A token that is not whole characters has no
-    bytes here: its text is not what it stands for.
+    Each token of a response with its log-probability, as OpenAI's APIs write it. `bytes` is `None` for a token that is
+    not whole characters, because its text is not what it stands for.
     """
     return [
         {
@@ -241,7 +251,10 @@ def token_logprobs(answer: Answer) -> list[dict[str, Any]]:
     ]
 
 
-# -- stop texts -------------------------------------------------------------------------------------------------------
+def pieces(text: str) -> list[str]:
+    """A text in the portions that a stream sends."""
+    size = 24
+    return [text[start : start + size] for start in range(0, len(text), size)]
 
 
 def stops_at(
@@ -250,8 +263,8 @@ def stops_at(
     """
     Where a text of `stop` first appears in a response: how many of its tokens were needed, and which text it was.
 
-    A response that is cut there is what sampling would have given that had looked after every token: no token depends
-    on those that follow it.
+    A response that is cut there equals one whose sampling had looked for the text after every token, because no token
+    depends on those that follow it.
     """
     if not any(text in decode(ids) for text in stop):
         return None
@@ -259,13 +272,7 @@ def stops_at(
     while low < high:
         middle = (low + high) // 2
         text = decode(ids[:middle])
-        low, high = (low, middle) if any(one in text for one in stop) else (middle + 1, high)
+        low, high = (low, middle) if any(stop_text in text for stop_text in stop) else (middle + 1, high)
     text = decode(ids[:low])
-    first = min((one for one in stop if one in text), key=text.index)
+    first = min((stop_text for stop_text in stop if stop_text in text), key=text.index)
     return low, first
-
-
-def pieces(text: str) -> list[str]:
-    """A text in the portions that a stream sends."""
-    size = 24
-    return [text[start : start + size] for start in range(0, len(text), size)]

@@ -1,4 +1,4 @@
-"""What operators see: counters and durations for Prometheus. No key and no text of a conversation is among them."""
+"""Counters and durations for Prometheus. They have no keys and no texts of conversations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Monitor:
-    """The metrics of one gateway, in a registry of its own: a process may have several."""
+    """Metrics of one gateway, in a registry of its own, because a process may have several gateways."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -43,10 +43,10 @@ class Monitor:
         self.paused = Gauge("steppo_gateway_paused", "Whether requests wait for new weights", registry=registry)
 
     def watch(self, *, num_sessions: Callable[[], int], is_paused: Callable[[], bool]) -> None:
-        """Read these whenever someone looks."""
+        """Set the functions that two gauges call whenever they are read."""
         self.sessions.set_function(num_sessions)
         self.paused.set_function(is_paused)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

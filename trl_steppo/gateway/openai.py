@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ..types import JsonObject, Message
 from .bodies import (
     FIRST_ERROR,
     Body,
     Content,
-    JsonList,
-    JsonObject,
+    FiniteList,
+    FiniteObject,
     OpenAIOptions,
     arguments_of,
     call_message,
@@ -20,7 +21,8 @@ from .bodies import (
     event,
     text_of,
 )
-from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces, token_logprobs
+from .conversation import Answer, ModelRequest, RequestError, Wishes, pieces, token_logprobs
+from .dialect import Dialect, ModelBody
 from .limits import BodyLimits
 
 
@@ -29,12 +31,12 @@ class Function(Body):
 
     name: str
     description: str | None = None
-    parameters: JsonObject | None = None
-    returns: Annotated[JsonObject | None, Field(alias="return")] = None
+    parameters: FiniteObject | None = None
+    returns: Annotated[FiniteObject | None, Field(alias="return")] = None
     strict: bool | None = None
 
-    def schema_dict(self) -> dict[str, Any]:
-        """As a chat template shows it."""
+    def schema_dict(self) -> JsonObject:
+        """The schema as a chat template shows it."""
         fields = {
             "name": self.name,
             "description": self.description,
@@ -79,7 +81,7 @@ class ChatMessage(Body):
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    annotations: JsonList | None = None
+    annotations: FiniteList | None = None
     audio: None = None
     function_call: None = None
 
@@ -110,8 +112,8 @@ class ToolChoice(Body):
     function: NamedFunction
 
 
-class _Sampling(Body):
-    """What both APIs say of sampling; what cannot be sampled, or not be scored, may only be left at its default."""
+class _Sampling(ModelBody):
+    """What both APIs say of sampling. Settings that cannot be sampled, or not be scored, must have their defaults."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -133,6 +135,11 @@ class _Sampling(Body):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in stop if text)
 
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
 
 class ChatBody(_Sampling, OpenAIOptions):
     """`POST /v1/chat/completions`."""
@@ -147,7 +154,7 @@ class ChatBody(_Sampling, OpenAIOptions):
     verbosity: str | None = None
 
     def request(self, limits: BodyLimits) -> ModelRequest:
-        """In our own form; what its tool calls say is read within the same limits."""
+        """What is asked, in our own form."""
         tools = () if self.tool_choice == "none" else self.tools or ()
         ignored = {
             "tool_choice": self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice),
@@ -190,20 +197,19 @@ class CompletionBody(_Sampling):
     logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
 
     def request(self, limits: BodyLimits) -> ModelRequest:
-        """In our own form; what its tool calls say is read within the same limits."""
-        prompt = self.prompt
-        given: str | tuple[int, ...]
-        if isinstance(prompt, str):
-            given = prompt
-        elif prompt and isinstance(prompt[0], str):
-            given = prompt[0]
+        """What is asked, in our own form."""
+        prompt: str | tuple[int, ...]
+        if isinstance(self.prompt, str):
+            prompt = self.prompt
+        elif self.prompt and isinstance(self.prompt[0], str):
+            prompt = self.prompt[0]
         else:
-            given = tuple(int(token_id) for token_id in prompt)
-        if not given:
+            prompt = tuple(int(token_id) for token_id in self.prompt)
+        if not prompt:
             raise RequestError(400, "`prompt` is empty; there is nothing to continue", param="prompt")
         return ModelRequest(
             self.model,
-            prompt=given,
+            prompt=prompt,
             wishes=Wishes(self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed, self.stop_texts()),
             logprobs=self.logprobs is not None,
         )
@@ -230,9 +236,9 @@ def _messages(messages: list[ChatMessage], limits: BodyLimits) -> Iterator[Messa
 # -- chat completions -------------------------------------------------------------------------------------------------
 
 
-def chat_completion(answer: Answer) -> dict[str, Any]:
+def chat_completion(answer: Answer) -> JsonObject:
     """A whole response."""
-    message: dict[str, Any] = {
+    message: JsonObject = {
         "role": "assistant",
         "content": answer.text if answer.text or not answer.tool_calls else None,
         "refusal": None,
@@ -251,7 +257,7 @@ def chat_stream(answer: Answer, *, include_usage: bool) -> Iterator[bytes]:
     if include_usage:
         head["usage"] = None
 
-    def chunk(delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None) -> bytes:
+    def chunk(delta: JsonObject, finish_reason: str | None = None, logprobs: JsonObject | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
         return event({**head, "choices": [choice]})
 
@@ -272,7 +278,7 @@ def chat_stream(answer: Answer, *, include_usage: bool) -> Iterator[bytes]:
     yield event("[DONE]")
 
 
-def _chat_head(answer: Answer, kind: str) -> dict[str, Any]:
+def _chat_head(answer: Answer, kind: str) -> JsonObject:
     return {
         "id": f"chatcmpl-{answer.answer_id}",
         "object": kind,
@@ -282,19 +288,19 @@ def _chat_head(answer: Answer, kind: str) -> dict[str, Any]:
     }
 
 
-def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+def _tool_call(call: JsonObject) -> JsonObject:
     function = {"name": call["name"], "arguments": dumps(call["arguments"])}
     return {"id": call["id"], "type": "function", "function": function}
 
 
-def _logprobs(answer: Answer) -> dict[str, Any] | None:
+def _logprobs(answer: Answer) -> JsonObject | None:
     if not answer.tokens:
         return None
     return {"content": token_logprobs(answer), "refusal": None}
 
 
-def usage(answer: Answer) -> dict[str, Any]:
-    """Tokens read and written."""
+def usage(answer: Answer) -> JsonObject:
+    """Numbers of tokens of the prompt and the response."""
     return {
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,
@@ -306,7 +312,7 @@ def usage(answer: Answer) -> dict[str, Any]:
 # -- completions ------------------------------------------------------------------------------------------------------
 
 
-def completion(answer: Answer) -> dict[str, Any]:
+def completion(answer: Answer) -> JsonObject:
     """A whole response."""
     choice = _text_choice(answer.text, answer.finish_reason, _text_logprobs(answer))
     return {**_text_head(answer), "choices": [choice], "usage": usage(answer)}
@@ -325,7 +331,7 @@ def completion_stream(answer: Answer, *, include_usage: bool) -> Iterator[bytes]
     yield event("[DONE]")
 
 
-def _text_head(answer: Answer) -> dict[str, Any]:
+def _text_head(answer: Answer) -> JsonObject:
     return {
         "id": f"cmpl-{answer.answer_id}",
         "object": "text_completion",
@@ -334,11 +340,11 @@ def _text_head(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _text_choice(text: str, finish_reason: str | None, logprobs: Any) -> dict[str, Any]:
+def _text_choice(text: str, finish_reason: str | None, logprobs: JsonObject | None) -> JsonObject:
     return {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": logprobs}
 
 
-def _text_logprobs(answer: Answer) -> dict[str, Any] | None:
+def _text_logprobs(answer: Answer) -> JsonObject | None:
     if not answer.tokens:
         return None
     offsets, length = [], 0
@@ -355,10 +361,38 @@ def _text_logprobs(answer: Answer) -> dict[str, Any] | None:
 
 # -- errors -----------------------------------------------------------------------------------------------------------
 
-_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def error_body(error: RequestError) -> dict[str, Any]:
-    """A refusal as OpenAI writes it."""
-    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+def error_body(error: RequestError) -> JsonObject:
+    """A refusal in the form of OpenAI's APIs."""
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_event(error: RequestError) -> bytes:
+    """A failure within a stream."""
+    return event(error_body(error))
+
+
+# -- the APIs ---------------------------------------------------------------------------------------------------------
+
+CHAT_COMPLETIONS = Dialect(
+    "/v1/chat/completions",
+    "OpenAI: chat completions",
+    ChatBody,
+    whole=lambda answer, body: chat_completion(answer),
+    stream=lambda answer, body: chat_stream(answer, include_usage=body.includes_usage),
+    error=error_body,
+    error_event=error_event,
+)
+
+COMPLETIONS = Dialect(
+    "/v1/completions",
+    "OpenAI: completions",
+    CompletionBody,
+    whole=lambda answer, body: completion(answer),
+    stream=lambda answer, body: completion_stream(answer, include_usage=body.includes_usage),
+    error=error_body,
+    error_event=error_event,
+)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from ..types import JsonObject
 from .bodies import Body
 
 _REFERENCES = "#/components/schemas/{model}"
@@ -27,9 +27,9 @@ class Operation:
     media_type: str = "application/json"
 
 
-def document(operations: Sequence[Operation]) -> dict[str, Any]:
+def document(operations: Sequence[Operation]) -> JsonObject:
     """An OpenAPI 3.1 document of these operations."""
-    schemas: dict[str, Any] = {
+    schemas: JsonObject = {
         "Error": {
             "type": "object",
             "required": ["error"],
@@ -43,7 +43,7 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
             },
         }
     }
-    paths: dict[str, Any] = {}
+    paths: JsonObject = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _describe(operation, schemas)
     return {
@@ -64,13 +64,13 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
     }
 
 
-def _describe(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
-    answers: dict[str, Any] = {operation.media_type: {"schema": {"type": "object"}}}
+def _describe(operation: Operation, schemas: JsonObject) -> JsonObject:
+    answers: JsonObject = {operation.media_type: {"schema": {"type": "object"}}}
     if operation.media_type == "text/plain":
         answers = {"text/plain": {"schema": {"type": "string"}}}
     if operation.streams:
         answers["text/event-stream"] = {"schema": {"type": "string"}}
-    described: dict[str, Any] = {
+    described: JsonObject = {
         "summary": operation.summary + (" (admin's key)" if operation.is_admin else ""),
         "operationId": _name(operation),
         "parameters": [
@@ -108,7 +108,7 @@ def _refusals(operation: Operation) -> dict[int, str]:
     return dict(sorted(refusals.items()))
 
 
-def _refusal(text: str) -> dict[str, Any]:
+def _refusal(text: str) -> JsonObject:
     schema = {"$ref": _REFERENCES.format(model="Error")}
     return {"description": text, "content": {"application/json": {"schema": schema}}}
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from ..types import JsonObject, Message
 from .bodies import (
     FIRST_ERROR,
     Body,
     Content,
-    JsonList,
-    JsonObject,
+    FiniteList,
+    FiniteObject,
     OpenAIOptions,
     arguments_of,
     call_message,
@@ -21,7 +22,8 @@ from .bodies import (
     event,
     text_of,
 )
-from .conversation import Answer, Message, ModelRequest, RequestError, Wishes, pieces, token_logprobs
+from .conversation import Answer, ModelRequest, RequestError, Wishes, pieces, token_logprobs
+from .dialect import Dialect, ModelBody
 from .limits import BodyLimits
 from .openai import error_body
 
@@ -47,7 +49,7 @@ class FunctionCall(Body):
     id: str | None = None
     status: str | None = None
     namespace: str | None = None
-    caller: JsonObject | None = None
+    caller: FiniteObject | None = None
 
 
 class FunctionCallOutput(Body):
@@ -58,7 +60,7 @@ class FunctionCallOutput(Body):
     output: Content
     id: str | None = None
     status: str | None = None
-    caller: JsonObject | None = None
+    caller: FiniteObject | None = None
 
 
 class ReasoningItem(Body):
@@ -66,14 +68,14 @@ class ReasoningItem(Body):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: JsonList | None = None
-    content: JsonList | None = None
+    summary: FiniteList | None = None
+    content: FiniteList | None = None
     encrypted_content: str | None = None
     status: str | None = None
 
 
-def _kind(item: Any) -> str | None:
-    """Which item it is; a message may leave that out."""
+def _kind(item: object) -> str | None:
+    """The type of an item. Messages may leave it out."""
     kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
     return kind if isinstance(kind, str) else None
 
@@ -93,7 +95,7 @@ class ResponseTool(Body):
     type: Literal["function"]
     name: str
     description: str | None = None
-    parameters: JsonObject | None = None
+    parameters: FiniteObject | None = None
     strict: bool | None = None
     defer_loading: Literal[False] | None = None
 
@@ -118,7 +120,7 @@ class ResponseToolChoice(Body):
     name: str
 
 
-class ResponsesBody(OpenAIOptions):
+class ResponsesBody(ModelBody, OpenAIOptions):
     """`POST /v1/responses`."""
 
     model: str
@@ -139,7 +141,7 @@ class ResponsesBody(OpenAIOptions):
     user: str | None = None
 
     def request(self, limits: BodyLimits) -> ModelRequest:
-        """In our own form; what its tool calls say is read within the same limits."""
+        """What is asked, in our own form."""
         tools = () if self.tool_choice == "none" else self.tools or ()
         ignored = {
             "tool_choice": self.tool_choice == "required" or isinstance(self.tool_choice, ResponseToolChoice),
@@ -159,16 +161,16 @@ class ResponsesBody(OpenAIOptions):
         )
 
 
-def _tool(tool: ResponseTool) -> dict[str, Any]:
+def _tool(tool: ResponseTool) -> JsonObject:
     fields = ("name", "description", "parameters", "strict")
     function = {name: getattr(tool, name) for name in fields if getattr(tool, name) is not None}
     return {"type": "function", "function": function}
 
 
-def _messages(items: list[Any], limits: BodyLimits) -> Iterator[Message]:
+def _messages(items: Sequence[Item], limits: BodyLimits) -> Iterator[Message]:
     """One turn of the model may be several items: its text, and each of its calls."""
     names: dict[str, str] = {}
-    turn: tuple[list[str], list[tuple[str, dict[str, Any]]]] | None = None
+    turn: tuple[list[str], list[tuple[str, JsonObject]]] | None = None
     for index, item in enumerate(items):
         if isinstance(item, ReasoningItem):
             continue
@@ -195,7 +197,7 @@ def _messages(items: list[Any], limits: BodyLimits) -> Iterator[Message]:
 # -- responses --------------------------------------------------------------------------------------------------------
 
 
-def response(answer: Answer, body: ResponsesBody) -> dict[str, Any]:
+def response(answer: Answer, body: ResponsesBody) -> JsonObject:
     """A whole response."""
     is_cut = answer.finish_reason == "length"
     return {
@@ -217,7 +219,7 @@ def response_stream(answer: Answer, body: ResponsesBody) -> Iterator[bytes]:
     """The same response as a stream."""
     numbers = count()
 
-    def send(kind: str, **data: Any) -> bytes:
+    def send(kind: str, **data: object) -> bytes:
         return event({"type": kind, "sequence_number": next(numbers), **data}, kind)
 
     whole = response(answer, body)
@@ -228,7 +230,8 @@ def response_stream(answer: Answer, body: ResponsesBody) -> Iterator[bytes]:
         at = {"output_index": index, "item_id": item["id"]}
         if item["type"] == "message":
             part = item["content"][0]
-            yield send("response.output_item.added", output_index=index, item={**item, "content": [], **_running})
+            opened = {**item, "content": [], **_IN_PROGRESS}
+            yield send("response.output_item.added", output_index=index, item=opened)
             empty = {**part, "text": "", "logprobs": []}
             yield send("response.content_part.added", **at, content_index=0, part=empty)
             for piece in pieces(part["text"]):
@@ -242,7 +245,8 @@ def response_stream(answer: Answer, body: ResponsesBody) -> Iterator[bytes]:
             )
             yield send("response.content_part.done", **at, content_index=0, part=part)
         elif item["type"] == "function_call":
-            yield send("response.output_item.added", output_index=index, item={**item, "arguments": "", **_running})
+            opened = {**item, "arguments": "", **_IN_PROGRESS}
+            yield send("response.output_item.added", output_index=index, item=opened)
             for piece in pieces(item["arguments"]):
                 yield send("response.function_call_arguments.delta", **at, delta=piece)
             yield send("response.function_call_arguments.done", **at, name=item["name"], arguments=item["arguments"])
@@ -259,11 +263,11 @@ def error_event(error: RequestError) -> bytes:
     return event({"type": "error", "sequence_number": 0, **shown, **body}, "error")
 
 
-_running = {"status": "in_progress"}
+_IN_PROGRESS = {"status": "in_progress"}
 
 
-def _output(answer: Answer) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = []
+def _output(answer: Answer) -> list[JsonObject]:
+    items: list[JsonObject] = []
     if answer.reasoning:
         summary = [{"type": "summary_text", "text": answer.reasoning}]
         items.append({"type": "reasoning", "id": f"rs_{answer.answer_id}", "summary": summary})
@@ -297,7 +301,7 @@ def _output(answer: Answer) -> list[dict[str, Any]]:
     return items
 
 
-def _head(answer: Answer, body: ResponsesBody) -> dict[str, Any]:
+def _head(answer: Answer, body: ResponsesBody) -> JsonObject:
     return {
         "id": f"resp_{answer.answer_id}",
         "object": "response",
@@ -317,3 +321,16 @@ def _head(answer: Answer, body: ResponsesBody) -> dict[str, Any]:
         "truncation": "disabled",
         "store": False,
     }
+
+
+# -- the API ----------------------------------------------------------------------------------------------------------
+
+RESPONSES = Dialect(
+    "/v1/responses",
+    "OpenAI: responses",
+    ResponsesBody,
+    whole=response,
+    stream=response_stream,
+    error=error_body,
+    error_event=error_event,
+)

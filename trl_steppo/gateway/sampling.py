@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
-from ..inference.base import Sample, Sampler, SamplingParams
+from ..inference.base import Pacer, Sample, Sampler, SamplingParams
 from .conversation import RequestError
 
 
-class Pacer(Protocol):
-    """Counts who waits for the sampler ([`~rollout.InFlight`])."""
-
-    def at_sampler(self) -> AbstractContextManager[None]:
-        """Around a call of the sampler."""
-        ...
-
-
 @dataclass(frozen=True)
-class Engine:
+class SamplerLoop:
     """
-    What samples.
+    A sampler, and the event loop that it runs in.
 
     Args:
         sampler ([`Sampler`]):
@@ -64,37 +55,37 @@ class Engine:
 
 class SamplingPort:
     """
-    Where requests wait for an engine. Lives in the gateway's loop, and all of its methods with it.
+    Where requests wait for a sampler. Its methods run in the gateway's event loop.
 
     Args:
         max_wait_s (`float`, *optional*, defaults to `20.0`):
-            How long a request waits while there is no engine; after that its client is told to try again.
+            How long a request waits while there is no sampler; after that its client is told to try again.
         retry_after_s (`float`, *optional*, defaults to `5.0`):
-            When.
+            How much later the client is told to try again.
     """
 
     def __init__(self, *, max_wait_s: float = 20.0, retry_after_s: float = 5.0) -> None:
         self.max_wait_s = max_wait_s
         self.retry_after_s = retry_after_s
         self.num_in_flight = 0
-        self._engine: Engine | None = None
+        self._current: SamplerLoop | None = None
         self._changed = asyncio.Condition()
 
     @property
     def is_paused(self) -> bool:
         """Whether requests wait."""
-        return self._engine is None
+        return self._current is None
 
-    async def resume(self, engine: Engine) -> None:
-        """Let requests through, to this engine."""
+    async def resume(self, sampler: SamplerLoop) -> None:
+        """Let requests through, to this sampler."""
         async with self._changed:
-            self._engine = engine
+            self._current = sampler
             self._changed.notify_all()
 
     async def pause(self) -> None:
         """Hold new requests; return when those that were let through have been answered."""
         async with self._changed:
-            self._engine = None
+            self._current = None
             await self._changed.wait_for(lambda: self.num_in_flight == 0)
 
     async def sample(
@@ -104,24 +95,25 @@ class SamplingPort:
         Sample one response.
 
         Raises:
-            RequestError: There was no engine for too long.
+            RequestError: There was no sampler for too long.
         """
-        engine = await self._next_engine()
+        sampler = await self._admit()
         try:
-            return await engine.sample(prompt_ids, params, session_id=session_id, order=order)
+            return await sampler.sample(prompt_ids, params, session_id=session_id, order=order)
         finally:
             self.num_in_flight -= 1
-            if self._engine is None:
-                asyncio.ensure_future(self._tell())  # noqa: RUF006  (a pause waits for it)
+            if self.is_paused:
+                asyncio.ensure_future(self._announce())  # noqa: RUF006  (a pause waits for it)
 
     def release(self, session_id: str) -> None:
-        """The episode is over."""
-        if self._engine is not None:
-            self._engine.release(session_id)
+        """Let the sampler forget an episode that is over."""
+        if self._current is not None:
+            self._current.release(session_id)
 
-    async def _next_engine(self) -> Engine:
+    async def _admit(self) -> SamplerLoop:
+        """Count a request as in flight, once there is a sampler for it."""
         deadline = asyncio.get_running_loop().time() + self.max_wait_s
-        while self._engine is None:  # again, if it was paused before this had its turn
+        while self._current is None:  # again, if it was paused before this had its turn
             try:
                 await asyncio.wait_for(self._resumed(), deadline - asyncio.get_running_loop().time())
             except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
@@ -132,12 +124,12 @@ class SamplingPort:
                     retry_after_s=self.retry_after_s,
                 ) from None
         self.num_in_flight += 1
-        return self._engine
+        return self._current
 
     async def _resumed(self) -> None:
         async with self._changed:
-            await self._changed.wait_for(lambda: self._engine is not None)
+            await self._changed.wait_for(lambda: self._current is not None)
 
-    async def _tell(self) -> None:
+    async def _announce(self) -> None:
         async with self._changed:
             self._changed.notify_all()

@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError
 from .app import make_app
 from .connections import ConnectionLimits, Connections, guarded_protocol
-from .late import HEARTBEAT_S
+from .delivery import HEARTBEAT_S
 from .limits import BodyLimits
 from .monitor import Monitor
-from .sampling import Engine, SamplingPort
+from .sampling import SamplerLoop, SamplingPort
 from .service import Gateway
-from .sessions import SessionSpec
 from .store import Store
 from .tokens import ChatFormats
 
@@ -36,7 +36,7 @@ _LOOKS_S = 1.0  # between looks for idle sessions
 
 class GatewayServer:
     """
-    A gateway on a port, which serves until it is closed. It starts paused: `resume` gives it an engine.
+    A gateway on a port, which serves until it is closed. It starts paused: `resume` gives it a sampler.
 
     Args:
         formats ([`ChatFormats`]):
@@ -51,7 +51,7 @@ class GatewayServer:
             Whether sessions that were running there go on.
         admin_key (`str`, *optional*):
             Lets its owner open sessions over HTTP.
-        default ([`SessionSpec`], *optional*):
+        default ([`EpisodeSpec`], *optional*):
             What those are allowed.
         model_name (`str`, *optional*, defaults to `"policy"`):
             What `/v1/models` calls the policy.
@@ -84,7 +84,7 @@ class GatewayServer:
         store: Path | None = None,
         restores: bool = True,
         admin_key: str | None = None,
-        default: SessionSpec | None = None,
+        default: EpisodeSpec | None = None,
         model_name: str = "policy",
         max_wait_s: float = 20.0,
         context: int | None = None,
@@ -181,9 +181,9 @@ class GatewayServer:
             raise RuntimeError("the gateway is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def resume(self, engine: Engine) -> None:
-        """Let requests through to this engine."""
-        self.call(self.gateway.port.resume(engine))
+    def resume(self, sampler: SamplerLoop) -> None:
+        """Let requests through to this sampler."""
+        self.call(self.gateway.port.resume(sampler))
 
     def pause(self) -> None:
         """Hold requests from now on, and wait for those that were let through."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -336,6 +337,11 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("what should be an object is none")
     return value
+
+
+async def written(future: Future[Any]) -> None:
+    """Wait until something is in the store. Who stops waiting does not keep it from being written."""
+    await asyncio.shield(asyncio.wrap_future(future))
 
 
 def report_damage(session_id: str, name: str, error: Exception) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import struct
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,13 +93,6 @@ def check_request(
         raise ConfigurationError(f"`seed` is {params.seed}; give a number in [0, 2**64)")
 
 
-def step_seed(run_seed: int, stream_position: int, generation_index: int, step_index: int) -> int:
-    """The seed of one response: 63 bits that are the same on every machine and in every order of execution."""
-    numbers = (run_seed, stream_position, generation_index, step_index)
-    packed = struct.pack("<4Q", *(number & 0xFFFF_FFFF_FFFF_FFFF for number in numbers))
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
-
-
 @dataclass(frozen=True)
 class Sample:
     """
@@ -186,9 +178,28 @@ class Sampler(Protocol):
         """The episode is over: forget what was cached for it. Unknown ids are ignored."""
         ...
 
-    def pace(self, settled: Callable[[], Awaitable[None]] | None) -> None:
+    def pace(self, quiet: Callable[[], Awaitable[None]] | None) -> None:
         """
-        Told at the start of a rollout how to wait for the environments' quick answers: an engine that forms batches
-        awaits `settled()` before each, so that tools that answer at once never leave their episode behind.
+        Pace the batches of a rollout ([`Pacer.quiet`]): an engine that forms batches awaits `quiet()` before each, so
+        that tools that answer at once never leave their episode behind. `None`: the rollout is over.
         """
+        ...
+
+
+class Pacer(Protocol):
+    """
+    Knows which episodes are away from the sampler: being made, reset, answered by their environment or scored.
+
+    A sampler that forms batches waits until it is quiet before each, so that batches do not depend on threads.
+    """
+
+    def at_sampler(self) -> AbstractContextManager[None]:
+        """
+        Context of an episode's call of the sampler, in which the episode is not away. There must be no other
+        suspension inside: the request has to be in the sampler's hands before the event loop runs anything else.
+        """
+        ...
+
+    async def quiet(self) -> None:
+        """Return when no episode is away, or after a grace period."""
         ...

@@ -1,12 +1,13 @@
-"""A row -> an Episode: our own loop, an external agent, and what is done to episodes before they are trained on."""
+"""A row -> an Episode: played by our own loop or by an external agent, then paid, and recorded."""
 
-from ..inference.base import step_seed
+from ..episodes import step_seed
 from ..types import EpisodeLimits
-from .agent import Agent, check_agent, play_agents
+from .agent import Agent, AgentPlayer, check_agent
 from .ahead import Ahead
+from .environment import EnvironmentPlayer
 from .episode import run_episode
-from .pacing import InFlight
-from .play import EpisodeRequest, play_episodes
+from .pacing import EpisodePacer
+from .play import EpisodeRequest, Player, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
 from .rewards import check_reward_funcs, checked_weights, paid, score_episodes, takes_environments, within_float32
 from .rows import own_row
@@ -14,11 +15,14 @@ from .stage import MainThreadKinds, Stage, make_in_main_thread, make_in_thread
 
 __all__ = [
     "Agent",
+    "AgentPlayer",
     "Ahead",
+    "EnvironmentPlayer",
     "EpisodeLimits",
+    "EpisodePacer",
     "EpisodeRequest",
-    "InFlight",
     "MainThreadKinds",
+    "Player",
     "Stage",
     "check_agent",
     "check_reward_funcs",
@@ -30,7 +34,6 @@ __all__ = [
     "make_in_thread",
     "own_row",
     "paid",
-    "play_agents",
     "play_episodes",
     "run_episode",
     "score_episodes",

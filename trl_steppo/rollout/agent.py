@@ -3,15 +3,15 @@
 An agent is one of
 
 - a function, plain or async: `agent(row, *, base_url, api_key) -> float | None`. What it returns is the episode's
-  reward, added to its last step; `None`: it has posted its rewards, or reward functions judge.
+  reward, added to its last step; `None`: it has posted its rewards, or reward functions pay the episode.
 - a command, as text or a list: a process for each episode, which reads the row from its standard input, as JSON, and
   finds the address and its key in the environment (`OPENAI_BASE_URL`, `OPENAI_API_KEY`, `ANTHROPIC_BASE_URL`,
   `ANTHROPIC_API_KEY`, `STEPPO_SESSION_URL`), which is the trainer's without the variables of its launcher. If the last
   line that it writes to its standard output is a number, that is the reward.
 
-Each runs in a thread or a process of its own: one that raises, dies or hangs costs its own episode. A process ends
-with its episode, and with the trainer, whatever ended that: it and all that it started get SIGTERM, and 2 s later
-SIGKILL; see [`keeper`].
+Each runs in a thread or a process of its own: an agent that raises, dies or hangs fails its own episode only. A
+process ends with its episode, and with the trainer, whatever ended the trainer: the process and all that it started
+get SIGTERM, and 2 s later SIGKILL; see [`keeper`].
 """
 
 from __future__ import annotations
@@ -26,36 +26,47 @@ import shutil
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from ..calls import DaemonThread, is_lazy, look_at
-from ..environments.slots import Slots
+from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError, SamplerError
 from ..finite import as_reward
-from ..gateway.sampling import Engine
-from ..gateway.sessions import Session, SessionSpec
-from ..inference.base import Sampler, SamplingParams
+from ..gateway.sampling import SamplerLoop
+from ..gateway.sessions import Session
+from ..inference.base import Pacer, Sampler
 from ..keeper import SIGKILL_AFTER_S, Keeper
-from ..types import Episode, EpisodeLimits
+from ..types import Episode, Row
 from .episode import describe
 from .loops import run_coroutine
-from .pacing import InFlight
-from .play import EpisodeRequest, play_concurrently
+from .play import EpisodeRequest
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # starlette and uvicorn come with the extra `gateway`
     from ..gateway import Gateway, GatewayServer
 
-Agent = Callable[..., Any] | str | Sequence[str]
+Agent = Callable[..., object] | str | Sequence[str]
 T = TypeVar("T")
 
-_STDERR_SHOWN = 2_000  # characters of what a failed process wrote
-_LOOKS_S = 0.25  # between looks whether an agent hangs
-_ENDING_S = 60.0  # that an agent whose episode is over may still take where it may be idle as long as it likes
+_Reward = float | TypeError | ValueError | None
+"""What an agent gave as its reward; an error says what is wrong with it."""
+
+
+class _Ending(TypedDict, total=False):
+    """How the session of an agent is finished; see [`~gateway.Gateway.finish`]."""
+
+    reward: float
+    error: str
+    out_of_time: bool
+
+
+_ERROR_CHARACTERS = 2_000  # of what a failed process wrote that are shown
+_POLL_INTERVAL_S = 0.25  # between looks whether an agent hangs
+_CLEANUP_GRACE_S = 60.0  # to clean up after the episode is over, where the idle time is unlimited
 _TAIL_BYTES = 2**16  # of each of a process's streams that are kept
-_READS_OUT_S = 1.0  # for what a process that has ended wrote last
-_DIES_S = SIGKILL_AFTER_S + 2.0  # for a process and all that it started, from the moment when it is told to end
+_DRAIN_TIMEOUT_S = 1.0  # to read what a process wrote before it ended
+_EXIT_TIMEOUT_S = SIGKILL_AFTER_S + 2.0  # for a process and all that it started to end, from SIGTERM on
 
 # What torchrun, accelerate, DeepSpeed and MPI tell their own processes.
 _LAUNCHER_VARIABLES = frozenset(
@@ -72,8 +83,8 @@ _LAUNCHER_PREFIXES = (
 )
 
 
-def check_agent(agent: Any) -> None:
-    """Raises a `ConfigurationError` for anything that is no agent, and for a command that cannot be run here."""
+def check_agent(agent: object) -> None:
+    """Raise a `ConfigurationError` for anything but an agent, and for a command that cannot be run here."""
     if isinstance(agent, str | list | tuple) and all(isinstance(word, str) for word in agent):
         _check_command(agent)
         return
@@ -116,15 +127,15 @@ def _check_command(command: str | Sequence[str]) -> None:
 
 
 def command_words(command: str | Sequence[str]) -> list[str]:
-    """A command's program and arguments. Raises a `ValueError` for text with an open quote."""
+    """Program and arguments of a command. Raises a `ValueError` for text with an open quote."""
     return shlex.split(command) if isinstance(command, str) else list(command)
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     """
-    An environment without what a launcher told its own process.
+    Environment variables without those that a launcher sets for its own processes.
 
-    An agent is none of the trainer's ranks: if it uses torch, accelerate or transformers itself, it must neither take
+    An agent is not a rank of the trainer: if it uses torch, accelerate or transformers itself, it must neither take
     itself for one nor wait for the others. Devices, threads and everything else stay as they are.
 
     Args:
@@ -138,115 +149,78 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def play_agents(
-    requests: Sequence[EpisodeRequest],
-    agent: Agent,
-    server: GatewayServer,
-    sampler: Sampler,
-    *,
-    limits: EpisodeLimits,
-    sampling: SamplingParams,
-    run_seed: int,
-    max_concurrent_episodes: int | None = None,
-    slots: Slots | None = None,
-    grace_s: float = 0.25,
-    idle_s: float | None = 60.0,
-    id_prefix: str = "",
-    needs_reward: bool = True,
-    resumes: bool = False,
-    overlaps: bool = False,
-    on_episode: Callable[[], None] | None = None,
-) -> list[Episode]:
+@dataclass(frozen=True)
+class AgentPlayer:
     """
-    Play all requested episodes, each by an agent and in a session of its own, and wait for them.
+    Plays each episode with an agent, in a session of its own. A [`~play.Player`].
 
     Args:
-        requests (`Sequence[EpisodeRequest]`):
-            What to play.
         agent (`Callable`, `str` or `Sequence[str]`):
             Who plays; see the module.
         server ([`~gateway.GatewayServer`]):
-            A started gateway; it is given `sampler` for as long as this takes, and is paused afterwards, unless
+            A started gateway; it is given `sampler` for as long as a rollout takes, and is paused afterwards, unless
             `overlaps`.
         sampler ([`Sampler`]):
             The policy.
-        limits, sampling, run_seed, max_concurrent_episodes, slots, grace_s, id_prefix, on_episode:
-            See [`play_episodes`].
+        spec ([`EpisodeSpec`]):
+            Settings of all episodes. Each is played at the place in the run that its request names.
         idle_s (`float`, *optional*, defaults to `60.0`):
-            How long an agent may ask for nothing; one that takes longer is given up. `None`: as long as it likes.
+            How long an agent may send no request; one that takes longer is given up. `None`: without a limit.
+        id_prefix (`str`, *optional*):
+            Put before every `episode_id`, to keep those of several rollouts apart.
         needs_reward (`bool`, *optional*, defaults to `True`):
             Whether an agent that neither returns nor posts a reward has failed.
         resumes (`bool`, *optional*, defaults to `False`):
             Whether episodes are kept in the gateway's store, and those of the same names that it holds are taken from
-            there: whole ones without an error, which were played within the same limits, sampling and seed.
+            there: whole ones without an error, which were played with the same settings.
         overlaps (`bool`, *optional*, defaults to `False`):
             Whether other rollouts, with the same sampler, are played at the same time: one that can be called from any
             event loop, and takes new weights by itself.
-
-    Returns:
-        `list[Episode]`: in the order of the requests.
-
-    Raises:
-        SamplerError: The sampler failed for good, or again and again, and the agent could not do without.
     """
-    in_flight = InFlight(grace_s=grace_s)
-    rollout = _AgentRollout(agent, server, limits, sampling, run_seed, idle_s, id_prefix, needs_reward, resumes)
 
-    async def play() -> list[Episode]:
-        server.resume(Engine(sampler) if overlaps else Engine(sampler, asyncio.get_running_loop(), in_flight))
-        try:
-            return await play_concurrently(
-                requests,
-                rollout.play_one,
-                sampler,
-                in_flight,
-                max_concurrent_episodes=max_concurrent_episodes,
-                slots=slots,
-                on_episode=on_episode,
-            )
-        finally:
-            if not overlaps:
-                await asyncio.wrap_future(server.submit(server.gateway.port.pause()))
-
-    return run_coroutine(play())
-
-
-@dataclass(frozen=True)
-class _AgentRollout:
     agent: Agent
     server: GatewayServer
-    limits: EpisodeLimits
-    sampling: SamplingParams
-    run_seed: int
-    idle_s: float | None
-    id_prefix: str
-    needs_reward: bool
-    resumes: bool
+    sampler: Sampler
+    spec: EpisodeSpec
+    idle_s: float | None = 60.0
+    id_prefix: str = ""
+    needs_reward: bool = True
+    resumes: bool = False
+    overlaps: bool = False
 
     @property
     def gateway(self) -> Gateway:
+        """The server's gateway."""
         return self.server.gateway
 
-    async def play_one(self, request: EpisodeRequest) -> Episode:
-        name = f"{self.id_prefix}{request.stream_position}-{request.generation_index}"
-        spec = SessionSpec(
-            self.limits,
-            self.sampling,
-            run_seed=self.run_seed,
-            stream_position=request.stream_position,
-            generation_index=request.generation_index,
-            dataset_row=request.dataset_row,
-        )
-        found = self.gateway.finished_episode(name, spec) if self.resumes else None
-        if found is not None:
-            return found
+    def run(self, rollout: Coroutine[object, None, T], pacer: Pacer) -> T:
+        """Run a rollout while the gateway has the sampler."""
+
+        async def serve() -> T:
+            loop = None if self.overlaps else asyncio.get_running_loop()
+            self.server.resume(SamplerLoop(self.sampler, loop, None if self.overlaps else pacer))
+            try:
+                return await rollout
+            finally:
+                if not self.overlaps:
+                    await self._at_gateway(self.gateway.port.pause())
+
+        return run_coroutine(serve())
+
+    async def play(self, request: EpisodeRequest, pacer: Pacer) -> Episode:
+        """Play one episode; see [`~play.Player`]."""
+        spec = request.spec(self.spec)
+        name = f"{self.id_prefix}{spec.name}"
+        kept = self.gateway.finished_episode(name, spec) if self.resumes else None
+        if kept is not None:
+            return kept
         session, key = await self._at_gateway(self.gateway.open_session(spec, name=name))
         run = _FunctionRun(self.agent) if callable(self.agent) else _ProcessRun(self.agent)
         task = asyncio.ensure_future(run.start(request.row, self.server, session.session_id, key))
         task.add_done_callback(look_at)
         try:
             ending = await self._watch(task, session, key)
-            # Before the agent is cancelled: a request that it gives up as it dies is no longer known here.
+            # Before the agent is cancelled, so that requests that it drops while it ends are no longer known here.
             await self._at_gateway(self.gateway.finish(session, **ending))
         finally:
             await run.end()
@@ -256,28 +230,30 @@ class _AgentRollout:
             raise SamplerError(f"episode {name}: {episode.error}") from session.sampler_error
         return episode
 
-    async def _watch(self, task: asyncio.Future[Any], session: Session, key: str) -> dict[str, Any]:
-        """Wait for the agent, as long as it may take; how its session is to be finished."""
+    async def _watch(self, task: asyncio.Future[_Reward], session: Session, key: str) -> _Ending:
+        """Wait for the agent, as long as it may take, and say how its session is to be finished."""
         while True:
-            remaining = None if self.limits.max_episode_s is None else self.limits.max_episode_s - session.age_s()
-            looks_s = _LOOKS_S if remaining is None else max(0.0, min(_LOOKS_S, remaining))
-            await asyncio.wait({task}, timeout=looks_s)
+            max_episode_s = self.spec.limits.max_episode_s
+            remaining = None if max_episode_s is None else max_episode_s - session.age_s()
+            interval_s = _POLL_INTERVAL_S if remaining is None else max(0.0, min(_POLL_INTERVAL_S, remaining))
+            await asyncio.wait({task}, timeout=interval_s)
             is_over = session.is_over or session.ended_early
             if task.done():
                 error = task.exception()
                 if error is None:
-                    return self._judge(session, task.result())
-                # A budget that is used up reaches an agent as an error, which it may well not catch.
+                    return self._ending(session, task.result())
+                # An agent is told of a used-up budget by an error, which it may not catch.
                 return {} if is_over else {"error": describe(error, "the agent").replace(key, "[key]")}
             if remaining is not None and remaining <= 0:
                 return {"out_of_time": True}
-            patience_s = _ENDING_S if is_over and self.idle_s is None else self.idle_s
+            patience_s = _CLEANUP_GRACE_S if is_over and self.idle_s is None else self.idle_s
             if patience_s is not None and self.gateway.is_idle(session, patience_s):
-                if is_over:  # it had the time to judge itself and to clean up
+                if is_over:  # it had time to pay itself a reward and to clean up
                     return {}
                 return {"error": f"the agent asked for nothing in {patience_s:g} s, and was given up"}
 
-    def _judge(self, session: Session, reward: _Reward) -> dict[str, Any]:
+    def _ending(self, session: Session, reward: _Reward) -> _Ending:
+        """How the session of an agent that ended by itself is to be finished."""
         if isinstance(reward, Exception):
             return {"error": f"{reward}; a reward is a finite number, or None"}
         if reward is None:
@@ -286,15 +262,12 @@ class _AgentRollout:
             return {"error": "the agent neither returned nor posted a reward"} if missing else {}
         return {"reward": reward}
 
-    async def _at_gateway(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    async def _at_gateway(self, coroutine: Coroutine[object, None, T]) -> T:
         return await asyncio.wrap_future(self.server.submit(coroutine))
 
 
-_Reward = float | TypeError | ValueError | None
-
-
-def _reward(value: Any) -> _Reward:
-    """What an agent gave as its reward, or what is wrong with it. Runs the value's code: `__float__`, `__repr__`."""
+def _reward(value: object) -> _Reward:
+    """The reward that an agent gave, or what is wrong with it. Runs the value's code: `__float__`, `__repr__`."""
     try:
         return as_reward(value, "what the agent returned")
     except (TypeError, ValueError) as error:
@@ -304,12 +277,12 @@ def _reward(value: Any) -> _Reward:
 class _FunctionRun:
     """An agent in a thread, with an event loop of its own if it is async."""
 
-    def __init__(self, agent: Callable[..., Any]) -> None:
+    def __init__(self, agent: Callable[..., object]) -> None:
         self._agent = agent
         self._thread = DaemonThread("agent")
         self._cancel: Callable[[], None] | None = None
 
-    async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> _Reward:
+    async def start(self, row: Row, server: GatewayServer, session_id: str, key: str) -> _Reward:
         def run() -> _Reward:
             result = self._agent(row, base_url=server.base_url, api_key=key)
             return _reward(self._run_async(result) if inspect.isawaitable(result) else result)
@@ -317,13 +290,13 @@ class _FunctionRun:
         return await self._thread.run(run, None, "the agent")
 
     async def end(self) -> None:
-        """Let go of it: an async one is cancelled; a thread that hangs is left behind, its key worth nothing."""
+        """Cancel an async agent. A thread that hangs is left running; its key is no longer valid."""
         if self._cancel is not None:
             self._cancel()
         self._thread.end()
 
-    def _run_async(self, awaitable: Awaitable[Any]) -> Any:
-        async def run() -> Any:
+    def _run_async(self, awaitable: Awaitable[object]) -> object:
+        async def run() -> object:
             task = asyncio.ensure_future(awaitable)
             loop = asyncio.get_running_loop()
 
@@ -341,7 +314,7 @@ class _FunctionRun:
 
 
 class _Output(asyncio.SubprocessProtocol):
-    """What a process writes: the ends of it, however much there is; and when it has ended, whoever holds its pipes."""
+    """Ends of what a process writes, however much it is. Notices its end, even if a child still holds its pipes."""
 
     def __init__(self) -> None:
         self.tails = {1: bytearray(), 2: bytearray()}
@@ -361,12 +334,12 @@ class _Output(asyncio.SubprocessProtocol):
         self.ended.set()
 
     def text(self, fd: int) -> str:
-        """The end of a stream."""
+        """End of what was written to a stream."""
         return self.tails[fd].decode(errors="replace")
 
 
 class _ProcessRun:
-    """An agent in a process, which ends with all that it started, and with this process."""
+    """An agent in a process, which is ended with all that it started, at the latest when this process ends."""
 
     def __init__(self, command: str | Sequence[str]) -> None:
         self._words = command_words(command)
@@ -374,7 +347,7 @@ class _ProcessRun:
         self._process: asyncio.SubprocessTransport | None = None
         self.output = _Output()
 
-    async def start(self, row: Mapping[str, Any], server: GatewayServer, session_id: str, key: str) -> _Reward:
+    async def start(self, row: Row, server: GatewayServer, session_id: str, key: str) -> _Reward:
         environment = {
             **without_launcher(os.environ),
             "OPENAI_BASE_URL": server.base_url,
@@ -392,36 +365,37 @@ class _ProcessRun:
                 start_new_session=True,
                 pass_fds=[descriptor],
             )
-        its_input: Any = self._process.get_pipe_transport(0)
-        its_input.write(json.dumps(row, default=repr).encode())
-        its_input.close()  # when all is written
+        standard_input = self._process.get_pipe_transport(0)
+        assert isinstance(standard_input, asyncio.WriteTransport)
+        standard_input.write(json.dumps(row, default=repr).encode())
+        standard_input.close()  # once all is written
         await self.output.ended.wait()
-        await self._read_out()
+        await self._drain()
         code = self._process.get_returncode()
         if code:
-            tail = self.output.text(2).replace(key, "[key]")[-_STDERR_SHOWN:].strip()
+            tail = self.output.text(2).replace(key, "[key]")[-_ERROR_CHARACTERS:].strip()
             raise RuntimeError(f"exit status {code}: {tail}")
         return _reward(_last_number(self.output.text(1)))
 
-    async def _read_out(self) -> None:
-        """What is still in the pipes, which a child that lives on may keep open."""
+    async def _drain(self) -> None:
+        """Read what is still in the pipes, which a child that lives on may keep open."""
         both = asyncio.gather(*(closed.wait() for closed in self.output.closed.values()))
         with suppress(TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(both, _READS_OUT_S)
+            await asyncio.wait_for(both, _DRAIN_TIMEOUT_S)
 
     async def end(self) -> None:
-        """End it and all that it started."""
+        """End the process and all that it started."""
         if self._keeper is not None:
             self._keeper.end()  # before anything that may be cancelled
         if self._process is None:
             return
         with suppress(TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(self.output.ended.wait(), _DIES_S)
+            await asyncio.wait_for(self.output.ended.wait(), _EXIT_TIMEOUT_S)
         self._process.close()
 
 
 def _last_number(text: str) -> float | None:
-    """The number on the last line that says anything, if there is one."""
+    """The number on the last line that is not empty; `None` if there is no such line, or no number on it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     try:
         return float(lines[-1]) if lines else None

@@ -13,22 +13,22 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_SAYS_S = 60.0  # between lines that say that an update still waits
-_ENDING_S = 20.0
+_WARN_INTERVAL_S = 60.0  # between warnings that an update still waits
+_SHUTDOWN_GRACE_S = 20.0  # for rollouts that are no longer needed
 
 
 class Ahead(Generic[T]):
     """
     Plays each update's rollout in a thread of its own, a bounded number of updates before it is needed.
 
-    Update `u` trains on what began when `u − max_staleness` updates were done. So no step of it is older than
-    `max_staleness` updates, whatever the environments' times, without one ever being thrown away: what is slow is
-    waited for.
+    Update `u` trains on a rollout that began when `u − max_staleness` updates were done. So no step of it is older
+    than `max_staleness` updates, whatever the environments' times, and no rollout is ever thrown away: the update
+    waits for a slow one.
 
     Args:
         prepare (`Callable[[int], Callable[[], T]]`):
-            For an update, what plays its rollout. Called in the caller's thread, what it returns in another one; what
-            that raises, [`take`] raises.
+            Returns the function that plays an update's rollout. `prepare` is called in the caller's thread, the
+            function in another one; [`take`] raises what it raises.
         max_staleness (`int`):
             How many updates before its own a rollout may begin, at least 1.
 
@@ -47,7 +47,7 @@ class Ahead(Generic[T]):
         self._begun: dict[int, Future[T]] = {}
 
     def begin(self, update: int, num_updates: int) -> None:
-        """As many updates as are done by now: begin all rollouts that may begin, of those that are left."""
+        """Begin all rollouts that may begin once `update` updates are done, of `num_updates` in all."""
         for coming in range(update, min(update + self.max_staleness + 1, num_updates)):
             if coming not in self._begun:
                 outcome = self._begun[coming] = Future[T]()
@@ -56,26 +56,26 @@ class Ahead(Generic[T]):
                 ).start()
 
     def take(self, update: int) -> T:
-        """What was played for an update, as soon as all of it was; it is handed out once."""
+        """Wait for the rollout of an update, and hand it out. It is handed out once."""
         outcome, start = self._begun.pop(update), time.monotonic()
-        while not wait({outcome}, timeout=_SAYS_S).done:
+        while not wait({outcome}, timeout=_WARN_INTERVAL_S).done:
             waited_s = time.monotonic() - start
             logger.warning("update %d has waited %.0f s for its episodes", update + 1, waited_s)
         return outcome.result()
 
     def close(self) -> None:
         """
-        Let go of rollouts that nobody takes any more. They end when they next ask the sampler, which is closed; those
-        whose environments take longer than a while are left behind.
+        Give up rollouts that are no longer needed. They end when they next ask the sampler, which is closed; those
+        whose environments take longer than a grace period are left running.
         """
-        _, left = wait(self._begun.values(), timeout=_ENDING_S)
+        _, left = wait(self._begun.values(), timeout=_SHUTDOWN_GRACE_S)
         if left:
-            logger.warning("%d rollouts that nobody waits for any more are still being played", len(left))
+            logger.warning("%d rollouts that are no longer needed are still being played", len(left))
         self._begun.clear()
 
     @property
     def num_waiting(self) -> int:
-        """Rollouts that are done, and wait for their update."""
+        """Number of rollouts that are done, and wait for their update."""
         return sum(outcome.done() for outcome in self._begun.values())
 
 

@@ -1,4 +1,4 @@
-"""Event loops for sync code: they stop when the process is asked to, and wait for nothing that hangs."""
+"""Event loops for sync code: they end when the process is asked to stop, and wait for nothing that hangs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..calls import (
     CallTimeoutError,
@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_ENDING_S = 1.0  # for what was left behind in an event loop to clean up
+_SHUTDOWN_GRACE_S = 1.0  # for what is left in an event loop to clean up
 
 
-def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+def run_coroutine(coroutine: Coroutine[object, None, T]) -> T:
     """
     Run a coroutine to its end from sync code, whether or not this thread already runs an event loop.
 
-    Unlike `asyncio.run` it does not wait for what the coroutine left behind: an async tool that hung in
-    `asyncio.to_thread` would hold it forever. A task that the code of others has begun, and that ends in `SystemExit`
-    or `KeyboardInterrupt`, does not end it.
+    Unlike `asyncio.run` it does not wait for what the coroutine leaves running: an async tool that hangs in
+    `asyncio.to_thread` would hold it forever. A task that was begun by code that is not ours, and that ends in
+    `SystemExit` or `KeyboardInterrupt`, does not end it.
 
     Raises:
         StopRequestedError: The process was asked to stop ([`stopping`]) before the coroutine had ended.
@@ -52,13 +52,13 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
 class EventLoop:
     """
     Runs one coroutine after another, each to its end, from sync code. What is bound to the event loop (an HTTP
-    session) or to its thread can be used in all of them; between two of them the loop stands still.
+    session) or to its thread can be used in all of them. The loop does not run between two of them.
 
     Args:
         in_place (`bool`, *optional*):
             Whether it runs in its callers' thread, where no other loop may run. Otherwise it has a thread of its own,
-            and the main thread, while it waits for a coroutine, runs what that asks [`~calls.MainThread`] for. By
-            default it runs in the main thread where that makes it, and runs no loop.
+            and the main thread, while it waits for a coroutine, runs what the coroutine asks [`~calls.MainThread`]
+            for. By default it runs in its callers' thread where the main thread makes it, and runs no loop.
     """
 
     def __init__(self, *, in_place: bool | None = None) -> None:
@@ -77,7 +77,7 @@ class EventLoop:
         is_main = threading.current_thread() is threading.main_thread()
         return self._jobs is not None or (is_main and not _runs_a_loop())
 
-    def run(self, coroutine: Coroutine[Any, Any, T], *, heeds_stops: bool = True) -> T:
+    def run(self, coroutine: Coroutine[object, None, T], *, heeds_stops: bool = True) -> T:
         """
         Run a coroutine to its end.
 
@@ -85,7 +85,7 @@ class EventLoop:
             coroutine (`Coroutine`):
                 What to run.
             heeds_stops (`bool`, *optional*, defaults to `True`):
-                Whether a request to stop the process breaks it off.
+                Whether a request to stop the process interrupts it.
 
         Raises:
             StopRequestedError: The process was asked to stop before the coroutine had ended.
@@ -95,7 +95,7 @@ class EventLoop:
         return begin() if self._jobs is None else self._run_there(begin, stop)
 
     def close(self) -> None:
-        """Cancel what is left of the coroutines, let it clean up for a moment, and close the loop."""
+        """Cancel what is left of the coroutines, let it clean up for a short time, and close the loop."""
         if self._jobs is None:
             _close(self._loop)
         else:
@@ -134,7 +134,7 @@ def _runs_a_loop() -> bool:
 
 
 def _settled(function: Callable[[], T]) -> Callable[[], T]:
-    """A function that returns or raises in the caller's thread what `function` did in this one."""
+    """Call a function in this thread. What is returned returns or raises the same, in the thread that calls it."""
     try:
         result = function()
     except BaseException as error:
@@ -148,7 +148,7 @@ def _settled(function: Callable[[], T]) -> Callable[[], T]:
 
 
 class _Stop:
-    """Breaks off what an event loop runs, from any thread, between any two instructions."""
+    """Interrupts what an event loop runs, from any thread, between any two instructions."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -160,7 +160,9 @@ class _Stop:
             self._loop.call_soon_threadsafe(self._loop.stop)
 
 
-def _run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], stop: _Stop, *, heeds_stops: bool) -> T:
+def _run(
+    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[object, None, T], stop: _Stop, *, heeds_stops: bool
+) -> T:
     with noticing_interruptions(), keeping_thread_state():
         main = loop.create_task(coroutine)
         try:
@@ -169,10 +171,10 @@ def _run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], sto
         except RuntimeError as error:
             if main.done() or not stop.was_called:
                 raise
-            raise StopRequestedError("a rollout was broken off, as a stop was requested") from error
+            raise StopRequestedError("a rollout was interrupted, as a stop was requested") from error
         finally:
             forget_interruption()
-            if not main.done():  # broken off: nothing of it does another step
+            if not main.done():  # interrupted: no task of it does another step
                 _cancel_all(loop)
 
 
@@ -184,9 +186,9 @@ def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
 def _close(loop: asyncio.AbstractEventLoop) -> None:
     with noticing_interruptions(), keeping_thread_state():
         _cancel_all(loop)
-        try:  # lets the cancelled ones clean up, and waits for none of them for long
+        try:  # lets cancelled tasks clean up, and waits for none of them for long
             _run_until_done(loop, loop.create_task(asyncio.sleep(0)))
-            closing = within(loop.shutdown_asyncgens(), _ENDING_S, "cleaning up")
+            closing = within(loop.shutdown_asyncgens(), _SHUTDOWN_GRACE_S, "cleaning up")
             with suppress(CallTimeoutError):
                 _run_until_done(loop, loop.create_task(closing))
         finally:

@@ -1,4 +1,4 @@
-"""Tells an engine that forms batches when it is worth waiting for the environments."""
+"""Tells a sampler that forms batches when it is worth waiting for the environments."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LOOP_TURNS = 4  # from the engine's setting a result to the episode's being counted as away; one would mostly do
+_LOOP_TURNS = 4  # between the sampler setting a result and the episode counting as away; one is mostly enough
 
 
-class InFlight:
+class EpisodePacer:
     """
-    Counts the episodes that are away from the sampler: being made, reset, answered by their environment or scored.
+    Counts the episodes that are away from the sampler: being made, reset, answered by their environment or scored. A
+    [`~inference.base.Pacer`].
 
-    With tools that answer at once every episode is back before [`settled`] returns, so the batches that the sampler
+    With tools that answer at once every episode has arrived before [`quiet`] returns, so the batches that the sampler
     forms are the same in every run, whatever the threads do. With slow tools waiting would hold up the others: the
     first wait that takes longer than `grace_s` is the last one.
 
@@ -23,47 +24,44 @@ class InFlight:
 
     Example:
     ```python
-    >>> in_flight = InFlight()
-    >>> in_flight.away()
-    >>> with in_flight.at_sampler():
+    >>> pacer = EpisodePacer()
+    >>> pacer.left()
+    >>> with pacer.at_sampler():
     ...     sample = await sampler.sample(...)
-    >>> in_flight.back()
+    >>> pacer.arrived()
     ```
     """
 
     def __init__(self, *, grace_s: float = 0.25) -> None:
         self._grace_s = grace_s
         self._num_away = 0
-        self._all_back = asyncio.Event()
-        self._all_back.set()
-        self._patient = True
+        self._none_away = asyncio.Event()
+        self._none_away.set()
+        self._waits = True
 
-    def away(self) -> None:
+    def left(self) -> None:
         """One more episode is on its way to the sampler, which may wait for it."""
         self._num_away += 1
-        self._all_back.clear()
+        self._none_away.clear()
 
-    def back(self) -> None:
-        """One of them has reached the sampler, or is over."""
+    def arrived(self) -> None:
+        """One of these episodes has arrived at the sampler, or is over."""
         self._num_away -= 1
         if self._num_away <= 0:
-            self._all_back.set()
+            self._none_away.set()
 
     @contextmanager
     def at_sampler(self) -> Iterator[None]:
-        """
-        Around an episode's call of the sampler. There must be no other suspension inside: the request has to be in the
-        sampler's hands before the event loop runs anything else.
-        """
-        self.back()
+        """Context of an episode's call of the sampler; see [`~inference.base.Pacer`]."""
+        self.arrived()
         try:
             yield
         finally:
-            self.away()
+            self.left()
 
-    async def settled(self) -> None:
+    async def quiet(self) -> None:
         """Return when no episode is away, or after the grace period; from then on always at once."""
-        if not self._patient:
+        if not self._waits:
             return
         # The episodes whose samples the caller has just handed out have not run yet, so they do not count as away.
         for _ in range(_LOOP_TURNS):
@@ -73,6 +71,6 @@ class InFlight:
 
     async def _wait(self) -> None:
         try:
-            await asyncio.wait_for(self._all_back.wait(), self._grace_s)
+            await asyncio.wait_for(self._none_away.wait(), self._grace_s)
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-            self._patient = False
+            self._waits = False

@@ -5,46 +5,46 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import SupportsFloat
 
 from ..calls import DaemonThread, call, call_and_wait, error_text, why_unbindable
 from ..chat import ChatFormat, extended
-from ..environments.base import Message, Playable
+from ..environments.base import Playable
+from ..episodes import as_messages
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..finite import LARGEST, NotFiniteError, as_number, as_reward
-from ..types import Episode, Step, StopReason, map_texts, writable
+from ..types import Episode, Message, Row, Step, StopReason, TextOrMessages, map_texts, writable
 from .loops import run_coroutine
 from .rows import own, prompt_of
 
 logger = logging.getLogger(__name__)
 
-RewardFunc = Callable[..., Any]
+RewardFunc = Callable[..., object]
 Decode = Callable[[Sequence[int]], str]
 
-
-_Arguments = Callable[[RewardFunc], dict[str, Any]]
-"""What a function is given."""
+_ArgumentsOf = Callable[[RewardFunc], dict[str, object]]
+"""Returns the keyword arguments of a reward function."""
 
 _NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
-_OURS = ("prompts", "completions", "completion_ids", "trainer_state")
-"""What a reward function is given beside the columns, each as a keyword."""
+_ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state")
+"""Keyword arguments of every reward function, besides the columns."""
 _OFFERED = ("log_extra", "log_metric", "environments")
-"""What one is given if it takes it, by its name or as `**kwargs`; the last one where there are environments."""
+"""Keyword arguments of functions that take them by name or as `**kwargs`; the last where there are environments."""
 
 
 def score_episodes(
     reward_funcs: Sequence[RewardFunc],
     reward_weights: Sequence[float] | None,
     episodes: Sequence[Episode],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     *,
-    chat: ChatFormat | Callable[[Mapping[str, Any]], ChatFormat | None] | None = None,
+    chat: ChatFormat | Callable[[Row], ChatFormat | None] | None = None,
     decode: Decode | None = None,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
     environments: Sequence[Playable | None] | None = None,
-    log_metric: Callable[[str, float], Any] = lambda name, value: None,
+    log_metric: Callable[[str, float], object] = lambda name, value: None,
 ) -> list[Episode]:
     """
     Add the weighted sum of the reward functions to the last step of every valid episode.
@@ -63,18 +63,18 @@ def score_episodes(
             One for each; all 1.0 if not given.
         episodes (`Sequence[Episode]`):
             What was played; failed episodes are passed through.
-        rows (`Sequence[Mapping[str, Any]]`):
+        rows (`Sequence[Mapping]`):
             The dataset row of each episode.
         chat ([`ChatFormat`] or `Callable[[Mapping], ChatFormat | None]`, *optional*):
             Reads responses as messages; needed where a prompt is messages. A function gives that of a row.
         decode (`Callable`, *optional*):
             Text of token ids; `chat.decode` if not given.
-        extra (`Mapping[str, Any]`, *optional*):
+        extra (`Mapping[str, object]`, *optional*):
             More keyword arguments for every function, such as `trainer_state`.
         environments (`Sequence[Playable]`, *optional*):
             Where each episode was played, as it is after it. A function is given the user's own objects. `None`: there
             are none.
-        log_metric (`Callable[[str, float], Any]`, *optional*):
+        log_metric (`Callable[[str, float], object]`, *optional*):
             Called with what functions log for a mean.
 
     Returns:
@@ -94,12 +94,12 @@ def score_episodes(
     views = [_View(chat_of(rows[i]), decode) for i in valid]
     arguments = _arguments([episodes[i] for i in valid], [rows[i] for i in valid], views)
     log = _Log(len(valid), log_metric)
-    offered: dict[str, Any] = {"log_extra": log.log_extra, "log_metric": log.log_metric}
+    offered: dict[str, object] = {"log_extra": log.log_extra, "log_metric": log.log_metric}
     played_in = None if environments is None else [getattr(environments[i], "environment", None) for i in valid]
 
-    def arguments_of(func: RewardFunc) -> dict[str, Any]:
-        seen = {} if played_in is None else {"environments": list(played_in)}
-        return {**_own_arguments(arguments), **_taken(func, {**offered, **seen}), **(extra or {})}
+    def arguments_of(func: RewardFunc) -> dict[str, object]:
+        shown = {} if played_in is None else {"environments": list(played_in)}
+        return {**_own_arguments(arguments), **_taken(func, {**offered, **shown}), **(extra or {})}
 
     columns = _call_all(_named(reward_funcs), arguments_of, len(valid))
     logged = log.columns()
@@ -152,7 +152,7 @@ def check_reward_funcs(
     """
     columns = [name for name in columns if name not in _NOT_COLUMNS]
     offered = _OFFERED if has_environments else _OFFERED[:-1]
-    hidden = [name for name in columns if name in (*_OURS, *offered)]
+    hidden = [name for name in columns if name in (*_ALWAYS_GIVEN, *offered)]
     if hidden and reward_funcs:
         raise ConfigurationError(
             f"the dataset has a column `{hidden[0]}`, and reward functions are given something else of that name; "
@@ -165,18 +165,18 @@ def check_reward_funcs(
                 "and a sequence classifier, loaded, as `reward_model`"
             )
         taken = _taken(func, dict.fromkeys(offered))
-        problem = why_unbindable(func, [*columns, *_OURS, *taken])
+        problem = why_unbindable(func, [*columns, *_ALWAYS_GIVEN, *taken])
         if problem is not None:
             without = "" if has_environments else " There are no `environments` without an `environment_factory`."
             raise ConfigurationError(
                 f"the reward function `{_name_of(func)}` cannot be called: {problem}. It is given, as keywords, "
-                f"{', '.join(f'`{name}`' for name in (*_OURS, *offered))} and the columns {columns}; take those that "
-                f"it needs by name, and the others as `**kwargs`.{without}"
+                f"{', '.join(f'`{name}`' for name in (*_ALWAYS_GIVEN, *offered))} and the columns {columns}; take "
+                f"those that it needs by name, and the others as `**kwargs`.{without}"
             )
 
 
-def _taken(func: RewardFunc, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what is offered to a function, what it takes by its name or as `**kwargs`."""
+def _taken(func: RewardFunc, offered: Mapping[str, object]) -> dict[str, object]:
+    """The part of `offered` that a function takes, by name or as `**kwargs`."""
     try:
         parameters = inspect.signature(func).parameters.values()
     except (TypeError, ValueError):  # one without a signature is given what `GRPOTrainer` gives it
@@ -226,31 +226,31 @@ def _named(reward_funcs: Sequence[RewardFunc]) -> dict[str, RewardFunc]:
 
 
 def _name_of(func: RewardFunc) -> str:
-    return getattr(func, "__name__", type(func).__name__)
+    return str(getattr(func, "__name__", type(func).__name__))
 
 
 def _call_all(
-    funcs: Mapping[str, RewardFunc], arguments_of: _Arguments, num_episodes: int
+    funcs: Mapping[str, RewardFunc], arguments_of: _ArgumentsOf, num_episodes: int
 ) -> dict[str, list[_Reward]]:
     """The rewards of each function. Those that are async come last, and all at once, as in `GRPOTrainer`."""
 
-    async def wait_for_all(coroutines: Iterable[Coroutine[Any, Any, list[_Reward]]]) -> list[list[_Reward]]:
-        return list(await asyncio.gather(*coroutines))
+    async def wait_for_all(calls: Iterable[Awaitable[list[_Reward]]]) -> list[list[_Reward]]:
+        return list(await asyncio.gather(*calls))
 
     late = [name for name, func in funcs.items() if _is_async(func)]
-    found = {name: _called(func, name, arguments_of) for name, func in funcs.items() if name not in late}
+    rewards_of = {name: _called(func, name, arguments_of) for name, func in funcs.items() if name not in late}
     if late:
-        coroutines = [_awaited(funcs[name], name, arguments_of) for name in late]
-        found.update(zip(late, run_coroutine(wait_for_all(coroutines)), strict=True))
-    for name, rewards in found.items():
+        calls = [_awaited(funcs[name], name, arguments_of) for name in late]
+        rewards_of.update(zip(late, run_coroutine(wait_for_all(calls)), strict=True))
+    for name, rewards in rewards_of.items():
         if len(rewards) != num_episodes:
             raise RolloutError(
                 f"the reward function `{name}` returned {len(rewards)} rewards for {num_episodes} episodes"
             )
-    return {name: found[name] for name in funcs}
+    return {name: rewards_of[name] for name in funcs}
 
 
-def _called(func: RewardFunc, name: str, arguments_of: _Arguments) -> list[_Reward]:
+def _called(func: RewardFunc, name: str, arguments_of: _ArgumentsOf) -> list[_Reward]:
     arguments = arguments_of(func)
     try:
         rewards: list[_Reward] = call_and_wait(func, (), arguments, run_coroutine, _converter(name))
@@ -259,19 +259,20 @@ def _called(func: RewardFunc, name: str, arguments_of: _Arguments) -> list[_Rewa
     return rewards
 
 
-async def _awaited(func: RewardFunc, name: str, arguments_of: _Arguments) -> list[_Reward]:
+async def _awaited(func: RewardFunc, name: str, arguments_of: _ArgumentsOf) -> list[_Reward]:
     begin = func if inspect.iscoroutinefunction(func) else func.__call__  # type: ignore[operator]
     thread = DaemonThread(name)  # which no async function needs
-    options: dict[str, Any] = {"thread": thread, "timeout_s": None, "what": name, "convert": _converter(name)}
-    arguments = arguments_of(func)
+    arguments, convert = arguments_of(func), _converter(name)
     try:
-        rewards: list[_Reward] = await call(begin, (), arguments, **options)
+        rewards: list[_Reward] = await call(
+            begin, (), arguments, thread=thread, timeout_s=None, what=name, convert=convert
+        )
     except Exception as error:
         raise _failure(error, name, arguments) from error
     return rewards
 
 
-def _failure(error: Exception, name: str, arguments: Mapping[str, Any]) -> RolloutError:
+def _failure(error: Exception, name: str, arguments: Mapping[str, object]) -> RolloutError:
     hint = (
         ". Reward functions run in the trainer's thread: what an environment bound to its own thread (an SQLite "
         "connection, a browser's page) fails there; let the environment keep what they read as plain attributes"
@@ -286,30 +287,30 @@ def _is_async(func: RewardFunc) -> bool:
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
 
 
-def _converter(name: str) -> Callable[[Any], list[_Reward]]:
+def _converter(name: str) -> Callable[[Iterable[object]], list[_Reward]]:
     return lambda values: [_reward(value, name) for value in values]
 
 
 class _Log:
-    """What functions log beside their rewards, for so many episodes."""
+    """What reward functions log besides their rewards, for `num_episodes` episodes."""
 
-    def __init__(self, num_episodes: int, log_metric: Callable[[str, float], Any]) -> None:
+    def __init__(self, num_episodes: int, log_metric: Callable[[str, float], object]) -> None:
         self._num_episodes = num_episodes
         self._log_metric = log_metric
-        self._columns: dict[str, list[Any]] = {}
+        self._columns: dict[str, list[object]] = {}
 
-    def log_extra(self, column: str, values: Iterable[Any]) -> None:
-        """A value for each episode, by the name of a column; a second call for the same column continues the first."""
+    def log_extra(self, column: str, values: Iterable[object]) -> None:
+        """Log a value for each episode in a column. A second call for the same column continues the first."""
         self._columns.setdefault(str(column), []).extend(
             map_texts(own(value, str(column)), writable) for value in values
         )
 
-    def log_metric(self, name: str, value: Any) -> None:
-        """A number, of which the mean is logged."""
+    def log_metric(self, name: str, value: SupportsFloat) -> None:
+        """Log a number, of which the mean is taken."""
         self._log_metric(str(name), float(value))
 
-    def columns(self) -> dict[str, list[Any]]:
-        """Those that have a value for each episode; of a column that was logged more than once the last values."""
+    def columns(self) -> dict[str, list[object]]:
+        """Columns with a value for each episode; the last values of a column that was logged more than once."""
         whole = {}
         for name, values in self._columns.items():
             if values and len(values) % self._num_episodes == 0:
@@ -325,8 +326,8 @@ class _Log:
 _Reward = float | NotFiniteError | None
 
 
-def _reward(value: Any, name: str) -> _Reward:
-    """A number; why it costs its episode; or `None`, where the function does not apply."""
+def _reward(value: object, name: str) -> _Reward:
+    """A number; or why it fails its episode; or `None`, where the function does not apply."""
     try:
         return as_reward(value, f"`{name}` returned a reward that")
     except NotFiniteError as error:
@@ -372,18 +373,14 @@ class _View:
         return self.chat.decode(ids)
 
     def messages(self, step: Step) -> list[Message]:
-        """The response of a step and the answer to it."""
+        """The response of a step, and what it was answered."""
         if self.chat is None:
             raise DataError("the prompt is messages, and there is no chat format to read the responses with")
-        observation = step.observation
-        if isinstance(observation, str):
-            observation = [{"role": "user", "content": observation}] if observation else []
-        return [self.chat.parse(step.response_ids, step.prompt_ids).message, *observation]
+        observed = as_messages(step.observation) if step.observation else []
+        return [self.chat.parse(step.response_ids, step.prompt_ids).message, *observed]
 
 
-def _arguments(
-    episodes: Sequence[Episode], rows: Sequence[Mapping[str, Any]], views: Sequence[_View]
-) -> dict[str, list[Any]]:
+def _arguments(episodes: Sequence[Episode], rows: Sequence[Row], views: Sequence[_View]) -> dict[str, list[object]]:
     columns = dict.fromkeys(name for row in rows for name in row if name not in _NOT_COLUMNS)
     seen = list(zip(episodes, rows, views, strict=True))
     return {
@@ -394,17 +391,19 @@ def _arguments(
     }
 
 
-def _own_arguments(arguments: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """What one function may change without another function, or the dataset, seeing it."""
-    others = {name: values for name, values in arguments.items() if name != "completion_ids"}
-    return {
-        **{name: [own(value, name) for value in values] for name, values in others.items()},
-        "completion_ids": [list(ids) for ids in arguments["completion_ids"]],  # many times faster
-    }
+def _own_arguments(arguments: Mapping[str, list[object]]) -> dict[str, list[object]]:
+    """Copies that one function may change without another function, or the dataset, seeing it."""
+    return {name: [_own_argument(value, name) for value in values] for name, values in arguments.items()}
 
 
-def _prompt(episode: Episode, row: Mapping[str, Any], view: _View) -> str | list[Message]:
-    """What the row asks and `reset` adds to it, joined as [`ChatFormat`] joins them."""
+def _own_argument(value: object, name: str) -> object:
+    if name == "completion_ids" and isinstance(value, list):
+        return list(value)  # many times faster
+    return own(value, name)
+
+
+def _prompt(episode: Episode, row: Row, view: _View) -> TextOrMessages:
+    """The row's prompt and what `reset` adds to it, joined as [`ChatFormat`] joins them."""
     prompt = prompt_of(row)
     if prompt is None:
         return view.text(episode.steps[0].prompt_ids)
@@ -413,14 +412,14 @@ def _prompt(episode: Episode, row: Mapping[str, Any], view: _View) -> str | list
     return prompt + episode.reset_text if isinstance(prompt, str) else extended(prompt, episode.reset_text)
 
 
-def _completion(episode: Episode, row: Mapping[str, Any], view: _View) -> str | list[Message]:
+def _completion(episode: Episode, row: Row, view: _View) -> TextOrMessages:
     if not isinstance(prompt_of(row), list | tuple):
         return view.text(_completion_ids(episode))
     return [message for step in episode.steps for message in view.messages(step)]
 
 
 def _completion_ids(episode: Episode) -> list[int]:
-    """Everything after the first prompt; of an episode that is not append-only, the responses alone."""
+    """Ids after the first prompt; of an episode that is not append-only, those of the responses alone."""
     first, last = episode.steps[0].prompt_ids, episode.steps[-1].prompt_ids
     if last[: len(first)] == first:
         return [*last[len(first) :], *episode.steps[-1].response_ids]

@@ -1,4 +1,4 @@
-"""Where episodes are played: environments that are made once and reset often, each in its own thread."""
+"""Environments that play episodes: each is made once, in a thread of its own, and reset for every episode."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import heapq
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..calls import (
     DaemonThread,
@@ -20,14 +20,15 @@ from ..calls import (
     within,
 )
 from ..environments.base import Playable
+from ..types import Row
 from .loops import EventLoop
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-MakePlayable = Callable[[Mapping[str, Any]], Playable | None]
+MakePlayable = Callable[[Row], Playable | None]
 
-CANCELLING_S = 5.0  # for a rollout that was broken off, to close its environments
+CANCEL_TIMEOUT_S = 5.0  # for an interrupted rollout to close its environments
 _MAKING = "making the environment"
 _EARLIER = "(an earlier one)"
 
@@ -42,10 +43,10 @@ async def make_in_thread(make: Callable[[], T], thread: DaemonThread, timeout_s:
         thread ([`DaemonThread`]):
             Its thread, which ends if there is an exception.
         timeout_s (`float`, *optional*):
-            Most seconds that it may take.
+            Maximum number of seconds that it may take.
 
     Raises:
-        MainThreadNeededError: it handles signals: see [`make_in_main_thread`].
+        MainThreadNeededError: The environment handles signals; see [`make_in_main_thread`].
     """
 
     def run() -> T:
@@ -61,7 +62,7 @@ async def make_in_thread(make: Callable[[], T], thread: DaemonThread, timeout_s:
 
 
 async def make_in_main_thread(make: Callable[[], T]) -> T:
-    """Make an environment in the main thread. Raises a `MainThreadNeededError` if that does something else."""
+    """Make an environment in the main thread. Raises a `MainThreadNeededError` if that thread is busy."""
     main = MainThread()
 
     def run() -> T:
@@ -73,8 +74,8 @@ async def make_in_main_thread(make: Callable[[], T]) -> T:
 
 class MainThreadKinds:
     """
-    The kinds of environments that are made and played in the main thread. A kind is added when one of it is found to
-    handle signals; a warning says so once.
+    Kinds of environments that are made and played in the main thread. A kind is added when one of its environments is
+    found to handle signals; a warning says so once.
     """
 
     def __init__(self) -> None:
@@ -96,7 +97,7 @@ class MainThreadKinds:
 
 @dataclass(frozen=True)
 class Place:
-    """An environment that plays an episode, and which of its kind it is."""
+    """An environment that plays an episode, and its number among those of its kind."""
 
     kind: Hashable
     number: int
@@ -105,31 +106,31 @@ class Place:
 
 class Stage:
     """
-    An event loop for rollouts, one after another, and the environments that belong to it. Each has one thread, in
-    which it is made and in which all its sync methods run; its async ones run in the event loop.
+    An event loop for rollouts, one after another, and the environments that belong to it. Each environment has one
+    thread, in which it is made and in which all its sync methods run; its async methods run in the event loop.
 
     An environment whose episode ended well is reset for a later one, the lowest number of its kind first, so that the
-    episodes of a rollout get the same ones in every run as long as all play at once. One whose episode failed, or that
-    a call was given up of, is closed; its successor has a new thread.
+    episodes of a rollout get the same environments in every run as long as all play at once. An environment whose
+    episode failed, or one of whose calls was given up, is closed; its successor has a new thread.
 
     Args:
         make_playable (`Callable[[Mapping], Playable | None]`):
             Makes the environment of an episode from its row; `None`: the episode needs none.
         kind_of (`Callable[[Mapping], Hashable]`, *optional*):
-            What an environment must have in common with a row to play it; by default all are of one kind. What it
-            raises fails the episode.
+            Returns what an environment must have in common with a row to play it; by default all are of one kind. What
+            it raises fails the episode.
         reuses (`bool`, *optional*, defaults to `True`):
             Whether an environment plays more than one episode.
         close_timeout_s (`float`, *optional*):
-            Most seconds that an environment may take to close.
+            Maximum number of seconds that an environment may take to close.
         main_thread_kinds ([`MainThreadKinds`], *optional*):
-            Kinds that are played in the main thread, which several stages may share.
+            Kinds that are played in the main thread. Several stages may share them.
 
     Example:
     ```python
     >>> stage = Stage(make)
     >>> for requests in updates:
-    ...     episodes = play_episodes(requests, stage, sampler, ...)
+    ...     episodes = play_episodes(requests, EnvironmentPlayer(stage, sampler, spec, chat))
     >>> stage.close()
     ```
     """
@@ -138,7 +139,7 @@ class Stage:
         self,
         make_playable: MakePlayable,
         *,
-        kind_of: Callable[[Mapping[str, Any]], Hashable] = lambda row: None,
+        kind_of: Callable[[Row], Hashable] = lambda row: None,
         reuses: bool = True,
         close_timeout_s: float | None = None,
         in_place: bool | None = None,
@@ -155,11 +156,13 @@ class Stage:
         self._resting: dict[tuple[Hashable, int], Playable] = {}
         self._playing: dict[tuple[Hashable, int], Playable] = {}
         self._held: dict[str, Place] = {}  # by the name of their episode
-        self._changing = threading.Lock()  # what is free or rests: rollouts and `release` may be in different threads
+        self._changing = (
+            threading.Lock()
+        )  # of what is free or rests: rollouts and `release` may be in different threads
         self._running = threading.Lock()  # held while the event loop runs
         self._main_thread_kinds = main_thread_kinds or MainThreadKinds()
         self._spare: DaemonThread | None = None  # that no environment has
-        self._rollout: asyncio.Task[Any] | None = None
+        self._rollout: asyncio.Task[object] | None = None
         self._is_closed = False
 
     @property
@@ -167,7 +170,7 @@ class Stage:
         """Whether a rollout may be run from this thread."""
         return self._loop.fits_here
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def run(self, coroutine: Coroutine[object, None, T]) -> T:
         """Run a rollout to its end; see [`~loops.EventLoop.run`]. After one that raised, the stage is to be closed."""
 
         async def rollout() -> T:
@@ -180,18 +183,18 @@ class Stage:
             return self._loop.run(rollout())
 
     def put(self, kind: Hashable, playable: Playable) -> None:
-        """Have an environment that was made before the first rollout play its episodes, too."""
+        """Add an environment that was made before the first rollout."""
         self._release(kind, self._next_number(kind), playable)
 
     def held(self, name: str) -> Playable | None:
-        """Where an episode was played; `None` where it is not held, or there was nothing."""
+        """Environment that played an episode; `None` where it is not held, or the episode had none."""
         place = self._held.get(name)
         return place.playable if place is not None else None
 
     def release(self, names: Iterable[str]) -> None:
         """
-        The environments of these episodes, which were held, may play others. Those that may not are closed: now, or at
-        the end of the rollout that is played on the stage meanwhile.
+        Let the held environments of these episodes play others. Those that may not are closed: now, or at the end of
+        the rollout that is being played on the stage.
         """
         for name in names:
             place = self._held.pop(name, None)
@@ -204,7 +207,7 @@ class Stage:
                 self._running.release()
 
     def close(self) -> None:
-        """Close all environments, also those in the midst of an episode, and the event loop."""
+        """Close all environments, also those that are playing an episode, and the event loop."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -215,15 +218,15 @@ class Stage:
 
     # -- in the event loop --------------------------------------------------------------------------------------------
 
-    async def take(self, row: Mapping[str, Any], timeout_s: float | None) -> Place:
+    async def take(self, row: Row, timeout_s: float | None) -> Place:
         """
-        An environment for an episode. They are made one after the other.
+        Take an environment for an episode. Environments are made one after the other.
 
         Args:
-            row (`Mapping[str, Any]`):
+            row (`Mapping`):
                 The dataset row.
             timeout_s (`float`, *optional*):
-                Most seconds for making one.
+                Maximum number of seconds for making one.
         """
         kind = self._kind_of(row)
         with self._changing:
@@ -246,17 +249,17 @@ class Stage:
 
     async def give_back(self, place: Place, *, is_well: bool, name: str, is_held: bool = False) -> None:
         """
-        An episode is over: its environment may play another one, or is closed.
+        Give an environment back after its episode: it may play another one, or is closed.
 
         Args:
             place ([`Place`]):
                 What [`take`] gave.
             is_well (`bool`):
-                Whether the episode went as it should.
+                Whether the episode ended without an error.
             name (`str`):
-                The episode's.
+                The episode's id.
             is_held (`bool`, *optional*, defaults to `False`):
-                Whether it is left as the episode has left it, until [`release`].
+                Whether the environment stays as the episode has left it, until [`release`].
         """
         key = place.kind, place.number
         playable = self._playing.pop(key, None)
@@ -271,14 +274,14 @@ class Stage:
 
     def move_to_main_thread(self, kind: Hashable, error: MainThreadNeededError) -> None:
         """
-        Environments of the kind are played in the main thread from now on, those in other threads are replaced. Raises
-        the error if the main thread does something else.
+        Make and play environments of this kind in the main thread from now on, and replace those in other threads.
+        Raises the error if the main thread is busy.
         """
         if not MainThread.is_free():
             raise error
         self._main_thread_kinds.add(kind, error)
 
-    async def _make(self, kind: Hashable, row: Mapping[str, Any], timeout_s: float | None) -> Playable | None:
+    async def _make(self, kind: Hashable, row: Row, timeout_s: float | None) -> Playable | None:
         def make() -> Playable | None:
             return self._make_playable(row)
 
@@ -297,19 +300,19 @@ class Stage:
         return await make_in_main_thread(make)
 
     def _must_be_replaced(self, kind: Hashable, playable: Playable) -> bool:
-        """Whether it may not play another episode."""
+        """Whether an environment may not play another episode."""
         if kind in self._main_thread_kinds and not getattr(playable, "is_in_main_thread", False):
             return True
         was_played = getattr(playable, "was_played", True)
         return was_played and not (self._reuses and getattr(playable, "is_reusable", False))
 
     def _used(self) -> list[tuple[Hashable, int]]:
-        """Which of those that play nothing must be replaced."""
+        """Keys of the idle environments that must be replaced."""
         with self._changing:
             return [key for key, playable in self._resting.items() if self._must_be_replaced(key[0], playable)]
 
     async def _close_used(self) -> None:
-        """Close those that must be replaced and play nothing."""
+        """Close the idle environments that must be replaced."""
         for key in self._used():
             with self._changing:
                 playable = self._resting.pop(key, None)
@@ -323,8 +326,8 @@ class Stage:
             logger.warning("closing the environment of episode %s failed", name, exc_info=True)
 
     async def _close_all(self) -> None:
-        if self._rollout is not None and not self._rollout.done():  # it was broken off, and is cancelled
-            await asyncio.wait({self._rollout}, timeout=CANCELLING_S)
+        if self._rollout is not None and not self._rollout.done():  # it was interrupted, and is cancelled
+            await asyncio.wait({self._rollout}, timeout=CANCEL_TIMEOUT_S)
         held = [place.playable for place in self._held.values() if place.playable is not None]
         left = [*self._playing.values(), *self._resting.values(), *held]
         self._held.clear()
@@ -340,7 +343,7 @@ class Stage:
         return number
 
     def _release(self, kind: Hashable, number: int, playable: Playable | None = None) -> None:
-        """A number is free, with the environment that rests there, if there is one."""
+        """Free a number, with the environment that rests there, if there is one."""
         with self._changing:
             if playable is not None:
                 self._resting[kind, number] = playable

@@ -19,15 +19,19 @@ from ..chat import ChatFormat
 from ..environments.base import Playable
 from ..environments.slots import Slots
 from ..environments.tools import check_reset, make_playable
+from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError, DataError
 from ..inference.base import SamplingParams
 from ..models import score_sequences
 from ..numerics import Numerics
 from ..rollout import (
     Agent,
+    AgentPlayer,
+    EnvironmentPlayer,
     EpisodeLimits,
     EpisodeRequest,
     MainThreadKinds,
+    Player,
     Stage,
     check_agent,
     check_reward_funcs,
@@ -36,7 +40,6 @@ from ..rollout import (
     make_in_thread,
     own_row,
     paid,
-    play_agents,
     play_episodes,
     score_episodes,
     takes_environments,
@@ -249,38 +252,61 @@ class EpisodePlayer:
         if not requests:
             return []
         sampling = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0) if greedy else self.sampling
-        common: dict[str, Any] = {
-            "limits": self.limits,
-            "sampling": sampling,
-            "run_seed": self.args.seed,
-            "max_concurrent_episodes": self.args.max_concurrent_episodes or max(_EVAL_EPISODES, self._update_episodes),
-            "slots": self._episode_slots,
-            "id_prefix": id_prefix if update is None else _prefix(update),
-            "on_episode": on_episode,
-        }
+        spec = EpisodeSpec(self.limits, sampling, run_seed=self.args.seed)
+        prefix = id_prefix if update is None else _prefix(update)
         if self.agent is None:
-            common["make_timeout_s"] = self.args.tool_timeout_s
-            holds = self._shows_environments
             with self._staged() as stage:
-                played = play_episodes(requests, stage, self.engine.sampler, chat=self.chat_of, holds=holds, **common)
-                for name in [episode.episode_id for episode in played if holds and episode.valid]:
-                    self._played_in[name] = stage, stage.held(name)
-            return [_readable(episode, self.context) for episode in played]
-        with self._serving() as server:
-            if update is not None and update > self.args.max_staleness:
-                server.store.forget(_prefix(update - self.args.max_staleness - 1))  # which is trained
-            played = play_agents(
-                requests,
-                self.agent,
-                server,
-                self.engine.sampler,
-                idle_s=self.args.tool_timeout_s,
-                needs_reward=not self.reward_funcs and self.reward_model is None,
-                resumes=update is not None,
-                overlaps=self.args.max_staleness > 0,
-                **common,
-            )
+                played = self._play_all(requests, self._environment_player(stage, spec, prefix), on_episode)
+                self._remember_environments(stage, played)
+        else:
+            with self._serving() as server:
+                if update is not None and update > self.args.max_staleness:
+                    server.store.forget(_prefix(update - self.args.max_staleness - 1))  # which is trained
+                player = self._agent_player(server, spec, prefix, resumes=update is not None)
+                played = self._play_all(requests, player, on_episode)
         return [_readable(episode, self.context) for episode in played]
+
+    def _play_all(
+        self, requests: Sequence[EpisodeRequest], player: Player, on_episode: Callable[[], None] | None
+    ) -> list[Episode]:
+        return play_episodes(
+            requests,
+            player,
+            max_concurrent_episodes=self.args.max_concurrent_episodes or max(_EVAL_EPISODES, self._update_episodes),
+            slots=self._episode_slots,
+            on_episode=on_episode,
+        )
+
+    def _environment_player(self, stage: Stage, spec: EpisodeSpec, id_prefix: str) -> EnvironmentPlayer:
+        return EnvironmentPlayer(
+            stage,
+            self.engine.sampler,
+            spec,
+            self.chat_of,
+            make_timeout_s=self.args.tool_timeout_s,
+            id_prefix=id_prefix,
+            holds=self._shows_environments,
+        )
+
+    def _remember_environments(self, stage: Stage, played: Sequence[Episode]) -> None:
+        """Keep the environments that reward functions see, each for its episode."""
+        if self._shows_environments:
+            for name in [episode.episode_id for episode in played if episode.valid]:
+                self._played_in[name] = stage, stage.held(name)
+
+    def _agent_player(self, server: GatewayServer, spec: EpisodeSpec, id_prefix: str, *, resumes: bool) -> AgentPlayer:
+        assert self.agent is not None
+        return AgentPlayer(
+            self.agent,
+            server,
+            self.engine.sampler,
+            spec,
+            idle_s=self.args.tool_timeout_s,
+            id_prefix=id_prefix,
+            needs_reward=not self.reward_funcs and self.reward_model is None,
+            resumes=resumes,
+            overlaps=self.args.max_staleness > 0,
+        )
 
     @contextmanager
     def running(self, *, resumed_at: int | None) -> Iterator[None]:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -17,9 +18,10 @@ from tests.gateway.gateway_policy import Policy, echo, start
 from tests.gateway.test_gateway import USER, Client, hold, let_go, wait_until
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.conversation import Answer
-from trl_steppo.gateway.late import LateStream
-from trl_steppo.gateway.sampling import Engine
-from trl_steppo.gateway.service import Reply
+from trl_steppo.gateway.delivery import Delivery
+from trl_steppo.gateway.openai import CHAT_COMPLETIONS, ChatBody
+from trl_steppo.gateway.responder import Reply
+from trl_steppo.gateway.sampling import SamplerLoop
 
 HEARTBEAT_S = 0.05
 
@@ -151,7 +153,7 @@ def test_a_failure_in_a_stream_that_has_begun_is_told_as_an_event(name, client, 
     module, stream = CLIENTS[name]
     sdk = pytest.importorskip(module, reason="needs the extra `agents`")
     policy = Breaks(echo)
-    server.resume(Engine(policy))
+    server.resume(SamplerLoop(policy))
     with let_go_later(server, policy, 1.0), pytest.raises(sdk.APIError, match="sampling failed: OSError") as error:
         stream(sdk, client, 20.0)
     assert not isinstance(error.value, sdk.InternalServerError), "the stream had begun"
@@ -195,29 +197,29 @@ def test_a_client_that_goes_away_while_it_is_told_is_heard_of():
     """So that its step is left out, unless a retry gets it."""
     answer = Answer("a", 0, "m", "hello", (), "", "stop", None, 1, 0, 1, (), ())
     sent: list[bytes] = []
-    heard: list[tuple[Reply, bool]] = []
+    heard: list[tuple[Answer, bool]] = []
+    dialect = replace(CHAT_COMPLETIONS, stream=lambda answer, body: iter([b"first", b"second"]))
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
         asked, gone = loop.create_future(), loop.create_future()
-        asked.set_result(Reply(answer, ("a note",)))
 
         async def send(message: Any) -> None:
             sent.append(message.get("body", b""))
             if message.get("body") == b"first":
                 gone.set_result(None)
 
-        late = LateStream(
+        late = Delivery(
+            dialect,
+            ChatBody.model_validate(body()),
             asked,
             gone,
-            write=lambda reply: [b"first", b"second"],
-            write_error=lambda error: b"",
-            on_told=lambda reply, is_told: heard.append((reply, is_told)),
+            on_told=lambda answer, is_told: heard.append((answer, is_told)),
             heartbeat_s=HEARTBEAT_S,
-            headers={},
         )
+        asked.set_result(Reply(answer, ("a note",)))
         await late({}, None, send)
 
     asyncio.run(run())
     assert sent == [b"", b": a note\n\n", b"first"]
-    assert [(reply.answer, is_told) for reply, is_told in heard] == [(answer, False)]
+    assert heard == [(answer, False)]

@@ -1,0 +1,148 @@
+"""The JSON form of an [`Episode`]: exact, token for token and bit for bit.
+
+The ids that an episode's steps share are written once, as they are held in memory: a prompt that is a prefix of them
+is written as its length, and a response that follows it there as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..types import Episode, Step, StopReason, TokenIds
+
+
+def episode_to_json(episode: Episode) -> dict[str, Any]:
+    """All of an episode but `needs_reward`. What its `info` and observations hold stays as it is."""
+    shared = _longest_ids(episode)
+    return {
+        **_facts(episode),
+        "token_ids": shared.tolist(),
+        **_states(episode, lambda ids, start: _packed(ids, shared, start=start)),
+    }
+
+
+def plain_episode_json(episode: Episode) -> dict[str, Any]:
+    """What a gateway knows of an episode, with every sequence of ids as it is."""
+    known = {name: value for name, value in _facts(episode).items() if name not in _OF_THE_TRAINER}
+    return {**known, **_states(episode, lambda ids, start: ids.tolist())}
+
+
+_OF_THE_TRAINER = ("question", "reset_text", "logged")
+
+
+def _facts(episode: Episode) -> dict[str, Any]:
+    return {
+        "episode_id": episode.episode_id,
+        "stream_position": episode.stream_position,
+        "dataset_row": episode.dataset_row,
+        "question": episode.question,
+        "generation_index": episode.generation_index,
+        "terminated": episode.terminated,
+        "truncated": episode.truncated,
+        "stop_reason": None if episode.stop_reason is None else episode.stop_reason.value,
+        "error": episode.error,
+        "metrics": dict(episode.metrics),
+        "reset_text": episode.reset_text,
+        "logged": dict(episode.logged),
+    }
+
+
+def _states(episode: Episode, write: Callable[[TokenIds, int], int | list[int]]) -> dict[str, Any]:
+    """The final state and the steps. `write(ids, start)` writes ids that begin at `start` of their state."""
+    final = episode.final_prompt_ids
+    return {
+        "final_prompt_ids": None if final is None else write(final, 0),
+        "steps": [
+            {
+                "step_index": step.step_index,
+                "prompt_ids": write(step.prompt_ids, 0),
+                "response_ids": write(step.response_ids, len(step.prompt_ids)),
+                "rollout_logprobs": list(step.rollout_logprobs),
+                "reward": step.reward,
+                "policy_version": step.policy_version,
+                "temperature": step.temperature,
+                "stop_reason": step.stop_reason.value,
+                "observation": step.observation,
+                "info": dict(step.info),
+            }
+            for step in episode.steps
+        ],
+    }
+
+
+def episode_from_json(data: Mapping[str, Any]) -> Episode:
+    """
+    Read what [`episode_to_json`] gave, in this version or an older one.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError, OverflowError: It is something else.
+    """
+    shared = TokenIds(data["token_ids"])
+    final = data["final_prompt_ids"]
+    return Episode(
+        episode_id=data["episode_id"],
+        # Recordings of older versions have the position alone, under another name.
+        stream_position=data["stream_position"] if "stream_position" in data else data["row_index"],
+        dataset_row=data.get("dataset_row"),
+        question=data.get("question"),
+        generation_index=data["generation_index"],
+        steps=tuple(_step_from_json(step, shared) for step in data["steps"]),
+        terminated=data["terminated"],
+        truncated=data["truncated"],
+        final_prompt_ids=None if final is None else _unpacked(final, shared, start=0),
+        error=data["error"],
+        metrics=dict(data["metrics"]),
+        reset_text=data.get("reset_text"),
+        logged=dict(data.get("logged", {})),
+        stop_reason=None if data["stop_reason"] is None else StopReason(data["stop_reason"]),
+    )
+
+
+def _step_from_json(data: Mapping[str, Any], shared: TokenIds) -> Step:
+    prompt_ids = _unpacked(data["prompt_ids"], shared, start=0)
+    info = dict(data["info"])
+    if "state_key" in info:
+        info["state_key"] = _hashable(info["state_key"])
+    return Step(
+        prompt_ids=prompt_ids,
+        response_ids=_unpacked(data["response_ids"], shared, start=len(prompt_ids)),
+        rollout_logprobs=tuple(data["rollout_logprobs"]),
+        reward=data["reward"],
+        step_index=data["step_index"],
+        policy_version=data["policy_version"],
+        temperature=data["temperature"],
+        stop_reason=StopReason(data["stop_reason"]),
+        observation=data["observation"],
+        info=info,
+    )
+
+
+def _longest_ids(episode: Episode) -> TokenIds:
+    """Longest sequence in the episode; of an append-only episode all others are parts of it."""
+    candidates = [episode.final_prompt_ids or TokenIds()]
+    if episode.steps:
+        longest = max(episode.steps, key=lambda step: len(step.prompt_ids) + len(step.response_ids))
+        candidates.append(TokenIds([*longest.prompt_ids, *longest.response_ids]))
+    return max(candidates, key=len)
+
+
+def _packed(ids: TokenIds, shared: TokenIds, *, start: int) -> int | list[int]:
+    """The length of `ids` where they are what `shared` has from `start` on; else the ids themselves."""
+    return len(ids) if shared[start : start + len(ids)] == ids else ids.tolist()
+
+
+def _unpacked(packed: int | Sequence[int], shared: TokenIds, *, start: int) -> TokenIds:
+    if not isinstance(packed, int):
+        return TokenIds(packed)
+    if start + packed > len(shared):
+        raise ValueError(f"ids {start} to {start + packed} of {len(shared)} `token_ids`")
+    return shared[start : start + packed]
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple(sorted((key, _hashable(item)) for key, item in value.items()))
+    return value

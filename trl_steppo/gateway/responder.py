@@ -1,0 +1,275 @@
+"""Answers the requests of one session: each by a new step, or by the step that the same request got before."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from ..errors import ConfigurationError, DataError
+from ..inference.base import Sample, SamplingParams
+from ..types import StopReason, num_shared
+from .conversation import Answer, ModelRequest, RequestError, context_error
+from .flights import Flight, Flights, Retry
+from .monitor import Monitor
+from .placement import Placement, Placer
+from .recording import record_step
+from .sampling import SamplingPort
+from .sessions import Session, SessionStep, budget_error
+from .store import Store, written
+from .stored import notes_to_json, step_to_json
+from .tokens import ChatFormats
+from .wishes import check_wishes, sampling_params, unmet_wishes
+from .work import INLINE_BYTES, Worker
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_TOKENS = 60  # of a difference that is logged
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, and what its client has to be told beside it."""
+
+    answer: Answer
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Services:
+    """
+    What all sessions of a gateway share.
+
+    Args:
+        formats ([`ChatFormats`]):
+            Messages to ids and back.
+        port ([`SamplingPort`]):
+            Where responses come from.
+        store ([`Store`]):
+            Where steps are kept.
+        monitor ([`Monitor`]):
+            Counts.
+        worker ([`Worker`]):
+            Does what takes as long as requests are long.
+        context (`int`, *optional*):
+            Maximum number of tokens of a prompt with its response that the policy can read.
+        logged (`set[str]`, *optional*):
+            Fields of which the log has said that a client's wish does not hold.
+    """
+
+    formats: ChatFormats
+    port: SamplingPort
+    store: Store
+    monitor: Monitor
+    worker: Worker
+    context: int | None
+    logged: set[str] = field(default_factory=set)
+
+    async def save(self, session: Session) -> None:
+        """Store what is known of a session beside its steps."""
+        notes = notes_to_json(session.notes, session.deliveries)
+        await written(self.store.set_notes(session.session_id, notes, is_over=session.is_over))
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What the policy reads: all ids of a placed request."""
+
+    placement: Placement
+    ids: list[int]
+
+
+class Responder:
+    """
+    Answers the requests of one session.
+
+    Args:
+        session ([`Session`]):
+            Where steps are recorded.
+        services ([`Services`]):
+            What it shares with other sessions.
+    """
+
+    def __init__(self, session: Session, services: Services) -> None:
+        self.session = session
+        self.flights = Flights(session)
+        self._services = services
+        self._placer = Placer(session, services.formats, services.context)
+        self._recording = asyncio.Lock()
+        self._told: set[str] = set()  # what of its wishes does not hold
+
+    async def respond(self, request: ModelRequest, retry: Retry) -> Reply:
+        """
+        Answer a request by a new step, or a retry by the step that it got.
+
+        Raises:
+            RequestError: The request cannot be answered as it is; the episode is over; the sampler failed.
+        """
+        earlier = self.flights.asked_before(retry)
+        if earlier is not None:
+            self._services.monitor.retries.inc()
+            return Reply(await self._answer_again(earlier))
+        check_wishes(self.session.spec, request.wishes)
+        notes = self._notes(request)
+        flight = self._start(request, retry)
+        return Reply(await self.flights.wait_for(flight), notes)
+
+    async def _answer_again(self, earlier: int | Flight) -> Answer:
+        if isinstance(earlier, Flight):
+            return await self.flights.wait_for(earlier)
+        return self.session.tell_again(earlier)
+
+    def _notes(self, request: ModelRequest) -> tuple[str, ...]:
+        """What the client is told of its wishes, once."""
+        session, logged = self.session, self._services.logged
+        unmet = unmet_wishes(session.spec, request)
+        news = {name: text for name, text in unmet.items() if name not in self._told}
+        self._told |= set(news)
+        for name, text in news.items():
+            if name not in logged:
+                logged.add(name)
+                logger.warning("a client asks for another `%s`: %s (told once)", name, text)
+        return tuple(news.values())
+
+    def _start(self, request: ModelRequest, retry: Retry) -> Flight:
+        """Begin a step: nothing is recorded yet. What takes as long as the request is long is done beside the loop."""
+        services = self._services
+        self._check_open()
+        if isinstance(request.prompt, tuple):
+            self._check_context(request, len(request.prompt))
+        flight = self.flights.new(retry.name)
+        if request.size <= INLINE_BYTES and services.formats.knows(request.tools):
+            prompt = self._admit(request, flight, self._placer.place(request))
+            work = self._step(request, flight, prompt)
+        else:
+            work = self._place_and_step(request, flight)
+        self.flights.start(flight, work)
+        return flight
+
+    async def _place_and_step(self, request: ModelRequest, flight: Flight) -> Answer:
+        beside = partial(self._services.worker.run, self.session.turn)
+        placement = await self._placer.place_by(request, beside)
+        self._check_open()  # meanwhile a budget may have ended it
+        return await self._step(request, flight, self._admit(request, flight, placement))
+
+    def _admit(self, request: ModelRequest, flight: Flight, placement: Placement) -> _Prompt:
+        """The prompt of a step that the session's budgets, and the model's context, allow."""
+        session, parent = self.session, placement.parent
+        if parent is not None:  # who goes on from an answer was told of it
+            session.told_of(session.steps[parent].answer)
+        prompt = _Prompt(placement, [*session.state_ids(parent), *placement.new_ids])
+        budget = session.check_budget(len(prompt.ids), self.flights.num_before(flight))
+        if budget is not None:
+            session.end_by(budget, parent, placement.new_ids, placement.observed)
+            raise budget_error(session)
+        self._check_context(request, len(prompt.ids))
+        if placement.rewritten is not None:
+            self._report_rewritten(placement.rewritten, prompt.ids)
+        flight.placement = placement
+        return prompt
+
+    async def _step(self, request: ModelRequest, flight: Flight, prompt: _Prompt) -> Answer:
+        """Sample a response, record it, and only then tell of it."""
+        session, services, placement = self.session, self._services, prompt.placement
+        params = sampling_params(
+            session.spec,
+            request.wishes,
+            flight.seed_index,
+            len(prompt.ids),
+            stop_token_ids=placement.chat.stop_token_ids,
+            context=services.context,
+        )
+        sample = await self._sample(prompt.ids, params, flight.seed_index)
+        record = partial(
+            record_step,
+            request,
+            placement,
+            prompt.ids,
+            sample,
+            services.formats,
+            temperature=params.temperature,
+            seed_index=flight.seed_index,
+            request_name=flight.name,
+        )
+        is_long = len(prompt.ids) + len(sample.token_ids) > INLINE_BYTES
+        step = await services.worker.run(session.turn, record) if is_long else record()
+        flight.is_recording = True
+        await self._store(step)
+        max_tokens = request.wishes.max_tokens
+        if step.stop_reason is StopReason.LENGTH and session.spec.is_cut(
+            params, len(prompt.ids), max_tokens=max_tokens
+        ):
+            session.notes.cut = True
+            await services.save(session)
+        self._count(step, prompt)
+        return step.answer
+
+    async def _sample(self, prompt_ids: Sequence[int], params: SamplingParams, seed_index: int) -> Sample:
+        session, monitor = self.session, self._services.monitor
+        order = session.spec.order(seed_index)
+        try:
+            sample = await self._services.port.sample(prompt_ids, params, session_id=session.session_id, order=order)
+        except RequestError:
+            raise
+        except (ConfigurationError, DataError) as error:  # more than the sampler can take
+            raise RequestError(400, str(error)) from error
+        except Exception as error:
+            session.sampler_error = error
+            monitor.upstream_failures.inc()
+            logger.warning("sampling for session %s failed", session.session_id, exc_info=True)
+            raise RequestError(502, f"sampling failed: {type(error).__name__}", code="upstream") from error
+        session.sampler_error = None
+        if not len(sample.token_ids):
+            monitor.upstream_failures.inc()
+            raise RequestError(502, "the sampler returned an empty response", code="upstream")
+        return sample
+
+    async def _store(self, step: SessionStep) -> None:
+        session = self.session
+        async with self._recording:  # steps are in the store in the order in which they are in memory
+            try:
+                await written(
+                    self._services.store.add_step(session.session_id, len(session.steps), step_to_json(step))
+                )
+            except sqlite3.Error as error:
+                logger.error("a step of session %s cannot be recorded", session.session_id, exc_info=True)
+                raise RequestError(502, "the step cannot be recorded", code="store") from error
+            session.add(step)
+
+    def _count(self, step: SessionStep, prompt: _Prompt) -> None:
+        monitor, num_new = self._services.monitor, len(prompt.placement.new_ids)
+        monitor.steps.labels(step.history).inc()
+        monitor.tokens.labels("kept").inc(len(prompt.ids) - num_new)
+        monitor.tokens.labels("tokenized").inc(num_new)
+        monitor.tokens.labels("sampled").inc(len(step.response_ids))
+
+    # -- refusals, and what is told -----------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self.session.ended_early:
+            raise budget_error(self.session)
+
+    def _check_context(self, request: ModelRequest, prompt_length: int) -> None:
+        context = self._services.context
+        if context is not None and prompt_length >= context:
+            raise context_error(context, f"this prompt has {prompt_length}", request)
+
+    def _report_rewritten(self, position: int, prompt_ids: list[int]) -> None:
+        """Count a history that is not what was recorded; the first of a session is logged."""
+        session, decode = self.session, self._services.formats.decode
+        self._services.monitor.mismatches.inc()
+        if "history" in self._told:
+            return
+        self._told.add("history")
+        recorded = session.state_ids(position)
+        at = num_shared(recorded, prompt_ids)
+        shown = slice(max(0, at - _SHOWN_TOKENS // 3), at + _SHOWN_TOKENS)
+        logger.warning(
+            "session %s rewrote its history, which opens a branch: recorded %r, now %r (told once a session)",
+            session.session_id,
+            decode(recorded[shown]),
+            decode(prompt_ids[shown]),
+        )

@@ -1,0 +1,114 @@
+"""The bodies that sessions are opened, paid and ended with over HTTP."""
+
+from __future__ import annotations
+
+import secrets
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, AliasChoices, Field
+
+from ..episodes import EpisodeSpec
+from ..finite import LARGEST
+from ..inference.base import MIN_TEMPERATURE
+from ..types import JsonObject
+from .bodies import FIRST_ERROR, Body, FiniteObject
+
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]  # as of all rewards; `nan` and infinities are neither
+
+
+def _can_be_sampled(temperature: float) -> float:
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"give 0, or at least {MIN_TEMPERATURE:g}")
+    return temperature
+
+
+class RewardBody(Body):
+    """`POST /sessions/{session_id}/reward`: what a step is paid, instead of what it was told before."""
+
+    reward: Number
+    step: Annotated[int, Field(ge=0)] | str | None = None
+    state_key: str | int | None = None
+    observation: str | Annotated[list[FiniteObject], FIRST_ERROR] | None = None
+
+    @property
+    def step_name(self) -> int | str | None:
+        """The step, without what an API puts before its id."""
+        return self.step.split("-", 1)[-1].split("_", 1)[-1] if isinstance(self.step, str) else self.step
+
+
+class EndingBody(Body):
+    """A body that ends a session."""
+
+    @abstractmethod
+    def ending(self, key: str) -> JsonObject:
+        """What [`Gateway.finish`] is told; no text in it has the session's key."""
+
+
+class FinishBody(EndingBody):
+    """
+    `POST /sessions/{session_id}/finish`: the episode is over; `reward` is added to its last step. `terminated`: its
+    environment ended it; without that, an episode whose last response was cut at its length counts as truncated.
+    """
+
+    reward: Number | None = None
+    metrics: dict[str, Number] | None = None
+    observation: str | Annotated[list[FiniteObject], FIRST_ERROR] | None = None
+    terminated: bool = False
+
+    def ending(self, key: str) -> JsonObject:
+        """What [`Gateway.finish`] is told."""
+        names = ("reward", "metrics", "observation", "terminated")
+        return {name: getattr(self, name) for name in names}
+
+
+class AbortBody(EndingBody):
+    """`POST /sessions/{session_id}/abort`: the episode failed, and trains nothing."""
+
+    error: str = "aborted by the agent"
+
+    def ending(self, key: str) -> JsonObject:
+        """What [`Gateway.finish`] is told."""
+        return {"error": self.error.replace(key, "[key]") or "aborted by the agent"}
+
+
+class OpenBody(Body):
+    """`POST /sessions`: a new session. Budgets and sampling that are left out are the gateway's own."""
+
+    name: str | None = None
+    training: bool | None = None
+    max_interaction_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_prompt_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_episode_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_episode_s: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    response_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_can_be_sampled)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stream_position: Annotated[
+        int | None, Field(ge=0, lt=2**63, validation_alias=AliasChoices("stream_position", "row_index"))
+    ] = None
+    generation_index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    dataset_row: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+
+    def spec(self, default: EpisodeSpec) -> EpisodeSpec:
+        """The gateway's own settings with these instead; a seed that is not given is drawn."""
+        limits = ("max_interaction_steps", "max_prompt_length", "max_episode_tokens", "max_episode_s")
+        sampling = {"max_new_tokens": self.response_length, "temperature": self.temperature}
+        own: JsonObject = {
+            "training": self.training,
+            "run_seed": secrets.randbits(63) if self.seed is None else self.seed,
+            "stream_position": self.stream_position,
+            "generation_index": self.generation_index,
+            "dataset_row": self.dataset_row,
+        }
+        return replace(
+            default,
+            limits=_with(default.limits, {name: getattr(self, name) for name in limits}),
+            sampling=_with(default.sampling, sampling),
+            **{name: value for name, value in own.items() if value is not None},
+        )
+
+
+def _with(settings: Any, changes: JsonObject) -> Any:
+    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
