@@ -275,10 +275,10 @@ class StepPOConfig(PPOConfig):
     num_generations: int = field(default=1, metadata={"help": "Number of episodes per dataset row."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens of this total mass."})
     top_k: int = field(default=0, metadata={"help": "Sample from this many most likely tokens; 0: from all."})
-    chat_template_kwargs: dict | str | None = field(
+    chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Extra arguments of the chat template, as JSON on the command line."}
     )
-    model_init_kwargs: dict | str | None = field(
+    model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Arguments of `from_pretrained` for models given by their names, as JSON."},
     )
