@@ -11,7 +11,7 @@ from tests.rollout.scripted import LookEnvironment, ScriptedSampler, call, play_
 from trl_steppo.environments import make_playable
 from trl_steppo.errors import ConfigurationError, RolloutError
 from trl_steppo.rollout import EpisodeRequest, score_episodes
-from trl_steppo.rollout.rewards import check_reward_funcs, paid, takes_environments, within_float32
+from trl_steppo.rollout.rewards import check_reward_funcs, fail_beyond_float32, fail_if_unpaid, takes_environments
 from trl_steppo.types import Episode, StopReason
 
 LOOK, STOP = call("look", where="here"), call("stop")
@@ -200,7 +200,7 @@ def test_a_reward_that_float32_cannot_compute_with_fails_its_episode(chat, episo
 
 def test_rewards_that_are_too_large_together_fail_their_episode(chat, episodes):
     twice = [lambda prompts, **kwargs: [1.0, 1e19]] * 2
-    scored = [within_float32(episode) for episode in score_episodes(twice, None, episodes, ROWS, chat=chat)]
+    scored = [fail_beyond_float32(episode) for episode in score_episodes(twice, None, episodes, ROWS, chat=chat)]
     assert scored[0].valid
     assert "add up to 2e+19" in scored[1].error
 
@@ -433,9 +433,9 @@ def test_get_reward_may_not_apply(chat, environment, reward, expected):
     )
     assert episode.valid
     (scored,) = score_episodes([lambda prompts, **kwargs: [reward]], None, [episode], ROWS[:1], chat=chat)
-    scored = paid(scored)
+    scored = fail_if_unpaid(scored)
     if expected is None:
         assert "nothing paid it a reward" in scored.error
-        assert "nothing paid it a reward" in paid(episode).error
+        assert "nothing paid it a reward" in fail_if_unpaid(episode).error
     else:
         assert scored.episode_return == expected

@@ -43,7 +43,7 @@ class RecordedStep:
 @dataclass
 class Notes:
     """
-    What is known of an episode beside its steps. Keys are positions of steps.
+    What is known of an episode besides its steps. Keys are positions of steps.
 
     Args:
         rewards (`dict[int, float]`), state_keys (`dict[int, Hashable]`), observations (`dict[int, str | list]`):

@@ -36,14 +36,14 @@ from ..rollout import (
     check_agent,
     check_reward_funcs,
     checked_weights,
+    fail_beyond_float32,
+    fail_if_unpaid,
     make_in_main_thread,
     make_in_thread,
     own_row,
-    paid,
     play_episodes,
     score_episodes,
     takes_environments,
-    within_float32,
 )
 from ..rollout.loops import run_coroutine
 from ..types import Episode, StopReason, TokenIds
@@ -603,10 +603,10 @@ class EpisodePlayer:
             )
             for index, score in zip(valid, scores, strict=True):
                 episodes[index] = replace(episodes[index].paid(score), needs_reward=False)
-        episodes = [paid(episode) for episode in episodes]
+        episodes = [fail_if_unpaid(episode) for episode in episodes]
         if self.args.missing_eos_penalty is not None:
             episodes = [self._penalize_missing_eos(episode) for episode in episodes]
-        return [within_float32(episode) for episode in episodes]
+        return [fail_beyond_float32(episode) for episode in episodes]
 
     def _penalize_missing_eos(self, episode: Episode) -> Episode:
         """The last response of an episode should end by itself: with the end of its turn, or else with EOS."""

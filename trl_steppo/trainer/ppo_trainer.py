@@ -76,7 +76,7 @@ from ..models import (
     whole_state_dict,
 )
 from ..modes import modes_kept
-from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, load_episodes, within_float32
+from ..rollout import Agent, Ahead, EpisodeRequest, dump_episodes, episode_file, fail_beyond_float32, load_episodes
 from ..stopping import StopRequestedError, is_requested, listening
 from ..types import Episode, StopReason
 from .callbacks import StepPOProgressCallback, close_progress_bars, print_episodes
@@ -468,7 +468,7 @@ class PPOTrainer(_Base):
         with self.clock.measure("rollout_s"):
             if args.replay_episodes_dir is not None:
                 found = together(partial(load_episodes, episode_file(args.replay_episodes_dir, update, rank)))
-                episodes = [within_float32(episode) for episode in found]
+                episodes = [fail_beyond_float32(episode) for episode in found]
             elif args.max_staleness:
                 together(partial(self.ahead.begin, update, self.state.max_steps))
                 episodes = self._judge(self._logged, *together(partial(self.ahead.take, update)))
