@@ -14,7 +14,7 @@ from .rewards import (
     checked_weights,
     fail_beyond_float32,
     fail_if_unpaid,
-    score_episodes,
+    pay_episodes,
     takes_environments,
 )
 from .rows import own_row
@@ -42,9 +42,9 @@ __all__ = [
     "make_in_main_thread",
     "make_in_thread",
     "own_row",
+    "pay_episodes",
     "play_episodes",
     "run_episode",
-    "score_episodes",
     "step_seed",
     "takes_environments",
 ]

@@ -34,7 +34,7 @@ _OFFERED = ("log_extra", "log_metric", "environments")
 """Keyword arguments of functions that take them by name or as `**kwargs`; the last where there are environments."""
 
 
-def score_episodes(
+def pay_episodes(
     reward_funcs: Sequence[RewardFunc],
     reward_weights: Sequence[float] | None,
     episodes: Sequence[Episode],
@@ -104,12 +104,12 @@ def score_episodes(
 
     columns = _call_all(_named(reward_funcs), arguments_of, len(valid))
     logged = log.columns()
-    scored = list(episodes)
+    paid = list(episodes)
     for position, index in enumerate(valid):
         rewards = {name: column[position] for name, column in columns.items()}
         values = {name: column[position] for name, column in logged.items()}
-        scored[index] = replace(_rewarded(episodes[index], rewards, weights), logged=values)
-    return scored
+        paid[index] = replace(_rewarded(episodes[index], rewards, weights), logged=values)
+    return paid
 
 
 def takes_environments(func: RewardFunc) -> bool:

@@ -41,8 +41,8 @@ from ..rollout import (
     make_in_main_thread,
     make_in_thread,
     own_row,
+    pay_episodes,
     play_episodes,
-    score_episodes,
     takes_environments,
 )
 from ..rollout.loops import run_coroutine
@@ -573,7 +573,7 @@ class EpisodePlayer:
             names = [episode.episode_id for episode in episodes]
             played_in = {name: self._played_in.pop(name) for name in names if name in self._played_in}
             try:
-                episodes = score_episodes(
+                episodes = pay_episodes(
                     self.reward_funcs,
                     self.args.reward_weights,
                     episodes,
