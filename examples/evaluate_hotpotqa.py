@@ -34,13 +34,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl_steppo.assets import locate_model
 from trl_steppo.chat import ChatFormat, parse_hermes
 from trl_steppo.environments import make_playable
-from trl_steppo.environments.base import MISTAKES, Message, Playable, Response
+from trl_steppo.environments.base import MISTAKES, Playable, Response
 from trl_steppo.environments.hotpotqa import EnvironmentArguments, HotpotQAData, hotpotqa_dataset
 from trl_steppo.episodes import EpisodeSpec, as_messages
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.models import end_token_ids
 from trl_steppo.rollout import EnvironmentPlayer, EpisodeLimits, EpisodeRequest, Stage, play_episodes
+from trl_steppo.types import Message
 
 SCORES = ("exact_match", "f1", "answered", "steps", "tool_errors")
 HOW_IT_RUNS = ("output_dir", "datasets", "max_questions", "batch_size")  # none of which changes a score

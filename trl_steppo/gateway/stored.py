@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from .conversation import Answer
 from .sessions import Delivery, SessionNotes, SessionStep
 
 T = TypeVar("T")
-A = TypeVar("A", array[int], array[float])
+A = TypeVar("A", "array[int]", "array[float]")
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def _read(kind: type[T], data: JsonObject) -> T:
 
 
 @cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -297,9 +297,8 @@ class _Play:
         """The episode's first prompt; a `DataError`, before it is tokenized, where it cannot fit."""
         self._check_fits(0, prompt, chat)
         self._check_fits(0, extra or "", chat)
-        may_spell_control_tokens = (
-            isinstance(prompt, str) and not is_observed
-        )  # a dataset's text is tokenized as it is
+        # The text of a dataset is tokenized as it is, control tokens included.
+        may_spell_control_tokens = isinstance(prompt, str) and not is_observed
         shown = [extra] if may_spell_control_tokens else [prompt, extra]
         self._count_control_tokens(chat, shown, is_state_prompt=is_observed and isinstance(prompt, str))
         return await _tokenize(lambda: chat.prepare(prompt, extra, is_observed=is_observed), [prompt, extra])
