@@ -313,4 +313,7 @@ class EpisodeRecord(Generic[S]):
 
 
 def _extend(buffer: array[int], ids: Sequence[int]) -> None:
-    buffer.extend(ids.memory() if isinstance(ids, TokenIds) else ids)  # a memory is iterated over many times faster
+    if isinstance(ids, TokenIds) and ids:
+        buffer.frombytes(ids.memory().cast("B"))  # many times faster than one by one
+    else:
+        buffer.extend(ids)
