@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..calls import DaemonThread, MainThreadNeededError, call_and_wait, error_text
 from ..chat import ChatFormat
@@ -115,7 +115,7 @@ class EpisodePlayer:
         environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: Sequence[RewardFunc] | None = None,
-        reward_model: nn.Module | None = None,
+        reward_model: PreTrainedModel | None = None,
         numerics: Numerics | None = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         example_row: Mapping[str, Any] | None = None,

@@ -978,7 +978,7 @@ class PPOTrainer(_Base):
     ) -> None:
         args = self.args
         register_attention()  # a model that was pickled after a run names it
-        self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None  # type: ignore[assignment]
+        self.policy_adapter: str | None = model.active_adapter if is_peft_model(model) else None
         self.value_model: Any = None
         needs_copy = args.uses_reference and ref_model is None and self.policy_adapter is None
         self._reference_adapter = args.ref_adapter_name
