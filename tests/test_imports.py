@@ -43,8 +43,9 @@ LAYERS: list[set[str]] = [
         "configs",
         "commands",
         "cli",
+        "testing",
         "__init__",
-    },  # on top of everything: commands, and the lazy names
+    },  # on top of everything: commands, test helpers, and the lazy names
 ]
 LAYER = {stage: number for number, stages in enumerate(LAYERS) for stage in stages}
 FOUNDATION = LAYERS[0]
@@ -251,6 +252,7 @@ def test_one_module_imports_the_experimental_ppo():
         "import trl_steppo.chat",
         "from trl_steppo.gateway import EpisodeSpec, Gateway, GatewayServer",
         "import trl_steppo.rollout",
+        "import trl_steppo.testing",
     ],
 )
 def test_light_imports_load_no_torch(statement):

@@ -17,7 +17,14 @@ from trl_steppo.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def snippets(page: Path) -> list[str]:
+    """The Python code of a page, block by block."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+SNIPPETS = snippets(ROOT / "README.md")
 
 COMMANDS = ("hotpotqa", "prepare", "check", "memory", "config", "report", "gateway")
 
@@ -95,6 +102,16 @@ def test_an_agent_of_ones_own_runs(tmp_path):
     trainer.train()
     (failed,) = (logs["env/failed_episodes"] for logs in trainer.state.log_history if "env/failed_episodes" in logs)
     assert failed == 0
+
+
+def test_the_tests_of_the_page_about_testing_pass():
+    """Its snippets are one file."""
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(snippets(ROOT / "docs" / "testing.md")), "testing.md", "exec"), names)
+    tests = [function for name, function in names.items() if name.startswith("test_")]
+    assert len(tests) == 4
+    for test in tests:
+        test()
 
 
 def commands(page: Path, program: str) -> list[list[str]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.report.synthetic import TOKEN_PPO, write_run
-from trl_steppo.report.methods import differing_settings, group_runs
+from trl_steppo.learning.estimators import ESTIMATORS
+from trl_steppo.report.methods import ALGORITHMS, differing_settings, group_runs
 from trl_steppo.report.runs import load_runs
 
 
@@ -79,3 +80,7 @@ def test_models_made_for_each_seed_are_one(tmp_path):
         "StepPO, model=models/warm": ["r1", "r2"],
         "StepPO, model=others/warm": ["o1", "o2"],
     }
+
+
+def test_algorithms_are_those_of_the_table_of_estimators():
+    assert {name: (estimator.title, estimator.usual_ratio) for name, estimator in ESTIMATORS.items()} == ALGORITHMS

@@ -20,6 +20,16 @@ _IGNORED = {
 }
 _IGNORED_PREFIXES = ("logging_", "log_level", "log_on", "save_", "eval_", "hub_", "trackio_", "dataloader_")
 
+ALGORITHMS = {
+    "step_gae": ("StepPO", "step"),
+    "token_gae": ("token PPO", "token"),
+    "grpo": ("GRPO", None),
+    "rloo": ("RLOO", None),
+    "gigpo": ("GiGPO", None),
+    "reinforce_plus_plus": ("REINFORCE++", None),
+}
+"""Title and usual ratio of each estimator, as in [`ESTIMATORS`][trl_steppo.learning.estimators], which loads torch."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -112,11 +122,9 @@ def _names(groups: Sequence[Sequence[Run]], families: Sequence[str]) -> list[str
 
 def _algorithm(run: Run) -> str:
     """The usual name of a run's algorithm; empty without settings."""
-    from ..learning.estimators import ESTIMATORS  # loads torch
-
     settings = run.settings or {}
-    estimator = ESTIMATORS.get(settings.get("advantage_estimator"))
-    if estimator is None:
+    if settings.get("advantage_estimator") not in ALGORITHMS:
         return ""
+    title, usual_ratio = ALGORITHMS[settings["advantage_estimator"]]
     level = settings.get("importance_sampling_level")
-    return estimator.title if estimator.usual_ratio in (None, level) else f"{estimator.title}, {level} ratio"
+    return title if usual_ratio in (None, level) else f"{title}, {level} ratio"
