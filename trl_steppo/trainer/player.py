@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..calls import DaemonThread, MainThreadNeededError, call_and_wait, error_text
