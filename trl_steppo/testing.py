@@ -19,7 +19,7 @@ from .chat import ChatFormat
 from .environments import Playable, make_playable
 from .episodes import EpisodeSpec
 from .errors import RolloutError
-from .inference.base import Sample, SamplingParams
+from .inference.base import Counts, Sample, SamplingParams
 from .rollout import (
     Agent,
     AgentPlayer,
@@ -194,8 +194,7 @@ class ScriptedSampler:
         """Everything it was asked, in the order in which it was asked."""
         self.released: list[str] = []
         """The episodes that are over."""
-        self.sampled_tokens = self.prompt_tokens = self.prefilled_tokens = self.uncached_rows = 0
-        self.forward_s = 0.0
+        self.counts = Counts()
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
@@ -206,9 +205,7 @@ class ScriptedSampler:
         self.turns.append(turn)
         await asyncio.sleep(0)  # others are asked meanwhile, as of any policy
         sample = self._sample(turn, await self._respond(turn))
-        self.prompt_tokens += len(prompt_ids)
-        self.prefilled_tokens += len(prompt_ids)
-        self.sampled_tokens += len(sample.token_ids)
+        self.counts += Counts(len(sample.token_ids), len(prompt_ids), len(prompt_ids))
         return sample
 
     def release(self, episode_id: str) -> None:

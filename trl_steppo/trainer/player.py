@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..calls import DaemonThread, MainThreadNeededError, call_and_wait, error_text
 from ..chat import ChatFormat
@@ -115,7 +116,7 @@ class EpisodePlayer:
         environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: Sequence[RewardFunc] | None = None,
-        reward_model: nn.Module | None = None,
+        reward_model: PreTrainedModel | None = None,
         numerics: Numerics | None = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         example_row: Mapping[str, Any] | None = None,
@@ -155,7 +156,7 @@ class EpisodePlayer:
             check_reward_funcs(self.reward_funcs, names, has_environments=bool(self._factories))
         self._stages: list[Stage] = []  # on which nothing is played now
         self._period: object | None = None  # in which environments are kept: a run, or an evaluation outside of one
-        # Environments that `score` shows, by the episode.
+        # Environments that `pay_rewards` shows, by the episode.
         self._played_in: dict[str, tuple[Stage, Playable | None]] = {}
         self._staging = threading.Lock()
         self._main_thread_kinds = MainThreadKinds()
@@ -231,7 +232,7 @@ class EpisodePlayer:
         on_episode: Callable[[], None] | None = None,
     ) -> list[Episode]:
         """
-        Play the requested episodes, which [`score`] then scores. May be called from any thread, and by several.
+        Play the requested episodes, which [`pay_rewards`] then pays. May be called from any thread, and by several.
 
         Args:
             requests (`Sequence[EpisodeRequest]`):
@@ -549,7 +550,13 @@ class EpisodePlayer:
             reads_state_keys=self.args.estimator.compares_states or self.args.dump_episodes_dir is not None,
         )
 
-    def score(
+    @property
+    def reward_models(self) -> list[nn.Module]:
+        """The models that pay rewards: `reward_model`, and those among the reward functions."""
+        judges = [func.model for func in self.reward_funcs if isinstance(func, RewardModel)]
+        return [*([] if self.reward_model is None else [self.reward_model]), *judges]
+
+    def pay_rewards(
         self,
         requests: Sequence[EpisodeRequest],
         episodes: list[Episode],
