@@ -26,7 +26,7 @@ from .rollout import (
     EnvironmentPlayer,
     EpisodeRequest,
     Stage,
-    paid,
+    fail_if_unpaid,
     pay_episodes,
     play_episodes,
 )
@@ -343,7 +343,7 @@ def play(
             return episodes
         environments = [stage.held(episode.episode_id) for episode in episodes]
         scored = pay_episodes(reward_funcs, None, episodes, rows, chat=chat, environments=environments)
-        return [paid(episode) for episode in scored]
+        return [fail_if_unpaid(episode) for episode in scored]
 
 
 async def _first(stage: Stage, row: Row) -> Playable:
