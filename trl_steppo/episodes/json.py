@@ -103,7 +103,7 @@ def _step_from_json(data: Mapping[str, Any], shared: TokenIds) -> Step:
     prompt_ids = _unpacked(data["prompt_ids"], shared, start=0)
     info = dict(data["info"])
     if "state_key" in info:
-        info["state_key"] = _hashable(info["state_key"])
+        info["state_key"] = _as_tuples(info["state_key"])
     return Step(
         prompt_ids=prompt_ids,
         response_ids=_unpacked(data["response_ids"], shared, start=len(prompt_ids)),
@@ -140,9 +140,9 @@ def _unpacked(packed: int | Sequence[int], shared: TokenIds, *, start: int) -> T
     return shared[start : start + packed]
 
 
-def _hashable(value: Any) -> Any:
+def _as_tuples(value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(_hashable(item) for item in value)
+        return tuple(_as_tuples(item) for item in value)
     if isinstance(value, dict):
-        return tuple(sorted((key, _hashable(item)) for key, item in value.items()))
+        return tuple(sorted((key, _as_tuples(item)) for key, item in value.items()))
     return value
