@@ -259,8 +259,7 @@ class ScriptedEngine:
     """
 
     def __init__(self, script: Script | ScriptedSampler, *, tokenizer: Tokenizer | None = None) -> None:
-        is_sampler = isinstance(script, ScriptedSampler)
-        self.sampler = script if is_sampler else ScriptedSampler(script, tokenizer=tokenizer)
+        self.sampler = script if isinstance(script, ScriptedSampler) else ScriptedSampler(script, tokenizer=tokenizer)
 
     @contextmanager
     def running(self, version: int) -> Iterator[None]:
