@@ -127,7 +127,7 @@ def call_and_wait(
     """
     with noticing_interruptions(), keeping_thread_state():
         with containing():
-            result = _taken(function(*args, **kwargs), convert)
+            result: T = _taken(function(*args, **kwargs), convert)  # unless it is async
         if not _is_async(result):
             return result
         return run(within(_contained(lambda: result, convert), None, "it"))

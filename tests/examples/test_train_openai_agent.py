@@ -16,13 +16,13 @@ from trl import TrlParser
 
 from tests.examples.scripts import load_script
 from trl_steppo.assets import MINI_WIKI_POLICY
-from trl_steppo.commands.trial import ScriptedSampler
 from trl_steppo.episodes import EpisodeSpec
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats
-from trl_steppo.inference.base import Sample, SamplingParams
+from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import AgentPlayer, EpisodeLimits, EpisodeRequest, load_episodes, play_episodes
-from trl_steppo.types import StopReason, TokenIds
+from trl_steppo.testing import ScriptedSampler, tool_call
+from trl_steppo.types import StopReason
 
 ROOT = Path(__file__).parents[2]
 with_default_config = load_script("command_line").with_default_config
@@ -34,19 +34,23 @@ def script():
     return load_script("train_openai_agent")
 
 
-class CallsNothing(ScriptedSampler):
-    """Calls a tool that is not there."""
+def knows_every_other_answer(rows):
+    """A script: it searches, then answers, in every other episode rightly."""
 
-    async def sample(self, prompt_ids, params, *, episode_id, order=()):
-        ids = TOKENIZER('<tool_call>\n{"name": "who", "arguments": {}}\n</tool_call>')["input_ids"]
-        ids += list(params.stop_token_ids)[:1]
-        return Sample(TokenIds(ids), (-1.0,) * len(ids), StopReason.STOP, 0)
+    def respond(turn):
+        if turn.step_index == 0:
+            return tool_call("search", query="who")
+        knows = (turn.stream_position + turn.generation_index) % 2 == 0
+        return tool_call("answer", text=rows[turn.stream_position]["answer"] if knows else "unknown")
+
+    return respond
 
 
-def play(script, sampler, *, steps=5):
+def play(script, says, *, steps=5):
     """The first four questions, as the trainer plays them."""
     server = GatewayServer(ChatFormats(TOKENIZER)).start()
     requests = [EpisodeRequest(script.DATA.train_dataset[index], index) for index in range(4)]
+    sampler = ScriptedSampler(says, tokenizer=TOKENIZER)
     try:
         spec = EpisodeSpec(EpisodeLimits(max_interaction_steps=steps), SamplingParams(max_new_tokens=60))
         return play_episodes(requests, AgentPlayer(script.play, server, sampler, spec, idle_s=200))
@@ -56,7 +60,7 @@ def play(script, sampler, *, steps=5):
 
 def test_the_agent_searches_answers_and_is_scored(script):
     """The policy knows the answers of every other row."""
-    episodes = play(script, ScriptedSampler(TOKENIZER, script.DATA.train_dataset))
+    episodes = play(script, knows_every_other_answer(script.DATA.train_dataset))
     assert [episode.error for episode in episodes] == [None] * 4
     assert [episode.episode_return for episode in episodes] == [1.0, 0.0, 1.0, 0.0]
     assert all(len(episode.steps) == 2 and episode.terminated for episode in episodes)
@@ -68,8 +72,8 @@ def test_the_agent_searches_answers_and_is_scored(script):
 
 def test_an_agent_that_goes_wrong_has_not_failed(script):
     """It is cut by its budget, or calls what is not there: wrong answers, which are learned from."""
-    cut = play(script, ScriptedSampler(TOKENIZER, script.DATA.train_dataset), steps=1)
-    lost = play(script, CallsNothing(TOKENIZER, script.DATA.train_dataset))
+    cut = play(script, knows_every_other_answer(script.DATA.train_dataset), steps=1)
+    lost = play(script, tool_call("who"))  # a tool that is not there
     for episodes, reason in ((cut, StopReason.MAX_INTERACTION_STEPS), (lost, StopReason.ENVIRONMENT)):
         assert [(e.error, e.episode_return, e.stop_reason) for e in episodes] == [(None, 0.0, reason)] * 4
 

@@ -205,7 +205,7 @@ def test_a_server_that_was_started_again_gets_the_weights_before_anything_is_tak
     assert sampler.num_retries >= 1
 
 
-def test_a_server_may_be_away_for_a_while(serve, connect):
+def test_requests_survive_a_restart_of_their_only_server(serve, connect):
     server = serve()
     server.token_s = 0.1
     sampler = connect(server)
@@ -246,7 +246,7 @@ def test_a_stuck_engine_is_given_up_although_its_server_answers(serve, connect, 
     assert sampler.num_retries == 2 * num_stuck
 
 
-def test_a_slow_engine_is_not_given_up_and_who_waits_is_told_for_what(serve, connect, caplog):
+def test_a_slow_engine_is_not_given_up_and_a_warning_says_what_is_waited_for(serve, connect, caplog):
     server = serve()
     server.token_s = 0.5
     sampler = connect(server, timeout_s=2.0)
@@ -259,7 +259,7 @@ def test_a_slow_engine_is_not_given_up_and_who_waits_is_told_for_what(serve, con
     assert sampler.num_retries == 0
 
 
-def test_a_server_that_tells_nothing_of_its_weights_is_done_without(serve, connect):
+def test_a_server_that_does_not_report_its_weights_is_not_used(serve, connect):
     servers = [serve(), serve()]
     servers[1].faults = [no_answer_to("/weight_info")]
     sampler = connect(*servers, silent_s=0.5, timeout_s=4.0)
@@ -309,7 +309,7 @@ def test_a_request_that_breaks_every_server_is_given_up(serve, connect):
 
 
 @pytest.mark.parametrize(("status", "words"), [(500, "given up after 5 attempts"), (400, "400")])
-def test_a_prompt_that_alone_is_not_answered_is_the_fault_of_its_episode(serve, connect, status, words):
+def test_a_prompt_that_fails_while_others_succeed_fails_its_episode(serve, connect, status, words):
     server = serve()
     server.faults = [refuses_prompts(9, status)]
     sampler = connect(server, retry_s=0.01)
@@ -335,7 +335,7 @@ def test_an_adapter_does_not_go_on_another_runs_base(serve, connect, tmp_path):
         sampler.update(weights(tmp_path, 0, is_adapter=True))
 
 
-def test_why_a_server_does_not_take_an_adapter(serve, connect, tmp_path):
+def test_the_error_of_a_refused_adapter_names_its_cause(serve, connect, tmp_path):
     server = serve()
     sampler = connect(server, version=None)
     elsewhere = replace(weights(tmp_path, 0, is_adapter=True), directory="/not/here")
@@ -359,7 +359,7 @@ def test_a_server_that_takes_long_to_load_is_waited_for_and_asked_once(serve, co
     assert servers[1].version == "run-1"
 
 
-def test_a_server_that_lost_an_option_is_done_without(serve, connect, tmp_path):
+def test_a_server_that_lost_an_option_is_no_longer_used(serve, connect, tmp_path):
     servers = [serve(), serve()]
     sampler = connect(*servers)
     servers[1].kill()
@@ -396,7 +396,7 @@ def test_new_weights_come_between_responses_and_no_response_is_given_up(serve, c
     assert [server.most_running_in_change for server in servers] == [0, 0]
 
 
-def test_adapters_that_nobody_uses_any_more_are_unloaded(serve, connect, tmp_path):
+def test_unused_adapters_are_unloaded(serve, connect, tmp_path):
     server = serve()
     sampler = connect(server, version=None)
     for version in range(4):
@@ -474,7 +474,7 @@ def test_one_process_sends_weights_and_the_others_wait_for_them(serve, connect, 
     assert server.loaded == [str(tmp_path / "run-2")] * 2
 
 
-def test_an_update_does_without_a_server_that_is_away(serve, connect, tmp_path):
+def test_an_update_skips_a_server_that_is_down(serve, connect, tmp_path):
     servers = [serve(), serve()]
     sampler = connect(*servers)
     servers[0].kill()
@@ -487,14 +487,14 @@ def test_an_update_does_without_a_server_that_is_away(serve, connect, tmp_path):
     assert servers[0].loaded[-1] == str(tmp_path / "run-1")
 
 
-def test_weights_that_no_server_can_read_end_the_update_with_its_words(serve, connect, tmp_path):
+def test_weights_that_no_server_can_read_end_the_update_with_the_servers_message(serve, connect, tmp_path):
     server = serve()
     sampler = connect(server, version=None, timeout_s=2.0)
     with pytest.raises(RolloutError, match=r"POST /collective_rpc was answered with 500: .*no such directory"):
         sampler.update(Weights("run-0", 0, str(tmp_path / "nowhere")))
 
 
-def test_a_server_without_what_is_needed_is_refused_at_once(serve, connect, tmp_path):
+def test_a_server_without_a_needed_option_is_refused_at_the_start(serve, connect, tmp_path):
     server = serve(logprobs_mode="raw_logprobs")
     with pytest.raises(ConfigurationError, match=rf"{server.url} reports .*'raw_logprobs'.*--logprobs-mode"):
         connect(server)
@@ -532,7 +532,7 @@ def test_a_shared_output_layer_is_packed_again_on_a_cpu(serve, connect, tmp_path
     assert server.called[2:] == ["reload_weights", "pack_output_layer"]
 
 
-def test_what_no_server_can_sample_is_refused(serve, connect):
+def test_requests_that_no_server_can_sample_are_refused(serve, connect):
     sampler = connect(serve(max_model_len=6))
     with pytest.raises(
         ConfigurationError, match=r"a prompt of 3 tokens with up to 4 new ones exceeds the 6 .*--max-mo"
@@ -545,7 +545,7 @@ def test_what_no_server_can_sample_is_refused(serve, connect):
         asyncio.run(sampler.sample([], SAMPLED, episode_id="e"))
 
 
-def test_what_nobody_waits_for_is_given_up(serve, connect):
+def test_a_cancelled_request_is_given_up(serve, connect):
     server = serve()
     server.token_s = 10.0
     sampler = connect(server)
@@ -561,7 +561,7 @@ def test_what_nobody_waits_for_is_given_up(serve, connect):
     sampler.hold()  # returns: nothing runs
 
 
-def test_who_waits_is_told_of_the_end(serve, connect):
+def test_waiting_requests_fail_when_the_sampler_is_closed(serve, connect):
     server = serve()
     server.token_s = 10.0
     sampler = connect(server)
@@ -651,7 +651,7 @@ def test_a_server_whose_trainer_was_killed_before_it_sent_anything_takes_weights
     assert same(loads[-1], whole(0))
 
 
-def test_a_run_that_ends_does_not_break_off_a_transfer(sent):
+def test_closing_waits_for_a_transfer_in_progress(sent):
     sampler, loads, servers = sent(2)
     servers[0].kill()
     sampler.update(whole(0))
@@ -711,7 +711,7 @@ def test_a_transfer_that_fails_is_told_and_tried_again(sent):
     assert server.num_joined > 1
 
 
-def test_where_weights_cannot_be_sent(sent, monkeypatch):
+def test_servers_and_devices_that_cannot_transfer_weights_are_refused(sent, monkeypatch):
     sampler, _, (server,) = sent()
     server.backend = "ipc"
     with pytest.raises(
@@ -726,7 +726,7 @@ def test_where_weights_cannot_be_sent(sent, monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["trainer", "server"])
-def test_a_group_on_one_gpu_is_refused_in_words(side):
+def test_a_transfer_group_on_one_gpu_is_refused_with_the_cure(side):
     """NCCL says no more than this, on both sides."""
     refused = RuntimeError("NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)")
 
@@ -748,7 +748,7 @@ def hanging(address: str, port: int, size: int) -> Any:
     raise RuntimeError("given up")
 
 
-def test_where_a_server_meets_this_process():
+def test_the_meeting_place_suits_the_address_of_the_server():
     for host in ("localhost", "127.0.0.1"):
         address, port = meeting_place(f"http://{host}:8000")
         assert address == "127.0.0.1"

@@ -68,6 +68,8 @@ def make_small_networks() -> Networks:
 class Replay:
     """What a run of `PPOTrainer` drew. It stands in for our rows, our sampler and our split into mini-batches."""
 
+    columns, order, seed = ("input_ids",), None, 0
+
     def __init__(self, queries: Any = (), responses: Any = (), permutations: Any = ()) -> None:
         self.queries: list[list[int]] = list(queries)  # without padding
         self.responses: list[list[int]] = list(responses)
@@ -76,6 +78,10 @@ class Replay:
     @property
     def num_rows(self) -> int:
         return len(self.queries)
+
+    @property
+    def example(self) -> dict[str, list[int]]:
+        return self[0]
 
     def __getitem__(self, position: int) -> dict[str, list[int]]:
         return {"input_ids": self.queries[position]}
@@ -166,9 +172,9 @@ def train_ours(
 ) -> list[Weights]:
     replay = copy.deepcopy(recording)
     with monkeypatch.context() as patch:
-        patch.setattr("trl_steppo.trainer.ppo_trainer.make_engine", lambda *args, **more: FixedEngine(replay))
+        patch.setattr("trl_steppo.trainer.build.make_engine", lambda *args, **more: FixedEngine(replay))
+        patch.setattr("trl_steppo.trainer.ppo_trainer.make_rows", lambda dataset, seed: replay)
         trainer = make_trainer(OurPPOTrainer, args, networks, dataset)
-        trainer.rows = replay
         patch.setattr("trl_steppo.learning.learner.mini_batches", replay.mini_batches)
         trainer.train()
     assert not replay.permutations, "PPOTrainer made more epochs"

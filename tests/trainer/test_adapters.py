@@ -364,7 +364,7 @@ def test_a_run_that_goes_on_has_the_reference_that_it_began_with(tmp_path, begin
     assert same(weights_of(rest, "default"), weights_of(whole, "default"))
     again = make_trainer(tmp_path / "again", **start(), **settings)  # from a checkpoint of the run that went on
     again.train(resume_from_checkpoint=str(tmp_path / "rest" / "checkpoint-3"))
-    assert again._reference_adapter == whole._reference_adapter
+    assert again._adapters.reference == whole._adapters.reference
 
 
 def weights_of(trainer: StepPOTrainer, adapter: str) -> dict[str, torch.Tensor]:

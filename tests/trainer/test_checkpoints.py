@@ -472,9 +472,9 @@ def test_load_best_model_at_end(tmp_path):
     # The best one is kept beside the newest, whatever the limit.
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]
     best = make_trainer(tmp_path / "best")
-    best._load_networks(tmp_path / "checkpoint-2")
+    best.checkpoints.load_networks(tmp_path / "checkpoint-2")
     newest = make_trainer(tmp_path / "newest")
-    newest._load_networks(tmp_path / "checkpoint-8")
+    newest.checkpoints.load_networks(tmp_path / "checkpoint-8")
     assert same(weights(trainer.model), weights(best.model))
     assert same(weights(trainer.value_model), weights(best.value_model))
     assert not same(weights(trainer.model), weights(newest.model))

@@ -12,6 +12,7 @@ import torch
 from tests.trainer.tiny import Hash, hashed, make_classifier, make_model, make_trainer, prompt_rows, same, weights
 from tests.warm import run_script
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
+from trl_steppo.rollout import EpisodeRequest
 
 COLUMNS = (
     "name",
@@ -96,7 +97,7 @@ def leaves(*args: Any) -> None:
         ({"reward_funcs": needs_difficulty}, r"`needs_difficulty`.*'difficulty'.*`completions`.*\['number'\]"),
         ({"reward_funcs": needs_environments}, r"`needs_environments`.*'environments'"),
         ({"reward_funcs": lambda completions: [0.0]}, "unexpected keyword argument"),
-        ({"reward_funcs": [3]}, "`reward_funcs` has int '3', which is no function"),
+        ({"reward_funcs": [3]}, "`reward_funcs` has int '3', which is not a function"),
         ({"value_model": 3}, "`value_model` is a int; pass a name, or what"),
     ],
 )
@@ -173,8 +174,8 @@ def test_a_reward_model_that_scores_infinity_costs_its_own_episodes(tmp_path):
     model = make_classifier()
     torch.nn.init.constant_(model.score.weight, float("inf"))
     trainer = make_trainer(tmp_path, reward_model=model)
-    requests = trainer.player.prepare(trainer._requests(0))
-    episodes = trainer.player.score(requests, trainer.player.play(requests))
+    requests = [EpisodeRequest(row, index) for index, row in enumerate(prompt_rows(8))]
+    episodes = trainer.player.pay_rewards(requests, trainer.player.play(requests))
     assert all("its rewards add up to" in episode.error for episode in episodes)
 
 
@@ -205,6 +206,7 @@ def test_one_response_of_many_calls_is_an_ordinary_episode(tmp_path):
     program = """
 import sys, tempfile, threading
 from tests.trainer.tiny import *
+from trl_steppo.rollout import EpisodeRequest
 most = [0]
 
 def look() -> str:
@@ -217,7 +219,7 @@ def pays(completions, **kwargs):
 
 engine = scripted(lambda *order: call("look").removesuffix(END) * 100 + END)
 trainer = make_trainer(tempfile.mkdtemp(), tools=[look], reward_funcs=pays, max_interaction_steps=1, engine=engine)
-requests = trainer.player.prepare(trainer._requests(0))
+requests = [EpisodeRequest(row, index) for index, row in enumerate(prompt_rows(8))]
 episodes = trainer.player.play(requests)
 assert all(episode.valid for episode in episodes), episodes[0].error
 print(most[0], int(episodes[0].metrics["refused_tool_calls"]))

@@ -224,11 +224,11 @@ class Scripted:
 class Watched(StepPOTrainer):
     """Remembers what it trained on."""
 
-    def _collate(self, episodes):
+    def _collate(self, update, episodes):
         for episode in episodes:
             self.trained[episode.stream_position] += 1
             self.ages.update(self.state.global_step - step.policy_version for step in episode.steps)
-        return super()._collate(episodes)
+        return super()._collate(update, episodes)
 
 
 @pytest.mark.parametrize("max_staleness", [1, 2, 4])

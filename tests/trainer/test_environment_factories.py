@@ -168,7 +168,7 @@ def test_a_reward_function_that_fails_leaves_no_environment_behind(tmp_path, cou
         trainer.evaluate(message_rows(2))
     requests = [EpisodeRequest(row, index) for index, row in enumerate(message_rows(2))]
     with pytest.raises(RolloutError, match="broken on purpose"):
-        trainer.player.score(requests, trainer.player.play(requests))
+        trainer.player.pay_rewards(requests, trainer.player.play(requests))
     assert len(counting.closed) == len(counting.made) == 4
 
 
@@ -204,7 +204,7 @@ def test_environments_that_play_once_close_when_they_are_scored(tmp_path, counti
     requests = [EpisodeRequest(row, index) for index, row in enumerate(message_rows(2))]
     with trainer.player.running(resumed_at=None):
         for total in (2, 4):
-            trainer.player.score(requests, trainer.player.play(requests))
+            trainer.player.pay_rewards(requests, trainer.player.play(requests))
             assert len(counting.closed) == total
     assert num_closed == [0, 2]
 

@@ -14,7 +14,7 @@ import pytest
 from tests.trainer.tiny import id_rows, make_trainer
 from trl_steppo import StepPOConfig
 from trl_steppo.learning.ranks import together
-from trl_steppo.trainer import ppo_trainer
+from trl_steppo.trainer import evaluation, ppo_trainer, rollouts
 from trl_steppo.trainer.checks import warn_of_waiting
 
 SCRIPT = Path(__file__).with_name("objects_on_ranks.py")
@@ -52,7 +52,8 @@ def test_what_one_rank_cannot_do_is_told_to_all(tmp_path, monkeypatch, what):
             told.append(str(error))
             raise
 
-    monkeypatch.setattr(ppo_trainer, "together", telling)
+    for module in (ppo_trainer, rollouts, evaluation):
+        monkeypatch.setattr(module, "together", telling)
     is_broken: list[bool] = []
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

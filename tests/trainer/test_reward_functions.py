@@ -101,9 +101,9 @@ def test_rollouts_that_are_played_ahead_keep_their_environments(tmp_path):
         coming = [pool.submit(partial(player.play, wanted, update=index)) for index, wanted in enumerate(requests[:3])]
         played = [future.result() for future in coming]
         for index in (1, 0):
-            (episode,) = player.score(requests[index], played[index])
+            (episode,) = player.pay_rewards(requests[index], played[index])
             assert episode.metrics["rewards/number_of"] == 1.0
-        (episode,) = player.score(requests[3], pool.submit(player.play, requests[3], update=3).result())
+        (episode,) = player.pay_rewards(requests[3], pool.submit(player.play, requests[3], update=3).result())
         assert episode.metrics["rewards/number_of"] == 1.0
         assert not any(one.is_closed for one in environment.made)
     assert all(one.is_closed for one in environment.made)

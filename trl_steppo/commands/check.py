@@ -60,7 +60,7 @@ def check(path: Path, *, dataset_name: str | None = None, config_file: str | Non
     """
     from ..environments.hotpotqa import HotpotQARecipe
     from ..trainer.steppo_config import StepPOConfig
-    from .trial import one_update, small_config, tokenizer_of
+    from .trial import load_tokenizer, one_update, small_config
 
     settings, script = read_recipe(path)
     with tempfile.TemporaryDirectory() as directory:
@@ -78,7 +78,7 @@ def check(path: Path, *, dataset_name: str | None = None, config_file: str | Non
         recipe = HotpotQARecipe(**{"model_name_or_path": "mini_wiki", **script})
         config, line = small_config(recipe.model_name_or_path)
         yield line
-        tokenizer, line = tokenizer_of(recipe.model_name_or_path)
+        tokenizer, line = load_tokenizer(recipe.model_name_or_path)
         yield line
         data, line = _load_data(dataset_name, recipe)
         yield line

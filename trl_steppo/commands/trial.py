@@ -1,64 +1,31 @@
-"""One small update of a recipe: a narrow model of its architecture, played by a script instead of sampled."""
+"""One small update of a recipe: a narrow model of its architecture, whose responses are scripted."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..assets import MINI_WIKI_POLICY, locate_model
 from ..errors import ConfigurationError, StepPOError
-from ..inference.base import Counts, Sample, SamplingParams
-from ..types import StopReason, TokenIds
 from .shapes import SHAPES, load_config
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from ..environments.hotpotqa import HotpotQAData, HotpotQARecipe
-    from ..trainer.data_stream import Rows
+    from ..testing import Turn
     from ..trainer.steppo_config import StepPOConfig
+    from ..types import Tokenizer
 
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SHOWN_METRICS = (
+    *("env/reward", "env/episode_steps", "env/tool_errors", "loss/policy_avg", "loss/value_avg"),
+    *("policy/grad_norm", "critic/grad_norm"),
+)
 
 
-class ScriptedSampler:
-    """
-    Searches, then answers; in every other episode, of a batch as of a group, with the row's `answer`, so that rewards
-    differ and there is something to learn from.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The policy's.
-        rows ([`Rows`]):
-            Where the answers stand.
-    """
-
-    def __init__(self, tokenizer: Any, rows: Rows) -> None:
-        self.tokenizer = tokenizer
-        self.rows = rows
-        self.policy_version = 0
-        self.counts = Counts()
-
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
-    ) -> Sample:
-        position, generation_index, step_index = order
-        call: dict[str, Any] = {"name": "search", "arguments": {"query": "who"}}
-        if step_index > 0:
-            knows = (position + generation_index) % 2 == 0
-            call = {"name": "answer", "arguments": {"text": self.rows[position]["answer"] if knows else "unknown"}}
-        text = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + list(params.stop_token_ids)[:1]
-        self.counts += Counts(sampled_tokens=len(ids))
-        return Sample(TokenIds(ids), (-1.0,) * len(ids), StopReason.STOP, self.policy_version)
-
-    def release(self, episode_id: str) -> None: ...
-    def reset_cache(self) -> None: ...
-    def pace(self, settled: Any) -> None: ...
-
-
-def small_config(name: str) -> tuple[Any, str]:
-    """The policy's configuration, made small."""
+def small_config(name: str) -> tuple[PretrainedConfig, str]:
+    """The policy's configuration, made small, and a line about it."""
     name = locate_model(name)
     shape = next((known for known in SHAPES if f"{name.split('/')[-1]}-".startswith(f"{known}-")), name)
     try:
@@ -74,8 +41,8 @@ def small_config(name: str) -> tuple[Any, str]:
     return config, f"model: {config.model_type}, {whole}; tried with 2 of width {config.hidden_size}"
 
 
-def tokenizer_of(name: str) -> tuple[Any, str]:
-    """The policy's tokenizer; where it cannot be had, the built-in policies'."""
+def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
+    """The policy's tokenizer, or else that of the built-in policies, and a line about it."""
     from transformers import AutoTokenizer
 
     try:
@@ -85,40 +52,47 @@ def tokenizer_of(name: str) -> tuple[Any, str]:
         return AutoTokenizer.from_pretrained(MINI_WIKI_POLICY), line
 
 
-def one_update(args: StepPOConfig, recipe: HotpotQARecipe, config: Any, tokenizer: Any, data: HotpotQAData) -> str:
-    """Train a model of this configuration for one update, on two rows or two groups; what came of it, in a line."""
+def one_update(
+    args: StepPOConfig, recipe: HotpotQARecipe, config: PretrainedConfig, tokenizer: Tokenizer, data: HotpotQAData
+) -> str:
+    """
+    Train a model of this configuration for one update, and describe the result in a line.
+
+    The policy searches, then answers. In every other episode, of a batch as of a group, it gives the row's answer, so
+    that rewards differ and there is something to learn.
+    """
     from transformers import AutoModelForCausalLM
 
-    from ..trainer.engines import FixedEngine
+    from ..inference.local import LocalSampler
+    from ..testing import ScriptedEngine, tool_call
     from ..trainer.steppo_trainer import StepPOTrainer
+
+    def respond(turn: Turn) -> str:
+        if turn.step_index == 0:
+            return tool_call("search", query="who")
+        knows = (turn.stream_position + turn.generation_index) % 2 == 0
+        return tool_call("answer", text=trainer.rows[turn.stream_position]["answer"] if knows else "unknown")
 
     config.vocab_size = max(len(tokenizer), config.vocab_size if config.vocab_size < 20_000 else 0)
     config.pad_token_id = config.bos_token_id = None
     config.eos_token_id = tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(config)
+    if not args.use_vllm:  # the run's own sampler has to accept the model; a vLLM server may even if this one does not
+        LocalSampler(model, cache_tokens=args.rollout_cache_tokens, allow_uncached=args.allow_uncached_sampling)
     trainer = StepPOTrainer(
         args=args.for_trial(),
         processing_class=tokenizer,
-        model=AutoModelForCausalLM.from_config(config),
+        model=model,
         train_dataset=data.train_dataset,
         peft_config=replace(recipe, lora_r=4, lora_alpha=8).peft_config(),
         environment_factory=recipe.environment_factory(data.retriever),
         reward_funcs=recipe.reward_functions(),
+        engine=ScriptedEngine(respond, tokenizer=tokenizer),
     )
-    # Not as `engine=`: that the policy's own sampler can be built is a part of the trial.
-    trainer.engine = trainer.player.engine = FixedEngine(ScriptedSampler(tokenizer, trainer.rows))
     trainer.train()
     logs: dict[str, float] = {}
     for entry in trainer.state.log_history:
         logs |= {name: value for name, value in entry.items() if isinstance(value, float | int)}
     if logs.get("env/failed_episodes"):
         raise StepPOError(f"{logs['env/failed_episodes']:.0%} of the episodes of the trial failed; see the log above")
-    shown = (
-        "env/reward",
-        "env/episode_steps",
-        "env/tool_errors",
-        "loss/policy_avg",
-        "loss/value_avg",
-        "policy/grad_norm",
-        "critic/grad_norm",
-    )
-    return "one update: " + ", ".join(f"{name} {logs[name]:.3g}" for name in shown if name in logs)
+    return "one update: " + ", ".join(f"{name} {logs[name]:.3g}" for name in _SHOWN_METRICS if name in logs)

@@ -1,7 +1,7 @@
-"""From rewards and values to the weight of each action token: where the algorithms differ, and only here.
+"""Estimators: how each algorithm turns rewards and values into the weight of each action token.
 
-[`ESTIMATORS`] has one entry for each algorithm. StepPO and token-level PPO share everything but this entry and the
-importance ratio. A new algorithm is a new entry, and its name in [`EstimatorName`].
+[`ESTIMATORS`] has one entry for each algorithm. StepPO and token-level PPO differ in this entry and in the importance
+ratio, and in nothing else. A new algorithm is a new entry, and its name in [`EstimatorName`].
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .update import Credit, Rollout, Scores
 EstimatorName = Literal["step_gae", "token_gae", "grpo", "rloo", "reinforce_plus_plus", "gigpo"]
 
 _MAX_LOGGED_STEPS = 16
-"""Number of steps with an explained variance of their own where `max_interaction_steps` is `None`."""
+"""Number of step indices whose explained variance is logged if `max_interaction_steps` is `None`."""
 
 
 class CreditSettings(Protocol):
@@ -51,32 +51,32 @@ class CreditSettings(Protocol):
 
 Assign = Callable[[CreditSettings, Rollout, Scores, Reduce | None], Credit]
 """
-A pure function from the rewards of a rollout, and the values of its states, to credit. The last argument sums
-statistics over ranks; all ranks call it equally often, whatever their steps are. Without it there is one rank.
+Pure function from a rollout's rewards and values to credit. The last argument sums statistics over ranks; `None`: one
+rank is alone. It is called equally often on every rank, whatever the steps are.
 """
 
 
 @dataclass(frozen=True)
 class Estimator:
     """
-    An algorithm: how it assigns credit, and what follows from that for everything else.
+    One algorithm: how it assigns credit, and what other code must know about it.
 
     Args:
         title (`str`):
-            What people call the algorithm.
+            The algorithm's name in reports.
         assign ([`Assign`]):
             From rewards and values to credit.
         values (`str`, *optional*):
-            What the critic values: the state of each `"step"`, values (N,), or of each action `"token"`, values
+            `"step"`: the critic values the state of each step, (N,). `"token"`: the state of each action token,
             (N, A). `None`: there is no critic.
         aggregation (`str`, *optional*, defaults to `"step"`):
-            What `loss_aggregation=None` means.
+            The meaning of `loss_aggregation=None`.
         usual_ratio (`str`, *optional*):
-            The importance ratio that the algorithm's name stands for. `None`: either.
+            The importance ratio that `title` implies. `None`: either.
         compares_episodes (`bool`, *optional*, defaults to `False`):
-            Whether the episodes of one dataset row are compared with each other, so that there must be several.
+            Whether the episodes of one dataset row are compared with each other, so that a row needs several.
         compares_states (`bool`, *optional*, defaults to `False`):
-            Whether steps that were taken in the same state are compared with each other, so that states are read.
+            Whether the steps taken in one state are compared with each other, so that `state_key()` is read.
         discounts (`bool`, *optional*, defaults to `True`):
             Whether `gamma` has an effect.
         whitens (`bool`, *optional*, defaults to `False`):
@@ -148,9 +148,9 @@ def _explained_variance(
     max_steps: int | None,
     reduce: Reduce | None,
 ) -> dict[str, float]:
-    """Of all values, and of those of each step; a key is absent where the returns do not vary."""
+    """Explained variance of all values, and of each step index; a key is absent where the returns do not vary."""
     by_name = {"critic/explained_variance": explained_variance(values, returns, mask, reduce)}
-    # A bound that all ranks share: each of them reduces as often.
+    # All ranks have the same bound, so that each reduces equally often.
     for number in range(_MAX_LOGGED_STEPS if max_steps is None else max_steps):
         at_step = mask & (step_numbers == number)
         by_name[f"critic/explained_variance/step_{number}"] = explained_variance(values, returns, at_step, reduce)
@@ -177,13 +177,13 @@ def _by_episodes(
     *,
     baseline: GroupBaseline,
 ) -> Credit:
-    """Returns of whole episodes, compared with those of the same dataset row."""
+    """GRPO and RLOO: the return of each episode, compared with the other episodes of its dataset row."""
     advantages = _episode_advantages(settings, rollout, scores, baseline)  # (N,)
     return Credit(broadcast_to_tokens(advantages, rollout.batch.action_mask), None, {})
 
 
 def _by_states(settings: CreditSettings, rollout: Rollout, scores: Scores, reduce: Reduce | None) -> Credit:
-    """GiGPO: returns of whole episodes, and those from a step on among the steps that were taken in its state."""
+    """GiGPO: as GRPO, plus the return from each step on, compared with the other steps taken in its state."""
     batch = rollout.batch
     step_returns = discounted_returns(*_step_rewards(settings, rollout, scores), gamma=settings.gamma)
     step_returns = from_episode_grid(step_returns, batch.episode_index, batch.step_index)
@@ -195,7 +195,7 @@ def _by_states(settings: CreditSettings, rollout: Rollout, scores: Scores, reduc
 def _episode_advantages(
     settings: CreditSettings, rollout: Rollout, scores: Scores, baseline: GroupBaseline
 ) -> torch.Tensor:
-    """(N,): the advantage of each step's episode."""
+    """Advantage (N,) of each step's episode."""
     rewards, _ = _step_rewards(settings, rollout, scores)
     groups = group_index(rollout.episodes, rewards.device)
     return group_advantages(rewards.sum(-1), groups, baseline)[rollout.batch.episode_index]
@@ -205,7 +205,7 @@ def _episode_advantages(
 
 
 def reference_kl(settings: CreditSettings, rollout: Rollout, scores: Scores) -> torch.Tensor | None:
-    """(N, A): the KL divergence from the reference at each action token, 0 where masked. `None`: no reference."""
+    """KL divergence (N, A) from the reference at each action token, 0 where masked; `None` without a reference."""
     if scores.ref_logprobs is None:
         return None
     batch = rollout.batch
@@ -214,20 +214,20 @@ def reference_kl(settings: CreditSettings, rollout: Rollout, scores: Scores) -> 
 
 
 def token_penalties(settings: CreditSettings, rollout: Rollout, scores: Scores) -> torch.Tensor:
-    """(N, A): what the KL divergence takes from the reward of each action token, 0 where masked."""
+    """Rewards (N, A) for the KL divergence, −`kl_coef`·KL at each action token; 0 where masked."""
     kl = reference_kl(settings, rollout, scores)
     return torch.zeros_like(rollout.batch.rollout_logprobs) if kl is None else -settings.kl_coef * kl
 
 
 def _step_rewards(settings: CreditSettings, rollout: Rollout, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-    """(E, S): the rewards of steps with the penalties of their tokens, and the mask of steps."""
+    """Rewards of steps (E, S) with the penalties of their tokens, and the mask of steps."""
     batch = rollout.batch
     rewards = batch.rewards + token_penalties(settings, rollout, scores).sum(-1)
     return to_episode_grid(rewards, batch.episode_index, batch.step_index, batch.num_episodes)
 
 
 def _token_rewards(settings: CreditSettings, rollout: Rollout, scores: Scores) -> torch.Tensor:
-    """(N, A): each step's reward on its last action token, and the penalties on all of them."""
+    """Rewards of tokens (N, A): each step's reward at its last action token, plus the penalties."""
     batch = rollout.batch
     last = batch.action_mask.sum(-1) - 1
     return token_penalties(settings, rollout, scores).scatter_add(-1, last[:, None], batch.rewards[:, None])
@@ -237,7 +237,7 @@ def _token_rewards(settings: CreditSettings, rollout: Rollout, scores: Scores) -
 
 
 def group_index(episodes: Sequence[Episode], device: torch.device) -> torch.Tensor:
-    """(E,), equal for the episodes of one dataset row."""
+    """Numbers (E,) that are equal for the episodes of one dataset row."""
     rows: dict[int, int] = {}
     numbers = [rows.setdefault(episode.stream_position, len(rows)) for episode in episodes]
     return torch.tensor(numbers, device=device).long()
@@ -245,8 +245,10 @@ def group_index(episodes: Sequence[Episode], device: torch.device) -> torch.Tens
 
 def state_index(episodes: Sequence[Episode], device: torch.device) -> torch.Tensor:
     """
-    (N,), equal for the steps of one dataset row that were taken in the same state: the one that `state_key()` of the
-    environment told. Without that it is what was observed last, so that all first steps of a row share a state.
+    Numbers (N,) that are equal for the steps of one dataset row that were taken in the same state.
+
+    The environment's `state_key()` names the state. Without it the last observation does, so that all first steps of a
+    row share a state.
     """
     states: dict[tuple[int, Hashable], int] = {}
     numbers = []
@@ -260,7 +262,7 @@ def state_index(episodes: Sequence[Episode], device: torch.device) -> torch.Tens
 
 
 def _hashable(key: object) -> Hashable:
-    """A user's key, or its text if it cannot be hashed (a list, say): no reason for a run to end."""
+    """A user's key, or its text if it cannot be hashed (a list, say), so that the run goes on."""
     try:
         hash(key)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Learner: evaluates a rollout under the networks as they are, then updates the networks."""
+"""Learner: evaluates a rollout with the current networks, then updates them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .update import Credit, Lesson, Rollout, Scores, Steps
 
 class Learner:
     """
-    Learns from episodes. It knows nothing about environments, sampling or checkpoints.
+    Updates policy and critic from episodes. It does not know environments, sampling or checkpoints.
 
     Args:
         args ([`LearnerSettings`]):
@@ -43,8 +43,8 @@ class Learner:
         clock ([`Clock`]):
             Takes the time of forward passes, backward passes and optimizers, as `model_s`.
         on_event (`Callable[[str], None]`, *optional*):
-            Called with the name of a `TrainerCallback` event within an update: `on_substep_end` (a backward pass that
-            does not end its mini-batch), `on_pre_optimizer_step`, `on_optimizer_step`.
+            Called with the name of each `TrainerCallback` event of an update: `on_substep_end` (after a backward pass
+            that does not end its mini-batch), `on_pre_optimizer_step`, `on_optimizer_step`.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class Learner:
     # -- before the update --------------------------------------------------------------------------------------------
 
     def prepare(self, episodes: Sequence[Episode]) -> Rollout:
-        """Lay out the valid episodes of an update (there may be none on this rank)."""
+        """Lay out the valid episodes of an update; this rank may have none."""
         batch = self.policy_objective.collator(episodes) if episodes else StepBatch.empty()
         return Rollout(Steps.of(episodes), batch.to(self.accelerator.device))
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout) -> Scores:
-        """Log-probabilities and values under the weights before the update. Collective: every rank must call this."""
+        """Compute log-probabilities and values before the update. Collective: every rank must call this."""
         batch, policy, critic = rollout.batch, self.policy_objective, self.value_objective
         shape, device = batch.action_mask.shape, self.accelerator.device
         old = torch.zeros(shape, device=device) if policy.needs_old_logprobs else None
@@ -115,13 +115,13 @@ class Learner:
     @torch.no_grad()
     def logprobs(self, rollout: Rollout, chosen: Sequence[int]) -> torch.Tensor:
         """
-        Log-probabilities under the policy as it is now. Collective: every rank must call this.
+        Compute log-probabilities under the policy's current weights. Collective: every rank must call this.
 
         Args:
             rollout ([`Rollout`]):
-                What was played.
+                The episodes of this rank.
             chosen (`Sequence[int]`):
-                The episodes to forward; there may be none on this rank.
+                The indices of those to forward; a rank may have none.
 
         Returns:
             `torch.Tensor`: (N, A), 0 in all other episodes.
@@ -134,7 +134,7 @@ class Learner:
         return logprobs
 
     def _evaluation_batches(self, rollout: Rollout, chosen: Sequence[int]) -> list[list[Part]]:
-        """Micro-batches of a pass without gradients."""
+        """Split chosen episodes into micro-batches for a pass without gradients."""
         longest = max((len(ids) for sequences in rollout.steps.sequences for ids in sequences), default=1)
         max_episodes = rows_at_once(self.args.local_rollout_forward_batch_size, longest, self.accelerator.device)
         return self._micro_batches(rollout.steps, chosen, max_episodes)
@@ -143,17 +143,22 @@ class Learner:
 
     def update(self, rollout: Rollout, scores: Scores, credit: Credit, *, seed: int, train_policy: bool) -> Means:
         """
-        All epochs of one update; every mini-batch is exactly one optimizer step of each network that is trained. One
-        without anything to learn from (its episodes failed, or are masked, on all ranks) is none: a gradient of zero
-        would still move the weights, by their optimizer's momentum.
+        Run all epochs of one update. Collective: every rank must call this.
+
+        Each mini-batch is exactly one optimizer step of each network that is trained. A mini-batch with nothing to
+        learn from (its episodes failed, or are masked, on all ranks) is no step: with a gradient of zero, the
+        optimizer's momentum would still move the weights.
 
         Args:
             rollout ([`Rollout`]), scores ([`Scores`]), credit ([`Credit`]):
                 What to learn from.
             seed (`int`):
-                Of the permutations that split the episodes into mini-batches.
+                Seed of the permutations that split the episodes into mini-batches.
             train_policy (`bool`):
                 `False` while the critic warms up: the policy and its optimizer stay bit-identical.
+
+        Returns:
+            [`Means`]: The metrics of this rank.
         """
         args, means = self.args, Means()
         epochs: list[tuple[Objective, int]] = [(self.policy_objective, args.num_ppo_epochs if train_policy else 0)]
@@ -161,9 +166,8 @@ class Learner:
             epochs.append((self.value_objective, args.critic_epochs))
         for objective, _ in epochs:
             means.add(f"{objective.name}/skipped_steps", 0.0, self._share)
-        lesson = (own_lesson if args.max_tokens_per_micro_batch is None else lesson_of_all_ranks)(
-            rollout, scores, credit
-        )
+        lesson_of = own_lesson if args.max_tokens_per_micro_batch is None else lesson_of_all_ranks
+        lesson = lesson_of(rollout, scores, credit)
         for epoch in range(max(count for _, count in epochs)):
             splits = [mini_batches(n, args.num_mini_batches, seed=seed * 1_009 + epoch) for n in lesson.num_episodes]
             for chosen in zip(*splits, strict=True):  # of each rank of the lesson
@@ -176,11 +180,11 @@ class Learner:
         return means
 
     def end_update(self) -> None:
-        """On to the learning rates of the next update."""
+        """Advance the schedules to the learning rates of the next update."""
         end_update(self._networks)
 
     def _denominator(self, objective: Objective, rollout: Rollout, chosen: Sequence[int]) -> float:
-        """What the loss of a mini-batch is averaged over, on all ranks; `chosen`: this rank's episodes."""
+        """The denominator of a mini-batch's loss, over all ranks. `chosen`: the mini-batch's episodes on this rank."""
         batch = rollout.batch
         numbers = torch.tensor(chosen, dtype=torch.long, device=batch.rewards.device)
         count = objective.count(batch, torch.isin(batch.episode_index, numbers))
@@ -189,7 +193,7 @@ class Learner:
     def _step(
         self, objective: Objective, lesson: Lesson, chosen: Sequence[int], denominator: float, means: Means
     ) -> None:
-        """One optimizer step of one network on one mini-batch."""
+        """Take one optimizer step of one network on one mini-batch."""
         network = objective.network
         micros = self._micro_batches(lesson.steps, chosen, self.args.per_device_train_batch_size)
         is_finite = True
@@ -225,8 +229,8 @@ class Learner:
 
     def _micro_batches(self, steps: Steps, chosen: Sequence[int], max_episodes: int) -> list[list[Part]]:
         """
-        Groups of steps that are forwarded together. As many on every rank (the last ones may be empty), because
-        forward and backward passes are what the ranks do together.
+        Group steps that are forwarded together. Every rank has the same number of groups, the last ones empty if
+        necessary, because forward and backward passes are collective.
         """
         groups = micro_batches(
             chosen,
@@ -240,7 +244,7 @@ class Learner:
     def _collate(
         self, steps: Steps, parts: list[Part], collator: StepRolloutCollator
     ) -> tuple[StepBatch, torch.Tensor]:
-        """A micro-batch with its rows, and the numbers of its steps."""
+        """Lay out a micro-batch, and number its steps as in `steps`."""
         device = self.accelerator.device
         numbers = [steps.first_step[index] + t for index, of_episode in parts for t in of_episode]
         episodes = [steps.episodes[index] for index, _ in parts]
@@ -249,13 +253,14 @@ class Learner:
 
     @contextmanager
     def _forward_pass(self) -> Iterator[None]:
-        # The reference is not prepared by accelerate: it has to see the numerics of the networks that are.
+        """Context of one forward pass: the numerics of training, and the clock."""
+        # Accelerate does not prepare the reference, which needs the numerics of the prepared networks.
         with self.clock.measure("model_s"), self.numerics.forward_pass():
             yield
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Dropout off."""
+        """Context in which the networks are in evaluation mode, without dropout."""
         with evaluating(*(network.module for network in self._networks)):
             yield
 

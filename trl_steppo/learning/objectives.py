@@ -1,4 +1,4 @@
-"""What each network learns: its loss, what the loss is averaged over, and the metrics that come with it."""
+"""The loss of each network, its denominator and its metrics."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from .settings import LearnerSettings
 from .update import Lesson
 
 ForwardPass = Callable[[], AbstractContextManager[None]]
-"""A context in which networks are run."""
+"""Makes the context of one forward pass."""
 
 
 class Objective(Protocol):
-    """A network, and what it is trained for."""
+    """A network and its loss."""
 
-    name: str  # which the metrics of the network's steps begin with
+    name: str  # prefix of the network's metrics
     network: Network
-    collator: StepRolloutCollator  # of what the network forwards
+    collator: StepRolloutCollator  # lays out what the network forwards
     step_means: tuple[str, ...]  # metrics that are means over optimizer steps; `loss` adds to their sums
-    tokens_forwarded: int  # by training passes over the run, padding included
+    tokens_forwarded: int  # number of tokens in training passes over the run, padding included
 
     def count(self, batch: StepBatch, is_chosen: torch.Tensor) -> torch.Tensor:
         """
-        What the loss is averaged over: the number of such terms (0-d) in some steps of this rank.
+        Count the terms (0-d) that the loss is the mean of, in some steps of this rank.
 
         Args:
             batch ([`StepBatch`]):
                 All steps of this rank.
             is_chosen (`torch.Tensor`):
-                (N,), which of them.
+                (N,), `True` for the steps to count in.
         """
         ...
 
@@ -58,7 +58,7 @@ class Objective(Protocol):
         self, lesson: Lesson, micro: StepBatch, steps: torch.Tensor, denominator: float, means: Means
     ) -> torch.Tensor:
         """
-        The part of a mini-batch's loss that comes from one of its micro-batches.
+        Compute the part of a mini-batch's loss that one of its micro-batches contributes.
 
         Args:
             lesson ([`Lesson`]):
@@ -70,13 +70,13 @@ class Objective(Protocol):
             denominator (`float`):
                 The [`count`] of the mini-batch, over all ranks.
             means ([`Means`]):
-                Where metrics are added.
+                Metrics are added to it.
         """
         ...
 
 
 def rows_of(steps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor | slice, ...]:
-    """The index of some steps in a step-major tensor that is as wide as `like`, or wider."""
+    """Index of some steps in a step-major tensor, whose rows are cut to the width of `like`."""
     return (steps, *map(slice, like.shape[1:]))
 
 
@@ -85,8 +85,8 @@ def rows_of(steps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor | sli
 
 class PolicyObjective:
     """
-    PPO's clipped objective, with what may be added to it: a KL term, an entropy bonus, weights that correct for the
-    sampler's numerics and age.
+    PPO's clipped objective. Settings add a KL term, an entropy bonus, and weights that correct for the sampler's
+    numerics and age.
 
     Args:
         settings ([`LearnerSettings`]):
@@ -96,7 +96,7 @@ class PolicyObjective:
         layout (`str`):
             How steps share their prefixes; see [`StepRolloutCollator`].
         forward_pass (`Callable`):
-            Around each forward pass.
+            Makes the context of one forward pass.
     """
 
     name: str = "policy"
@@ -113,7 +113,7 @@ class PolicyObjective:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether log-probabilities before the update are needed, and the training pass cannot give them."""
+        """Whether the log-probabilities before the update must be computed before the training pass."""
         settings = self.settings
         takes_several_steps = settings.num_ppo_epochs > 1 or settings.num_mini_batches > 1
         return takes_several_steps or settings.kl_coef != 0.0 or settings.correction != "none"
@@ -121,9 +121,10 @@ class PolicyObjective:
     def logprobs(
         self, micro: StepBatch, *, scorer: nn.Module | None = None, entropy: EntropyMode = "skip"
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities and entropies (N, A), by the policy as it is now or by another [`PolicyScorer`]."""
+        """Log-probabilities and entropies (N, A) under the policy's current weights, or under `scorer`."""
+        module = self.network.module if scorer is None else scorer
         with self._forward_pass():
-            outputs: tuple[torch.Tensor, torch.Tensor | None] = (scorer or self.network.module)(micro, entropy=entropy)
+            outputs: tuple[torch.Tensor, torch.Tensor | None] = module(micro, entropy=entropy)
         return outputs
 
     def mask(self, batch: StepBatch) -> torch.Tensor:
@@ -133,7 +134,7 @@ class PolicyObjective:
         return batch.action_mask & ~batch.truncated[batch.episode_index][:, None]
 
     def count(self, batch: StepBatch, is_chosen: torch.Tensor) -> torch.Tensor:
-        """Tokens, steps or episodes."""
+        """Count tokens, steps or episodes, as the loss is aggregated."""
         mask = self.mask(batch) & is_chosen[:, None]
         return aggregation_count(mask, self.settings.aggregation, batch.episode_index)
 
@@ -176,7 +177,7 @@ class PolicyObjective:
         return loss
 
     def _correction_weights(self, micro: StepBatch, old_logprobs: torch.Tensor) -> torch.Tensor | None:
-        """(N, A): weights for what was sampled by other numerics or older weights; `None`: no correction."""
+        """Weights (N, A) that correct for the sampler's numerics and age; `None` without a correction."""
         settings = self.settings
         if settings.correction == "none":
             return None
@@ -235,7 +236,7 @@ _PLACES: dict[Level, _Places] = {
     "step": _Places("step_values", _of_steps),
     "token": _Places("token_values", _of_tokens),
 }
-"""By what the [`Estimator`] says the critic values."""
+"""By `values` of the [`Estimator`]."""
 
 
 class ValueObjective:
@@ -250,7 +251,7 @@ class ValueObjective:
         layout (`str`):
             How steps share their prefixes; see [`StepRolloutCollator`].
         forward_pass (`Callable`):
-            Around each forward pass.
+            Makes the context of one forward pass.
     """
 
     name: str = "critic"
@@ -273,12 +274,12 @@ class ValueObjective:
         self._forward_pass = forward_pass
 
     def zeros(self, batch: StepBatch) -> torch.Tensor:
-        """A value of 0 at each place of a batch."""
+        """Zeros in the shape of a batch's values."""
         positions, _ = self._positions_and_mask(batch)
         return torch.zeros(positions.shape, device=positions.device)
 
     def values(self, micro: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values of a micro-batch's states, and those after its truncated episodes, as many as it reads."""
+        """Values of a micro-batch's states, and of the states after truncated episodes that are bootstrapped."""
         positions, _ = self._positions_and_mask(micro)
         after = micro.bootstrap_positions[micro.bootstrap_positions >= 0]
         values = self._values(micro, torch.cat([positions.flatten(), after]))
@@ -286,7 +287,7 @@ class ValueObjective:
         return of_states.view(positions.shape), bootstrap_values
 
     def count(self, batch: StepBatch, is_chosen: torch.Tensor) -> torch.Tensor:
-        """Values."""
+        """Count values."""
         _, mask = self._positions_and_mask(batch)
         return mask[is_chosen].sum()
 

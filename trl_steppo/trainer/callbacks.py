@@ -1,9 +1,8 @@
-"""What a run shows on the terminal: a progress bar with one line for each log, and tables of sampled episodes."""
+"""Output of a run on the terminal: a progress bar with one line for each log, and tables of sampled episodes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,11 +22,11 @@ _SHOWN = {  # metric: its short name
     "perf/rollout_s": "rollout_s",
     "perf/train_s": "train_s",
 }
-_LONGEST_CELL = 400
+_MAX_CELL_LENGTH = 400
 
 
 class StepPOProgressCallback(ProgressCallback):
-    """A progress bar over updates that says the essential in one line; trackers and `trainer_state.json` get all."""
+    """A progress bar over updates that shows the essential metrics in one line; trackers get all of them."""
 
     def on_log(
         self,
@@ -35,11 +34,11 @@ class StepPOProgressCallback(ProgressCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if "train_runtime" in logs:  # the run's times, behind its last line
+        if "train_runtime" in logs:  # the run's times, after its last line
             return
         line = summary_line(state.global_step, logs)
         if self.training_bar is not None:
@@ -48,8 +47,8 @@ class StepPOProgressCallback(ProgressCallback):
             print(line)
 
 
-def close_progress_bars(callbacks: Sequence[Any]) -> None:
-    """Those of a run, or an evaluation, that has ended with an exception."""
+def close_progress_bars(callbacks: Sequence[object]) -> None:
+    """Close the progress bars of a run, or of an evaluation, that has ended with an exception."""
     for callback in callbacks:
         if isinstance(callback, ProgressCallback):
             for name in ("training_bar", "prediction_bar"):
@@ -76,15 +75,15 @@ def summary_line(update: int, logs: dict[str, float]) -> str:
 
 def print_episodes(episodes: Sequence[Episode], decode: Callable[[TokenIds], str], title: str) -> None:
     """
-    Print a table of episodes, a row a step. What reward functions logged of them has columns of its own.
+    Print a table of episodes with one row per step. Values that reward functions logged have columns of their own.
 
     Args:
         episodes (`Sequence[Episode]`):
-            What to show.
+            The episodes.
         decode (`Callable`):
-            Token ids to text.
+            Converts token ids to text.
         title (`str`):
-            Stands above the table.
+            Title of the table.
     """
     table = Table(title=title, show_lines=True)
     logged = dict.fromkeys(name for episode in episodes for name in episode.logged)
@@ -109,7 +108,7 @@ def print_episodes(episodes: Sequence[Episode], decode: Callable[[TokenIds], str
 
 
 def _cell(text: str) -> Text:
-    """Text as it is (no markup), its middle left out where it is long."""
-    if len(text) > _LONGEST_CELL:
-        text = f"{text[: _LONGEST_CELL // 2]} ... {text[-_LONGEST_CELL // 2 :]}"
+    """Text without markup, and without its middle if it is long."""
+    if len(text) > _MAX_CELL_LENGTH:
+        text = f"{text[: _MAX_CELL_LENGTH // 2]} ... {text[-_MAX_CELL_LENGTH // 2 :]}"
     return Text(text.strip())

@@ -1,11 +1,11 @@
 """Checkpoints: directories that are either whole or not there.
 
-A checkpoint is written beside its place, under a name that nothing picks up, and moved there when all of it is on the
-disk. Its manifest names every file with its size and a hash, the parameters of the networks, and how far the run had
-come. Before anything else of a checkpoint is read, its files are compared with that: a file that was cut, changed, or
-taken from another checkpoint is found out. That is no protection from someone who means harm, and can write a fitting
-manifest: whoever can write into a checkpoint of DeepSpeed's, whose shards are unpickled, can run code in the run that
-resumes from it. All other files are read without running code from them.
+`durable.py` says how they are written. A checkpoint's manifest lists every file with its size and a hash, the
+parameters of the networks, and the progress of the run. Before anything else of a checkpoint is read, its files are
+compared with the manifest, which detects a file that was cut, changed, or taken from another checkpoint. This does not
+protect from an attacker, who can write a matching manifest: DeepSpeed's shards are unpickled, so anyone who can write
+into such a checkpoint can run code in the run that resumes from it. All other files are read without running code from
+them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from .. import durable
 from ..compat.peft import load_weights as adapter_weights
 from ..errors import CheckpointError
 from ..learning.ranks import Caught, caught, first_failure
 from ..models import is_peft_model, whole_shape
+from ..types import JsonObject
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
-SHARDS = "shards"  # folder of what the ranks of a DeepSpeed engine write
+SHARDS = "shards"  # folder of the files that the ranks of a DeepSpeed engine write
 _FORMAT = 1
-_BLOCK = 64 * 2**20  # bytes that one thread hashes at a time
-_PIECE = 2**20  # bytes that it reads at a time
+_BLOCK = 64 * 2**20  # number of bytes that one thread hashes at a time
+_PIECE = 2**20  # number of bytes that it reads at a time
 _HASH_BYTES = 16
 _MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}  # of optimizers, in the shape of their parameters
 
@@ -46,22 +48,22 @@ _MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}  # of optimizers, in the
 @dataclass
 class Progress:
     """
-    What a run knows beyond weights, optimizers, random generators and `TrainerState`.
+    The state of a run besides weights, optimizers, random generators and `TrainerState`.
 
     Args:
         num_rows_played (`int`):
             Position in the data stream.
         failed_updates (`int`):
-            Updates in a row without a valid episode.
+            Number of updates in a row without a valid episode.
         learned_updates (`int`):
-            Updates that moved weights.
+            Number of updates that changed weights.
         last_eval_step (`int`):
             Update of the last evaluation, -1 before the first.
         unlogged (`list[dict[str, float]]`):
             Metrics of the updates since the last log.
         reference_adapter (`str`, *optional*):
-            Name of the frozen copy of an adapter that is the reference by default; `None`: the base model is, or a
-            model or an adapter that was named.
+            Name of the frozen copy of an adapter that is the reference by default. `None`: the reference is the base
+            model, or a model or an adapter that was named.
     """
 
     num_rows_played: int = 0
@@ -75,16 +77,16 @@ class Progress:
 @dataclass
 class Manifest:
     """
-    What a checkpoint says about itself.
+    The content of a checkpoint's manifest, besides its list of files.
 
     Args:
         identity (`dict`):
-            What a run must have in common with the one that wrote the checkpoint: networks and data.
+            Networks and data, in which a run that resumes must agree with the run that wrote the checkpoint.
         progress ([`Progress`]):
-            How far it had come.
+            The state of the run.
     """
 
-    identity: dict[str, Any]
+    identity: JsonObject
     progress: Progress
 
 
@@ -101,49 +103,52 @@ def written_whole(
     writes_together: bool = False,
 ) -> Iterator[Path]:
     """
-    A directory to write into. It becomes `directory` when the block ends without an error, and is removed otherwise.
+    Write a checkpoint with all ranks. Collective: every rank must call this.
 
     Args:
         directory (`Path`):
             The checkpoint's place.
         manifest ([`Manifest`]):
-            What the checkpoint says about itself.
+            The content of its manifest.
         is_writer (`bool`):
-            Whether this process makes and moves the directory; all of them may write into it.
+            Whether this process makes and publishes the directory. All processes may write into it.
         gather (`Callable`):
-            Collects the lists of all ranks, which wait for each other: what one cannot write fails on all of them.
+            Collects the lists of all ranks, so that a rank that fails to write fails on all of them.
         writes_together (`bool`, *optional*, defaults to `False`):
-            Whether ranks wait for each other within the block, too. Then one that fails there must not wait for those
-            that still do: it raises at once, and its launcher ends the others.
+            Whether ranks also wait for each other within the block. A rank that fails there must not wait for ranks
+            that still wait for it: it raises at once, and its launcher ends the others.
+
+    Yields:
+        `Path`: The directory to write into. It becomes `directory` after the block, and is removed if a rank fails.
 
     Raises:
-        CheckpointError: If anything could not be written; what was there before is untouched.
+        CheckpointError: If anything could not be written. What was there before is untouched.
     """
     partial = durable.partial_of(directory)
 
-    def fail_together(found: Caught) -> None:
-        failure = first_failure(found, gather)
+    def fail_together(outcome: Caught) -> None:
+        failure = first_failure(outcome, gather)
         if failure is None:
             return
         if is_writer:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(_cannot_write(directory, failure)) from found.error
+        raise CheckpointError(_cannot_write(directory, failure)) from outcome.error
 
-    with caught() as found:
+    with caught() as outcome:
         if is_writer:
             _remove_leftovers(directory.parent)
             partial.mkdir(parents=True)
-    fail_together(found)
-    with caught() as found:
+    fail_together(outcome)
+    with caught() as outcome:
         yield partial
-    if found.error is not None and writes_together:
-        raise CheckpointError(_cannot_write(directory, found.error)) from found.error
-    fail_together(found)
-    with caught() as found:
+    if outcome.error is not None and writes_together:
+        raise CheckpointError(_cannot_write(directory, outcome.error)) from outcome.error
+    fail_together(outcome)
+    with caught() as outcome:
         if is_writer:
             write_manifest(partial, manifest)
             durable.publish(partial, directory)
-    fail_together(found)
+    fail_together(outcome)
 
 
 def _cannot_write(directory: Path, error: object) -> str:
@@ -155,26 +160,24 @@ def _cannot_write(directory: Path, error: object) -> str:
 
 def rotate(output_dir: Path, limit: int | None, *, keep: set[str]) -> None:
     """
-    Delete the oldest checkpoints until at most `limit` are left, those in `keep` among them whatever happens.
-
-    A kill while one is deleted leaves it under a name that nothing picks up.
+    Delete the oldest checkpoints until at most `limit` are left. Those in `keep` are never deleted.
     """
     if not limit or limit < 1:
         return
-    found = sorted(_checkpoints(output_dir), key=_step)
-    for path in [path for path in found if path.name not in keep][: max(0, len(found) - limit)]:
+    checkpoints = sorted(_checkpoints(output_dir), key=_step)
+    for path in [path for path in checkpoints if path.name not in keep][: max(0, len(checkpoints) - limit)]:
         shutil.rmtree(durable.retire(path), ignore_errors=True)
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The whole checkpoint of the latest update that a directory holds."""
+    """The checkpoint of the latest update in a directory."""
     return max(_checkpoints(output_dir), key=_step, default=None)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """Whole ones: another name is that of one which is being written, or deleted."""
-    found = (path for path in output_dir.glob("checkpoint-*") if path.is_dir())
-    return [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
+    """The whole checkpoints of a directory. Those that are being written or deleted have other names."""
+    directories = (path for path in output_dir.glob("checkpoint-*") if path.is_dir())
+    return [path for path in directories if path.name.removeprefix("checkpoint-").isdigit()]
 
 
 def _step(path: Path) -> int:
@@ -182,13 +185,13 @@ def _step(path: Path) -> int:
 
 
 def _remove_leftovers(output_dir: Path) -> None:
-    """What runs that were killed left behind."""
-    for left in [*output_dir.glob("checkpoint-*.partial"), *output_dir.glob("checkpoint-*.replaced")]:
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove what killed runs have left of checkpoints that they were writing or deleting."""
+    for path in [*output_dir.glob("checkpoint-*.partial"), *output_dir.glob("checkpoint-*.replaced")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """The last file of a checkpoint, which names all others."""
+    """Write the last file of a checkpoint, which lists all others."""
     files = {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
     content = {"format": _FORMAT, **asdict(manifest), "files": files, "hashes": hashes(directory, files)}
     content["hash"] = _hash_of_content(content)
@@ -197,19 +200,19 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 def hashes(directory: Path, files: Mapping[str, int]) -> dict[str, str]:
     """
-    A hash of each file, made of the hashes of its blocks, so that several threads can work on one large file.
+    Hash each file from the hashes of its blocks, so that several threads can work on one large file.
 
     Args:
         directory (`Path`):
-            Where the files are.
+            The directory of the files.
         files (`Mapping[str, int]`):
             Their names, and their sizes in bytes.
     """
     blocks = [(name, start) for name, size in files.items() for start in range(0, max(size, 1), _BLOCK)]
     whole = {name: hashlib.blake2b(digest_size=_HASH_BYTES) for name in files}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda block: _hash_of_block(directory / block[0], block[1]), blocks)
-        for (name, _), digest in zip(blocks, found, strict=True):
+        digests = pool.map(lambda block: _hash_of_block(directory / block[0], block[1]), blocks)
+        for (name, _), digest in zip(blocks, digests, strict=True):
             whole[name].update(digest)
     return {name: digest.hexdigest() for name, digest in whole.items()}
 
@@ -224,8 +227,8 @@ def _hash_of_block(path: Path, start: int) -> bytes:
     return digest.digest()
 
 
-def _hash_of_content(content: Mapping[str, Any]) -> str:
-    """Of what the manifest says itself."""
+def _hash_of_content(content: Mapping[str, object]) -> str:
+    """The hash of a manifest's own content."""
     text = json.dumps({name: value for name, value in content.items() if name != "hash"}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).hexdigest()
 
@@ -235,7 +238,7 @@ def _hash_of_content(content: Mapping[str, Any]) -> str:
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool) -> Path:
     """
-    The checkpoint to resume from: the given one, or the newest in `output_dir`.
+    Find the checkpoint to resume from: the given one, or the newest in `output_dir`.
 
     Raises:
         CheckpointError: If there is none.
@@ -254,7 +257,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool) -> Pat
     return newest
 
 
-def read_manifest(directory: Path, identity: Mapping[str, Any], *, reads_all: bool = True) -> Manifest:
+def read_manifest(directory: Path, identity: JsonObject, *, reads_all: bool = True) -> Manifest:
     """
     Read a checkpoint's manifest, and check that all its files are whole and that it is of this run.
 
@@ -262,22 +265,22 @@ def read_manifest(directory: Path, identity: Mapping[str, Any], *, reads_all: bo
         directory (`Path`):
             The checkpoint.
         identity (`dict`):
-            Of this run, as it would write it.
+            The identity of this run, as it would write it.
         reads_all (`bool`, *optional*, defaults to `True`):
-            Whether the content of the files is looked at, beside their sizes; one process of a machine is enough.
+            Whether to check the content of the files as well as their sizes. One process of a machine is enough.
 
     Raises:
         CheckpointError: If a file is missing or has another size or content, or the checkpoint is of another run.
     """
     content = check_whole(directory, reads_all=reads_all)
     _check_identity(directory, content["identity"], json.loads(json.dumps(identity)))
-    # Of a checkpoint that does not know, it is taken that the run had learned something.
+    # Older checkpoints do not say whether the run had learned something; assume that it had.
     return Manifest(content["identity"], Progress(**{"learned_updates": 1, **content["progress"]}))
 
 
-def check_whole(directory: Path, *, reads_all: bool = True) -> dict[str, Any]:
+def check_whole(directory: Path, *, reads_all: bool = True) -> JsonObject:
     """
-    What a checkpoint's manifest says, once all its files are as it says.
+    Read a checkpoint's manifest, and check that all its files are as it says.
 
     Raises:
         CheckpointError: If they are not.
@@ -311,9 +314,9 @@ def check_whole(directory: Path, *, reads_all: bool = True) -> dict[str, Any]:
             f"{_others(directory)}"
         )
     for name, size in files.items():
-        found = (directory / name).stat().st_size if (directory / name).is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} of {size} bytes"
+        size_now = (directory / name).stat().st_size if (directory / name).is_file() else None
+        if size_now != size:
+            state = "is missing" if size_now is None else f"has {size_now} of {size} bytes"
             raise CheckpointError(f"{directory} is damaged: {name} {state}. {_others(directory)}")
     for path in directory.rglob(f"{SHARDS}/**/*"):
         if path.is_file() and str(path.relative_to(directory)) not in files:
@@ -325,8 +328,8 @@ def check_whole(directory: Path, *, reads_all: bool = True) -> dict[str, Any]:
         logger.warning("%s was written without hashes of its files: their sizes alone were compared", directory)
     if reads_all and expected:
         with reading(directory, "its files"):
-            found_hashes = hashes(directory, files)
-        for name, digest in found_hashes.items():
+            hashes_now = hashes(directory, files)
+        for name, digest in hashes_now.items():
             if expected.get(name) != digest:
                 raise CheckpointError(
                     f"{directory} is damaged: the content of {name} has changed since it was written. "
@@ -338,7 +341,7 @@ def check_whole(directory: Path, *, reads_all: bool = True) -> dict[str, Any]:
 @contextmanager
 def reading(directory: Path, what: str, cure: str = "") -> Iterator[None]:
     """
-    Whatever goes wrong in the block, a part of a checkpoint cannot be read.
+    Raise a `CheckpointError` for whatever goes wrong in the block, which reads a part of a checkpoint.
 
     Args:
         directory (`Path`):
@@ -346,7 +349,7 @@ def reading(directory: Path, what: str, cure: str = "") -> Iterator[None]:
         what (`str`):
             The part, e.g. a file's name.
         cure (`str`, *optional*):
-            What to do, other than to take another checkpoint.
+            What to do, other than to resume from another checkpoint.
 
     Raises:
         CheckpointError: For any exception.
@@ -362,14 +365,14 @@ def reading(directory: Path, what: str, cure: str = "") -> Iterator[None]:
 
 
 def _others(directory: Path) -> str:
-    """The cure, with the checkpoints that could be resumed from instead."""
+    """The cure, with the names of other checkpoints to resume from."""
     others = sorted((path for path in _checkpoints(directory.parent) if path != directory), key=_step)
     if not others:
-        return "There is no other checkpoint beside it"
+        return "There is no other checkpoint in its folder"
     return f"Delete it, or resume from another: {', '.join(path.name for path in others)}"
 
 
-def _check_identity(directory: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_identity(directory: Path, saved: JsonObject, now: JsonObject) -> None:
     for name in {**saved, **now}:
         if name == "networks" or saved.get(name) == now.get(name):
             continue
@@ -421,26 +424,26 @@ def _check_identity(directory: Path, saved: Mapping[str, Any], now: Mapping[str,
 
 
 def shapes(network: nn.Module) -> dict[str, list[int]]:
-    """The parameters of a network."""
+    """The shapes of a network's parameters, by their names."""
     return {name: whole_shape(parameter) for name, parameter in network.named_parameters()}
 
 
-def load_weights(model: Any, directory: Path, *, adapter: str | None = None, into: str | None = None) -> None:
+def load_weights(model: nn.Module, directory: Path, *, adapter: str | None = None, into: str | None = None) -> None:
     """
-    Put saved weights into a model that exists already, bit for bit.
+    Load saved weights into a model, bit for bit.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            Where to put them.
+            The model.
         directory (`Path`):
-            Where `save_pretrained` wrote them.
+            The directory into which `save_pretrained` wrote the weights.
         adapter (`str`, *optional*):
-            Which of a `PeftModel`'s adapters; `None`: the one that is active.
+            Which of a `PeftModel`'s adapters; `None`: the active one.
         into (`str`, *optional*):
-            The adapter that takes them; `None`: the one of that name.
+            The adapter into which they are loaded; `None`: the adapter of that name.
 
     Raises:
-        CheckpointError: If they are not this model's.
+        CheckpointError: If the weights are those of another model.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not there, so its weights cannot be loaded")
@@ -453,14 +456,17 @@ def load_weights(model: Any, directory: Path, *, adapter: str | None = None, int
             weights = adapter_weights(str(folder))
             loaded: Any = set_peft_model_state_dict(model, weights, adapter_name=into or adapter)
             if loaded.unexpected_keys:
-                raise CheckpointError(f"{folder} has weights that this model has not: {loaded.unexpected_keys[:3]}")
+                raise CheckpointError(
+                    f"{folder} has weights that this model does not have: {loaded.unexpected_keys[:3]}"
+                )
             return
         weights = _read_safetensors(directory)
         if not _fit(model, weights):
-            # Some architectures are saved under other names than they are held; their own loading knows them. Float32
-            # holds every type that weights have, and copying casts back.
-            loaded = type(model).from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-            weights = loaded.state_dict()
+            # Some architectures are saved under other names than those of their parameters; their own loading knows
+            # these names. Float32 holds every type of weights, and copying casts back.
+            assert isinstance(model, PreTrainedModel)
+            whole: nn.Module = type(model).from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+            weights = whole.state_dict()
         model.load_state_dict(weights, strict=False)
     except CheckpointError:
         raise
@@ -476,37 +482,37 @@ def _read_safetensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _fit(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the names are the model's; of tensors that it holds under several names, one is enough."""
+    """Whether the names are the model's. Of a tensor that it has under several names, one is enough."""
     own = model.state_dict(keep_vars=True)
     stored = {id(own[name]) for name in weights if name in own}
     return all(name in own for name in weights) and all(id(tensor) in stored for tensor in own.values())
 
 
 def load_tensors(path: Path) -> Any:
-    """What `torch.save` wrote, without running code from it."""
+    """Load what `torch.save` wrote, without running code from it."""
     with reading(_checkpoint_of(path), path.name):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _checkpoint_of(path: Path) -> Path:
-    """The checkpoint that a file is in, or else its folder."""
+    """The checkpoint that contains a file, or else the file's folder."""
     return next((folder for folder in path.parents if folder.name.startswith("checkpoint-")), path.parent)
 
 
-def load_optimizer_state(path: Path, parameters: Sequence[nn.Parameter], load: Callable[[Any], None]) -> None:
+def load_optimizer_state(path: Path, parameters: Sequence[nn.Parameter], load: Callable[[JsonObject], object]) -> None:
     """
-    Give an optimizer the state that one of the same kind, over the same parameters, has saved.
+    Load the state of an optimizer of the same kind, over the same parameters.
 
     Args:
         path (`Path`):
             The state's file.
         parameters (`Sequence[nn.Parameter]`):
-            Of the optimizer, in its order, whose shapes its state has. Empty: it may have others.
+            The optimizer's parameters, in its order, which have the shapes of its state. Empty: shapes may differ.
         load (`Callable`):
-            Takes the state.
+            Loads the state into the optimizer.
 
     Raises:
-        CheckpointError: If it cannot be read, or is another optimizer's.
+        CheckpointError: If the state cannot be read, or is another optimizer's.
     """
     state = load_tensors(path)
     cure = "It is the state of another optimizer; set `optim` back, or start a new run. "
@@ -519,12 +525,12 @@ def load_optimizer_state(path: Path, parameters: Sequence[nn.Parameter], load: C
         load(state)
 
 
-def load_scheduler_state(path: Path, scheduler: Any) -> None:
+def load_scheduler_state(path: Path, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
     """
-    Give a schedule of learning rates the state that one of the same kind has saved.
+    Load the state of a schedule of learning rates of the same kind.
 
     Raises:
-        CheckpointError: If it cannot be read, or is another schedule's.
+        CheckpointError: If the state cannot be read, or is another schedule's.
     """
     state = load_tensors(path)
     cure = "It is the state of another schedule; set `lr_scheduler_type` back, or start a new run. "

@@ -1,29 +1,33 @@
-"""What can be known to be wrong before the first episode: arguments of the trainer that do not fit together."""
+"""Arguments of the trainer that cannot work, or do not fit together, found at construction."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import transformers
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel, SchedulerType
+from transformers import SchedulerType
 
 from ..errors import ConfigurationError
 from ..learning.estimators import ESTIMATORS
 from ..models import check_critic, is_peft_model, plain_model, saved_with_adapter
+from ..types import Model
 from .steppo_config import StepPOConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
 
 
 def refuse_unsupported(args: StepPOConfig) -> None:
-    """Settings of `TrainingArguments` that mean nothing here."""
+    """Raise a `ConfigurationError` for settings of `TrainingArguments` that cannot be used here."""
     for name, unset in (
         ("neftune_noise_alpha", None),
         ("label_smoothing_factor", 0.0),
         ("auto_find_batch_size", False),
-        # Saves in the middle of an update, which no run can go on from; SIGTERM saves the last whole one in any case.
+        # It saves in the middle of an update, where no run can resume; SIGTERM saves the last whole update anyway.
         ("enable_jit_checkpoint", False),
     ):
         if getattr(args, name, unset) != unset:
@@ -43,7 +47,7 @@ def refuse_unsupported(args: StepPOConfig) -> None:
 
 
 def warn_of_waiting(args: StepPOConfig, accelerator: Accelerator) -> None:
-    """Ranks wait for the slowest of them, and nothing bounds how long."""
+    """Warn of ranks that wait for the slowest of them while nothing bounds how long."""
     plays = args.replay_episodes_dir is None
     if accelerator.num_processes > 1 and plays and args.max_episode_s is None and accelerator.is_main_process:
         logger.warning(
@@ -52,13 +56,13 @@ def warn_of_waiting(args: StepPOConfig, accelerator: Accelerator) -> None:
         )
 
 
-def check_kinds(**given: Any) -> None:
+def check_kinds(**given: object) -> None:
     """
-    What is no model, no tokenizer, and no name of one.
+    Raise a `ConfigurationError` for what is neither a model or tokenizer nor the name of one.
 
     Args:
-        given (`Any`):
-            Arguments of the trainer, by their names; `None` where there is none.
+        given (`object`):
+            Arguments of the trainer, by their names; `None` for those that are missing.
     """
     auto = {"processing_class": "AutoTokenizer", "model": "AutoModelForCausalLM", "ref_model": "AutoModelForCausalLM"}
     for name, value in given.items():
@@ -77,12 +81,12 @@ def check_kinds(**given: Any) -> None:
 
 def check_models(
     args: StepPOConfig,
-    model: PreTrainedModel,
-    ref_model: PreTrainedModel | None,
-    value_model: PreTrainedModel | None,
+    model: Model,
+    ref_model: Model | None,
+    value_model: Model | None,
     reward_model: nn.Module | None,
 ) -> None:
-    """Models that are missing, of the wrong kind, given twice, or without use."""
+    """Raise a `ConfigurationError` for models that are missing, of the wrong kind, given twice, or without effect."""
     if value_model is not None and value_model is reward_model:
         raise ConfigurationError(
             "`value_model` is the `reward_model` itself, which must not be trained; load it twice, or leave "
@@ -108,8 +112,8 @@ def check_models(
         check_critic(reward_model, "reward_model")
 
 
-def check_adapters(args: StepPOConfig, model: Any, ref_model: Any, value_model: Any) -> None:
-    """Settings about adapters, and the adapters that the policy has."""
+def check_adapters(args: StepPOConfig, model: Model, ref_model: Model | None, value_model: Model | None) -> None:
+    """Raise a `ConfigurationError` for settings of adapters that do not fit the policy's adapters."""
     if not is_peft_model(model):
         for name in ("model_adapter_name", "ref_adapter_name", "critic_shares_base"):
             if getattr(args, name):
@@ -148,8 +152,10 @@ def check_adapters(args: StepPOConfig, model: Any, ref_model: Any, value_model: 
         )
 
 
-def _check_base(args: StepPOConfig, peft_config: Any, ref_model: Any, value_model: Any) -> None:
-    """Adapters that change the base model, where another network relies on it."""
+def _check_base(
+    args: StepPOConfig, peft_config: PeftConfig, ref_model: Model | None, value_model: Model | None
+) -> None:
+    """Refuse adapters that change the base model if another network relies on it."""
     start, bias = getattr(peft_config, "init_lora_weights", True), getattr(peft_config, "bias", "none")
     changes_base = isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq"))
     for name, needed, given in (
@@ -161,32 +167,34 @@ def _check_base(args: StepPOConfig, peft_config: Any, ref_model: Any, value_mode
             raise ConfigurationError(
                 f"the adapter's {setting} changes the base model, which is then no `{name}` as it was loaded; pass one"
             )
-    if args.critic_shares_base and (bias != "none" or peft_config.modules_to_save):
+    modules_to_save = getattr(peft_config, "modules_to_save", None)
+    if args.critic_shares_base and (bias != "none" or modules_to_save):
         raise ConfigurationError(
-            f"`critic_shares_base` is set, and the adapter has bias={bias!r} and modules_to_save="
-            f"{peft_config.modules_to_save}, which train parts of the base that both would share; leave one out"
+            f"`critic_shares_base` is set, and the adapter has bias={bias!r} and modules_to_save={modules_to_save}, "
+            "which train parts of the base that both would share; leave one out"
         )
 
 
-def _check_served_adapter(peft_config: Any) -> None:
-    """Adapters that vLLM cannot load."""
-    unknown = {
+def _check_served_adapter(peft_config: PeftConfig) -> None:
+    """Refuse adapters that vLLM cannot load."""
+    unsupported = {
         "bias": getattr(peft_config, "bias", "none") != "none",
         "modules_to_save": bool(getattr(peft_config, "modules_to_save", None)),
         "use_dora": bool(getattr(peft_config, "use_dora", False)),
     }
-    found = [f"{name}={getattr(peft_config, name)!r}" for name, is_set in unknown.items() if is_set]
-    if peft_config.peft_type != "LORA":
-        found = [f"peft_type={str(peft_config.peft_type.value)!r}"]
-    if found:
+    settings = [f"{name}={getattr(peft_config, name)!r}" for name, is_set in unsupported.items() if is_set]
+    kind = peft_config.peft_type
+    if kind != "LORA":
+        settings = [f"peft_type={str(getattr(kind, 'value', kind))!r}"]
+    if settings:
         raise ConfigurationError(
-            f"`use_vllm` is set, and the adapter has {', '.join(found)}, which vLLM's servers do not load; take a "
+            f"`use_vllm` is set, and the adapter has {', '.join(settings)}, which vLLM's servers do not load; take a "
             "plain `LoraConfig`, or leave `use_vllm` out"
         )
 
 
 def check_apart(model: nn.Module, value_model: nn.Module) -> None:
-    """Two networks that train one parameter."""
+    """Raise a `ConfigurationError` if both networks train the same parameter."""
     ids = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     shared = [n for n, p in value_model.named_parameters() if p.requires_grad and id(p) in ids]
     if shared:
@@ -196,8 +204,8 @@ def check_apart(model: nn.Module, value_model: nn.Module) -> None:
         )
 
 
-def check_saved(model: Any, name: str) -> None:
-    """Parameters that are trained beside an adapter, and that no checkpoint of the adapter would hold."""
+def check_saved(model: nn.Module, name: str) -> None:
+    """Raise a `ConfigurationError` if parameters are trained that a checkpoint of the adapter does not hold."""
     if not is_peft_model(model):
         return
     saved = saved_with_adapter(model)
@@ -210,7 +218,7 @@ def check_saved(model: Any, name: str) -> None:
 
 
 def check_trainable(model: nn.Module, name: str) -> None:
-    """A network that training cannot change."""
+    """Raise a `ConfigurationError` if training cannot change a network."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError(
             f"no parameter of `{name}` requires a gradient, so there is nothing to train; load its adapter with "

@@ -1,67 +1,74 @@
-"""The rows of a run as one endless stream, whatever they come from."""
+"""The rows of a run as one endless stream, for every kind of dataset."""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
 
 from ..errors import DataError
 from ..learning.ranks import gather_objects
+from ..types import Row
 
-_FIRST_ROWS = 16  # which tell the order of a stream from another
+_FIRST_ROWS = 16  # by which the order of a stream is recognized
+
+SizedRows: TypeAlias = Dataset | Sequence[Row]
+"""Rows with a length. Any object with `__len__` and `__getitem__` will do."""
+
+RowSource: TypeAlias = SizedRows | IterableDataset
+"""The datasets that a trainer takes."""
 
 
 class Rows(Protocol):
     """
-    The rows of a run, in the order in which they are played. A position in this order is all that a checkpoint has to
-    remember. Where rows are stored as Arrow tables, the nulls that their storage put into messages and tool schemas
-    are taken out ([`without_filled_nulls`]).
+    The rows of a run, in the order in which they are played. A checkpoint only has to store a position in this order.
+    If rows are stored as Arrow tables, the nulls that Arrow fills into messages and tool schemas are removed
+    ([`without_filled_nulls`]).
     """
 
     seed: int
 
     @property
     def num_rows(self) -> int | None:
-        """Rows of an epoch; `None`: not known."""
+        """Number of rows of an epoch; `None`: not known."""
         ...
 
     @property
     def columns(self) -> Sequence[str]:
-        """What the rows have."""
+        """The columns of the rows."""
         ...
 
     @property
     def order(self) -> str | None:
-        """A checksum of the first rows, where the dataset has an order of its own; `None`: the seed decides."""
+        """A checksum of the first rows if the dataset has an order of its own; `None`: the seed decides the order."""
         ...
 
     @property
-    def example(self) -> Mapping[str, Any]:
+    def example(self) -> Row:
         """The first row."""
         ...
 
-    def __getitem__(self, position: int) -> Mapping[str, Any]: ...
+    def __getitem__(self, position: int) -> Row: ...
 
     def row_number(self, position: int) -> int | None:
-        """Which row of the dataset stands at a position; `None`: not known."""
+        """The index in the dataset of the row at a position; `None`: not known."""
         ...
 
 
-def make_rows(dataset: Any, *, seed: int) -> Rows:
+def make_rows(dataset: RowSource | None, *, seed: int) -> Rows:
     """
-    The rows of what a trainer is given as `train_dataset`.
+    Make the rows of a `train_dataset`.
 
     Args:
         dataset (`Dataset`, `Sequence[dict]`, [`~datasets.IterableDataset`] or `None`):
             What the user passed.
         seed (`int`):
-            Seed of the order of every epoch, where the dataset has no order of its own.
+            Seed of the order of every epoch, unless the dataset has an order of its own.
 
     Raises:
         DataError: If the dataset is empty.
@@ -73,7 +80,7 @@ def make_rows(dataset: Any, *, seed: int) -> Rows:
 
 class RowStream:
     """
-    The rows of a dataset with a length: epoch after epoch, each in its own order, which `(seed, position)` decides.
+    The rows of a dataset with a length, epoch after epoch. `(seed, position)` decides the order of each.
 
     Args:
         dataset (`Dataset` or `Sequence[dict]`):
@@ -88,7 +95,7 @@ class RowStream:
     num_rows: int
     order = None
 
-    def __init__(self, dataset: Any, *, seed: int) -> None:
+    def __init__(self, dataset: SizedRows, *, seed: int) -> None:
         self.num_rows = len(dataset)
         if self.num_rows == 0:
             raise no_rows("train_dataset")
@@ -102,16 +109,16 @@ class RowStream:
         return column_names(self._dataset)
 
     @property
-    def example(self) -> Mapping[str, Any]:
+    def example(self) -> Row:
         return row_of(self._dataset, 0)
 
-    def __getitem__(self, position: int) -> Mapping[str, Any]:
+    def __getitem__(self, position: int) -> Row:
         return row_of(self._dataset, self.row_number(position))
 
     def row_number(self, position: int) -> int:
         epoch, index = divmod(position, self.num_rows)
         if epoch != self._epoch:
-            # Far apart, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
+            # Seeds are far apart, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(self.num_rows, generator=generator).tolist()
             self._epoch = epoch
@@ -120,15 +127,14 @@ class RowStream:
 
 class StreamedRows:
     """
-    The rows of a streamed dataset, in its own order: that of its shuffle buffer where it has one, which `set_epoch`
-    changes from epoch to epoch. To get to a position, all rows before it are read, but for the first few, which are
-    kept.
+    The rows of a streamed dataset, in its own order. With a shuffle buffer, `set_epoch` changes this order from epoch
+    to epoch. To get to a position, all rows before it are read, except for the first few, which are kept.
 
     Args:
         dataset ([`~datasets.IterableDataset`]):
-            The rows. It gives the same ones whenever it is read again.
+            The rows. It gives the same rows whenever it is read again.
         seed (`int`):
-            The run's; the order does not depend on it.
+            The run's seed. The order does not depend on it.
     """
 
     num_rows = None
@@ -136,7 +142,7 @@ class StreamedRows:
     def __init__(self, dataset: IterableDataset, *, seed: int) -> None:
         self._dataset = dataset
         self.seed = seed
-        self._first: list[Mapping[str, Any]] = []
+        self._first: list[Row] = []
         self._begin()
 
     @property
@@ -148,10 +154,10 @@ class StreamedRows:
         return checksum(self[position] for position in range(_FIRST_ROWS))
 
     @property
-    def example(self) -> Mapping[str, Any]:
+    def example(self) -> Row:
         return self[0]
 
-    def __getitem__(self, position: int) -> Mapping[str, Any]:
+    def __getitem__(self, position: int) -> Row:
         if position < len(self._first):
             return self._first[position]
         if position < self._position:
@@ -165,8 +171,8 @@ class StreamedRows:
 
     def _begin(self) -> None:
         self._position, self._epoch = -1, -1
-        self._rows: Iterator[Any] = iter(())
-        self._row: Mapping[str, Any] = {}
+        self._rows: Iterator[Row] = iter(())
+        self._row: Row = {}
 
     def _read(self) -> None:
         row = next(self._rows, None)
@@ -185,8 +191,7 @@ class StreamedRows:
 
 class EmptyRows:
     """
-    Endless rows that ask nothing, for environments whose `reset` gives the prompt: those that `GRPOTrainer` makes up
-    where it has no dataset.
+    Endless empty rows, for environments whose `reset` gives the prompt, as `GRPOTrainer` makes them without a dataset.
     """
 
     num_rows = None
@@ -197,17 +202,17 @@ class EmptyRows:
         self.seed = seed
 
     @property
-    def example(self) -> Mapping[str, Any]:
+    def example(self) -> Row:
         return self[0]
 
-    def __getitem__(self, position: int) -> Mapping[str, Any]:
+    def __getitem__(self, position: int) -> Row:
         return {"prompt": [{"role": "user", "content": ""}]}
 
     def row_number(self, position: int) -> int | None:
         return None
 
 
-def numbered_rows(dataset: Any, *, first: int = 0, every: int = 1) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def numbered_rows(dataset: RowSource, *, first: int = 0, every: int = 1) -> Iterator[tuple[int, Row]]:
     """
     Rows of a dataset with their indices, in its own order.
 
@@ -215,7 +220,7 @@ def numbered_rows(dataset: Any, *, first: int = 0, every: int = 1) -> Iterator[t
         dataset (`Dataset`, `Sequence[dict]` or [`~datasets.IterableDataset`]):
             The rows.
         first (`int`, *optional*, defaults to `0`), every (`int`, *optional*, defaults to `1`):
-            Which rows: as of `range(first, len(dataset), every)`.
+            Which rows: those of `range(first, len(dataset), every)`.
     """
     if isinstance(dataset, IterableDataset):
         for index, row in enumerate(dataset):
@@ -228,13 +233,14 @@ def numbered_rows(dataset: Any, *, first: int = 0, every: int = 1) -> Iterator[t
 
 def check_same_order(order: str | None, name: str) -> None:
     """
-    Compare the order of a stream over the ranks, each of which plays its own positions of it. Every rank must call it.
+    Compare the order of a stream over the ranks, which play different positions of it. Collective: every rank must
+    call this.
 
     Args:
         order (`str`, *optional*):
-            A checksum of this rank's first rows ([`checksum`]). `None`, on all ranks: it is no stream.
+            A checksum of this rank's first rows ([`checksum`]). `None`, on all ranks, if it is not a stream.
         name (`str`):
-            What the user passed the stream as.
+            The argument as which the stream was passed.
 
     Raises:
         DataError: If the first rows are not the same on all ranks.
@@ -247,50 +253,51 @@ def check_same_order(order: str | None, name: str) -> None:
         )
 
 
-def checksum(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A short text that tells rows from others; objects that JSON does not know count by their type."""
+def checksum(rows: Iterable[Row]) -> str:
+    """A short text by which rows are recognized. Of objects that JSON does not know, only the type counts."""
     plain = [dict(row) for row in rows]
     written = json.dumps(plain, default=lambda value: type(value).__name__, skipkeys=True)
     return f"{zlib.crc32(written.encode()):08x}"
 
 
-def first_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
-    """The rows that the order of a stream is told by."""
+def first_rows(dataset: RowSource) -> Iterator[Row]:
+    """The rows by which the order of a stream is recognized."""
     return (row for _, row in islice(numbered_rows(dataset), _FIRST_ROWS))
 
 
 def no_rows(name: str) -> DataError:
-    """The error for a dataset, by the argument that it is passed as, that has no rows."""
+    """The error for a dataset without rows. `name`: the argument as which it was passed."""
     return DataError(f"`{name}` has no rows")
 
 
-def row_of(dataset: Any, number: int) -> Mapping[str, Any]:
+def row_of(dataset: SizedRows, number: int) -> Row:
     """A row of a dataset, as it was before Arrow stored it ([`without_filled_nulls`])."""
     return _as_written(dataset, dataset[number])
 
 
-def _as_written(dataset: Any, row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _as_written(dataset: RowSource, row: Row) -> Row:
     is_stored = isinstance(dataset, Dataset | IterableDataset) and dataset.features is not None
     if not is_stored:
-        return row  # its nulls were written by somebody
+        return row  # its nulls are the user's own
     return {name: without_filled_nulls(value, is_shown=name == "tools") for name, value in row.items()}
 
 
-def without_filled_nulls(value: Any, *, is_shown: bool = False) -> Any:
+def without_filled_nulls(value: object, *, is_shown: bool = False) -> object:
     """
-    A value of a row without the nulls that Arrow fills in. Arrow stores all objects of a column with the same keys, so
-    that a tool call `{"where": "x"}` beside a call `{"n": 1}` comes back as `{"where": "x", "n": null}`.
+    Remove the nulls that Arrow fills into a value of a row. Arrow stores all objects of a column with the same keys:
+    in a column with the tool calls `{"where": "x"}` and `{"n": 1}`, the first comes back as
+    `{"where": "x", "n": null}`.
 
-    A key without a value is left out of what a chat template shows, however deep it lies in there: messages, which
-    have `role` and `content`, with the tool calls in them; schemas, which have `function` or `properties`; and the
-    column `tools`. A message's `content` stays, and so do items of lists and all other objects. An argument that is
-    null on purpose is left out, too: write the arguments as a JSON string to keep it.
+    Keys whose value is null are removed from all that a chat template shows, at any depth: messages, which have `role`
+    and `content`, with their tool calls; schemas, which have `function` or `properties`; and the column `tools`. A
+    message's `content` stays, and so do items of lists and all other objects. An argument that is null on purpose is
+    removed, too: write the arguments as a JSON string to keep it.
 
     Args:
-        value (`Any`):
+        value (`object`):
             The value of a column.
         is_shown (`bool`, *optional*, defaults to `False`):
-            Whether all of it is shown by a template.
+            Whether a template shows all of it.
     """
     if isinstance(value, list):
         return [without_filled_nulls(item, is_shown=is_shown) for item in value]
@@ -305,9 +312,9 @@ def without_filled_nulls(value: Any, *, is_shown: bool = False) -> Any:
     }
 
 
-def column_names(dataset: Any) -> Sequence[str]:
-    """The columns of a dataset; of a list of rows those that any row has; of anything else those of the first row."""
-    names = getattr(dataset, "column_names", None)
+def column_names(dataset: RowSource) -> Sequence[str]:
+    """The columns of a dataset. A list of rows has those of all its rows; anything else has those of its first row."""
+    names: Sequence[str] | None = getattr(dataset, "column_names", None)
     if names is not None:
         return names
     rows = dataset if isinstance(dataset, list | tuple) else [row for _, row in islice(numbered_rows(dataset), 1)]

@@ -1,10 +1,10 @@
-"""What is wrong with a dataset, found before a model is trained on it: the first message names the row."""
+"""Checks of a dataset before a model is trained on it. An error names the row."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -13,19 +13,22 @@ from datasets import Dataset, IterableDataset
 
 from ..compat.datasets import is_in_stored_order
 from ..errors import ConfigurationError, DataError
+from ..types import Row
 from .data_stream import no_rows
 from .steppo_config import StepPOConfig
 
-_CHUNK_ROWS = 10_000
-_IMAGES = ("image", "images")  # as TRL's trainers name the columns whose images the model sees
+if TYPE_CHECKING:
+    from .player import EnvironmentFactory
 
+_CHUNK_ROWS = 10_000
+_IMAGES = ("image", "images")  # TRL's names of columns whose images the model sees
 
 ENVIRONMENT_COLUMN = "environment"
-"""Names each row's environment, where `environment_factory` is a dict of several."""
+"""The column with the name of each row's environment, if `environment_factory` is a dict of several."""
 
 
 def check_dataset(
-    dataset: Any,
+    dataset: object,
     name: str,
     *,
     vocabulary_size: int | None,
@@ -34,30 +37,29 @@ def check_dataset(
     may_lack_prompt: bool = False,
 ) -> None:
     """
-    Look at every row as far as that is cheap: Arrow tables as a whole, lists one by one, of a streamed dataset the
-    first. Rows of other datasets, which may be made when they are asked for, are not read; what is wrong with one
-    costs its episode.
+    Check every row as far as that is cheap: Arrow tables as a whole, lists one by one, and of a streamed dataset the
+    first row. Rows of other datasets, which may be made when they are read, are not checked: a wrong row costs its
+    episode.
 
     Args:
         dataset (`Dataset`, `IterableDataset`, `Sequence[dict]` or any dataset with a length):
             The rows.
         name (`str`):
-            What the user passed it as, for messages.
+            The argument as which the user passed it, for messages.
         vocabulary_size (`int`, *optional*):
-            How many token ids the policy can read. `None`: not known.
+            Number of token ids that the policy can read. `None`: not known.
         is_for_agent (`bool`, *optional*, defaults to `False`):
-            Whether an agent plays the rows, which reads what it likes in them.
+            Whether an agent plays the rows. It may read any columns.
         environments (`Collection[str]`, *optional*):
-            The names that the column `environment` may have. `None`: there is one environment, or none.
+            The allowed values of the column `environment`. `None`: there is one environment, or none.
         may_lack_prompt (`bool`, *optional*, defaults to `False`):
-            Whether a row's `prompt` may be `None`, as Arrow fills it in where only other rows have one: an
-            environment's `reset` may give it.
+            Whether a row's `prompt` may be `None`, as an environment's `reset` may give it. Arrow fills in `None`
+            where only other rows have a prompt.
 
     Raises:
-        DataError: If there are no rows, or rows cannot be taken by their index, have images or no prompt, name an
-            environment that there is not, or hold a token id that the policy does not have. It names the row.
+        DataError: If there are no rows, or rows cannot be read by their index, have images or no prompt, name an
+            unknown environment, or hold a token id that the policy does not have. It names the row.
     """
-    _check_kind(dataset, name)
     if isinstance(dataset, IterableDataset):
         rows = [dict(row) for row in islice(dataset, 1)]
         if not rows:
@@ -66,12 +68,12 @@ def check_dataset(
             _check_rows(rows, name, vocabulary_size, may_lack_prompt)
             _check_environments_of(rows, name, environments)
         return
-    if len(dataset) == 0:
+    if len(_with_indices(dataset, name)) == 0:
         raise no_rows(name)
     if is_for_agent:
         return
     if isinstance(dataset, Dataset):
-        if dataset.format["type"] != "custom":  # a transform makes rows of what is stored
+        if dataset.format["type"] != "custom":  # a transform makes other rows from what is stored
             _check_table(dataset, name, vocabulary_size, may_lack_prompt)
             if environments is not None and ENVIRONMENT_COLUMN in dataset.column_names:
                 first = 0
@@ -84,37 +86,40 @@ def check_dataset(
 
 
 def check_eval_dataset(
-    dataset: Any,
+    dataset: object,
     *,
     vocabulary_size: int | None,
     is_for_agent: bool = False,
     environments: Collection[str] | None = None,
     may_lack_prompt: bool = False,
 ) -> None:
-    """[`check_dataset`] for evaluation, which may have several datasets by name."""
-    known: dict[str, Any] = {
-        "vocabulary_size": vocabulary_size,
-        "is_for_agent": is_for_agent,
-        "environments": environments,
-        "may_lack_prompt": may_lack_prompt,
-    }
-    parts = dataset if isinstance(dataset, dict) else {None: dataset}
-    for part, rows in parts.items():
+    """Do [`check_dataset`] for an `eval_dataset`, which may be several datasets by name."""
+    if isinstance(dataset, dict):
+        datasets = {f"eval_dataset[{name!r}]": rows for name, rows in dataset.items()}
+    else:
+        datasets = {"eval_dataset": dataset}
+    for name, rows in datasets.items():
         if rows is not None:
-            name = "eval_dataset" if part is None else f"eval_dataset[{part!r}]"
-            check_dataset(rows, name, **known)
+            check_dataset(
+                rows,
+                name,
+                vocabulary_size=vocabulary_size,
+                is_for_agent=is_for_agent,
+                environments=environments,
+                may_lack_prompt=may_lack_prompt,
+            )
 
 
-def check_no_dataset(environment_factory: Any) -> None:
+def check_no_dataset(environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None) -> None:
     """
-    Whether a run can do without `train_dataset`.
+    Check that a run can do without `train_dataset`.
 
     Args:
         environment_factory (`Callable`, `dict` or `None`):
             As the trainer takes it.
 
     Raises:
-        DataError: If there is not one environment that gives the prompts.
+        DataError: Unless there is one environment, which gives the prompts.
     """
     if environment_factory is None:
         raise DataError(
@@ -128,8 +133,8 @@ def check_no_dataset(environment_factory: Any) -> None:
         )
 
 
-def check_length(args: StepPOConfig, dataset: Any) -> None:
-    """A `ConfigurationError` if only the dataset's length could say when a run ends, and it has none."""
+def check_length(args: StepPOConfig, dataset: object) -> None:
+    """Raise a `ConfigurationError` if only the dataset's length could say when a run ends, and it has none."""
     has_length = dataset is not None and not isinstance(dataset, IterableDataset)
     if has_length or args.max_steps > 0 or args.total_episodes is not None:
         return
@@ -137,7 +142,8 @@ def check_length(args: StepPOConfig, dataset: Any) -> None:
     raise ConfigurationError(f"{what}, so nothing says how long to train: set `max_steps` or `total_episodes`")
 
 
-def _check_kind(dataset: Any, name: str) -> None:
+def _with_indices(dataset: object, name: str) -> Sized:
+    """The dataset, if it has a length and gives rows by their index."""
     if isinstance(dataset, str):
         raise DataError(f"`{name}` is the text {dataset!r:.100}, not rows; pass `datasets.load_dataset(...)` of it")
     if isinstance(dataset, Mapping):
@@ -145,15 +151,14 @@ def _check_kind(dataset: Any, name: str) -> None:
             f"`{name}` is of type {type(dataset).__name__} with {list(dataset)}, not rows; pass one of its splits, or "
             "`Dataset.from_dict(...)` of columns"
         )
-    if isinstance(dataset, IterableDataset):
-        return
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
         raise DataError(
             f"`{name}` is of type {type(dataset).__name__}, which has no length and no row by its index, and may not "
             "be read twice, as by a run that goes on from a checkpoint. Pass a `datasets.Dataset` "
             "(`Dataset.from_generator(...)`), a `datasets.IterableDataset` (`IterableDataset.from_generator(...)`), "
             "or a list of rows"
         )
+    return dataset
 
 
 # -- Arrow tables -----------------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ def _check_table(dataset: Dataset, name: str, vocabulary_size: int | None, may_l
     _check_images(columns, name)
     column = "input_ids" if "input_ids" in columns else "prompt"
     if column not in columns:
-        return  # which the caller says
+        return  # the caller reports that
     first = 0
     for chunk in _chunks(dataset, column):
         if len(chunk) == 0:
@@ -176,13 +181,13 @@ def _check_table(dataset: Dataset, name: str, vocabulary_size: int | None, may_l
             _check_ids_of_chunk(chunk, name, first, vocabulary_size)
         elif chunk.null_count < len(chunk):
             filled = int(np.flatnonzero(chunk.is_valid().to_numpy(zero_copy_only=False))[0])
-            _check_prompt(chunk[filled].as_py(), name, first + filled)  # the others are of the same type
+            _check_prompt(chunk[filled].as_py(), name, first + filled)  # other prompts have the same type
             _check_parts_of_chunk(chunk, name, first)
         first += len(chunk)
 
 
 def _chunks(dataset: Dataset, column: str) -> Iterator[pa.Array]:
-    """A column in the order of the rows, without a copy where they are as they are stored."""
+    """A column in the order of the rows, without a copy if they are in the order in which they are stored."""
     if is_in_stored_order(dataset):
         yield from dataset.data.column(column).chunks
         return
@@ -190,7 +195,7 @@ def _chunks(dataset: Dataset, column: str) -> Iterator[pa.Array]:
         yield table.column(column).combine_chunks() if table.num_rows else pa.array([])
 
 
-def _check_ids_of_chunk(chunk: Any, name: str, first: int, vocabulary_size: int | None) -> None:
+def _check_ids_of_chunk(chunk: pa.Array, name: str, first: int, vocabulary_size: int | None) -> None:
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(chunk.type) for is_kind in kinds):
         return
@@ -205,8 +210,8 @@ def _check_ids_of_chunk(chunk: Any, name: str, first: int, vocabulary_size: int 
         _check_ids(row.as_py(), name, first + offset, vocabulary_size)
 
 
-def _check_parts_of_chunk(chunk: Any, name: str, first: int) -> None:
-    """Contents in parts; of plain text the type of the column says that there are none."""
+def _check_parts_of_chunk(chunk: pa.Array, name: str, first: int) -> None:
+    """Check messages whose content is in parts, unless the type of the column says that all are plain text."""
     if not pa.types.is_list(chunk.type) or not pa.types.is_struct(chunk.type.value_type):
         return
     fields = {field.name: field.type for field in chunk.type.value_type}
@@ -219,7 +224,7 @@ def _check_parts_of_chunk(chunk: Any, name: str, first: int) -> None:
 # -- lists of rows ----------------------------------------------------------------------------------------------------
 
 
-def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None, may_lack_prompt: bool) -> None:
+def _check_rows(rows: Sequence[object], name: str, vocabulary_size: int | None, may_lack_prompt: bool) -> None:
     if not isinstance(rows[0], Mapping):
         raise DataError(
             f"row 0 of `{name}` is {_shown(rows[0])}; a row is a dict with `prompt` (text or messages) or `input_ids`"
@@ -230,7 +235,7 @@ def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None, may
             raise DataError(f"row {index} of `{name}` is {_shown(row)}; a row is a dict, as the first is")
         _check_images(row, name)
         if column not in row or (may_lack_prompt and column == "prompt" and row[column] is None):
-            continue  # it may leave its prompt to `reset`
+            continue  # `reset` may give its prompt
         if row[column] is None:
             raise _none(name, index, column)
         if column == "input_ids":
@@ -239,12 +244,12 @@ def _check_rows(rows: Sequence[Any], name: str, vocabulary_size: int | None, may
             _check_prompt(row[column], name, index)
 
 
-def _check_environments_of(rows: Sequence[Mapping[str, Any]], name: str, environments: Collection[str] | None) -> None:
-    if environments is not None and any(ENVIRONMENT_COLUMN in row for row in rows):  # else the caller says so
+def _check_environments_of(rows: Sequence[Row], name: str, environments: Collection[str] | None) -> None:
+    if environments is not None and any(ENVIRONMENT_COLUMN in row for row in rows):  # else the caller reports that
         _check_environments([row.get(ENVIRONMENT_COLUMN) for row in rows], name, environments)
 
 
-def _check_environments(values: Sequence[Any], name: str, environments: Collection[str], first: int = 0) -> None:
+def _check_environments(values: Sequence[object], name: str, environments: Collection[str], first: int = 0) -> None:
     for index, value in enumerate(values, first):
         if not isinstance(value, str) or value not in environments:
             raise DataError(
@@ -263,16 +268,16 @@ def _none(name: str, row: int, column: str) -> DataError:
     )
 
 
-def _check_images(columns: Any, name: str) -> None:
-    found = [column for column in _IMAGES if column in columns]
-    if found:
+def _check_images(columns: Collection[str], name: str) -> None:
+    image_columns = [column for column in _IMAGES if column in columns]
+    if image_columns:
         raise DataError(
-            f"`{name}` has the column `{found[0]}`: images are not supported, the policy reads text. Remove the "
-            "column, or rename it if it is meant for the environment alone"
+            f"`{name}` has the column `{image_columns[0]}`: images are not supported, the policy reads text. Remove "
+            "the column, or rename it if it is meant for the environment alone"
         )
 
 
-def _check_prompt(prompt: Any, name: str, row: int) -> None:
+def _check_prompt(prompt: object, name: str, row: int) -> None:
     if isinstance(prompt, str):
         return
     if not isinstance(prompt, list | tuple) or not all(isinstance(message, Mapping) for message in prompt):
@@ -288,18 +293,18 @@ def _check_prompt(prompt: Any, name: str, row: int) -> None:
                 )
 
 
-def _check_ids(ids: Any, name: str, row: int, vocabulary_size: int | None) -> None:
+def _check_ids(ids: object, name: str, row: int, vocabulary_size: int | None) -> None:
     try:
-        found = np.asarray(ids)
+        array = np.asarray(ids)
     except (TypeError, ValueError):
-        found = np.asarray(None)
-    if found.dtype.kind not in "iu" and found.size:
+        array = np.asarray(None)
+    if array.dtype.kind not in "iu" and array.size:
         raise DataError(f"`input_ids` of row {row} of `{name}` is {_shown(ids)}; give a list of token ids")
-    if found.size and not _fits(int(found.min()), int(found.max()), vocabulary_size):
-        is_bad = (found < 0) | (found >= (2**31 if vocabulary_size is None else vocabulary_size))
+    if array.size and not _fits(int(array.min()), int(array.max()), vocabulary_size):
+        is_bad = (array < 0) | (array >= (2**31 if vocabulary_size is None else vocabulary_size))
         known = "" if vocabulary_size is None else f"; the policy has {vocabulary_size} ids, from 0"
         raise DataError(
-            f"`input_ids` of row {row} of `{name}` has the token id {int(found[is_bad][0])}, which is outside of the "
+            f"`input_ids` of row {row} of `{name}` has the token id {int(array[is_bad][0])}, which is outside of the "
             f"vocabulary{known}. Tokenize with the policy's own tokenizer; if it has more tokens than the policy, "
             "call `model.resize_token_embeddings(len(tokenizer))`"
         )
@@ -309,5 +314,5 @@ def _fits(lowest: int, highest: int, vocabulary_size: int | None) -> bool:
     return lowest >= 0 and highest < (2**31 if vocabulary_size is None else vocabulary_size)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"{type(value).__name__} {value!r:.80}"

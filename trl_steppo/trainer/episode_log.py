@@ -1,4 +1,4 @@
-"""A few episodes of every update on disk, with all that the update knew of them: what `trl-steppo report` shows."""
+"""A few episodes of every update on disk, with all that the update computed for them, for `trl-steppo report`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,18 +18,20 @@ from ..learning.learner import Learner
 from ..learning.ranks import caught, first_failure
 from ..learning.update import Credit, Rollout, Scores
 from ..losses import importance_ratio
-from ..types import Episode, Step, num_shared, writable
+from ..types import Episode, Step, TextOrMessages, num_shared, writable
 from .steppo_config import StepPOConfig
 
 FOLDER = "episodes"
 
+_Columns: TypeAlias = dict[str, object]
+
 SCHEMA = pa.schema(
     [
-        # The episode; the same in all of its rows
+        # The episode, the same in all of its rows
         ("update", pa.int64()),
         ("episode_id", pa.string()),
         ("stream_position", pa.int64()),
-        ("dataset_row", pa.int64()),  # which row of the dataset this is, whatever the seed of its order; null: unknown
+        ("dataset_row", pa.int64()),  # index of the row in the dataset, whatever the order; null: unknown
         ("question", pa.string()),  # the row's own prompt: text, or messages as JSON
         ("generation_index", pa.int64()),
         ("terminated", pa.bool_()),
@@ -38,44 +40,44 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
         ("score", pa.float64()),
         ("metrics", pa.string()),  # as JSON
-        ("logged", pa.string()),  # by reward functions, with `log_extra`; as JSON
+        ("logged", pa.string()),  # values that reward functions logged with `log_extra`, as JSON
         # The step; null in the one row of an episode that failed before its first step
         ("step_index", pa.int64()),
-        ("prompt", pa.string()),  # what is new in it
+        ("prompt", pa.string()),  # its new part
         ("prompt_tokens", pa.int64()),
-        ("prompt_kept_tokens", pa.int64()),  # that the prompt and the response before it began with, too
+        ("prompt_kept_tokens", pa.int64()),  # at its beginning, that are those of the previous prompt and response
         ("response", pa.string()),
         ("observation", pa.string()),
         ("response_stop_reason", pa.string()),
         ("reward", pa.float64()),
         ("tokens", pa.list_(pa.string())),
         ("rollout_logprobs", pa.list_(pa.float32())),
-        # What the update made of it; null in episodes that failed
+        # The update's results for the step; null in episodes that failed
         ("old_logprobs", pa.list_(pa.float32())),
         ("new_logprobs", pa.list_(pa.float32())),  # after the update
         ("token_advantages", pa.list_(pa.float32())),
         ("value", pa.float64()),  # of the state, read at the last prompt token; null without a critic
         ("return", pa.float64()),
-        ("raw_advantage", pa.float64()),  # before whitening; over a step's tokens its mean
+        ("raw_advantage", pa.float64()),  # before whitening; the mean over a step's tokens
         ("advantage", pa.float64()),
-        ("clipped_fraction", pa.float64()),  # of its tokens: ratios after the update beyond the clip range
+        ("clipped_fraction", pa.float64()),  # share of its tokens whose ratio after the update exceeds the clip range
     ]
 )
 
 
 class EpisodeLog:
     """
-    Writes the first `log_episodes` episodes of each update, of the first rank: `episodes/update_00012.parquet` in
-    `output_dir` holds those of the update that is logged as step 12, one row a step. Runs of one seed log the same
-    dataset rows.
+    Writes the first `log_episodes` episodes of each update on the first rank. `episodes/update_00012.parquet` in
+    `output_dir` holds those of the update that is logged as step 12, with one row per step. Runs with the same seed
+    log the same dataset rows.
 
     Args:
         args ([`StepPOConfig`]):
             `log_episodes`, and the settings of the loss.
         learner ([`Learner`]):
-            Gives log-probabilities.
+            Computes log-probabilities.
         decode (`Callable[[Sequence[int]], str]`):
-            Token ids to text.
+            Converts token ids to text.
     """
 
     def __init__(self, args: StepPOConfig, learner: Learner, decode: Callable[[Sequence[int]], str]) -> None:
@@ -88,46 +90,48 @@ class EpisodeLog:
         self, update: int, episodes: Sequence[Episode], rollout: Rollout, scores: Scores, credit: Credit
     ) -> Iterator[None]:
         """
-        Around the learning from a rollout. All ranks call it: under engines that shard the policy, log-probabilities
-        take all of them.
+        Context of the learning from a rollout. Collective: every rank must call this.
 
         Args:
             update (`int`):
-                1-based, as updates are logged.
+                Number of the update as it is logged, from 1.
             episodes (`Sequence[Episode]`):
-                All that were played on this rank, the failed ones among them.
+                All episodes that were played on this rank, including failed ones.
             rollout ([`Rollout`]), scores ([`Scores`]), credit ([`Credit`]):
-                What is learned.
+                The data of the update.
         """
         if not self.args.log_episodes:
             yield
             return
         logged = self._logged(episodes)
-        chosen = range(sum(episode.valid for episode in logged))  # of the rollout, which has the valid ones in order
+        chosen = range(sum(episode.valid for episode in logged))  # in the rollout, which has the valid ones in order
         old = scores.old_logprobs
         if old is None:
             old = self._logprobs(rollout, chosen)
         yield
         new = self._logprobs(rollout, chosen)
-        judged = (_judged_steps(self.args, rollout, index, scores, credit, old, new) for index in chosen)
-        self._write(update, logged, judged)
+        learned = (_learned_steps(self.args, rollout, index, scores, credit, old, new) for index in chosen)
+        self._write(update, logged, learned)
 
     def failed(self, update: int, episodes: Sequence[Episode]) -> None:
-        """Of an update in which no episode of any rank is valid, so that nothing is learned. All ranks call it."""
+        """
+        Log an update without a valid episode on any rank, so that nothing is learned. Collective: every rank must call
+        this.
+        """
         if self.args.log_episodes:
             self._write(update, self._logged(episodes), iter(()))
 
     def _logged(self, episodes: Sequence[Episode]) -> Sequence[Episode]:
-        """Which of this rank's episodes are logged."""
+        """The episodes of this rank that are logged."""
         return episodes[: self.args.log_episodes] if self.learner.accelerator.is_main_process else []
 
-    def _write(self, update: int, episodes: Sequence[Episode], judged: Iterator[list[dict[str, Any]]]) -> None:
-        """What the first rank cannot write fails on all ranks: none is left waiting for it."""
+    def _write(self, update: int, episodes: Sequence[Episode], learned: Iterator[list[_Columns]]) -> None:
+        """Write the file on the first rank. If that fails, all ranks fail, so that none waits for another."""
         path = Path(str(self.args.output_dir)) / FOLDER / f"update_{update:05d}.parquet"
         with caught() as found:
-            rows = []
+            rows: list[_Columns] = []
             for episode in episodes:
-                of_steps = next(judged) if episode.valid else [{}] * len(episode.steps)
+                of_steps = next(learned) if episode.valid else [{}] * len(episode.steps)
                 rows += self._rows(update, episode, of_steps)
             if self.learner.accelerator.is_main_process:
                 _write(path, rows)
@@ -142,8 +146,8 @@ class EpisodeLog:
         with self.learner.clock.measure("log_episodes_s"):
             return self.learner.logprobs(rollout, chosen)
 
-    def _rows(self, update: int, episode: Episode, judged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        shared = {
+    def _rows(self, update: int, episode: Episode, learned: Sequence[_Columns]) -> list[_Columns]:
+        of_episode: _Columns = {
             "update": update,
             "episode_id": episode.episode_id,
             "stream_position": episode.stream_position,
@@ -159,16 +163,16 @@ class EpisodeLog:
             "logged": writable(json.dumps(dict(episode.logged), default=repr, ensure_ascii=False)),
         }
         if not episode.steps:
-            return [shared]
+            return [of_episode]
         before: list[int] = []
         rows = []
-        for step, of_step in zip(episode.steps, judged, strict=True):
-            rows.append({**shared, **self._played(step, before), **of_step})
+        for step, of_step in zip(episode.steps, learned, strict=True):
+            rows.append({**of_episode, **self._played(step, before), **of_step})
             before = step.prompt_ids.tolist() + step.response_ids.tolist()
         return rows
 
-    def _played(self, step: Step, before: Sequence[int]) -> dict[str, Any]:
-        """What was read, written and answered in a step; `before` is what the policy had in view until then."""
+    def _played(self, step: Step, before: Sequence[int]) -> _Columns:
+        """The prompt, the response and the answer of a step. `before`: ids of the previous prompt and response."""
         kept = num_shared(before, step.prompt_ids.tolist())
         return {
             "step_index": step.step_index,
@@ -184,7 +188,7 @@ class EpisodeLog:
         }
 
 
-def _judged_steps(
+def _learned_steps(
     args: StepPOConfig,
     rollout: Rollout,
     index: int,
@@ -192,8 +196,8 @@ def _judged_steps(
     credit: Credit,
     old: torch.Tensor,
     new: torch.Tensor,
-) -> list[dict[str, Any]]:
-    """What an update made of the steps of one episode of its rollout."""
+) -> list[_Columns]:
+    """The update's results for the steps of one episode of its rollout."""
     first = rollout.steps.first_step[index]
     mask = rollout.batch.action_mask
     advantages = credit.advantages
@@ -205,10 +209,10 @@ def _judged_steps(
     ratio = importance_ratio(new, old, mask, args.importance_sampling_level)
     high = args.cliprange if args.cliprange_high is None else args.cliprange_high
     clipped = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - args.cliprange))
-    found = []
+    columns: list[_Columns] = []
     for number in range(first, first + len(rollout.episodes[index].steps)):
         counts = mask[number]
-        found.append(
+        columns.append(
             {
                 "old_logprobs": old[number][counts].tolist(),
                 "new_logprobs": new[number][counts].tolist(),
@@ -220,11 +224,11 @@ def _judged_steps(
                 "clipped_fraction": _mean(clipped[number].float(), counts),
             }
         )
-    return found
+    return columns
 
 
 def _first(values: torch.Tensor | None, number: int) -> float | None:
-    """A step's own number, or that of its first action token, which is read at the same place."""
+    """A step's value, or the value of its first action token, which is read at the same position."""
     return None if values is None else float(values[number].flatten()[0])
 
 
@@ -232,18 +236,18 @@ def _mean(values: torch.Tensor, counts: torch.Tensor) -> float:
     return float(values[counts].mean() if values.dim() else values)
 
 
-def _question(question: str | list[dict[str, Any]] | None) -> str | None:
+def _question(question: TextOrMessages | None) -> str | None:
     if question is None or isinstance(question, str):
         return None if question is None else writable(question)
     return writable(json.dumps(question, default=repr, ensure_ascii=False))
 
 
-def _text(observation: str | list[dict[str, Any]]) -> str:
+def _text(observation: TextOrMessages) -> str:
     if isinstance(observation, str):
         return writable(observation)
     return writable("\n".join(str(message.get("content", "")) for message in observation))
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write(path: Path, rows: list[_Columns]) -> None:
     with durable.file(path) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)

@@ -1,4 +1,4 @@
-"""The settings of TRL's `GRPOConfig`: what each of them is in a `StepPOConfig`, in one table."""
+"""The settings of TRL's `GRPOConfig`, and the counterpart of each in a `StepPOConfig`, in one table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from math import ceil
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import transformers
 from transformers import TrainingArguments
@@ -15,6 +15,10 @@ from transformers import TrainingArguments
 from ..errors import ConfigurationError
 from ..finite import shown
 from ..learning.estimators import ESTIMATORS
+from ..types import JsonObject
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
 Config = TypeVar("Config", bound=type)
 
@@ -28,27 +32,27 @@ class Counterpart:
 
     Args:
         words (`str`):
-            What to set here instead, or why there is nothing; for messages and the documentation.
+            What to set instead, or why there is nothing; for messages and the documentation.
         field (`str`, *optional*):
             The field of `StepPOConfig` that takes the value as it is.
         taken (`bool`, *optional*, defaults to `True`):
-            Whether values are taken over ([`converted`] says how), or need nothing to be done. `False`: any value but
-            the default is refused.
+            Whether values are converted ([`converted`] says how), or need no conversion. `False`: any value but the
+            default is refused.
         harmless (`tuple`, *optional*):
-            Further values that are not refused.
+            Other values that are not refused.
     """
 
     words: str
     field: str | None = None
     taken: bool = True
-    harmless: tuple[Any, ...] = ()
+    harmless: tuple[object, ...] = ()
 
 
 def _as(field: str, words: str = "") -> Counterpart:
     return Counterpart(f"`{field}`{words}", field)
 
 
-def _refused(words: str, *harmless: Any) -> Counterpart:
+def _refused(words: str, *harmless: object) -> Counterpart:
     return Counterpart(words, taken=False, harmless=harmless)
 
 
@@ -166,38 +170,38 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "log_unique_prompts": Counterpart("all of a row's episodes are shown"),
     "log_completions_hub_repo": _refused("`log_episodes` writes to `output_dir`, which `push_to_hub` uploads"),
 }
-"""Every setting that `GRPOConfig` has beside those of `TrainingArguments`, of all versions of TRL that can be used."""
+"""Every setting of `GRPOConfig` besides those of `TrainingArguments`, of all versions of TRL that can be used."""
 
 _LOSSES = {"dapo": "token", "bnpo": "token", "grpo": "episode"}
 _LEVELS = {"token": "token", "sequence": "step"}
 _COUNTED_IN_STEPS = ("max_steps", "warmup_steps", "logging_steps", "eval_steps", "save_steps")
 _COUNTED_IN_STEPS_BY_SCHEDULES = ("num_decay_steps", "num_stable_steps")
 _TRL_CORRECTION = ("sequence_mask", 3.0)
-"""What TRL does unless told otherwise; the run then has this trainer's own correction, which is per token."""
+"""TRL's default mode and cap. With these, the run has this trainer's own default correction, which is per token."""
 
 
-def converted(args: Any, *, advantage_estimator: str) -> dict[str, Any]:
+def converted(args: GRPOConfig, *, advantage_estimator: str) -> JsonObject:
     """
-    The settings of a `StepPOConfig` that mean what a `GRPOConfig` says.
+    Convert the settings of a `GRPOConfig` to those of a `StepPOConfig` that mean the same.
 
     Args:
         args ([`~trl.GRPOConfig`]):
-            The settings there.
+            TRL's configuration.
         advantage_estimator (`str`):
-            That of the new configuration.
+            The estimator of the new configuration.
 
     Returns:
-        `dict[str, Any]`: Of every field that differs, or may differ, from the default; with those of
+        `dict[str, Any]`: Every field that differs, or may differ, from its default, and the fields of
         `TrainingArguments`.
 
     Raises:
-        ConfigurationError: If some are set to what there is no place for here. It lists all of them.
+        ConfigurationError: If some settings have values without a counterpart. The message lists all of them.
     """
     values = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
     faults = _unusable(args)
     values |= {c.field: getattr(args, name) for name, c in COUNTERPARTS.items() if c.field and hasattr(args, name)}
     if args.trust_remote_code:
-        values["model_init_kwargs"] = {"trust_remote_code": True, **(args.model_init_kwargs or {})}
+        values["model_init_kwargs"] = {"trust_remote_code": True, **(values["model_init_kwargs"] or {})}
     for convert in (_batches, _responses, _loss, _vllm):
         convert(args, values, faults)
     estimator = ESTIMATORS.get(advantage_estimator)  # an unknown name is refused with the new configuration
@@ -221,9 +225,9 @@ def converted(args: Any, *, advantage_estimator: str) -> dict[str, Any]:
     return values
 
 
-def _unusable(args: Any) -> dict[str, Any]:
-    """Settings that are refused, with their values."""
-    found = {}
+def _unusable(args: GRPOConfig) -> dict[str, object]:
+    """The settings that are refused, with their values."""
+    unusable: dict[str, object] = {}
     for field in fields(args):
         counterpart = COUNTERPARTS.get(field.name)
         if counterpart is None or counterpart.taken:
@@ -231,16 +235,18 @@ def _unusable(args: Any) -> dict[str, Any]:
         value = getattr(args, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if value != default and value not in counterpart.harmless:
-            found[field.name] = value
-    return found
+            unusable[field.name] = value
+    return unusable
 
 
-def _batches(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
+def _batches(args: GRPOConfig, values: JsonObject, faults: dict[str, object]) -> None:
     """
-    An update is what is sampled at once: there `steps_per_generation` micro-batches, of which optimizer steps of
-    `gradient_accumulation_steps` are made; or several times that, where an optimizer step has more.
+    Convert sizes and intervals. An update here is what GRPOTrainer samples at a time: `steps_per_generation`
+    micro-batches, which make optimizer steps of `gradient_accumulation_steps` each; or several times that, where an
+    optimizer step has more micro-batches.
     """
     generated, accumulated = args.steps_per_generation, args.gradient_accumulation_steps
+    assert generated is not None, "GRPOConfig fills it in"
     values["gradient_accumulation_steps"] = max(generated, accumulated)
     values["num_mini_batches"] = max(1, generated // accumulated)
     repeats = generated < accumulated and args.num_iterations > 1  # within one optimizer step
@@ -248,11 +254,11 @@ def _batches(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
         faults["steps_per_generation"] = generated
     if args.per_device_train_batch_size * values["gradient_accumulation_steps"] % args.num_generations:
         faults["num_generations"] = args.num_generations
-    # There a step is one of the optimizer, here an update.
+    # In a GRPOConfig a step is an optimizer step, here it is an update.
     steps = values["num_mini_batches"] * args.num_iterations
     for name in _COUNTED_IN_STEPS:
         value = values[name]
-        if value is not None and value >= 1:  # others are a part of the run, or no limit
+        if value is not None and value >= 1:  # below 1 it is a part of the run, and -1 means no limit
             values[name] = value // steps if name == "warmup_steps" else ceil(value / steps)
     if values["eval_strategy"] == "steps":
         values["eval_delay"] = ceil((values["eval_delay"] or 0) / steps)
@@ -264,7 +270,7 @@ def _batches(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
         }
 
 
-def _responses(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
+def _responses(args: GRPOConfig, values: JsonObject, faults: dict[str, object]) -> None:
     if args.max_completion_length is None:
         faults["max_completion_length"] = None
     values["response_length"] = args.max_completion_length
@@ -279,7 +285,7 @@ def _responses(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> Non
         values["log_episodes"] = played if wanted is None else min(wanted, played)
 
 
-def _loss(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
+def _loss(args: GRPOConfig, values: JsonObject, faults: dict[str, object]) -> None:
     for name, field, names in (
         ("loss_type", "loss_aggregation", _LOSSES),
         ("importance_sampling_level", "importance_sampling_level", _LEVELS),
@@ -291,7 +297,7 @@ def _loss(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
         values["kl_loss_estimator"] = "k2" if args.use_bias_correction_kl else "k3"
 
 
-def _vllm(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
+def _vllm(args: GRPOConfig, values: JsonObject, faults: dict[str, object]) -> None:
     values["use_vllm"] = args.use_vllm and args.vllm_mode == "server"
     if not values["use_vllm"]:
         if args.use_vllm:
@@ -307,24 +313,24 @@ def _vllm(args: Any, values: dict[str, Any], faults: dict[str, Any]) -> None:
     elif (level, kind) == ("token", "truncate") and cap is not None:
         values |= {"rollout_correction": kind, "rollout_correction_level": "token", "rollout_correction_cap": cap}
     elif (mode, cap) != _TRL_CORRECTION:
-        # Here the weight of a step is the geometric mean over its tokens, there a product: no cap fits both.
+        # The weight of a step is here the geometric mean over its tokens, and there their product: no cap fits both.
         faults["vllm_importance_sampling_mode" if cap is not None else "vllm_importance_sampling_clip_max"] = (
             mode if cap is not None else cap
         )
 
 
-# -- settings that there are not --------------------------------------------------------------------------------------
+# -- unknown settings -------------------------------------------------------------------------------------------------
 
 
 def explain_unknown(names: Iterable[str], known: Iterable[str]) -> str:
     """
-    What to set instead of settings that there are not.
+    Describe what to set instead of settings that do not exist, one a line.
 
     Args:
         names (`Iterable[str]`):
-            Of settings that there are not.
+            Names of settings that do not exist.
         known (`Iterable[str]`):
-            Of all there are.
+            Names of all settings.
     """
     known = list(known)
     lines = []
@@ -338,12 +344,12 @@ def explain_unknown(names: Iterable[str], known: Iterable[str]) -> str:
 
 
 def names_unknown_settings(config: Config) -> Config:
-    """A dataclass whose constructor names all unknown settings at once, and what there is in their place."""
+    """Class decorator: the constructor of a dataclass names all unknown settings at once, and what to set instead."""
     init: Callable[..., None] = config.__init__  # type: ignore[misc]
     known = [f.name for f in fields(config) if f.init]
 
     @functools.wraps(init)
-    def checked_init(self: Any, *args: Any, **settings: Any) -> None:
+    def checked_init(self: object, *args: object, **settings: object) -> None:
         _refuse_unknown(config.__name__, settings, known)
         init(self, *args, **settings)
 
@@ -351,7 +357,7 @@ def names_unknown_settings(config: Config) -> Config:
     return config
 
 
-def _refuse_unknown(config: str, settings: Mapping[str, Any], known: list[str]) -> None:
+def _refuse_unknown(config: str, settings: Mapping[str, object], known: list[str]) -> None:
     unknown = [name for name in settings if name not in known]
     if unknown:
         source = "; `StepPOConfig.from_grpo_config` converts those of a GRPOConfig"

@@ -1,4 +1,4 @@
-"""Metrics of an update that its episodes tell: their world, their sampling, their age."""
+"""Metrics of the episodes of an update: their environment, their sampling, their age."""
 
 from __future__ import annotations
 
@@ -18,28 +18,31 @@ from ..types import Episode, StopReason
 
 logger = logging.getLogger(__name__)
 
-_REFUSED = ("epoch", "step", "total_flos")  # which `Trainer` adds to what is logged
+_RESERVED = ("epoch", "step", "total_flos")  # names that `Trainer` adds to every log
 
 
 def beside(logged: dict[str, float], own: dict[str, float]) -> dict[str, float]:
     """
-    What reward functions logged with `log_metric`, by the same names, but for those that mean something else already:
-    these are called `log_metric/{name}`.
+    Rename metrics that reward functions logged with `log_metric`, and whose names have another meaning already, to
+    `log_metric/{name}`.
 
     Args:
         logged (`dict[str, float]`):
-            By reward functions.
+            Metrics of reward functions.
         own (`dict[str, float]`):
-            What the trainer logs.
+            Metrics of the trainer.
+
+    Returns:
+        `dict[str, float]`: The metrics of reward functions, with names of their own.
     """
-    taken = [name for name in logged if name in own or name in _REFUSED]
+    taken = [name for name in logged if name in own or name in _RESERVED]
     for name in taken:
-        _tell_of_taken_name(name)
+        _warn_of_taken_name(name)
     return {f"log_metric/{name}" if name in taken else name: value for name, value in logged.items()}
 
 
 @functools.cache
-def _tell_of_taken_name(name: str) -> None:
+def _warn_of_taken_name(name: str) -> None:
     logger.warning(
         "a reward function logs the metric %r, which is one of the trainer's own; it is logged as 'log_metric/%s' "
         "(told once)",
@@ -49,16 +52,16 @@ def _tell_of_taken_name(name: str) -> None:
 
 def add_age_metrics(means: Means, batch: StepBatch, *, version: int, max_staleness: int) -> None:
     """
-    How old what was sampled is. `rollout/staleness`: updates that the weights are ahead of those that sampled a step;
-    `rollout/staleness_K`: share of the steps where it is K.
+    Add the age of the steps. `rollout/staleness`: number of updates between the weights that sampled a step and the
+    weights that train. `rollout/staleness_K`: share of the steps of age K.
 
     Args:
         means ([`Means`]):
-            Where to.
+            Receives the metrics.
         batch ([`StepBatch`]):
             This rank's steps.
         version (`int`):
-            Updates applied to the weights that train.
+            Number of updates applied to the weights that train.
         max_staleness (`int`):
             Largest K.
     """
@@ -72,34 +75,34 @@ def add_correction_metrics(
     means: Means, batch: StepBatch, old_logprobs: torch.Tensor, *, level: Level, cap: float
 ) -> None:
     """
-    How far the sampler's probabilities are from the trainer's. `rollout/correction_ratio_pK`: percentiles over action
-    tokens of the ratio that `rollout_correction` bounds, the mean over ranks; `rollout/correction_beyond_cap`: share
-    of the tokens where it is above the cap.
+    Add how far the sampler's probabilities are from the trainer's. `rollout/correction_ratio_pK`: percentiles over
+    action tokens of the ratio that `rollout_correction` bounds, as the mean over ranks.
+    `rollout/correction_beyond_cap`: share of the tokens whose ratio is above the cap.
 
     Args:
         means ([`Means`]):
-            Where to.
+            Receives the metrics.
         batch ([`StepBatch`]):
             This rank's steps.
         old_logprobs (`torch.Tensor` of shape `(N, A)`):
-            By the trainer, before the update.
+            Log-probabilities of the trainer before the update.
         level (`str`):
-            `"step"` or `"token"`, as of the correction.
+            Level of the correction: `"step"` or `"token"`.
         cap (`float`):
-            Of the correction.
+            Cap of the correction.
     """
     mask = batch.action_mask
     ratios = importance_ratio(old_logprobs, batch.rollout_logprobs, mask, level)[mask]
     means.add("rollout/correction_beyond_cap", (ratios > cap).sum(), ratios.numel())
     percentiles = (5, 50, 95)
-    # NumPy's: torch's takes no more than 2**24 numbers.
-    found = np.percentile(ratios.double().cpu().numpy(), percentiles) if ratios.numel() else ()
-    for percentile, ratio in zip(percentiles, found, strict=False):
+    # With NumPy, as torch does this for at most 2**24 numbers.
+    values = np.percentile(ratios.double().cpu().numpy(), percentiles) if ratios.numel() else ()
+    for percentile, ratio in zip(percentiles, values, strict=False):
         means.add(f"rollout/correction_ratio_p{percentile:02d}", float(ratio))
 
 
 _OWN_NAMES = frozenset({"failed_episodes", "reward", "episode_steps", "truncated"})
-"""What is logged as `env/*` of every episode, whatever its environment measures."""
+"""Names of metrics that are logged as `env/*` of every episode, whatever its environment measures."""
 
 
 @functools.cache  # once a name
@@ -109,9 +112,9 @@ def _warn_of_name(name: str) -> None:
 
 def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_id: int | None = None) -> None:
     """
-    `env/*`: what happened in the world, per episode. `rollout/*`: how it was sampled. `objective/scores`,
-    `val/num_eos_tokens`: as in `PPOTrainer`. Failed episodes count in `env/failed_episodes` alone. Every rank must
-    call it.
+    Add metrics of episodes. `env/*`: what happened in the environment, per episode. `rollout/*`: how the episode was
+    sampled. `objective/scores`, `val/num_eos_tokens`: as in `PPOTrainer`. Failed episodes count only in
+    `env/failed_episodes`. Collective: every rank must call this.
     """
     totals: defaultdict[str, float] = defaultdict(float)
     mentions: defaultdict[str, int] = defaultdict(int)
@@ -135,10 +138,10 @@ def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_
             mentions[name] += 1
     if eos_token_id is not None:
         means.add("val/num_eos_tokens", 0.0)  # counted per rank, as in `PPOTrainer`
-    for name in sorted(set(gather_objects(list(totals)))):  # of all ranks, so that they divide alike
-        if name in _OWN_NAMES:  # an environment's or an agent's score, which must not be mixed with ours
+    for name in sorted(set(gather_objects(list(totals)))):  # of all ranks, so that counts are equal
+        if name in _OWN_NAMES:  # a score of an environment or an agent, which must not be mixed with ours
             _warn_of_name(name)
-        elif name.startswith("rewards/"):  # a reward function that does not apply to an episode says nothing about it
+        elif name.startswith("rewards/"):  # of episodes to which the reward function applies
             means.add(name, totals[name], mentions[name])
-        else:  # a counter that an episode does not mention is 0 in it
+        else:  # a counter that an episode does not mention is 0
             means.add(f"env/{name}", totals[name], len(valid))

@@ -1,4 +1,4 @@
-"""The README of a saved model: what it was trained from, and how."""
+"""The README of a saved model: its base model, its dataset and its method."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ def model_card(
     *, name: str, base_model: str | None, dataset: str | None, tags: list[str], method: str, paper: dict[str, str]
 ) -> ModelCard:
     """
+    Make the model card of a saved model.
+
     Args:
         name (`str`):
             The model's name.
         base_model (`str`, *optional*):
-            The model on the Hub that it was trained from.
+            The model on the Hub from which it was trained.
         dataset (`str`, *optional*):
-            The dataset on the Hub that it was trained on.
+            The dataset on the Hub on which it was trained.
         tags (`list[str]`):
             Its tags on the Hub.
         method (`str`):
-            What it was trained with, for readers.
+            The training method's name.
         paper (`dict`):
             `title`, `id` (of arXiv) and `citation` (BibTeX) of the method's paper.
     """

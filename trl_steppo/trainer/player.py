@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..calls import DaemonThread, MainThreadNeededError, call_and_wait, error_text
 from ..chat import ChatFormat
@@ -36,14 +37,14 @@ from ..rollout import (
     check_agent,
     check_reward_funcs,
     checked_weights,
+    fail_beyond_float32,
+    fail_if_unpaid,
     make_in_main_thread,
     make_in_thread,
     own_row,
-    paid,
+    pay_episodes,
     play_episodes,
-    score_episodes,
     takes_environments,
-    within_float32,
 )
 from ..rollout.loops import run_coroutine
 from ..types import Episode, StopReason, TokenIds
@@ -115,7 +116,7 @@ class EpisodePlayer:
         environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         reward_funcs: Sequence[RewardFunc] | None = None,
-        reward_model: nn.Module | None = None,
+        reward_model: PreTrainedModel | None = None,
         numerics: Numerics | None = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         example_row: Mapping[str, Any] | None = None,
@@ -155,7 +156,7 @@ class EpisodePlayer:
             check_reward_funcs(self.reward_funcs, names, has_environments=bool(self._factories))
         self._stages: list[Stage] = []  # on which nothing is played now
         self._period: object | None = None  # in which environments are kept: a run, or an evaluation outside of one
-        # Environments that `score` shows, by the episode.
+        # Environments that `pay_rewards` shows, by the episode.
         self._played_in: dict[str, tuple[Stage, Playable | None]] = {}
         self._staging = threading.Lock()
         self._main_thread_kinds = MainThreadKinds()
@@ -231,7 +232,7 @@ class EpisodePlayer:
         on_episode: Callable[[], None] | None = None,
     ) -> list[Episode]:
         """
-        Play the requested episodes, which [`score`] then scores. May be called from any thread, and by several.
+        Play the requested episodes, which [`pay_rewards`] then pays. May be called from any thread, and by several.
 
         Args:
             requests (`Sequence[EpisodeRequest]`):
@@ -549,7 +550,13 @@ class EpisodePlayer:
             reads_state_keys=self.args.estimator.compares_states or self.args.dump_episodes_dir is not None,
         )
 
-    def score(
+    @property
+    def reward_models(self) -> list[nn.Module]:
+        """The models that pay rewards: `reward_model`, and those among the reward functions."""
+        judges = [func.model for func in self.reward_funcs if isinstance(func, RewardModel)]
+        return [*([] if self.reward_model is None else [self.reward_model]), *judges]
+
+    def pay_rewards(
         self,
         requests: Sequence[EpisodeRequest],
         episodes: list[Episode],
@@ -573,7 +580,7 @@ class EpisodePlayer:
             names = [episode.episode_id for episode in episodes]
             played_in = {name: self._played_in.pop(name) for name in names if name in self._played_in}
             try:
-                episodes = score_episodes(
+                episodes = pay_episodes(
                     self.reward_funcs,
                     self.args.reward_weights,
                     episodes,
@@ -603,10 +610,10 @@ class EpisodePlayer:
             )
             for index, score in zip(valid, scores, strict=True):
                 episodes[index] = replace(episodes[index].paid(score), needs_reward=False)
-        episodes = [paid(episode) for episode in episodes]
+        episodes = [fail_if_unpaid(episode) for episode in episodes]
         if self.args.missing_eos_penalty is not None:
             episodes = [self._penalize_missing_eos(episode) for episode in episodes]
-        return [within_float32(episode) for episode in episodes]
+        return [fail_beyond_float32(episode) for episode in episodes]
 
     def _penalize_missing_eos(self, episode: Episode) -> Episode:
         """The last response of an episode should end by itself: with the end of its turn, or else with EOS."""

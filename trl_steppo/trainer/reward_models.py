@@ -1,40 +1,46 @@
-"""Sequence classifiers among the reward functions, as `GRPOTrainer` takes them."""
+"""Reward functions that are sequence classifiers, as `GRPOTrainer` takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from ..errors import ConfigurationError
 from ..models import plain_model, rows_at_once
-from ..types import TextOrMessages
+from ..rollout.rewards import RewardFunc
+from ..types import JsonObject, TextOrMessages, Tokenizer
 from .loading import Loader, name_of
 
-RewardFunc = Callable[..., Any]
-RewardFuncs = RewardFunc | str | Sequence[RewardFunc | str]
+RewardFuncs: TypeAlias = RewardFunc | str | Sequence[RewardFunc | str]
+"""Functions, sequence classifiers, or names of these."""
 
 
 class RewardModel:
     """
-    A reward function that is a sequence classifier with one label. It reads prompt and completion as one text: of
-    messages by its own tokenizer's chat template, of text one behind the other.
+    A reward function that is a sequence classifier with one label. It reads prompt and completion as one text:
+    messages are rendered by its own tokenizer's chat template, and texts are joined.
 
     Args:
         model (`PreTrainedModel`):
             The classifier.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer. If it has no token for padding, its end-of-sequence token becomes that.
-        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+        chat_template_kwargs (`Mapping`, *optional*):
             Extra arguments of the chat template.
         batch_size (`int`):
-            Texts of one forward pass, at most.
+            Maximum number of texts of one forward pass.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, chat_template_kwargs: Mapping[str, Any] | None, batch_size: int
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        chat_template_kwargs: JsonObject | None,
+        batch_size: int,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.__name__ = name_of(model)
@@ -45,7 +51,7 @@ class RewardModel:
         plain_model(model).config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
     def __call__(
-        self, prompts: Sequence[TextOrMessages], completions: Sequence[TextOrMessages], **kwargs: Any
+        self, prompts: Sequence[TextOrMessages], completions: Sequence[TextOrMessages], **kwargs: object
     ) -> list[float]:
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         device, scores = next(self.model.parameters()).device, list[float]()
@@ -63,8 +69,8 @@ class RewardModel:
                 scores += self.model(**inputs).logits[:, 0].float().tolist()
         return scores
 
-    def check_prompt(self, prompt: Any) -> None:
-        """A `ConfigurationError` if the prompts of a run are messages, and there is no template to write them with."""
+    def check_prompt(self, prompt: object) -> None:
+        """Raise a `ConfigurationError` if a run's prompts are messages, and there is no template to render them."""
         if isinstance(prompt, list) and self.tokenizer.chat_template is None:
             raise ConfigurationError(
                 f"the reward model `{self.__name__}` of `reward_funcs` is to read messages, and its tokenizer has no "
@@ -81,29 +87,29 @@ class RewardModel:
 
 def load_reward_funcs(
     reward_funcs: RewardFuncs | None,
-    processing_classes: Any,
+    processing_classes: Tokenizer | Sequence[Tokenizer | None] | None,
     loader: Loader,
     *,
-    chat_template_kwargs: Mapping[str, Any] | None,
+    chat_template_kwargs: JsonObject | None,
     batch_size: int,
 ) -> list[RewardFunc]:
     """
-    Reward functions of what a trainer is given as `reward_funcs`.
+    Load the `reward_funcs` of a trainer.
 
     Args:
         reward_funcs (`Callable`, `str`, `PreTrainedModel` or a `list` of them, *optional*):
-            Functions; sequence classifiers with one label, or their names.
+            Functions, sequence classifiers with one label, or names of these.
         processing_classes (`PreTrainedTokenizerBase` or a `list` of them, *optional*):
             Tokenizers of the classifiers, one for each of `reward_funcs`; those of functions are ignored. `None`: a
-            classifier's own.
+            classifier's own tokenizer.
         loader ([`~loading.Loader`]):
-            Loads what is given by its name.
+            Loads classifiers that are given by their names.
         chat_template_kwargs, batch_size:
             See [`RewardModel`].
 
     Raises:
-        ConfigurationError: If there are not as many tokenizers as functions; for a classifier with more than one
-            label; for what cannot be loaded.
+        ConfigurationError: If the numbers of tokenizers and functions differ, a classifier has more than one label, or
+            a model or tokenizer cannot be loaded.
     """
     funcs = _as_list(reward_funcs)
     tokenizers = _as_list(processing_classes) or [None] * len(funcs)
@@ -114,7 +120,7 @@ def load_reward_funcs(
         )
     loaded: list[RewardFunc] = []
     for func, tokenizer in zip(funcs, tokenizers, strict=True):
-        model: Any = loader.model("reward_funcs", func)
+        model = loader.model("reward_funcs", func)
         if not isinstance(model, nn.Module):
             loaded.append(model)
             continue
@@ -129,7 +135,7 @@ def load_reward_funcs(
     return loaded
 
 
-def _as_list(given: Any) -> list[Any]:
+def _as_list(given: object) -> list[Any]:
     if given is None:
         return []
     return list(given) if isinstance(given, list | tuple) else [given]

@@ -275,10 +275,10 @@ class StepPOConfig(PPOConfig):
     num_generations: int = field(default=1, metadata={"help": "Number of episodes per dataset row."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens of this total mass."})
     top_k: int = field(default=0, metadata={"help": "Sample from this many most likely tokens; 0: from all."})
-    chat_template_kwargs: dict | str | None = field(
+    chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Extra arguments of the chat template, as JSON on the command line."}
     )
-    model_init_kwargs: dict | str | None = field(
+    model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Arguments of `from_pretrained` for models given by their names, as JSON."},
     )
@@ -466,9 +466,9 @@ class StepPOConfig(PPOConfig):
 
     def for_trial(self) -> StepPOConfig:
         """
-        These settings for a trial on this machine: a few rows, sampled in this process, up to the first update that
-        moves the policy. Nothing is saved, evaluated, uploaded or reported. What the run would correct is corrected
-        all the same.
+        These settings for a trial on this machine: a few rows, sampled by the trial's own engine, up to the first
+        update that moves the policy. Nothing is saved, evaluated, uploaded or reported. What the run would correct is
+        corrected all the same.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         defaults = {f.name: f.default for f in fields(self)}
@@ -487,8 +487,6 @@ class StepPOConfig(PPOConfig):
                 "disable_tqdm": True,
                 "logging_steps": 1,
                 "rollout_correction": self.correction,
-                # Servers have caches for models that the in-process sampler has none for.
-                "allow_uncached_sampling": self.use_vllm or self.allow_uncached_sampling,
             }
         )
 
@@ -496,7 +494,7 @@ class StepPOConfig(PPOConfig):
 _LEFT_OUT_OF_TRIALS = (
     *("total_episodes", "gradient_accumulation_steps", "logging_strategy"),
     *("eval_on_start", "load_best_model_at_end", "push_to_hub", "deepspeed"),
-    *("max_staleness", "use_rollout_worker", "use_vllm"),
+    *("max_staleness", "use_rollout_worker", "use_vllm", "rollout_cache_tokens", "allow_uncached_sampling"),
     *("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
 )
 """Settings of where and how long a run trains, which are at their defaults in a trial."""

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..rollout import Agent
+from .build import Arguments
 from .engines import Engine
 from .loading import name_of
 from .ppo_config import PPOConfig
@@ -137,22 +138,24 @@ class StepPOTrainer(PPOTrainer):
         if args is None:
             args = StepPOConfig(f"{name_of(model)}-StepPO")
         self._set_up(
-            StepPOConfig.of(args),
-            processing_class,
-            model,
-            ref_model,
-            reward_model,
-            train_dataset,
-            value_model,
-            data_collator,
-            eval_dataset,
-            optimizers,
-            callbacks,
-            peft_config,
-            environment_factory=environment_factory,
-            tools=tools,
-            reward_funcs=reward_funcs,
-            reward_processing_classes=reward_processing_classes,
-            agent=agent,
-            engine=engine,
+            Arguments(
+                StepPOConfig.of(args),
+                processing_class,
+                model,
+                ref_model,
+                reward_model,
+                train_dataset,
+                value_model,
+                data_collator,
+                eval_dataset,
+                optimizers,
+                callbacks,
+                peft_config,
+                environment_factory=environment_factory,
+                tools=tools,
+                reward_funcs=reward_funcs,
+                reward_processing_classes=reward_processing_classes,
+                agent=agent,
+                engine=engine,
+            )
         )
