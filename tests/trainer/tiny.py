@@ -158,6 +158,8 @@ def make_trainer(output_dir: Any, *, args: Any = None, model: Any = None, **argu
     if not {"environment_factory", "tools", "reward_funcs", "reward_model", "agent"} & set(given):
         given["environment_factory"] = Hash
     given.setdefault("train_dataset", prompt_rows())
+    if "engine" in given:
+        arguments.setdefault("response_length", 1000)  # a script says what it says
     return StepPOTrainer(
         args=make_config(output_dir, **arguments) if args is None else args,
         processing_class=TOKENIZER,
