@@ -38,6 +38,7 @@ from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
 from trl_steppo.rollout import EpisodeRequest
+from trl_steppo.trainer.engines import counts_of
 
 LATENCIES = (0.0, 0.2, 1.0)
 SIGMA = 0.75  # of the logarithm: one call in 20 takes 2.6 times the mean
@@ -192,7 +193,7 @@ def rollout_tokens_per_s(latency_s: float, num_episodes: int, in_flight: int) ->
         with torch.no_grad():
             start = time.perf_counter()
             trainer.player.play(requests)
-            return trainer.sampler.counts.sampled_tokens / (time.perf_counter() - start)
+            return counts_of(trainer.sampler).sampled_tokens / (time.perf_counter() - start)
 
 
 @contextmanager

@@ -103,7 +103,7 @@ class ScriptedSampler:
     def release(self, episode_id: str) -> None:
         """Nothing is kept."""
 
-    def pace(self, settled: Any) -> None:
+    def pace(self, quiet: Any) -> None:
         """Nothing is batched."""
 
 

@@ -132,7 +132,7 @@ def test_an_engine_publishes_the_version_of_its_policy():
         assert ask(engine.sampler).policy_version == 3
         engine.take_weights(4)
         assert ask(engine.sampler).policy_version == 4
-    assert (engine.sampler.sampled_tokens, engine.sampler.prompt_tokens) == (4, 2)
+    assert (engine.sampler.counts.sampled_tokens, engine.sampler.counts.prompt_tokens) == (4, 2)
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------

@@ -19,16 +19,16 @@ from .chat import ChatFormat
 from .environments import Playable, make_playable
 from .episodes import EpisodeSpec
 from .errors import RolloutError
-from .inference.base import Sample, SamplingParams
+from .inference.base import Counts, Sample, SamplingParams
 from .rollout import (
     Agent,
     AgentPlayer,
     EnvironmentPlayer,
     EpisodeRequest,
     Stage,
-    paid,
+    fail_if_unpaid,
+    pay_episodes,
     play_episodes,
-    score_episodes,
 )
 from .types import Episode, EpisodeLimits, Row, Step, StopReason, TokenIds
 
@@ -194,8 +194,7 @@ class ScriptedSampler:
         """Everything it was asked, in the order in which it was asked."""
         self.released: list[str] = []
         """The episodes that are over."""
-        self.sampled_tokens = self.prompt_tokens = self.prefilled_tokens = self.uncached_rows = 0
-        self.forward_s = 0.0
+        self.counts = Counts()
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
@@ -206,9 +205,7 @@ class ScriptedSampler:
         self.turns.append(turn)
         await asyncio.sleep(0)  # others are asked meanwhile, as of any policy
         sample = self._sample(turn, await self._respond(turn))
-        self.prompt_tokens += len(prompt_ids)
-        self.prefilled_tokens += len(prompt_ids)
-        self.sampled_tokens += len(sample.token_ids)
+        self.counts += Counts(len(sample.token_ids), len(prompt_ids), len(prompt_ids))
         return sample
 
     def release(self, episode_id: str) -> None:
@@ -262,8 +259,7 @@ class ScriptedEngine:
     """
 
     def __init__(self, script: Script | ScriptedSampler, *, tokenizer: Tokenizer | None = None) -> None:
-        is_sampler = isinstance(script, ScriptedSampler)
-        self.sampler = script if is_sampler else ScriptedSampler(script, tokenizer=tokenizer)
+        self.sampler = script if isinstance(script, ScriptedSampler) else ScriptedSampler(script, tokenizer=tokenizer)
 
     @contextmanager
     def running(self, version: int) -> Iterator[None]:
@@ -345,8 +341,8 @@ def play(
         if not reward_funcs:
             return episodes
         environments = [stage.held(episode.episode_id) for episode in episodes]
-        scored = score_episodes(reward_funcs, None, episodes, rows, chat=chat, environments=environments)
-        return [paid(episode) for episode in scored]
+        scored = pay_episodes(reward_funcs, None, episodes, rows, chat=chat, environments=environments)
+        return [fail_if_unpaid(episode) for episode in scored]
 
 
 async def _first(stage: Stage, row: Row) -> Playable:

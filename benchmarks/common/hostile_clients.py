@@ -176,7 +176,7 @@ def serve(directory: Path, context: int) -> None:
         def release(self, episode_id: str) -> None:
             """Nothing is kept."""
 
-        def pace(self, settled: Any) -> None:
+        def pace(self, quiet: Any) -> None:
             """Nothing is batched."""
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

@@ -160,7 +160,7 @@ def test_a_head_applied_in_parts_changes_nothing(tiny_model, episodes, monkeypat
         return found, gradients(model, random_loss(*found))
 
     whole, whole_gradients = scores()
-    monkeypatch.setattr("trl_steppo.models.forward._LOGITS_ELEMENTS", tokens_at_once * 64)
+    monkeypatch.setattr("trl_steppo.models.forward.LOGITS_ELEMENTS", tokens_at_once * 64)
     monkeypatch.setattr("trl_steppo.models.forward._BLOCK_ELEMENTS", 3 * 64)
     widths: list[int] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
@@ -179,7 +179,7 @@ def test_heads_that_are_called_and_heads_that_are_not_score_alike(
     tiny_model, episodes, monkeypatch, entropy, elements
 ):
     """A plain head is multiplied with in place; one with a hook, as any other that is more, is called."""
-    monkeypatch.setattr("trl_steppo.models.forward._LOGITS_ELEMENTS", elements)
+    monkeypatch.setattr("trl_steppo.models.forward.LOGITS_ELEMENTS", elements)
     plain, hooked = (tiny_model("Qwen2") for _ in range(2))
     calls: list[int] = []
     hooked.lm_head.register_forward_hook(lambda module, args, output: calls.append(1))

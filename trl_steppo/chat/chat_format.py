@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from ..errors import ChatTemplateError
-from ..types import JsonObject, Tokenizer, writable
+from ..types import JsonObject, Message, Tokenizer, writable
 from .messages import (
     extended,
     join_thought,
@@ -29,7 +29,7 @@ from .messages import (
     with_objects_as_arguments,
     without_nulls,
 )
-from .parsing import Message, ParsedResponse
+from .parsing import ParsedResponse
 from .responses import ResponseReader, TurnEnds
 from .templates import PROBE, choose_template, difference
 from .tokenizing import Guarded, TextEncoder, characters_per_token

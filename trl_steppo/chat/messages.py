@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .parsing import Message
+from ..types import Message
 from .tokenizing import THINKING
 
 

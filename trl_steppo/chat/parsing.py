@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .formats.base import Message, Piece, Schemas, tool_call
+from ..types import Message
+from .formats.base import Piece, Schemas, tool_call
 from .formats.hermes import HERMES
 from .formats.values import UnreadableError, check_value, read_text
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..compat.trl import training_chat_template
 from ..errors import ChatTemplateError
-from ..types import JsonObject, Tokenizer, num_shared
+from ..types import JsonObject, Message, Tokenizer, num_shared
 from .messages import with_call_ids
-from .parsing import Message, tool_call
+from .parsing import tool_call
 from .tokenizing import WRITTEN
 
 PROBE = "probe_7d1f"  # appears in no template, so that its position in a rendering is known

@@ -38,14 +38,14 @@ def find(name: str) -> Any:
         raise lacks(library, f"`{name}`") from error
 
 
-def attribute(library: str, thing: Any, name: str) -> Any:
+def attribute(library: str, thing: object, name: str) -> Any:
     """
     An attribute that objects of a library have.
 
     Args:
         library (`str`):
             The library's distribution, e.g. `"transformers"`.
-        thing (`Any`):
+        thing (`object`):
             The object.
         name (`str`):
             The attribute.

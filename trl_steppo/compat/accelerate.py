@@ -8,12 +8,12 @@ from typing import Any
 from . import attribute
 
 
-def is_fsdp2(accelerator: Any) -> bool:
+def is_fsdp2(accelerator: object) -> bool:
     """Whether accelerate was launched with FSDP in its version 2."""
     return bool(attribute("accelerate", accelerator, "is_fsdp2"))
 
 
-def autocasts(accelerator: Any) -> bool:
+def autocasts(accelerator: object) -> bool:
     """Whether mixed precision is autocast's, and not an engine's."""
     return bool(attribute("accelerate", accelerator, "native_amp"))
 

@@ -7,7 +7,7 @@ from typing import Any
 from . import attribute, find
 
 
-def is_in_stored_order(dataset: Any) -> bool:
+def is_in_stored_order(dataset: object) -> bool:
     """Whether a dataset's rows are those of its table, in the same order."""
     return attribute("datasets", dataset, "_indices") is None
 

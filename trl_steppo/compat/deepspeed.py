@@ -7,21 +7,21 @@ from typing import Any
 from . import attribute
 
 
-def in_zero(parameter: Any) -> bool:
+def in_zero(parameter: object) -> bool:
     """Whether ZeRO-3 holds a parameter; its own shape then says nothing."""
     return hasattr(parameter, "ds_id")
 
 
-def zero_shape(parameter: Any) -> list[int]:
+def zero_shape(parameter: object) -> list[int]:
     """The shape of the whole of a parameter that ZeRO-3 holds."""
     return list(attribute("deepspeed", parameter, "ds_shape"))
 
 
-def basic_optimizer(engine: Any) -> Any:
+def basic_optimizer(engine: object) -> Any:
     """The optimizer that an engine wraps, or has made in the place of the one that it was given."""
     return attribute("deepspeed", engine, "basic_optimizer")
 
 
-def overflowed(engine: Any) -> bool:
+def overflowed(engine: object) -> bool:
     """Whether an engine's last step was skipped, because its gradient was not finite."""
     return bool(attribute("deepspeed", attribute("deepspeed", engine, "optimizer"), "overflow"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import find
+
+if TYPE_CHECKING:
+    import torch
 
 
 def unwrapped(head: Any) -> Any:
@@ -12,7 +15,7 @@ def unwrapped(head: Any) -> Any:
     return getattr(head, "original_module", head)
 
 
-def load_weights(directory: str) -> dict[str, Any]:
+def load_weights(directory: str) -> dict[str, torch.Tensor]:
     """The weights of a saved adapter, on the CPU."""
-    weights: dict[str, Any] = find("peft.load_peft_weights")(directory, device="cpu")
+    weights: dict[str, torch.Tensor] = find("peft.load_peft_weights")(directory, device="cpu")
     return weights

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from . import attribute
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from torch.distributed.tensor import DTensor
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def has_hooks(module: Any) -> bool:
+def has_hooks(module: object) -> bool:
     """Whether a call of a module does more than its `forward`."""
     return any(attribute("torch", module, name) for name in _HOOKS)
 
 
-def own_parameters(module: Any) -> dict[str, Any]:
+def own_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
     """Where a module keeps its own parameters by name; a tensor put in there is what its forward pass reads."""
-    parameters: dict[str, Any] = attribute("torch", module, "_parameters")
+    parameters: dict[str, torch.Tensor] = attribute("torch", module, "_parameters")
     return parameters
 
 
@@ -28,7 +30,7 @@ def in_shards(tensor: object) -> TypeGuard[DTensor]:
     return hasattr(tensor, "full_tensor")
 
 
-def become_root(module: Any) -> None:
+def become_root(module: object) -> None:
     """Have FSDP2 take a module for the root of its shards now, and not the one that runs first."""
     state = attribute("torch", module, "_get_fsdp_state")()
     attribute("torch", state, "_lazy_init")()

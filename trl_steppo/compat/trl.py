@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from ..types import JsonObject, Tokenizer
 from . import find
 
 
@@ -33,20 +34,20 @@ def _has_ppo() -> bool:
     return bool(find_spec("trl.experimental")) and bool(find_spec("trl.experimental.ppo"))
 
 
-def training_chat_template(tokenizer: Any) -> str | None:
+def training_chat_template(tokenizer: Tokenizer) -> str | None:
     """The template that TRL trains a tokenizer's model with; `None`: its own will do. Raises where TRL knows none."""
     template: str | None = find("trl.chat_template_utils.get_training_chat_template")(tokenizer)
     return template
 
 
-def add_response_schema(tokenizer: Any) -> None:
+def add_response_schema(tokenizer: Tokenizer) -> None:
     """Tell a tokenizer how its model writes tool calls. Raises a `ValueError` where TRL does not know it."""
     find("trl.chat_template_utils.add_response_schema")(tokenizer)
 
 
 def parse_response(
-    tokenizer: Any, response_ids: Sequence[int], *, prefix: Sequence[int] | None, tools: list[dict[str, Any]]
-) -> dict[str, Any]:
+    tokenizer: Tokenizer, response_ids: Sequence[int], *, prefix: Sequence[int] | None, tools: list[JsonObject]
+) -> JsonObject:
     """
     The message that a response is, by the tokenizer's schema.
 
@@ -62,22 +63,20 @@ def parse_response(
     """
     parse = find("trl.chat_template_utils.parse_response")
     more = {"tools": tools or None} if "tools" in inspect.signature(parse).parameters else {}
-    message: dict[str, Any] = parse(
-        tokenizer, list(response_ids), prefix=None if prefix is None else list(prefix), **more
-    )
+    message: JsonObject = parse(tokenizer, list(response_ids), prefix=None if prefix is None else list(prefix), **more)
     return message
 
 
-def pause_zero_hooks(engine: Any) -> None:
+def pause_zero_hooks(engine: object) -> None:
     """Have a DeepSpeed engine no longer gather and part its weights around the passes of its layers."""
     find("trl.models.utils.remove_hooks")(engine)
 
 
-def resume_zero_hooks(engine: Any) -> None:
+def resume_zero_hooks(engine: object) -> None:
     """Undo [`pause_zero_hooks`]."""
     find("trl.models.utils.add_hooks")(engine)
 
 
-def frozen_engine(model: Any, accelerator: Any) -> Any:
+def frozen_engine(model: object, accelerator: object) -> Any:
     """A DeepSpeed engine that runs a model and does not train it."""
     return find("trl.models.utils.prepare_deepspeed")(model, accelerator)

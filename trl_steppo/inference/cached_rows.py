@@ -130,7 +130,8 @@ class CachedRows:
         self.cursor = _Cursor(self.cursor.capacity)  # the next rollout usually needs as much, and allocates it at once
         config = self.model.config.get_text_config()
         self.layers = [_Layer(self.cursor) for _ in range(config.num_hidden_layers)]
-        self.cache = Cache(layers=list(self.layers))
+        layers: list[Any] = list(self.layers)
+        self.cache = Cache(layers=layers)
         self.parked.clear()
 
     def forget(self, episode_id: str) -> None:

@@ -70,7 +70,7 @@ class LocalSampler:
         self.counts = Counts()
         self._waiting: list[Request] = []
         self._driver: asyncio.Task[None] | None = None
-        self._settled: Callable[[], Awaitable[None]] | None = None
+        self._quiet: Callable[[], Awaitable[None]] | None = None
         with self.numerics.forward_pass():
             self._is_cached = samples_with_a_cache(model, allow_uncached=allow_uncached)
         self._rows: Rows = CachedRows(model, cache_tokens) if self._is_cached else UncachedRows(model)
@@ -98,9 +98,9 @@ class LocalSampler:
         """Forget the episode's cache."""
         self._rows.forget(episode_id)
 
-    def pace(self, settled: Callable[[], Awaitable[None]] | None) -> None:
-        """Await `settled()` before each batch is formed; see [`Sampler`]."""
-        self._settled = settled
+    def pace(self, quiet: Callable[[], Awaitable[None]] | None) -> None:
+        """Await `quiet()` before each batch is formed; see [`Sampler`]."""
+        self._quiet = quiet
 
     def reset_cache(self) -> None:
         """Forget all that was computed with earlier weights, such as the keys and values of waiting episodes."""
@@ -129,8 +129,8 @@ class LocalSampler:
         with evaluating(self.model):
             while running or self._waiting:
                 await asyncio.sleep(0)  # lets episodes whose tool has just answered send their next prompt
-                if self._settled is not None:
-                    await self._settled()
+                if self._quiet is not None:
+                    await self._quiet()
                 for request in [r for r in running if r.future.cancelled()]:
                     self._leave(running, request, keep=False)  # its episode was released already
                 arrived = self._admit(running)

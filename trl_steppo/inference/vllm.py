@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -137,7 +137,7 @@ class VLLMSampler:
             with suppress(RuntimeError):  # it was closed in between
                 loop.call_soon_threadsafe(self._homes.pop, episode_id, None)
 
-    def pace(self, settled: Any) -> None:
+    def pace(self, quiet: Callable[[], Awaitable[None]] | None) -> None:
         """Servers form their batches themselves."""
 
     @property

@@ -36,12 +36,12 @@ from .cached_rows import samples_with_a_cache
 from .shared_model import SharedModel
 from .worker_process import (
     Ask,
+    AwaitQuiet,
     Cancel,
     FromWorker,
-    Go,
-    HandedOut,
     NewWeights,
     Pace,
+    Quiet,
     Release,
     Sampled,
     ToWorker,
@@ -172,13 +172,13 @@ class WorkerSampler:
         """Forget every waiting episode's keys and values. The process returns their memory to its device."""
         self._send(Release(None))
 
-    def pace(self, settled: Callable[[], Awaitable[None]] | None) -> None:
-        """Have `settled()` awaited, in the running event loop, before each batch is formed; see [`Sampler`]."""
+    def pace(self, quiet: Callable[[], Awaitable[None]] | None) -> None:
+        """Have `quiet()` awaited, in the running event loop, before each batch is formed; see [`Sampler`]."""
         if not self.is_paced:
             return
         with self._changed:
-            self._pacing = _Pacing(settled, asyncio.get_running_loop()) if settled is not None else None
-            self._send(Pace(settled is not None))
+            self._pacing = _Pacing(quiet, asyncio.get_running_loop()) if quiet is not None else None
+            self._send(Pace(quiet is not None))
 
     def _send(self, message: ToWorker) -> None:
         with self._changed:
@@ -305,8 +305,8 @@ class WorkerSampler:
             elif isinstance(message, WeightsTaken):
                 process.taken = message.edition
                 self._changed.notify_all()
-            elif isinstance(message, HandedOut) and self._pacing is not None:
-                self._pacing.when_settled(lambda: process.send(Go()))
+            elif isinstance(message, AwaitQuiet) and self._pacing is not None:
+                self._pacing.when_quiet(lambda: process.send(Quiet()))
 
     def _replace(self, process: _Process) -> _Process | None:
         """Start another process after one has ended; `None` if there is to be none."""
@@ -420,15 +420,19 @@ class _Process:
 
 @dataclass(frozen=True)
 class _Pacing:
-    settled: Callable[[], Awaitable[None]]
+    """How to wait for quick environments, in the rollout's event loop; see [`Pacer`]."""
+
+    quiet: Callable[[], Awaitable[None]]
     loop: asyncio.AbstractEventLoop
 
-    def when_settled(self, go: Callable[[], None]) -> None:
+    def when_quiet(self, go: Callable[[], None]) -> None:
+        """Call `go` when it is quiet, or the waiting fails."""
+
         async def wait() -> None:
             try:
-                await self.settled()
+                await self.quiet()
             finally:
-                go()  # whatever broke there: the batch waits for it
+                go()  # also after an error: the batch waits for it
 
         waiting = wait()
         try:

@@ -68,19 +68,19 @@ class Release:
 
 @dataclass(frozen=True)
 class Pace:
-    """Whether each batch waits for a `Go` after responses were handed out, or not."""
+    """Whether each batch waits for a `Quiet` after responses were sent."""
 
     on: bool
 
 
 @dataclass(frozen=True)
-class HandedOut:
-    """Responses were handed out, and the next batch waits."""
+class AwaitQuiet:
+    """Responses were sent, and the next batch waits for a `Quiet`."""
 
 
 @dataclass(frozen=True)
-class Go:
-    """All who are quick are back."""
+class Quiet:
+    """No quick episode is away from the sampler any more; see [`Pacer`]."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def serve(connection: Connection, shared: SharedModel, trained: Sequence[str], s
     asyncio.run(_Worker(connection, shared, trained, settings).run())
 
 
-ToWorker = Ask | Cancel | Release | Pace | Go | NewWeights
-FromWorker = Sampled | Counts | WeightsTaken | HandedOut
+ToWorker = Ask | Cancel | Release | Pace | Quiet | NewWeights
+FromWorker = Sampled | Counts | WeightsTaken | AwaitQuiet
 
 
 class _Worker:
@@ -142,8 +142,8 @@ class _Worker:
         self.begun: dict[int, asyncio.Task[None]] = {}
         self.coming: NewWeights | None = None  # to be taken when nothing is being sampled
         self.has_weights = False
-        self.handed_out = False
-        self.went = asyncio.Event()
+        self.has_answered = False
+        self.is_quiet = asyncio.Event()
 
     async def run(self) -> None:
         """Handle messages. An exception here ends the process, which the trainer's side notices."""
@@ -180,11 +180,11 @@ class _Worker:
             else:
                 self.sampler.release(message.episode_id)
         elif isinstance(message, Pace):
-            self.handed_out = message.on  # at first everybody is on the way
-            self.sampler.pace(self._settled if message.on else None)
-            self.went.set()
-        elif isinstance(message, Go):
-            self.went.set()
+            self.has_answered = message.on  # at first every episode is away
+            self.sampler.pace(self._quiet if message.on else None)
+            self.is_quiet.set()
+        elif isinstance(message, Quiet):
+            self.is_quiet.set()
         elif isinstance(message, NewWeights):
             self.coming = message
         elif isinstance(message, _Over):
@@ -227,18 +227,18 @@ class _Worker:
         except Exception as error:  # not every exception can be pickled, but its text can
             logger.exception("a response could not be sampled")
             outcome = SamplerError("".join(traceback.format_exception_only(error)).strip())
-        self.handed_out = True
+        self.has_answered = True
         self._send(self.sampler.counts)  # before the response: after the last one the rollout may read the counts
         self._send(Sampled(ask.number, outcome))
 
-    async def _settled(self) -> None:
-        """Wait until the trainer's side says that all who were handed a response are back."""
-        if not self.handed_out:
+    async def _quiet(self) -> None:
+        """Wait until the trainer's side says that it is quiet, if responses were sent since the last time."""
+        if not self.has_answered:
             return
-        self.handed_out = False
-        self.went.clear()
-        self._send(HandedOut())
-        await self.went.wait()
+        self.has_answered = False
+        self.is_quiet.clear()
+        self._send(AwaitQuiet())
+        await self.is_quiet.wait()
 
     def _beat(self) -> None:
         """In its own thread: send signs of life, also during a long forward pass."""
@@ -266,6 +266,6 @@ class _Worker:
 
 @dataclass(frozen=True)
 class _Over:
-    """A message to itself: a response was handed out, or is no longer wanted."""
+    """A message to itself: a response was sent, or is no longer wanted."""
 
     number: int

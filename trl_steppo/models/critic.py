@@ -63,7 +63,8 @@ def build_critic(policy: Model, *, share_weights: bool = False) -> PreTrainedMod
             f"{type(critic).__name__} has more than a backbone and a head, so no critic can be built from the policy; "
             "pass `value_model`"
         )
-    return critic.eval()
+    built: PreTrainedModel = critic.eval()
+    return built
 
 
 def check_critic(model: nn.Module, name: str = "value_model") -> None:

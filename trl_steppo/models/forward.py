@@ -6,6 +6,7 @@ float32 from there on: the logits of a whole batch never exist at once, and of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, TypeGuard
 
 import torch
@@ -96,8 +97,7 @@ class PolicyScorer(nn.Module):
         head = output_head(self.model)
         temperatures = temperatures / self._logit_scale
         if self._logit_cap is None and len(states) and _is_plain(head) and _computes_exactly(head, states):
-            scores: Scores = _HeadScores.apply(states, head.weight, targets, temperatures, entropy, size)
-            return scores
+            return _head_scores(states, head.weight, targets, temperatures, entropy, size)
         if len(states) <= size:
             return self._token_scores(head, states, targets, temperatures, entropy)
         parts = [
@@ -124,8 +124,7 @@ class PolicyScorer(nn.Module):
         logits = _at_least_float32(logits)  # (M, V)
         if self._logit_cap is not None:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
-        scores: Scores = _TokenScores.apply(logits, targets, temperatures, entropy)
-        return scores
+        return _token_scores(logits, targets, temperatures, entropy)
 
 
 class _Context(torch.autograd.function.FunctionCtx):
@@ -231,6 +230,10 @@ class _HeadScores(torch.autograd.Function):
             if weight_grad is not None:
                 weight_grad.addmm_(chunk.t(), states[rows])
         return states_grad, weight_grad, None, None, None, None
+
+
+_token_scores: Callable[..., Scores] = _TokenScores.apply
+_head_scores: Callable[..., Scores] = _HeadScores.apply
 
 
 def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:

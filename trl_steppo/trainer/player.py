@@ -24,10 +24,10 @@ from ..rollout import (
     EpisodeRequest,
     Player,
     Stage,
+    fail_beyond_float32,
+    fail_if_unpaid,
     own_row,
-    paid,
     play_episodes,
-    within_float32,
 )
 from ..rollout.loops import run_coroutine
 from ..types import Episode, Row, StopReason, TokenIds, Tokenizer
@@ -312,10 +312,10 @@ class EpisodePlayer:
                 trainer_state=trainer_state,
                 log_metric=log_metric,
             )
-        episodes = [paid(episode) for episode in self.rewards.of_model(episodes)]
+        episodes = [fail_if_unpaid(episode) for episode in self.rewards.of_model(episodes)]
         if self.args.missing_eos_penalty is not None:
             episodes = [self._penalize_missing_eos(episode, self.args.missing_eos_penalty) for episode in episodes]
-        return [within_float32(episode) for episode in episodes]
+        return [fail_beyond_float32(episode) for episode in episodes]
 
     def _penalize_missing_eos(self, episode: Episode, penalty: float) -> Episode:
         """The last response of an episode should end by itself: with the end of its turn, or else with EOS."""

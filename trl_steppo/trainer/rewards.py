@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
-from transformers import TrainerState
+from transformers import PreTrainedModel, TrainerState
 
 from ..chat import ChatFormat
 from ..environments.base import Playable
 from ..models import score_sequences
 from ..numerics import Numerics
-from ..rollout import checked_weights, score_episodes, takes_environments
+from ..rollout import checked_weights, pay_episodes, takes_environments
 from ..rollout.rewards import RewardFunc
 from ..types import Episode, Row
 from .reward_models import RewardModel
@@ -28,7 +28,7 @@ class Rewards:
             The run's settings.
         funcs (`Sequence[Callable]`):
             Reward functions, as in `GRPOTrainer`.
-        model (`torch.nn.Module`, *optional*):
+        model (`PreTrainedModel`, *optional*):
             A sequence classifier with one label that scores the last prompt and response, at the last token.
         numerics ([`~numerics.Numerics`]):
             The precision of the model's forward passes.
@@ -38,7 +38,7 @@ class Rewards:
     """
 
     def __init__(
-        self, args: StepPOConfig, funcs: Sequence[RewardFunc], model: nn.Module | None, numerics: Numerics
+        self, args: StepPOConfig, funcs: Sequence[RewardFunc], model: PreTrainedModel | None, numerics: Numerics
     ) -> None:
         checked_weights(funcs, args.reward_weights)
         self.funcs = list(funcs)
@@ -72,10 +72,10 @@ class Rewards:
         trainer_state: TrainerState | None,
         log_metric: Callable[[str, float], object],
     ) -> list[Episode]:
-        """Episodes with what the functions pay; see [`~rollout.score_episodes`]."""
+        """Episodes with what the functions pay; see [`~rollout.pay_episodes`]."""
         if not self.funcs:
             return episodes
-        return score_episodes(
+        return pay_episodes(
             self.funcs,
             self._args.reward_weights,
             episodes,

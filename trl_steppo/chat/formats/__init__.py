@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import CallFormat, Message, Piece, PlainFormat, Schemas, tool_call
+from ...types import Message
+from .base import CallFormat, Piece, PlainFormat, Schemas, tool_call
 from .harmony import HARMONY, MUSE
 from .hermes import HERMES
 from .json_blocks import DEEPSEEK, MISTRAL

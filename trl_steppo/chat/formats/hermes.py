@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .base import Message, Schemas, TaggedFormat, tool_call
+from ...types import Message
+from .base import Schemas, TaggedFormat, tool_call
 from .values import UnreadableError, read_json, skip_space
 
 

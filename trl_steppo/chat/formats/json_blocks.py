@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .base import Message, Schemas, TaggedFormat, ThoughtTags, tool_call
+from ...types import Message
+from .base import Schemas, TaggedFormat, ThoughtTags, tool_call
 from .hermes import call_of_json
 from .values import UnreadableError, read_json
 

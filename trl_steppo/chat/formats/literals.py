@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .base import Message, Schemas, TaggedFormat, ThoughtTags, tool_call
+from ...types import Message
+from .base import Schemas, TaggedFormat, ThoughtTags, tool_call
 from .values import MAX_LEVELS, UnreadableError, check_value, find_end, read_json, skip_space
 
 _CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}

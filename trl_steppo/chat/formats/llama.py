@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .base import Message, Piece, Schemas, TaggedFormat
+from ...types import Message
+from .base import Piece, Schemas, TaggedFormat
 from .hermes import call_of_json
 from .values import UnreadableError, read_json, skip_space
 
