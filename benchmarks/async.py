@@ -39,6 +39,7 @@ from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
 from trl_steppo.rollout import EpisodeRequest
 from trl_steppo.trainer.engines import counts_of
+from trl_steppo.types import JsonObject
 
 LATENCIES = (0.0, 0.2, 1.0)
 SIGMA = 0.75  # of the logarithm: one call in 20 takes 2.6 times the mean
@@ -104,7 +105,7 @@ class Ends(TrainerCallback):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
         self.times.append(time.perf_counter())
 
 
@@ -211,7 +212,7 @@ def main(args: AsyncArguments) -> None:
     """Measure, print, write."""
     num_updates = 3 if args.quick else args.num_updates
     latencies = (0.0, 0.2) if args.quick else LATENCIES
-    figures: dict[str, dict[str, Any]] = {
+    figures: dict[str, JsonObject] = {
         name: {}
         for name in (
             "speedup",
@@ -260,7 +261,7 @@ def main(args: AsyncArguments) -> None:
     )
 
 
-def shown(value: Any) -> str:
+def shown(value: float | list[float]) -> str:
     """A figure, or a pair."""
     return ", ".join(f"{one:.2f}" for one in (value if isinstance(value, list) else [value]))
 

@@ -72,7 +72,7 @@ class Workload:
         return Workload(self.prompts[:episodes], budgets, observations)  # type: ignore[arg-type]
 
 
-Engine = Callable[[PreTrainedModel, Workload], Any]
+Engine = Callable[[PreTrainedModel, Workload], object]
 
 
 def make_workload(episodes: int, steps: int, vocabulary: int, seed: int, *, equal: bool = False) -> Workload:

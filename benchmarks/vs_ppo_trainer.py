@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 import transformers
@@ -35,8 +34,9 @@ from transformers import (
 
 from trl_steppo import PPOConfig, StepPOTrainer
 from trl_steppo.compat.trl import ppo_bases
+from trl_steppo.types import JsonObject
 
-TRAINERS: dict[str, Any] = {"PPOTrainer": ppo_bases()[1], "StepPOTrainer": StepPOTrainer}
+TRAINERS: JsonObject = {"PPOTrainer": ppo_bases()[1], "StepPOTrainer": StepPOTrainer}
 PROMPTS, MICRO_BATCH = 32, 8
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 128
 
@@ -92,7 +92,7 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", padding_side="left")
 
 
-def make_models(work: Work) -> dict[str, Any]:
+def make_models(work: Work) -> JsonObject:
     torch.manual_seed(work.seed)
     config = Qwen2Config(
         vocab_size=work.vocabulary,
