@@ -1,5 +1,5 @@
 PYTHON ?= python
-OLDEST = tests/test_compat.py $(addprefix tests/,chat commands environments examples gateway inference models report rollout trainer)
+OLDEST = tests/test_compat.py $(addprefix tests/,chat commands environments examples gateway inference learning models report rollout trainer)
 
 .PHONY: install install-newest install-oldest install-vllm format check test test-newest test-oldest test-slow test-vllm bench
 

@@ -3,13 +3,13 @@ Greedy exact match, F1, steps and tool errors of a model on sets of HotpotQA row
 
     python examples/evaluate_hotpotqa.py --model_name_or_path runs/mini_wiki --datasets mini_wiki --output_dir runs/e
 
-A base model, a trained one, or whatever an OpenAI-compatible server serves (`pip install "trl-steppo[openai]"`; the
-key is read from OPENAI_API_KEY):
+It evaluates a base model, a trained one, or a model behind an OpenAI-compatible server (this needs
+`pip install "trl-steppo[openai]"`; the key is read from OPENAI_API_KEY):
 
     python examples/evaluate_hotpotqa.py --base_url URL --model_name_or_path NAME --datasets ROWS.jsonl --output_dir D
 
-Every question's scores are a line of `D/ROWS.jsonl`, written as soon as its batch is played: an evaluation that was
-stopped goes on where it was. The table is in `D/scores.json`, too.
+Every question's scores are a line of `D/ROWS.jsonl`, written as soon as its batch is played: an interrupted evaluation
+continues where it stopped. The table is also written to `D/scores.json`.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from command_line import parse_flags
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_steppo.assets import locate_model
 from trl_steppo.chat import ChatFormat, parse_hermes
 from trl_steppo.environments import make_playable
-from trl_steppo.environments.base import MISTAKES, Message, Playable, Response
+from trl_steppo.environments.base import MISTAKES, Playable, Response
 from trl_steppo.environments.hotpotqa import EnvironmentArguments, HotpotQAData, hotpotqa_dataset
 from trl_steppo.episodes import EpisodeSpec, as_messages
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.models import end_token_ids
 from trl_steppo.rollout import EnvironmentPlayer, EpisodeLimits, EpisodeRequest, Stage, play_episodes
+from trl_steppo.types import JsonObject, Message, Row, TextOrMessages
 
 SCORES = ("exact_match", "f1", "answered", "steps", "tool_errors")
-HOW_IT_RUNS = ("output_dir", "datasets", "max_questions", "batch_size")  # none of which changes a score
+SETTINGS_WITHOUT_EFFECT = ("output_dir", "datasets", "max_questions", "batch_size")  # on any score
 
 
 @dataclass(kw_only=True)
@@ -76,19 +78,18 @@ class Arguments(EnvironmentArguments):
     )
 
 
-Row = Mapping[str, Any]
-Scores = dict[str, Any]
+Scores: TypeAlias = JsonObject
 
 
-def read_template_kwargs(args: Arguments) -> dict[str, Any]:
+def read_template_kwargs(args: Arguments) -> JsonObject:
     """The extra arguments of the chat template."""
-    given = args.chat_template_kwargs or "{}"
+    text = args.chat_template_kwargs or "{}"
     try:
-        kwargs = json.loads(given)
+        kwargs = json.loads(text)
     except ValueError as error:
-        raise SystemExit(f"--chat_template_kwargs is {given!r}, which is no JSON: {error}") from error
+        raise SystemExit(f"--chat_template_kwargs is {text!r}, which is not JSON: {error}") from error
     if not isinstance(kwargs, dict):
-        raise SystemExit(f"--chat_template_kwargs is {given!r}; it has to be a JSON object")
+        raise SystemExit(f"--chat_template_kwargs is {text!r}; it has to be a JSON object")
     return kwargs
 
 
@@ -96,7 +97,7 @@ def read_template_kwargs(args: Arguments) -> dict[str, Any]:
 
 
 class LocalModel:
-    """Plays episodes as the trainer's evaluation does."""
+    """Plays episodes in this process, as the trainer's evaluation does."""
 
     def __init__(self, args: Arguments) -> None:
         name = locate_model(args.model_name_or_path)
@@ -136,7 +137,7 @@ class LocalModel:
 
 
 class ServedModel:
-    """Plays the same environment over chat completions."""
+    """Plays the same environment with a server's chat completions."""
 
     def __init__(self, args: Arguments) -> None:
         try:
@@ -145,7 +146,9 @@ class ServedModel:
             raise SystemExit('--base_url needs the client: pip install "trl-steppo[openai]"') from error
         self.args = args
         kwargs = read_template_kwargs(args)
-        self.extra_body = {"chat_template_kwargs": kwargs} if kwargs else None  # only some servers know the name
+        self.extra_body = (
+            {"chat_template_kwargs": kwargs} if kwargs else None
+        )  # left out if empty: not every server knows the name
         self.client_class = AsyncOpenAI
 
     def play(self, rows: Sequence[Row], make: Callable[[], Playable]) -> list[Scores]:
@@ -153,7 +156,7 @@ class ServedModel:
         return asyncio.run(self._play_all(rows, make))
 
     async def _play_all(self, rows: Sequence[Row], make: Callable[[], Playable]) -> list[Scores]:
-        key = os.environ.get("OPENAI_API_KEY", "none")  # a local server asks for none
+        key = os.environ.get("OPENAI_API_KEY", "none")  # a local server may need none
         async with self.client_class(base_url=self.args.base_url, api_key=key) as client:
             return await asyncio.gather(*(self._play(client, row, make()) for row in rows))
 
@@ -183,7 +186,7 @@ class ServedModel:
         return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + (extra or "")}]
 
     async def _ask(self, client: Any, messages: list[Message], env: Playable) -> tuple[Response, Message, list[str]]:
-        """The response; the message to keep of it; the ids of its calls, those that cannot be read last."""
+        """The response, the message to keep of it, and the ids of its calls: the well-formed ones first."""
         completion = await client.chat.completions.create(
             model=self.args.model_name_or_path,
             messages=messages,
@@ -194,17 +197,17 @@ class ServedModel:
         )
         message = completion.choices[0].message
         text = message.content or ""
-        if not message.tool_calls:  # or a server that leaves them in the text
+        if not message.tool_calls:  # the server may have left them in the text
             parsed = parse_hermes(text)
             return Response(text, parsed.message, parsed.malformed), {"role": "assistant", "content": text}, []
         return read_calls(text, [call.model_dump() for call in message.tool_calls])
 
 
-def read_calls(text: str, tool_calls: Sequence[Mapping[str, Any]]) -> tuple[Response, Message, list[str]]:
-    """A response whose calls the server has read, their arguments as JSON text."""
+def read_calls(text: str, tool_calls: Sequence[JsonObject]) -> tuple[Response, Message, list[str]]:
+    """A response whose calls the server has parsed, except for their arguments, which are JSON text."""
     calls: list[Message] = []
-    good: list[str] = []
-    bad: list[str] = []
+    well_formed: list[str] = []
+    others: list[str] = []
     malformed: list[str] = []
     for call in tool_calls:
         name, written = call["function"]["name"], call["function"]["arguments"]
@@ -214,17 +217,17 @@ def read_calls(text: str, tool_calls: Sequence[Mapping[str, Any]]) -> tuple[Resp
             arguments = error
         if isinstance(arguments, dict):
             calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
-            good.append(call["id"])
+            well_formed.append(call["id"])
         else:
-            malformed.append(f"the arguments of {name} are no JSON object: {written:.80}")
-            bad.append(call["id"])
+            malformed.append(f"the arguments of {name} are not a JSON object: {written:.80}")
+            others.append(call["id"])
     message: Message = {"role": "assistant", "content": text, "tool_calls": calls}
     said = {"role": "assistant", "content": text, "tool_calls": list(tool_calls)}
-    return Response(text, message, tuple(malformed)), said, [*good, *bad]
+    return Response(text, message, tuple(malformed)), said, [*well_formed, *others]
 
 
-def answer_messages(observation: str | list[Message], call_ids: Sequence[str]) -> list[Message]:
-    """What the tools answered, each under its call's id; without ids as one user message."""
+def answer_messages(observation: TextOrMessages, call_ids: Sequence[str]) -> list[Message]:
+    """The tools' answers, each with the id of its call; without ids as one user message."""
     messages = as_messages(observation)
     if not call_ids:
         return [{"role": "user", "content": "\n".join(message["content"] for message in messages)}]
@@ -238,16 +241,16 @@ def answer_messages(observation: str | list[Message], call_ids: Sequence[str]) -
 
 
 def scores(row: Row, metrics: Mapping[str, float], steps: int, error: str | None) -> Scores:
-    """One question's line."""
+    """The scores of one question."""
     if error is not None:
         return {"id": row["id"], "error": error}
     errors = sum(metrics.get(name, 0.0) for name in MISTAKES)
-    found = {name: metrics[name] for name in ("exact_match", "f1", "answered")}
-    return {"id": row["id"], **found, "steps": steps, "tool_errors": errors}
+    right = {name: metrics[name] for name in ("exact_match", "f1", "answered")}
+    return {"id": row["id"], **right, "steps": steps, "tool_errors": errors}
 
 
 def evaluate(args: Arguments, dataset: str, data: HotpotQAData, model: LocalModel | ServedModel) -> list[Scores]:
-    """Play what is not in the file yet; the lines of the questions that did not fail."""
+    """Play the questions that are not in the file yet. Returns the scores of all questions that did not fail."""
     rows = [dict(row) for row in data.eval_dataset]
     rows = rows[: args.max_questions]
     path = Path(args.output_dir) / f"{Path(dataset).stem}.jsonl"
@@ -255,11 +258,11 @@ def evaluate(args: Arguments, dataset: str, data: HotpotQAData, model: LocalMode
     done = {line["id"]: line for line in lines if "error" not in line}
     left = [row for row in rows if row["id"] not in done]
     for start in range(0, len(left), args.batch_size):
-        found = model.play(left[start : start + args.batch_size], partial(_make, args, data))
+        played = model.play(left[start : start + args.batch_size], partial(_make, args, data))
         with path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in found)
-        done |= {line["id"]: line for line in found if "error" not in line}
-        for line in found:
+            file.writelines(json.dumps(line) + "\n" for line in played)
+        done |= {line["id"]: line for line in played if "error" not in line}
+        for line in played:
             if "error" in line:
                 print(f"{dataset}, {line['id']}: {line['error']}")
     return [done[row["id"]] for row in rows if row["id"] in done]
@@ -270,9 +273,9 @@ def _make(args: Arguments, data: HotpotQAData) -> Playable:
 
 
 def check_settings(args: Arguments) -> None:
-    """Refuse to add to the scores of another model, or of other settings."""
+    """Refuse to mix scores of different models or settings."""
     path = Path(args.output_dir) / "settings.json"
-    settings = {name: value for name, value in asdict(args).items() if name not in HOW_IT_RUNS}
+    settings = {name: value for name, value in asdict(args).items() if name not in SETTINGS_WITHOUT_EFFECT}
     if path.is_file() and json.loads(path.read_text()) != settings:
         raise SystemExit(f"{path} is of an evaluation with other settings; name another --output_dir")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -300,4 +303,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])  # type: ignore[arg-type]
+    main(parse_flags(Arguments))

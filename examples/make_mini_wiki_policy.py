@@ -4,11 +4,11 @@ Make the built-in policy: a tokenizer and a small Qwen2 model, warm-started on s
     python examples/make_mini_wiki_policy.py --output_dir trl_steppo/assets/mini_wiki
     python examples/make_mini_wiki_policy.py --thinks true --output_dir trl_steppo/assets/mini_wiki_thinking
 
-Most of the demonstrations are bad on purpose: they stop one hop too early, or follow the wrong link. The policy
-that imitates them knows the format and, from looking up single facts, how to read a passage; but its most likely
-behaviour is wrong, so that what a run then shows is learning and not sharpening. The demonstrations are played in
-worlds (seeds of the mini wiki) other than the one that is trained and evaluated on, which the policy has therefore
-never seen.
+Most demonstrations are wrong on purpose: they stop one hop too early, or follow the wrong link. The policy that
+imitates them knows the format and, from looking up single facts, how to read a passage. But its most likely behavior
+is wrong, so that a later run has to learn, and not just to sharpen what the policy prefers already. The demonstrations
+are played in worlds (seeds of the mini wiki) that are not used for training and evaluation, so the policy has never
+seen those.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
+from command_line import parse_flags
 from small_policies import descend, small_config
 from tokenizers import pre_tokenizers, trainers
-from transformers import AutoTokenizer, HfArgumentParser, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
 from trl_steppo.chat import ChatFormat
 from trl_steppo.environments.hotpotqa import BM25Retriever, HotpotQAEnvironment, make_mini_wiki
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
 from trl_steppo.environments.hotpotqa.mini_wiki import TEMPTING_RELATION, MiniWiki
 from trl_steppo.environments.tools import make_playable
+from trl_steppo.types import Row, Tokenizer
 
 # ChatML with tool calls as Qwen writes them; the tools themselves are named, not described, to keep prompts short.
 CHAT_TEMPLATE = """\
@@ -51,7 +53,7 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
-# Single facts, which no question of the mini wiki asks for: they teach to read.
+# Questions about single facts, which the mini wiki does not ask: they teach the policy to read.
 LOOK_UPS = {
     "born_in": "In which city was {x} born?",
     "birth_year": "In which year was {x} born?",
@@ -94,8 +96,8 @@ class Arguments:
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
-    """A byte-level BPE, split as Qwen's, that has nearly every word of the mini wiki as one token."""
-    # Of Qwen's own class, because that is what `AutoTokenizer` makes of any tokenizer beside a Qwen2 model.
+    """A byte-level BPE tokenizer, split like Qwen's, in which nearly every word of the mini wiki is one token."""
+    # Qwen's own class, since `AutoTokenizer` loads every tokenizer of a Qwen2 model as this class.
     trained = Qwen2Tokenizer().backend_tokenizer
     trained.train_from_iterator(
         texts,
@@ -119,8 +121,12 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
+Demonstration: TypeAlias = tuple[list[int], list[bool]]
+"""Token ids, and which of them are responses."""
+
+
 class Call(NamedTuple):
-    """A tool call of a demonstration, and what is said before it."""
+    """A tool call of a demonstration, and the text before it."""
 
     tool: str
     argument: str
@@ -128,13 +134,13 @@ class Call(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """What a demonstration looks up, (title, relation) by (title, relation), and what it answers in the end."""
+    """The pairs of a title and a relation that a demonstration looks up, in order, and its answer."""
 
     looked_up: list[tuple[str, str]]
     answer: str
 
 
-def choose_walk(wiki: MiniWiki, row: dict[str, Any], args: Arguments, rng: random.Random) -> Walk:
+def choose_walk(wiki: MiniWiki, row: Row, args: Arguments, rng: random.Random) -> Walk:
     """A demonstration, right or wrong."""
     draw = rng.random()
     relations, path = list(row["relations"]), list(row["path"])
@@ -150,18 +156,18 @@ def choose_walk(wiki: MiniWiki, row: dict[str, Any], args: Arguments, rng: rando
         relations = [TEMPTING_RELATION[relations[0]], *relations[1:]]
         titles, answer = wiki.follow(path[0], relations)
         return Walk(list(zip(titles, relations, strict=True)), answer)
-    # Where no link tempts, something else that the first passage says.
+    # Without a tempting link: something else that the first passage says.
     relation = rng.choice([relation for relation in wiki.facts[path[0]] if relation != relations[0]])
     return Walk([(path[0], relation)], wiki.facts[path[0]][relation])
 
 
 def to_calls(wiki: MiniWiki, walk: Walk, *, thinks: bool) -> list[Call]:
-    """The tool calls of a demonstration. One that thinks says first what was found, and what it does about it."""
-    calls, found = [], ""
+    """The tool calls of a demonstration. If it thinks, each call follows a thought about what was found and needed."""
+    calls, known = [], ""
     for title, relation in walk.looked_up:
-        calls.append(Call("search", title, f"{found}I need the {_in_words(relation)} of {title}.\n"))
-        found = f"The {_in_words(relation)} of {title} is {wiki.facts[title][relation]}. "
-    calls.append(Call("answer", walk.answer, f"{found}So the answer is {walk.answer}.\n"))
+        calls.append(Call("search", title, f"{known}I need the {_in_words(relation)} of {title}.\n"))
+        known = f"The {_in_words(relation)} of {title} is {wiki.facts[title][relation]}. "
+    calls.append(Call("answer", walk.answer, f"{known}So the answer is {walk.answer}.\n"))
     return calls if thinks else [Call(call.tool, call.argument) for call in calls]
 
 
@@ -172,11 +178,11 @@ def _in_words(relation: str) -> str:
 def play(
     chat: ChatFormat,
     environment: HotpotQAEnvironment,
-    row: dict[str, Any],
+    row: Row,
     calls: Sequence[Call],
     system_prompt: str = SYSTEM_PROMPT,
-) -> tuple[list[int], list[bool]]:
-    """The ids of a demonstration, and which of them are responses."""
+) -> Demonstration:
+    """Play a demonstration."""
     environment.reset(**row)
     ids = chat.render([{"role": "system", "content": system_prompt}, {"role": "user", "content": row["question"]}])
     is_response = [False] * len(ids)
@@ -192,23 +198,25 @@ def play(
     return ids[:end], is_response[:end]
 
 
-def demonstrations(worlds: Sequence[MiniWiki], tokenizer: Any, args: Arguments, rng: random.Random) -> list[Any]:
-    """One demonstration for every training question of every world, and one for every fact."""
-    found = []
+def demonstrations(
+    worlds: Sequence[MiniWiki], tokenizer: Tokenizer, args: Arguments, rng: random.Random
+) -> list[Demonstration]:
+    """A demonstration of every training question in every world, and of every fact."""
+    played = []
     for wiki in worlds:
         environment = HotpotQAEnvironment(BM25Retriever(wiki.passages), top_k=args.top_k)
         chat = ChatFormat(tokenizer, tools=make_playable(environment).tools)
         calls_of = partial(to_calls, wiki, thinks=args.thinks)
-        found += [play(chat, environment, row, calls_of(choose_walk(wiki, row, args, rng))) for row in wiki.train]
+        played += [play(chat, environment, row, calls_of(choose_walk(wiki, row, args, rng))) for row in wiki.train]
         for title, facts in wiki.facts.items():
             for relation, value in facts.items():
                 row = {"question": LOOK_UPS[relation].format(x=title), "answer": value}
-                found.append(play(chat, environment, row, calls_of(Walk([(title, relation)], value))))
-    return found
+                played.append(play(chat, environment, row, calls_of(Walk([(title, relation)], value))))
+    return played
 
 
 def batches(
-    examples: Sequence[Any], args: Arguments, rng: random.Random
+    examples: Sequence[Demonstration], args: Arguments, rng: random.Random
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of ids and of each token's weight in the loss, of similar length within a batch."""
     while True:
@@ -225,15 +233,17 @@ def batches(
 
 
 def losses(model: Qwen2ForCausalLM, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[torch.Tensor]:
-    """Of one batch after the other, under the model as it is by then."""
+    """The loss of one batch after another, each with the model's current weights."""
     for step, (ids, weights) in enumerate(batches):
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
         read = weights[:, 1:] > 0
-        of_tokens = torch.nn.functional.cross_entropy(model.lm_head(hidden[read]), ids[:, 1:][read], reduction="none")
-        loss = (of_tokens * weights[:, 1:][read]).sum() / weights[:, 1:].sum()
+        token_losses = torch.nn.functional.cross_entropy(
+            model.lm_head(hidden[read]), ids[:, 1:][read], reduction="none"
+        )
+        loss = (token_losses * weights[:, 1:][read]).sum() / weights[:, 1:].sum()
         if step % 100 == 0:
-            of_responses = of_tokens[weights[:, 1:][read] == 1.0].mean()
-            print(f"step {step}: loss {loss.item():.4f}, of responses {of_responses.item():.4f}", flush=True)
+            response_losses = token_losses[weights[:, 1:][read] == 1.0].mean()
+            print(f"step {step}: loss {loss.item():.4f}, of responses {response_losses.item():.4f}", flush=True)
         yield loss
 
 
@@ -270,8 +280,8 @@ def main(args: Arguments) -> None:
     model.save_pretrained(args.output_dir)
     reloaded = AutoTokenizer.from_pretrained(args.output_dir)
     if any(reloaded(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts):
-        raise RuntimeError("the tokenizer reads back as another one; the policy would not understand what it reads")
+        raise RuntimeError("the saved tokenizer differs from this one; the policy would not understand its input")
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])  # type: ignore[arg-type]
+    main(parse_flags(Arguments))

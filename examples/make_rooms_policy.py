@@ -3,9 +3,10 @@ Make the built-in policy of the rooms: a tokenizer of whole words and a small Ll
 
     python examples/make_rooms_policy.py --output_dir trl_steppo/assets/rooms
 
-It learns responses of the right form for every length, in which a wrong door, one that tempts, has a larger share than
-the right one. The policy that comes of it reads the sign, and is wrong where it is greedy, so that what a run then
-shows is learning and not sharpening. Words out of place are made rare on purpose, since one spoils a whole response.
+It learns responses of the right form for every length, in which a tempting wrong door is more frequent than the right
+one. The resulting policy reads the sign, but its greedy choice is wrong, so that a later run has to learn, and not
+just to sharpen what the policy prefers already. Misplaced words are made rare on purpose, since one spoils a whole
+response.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import torch
+from command_line import parse_flags
 from small_policies import descend, small_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -102,7 +103,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def door_shares(sign: str, args: Arguments) -> list[float]:
-    """How often each door is to be chosen: the right one, the one that tempts, the others."""
+    """The target probability of each door: the right one, the tempting one, and the others."""
     rest = (1 - args.share_right - args.share_tempting) / (len(DOORS) - 2)
     share = {RIGHT_DOOR[sign]: args.share_right, TEMPTING_DOOR[sign]: args.share_tempting}
     return [share.get(door, rest) for door in DOORS]
@@ -179,4 +180,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])  # type: ignore[arg-type]
+    main(parse_flags(Arguments))

@@ -1,5 +1,5 @@
 """
-What TRL's PPO example does, with `StepPOTrainer` in the place of `PPOTrainer`: token-level PPO against a reward model.
+TRL's PPO example with `StepPOTrainer` instead of `PPOTrainer`: token-level PPO with a reward model.
 
     accelerate launch examples/ppo_dropin.py \
         --dataset_name trl-internal-testing/descriptiveness-sentiment-trl-style --dataset_train_split descriptiveness \
@@ -7,7 +7,7 @@ What TRL's PPO example does, with `StepPOTrainer` in the place of `PPOTrainer`: 
         --output_dir runs/ppo --learning_rate 3e-6 --per_device_train_batch_size 16 --total_episodes 10000 \
         --missing_eos_penalty 1.0
 
-Its settings are a plain `PPOConfig`. What is new: evaluation, resuming, a critic that is saved. With LoRA:
+Its settings are a plain `PPOConfig`. New are evaluation, resuming, and saving the critic. With LoRA:
 `--use_peft --lora_target_modules all-linear`.
 """
 
@@ -78,7 +78,7 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
         eval_dataset=rows.select(range(len(rows) - num_eval, len(rows))),  # `--eval_strategy steps` evaluates on it
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)  # `PPOTrainer` starts anew
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)  # `PPOTrainer` cannot resume
     trainer.save_model()  # the policy, and the critic in `critic/`
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

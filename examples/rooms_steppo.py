@@ -1,5 +1,5 @@
 """
-Train an agent that goes through rooms: a small game whose number of steps and whose responses' length are settings.
+Train an agent in the rooms: a small game whose number of steps and length of responses are settings.
 
     accelerate launch examples/rooms_steppo.py --max_interaction_steps 12 --response_length 32
 

@@ -1,24 +1,26 @@
-"""What the makers of the built-in policies have in common: the shape of a small model, and its training."""
+"""Shared by the programs that make the built-in policies: the shape of a small model, and its training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from trl_steppo.types import JsonObject, Tokenizer
+
 
 class Shape(Protocol):
-    """The flags that say how large a model is."""
+    """The flags that decide the size of a model."""
 
     hidden_size: int
     num_layers: int
     num_heads: int
 
 
-def small_config(shape: Shape, tokenizer: Any, *, max_position_embeddings: int) -> dict[str, Any]:
-    """Settings of a transformers configuration for a model this small; every head has keys and values of its own."""
+def small_config(shape: Shape, tokenizer: Tokenizer, *, max_position_embeddings: int) -> JsonObject:
+    """Settings of a transformers configuration for a small model. Every head has its own keys and values."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": shape.hidden_size,
@@ -28,7 +30,7 @@ def small_config(shape: Shape, tokenizer: Any, *, max_position_embeddings: int) 
         "num_key_value_heads": shape.num_heads,
         "max_position_embeddings": max_position_embeddings,
         "tie_word_embeddings": True,
-        "initializer_range": shape.hidden_size**-0.5,  # the default is made for wide models
+        "initializer_range": shape.hidden_size**-0.5,  # the default is for wide models
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -36,7 +38,7 @@ def small_config(shape: Shape, tokenizer: Any, *, max_position_embeddings: int) 
 
 
 def descend(model: torch.nn.Module, losses: Iterable[torch.Tensor], *, learning_rate: float, num_steps: int) -> None:
-    """Take `num_steps` steps of AdamW on losses that are computed one by one, with warm-up and decay."""
+    """Take `num_steps` AdamW steps, with warm-up and decay, on losses that are computed one by one."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_steps, pct_start=0.05)
     for loss in islice(losses, num_steps):

@@ -1,19 +1,18 @@
 """
-Train an agent that is written with the OpenAI Agents SDK and knows nothing of training.
+Train an agent that is written with the OpenAI Agents SDK and contains no code for training.
 
     pip install -c constraints.txt -e ".[gateway,agents]"
     accelerate launch examples/train_openai_agent.py
 
 trains it on the questions of the built-in wiki, with the built-in policy, on a CPU, in minutes
-(`examples/train_openai_agent.yaml`). All that makes it trainable is the address and the key that its client is given:
-the trainer answers there as the model, and records every call. Any setting of `StepPOConfig` is a flag.
+(`examples/train_openai_agent.yaml`). It is trainable because its client is given an address and a key: there the
+trainer answers as the model, and records every call. Any setting of `StepPOConfig` is a flag.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from agents import Agent, ModelBehaviorError, OpenAIProvider, RunConfig, Runner, StopAtTools, function_tool
 from command_line import parse_arguments
@@ -24,6 +23,7 @@ from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import SYSTEM_PROMPT, exact_match, hotpotqa_dataset
 from trl_steppo.environments.hotpotqa.environment import format_passages
+from trl_steppo.types import Row
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 DATA = hotpotqa_dataset("mini_wiki")
@@ -65,14 +65,14 @@ AGENT = Agent(
 # -- its training -----------------------------------------------------------------------------------------------------
 
 
-async def play(row: dict[str, Any], *, base_url: str, api_key: str) -> float:
+async def play(row: Row, *, base_url: str, api_key: str) -> float:
     """One episode: the agent's answer to the row's question, scored."""
     async with AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
         config = RunConfig(model_provider=OpenAIProvider(openai_client=client), tracing_disabled=True)
         try:
             # The trainer's `max_interaction_steps` ends a run that goes on for too long.
             result = await Runner.run(AGENT, row["question"], run_config=config, max_turns=sys.maxsize)
-        except ModelBehaviorError:  # it called a tool that is not there: a wrong answer, and no broken agent
+        except ModelBehaviorError:  # it called an unknown tool: a wrong answer, not a broken agent
             return 0.0
     return exact_match(str(result.final_output), row["answer"])
 

@@ -1,12 +1,12 @@
 """
-A short supervised start for a model that writes no valid tool call, and so has nothing to learn from.
+A short supervised warm start for a model that writes no valid tool calls and so gets no reward to learn from.
 
     python examples/warm_start.py --model_name_or_path models/SmolLM2-135M-Instruct \\
         --config examples/configs/smollm2-135m-cpu.yaml --output_dir models/SmolLM2-135M-warm
 
-It imitates right demonstrations on the built-in wiki, under the system prompt of the recipe. They teach the form of a
-call and nothing about the questions that are trained on afterwards. Few steps are meant: a model that always writes
-valid calls has none left to find.
+It imitates right demonstrations on the built-in wiki, with the recipe's system prompt. They teach the form of a call,
+and nothing about the questions of the later training. A few steps suffice: a model that always writes valid calls
+would have nothing left to learn from the reward for them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
+from command_line import parse_flags
 from make_mini_wiki_policy import Call, play
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
 )
@@ -31,13 +30,14 @@ from trl_steppo.chat import ChatFormat
 from trl_steppo.environments.hotpotqa import BM25Retriever, HotpotQAEnvironment, make_mini_wiki
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
 from trl_steppo.environments.tools import make_playable
+from trl_steppo.types import Tokenizer
 
-IGNORED = -100  # a label that transformers leaves out of the loss
+IGNORED = -100  # label of tokens that transformers leaves out of the loss
 
 
 @dataclass
 class Arguments:
-    """What to start from, and how far to go."""
+    """The initial model, and how long to train it."""
 
     model_name_or_path: str = field(metadata={"help": "A directory, or a name on the hub."})
     output_dir: str = field(metadata={"help": "Where to save model and tokenizer."})
@@ -48,22 +48,22 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Seed of the world and of everything else."})
 
 
-def demonstrations(tokenizer: Any, system_prompt: str, count: int, seed: int) -> list[dict[str, list[int]]]:
-    """Questions of a made-up world, each searched hop by hop and answered."""
-    wiki = make_mini_wiki(seed=1000 + seed)  # not the world that the built-in example is evaluated on
+def demonstrations(tokenizer: Tokenizer, system_prompt: str, count: int, seed: int) -> list[dict[str, list[int]]]:
+    """Token ids and labels of questions of a made-up world, each searched hop by hop and answered."""
+    wiki = make_mini_wiki(seed=1000 + seed)  # not the world of the built-in example
     environment = HotpotQAEnvironment(BM25Retriever(wiki.passages), top_k=1)
     chat = ChatFormat(tokenizer, tools=make_playable(environment).tools)
-    found = []
+    demonstrated = []
     for row in random.Random(seed).sample(wiki.train, count):
         calls = [*(Call("search", title) for title in row["path"]), Call("answer", row["answer"])]
         ids, is_response = play(chat, environment, row, calls, system_prompt)
         labels = [token if counts else IGNORED for token, counts in zip(ids, is_response, strict=True)]
-        found.append({"input_ids": ids, "labels": labels})
-    return found
+        demonstrated.append({"input_ids": ids, "labels": labels})
+    return demonstrated
 
 
 def main(args: Arguments) -> None:
-    """Imitate, and save."""
+    """Imitate demonstrations, and save the model."""
     recipe = {} if args.config is None else yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
@@ -94,4 +94,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])  # type: ignore[arg-type]
+    main(parse_flags(Arguments))

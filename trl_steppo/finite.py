@@ -25,7 +25,7 @@ class NotFiniteError(ValueError):
     """A number that cannot be computed with: `nan`, infinite, or beyond [`LARGEST`]."""
 
 
-def as_number(value: Any, what: str) -> float:
+def as_number(value: object, what: str) -> float:
     """
     Convert a value to a float that float32 can compute with.
 
@@ -33,7 +33,7 @@ def as_number(value: Any, what: str) -> float:
     and `Fraction`.
 
     Args:
-        value (`Any`):
+        value (`object`):
             The value that other code gave.
         what (`str`):
             The value's name in messages, such as `"get_reward()"`.
@@ -64,7 +64,7 @@ def as_number(value: Any, what: str) -> float:
     return number
 
 
-def as_reward(value: Any, what: str) -> float | None:
+def as_reward(value: object, what: str) -> float | None:
     """
     Convert a reward as [`as_number`] does. `None`, which means that no reward applies, stays `None`. Other code uses
     `nan` for the same; the error for it says so.
@@ -94,7 +94,7 @@ def _to_float(value: Any) -> float:
     return float(value)
 
 
-def not_finite_in(value: Any) -> float | None:
+def not_finite_in(value: object) -> float | None:
     """Find a float in a JSON value, at any depth, that is `nan` or infinite; `None` if there is none."""
     waiting = [value]
     while waiting:
@@ -108,7 +108,7 @@ def not_finite_in(value: Any) -> float | None:
     return None
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """The beginning of a value's `repr`, for a message; the value's type where it has no `repr`."""
     try:
         text = repr(value)

@@ -133,13 +133,13 @@ class ProcessNumerics:
             Type of new tensors.
         num_threads (`int`):
             Threads of one operation on a CPU.
-        switches (`tuple[tuple[str, Any], ...]`):
+        switches (`tuple[tuple[str, object], ...]`):
             Names of torch's switches for the precision of products, and their values.
     """
 
     default_dtype: torch.dtype
     num_threads: int
-    switches: tuple[tuple[str, Any], ...]
+    switches: tuple[tuple[str, object], ...]
 
     @classmethod
     def of_this_process(cls) -> ProcessNumerics:
@@ -163,9 +163,9 @@ class ProcessNumerics:
                 setattr(operator.attrgetter(owner)(torch), attribute, value)
 
 
-def _read(names: tuple[str, ...]) -> list[tuple[str, Any]]:
+def _read(names: tuple[str, ...]) -> list[tuple[str, object]]:
     """The values of the switches that this version of torch has and can report."""
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, object]] = []
     for name in names:
         with suppress(AttributeError, RuntimeError):
             found.append((name, operator.attrgetter(name)(torch)))

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
 
 import psutil
 
 from .errors import StepPOError
 
-_DEFAULTS: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_DEFAULTS: dict[signal.Signals, signal.Handlers | Callable[[int, FrameType | None], object]] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+}
 # A launcher passes on a signal that the terminal or the scheduler has sent to its processes already. Within this time
 # the same signal is not a second request.
 _REPEAT_GRACE_S = 2.0
@@ -115,7 +117,7 @@ def calling(callback: Callable[[], None]) -> Iterator[None]:
         del _callbacks[key]
 
 
-def _handle(number: int, frame: FrameType | None) -> Any:
+def _handle(number: int, frame: FrameType | None) -> None:
     received, now = signal.Signals(number), time.monotonic()
     if _request.signal is None:
         _request.signal, _request.at = received, now

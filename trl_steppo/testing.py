@@ -26,9 +26,9 @@ from .rollout import (
     EnvironmentPlayer,
     EpisodeRequest,
     Stage,
-    paid,
+    fail_if_unpaid,
+    pay_episodes,
     play_episodes,
-    score_episodes,
 )
 from .types import Episode, EpisodeLimits, Row, Step, StopReason, TokenIds
 
@@ -259,8 +259,7 @@ class ScriptedEngine:
     """
 
     def __init__(self, script: Script | ScriptedSampler, *, tokenizer: Tokenizer | None = None) -> None:
-        is_sampler = isinstance(script, ScriptedSampler)
-        self.sampler = script if is_sampler else ScriptedSampler(script, tokenizer=tokenizer)
+        self.sampler = script if isinstance(script, ScriptedSampler) else ScriptedSampler(script, tokenizer=tokenizer)
 
     @contextmanager
     def running(self, version: int) -> Iterator[None]:
@@ -342,8 +341,8 @@ def play(
         if not reward_funcs:
             return episodes
         environments = [stage.held(episode.episode_id) for episode in episodes]
-        scored = score_episodes(reward_funcs, None, episodes, rows, chat=chat, environments=environments)
-        return [paid(episode) for episode in scored]
+        scored = pay_episodes(reward_funcs, None, episodes, rows, chat=chat, environments=environments)
+        return [fail_if_unpaid(episode) for episode in scored]
 
 
 async def _first(stage: Stage, row: Row) -> Playable:

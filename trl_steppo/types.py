@@ -97,7 +97,7 @@ def writable(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+def map_texts(value: object, change: Callable[[str], str]) -> Any:
     """Change all texts in a nested value, keys included. Returns the value itself where none of them changes."""
     if isinstance(value, str):
         return change(value)
@@ -181,7 +181,7 @@ class TokenIds(Sequence[int]):
     def __repr__(self) -> str:
         return f"TokenIds({self.tolist()})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[TokenIds], tuple[array[int]]]:
         return TokenIds, (array("i", self.memory()),)  # a pickled prefix does not carry what follows it
 
     def memory(self) -> memoryview:
@@ -218,7 +218,7 @@ class Step:
             `STOP` or `LENGTH`.
         observation (`str` or `list[dict]`):
             The environment's answer: text, or messages. A view for people; the ids are in the next prompt.
-        info (`Mapping[str, Any]`, *optional*):
+        info (`Mapping`, *optional*):
             Anything else worth keeping; `state_key` groups steps for `gigpo`.
     """
 
@@ -285,7 +285,7 @@ class Episode:
             people; what the policy read is in `prompt_ids`.
         reset_text (`str`, *optional*):
             What the environment's `reset` returned, which stands at the end of the row's prompt.
-        logged (`Mapping[str, Any]`, *optional*):
+        logged (`Mapping`, *optional*):
             What reward functions logged about the episode with `log_extra`, by column.
         needs_reward (`bool`, *optional*, defaults to `False`):
             Whether the episode has no reward yet, because its environment gives none. Not recorded.

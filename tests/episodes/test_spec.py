@@ -84,3 +84,9 @@ def test_the_old_name_of_the_position_still_works():
     with pytest.warns(DeprecationWarning, match="`row_index` is now called `stream_position`"):
         old = EpisodeSpec(row_index=7)
     assert (old.stream_position, old.name, old.order(2)) == (7, "7-0", (7, 0, 2))
+
+
+def test_the_old_name_of_the_settings_still_works():
+    with pytest.warns(DeprecationWarning, match="`SessionSpec` is now called `EpisodeSpec`"):
+        from trl_steppo.gateway import SessionSpec
+    assert SessionSpec is EpisodeSpec

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 from tests.gateway.gateway_policy import Policy, echo, start
-from tests.gateway.test_gateway import USER, Client, hold, let_go, wait_until
+from tests.gateway.session_client import USER, Client, hold, let_go, wait_until
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.conversation import Answer
 from trl_steppo.gateway.delivery import Delivery

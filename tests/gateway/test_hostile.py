@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import resource
 import socket
 import subprocess
@@ -17,29 +16,16 @@ import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `gateway`")
 from tests.gateway.gateway_policy import ADMIN, TOKENIZER, Policy, echo, make_spec, start
+from tests.gateway.wire import chat_body
 from trl_steppo.errors import ConfigurationError
-from trl_steppo.gateway.bodies import arguments_of, dumps, read_body
 from trl_steppo.gateway.connections import ConnectionLimits
-from trl_steppo.gateway.conversation import RequestError
 from trl_steppo.gateway.limits import BodyLimits, check_structure
-from trl_steppo.gateway.openai import ChatBody, CompletionBody
 from trl_steppo.inference.base import Sample, SamplingParams
 
 CONTEXT = 2048
 
 
-def chat_body(*messages: Any, **fields: Any) -> bytes:
-    return json.dumps({"model": "m", "messages": messages, **fields}).encode()
-
-
 HI = {"role": "user", "content": "hi"}
-HOSTILE = {
-    "malformed, 1.6 MB": chat_body(*[{}] * 400_000),
-    "malformed, 7.6 MB": chat_body(*[{"role": 1, "content": 2}] * 240_000),
-    "100,000 short messages": chat_body(*[HI] * 100_000),
-    "200,000 ids": json.dumps({"model": "m", "prompt": [5] * 200_000}).encode(),
-    "nested, 1 MB": b'{"model": "m", "messages": ' + b"[" * 2**20,
-}
 MOST = BodyLimits(max_bytes=2**25)  # so that something else refuses
 
 
@@ -63,58 +49,6 @@ def open_client(server: Any, **settings: Any) -> httpx.Client:
 # -- what a body may consist of ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
-def test_too_much_is_refused_by_count_before_anything_is_validated(body, monkeypatch):
-    for kind in (ChatBody, CompletionBody):
-        monkeypatch.setattr(kind, "model_validate_json", None)
-        with pytest.raises(RequestError) as refused:
-            read_body(kind, body, BodyLimits.of(CONTEXT))
-        assert refused.value.status == 400
-        assert refused.value.code in ("context_length_exceeded", "too_deep")
-
-
-@pytest.mark.parametrize(
-    ("limits", "body", "code"),
-    [
-        (BodyLimits(max_values=20, max_items=5), [1] * 21, "context_length_exceeded"),
-        (BodyLimits(max_values=20, max_items=5), [1] * 19, None),
-        (BodyLimits(max_items=5), [{"a": {"b": 1}}] * 6, "context_length_exceeded"),
-        (BodyLimits(max_items=5), [{"a": {"b": 1}}] * 5, None),
-        (BodyLimits(max_fields=5), {str(i): i for i in range(6)}, "too_many_fields"),
-        (BodyLimits(max_fields=5), {str(i): [0] * 9 for i in range(5)}, None),
-        (BodyLimits(max_depth=3), [[[[]]]], "too_deep"),
-        (BodyLimits(max_depth=3), [[[]], [[]], [[]], [[]]], None),
-        (BodyLimits(max_items=2, max_depth=2, max_values=9), ['[{"[{\\', "{{{,,,,,,,,,", "\\\\"], None),
-    ],
-)
-def test_the_parts_of_json_are_counted(limits, body, code):
-    if code is None:
-        check_structure(json.dumps(body).encode(), limits)
-        return
-    with pytest.raises(RequestError) as refused:
-        check_structure(json.dumps(body).encode(), limits)
-    assert refused.value.code == code
-
-
-@pytest.mark.parametrize(
-    "text", [b'"' * 99, b'["\\', b'[",' * 99, b"}" * 99, b"]]{,,", b'["\\"', b"\\" * 99, b'"a\\\\"']
-)
-def test_what_is_no_json_is_left_to_the_parser(text):
-    check_structure(text, BodyLimits(max_items=0, max_depth=999))
-
-
-def test_limits_leave_room_for_what_the_context_has_room_for():
-    """A conversation of as many messages as fit, with what SDKs send beside them, in every escape."""
-    for context in (256, 2048, 32_768):
-        message = {"role": "assistant", "content": "\x01\x01", "refusal": None, "annotations": [], "audio": None}
-        body = chat_body(*[message] * (context // 6))
-        assert len(body) <= BodyLimits.of(context).max_bytes
-        check_structure(body, BodyLimits.of(context))
-        ids = json.dumps({"model": "m", "prompt": [151_000] * context}).encode()
-        assert len(ids) <= BodyLimits.of(context).max_bytes
-        check_structure(ids, BodyLimits.of(context))
-
-
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/completions"])
 @pytest.mark.parametrize("item", [{}, {"role": 1}, {"type": "odd"}, -3, [[]], None])
 def test_of_many_mistakes_the_first_is_told(policy, path, item):
@@ -129,23 +63,6 @@ def test_of_many_mistakes_the_first_is_told(policy, path, item):
         server.close()
 
 
-def test_only_one_mistake_of_a_list_is_looked_for():
-    with pytest.raises(RequestError, match=r"messages\.0\.role"):
-        read_body(ChatBody, chat_body(*[{"role": 1}] * 9), MOST)
-    adapter_errors: list[Any] = []
-    try:
-        ChatBody.model_validate_json(chat_body(*[{"role": 1}] * 9))
-    except ValueError as error:
-        adapter_errors = error.errors()  # type: ignore[attr-defined]
-    assert len(adapter_errors) == 1
-
-
-@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": [-Infinity]}', '{"a": 1e999}', "[" * 5000, '{"a": ' + "[" * 99])
-def test_arguments_that_are_no_json_are_refused(text):
-    with pytest.raises(RequestError):
-        arguments_of(text, "arguments", BodyLimits())
-
-
 @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"1e999"])
 def test_numbers_that_are_none_are_refused_wherever_they_stand(server, number):
     client = open_client(server)
@@ -156,10 +73,6 @@ def test_numbers_that_are_none_are_refused_wherever_they_stand(server, number):
     assert client.post("/sessions/current/reward", content=b'{"reward": %s}' % number).status_code == 400
     observation = b'{"reward": 1, "observation": [{"x": %s}]}' % number
     assert client.post("/sessions/current/reward", content=observation).status_code == 400
-
-
-def test_what_is_said_is_finite_json():
-    assert json.loads(dumps({"a": [float("nan"), {"b": float("-inf")}, 1.5]})) == {"a": [None, {"b": None}, 1.5]}
 
 
 # -- the context ------------------------------------------------------------------------------------------------------

@@ -36,6 +36,11 @@ PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}}
 SEARCH = {"type": "function", "function": {"name": "search", "parameters": PARAMETERS}}
 
 
+def chat_body(*messages: Any, **fields: Any) -> bytes:
+    """A body of chat completions, as a client sends it."""
+    return json.dumps({"model": "m", "messages": messages, **fields}).encode()
+
+
 def read(dialect: Dialect[Any], **fields: Any) -> Any:
     """A body, as a client sends it."""
     return read_body(dialect.body, json.dumps({"model": "m", **fields}).encode(), BodyLimits())

@@ -23,7 +23,7 @@ from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import AgentPlayer, EpisodeLimits, EpisodeRequest, check_agent, play_episodes
-from trl_steppo.rollout.agent import _last_number, _Output, _ProcessRun, without_launcher
+from trl_steppo.rollout.agent import _AgentProcess, _last_number, _Output, without_launcher
 from trl_steppo.types import StopReason
 
 PROMPT = [{"role": "user", "content": "Find it."}]
@@ -374,7 +374,7 @@ def test_a_command_may_write_a_lot_and_read_nothing(server, chat, monkeypatch):
     assert episode.error is None or "no step" in episode.error
     assert max(sizes) <= 2**16
     assert _last_number("a" * 100 + "\n1.5\n") == 1.5
-    run = _ProcessRun(command)
+    run = _AgentProcess(command)
     assert asyncio.run(run.start({"text": "x" * 2**20}, server, "a", "key")) == 1.5
 
 
@@ -382,7 +382,7 @@ def test_a_child_that_a_command_leaves_behind_holds_nothing_up(server, chat, tmp
     """Neither does it live on."""
     child = tmp_path / "pid"
     start = time.monotonic()
-    run = _ProcessRun(["sh", "-c", f"sleep 60 & echo $! > {child}; echo 1.5"])
+    run = _AgentProcess(["sh", "-c", f"sleep 60 & echo $! > {child}; echo 1.5"])
 
     async def play_it() -> float | None:
         reward = await run.start({}, server, "a", "key")

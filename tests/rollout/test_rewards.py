@@ -10,8 +10,8 @@ import pytest
 from tests.rollout.scripted import LookEnvironment, ScriptedSampler, call, play_in
 from trl_steppo.environments import make_playable
 from trl_steppo.errors import ConfigurationError, RolloutError
-from trl_steppo.rollout import EpisodeRequest, score_episodes
-from trl_steppo.rollout.rewards import check_reward_funcs, paid, takes_environments, within_float32
+from trl_steppo.rollout import EpisodeRequest, pay_episodes
+from trl_steppo.rollout.rewards import check_reward_funcs, fail_beyond_float32, fail_if_unpaid, takes_environments
 from trl_steppo.types import Episode, StopReason
 
 LOOK, STOP = call("look", where="here"), call("stop")
@@ -36,7 +36,7 @@ def test_a_reward_function_sees_what_grpo_trainer_shows_it(chat, episodes):
         seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, answer=answer, **kwargs)
         return [0.0, 0.0]
 
-    score_episodes(
+    pay_episodes(
         [remember], None, [episodes[0], FAILED, episodes[1]], [ROWS[0], {}, ROWS[1]], chat=chat, extra={"x": 1}
     )
     assert seen["prompts"] == [row["prompt"] for row in ROWS]
@@ -56,7 +56,7 @@ def test_the_weighted_sum_lands_on_the_last_step(chat, episodes):
     async def two(prompts, **kwargs):
         return [10.0, None]
 
-    scored = score_episodes([one, two], [1.0, 0.5], [*episodes, FAILED], [*ROWS, {}], chat=chat)
+    scored = pay_episodes([one, two], [1.0, 0.5], [*episodes, FAILED], [*ROWS, {}], chat=chat)
     before = [[step.reward for step in episode.steps] for episode in episodes]
     assert [[step.reward for step in episode.steps] for episode in scored[:2]] == [
         [before[0][0], before[0][1] + 6.0],
@@ -69,7 +69,7 @@ def test_the_weighted_sum_lands_on_the_last_step(chat, episodes):
 
 def test_two_functions_of_one_name_are_two_rewards(chat, episodes):
     funcs = [lambda prompts, **kwargs: [1.0, 1.0], lambda prompts, **kwargs: [2.0, 2.0]]
-    scored = score_episodes(funcs, None, episodes, ROWS, chat=chat)
+    scored = pay_episodes(funcs, None, episodes, ROWS, chat=chat)
     assert [v for k, v in scored[0].metrics.items() if k.startswith("rewards/")] == [1.0, 2.0]
 
 
@@ -80,10 +80,10 @@ def test_text_prompts_have_text_completions(chat, episodes):
         seen.extend(completions)
         return [0.0]
 
-    score_episodes([remember], None, episodes[:1], [{"prompt": "a"}], chat=chat)
+    pay_episodes([remember], None, episodes[:1], [{"prompt": "a"}], chat=chat)
     assert seen[0].startswith("<tool_call>")
     assert "nothing here" in seen[0]
-    score_episodes([remember], None, episodes[:1], [{"input_ids": [1]}], decode=lambda ids: f"{len(ids)} ids")
+    pay_episodes([remember], None, episodes[:1], [{"input_ids": [1]}], decode=lambda ids: f"{len(ids)} ids")
     assert seen[1].endswith(" ids")
 
 
@@ -99,9 +99,9 @@ def test_every_function_has_arguments_of_its_own(chat, episodes):
         completion_ids[0].clear()
         return [float(len(found) + len(found.pop())) for found in facts]
 
-    for found in (score_episodes([takes], None, episodes, rows, chat=chat) for _ in range(2)):
+    for found in (pay_episodes([takes], None, episodes, rows, chat=chat) for _ in range(2)):
         assert [episode.metrics["rewards/takes"] for episode in found[:2]] == [2.0, 2.0]
-    twice = score_episodes([takes, takes], None, episodes, rows, chat=chat)
+    twice = pay_episodes([takes, takes], None, episodes, rows, chat=chat)
     assert twice[0].metrics["rewards/takes_2"] == 2.0
     assert rows == before
 
@@ -111,7 +111,7 @@ def test_a_reward_that_is_not_finite_fails_its_episode(chat, episodes, reward):
     def odd(prompts, **kwargs):
         return [1.0, reward]
 
-    scored = score_episodes([odd], None, episodes, ROWS, chat=chat)
+    scored = pay_episodes([odd], None, episodes, ROWS, chat=chat)
     assert scored[0].valid
     assert "`odd` returned" in scored[1].error
     assert ("return None where it does not apply" in scored[1].error) == math.isnan(reward)
@@ -130,16 +130,16 @@ def test_a_function_that_breaks_is_named(chat, episodes):
 
     for func in (breaks, breaks_later, too_few, lambda prompts, **kwargs: ["x", "y"]):
         with pytest.raises(RolloutError, match=f"`{func.__name__}`"):
-            score_episodes([func], None, episodes, ROWS, chat=chat)
+            pay_episodes([func], None, episodes, ROWS, chat=chat)
 
 
 def test_as_many_weights_as_functions(chat, episodes):
     with pytest.raises(ConfigurationError, match=r"`reward_weights` has 2 entries and `reward_funcs` 1"):
-        score_episodes([print], [1.0, 2.0], episodes, ROWS, chat=chat)
+        pay_episodes([print], [1.0, 2.0], episodes, ROWS, chat=chat)
 
 
 def test_nothing_to_score_calls_nothing(chat):
-    assert score_episodes([None], None, [FAILED], [{}], chat=chat) == [FAILED]
+    assert pay_episodes([None], None, [FAILED], [{}], chat=chat) == [FAILED]
 
 
 def test_a_malformed_call_reaches_a_reward_function_as_its_raw_text(chat):
@@ -156,7 +156,7 @@ def test_a_malformed_call_reaches_a_reward_function_as_its_raw_text(chat):
         seen.extend(completions)
         return [0.0]
 
-    score_episodes([remember], None, [episode], ROWS[:1], chat=chat)
+    pay_episodes([remember], None, [episode], ROWS[:1], chat=chat)
     assert seen[0][0] == {"role": "assistant", "content": malformed}
     assert episode.metrics["malformed_tool_calls"] == 1
 
@@ -175,7 +175,7 @@ def test_a_function_that_would_end_the_run_is_named(chat, episodes, error):
 
     for func in (leaves, leaves_later, leaves_while_it_yields):
         with pytest.raises(RolloutError, match=f"`{func.__name__}` failed"):
-            score_episodes([func], None, episodes, ROWS, chat=chat)
+            pay_episodes([func], None, episodes, ROWS, chat=chat)
 
 
 def test_rewards_may_come_one_by_one(chat, episodes):
@@ -187,20 +187,20 @@ def test_rewards_may_come_one_by_one(chat, episodes):
         yield 2.0
 
     for func in (yields, yields_later, lambda prompts, **kwargs: map(float, (1, 2))):
-        scored = score_episodes([func], None, episodes, ROWS, chat=chat)
+        scored = pay_episodes([func], None, episodes, ROWS, chat=chat)
         assert [episode.metrics[f"rewards/{func.__name__}"] for episode in scored] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("reward", [1e300, 1e20, -1e20, 10**400])
 def test_a_reward_that_float32_cannot_compute_with_fails_its_episode(chat, episodes, reward):
-    scored = score_episodes([lambda prompts, **kwargs: [1.0, reward]], None, episodes, ROWS, chat=chat)
+    scored = pay_episodes([lambda prompts, **kwargs: [1.0, reward]], None, episodes, ROWS, chat=chat)
     assert scored[0].valid
     assert "in magnitude" in scored[1].error
 
 
 def test_rewards_that_are_too_large_together_fail_their_episode(chat, episodes):
     twice = [lambda prompts, **kwargs: [1.0, 1e19]] * 2
-    scored = [within_float32(episode) for episode in score_episodes(twice, None, episodes, ROWS, chat=chat)]
+    scored = [fail_beyond_float32(episode) for episode in pay_episodes(twice, None, episodes, ROWS, chat=chat)]
     assert scored[0].valid
     assert "add up to 2e+19" in scored[1].error
 
@@ -221,13 +221,13 @@ def test_rewards_whose_own_code_would_end_the_run_are_an_error(chat, episodes, r
 
     func = later if is_async else lambda prompts, **kwargs: rewards
     with pytest.raises(RolloutError, match="SystemExit: 0"):
-        score_episodes([func], None, episodes, ROWS, chat=chat)
+        pay_episodes([func], None, episodes, ROWS, chat=chat)
 
 
 @pytest.mark.parametrize("weight", [float("nan"), 1e300, "1", None])
 def test_weights_are_numbers(chat, episodes, weight):
     with pytest.raises(ConfigurationError, match=r"`reward_weights`\[1\] is"):
-        score_episodes([print, print], [1.0, weight], episodes, ROWS, chat=chat)
+        pay_episodes([print, print], [1.0, weight], episodes, ROWS, chat=chat)
 
 
 def test_what_cannot_be_called_is_known_before():
@@ -265,7 +265,7 @@ def test_prompts_have_what_reset_returned_at_their_end(chat):
             chat,
         )
         seen = {}
-        score_episodes([lambda **given: seen.update(given) or [0.0]], None, [episode], [row], chat=chat)
+        pay_episodes([lambda **given: seen.update(given) or [0.0]], None, [episode], [row], chat=chat)
         return seen["prompts"][0], type(seen["completions"][0])
 
     asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
@@ -296,7 +296,7 @@ def test_async_functions_wait_for_each_other(chat, episodes):
         order.append("plain")
         return [4.0, 4.0]
 
-    scored = score_episodes([Judge(), other, plain], None, episodes, ROWS, chat=chat)
+    scored = pay_episodes([Judge(), other, plain], None, episodes, ROWS, chat=chat)
     assert order == ["plain", "judge", "other"]
     assert [name for name in scored[0].metrics if name.startswith("rewards/")] == [
         "rewards/Judge",
@@ -323,7 +323,7 @@ def test_what_functions_log(chat, episodes, caplog):
         log_metric("my/mean", 1)
         return [0.0, 0.0]
 
-    scored = score_episodes(
+    scored = pay_episodes(
         [logs, logs_again],
         None,
         [episodes[0], FAILED, episodes[1]],
@@ -355,10 +355,10 @@ def test_functions_are_offered_what_they_take(chat, episodes):
 
     played = [episodes[0], FAILED, episodes[1]]
     rows = [ROWS[0], {}, ROWS[1]]
-    score_episodes([one, two, three], None, played, rows, chat=chat, environments=playables)
+    pay_episodes([one, two, three], None, played, rows, chat=chat, environments=playables)
     assert seen["one"] == [environments[0], environments[2]]
     assert seen["two"]["environments"] == [environments[0], environments[2]]
-    score_episodes([two], None, played, rows, chat=chat)
+    pay_episodes([two], None, played, rows, chat=chat)
     assert "environments" not in seen["two"]
     assert {"log_extra", "log_metric"} < set(seen["two"])
     names = ["prompt", "answer"]
@@ -389,7 +389,7 @@ def test_a_function_that_fails_is_called_once(chat, episodes, is_async, shows):
         fails(prompts, log_metric)
 
     with pytest.raises(RolloutError, match="ProgrammingError: SQLite objects") as raised:
-        score_episodes(
+        pay_episodes(
             [fails_later if is_async else fails],
             None,
             episodes,
@@ -432,10 +432,10 @@ def test_get_reward_may_not_apply(chat, environment, reward, expected):
         chat,
     )
     assert episode.valid
-    (scored,) = score_episodes([lambda prompts, **kwargs: [reward]], None, [episode], ROWS[:1], chat=chat)
-    scored = paid(scored)
+    (scored,) = pay_episodes([lambda prompts, **kwargs: [reward]], None, [episode], ROWS[:1], chat=chat)
+    scored = fail_if_unpaid(scored)
     if expected is None:
         assert "nothing paid it a reward" in scored.error
-        assert "nothing paid it a reward" in paid(episode).error
+        assert "nothing paid it a reward" in fail_if_unpaid(episode).error
     else:
         assert scored.episode_return == expected

@@ -2,7 +2,7 @@ import pytest
 
 from tests.rollout.scripted import ScriptedSampler, call, play_in
 from trl_steppo.environments import make_playable
-from trl_steppo.rollout import EpisodeRequest, score_episodes
+from trl_steppo.rollout import EpisodeRequest, pay_episodes
 from trl_steppo.types import StopReason
 
 ROW = {"prompt": [{"role": "user", "content": "Which genes?"}]}
@@ -31,7 +31,7 @@ def test_the_model_reads_a_list_as_text_and_a_reward_function_has_the_list(chat)
         seen.extend(completions[0])
         return [float(any(isinstance(message["content"], list) for message in completions[0]))]
 
-    (scored,) = score_episodes([pays_for_evidence], None, [episode], [ROW], chat=chat)
+    (scored,) = pay_episodes([pays_for_evidence], None, [episode], [ROW], chat=chat)
     assert seen[1] == {"role": "tool", "name": "query", "content": ROWS}
     assert scored.steps[-1].reward == 1.0
 

@@ -97,7 +97,7 @@ def leaves(*args: Any) -> None:
         ({"reward_funcs": needs_difficulty}, r"`needs_difficulty`.*'difficulty'.*`completions`.*\['number'\]"),
         ({"reward_funcs": needs_environments}, r"`needs_environments`.*'environments'"),
         ({"reward_funcs": lambda completions: [0.0]}, "unexpected keyword argument"),
-        ({"reward_funcs": [3]}, "`reward_funcs` has int '3', which is no function"),
+        ({"reward_funcs": [3]}, "`reward_funcs` has int '3', which is not a function"),
         ({"value_model": 3}, "`value_model` is a int; pass a name, or what"),
     ],
 )

@@ -361,6 +361,34 @@ def test_serialized_stop_token_is_no_secret(tmp_path):
     assert (settings["stop_token"], settings["hub_token"]) == ("eos", "<HUB_TOKEN>")
 
 
+# -- a trial ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_is_small_and_leaves_no_trace(tmp_path):
+    whole = make_config(
+        tmp_path,
+        per_device_train_batch_size=16,
+        num_generations=4,
+        num_mini_batches=3,
+        critic_warmup_updates=2,
+        max_staleness=2,
+        use_vllm=True,
+        vllm_server_base_url="http://a:8000",
+        total_episodes=512,
+        eval_strategy="steps",
+        eval_steps=5,
+        learning_rate=1e-4,
+    )
+    trial = whole.for_trial()
+    assert (trial.max_steps, trial.total_episodes) == (3, None)
+    assert (trial.per_device_train_batch_size, trial.num_mini_batches) == (8, 3)  # two rows
+    assert (trial.use_vllm, trial.max_staleness, trial.vllm_server_base_url) == (False, 0, None)
+    assert (trial.eval_strategy, trial.save_strategy, trial.report_to) == ("no", "no", [])
+    assert trial.correction == whole.correction == "truncate"
+    assert trial.allow_uncached_sampling  # as the servers have no need of the sampler's cache
+    assert (trial.learning_rate, trial.num_generations) == (1e-4, 4)
+
+
 # -- documentation and the command line -------------------------------------------------------------------------------
 
 

@@ -7,12 +7,11 @@ import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithPadding, OPTConfig, OPTForCausalLM, TrainingArguments, get_scheduler
 
@@ -31,7 +30,6 @@ from tests.trainer.tiny import (
 )
 from trl_steppo import PPOConfig, PPOTrainer, StepPOTrainer
 from trl_steppo.errors import ConfigurationError
-from trl_steppo.trainer.distribution import Distribution, check_distribution
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "ppo_trainer.md"
@@ -401,53 +399,6 @@ def test_engines_that_this_version_does_not_know(tmp_path, monkeypatch, engine, 
     monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType[engine])
     with pytest.raises(ConfigurationError, match=words):
         drop_in(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("plugin", "settings", "given", "words"),
-    [
-        ({"fsdp_version": 1}, {}, {}, "`fsdp_version: 2`"),
-        ({"reshard_after_forward": False}, {}, {}, "`fsdp_reshard_after_forward` is False"),
-        ({"cpu_offload": True}, {}, {}, "`fsdp_offload_params` is True.*zero3_offload"),
-        ({"activation_checkpointing": True}, {}, {}, "`gradient_checkpointing`"),
-        ({"cpu_ram_efficient_loading": True}, {}, {}, "`fsdp_cpu_ram_efficient_loading` is True"),
-        ({"ignored_modules": ".*norm"}, {}, {}, "`fsdp_ignored_modules` is '.*norm'"),
-        ({}, {}, {"optimizers": (object(), None)}, "`optimizers` is set, and FSDP2"),
-        ({}, {"critic_shares_base": True}, {}, "two networks cannot share parameters under FSDP2"),
-    ],
-)
-def test_what_fsdp_cannot_do(tmp_path, monkeypatch, plugin, settings, given, words):
-    """With ranks it is no mock: see `test_ranks.py`."""
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # accelerate writes there
-    found = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **plugin})
-    accelerator: Any = SimpleNamespace(
-        distributed_type=DistributedType.FSDP,
-        is_fsdp2=found.fsdp_version == 2,
-        state=SimpleNamespace(fsdp_plugin=found),
-    )
-    distribution = Distribution.from_accelerator(accelerator)
-    with pytest.raises(ConfigurationError, match=words):
-        check_distribution(make_config(tmp_path, **settings), distribution, given.get("optimizers", (None, None)))
-
-
-@pytest.mark.parametrize(
-    ("stage", "settings", "given", "words"),
-    [
-        (0, {}, {}, "stage 0 shards nothing"),
-        (2, {}, {"optimizers": (object(), None)}, "`optimizers` is set"),
-        (3, {"ds3_gather_for_generation": False}, {}, "`ds3_gather_for_generation` is False"),
-        (3, {}, {"mismatches": ["- ds gradient_clipping=2 vs hf max_grad_norm=1"]}, "gradient_clipping=2"),
-    ],
-)
-def test_what_deepspeed_cannot_do(tmp_path, stage, settings, given, words):
-    """In a process of its own an engine is no mock: see `test_ranks.py`."""
-    args = make_config(tmp_path, **settings)
-    args.hf_deepspeed_config = SimpleNamespace(mismatches=given.get("mismatches", []))
-    accelerator: Any = SimpleNamespace(
-        distributed_type=DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=stage)
-    )
-    with pytest.raises(ConfigurationError, match=words):
-        check_distribution(args, Distribution.from_accelerator(accelerator), given.get("optimizers", (None, None)))
 
 
 def test_arguments_that_cannot_work(tmp_path):

@@ -132,6 +132,7 @@ def load_config(name: str) -> PretrainedConfig:
     """Load the configuration of a built-in shape, of a directory, or of a name on the hub."""
     from transformers import AutoConfig
 
-    if name in SHAPES:
-        return AutoConfig.for_model(**SHAPES[name])
-    return AutoConfig.from_pretrained(name)
+    config: PretrainedConfig = (
+        AutoConfig.for_model(**SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(name)
+    )
+    return config

@@ -117,7 +117,8 @@ def prompt_of_state(value: object) -> TextOrMessages | None:
     """The prompt that `state_prompt` returned, if any. A `TypeError` for a value of another form."""
     if value is not None and not isinstance(value, str | list):
         raise TypeError(f"state_prompt() returned {type(value).__name__}; it returns text, messages or None")
-    return _checked(value, "state_prompt() returned")
+    prompt: TextOrMessages | None = _checked(value, "state_prompt() returned")
+    return prompt
 
 
 def _checked(value: Any, what: str) -> Any:

@@ -36,9 +36,9 @@ from ..calls import (
 )
 from ..errors import ConfigurationError
 from ..finite import as_number, as_reward
-from ..types import JsonObject, Row, TextOrMessages, writable
+from ..types import JsonObject, Message, Row, TextOrMessages, writable
 from .arguments import JsonSchema, WrongArgumentsError, describe, read_arguments
-from .base import HOOKS, MISTAKES, Message, Outcome, Playable, Response, ToolEnvironment, Tools
+from .base import HOOKS, MISTAKES, Outcome, Playable, Response, ToolEnvironment, Tools
 from .members import COMPUTED, Tool, functions_by_name, is_hook, schema_of, signature_of, tool_name, tools_of
 from .results import (
     Content,

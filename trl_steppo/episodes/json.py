@@ -1,4 +1,4 @@
-"""The JSON form of an [`Episode`]: exact, token for token and bit for bit.
+"""JSON form of an [`Episode`]: exact, token for token and bit for bit.
 
 The ids that an episode's steps share are written once, as they are held in memory: a prompt that is a prefix of them
 is written as its length, and a response that follows it there as well.
@@ -6,14 +6,13 @@ is written as its length, and a response that follows it there as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
-from ..types import Episode, Step, StopReason, TokenIds
+from ..types import Episode, JsonObject, Step, StopReason, TokenIds
 
 
-def episode_to_json(episode: Episode) -> dict[str, Any]:
-    """All of an episode but `needs_reward`. What its `info` and observations hold stays as it is."""
+def episode_to_json(episode: Episode) -> JsonObject:
+    """Write an episode, without `needs_reward`. What its `info` and observations hold stays as it is."""
     shared = _longest_ids(episode)
     return {
         **_facts(episode),
@@ -22,8 +21,8 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
     }
 
 
-def plain_episode_json(episode: Episode) -> dict[str, Any]:
-    """What a gateway knows of an episode, with every sequence of ids as it is."""
+def plain_episode_json(episode: Episode) -> JsonObject:
+    """Write what a gateway knows of an episode, with every sequence of ids as it is."""
     known = {name: value for name, value in _facts(episode).items() if name not in _OF_THE_TRAINER}
     return {**known, **_states(episode, lambda ids, start: ids.tolist())}
 
@@ -31,7 +30,7 @@ def plain_episode_json(episode: Episode) -> dict[str, Any]:
 _OF_THE_TRAINER = ("question", "reset_text", "logged")
 
 
-def _facts(episode: Episode) -> dict[str, Any]:
+def _facts(episode: Episode) -> JsonObject:
     return {
         "episode_id": episode.episode_id,
         "stream_position": episode.stream_position,
@@ -48,7 +47,7 @@ def _facts(episode: Episode) -> dict[str, Any]:
     }
 
 
-def _states(episode: Episode, write: Callable[[TokenIds, int], int | list[int]]) -> dict[str, Any]:
+def _states(episode: Episode, write: Callable[[TokenIds, int], int | list[int]]) -> JsonObject:
     """The final state and the steps. `write(ids, start)` writes ids that begin at `start` of their state."""
     final = episode.final_prompt_ids
     return {
@@ -71,12 +70,12 @@ def _states(episode: Episode, write: Callable[[TokenIds, int], int | list[int]])
     }
 
 
-def episode_from_json(data: Mapping[str, Any]) -> Episode:
+def episode_from_json(data: JsonObject) -> Episode:
     """
-    Read what [`episode_to_json`] gave, in this version or an older one.
+    Read an episode that [`episode_to_json`] wrote, in this version or an older one.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, OverflowError: It is something else.
+        ValueError, TypeError, KeyError, AttributeError, OverflowError: `data` is something else.
     """
     shared = TokenIds(data["token_ids"])
     final = data["final_prompt_ids"]
@@ -99,11 +98,11 @@ def episode_from_json(data: Mapping[str, Any]) -> Episode:
     )
 
 
-def _step_from_json(data: Mapping[str, Any], shared: TokenIds) -> Step:
+def _step_from_json(data: JsonObject, shared: TokenIds) -> Step:
     prompt_ids = _unpacked(data["prompt_ids"], shared, start=0)
     info = dict(data["info"])
     if "state_key" in info:
-        info["state_key"] = _hashable(info["state_key"])
+        info["state_key"] = _as_tuples(info["state_key"])
     return Step(
         prompt_ids=prompt_ids,
         response_ids=_unpacked(data["response_ids"], shared, start=len(prompt_ids)),
@@ -128,7 +127,7 @@ def _longest_ids(episode: Episode) -> TokenIds:
 
 
 def _packed(ids: TokenIds, shared: TokenIds, *, start: int) -> int | list[int]:
-    """The length of `ids` where they are what `shared` has from `start` on; else the ids themselves."""
+    """The length of `ids` where `shared` has the same ids from `start` on; else the ids themselves."""
     return len(ids) if shared[start : start + len(ids)] == ids else ids.tolist()
 
 
@@ -140,9 +139,10 @@ def _unpacked(packed: int | Sequence[int], shared: TokenIds, *, start: int) -> T
     return shared[start : start + packed]
 
 
-def _hashable(value: Any) -> Any:
+def _as_tuples(value: object) -> Hashable:
+    """A value that JSON has read, with tuples instead of lists and dictionaries."""
     if isinstance(value, list):
-        return tuple(_hashable(item) for item in value)
+        return tuple(_as_tuples(item) for item in value)
     if isinstance(value, dict):
-        return tuple(sorted((key, _hashable(item)) for key, item in value.items()))
+        return tuple(sorted((key, _as_tuples(item)) for key, item in value.items()))
     return value

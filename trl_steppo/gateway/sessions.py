@@ -16,7 +16,7 @@ from .conversation import Answer, RequestError
 
 
 def key_digest(key: str) -> str:
-    """What is kept of a key: enough to know it again, not enough to use it."""
+    """Digest of a key that is kept: enough to recognize the key, not enough to use it."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -31,7 +31,7 @@ class SessionStep(RecordedStep):
         history (`str`), escaped (`int`, *optional*, defaults to `0`):
             See [`~gateway.placement.Placement`].
         asked_key (`str`, *optional*):
-            Key of the conversation that it answers; `None` where its prompt is no messages.
+            Key of the conversation that it answers; `None` where its prompt is not messages.
         key (`str`):
             Key of the conversation with its response.
         text_length (`int`, *optional*):
@@ -58,7 +58,7 @@ class SessionStep(RecordedStep):
 class Delivery(Enum):
     """What the client of a step knows of it."""
 
-    SENT = "sent"  # it is being told
+    SENT = "sent"  # it is being told of the step
     LOST = "lost"  # it went away before it was told to the end, and may ask again
     TOLD = "told"
     UNANSWERED = "unanswered"  # it was told, and was still at work when time was up
@@ -72,7 +72,7 @@ class Delivery(Enum):
 @dataclass
 class SessionNotes(Notes):
     """
-    What is known of a session beside its steps. It is written whole whenever it changes.
+    What is known of a session besides its steps. It is written whole whenever it changes.
 
     Args:
         created (`float`):
@@ -119,10 +119,10 @@ class Session(EpisodeRecord[SessionStep]):
         self.is_over = is_over
         self.sampler_error: Exception | None = None  # of the last request, if the sampler failed
         self.ending = asyncio.Lock()
-        self.turn = asyncio.Lock()  # of its work beside the loop
+        self.turn = asyncio.Lock()  # of its work outside of the event loop
         self.deliveries: list[Delivery] = []  # of each step
         self.last_active = time.monotonic()
-        # The wall clock may be set while an episode lasts; only what was stored before a restart has no other.
+        # The wall clock may be set while an episode lasts, so it is used only for the time before a restart.
         earlier_s = 0.0 if notes is None else max(0.0, time.time() - notes.created)
         self.began = self.last_active - earlier_s
 
@@ -135,7 +135,7 @@ class Session(EpisodeRecord[SessionStep]):
 
     def told_of(self, answer: Answer, *, to_the_end: bool = True) -> None:
         """
-        Note that a client was told of an answer, or went away before the end. When the session is over, that comes too
+        Note that a client was told of an answer, or went away before the end. Once the session is over that is too
         late: how it ended has been decided.
         """
         position = self._position_of_answer(answer.answer_id)
@@ -203,12 +203,12 @@ class Session(EpisodeRecord[SessionStep]):
         return budget
 
     def age_s(self) -> float:
-        """Seconds since it was made, restarts included."""
+        """Seconds since the session was opened, restarts included."""
         return time.monotonic() - self.began
 
     @property
     def is_out_of_time(self) -> bool:
-        """Whether it has lasted longer than it may."""
+        """Whether the session has lasted longer than its budget."""
         return self.spec.limits.max_episode_s is not None and self.age_s() > self.spec.limits.max_episode_s
 
     def end_by(
@@ -224,8 +224,8 @@ class Session(EpisodeRecord[SessionStep]):
 
     def end_by_time(self) -> None:
         """
-        Time was up while the client was at work. As in the rollout's own loop, a step that is not answered by then
-        does not count: the state before it is the last.
+        End the episode because its time was up while the client was at work. As in the rollout's own loop, a step that
+        is not answered by then does not count: the state before it is the last.
         """
         if self.ended_early:
             return
@@ -249,13 +249,13 @@ class Session(EpisodeRecord[SessionStep]):
 
     @property
     def ended_early(self) -> bool:
-        """Whether a budget or an error ended it, so that nothing more may be asked."""
+        """Whether a budget or an error ended the episode, so that no request is allowed any more."""
         return self.notes.stop_reason is not None or self.notes.error is not None
 
     # -- the result ---------------------------------------------------------------------------------------------------
 
     def episode(self) -> Episode:
-        """The record as an episode. Its metrics say how its steps hang together, where they do not just grow."""
+        """The record as an episode. Its metrics count branches and what else is not one growing conversation."""
         episode = super().episode()
         return replace(episode, metrics={**self._counts(), **episode.metrics})
 
@@ -271,7 +271,7 @@ class Session(EpisodeRecord[SessionStep]):
 
 
 def budget_error(session: Session) -> RequestError:
-    """What a client is told that asks for more than its episode has."""
+    """Error for a client that asks for a step after its episode has ended."""
     budget = session.notes.stop_reason
     reason = "error" if budget is None else budget.value
     return RequestError(

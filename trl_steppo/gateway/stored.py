@@ -1,14 +1,14 @@
-"""The JSON form of sessions in the store, bit for bit, and its strict reading."""
+"""JSON form of sessions in the store, bit for bit, and how it is read: strictly."""
 
 from __future__ import annotations
 
 import base64
 import json
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # typing's own is not read by pydantic before Python 3.12
@@ -21,20 +21,21 @@ from .conversation import Answer
 from .sessions import Delivery, SessionNotes, SessionStep
 
 T = TypeVar("T")
+A = TypeVar("A", "array[int]", "array[float]")
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
 def spec_to_json(spec: EpisodeSpec) -> JsonObject:
-    """The settings of an episode."""
+    """Write the settings of an episode."""
     data = asdict(spec)
     data["sampling"]["stop_token_ids"] = list(spec.sampling.stop_token_ids)
     return data
 
 
-def spec_from_json(data: Mapping[str, Any]) -> EpisodeSpec:
-    """What [`spec_to_json`] gave, in this version or an older one; an error of any kind for anything else."""
+def spec_from_json(data: JsonObject) -> EpisodeSpec:
+    """Read what [`spec_to_json`] wrote, in this version or an older one. Anything else raises an error of any kind."""
     for name, kind in (("limits", EpisodeLimits), ("sampling", SamplingParams)):
         _check_names(kind, data[name])
     older = {"stream_position": data["row_index"]} if "row_index" in data else {}
@@ -50,17 +51,17 @@ _STEP_FIELDS = (
 
 
 def step_to_json(step: SessionStep) -> JsonObject:
-    """A step; log-probabilities are in it once."""
+    """Write a step. Log-probabilities are in it once."""
     data = {name: getattr(step, name) for name in _STEP_FIELDS}
     packed = {name: _packed(data[name]) for name in ("new_ids", "response_ids", "logprobs")}
     answer = {name: value for name, value in vars(step.answer).items() if name != "logprobs"}
     return {**data, **packed, "stop_reason": step.stop_reason.value, "answer": answer}
 
 
-def step_from_json(data: Mapping[str, Any], *, position: int) -> SessionStep:
-    """What [`step_to_json`] gave of the step at a position; an error of any kind for what it never gives."""
-    new_ids, response_ids = _unpacked("i", data["new_ids"]), _unpacked("i", data["response_ids"])
-    logprobs = _unpacked("d", data["logprobs"])
+def step_from_json(data: JsonObject, *, position: int) -> SessionStep:
+    """Read what [`step_to_json`] wrote of the step at a position. Anything else raises an error of any kind."""
+    new_ids, response_ids = _unpacked(array("i"), data["new_ids"]), _unpacked(array("i"), data["response_ids"])
+    logprobs = _unpacked(array("d"), data["logprobs"])
     answer = {**data["answer"], "logprobs": logprobs.tolist() if data["answer"]["tokens"] else []}
     step = SessionStep(
         **{
@@ -75,9 +76,9 @@ def step_from_json(data: Mapping[str, Any], *, position: int) -> SessionStep:
     plain = {name: data[name] for name in _PLAIN}
     _adapter(_PlainFields).validate_json(json.dumps(plain), strict=True)
     if not (response_ids and len(logprobs) == len(response_ids) and is_finite([*logprobs, step.temperature])):
-        raise ValueError(f"{len(response_ids)} ids and {len(logprobs)} log-probabilities are no response")
+        raise ValueError(f"{len(response_ids)} ids and {len(logprobs)} log-probabilities are not a response")
     if min(*response_ids, *new_ids, 0) < 0 or not (new_ids or step.parent is not None):
-        raise ValueError("its ids are no token ids, or it has no prompt")
+        raise ValueError("its ids are not token ids, or it has no prompt")
     for key in (step.key, step.asked_key or ""):
         bytes.fromhex(key)
     if step.parent is not None and not 0 <= step.parent < position:
@@ -86,7 +87,7 @@ def step_from_json(data: Mapping[str, Any], *, position: int) -> SessionStep:
 
 
 class _PlainFields(TypedDict):
-    """The fields of a step that JSON holds as they are."""
+    """Fields of a step that JSON holds as they are."""
 
     seed_index: int
     parent: int | None
@@ -103,12 +104,12 @@ class _PlainFields(TypedDict):
 _PLAIN = tuple(_PlainFields.__annotations__)
 
 
-def _packed(values: array[Any]) -> str:
+def _packed(values: array[int] | array[float]) -> str:
     return base64.b64encode(values.tobytes()).decode()
 
 
-def _unpacked(kind: str, text: str) -> array[Any]:
-    values: array[Any] = array(kind)
+def _unpacked(values: A, text: str) -> A:
+    """An empty array, filled with the values of [`_packed`]."""
     values.frombytes(base64.b64decode(text))
     return values
 
@@ -122,15 +123,15 @@ _NOTES_FIELDS = (
 
 
 def notes_to_json(notes: SessionNotes, deliveries: Sequence[Delivery]) -> JsonObject:
-    """All notes, and the deliveries of the steps. Positions that are keys become text, as JSON has no other keys."""
+    """Write all notes, and the deliveries of the steps. Positions that are keys become text, as JSON requires."""
     untold = [position for position, delivery in enumerate(deliveries) if delivery.is_untold]
     unanswered = [position for position, delivery in enumerate(deliveries) if delivery is Delivery.UNANSWERED]
     data = {**asdict(notes), "undelivered": untold, "unanswered": unanswered}
     return {name: data[name] for name in _NOTES_FIELDS}
 
 
-def notes_from_json(data: Mapping[str, Any], *, num_steps: int) -> tuple[SessionNotes, list[Delivery]]:
-    """The notes of a session with so many steps, and their deliveries; an error of any kind for what cannot be."""
+def notes_from_json(data: JsonObject, *, num_steps: int) -> tuple[SessionNotes, list[Delivery]]:
+    """Read the notes of a session of `num_steps` steps, and the deliveries of these. Raises an error of any kind."""
     untold, unanswered = (_read_positions(data.get(name, [])) for name in ("undelivered", "unanswered"))
     notes = _read(SessionNotes, {n: value for n, value in data.items() if n not in ("undelivered", "unanswered")})
     of_parent = set() if notes.final_parent is None else {notes.final_parent}
@@ -138,7 +139,7 @@ def notes_from_json(data: Mapping[str, Any], *, num_steps: int) -> tuple[Session
     if not positions <= set(range(num_steps)):
         raise ValueError(f"it has {num_steps} steps, and something is noted of steps {sorted(positions)}")
     if any(not 0 <= token_id < 2**31 for token_id in notes.final_new_ids or ()):
-        raise ValueError("the ids of its last state are no token ids")
+        raise ValueError("the ids of its last state are not token ids")
     deliveries = [Delivery.TOLD] * num_steps
     for position in untold:
         deliveries[position] = Delivery.SENT
@@ -155,12 +156,13 @@ def _read_positions(data: object) -> list[int]:
 # -- strict reading ---------------------------------------------------------------------------------------------------
 
 
-def _read(kind: type[T], data: Mapping[str, Any]) -> T:
-    """A dataclass whose fields are what they are declared to be."""
+def _read(kind: type[T], data: JsonObject) -> T:
+    """Read a dataclass whose fields have the declared types."""
     _check_names(kind, data)
     if not is_finite(data):
-        raise ValueError("a number is none")
-    return cast(T, _adapter(cast(Any, kind)).validate_json(json.dumps(data), strict=True))
+        raise ValueError("a number is not finite")
+    value: T = _adapter(kind).validate_json(json.dumps(data), strict=True)
+    return value
 
 
 @cache
@@ -168,7 +170,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _check_names(kind: type[Any], data: Mapping[str, Any]) -> None:
-    unknown = set(data) - {one.name for one in fields(kind)}
+def _check_names(kind: type[object], data: JsonObject) -> None:
+    assert is_dataclass(kind)
+    unknown = set(data) - {known.name for known in fields(kind)}
     if unknown:
         raise ValueError(f"{kind.__name__} has no {sorted(unknown)}")

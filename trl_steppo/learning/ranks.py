@@ -111,7 +111,7 @@ class Caught:
 
 @contextmanager
 def caught() -> Iterator[Caught]:
-    """Keep an exception of the block for later. Any: libraries wrap "no space left" in exceptions of their own."""
+    """Keep an exception of the block for later, of any class: libraries wrap "no space left" in their own classes."""
     result = Caught()
     try:
         yield result

@@ -1,4 +1,4 @@
-"""A row -> an Episode: played by our own loop or by an external agent, then paid, and recorded."""
+"""A row -> an Episode: played by our own loop or by an external agent, then paid and recorded."""
 
 from ..episodes import step_seed
 from ..types import EpisodeLimits
@@ -9,7 +9,14 @@ from .episode import run_episode
 from .pacing import EpisodePacer
 from .play import EpisodeRequest, Player, play_episodes
 from .recording import dump_episodes, episode_file, load_episodes
-from .rewards import check_reward_funcs, checked_weights, paid, score_episodes, takes_environments, within_float32
+from .rewards import (
+    check_reward_funcs,
+    checked_weights,
+    fail_beyond_float32,
+    fail_if_unpaid,
+    pay_episodes,
+    takes_environments,
+)
 from .rows import own_row
 from .stage import MainThreadKinds, Stage, make_in_main_thread, make_in_thread
 
@@ -29,15 +36,15 @@ __all__ = [
     "checked_weights",
     "dump_episodes",
     "episode_file",
+    "fail_beyond_float32",
+    "fail_if_unpaid",
     "load_episodes",
     "make_in_main_thread",
     "make_in_thread",
     "own_row",
-    "paid",
+    "pay_episodes",
     "play_episodes",
     "run_episode",
-    "score_episodes",
     "step_seed",
     "takes_environments",
-    "within_float32",
 ]

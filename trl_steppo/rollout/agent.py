@@ -215,15 +215,15 @@ class AgentPlayer:
         if kept is not None:
             return kept
         session, key = await self._at_gateway(self.gateway.open_session(spec, name=name))
-        run = _FunctionRun(self.agent) if callable(self.agent) else _ProcessRun(self.agent)
-        task = asyncio.ensure_future(run.start(request.row, self.server, session.session_id, key))
+        agent = _AgentThread(self.agent) if callable(self.agent) else _AgentProcess(self.agent)
+        task = asyncio.ensure_future(agent.start(request.row, self.server, session.session_id, key))
         task.add_done_callback(look_at)
         try:
             ending = await self._watch(task, session, key)
             # Before the agent is cancelled, so that requests that it drops while it ends are no longer known here.
             await self._at_gateway(self.gateway.finish(session, **ending))
         finally:
-            await run.end()
+            await agent.end()
             task.cancel()
         episode = await self._at_gateway(self.gateway.collect(session, keep=self.resumes))
         if not episode.valid and session.sampler_error is not None:
@@ -274,7 +274,7 @@ def _reward(value: object) -> _Reward:
         return error
 
 
-class _FunctionRun:
+class _AgentThread:
     """An agent in a thread, with an event loop of its own if it is async."""
 
     def __init__(self, agent: Callable[..., object]) -> None:
@@ -338,7 +338,7 @@ class _Output(asyncio.SubprocessProtocol):
         return self.tails[fd].decode(errors="replace")
 
 
-class _ProcessRun:
+class _AgentProcess:
     """An agent in a process, which is ended with all that it started, at the latest when this process ends."""
 
     def __init__(self, command: str | Sequence[str]) -> None:

@@ -228,7 +228,7 @@ class _Play:
             budget = self._exceeded_by_text(0, prompt, chat)
             if budget is None:
                 self._count_control_tokens(chat, prompt, is_state_prompt=isinstance(prompt, str))
-                self.new_ids = await _in_time(lambda: chat.prepare(prompt, is_observed=True), prompt)
+                self.new_ids = await _tokenize(lambda: chat.prepare(prompt, is_observed=True), prompt)
                 self.parent, self.prompt_ids = None, self.new_ids
             return budget
         messages = as_messages(outcome.observation)
@@ -237,7 +237,7 @@ class _Play:
             return budget
         self._count_control_tokens(chat, messages)
         names = [message.get("name", "") for message in messages if message.get("role") == "tool"]
-        appended = await _in_time(lambda: chat.append(messages, tool_call_names=names), messages)
+        appended = await _tokenize(lambda: chat.append(messages, tool_call_names=names), messages)
         self.new_ids = [*chat.close(response_ids), *appended]
         self.prompt_ids = [*self.prompt_ids, *response_ids, *self.new_ids]
         return None
@@ -282,7 +282,7 @@ class _Play:
             self._check_fits(len(ids), extra, chat)
             self._count_control_tokens(chat, extra)
             encode = partial(chat.encode_text, extra, add_special_tokens=False, is_observed=True)
-            return ids + await _in_time(encode, extra)
+            return ids + await _tokenize(encode, extra)
         prompt = self.row.get("prompt")
         if prompt is None:  # the environment's `reset` returns it, if there is an environment besides the tools
             if getattr(self.env, "environment", self.env) is None:
@@ -297,10 +297,11 @@ class _Play:
         """The episode's first prompt; a `DataError`, before it is tokenized, where it cannot fit."""
         self._check_fits(0, prompt, chat)
         self._check_fits(0, extra or "", chat)
-        means_what_it_says = isinstance(prompt, str) and not is_observed
-        shown = [extra] if means_what_it_says else [prompt, extra]
+        # The text of a dataset is tokenized as it is, control tokens included.
+        may_spell_control_tokens = isinstance(prompt, str) and not is_observed
+        shown = [extra] if may_spell_control_tokens else [prompt, extra]
         self._count_control_tokens(chat, shown, is_state_prompt=is_observed and isinstance(prompt, str))
-        return await _in_time(lambda: chat.prepare(prompt, extra, is_observed=is_observed), [prompt, extra])
+        return await _tokenize(lambda: chat.prepare(prompt, extra, is_observed=is_observed), [prompt, extra])
 
     def _count_control_tokens(self, chat: ChatFormat, shown: object, *, is_state_prompt: bool = False) -> None:
         count = chat.count_control_tokens(shown)
@@ -341,9 +342,9 @@ def _warn_of_state_prompt() -> None:
     )
 
 
-async def _in_time(tokenize: Callable[[], list[int]], shown: object) -> list[int]:
+async def _tokenize(encode: Callable[[], list[int]], shown: object) -> list[int]:
     """Tokenize. A long text is tokenized in a thread, so that no other episode waits for it."""
-    return await asyncio.to_thread(tokenize) if _is_long(shown) else tokenize()
+    return await asyncio.to_thread(encode) if _is_long(shown) else encode()
 
 
 def _is_long(shown: object) -> bool:

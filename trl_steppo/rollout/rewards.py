@@ -34,7 +34,7 @@ _OFFERED = ("log_extra", "log_metric", "environments")
 """Keyword arguments of functions that take them by name or as `**kwargs`; the last where there are environments."""
 
 
-def score_episodes(
+def pay_episodes(
     reward_funcs: Sequence[RewardFunc],
     reward_weights: Sequence[float] | None,
     episodes: Sequence[Episode],
@@ -72,19 +72,20 @@ def score_episodes(
         extra (`Mapping[str, object]`, *optional*):
             More keyword arguments for every function, such as `trainer_state`.
         environments (`Sequence[Playable]`, *optional*):
-            Where each episode was played, as it is after it. A function is given the user's own objects. `None`: there
-            are none.
+            The environment of each episode, as the episode left it. A function is given the user's own objects.
+            `None`: there are none.
         log_metric (`Callable[[str, float], object]`, *optional*):
-            Called with what functions log for a mean.
+            Called with the numbers that functions log, of which means are taken.
 
     Returns:
         `list[Episode]`: in the same order. Each function's reward is in `metrics` as `rewards/{name}`, what it logs
-        for each episode in `logged`. An episode whose reward is not finite in float32 is failed
-        ([`~finite.as_number`]), and so is one that no function applies to and nothing else has paid.
+        for each episode in `logged`. An episode whose reward is not finite in float32 fails ([`~finite.as_number`]),
+        and so does an episode that no function applies to and nothing else has paid.
 
     Raises:
-        ConfigurationError: there are not as many weights as functions.
-        RolloutError: a function raised, or did not return one number (or `None`) for each episode; names it.
+        ConfigurationError: There are not as many weights as functions.
+        RolloutError: A function raised, or did not return one number (or `None`) for each episode. The message names
+            the function.
     """
     weights = checked_weights(reward_funcs, reward_weights)
     valid = [index for index, episode in enumerate(episodes) if episode.valid]
@@ -103,12 +104,12 @@ def score_episodes(
 
     columns = _call_all(_named(reward_funcs), arguments_of, len(valid))
     logged = log.columns()
-    scored = list(episodes)
+    paid = list(episodes)
     for position, index in enumerate(valid):
         rewards = {name: column[position] for name, column in columns.items()}
         values = {name: column[position] for name, column in logged.items()}
-        scored[index] = replace(_rewarded(episodes[index], rewards, weights), logged=values)
-    return scored
+        paid[index] = replace(_rewarded(episodes[index], rewards, weights), logged=values)
+    return paid
 
 
 def takes_environments(func: RewardFunc) -> bool:
@@ -118,10 +119,10 @@ def takes_environments(func: RewardFunc) -> bool:
 
 def checked_weights(reward_funcs: Sequence[RewardFunc], reward_weights: Sequence[float] | None) -> list[float]:
     """
-    The weight of each reward function, 1 where none are given.
+    Return the weight of each reward function; 1 where `reward_weights` is `None`.
 
     Raises:
-        ConfigurationError: If there is not one for each.
+        ConfigurationError: There is not one weight for each function.
     """
     weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
     if len(weights) != len(reward_funcs):
@@ -138,8 +139,8 @@ def check_reward_funcs(
     reward_funcs: Sequence[RewardFunc], columns: Iterable[str], *, has_environments: bool = False
 ) -> None:
     """
-    Raises a `ConfigurationError` for what is no function, and for a function that cannot be called with what it would
-    be given: the columns of the dataset, `prompts`, `completions`, `completion_ids` and `trainer_state`; and, if it
+    Raise a `ConfigurationError` for anything but a function, and for a function that cannot be called with what it is
+    given: the columns of the dataset, `prompts`, `completions`, `completion_ids` and `trainer_state`; and, if it
     takes them, `log_extra`, `log_metric` and `environments`.
 
     Args:
@@ -161,8 +162,8 @@ def check_reward_funcs(
     for func in reward_funcs:
         if not callable(func) or hasattr(func, "state_dict"):  # GRPOTrainer takes models and their names here
             raise ConfigurationError(
-                f"`reward_funcs` has {type(func).__name__} {str(func)[:100]!r}, which is no function; pass functions, "
-                "and a sequence classifier, loaded, as `reward_model`"
+                f"`reward_funcs` has {type(func).__name__} {str(func)[:100]!r}, which is not a function; pass "
+                "functions, and a sequence classifier, loaded, as `reward_model`"
             )
         taken = _taken(func, dict.fromkeys(offered))
         problem = why_unbindable(func, [*columns, *_ALWAYS_GIVEN, *taken])
@@ -179,7 +180,7 @@ def _taken(func: RewardFunc, offered: Mapping[str, object]) -> dict[str, object]
     """The part of `offered` that a function takes, by name or as `**kwargs`."""
     try:
         parameters = inspect.signature(func).parameters.values()
-    except (TypeError, ValueError):  # one without a signature is given what `GRPOTrainer` gives it
+    except (TypeError, ValueError):  # a function without a signature gets what `GRPOTrainer` gives it
         return dict(offered)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(offered)
@@ -187,10 +188,10 @@ def _taken(func: RewardFunc, offered: Mapping[str, object]) -> dict[str, object]
     return {name: value for name, value in offered.items() if name in names}
 
 
-def within_float32(episode: Episode) -> Episode:
+def fail_beyond_float32(episode: Episode) -> Episode:
     """
-    The episode, failed where its rewards together are more than float32 can compute with. Each of them may be finite;
-    their sum, which returns and advantages are made of, decides.
+    Fail an episode whose rewards together are more than float32 can compute with. Each of them may be finite; their
+    sum decides, as returns and advantages are made of it.
     """
     total = sum(abs(step.reward) for step in episode.steps)
     if not episode.valid or total <= LARGEST:
@@ -200,10 +201,10 @@ def within_float32(episode: Episode) -> Episode:
     )
 
 
-def paid(episode: Episode) -> Episode:
+def fail_if_unpaid(episode: Episode) -> Episode:
     """
-    The episode, failed where nothing has paid it: neither its environment, nor a reward function. `GRPOTrainer` leaves
-    such a completion out of its group's statistics and trains nothing on it, as is done here with failed episodes.
+    Fail an episode that nothing has paid: neither its environment, nor a reward function. `GRPOTrainer` leaves such a
+    completion out of its group's statistics and trains nothing on it, as is done here with failed episodes.
     """
     if not episode.valid or not episode.needs_reward:
         return episode

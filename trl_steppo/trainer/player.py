@@ -37,14 +37,14 @@ from ..rollout import (
     check_agent,
     check_reward_funcs,
     checked_weights,
+    fail_beyond_float32,
+    fail_if_unpaid,
     make_in_main_thread,
     make_in_thread,
     own_row,
-    paid,
+    pay_episodes,
     play_episodes,
-    score_episodes,
     takes_environments,
-    within_float32,
 )
 from ..rollout.loops import run_coroutine
 from ..types import Episode, StopReason, TokenIds
@@ -580,7 +580,7 @@ class EpisodePlayer:
             names = [episode.episode_id for episode in episodes]
             played_in = {name: self._played_in.pop(name) for name in names if name in self._played_in}
             try:
-                episodes = score_episodes(
+                episodes = pay_episodes(
                     self.reward_funcs,
                     self.args.reward_weights,
                     episodes,
@@ -610,10 +610,10 @@ class EpisodePlayer:
             )
             for index, score in zip(valid, scores, strict=True):
                 episodes[index] = replace(episodes[index].paid(score), needs_reward=False)
-        episodes = [paid(episode) for episode in episodes]
+        episodes = [fail_if_unpaid(episode) for episode in episodes]
         if self.args.missing_eos_penalty is not None:
             episodes = [self._penalize_missing_eos(episode) for episode in episodes]
-        return [within_float32(episode) for episode in episodes]
+        return [fail_beyond_float32(episode) for episode in episodes]
 
     def _penalize_missing_eos(self, episode: Episode) -> Episode:
         """The last response of an episode should end by itself: with the end of its turn, or else with EOS."""

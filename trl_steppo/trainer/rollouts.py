@@ -19,7 +19,7 @@ from ..batching import num_unique_tokens
 from ..learning.metrics import Means
 from ..learning.ranks import summed, together
 from ..models import gathered
-from ..rollout import Ahead, EpisodeRequest, episode_file, load_episodes, within_float32
+from ..rollout import Ahead, EpisodeRequest, episode_file, fail_beyond_float32, load_episodes
 from ..types import Episode, StopReason
 from .data_stream import Rows
 from .engines import Engine
@@ -191,7 +191,7 @@ class ReplayedRollouts:
     def take(self, update: UpdateRecord) -> list[Episode]:
         """See [`RolloutSource`]."""
         episodes = together(partial(load_episodes, episode_file(self._directory, update.index, self._rank)))
-        return [within_float32(episode) for episode in episodes]
+        return [fail_beyond_float32(episode) for episode in episodes]
 
     def close(self) -> None:
         """Nothing is played."""
