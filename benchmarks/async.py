@@ -1,5 +1,5 @@
 """
-Asynchronous beside synchronous training, where tools take their time.
+Asynchronous against synchronous training, with slow tools.
 
     python benchmarks/async.py [--max_staleness N] --json benchmarks/results/async.json
 
@@ -119,7 +119,7 @@ class Times:
 
     @property
     def training(self) -> float:
-        """What is no waiting."""
+        """The time that is not waiting."""
         return self.update - self.waiting
 
 
@@ -187,7 +187,7 @@ def timed(play: Callable[..., Any], cpu_s: list[float]) -> Callable[..., Any]:
 
 
 def rollout_tokens_per_s(latency_s: float, num_episodes: int, in_flight: int) -> float:
-    """Tokens that are sampled a second while that many episodes are played, so many at a time."""
+    """Tokens sampled per second while `num_episodes` are played, `in_flight` at a time."""
     with TemporaryDirectory() as directory:
         trainer = make_trainer(directory, latency_s, 1, max_concurrent_episodes=in_flight)
         requests = [EpisodeRequest(trainer.rows[index], index) for index in range(num_episodes)]
@@ -199,7 +199,7 @@ def rollout_tokens_per_s(latency_s: float, num_episodes: int, in_flight: int) ->
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Torch computes with so many threads, in the processes that are started, too."""
+    """Within, torch computes with `count` threads, also in processes that are started."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,9 +1,9 @@
 """
-The gateway beside the sampler that it serves: many sessions at once, with and without it between them.
+The gateway against the sampler that it serves: many sessions at once, with the gateway and without it.
 
     python benchmarks/gateway.py --json benchmarks/results/gateway.json
 
-A scripted sampler takes 20 ms a token, whoever else is sampled at the same time. Clients in another process play
+A scripted sampler takes 20 ms a token, whatever else is sampled at the same time. Clients in another process play
 sessions of several turns over HTTP, with and without trouble: clients that go away or ask twice, a sampler that fails.
 For comparison, agents in this process call the sampler itself. Every step is on the disk before its client is told of
 it. Then: memory over many sessions, one after the other, and the time that a turn takes the gateway when a
@@ -155,7 +155,7 @@ def play_through(server: GatewayServer, num_sessions: int, num_steps: int, *, tr
 
 
 def count_wrong(chat: ChatFormat, episodes: Sequence[Episode], said: Sequence[Sequence[str]]) -> tuple[int, int]:
-    """Steps that are lost or doubled; steps that are another session's, or half."""
+    """Steps that are lost or duplicated; steps that are another session's, or half."""
     lost = mixed = 0
     for index, (episode, texts) in enumerate(zip(episodes, said, strict=True)):
         recorded = [chat.decode(step.response_ids) for step in episode.steps]

@@ -80,7 +80,7 @@ class Work:
     num_steps: int
     group_size: int = 1
     num_rows: int = 1
-    rebuilt: bool = False  # whether the prompt is rewritten every step, behind its first half
+    rebuilt: bool = False  # whether the prompt is rewritten every step, after its first half
     small: bool = False  # a model for the growth of long episodes
     seed: int = 0
     threads: int = 2
@@ -318,18 +318,18 @@ def measure_overhead(works: Sequence[Work], repetitions: int) -> dict[int, float
 
 
 def measure_rollouts(works: Sequence[Work], repetitions: int) -> JsonObject:
-    """Rollouts that keep each episode's cache, and ones that prefill each step anew, in turn."""
+    """Rollouts that keep each episode's cache, and ones that prefill each step again, in turn."""
     found = {}
     for work in works:
         pairs = [[in_new_process(roll_out, work, keep) for keep in (True, False)] for _ in range(repetitions)]
-        kept, anew = zip(*pairs, strict=True)
+        kept, fresh = zip(*pairs, strict=True)
         name = f"{work.num_rows} x group {work.group_size}, {work.num_steps} steps"
         found[name] = {
             "num_steps": work.num_steps,
             "together": work.num_rows > 1,
-            "rollout_speedup": statistics.median(run[0] for run in anew) / statistics.median(run[0] for run in kept),
+            "rollout_speedup": statistics.median(run[0] for run in fresh) / statistics.median(run[0] for run in kept),
             "prefilled_over_unique": kept[0][1],
-            "same_greedy_tokens": all(run[2] == anew[0][2] for run in (*kept, *anew)),
+            "same_greedy_tokens": all(run[2] == fresh[0][2] for run in (*kept, *fresh)),
         }
     return found
 
@@ -376,7 +376,7 @@ def main(args: PrefixSharingArguments) -> None:
         [[name, *(number(row.get(key)) for key in UPDATE_COLUMNS)] for name, row in updates.items()],
     )
     print_table(
-        "A rollout that keeps caches beside one that prefills each step anew",
+        "A rollout that keeps caches beside one that prefills each step again",
         ["episodes", "time without / with", "prefilled / unique", "same greedy tokens"],
         [
             [

@@ -1,5 +1,5 @@
 """
-`StepPOTrainer` with `advantage_estimator="grpo"` beside TRL's `GRPOTrainer`: tokens sampled per second of training,
+`StepPOTrainer` with `advantage_estimator="grpo"` against TRL's `GRPOTrainer`: tokens sampled per second of training,
 and peak memory, in one run.
 
 Held equal: the policy and its precision (float32, on a CPU), the rows, 8 rows x 8 generations an update in

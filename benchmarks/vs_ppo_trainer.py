@@ -1,5 +1,5 @@
 """
-`StepPOTrainer` beside `PPOTrainer`: seconds and peak memory of an update of the same single-turn work, in one run.
+`StepPOTrainer` against `PPOTrainer`: seconds and peak memory of an update of the same single-turn work, in one run.
 
 Both get the same `PPOConfig`, which means token-level PPO to both, and the same models. They take turns, each update
 in a process of its own, whose peak memory is then that update's.
@@ -86,7 +86,7 @@ class Cost:
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Only to name the special tokens. Padding is no token of the model, so that no response contains it."""
+    """A tokenizer that only names the special tokens. The model has no padding token, so no response contains it."""
     vocab = {"<eos>": 0, "<pad>": vocabulary}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", padding_side="left")

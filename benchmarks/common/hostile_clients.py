@@ -1,5 +1,5 @@
 """
-Clients that send too much, or nothing, beside a gateway, and what others see of it. Used by `gateway.py`.
+Clients that send too much, or nothing, to a gateway, and what other clients see of it. Used by `gateway.py`.
 
 The gateway runs in a process of its own (`python benchmarks/common/hostile_clients.py`), with a limit of 1,024 open
 files. Its sampler answers at once with one token.
@@ -117,7 +117,7 @@ def sending(port: int, admin_key: str, path: str, body: bytes) -> Iterator[list[
 
 
 def ask_beside_silent(port: int, admin_key: str, num_asked: int) -> JsonObject:
-    """The same beside connections that say nothing."""
+    """The same while silent connections are open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, NUM_SILENT + 500)), hard))
     silent = []

@@ -45,7 +45,7 @@ class Run:
         output_dir (`Path`):
             Where the run writes; its output goes to `log.txt` there.
         inputs (`tuple[Path, ...]`, *optional*):
-            Files and directories that decide what it does, beside its arguments.
+            Files and directories that decide what it does, besides its arguments.
     """
 
     arguments: tuple[str, ...]
@@ -145,14 +145,14 @@ def play(
     on_finish: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
     """
-    Play the runs that are not finished, in their order. One that was stopped half-way begins anew; one that is
+    Play the runs that are not finished, in their order. One that was stopped half-way starts again; one that is
     finished, but of other settings, is refused: it is neither taken for this one nor thrown away.
 
     Args:
         runs (`Iterable[Run]`):
             The runs.
         parallel (`int`, *optional*, defaults to `1`):
-            Most at a time.
+            Maximum number at a time.
         num_threads (`int`, *optional*):
             Threads of each. `None`: as PyTorch chooses.
         on_finish (`Callable`, *optional*):
