@@ -61,6 +61,38 @@ INSIDE: dict[str, list[str]] = {
         "objectives",
         "learner",
     ],
+    "trainer": [
+        "grpo_settings",
+        "ppo_config",
+        "config_checks",
+        "steppo_config",
+        "distribution",
+        "checks",
+        "data_stream",
+        "dataset_checks",
+        "loading",
+        "reward_models",
+        "rewards",
+        "description",
+        "model_card",
+        "callbacks",
+        "metrics",
+        "episode_log",
+        "checkpoints",
+        "networks",
+        "checkpointing",
+        "engines",
+        "run_environments",
+        "arguments",
+        "player",
+        "update_record",
+        "build",
+        "rollouts",
+        "evaluation",
+        "run_loop",
+        "ppo_trainer",
+        "steppo_trainer",
+    ],
 }
 """The order of files within stages."""
 HEAVY = {"trl": {"trainer"}, "accelerate": {"learning", "trainer"}}
@@ -77,7 +109,11 @@ DOCUMENTED = {
     "torch.utils.checkpoint",
     "transformers.utils",
 }
-INHERITED = {"steppo_trainer.py": {"_set_up"}}  # private names of our own that another file defines
+INHERITED = {  # private names of our own that another file defines
+    "steppo_trainer.py": {"_set_up"},
+    "ppo_trainer.py": {"_as_before", "_event", "_running", "_saving_when_stopped", "_set_out", "_shows_samples"}
+    | {"_heed_requests_to_stop", "_update"},
+}
 
 
 def stage_of(path: Path) -> str:

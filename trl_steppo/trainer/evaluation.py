@@ -19,7 +19,7 @@ from ..rollout import EpisodeRequest
 from ..types import Episode
 from .data_stream import check_same_order, checksum, first_rows, numbered_rows
 from .engines import Engine
-from .metrics import add_episode_metrics, beside
+from .metrics import add_episode_metrics, with_free_names
 from .player import EpisodePlayer
 from .rollouts import Played, pay_together
 
@@ -78,7 +78,7 @@ class Evaluation:
             if name != "objective/scores"
         }
         metrics |= {"runtime": runtime, "samples_per_second": num_rows / runtime}
-        return metrics | beside(reward_means.reduced(), metrics)
+        return metrics | with_free_names(reward_means.reduced(), metrics)
 
     def examples(self, dataset: Any, count: int | None, state: TrainerState) -> list[Episode]:
         """
@@ -108,7 +108,7 @@ class Evaluation:
         most = max(gather_objects([len(requests)]))
         size = self._player.episodes_at_once or max(most, 1)
         episodes: list[Episode] = []
-        with self._player.keeping_environments():
+        with self._player.environments.kept():
             for start in range(0, most, size):  # on every rank as often
                 played = together(partial(play, requests[start : start + size]), self._engine.sampling())
                 episodes += pay_together(self._player, played, state, reward_means)
