@@ -433,7 +433,7 @@ class Flood(LookEnvironment):
 
 
 def untouched(chat, monkeypatch, longest=10_000):
-    """Fails whoever tokenizes a long text."""
+    """Fails if a long text is tokenized."""
     encode = chat._tokenizer.encode
 
     def checked(text, **settings):
