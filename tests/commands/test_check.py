@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer, MistralConfig
 
+from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.cli import main
 from trl_steppo.commands.check import read_recipe
 from trl_steppo.commands.config import CONFIGS
@@ -167,3 +169,15 @@ def test_check_takes_what_accelerate_writes_by_default(tmp_path):
     file.write_text("distributed_type: 'NO'\nmixed_precision: 'no'\nnum_processes: 1\n")
     args = StepPOConfig(output_dir=str(tmp_path), use_cpu=True)
     assert check_launch({}, args, str(file)).endswith("as many updates as the rows give")
+
+
+def test_check_tries_the_run_s_own_sampler(tmp_path, capsys):
+    """A model that it has no cache for is refused, unless the recipe allows it."""
+    policy, recipe = tmp_path / "windowed", tmp_path / "recipe.yaml"
+    AutoTokenizer.from_pretrained(MINI_WIKI_POLICY).save_pretrained(policy)
+    MistralConfig(sliding_window=4, num_hidden_layers=2).save_pretrained(policy)
+    recipe.write_text(f"model_name_or_path: {policy}\n")
+    assert main(["check", str(recipe)]) == 1
+    assert "allow_uncached_sampling" in capsys.readouterr().err
+    recipe.write_text(f"model_name_or_path: {policy}\nallow_uncached_sampling: true\n")
+    assert main(["check", str(recipe)]) == 0, capsys.readouterr().err

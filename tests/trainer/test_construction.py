@@ -68,7 +68,7 @@ def test_reference_critic_and_reward_model_may_be_names(tmp_path, saved):
     trainer = make_trainer(tmp_path, model=saved["policy"], kl_coef=0.1, **names)
     assert same(weights(trainer.ref_model), weights(make_model(3)))
     assert same(weights(trainer.value_model), weights(make_classifier(4)))
-    assert same(weights(trainer.player.reward_model), weights(make_classifier(4)))
+    assert same(weights(trainer.player.rewards.model), weights(make_classifier(4)))
 
 
 def test_a_head_that_is_new_is_that_of_the_seed(tmp_path, saved):
@@ -136,7 +136,7 @@ def test_reward_functions_may_be_classifiers_and_their_names(tmp_path, saved):
         max_steps=1,
         dump_episodes_dir=str(tmp_path / "episodes"),
     )
-    assert isinstance(trainer.player.reward_funcs[1], RewardModel)
+    assert isinstance(trainer.player.rewards.funcs[1], RewardModel)
     trainer.train()
     episodes = load_episodes(episode_file(tmp_path / "episodes", 0, 0))
     names = ("classifier", "Qwen2ForSequenceClassification")
@@ -172,8 +172,8 @@ def test_a_classifier_reads_what_grpo_trainer_has_it_read(tmp_path, saved, is_te
     theirs = trl.GRPOTrainer(saved["policy"], saved["classifier"], args=args, train_dataset=rows)
     ours = make_trainer(tmp_path, reward_funcs=saved["classifier"], train_dataset=list(rows))
     scores = theirs._calculate_rewards([{}, {}], prompts, completions, [[1], [1]])[:, 0]
-    assert ours.player.reward_funcs[0](prompts, completions) == pytest.approx(scores.tolist(), abs=1e-6)
-    assert ours.player.reward_funcs[0].__name__ == theirs.reward_func_names[0] == "classifier"
+    assert ours.player.rewards.funcs[0](prompts, completions) == pytest.approx(scores.tolist(), abs=1e-6)
+    assert ours.player.rewards.funcs[0].__name__ == theirs.reward_func_names[0] == "classifier"
 
 
 def test_classifiers_that_cannot_pay_are_told(tmp_path):

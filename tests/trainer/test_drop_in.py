@@ -146,13 +146,13 @@ def test_a_plain_config_and_all_models(tmp_path):
     trainer = drop_in(tmp_path)
     assert trainer.args.advantage_estimator == "token_gae"
     assert trainer.args.importance_sampling_level == trainer.args.aggregation == "token"
-    policy, critic, reward = (weights(m) for m in (trainer.model, trainer.value_model, trainer.player.reward_model))
+    policy, critic, reward = (weights(m) for m in (trainer.model, trainer.value_model, trainer.player.rewards.model))
     reference = weights(trainer.ref_model)
     trainer.train()
     assert distance(weights(trainer.model), policy) > 1e-3
     assert distance(weights(trainer.value_model), critic) > 1e-3
     assert same(weights(trainer.ref_model), reference)
-    assert same(weights(trainer.player.reward_model), reward)
+    assert same(weights(trainer.player.rewards.model), reward)
     logs = trainer.state.log_history[-2]
     assert {  # as `PPOTrainer` logs them
         *("eps", "episode", "lr", "objective/kl", "objective/entropy", "objective/non_score_reward"),

@@ -462,7 +462,7 @@ def test_max_tool_calls(tmp_path):
         def get_reward(self) -> float:
             return 0.0
 
-    playable = make_trainer(tmp_path, environment_factory=Look, max_tool_calls=1).player._make_playable({})
+    playable = make_trainer(tmp_path, environment_factory=Look, max_tool_calls=1).player.environments.make({})
     call = {"type": "function", "function": {"name": "look", "arguments": {}}}
     outcome = asyncio.run(playable.step(Response("", {"role": "assistant", "content": "", "tool_calls": [call] * 3})))
     assert (outcome.metrics["tool_calls"], outcome.metrics["refused_tool_calls"]) == (3, 2)
@@ -485,7 +485,7 @@ def test_max_concurrent_tool_calls(tmp_path):
     player = make_trainer(tmp_path, max_concurrent_tool_calls=2, **settings).player
 
     async def play():
-        await asyncio.gather(*(player._make_playable({}).step(response) for _ in range(3)))
+        await asyncio.gather(*(player.environments.make({}).step(response) for _ in range(3)))
 
     asyncio.run(play())
     assert most == [2]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # typing's own is not read by pydantic before Python 3.12
@@ -22,6 +21,33 @@ from .sessions import Delivery, SessionNotes, SessionStep
 
 T = TypeVar("T")
 A = TypeVar("A", "array[int]", "array[float]")
+
+
+# -- strict reading ---------------------------------------------------------------------------------------------------
+
+
+def _check_names(kind: type[object], data: JsonObject) -> None:
+    assert is_dataclass(kind)
+    unknown = set(data) - {known.name for known in fields(kind)}
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no {sorted(unknown)}")
+
+
+def _reader(kind: type[T]) -> Callable[[JsonObject], T]:
+    """A function that reads a dataclass whose fields have the declared types."""
+    adapter = TypeAdapter(kind)
+
+    def read(data: JsonObject) -> T:
+        _check_names(kind, data)
+        if not is_finite(data):
+            raise ValueError("a number is not finite")
+        return adapter.validate_json(json.dumps(data), strict=True)
+
+    return read
+
+
+_read_spec, _read_answer, _read_notes = _reader(EpisodeSpec), _reader(Answer), _reader(SessionNotes)
+_POSITIONS = TypeAdapter(list[int])
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -39,7 +65,7 @@ def spec_from_json(data: JsonObject) -> EpisodeSpec:
     for name, kind in (("limits", EpisodeLimits), ("sampling", SamplingParams)):
         _check_names(kind, data[name])
     older = {"stream_position": data["row_index"]} if "row_index" in data else {}
-    return _read(EpisodeSpec, {**{name: value for name, value in data.items() if name != "row_index"}, **older})
+    return _read_spec({**{name: value for name, value in data.items() if name != "row_index"}, **older})
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -70,11 +96,11 @@ def step_from_json(data: JsonObject, *, position: int) -> SessionStep:
             "response_ids": response_ids,
             "logprobs": logprobs,
             "stop_reason": StopReason(data["stop_reason"]),
-            "answer": _read(Answer, answer),
+            "answer": _read_answer(answer),
         }
     )
     plain = {name: data[name] for name in _PLAIN}
-    _adapter(_PlainFields).validate_json(json.dumps(plain), strict=True)
+    _PLAIN_FIELDS.validate_json(json.dumps(plain), strict=True)
     if not (response_ids and len(logprobs) == len(response_ids) and is_finite([*logprobs, step.temperature])):
         raise ValueError(f"{len(response_ids)} ids and {len(logprobs)} log-probabilities are not a response")
     if min(*response_ids, *new_ids, 0) < 0 or not (new_ids or step.parent is not None):
@@ -102,6 +128,7 @@ class _PlainFields(TypedDict):
 
 
 _PLAIN = tuple(_PlainFields.__annotations__)
+_PLAIN_FIELDS = TypeAdapter(_PlainFields)
 
 
 def _packed(values: array[int] | array[float]) -> str:
@@ -133,7 +160,7 @@ def notes_to_json(notes: SessionNotes, deliveries: Sequence[Delivery]) -> JsonOb
 def notes_from_json(data: JsonObject, *, num_steps: int) -> tuple[SessionNotes, list[Delivery]]:
     """Read the notes of a session of `num_steps` steps, and the deliveries of these. Raises an error of any kind."""
     untold, unanswered = (_read_positions(data.get(name, [])) for name in ("undelivered", "unanswered"))
-    notes = _read(SessionNotes, {n: value for n, value in data.items() if n not in ("undelivered", "unanswered")})
+    notes = _read_notes({n: value for n, value in data.items() if n not in ("undelivered", "unanswered")})
     of_parent = set() if notes.final_parent is None else {notes.final_parent}
     positions = {*notes.rewards, *notes.state_keys, *notes.observations, *of_parent, *untold, *unanswered}
     if not positions <= set(range(num_steps)):
@@ -149,29 +176,4 @@ def notes_from_json(data: JsonObject, *, num_steps: int) -> tuple[SessionNotes, 
 
 
 def _read_positions(data: object) -> list[int]:
-    positions: list[int] = _adapter(list[int]).validate_json(json.dumps(data), strict=True)
-    return positions
-
-
-# -- strict reading ---------------------------------------------------------------------------------------------------
-
-
-def _read(kind: type[T], data: JsonObject) -> T:
-    """Read a dataclass whose fields have the declared types."""
-    _check_names(kind, data)
-    if not is_finite(data):
-        raise ValueError("a number is not finite")
-    value: T = _adapter(kind).validate_json(json.dumps(data), strict=True)
-    return value
-
-
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-def _check_names(kind: type[object], data: JsonObject) -> None:
-    assert is_dataclass(kind)
-    unknown = set(data) - {known.name for known in fields(kind)}
-    if unknown:
-        raise ValueError(f"{kind.__name__} has no {sorted(unknown)}")
+    return _POSITIONS.validate_json(json.dumps(data), strict=True)

@@ -1,24 +1,21 @@
-"""What a trainer is made of: its arguments are checked and loaded, and its parts are built of them."""
+"""The parts of a trainer, built of its arguments: what learns, what samples, and what plays."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
 from torch import nn
-from transformers import ProcessorMixin, TrainerCallback
 
 from ..batching import LayoutName
 from ..compat.accelerate import is_fsdp2
 from ..compat.transformers import attention_of, enable_checkpointing
-from ..errors import ConfigurationError
-from ..inference.base import vocabulary_size
+from ..errors import ConfigurationError, DataError
 from ..learning.learner import Learner
 from ..learning.metrics import Clock
 from ..models import (
@@ -40,173 +37,20 @@ from ..models import (
     register_attention,
     takes_tries,
 )
-from ..rollout import Agent
+from ..rollout import EpisodeRequest, check_agent, check_reward_funcs
+from .arguments import Arguments, datasets_of
 from .checkpointing import PolicyAdapters
-from .checks import (
-    check_adapters,
-    check_apart,
-    check_kinds,
-    check_models,
-    check_saved,
-    check_trainable,
-    refuse_unsupported,
-)
+from .checks import check_apart, check_saved, check_trainable
 from .data_stream import Rows, column_names
-from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
-from .description import describe_task
-from .engines import Engine, check_engine, make_engine
-from .loading import Loader
+from .engines import Engine, make_engine
 from .networks import SavedNetwork, build_networks, build_reference, hold_in_float32
-from .player import EpisodePlayer, factories_of
-from .reward_models import RewardFuncs, RewardModel, load_reward_funcs
+from .player import EpisodePlayer, RowCollator, check_context
+from .reward_models import RewardModel
+from .rewards import Rewards
+from .run_environments import RunEnvironments
 from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The arguments of a trainer; [`StepPOTrainer`] says what each of them is."""
-
-    args: StepPOConfig
-    processing_class: Any
-    model: Any
-    ref_model: Any
-    reward_model: Any
-    train_dataset: Any
-    value_model: Any
-    data_collator: Any
-    eval_dataset: Any
-    optimizers: tuple[Any, Any]
-    callbacks: list[TrainerCallback] | None
-    peft_config: Any
-    environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None = None
-    tools: Sequence[Callable[..., Any]] | None = None
-    reward_funcs: RewardFuncs | None = None
-    reward_processing_classes: Any = None
-    agent: Agent | None = None
-    engine: Engine | None = None
-
-    @property
-    def judges(self) -> list[RewardModel]:
-        """The reward functions that are models, when they are loaded."""
-        return [func for func in self.reward_funcs or () if isinstance(func, RewardModel)]
-
-
-# -- checked and loaded -----------------------------------------------------------------------------------------------
-
-
-def loaded(given: Arguments) -> Arguments:
-    """
-    Arguments with all models and tokenizers that are given by their names, and with the policy's new adapter.
-
-    Raises:
-        ConfigurationError, DataError: If arguments do not fit together.
-    """
-    args = given.args
-    refuse_unsupported(args)
-    check_engine(args, given.engine)
-    check_kinds(
-        processing_class=given.processing_class,
-        model=given.model,
-        ref_model=given.ref_model,
-        value_model=given.value_model,
-        reward_model=given.reward_model,
-    )
-    if isinstance(given.processing_class, ProcessorMixin):
-        raise ConfigurationError(
-            f"`processing_class` is a {type(given.processing_class).__name__}: images and other media are not "
-            "supported; pass its tokenizer, `processing_class.tokenizer`"
-        )
-    factories_of(given.environment_factory)
-    if given.train_dataset is None:
-        check_no_dataset(given.environment_factory)
-    check_length(args, given.train_dataset)
-    given = _with_models(given)
-    check_models(args, given.model, given.ref_model, given.value_model, given.reward_model)
-    given = _with_adapter(given)
-    check_trainable(given.model, "model")
-    if given.train_dataset is not None:
-        check_dataset(given.train_dataset, "train_dataset", **row_rules(given))
-    check_eval_dataset(given.eval_dataset, **row_rules(given))
-    return given
-
-
-def _with_models(given: Arguments) -> Arguments:
-    args = given.args
-    loader = Loader(args.model_init_kwargs, seed=args.seed)  # type: ignore[arg-type]  # JSON is read by now
-    names = ("model", "ref_model", "value_model", "reward_model")
-    given = replace(given, **{name: loader.model(name, getattr(given, name)) for name in names})
-    given = replace(
-        given,
-        processing_class=loader.tokenizer("processing_class", given.processing_class, given.model),
-        reward_funcs=load_reward_funcs(
-            given.reward_funcs,
-            given.reward_processing_classes,
-            loader,
-            chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
-            batch_size=args.local_rollout_forward_batch_size,
-        ),
-    )
-    loader.check_used()
-    return given
-
-
-def _with_adapter(given: Arguments) -> Arguments:
-    args = given.args
-    if given.peft_config is not None:
-        transformers.set_seed(args.seed)  # a new adapter starts at random
-        name = args.model_adapter_name or "default"
-        given = replace(given, model=add_adapter(given.model, given.peft_config, name=name))
-    check_adapters(args, given.model, given.ref_model, given.value_model)
-    if args.model_adapter_name is not None:
-        given.model.set_adapter(args.model_adapter_name)
-    return given
-
-
-class RowRules(TypedDict):
-    """What rows must fit; see [`~dataset_checks.check_dataset`]."""
-
-    vocabulary_size: int | None
-    is_for_agent: bool
-    environments: list[str] | None
-    may_lack_prompt: bool
-
-
-def row_rules(given: Arguments) -> RowRules:
-    """What the rows of a trainer must fit."""
-    return {
-        "vocabulary_size": vocabulary_size(given.model),
-        "is_for_agent": given.agent is not None,
-        "environments": [name for name in factories_of(given.environment_factory) if name is not None] or None,
-        "may_lack_prompt": given.environment_factory is not None,
-    }
-
-
-def derive_sizes(args: StepPOConfig, num_ranks: int, rows: Rows) -> None:
-    """Fill in the derived fields of `PPOConfig`, as `PPOTrainer` does."""
-    args.world_size = num_ranks
-    args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    args.micro_batch_size = args.per_device_train_batch_size * num_ranks
-    args.batch_size = args.local_batch_size * num_ranks
-    args.mini_batch_size = args.batch_size // args.num_mini_batches
-    args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
-    if args.max_steps > 0:
-        args.num_total_batches = args.max_steps
-    else:
-        if args.total_episodes is None:
-            assert rows.num_rows is not None  # or its length would have been asked for
-            args.total_episodes = math.ceil(args.num_train_epochs * rows.num_rows * args.num_generations)
-        args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)
-    if args.critic_warmup_updates >= args.num_total_batches and args.critic_warmup_updates > 0:
-        raise ConfigurationError(
-            f"`critic_warmup_updates`={args.critic_warmup_updates} leaves none of the {args.num_total_batches} "
-            f"updates to the policy: `total_episodes`={args.total_episodes} at {args.batch_size} episodes an "
-            "update; lower it, or raise `total_episodes`"
-        )
-
-
-# -- built ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -389,7 +233,7 @@ def frozen(model: Any, device: torch.device | None = None) -> Any:
 
 def freeze_reward_models(given: Arguments, rows: Rows, device: torch.device) -> None:
     """Place the models that pay rewards, the functions' and `reward_model`, on the device."""
-    for judge in given.judges:
+    for judge in (func for func in given.loaded_funcs if isinstance(func, RewardModel)):
         judge.check_prompt(rows.example.get("prompt"))
         frozen(judge.model, device)
     if given.reward_model is not None:
@@ -397,49 +241,82 @@ def freeze_reward_models(given: Arguments, rows: Rows, device: torch.device) -> 
 
 
 def build_player(given: Arguments, rows: Rows, parts: Parts) -> EpisodePlayer:
-    """Build what plays episodes and pays their rewards."""
-    args, model = given.args, given.model
+    """
+    Build what plays episodes and pays their rewards. Every mistake that can be seen before the first episode is seen
+    here.
+    """
+    args = given.args
+    context = _context(given.model, given.ref_model, given.value_model, given.reward_model)
+    check_context(args, context, "the model's context")
+    if given.agent is not None:
+        _check_agent(given)
+    columns = [rows.columns, *(column_names(dataset) for dataset in datasets_of(given.eval_dataset))]
+    collate = None
+    if given.data_collator is not None:
+        collate = RowCollator(given.data_collator, given.processing_class.pad_token_id)
+        collated = collate([EpisodeRequest(rows.example, 0)])[0].row
+        made = [name for name in collated if name not in rows.example]
+        columns = [[*names, *made] for names in columns]
+    rewards = Rewards(args, given.loaded_funcs, plain_model(given.reward_model), parts.learner.numerics)
+    environments = RunEnvironments(args, given.environment_factory, given.tools)
+    has_input_ids = given.agent is None and _check_columns(columns[0], is_optional=bool(environments))
+    for names in columns:
+        environments.check_columns(names)
+        check_reward_funcs(rewards.funcs, names, has_environments=bool(environments))
+    examples = environments.make_examples(columns)
+    if given.agent is None:  # whether an agent pays shows when it has played
+        _check_reward_source(examples, rewards)
     return EpisodePlayer(
         args,
         given.processing_class,
         parts.engine,
-        columns=rows.columns,
-        eval_columns=[column_names(dataset) for dataset in datasets_of(given.eval_dataset)],
-        environment_factory=given.environment_factory,
-        tools=given.tools,
-        reward_funcs=given.reward_funcs,
-        reward_model=plain_model(given.reward_model),
-        numerics=parts.learner.numerics,
-        data_collator=given.data_collator,
-        example_row=rows.example,
+        environments,
+        rewards,
+        has_input_ids=has_input_ids,
+        collate=collate,
         agent=given.agent,
-        context=_context(model, given.ref_model, given.value_model, given.reward_model),
-        end_token_ids=end_token_ids(getattr(model, "generation_config", None)),
+        context=context,
+        end_token_ids=end_token_ids(getattr(given.model, "generation_config", None)),
     )
+
+
+def _check_agent(given: Arguments) -> None:
+    """Whether an agent can play, and what it brings itself."""
+    from ..gateway import GatewayServer  # noqa: F401  (told now if its packages are missing)
+
+    check_agent(given.agent)
+    for name in ("environment_factory", "tools", "data_collator"):
+        if getattr(given, name):
+            raise ConfigurationError(
+                f"`agent` and `{name}` are both given; an agent brings its own tools and makes its own prompts: leave "
+                "one of them out"
+            )
+
+
+def _check_columns(columns: Sequence[str], *, is_optional: bool) -> bool:
+    """Whether rows are token ids; raises where they are neither those nor prompts, unless that `is_optional`."""
+    if "input_ids" in columns:
+        return True
+    if "prompt" in columns or is_optional:
+        return False
+    raise DataError(
+        f"the dataset has the columns {list(columns)}; a row needs `prompt` (text or messages), or `input_ids`, "
+        "unless an `environment_factory` makes environments whose `reset` returns the prompt"
+    )
+
+
+def _check_reward_source(environments: Sequence[object], rewards: Rewards) -> None:
+    """Whether there is anything that pays."""
+    names = ("step", "step_reward", "get_reward")
+    pays = any(callable(getattr(environment, name, None)) for environment in environments for name in names)
+    if not pays and not rewards:
+        raise ConfigurationError(
+            "nothing pays a reward: pass `reward_funcs` or `reward_model`, or an `environment_factory` whose "
+            "environment defines `get_reward()`, `step_reward()` or `step(response)`"
+        )
 
 
 def _context(*models: Any) -> int | None:
     """The maximum number of tokens that all of these can read: each reads the policy's prompts and responses."""
     lengths = (context_length(plain_model(model).config) for model in models if hasattr(model, "config"))
     return min((length for length in lengths if length is not None), default=None)
-
-
-def datasets_of(eval_dataset: Any) -> list[Any]:
-    """The data sets to evaluate on, without those that are empty, as far as they have a length."""
-    datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-    is_empty = lambda dataset: isinstance(dataset, Sized) and not len(dataset)  # noqa: E731
-    return [dataset for dataset in datasets if dataset is not None and not is_empty(dataset)]
-
-
-def description(given: Arguments) -> dict[str, Any]:
-    """What the run trains on, for the file of its settings."""
-    return describe_task(
-        model=given.model,
-        train_dataset=given.train_dataset,
-        eval_dataset=given.eval_dataset,
-        environment_factory=given.environment_factory,
-        tools=given.tools,
-        reward_funcs=given.reward_funcs,
-        reward_model=given.reward_model,
-        agent=given.agent,
-    )

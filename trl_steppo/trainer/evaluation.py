@@ -108,7 +108,7 @@ class Evaluation:
         most = max(gather_objects([len(requests)]))
         size = self._player.episodes_at_once or max(most, 1)
         episodes: list[Episode] = []
-        with self._player.keeping_environments():
+        with self._player.environments.kept():
             for start in range(0, most, size):  # on every rank as often
                 played = together(partial(play, requests[start : start + size]), self._engine.sampling())
                 episodes += pay_together(self._player, played, state, reward_means)

@@ -41,17 +41,8 @@ from ..modes import modes_kept
 from ..rollout import dump_episodes, episode_file
 from ..stopping import StopRequestedError, is_requested, listening
 from ..types import Episode
-from .build import (
-    Arguments,
-    build_parts,
-    build_player,
-    datasets_of,
-    derive_sizes,
-    description,
-    freeze_reward_models,
-    loaded,
-    row_rules,
-)
+from .arguments import Arguments, datasets_of, derive_sizes, description, loaded, row_rules
+from .build import build_parts, build_player, freeze_reward_models
 from .callbacks import StepPOProgressCallback, close_progress_bars, print_episodes
 from .checkpointing import TrainerCheckpoints, alone_in, save_state
 from .checkpoints import Progress, reading

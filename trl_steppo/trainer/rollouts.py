@@ -212,7 +212,7 @@ def pay_together(player: EpisodePlayer, played: Played, state: TrainerState, mea
             Takes the metrics that reward functions log.
     """
     pay = partial(player.pay_rewards, *played, trainer_state=state, log_metric=means.add)
-    weights = [parameter for model in player.reward_models for parameter in model.parameters()]
+    weights = [parameter for model in player.rewards.models for parameter in model.parameters()]
     return together(pay, gathered(weights))  # a judge may take as long as an episode, or fail on one rank
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..rollout import Agent
-from .build import Arguments
+from .arguments import Arguments
 from .engines import Engine
 from .loading import name_of
 from .ppo_config import PPOConfig
