@@ -43,7 +43,6 @@ DIALECTS: tuple[Dialect[Any], ...] = (
     responses.RESPONSES,
     anthropic.MESSAGES,
 )
-_BY_PATH = {dialect.path: dialect for dialect in DIALECTS}
 _RETRIES = {None: None, "": None, "0": False}  # by `x-stainless-retry-count`; any other value means a retry
 
 T = TypeVar("T")
@@ -267,7 +266,7 @@ def make_app(
     ]
     return Starlette(
         routes=[*table, Route("/openapi.json", openapi)],
-        exception_handlers={HTTPException: _on_http_error, RequestError: _on_request_error},  # type: ignore[dict-item]
+        exception_handlers={HTTPException: _on_http_error},
     )
 
 
@@ -314,7 +313,7 @@ def _json(data: object, *, status: int = 200) -> Response:
 
 
 def _error(request: Request, error: RequestError) -> Response:
-    dialect = _BY_PATH.get(request.url.path, openai.CHAT_COMPLETIONS)
+    dialect = next((api for api in DIALECTS if api.path == request.url.path), openai.CHAT_COMPLETIONS)
     response = _json(dialect.error(error), status=error.status)
     if error.retry_after_s is not None:
         response.headers["retry-after"] = str(math.ceil(error.retry_after_s))
@@ -323,15 +322,12 @@ def _error(request: Request, error: RequestError) -> Response:
     return response
 
 
-async def _on_http_error(request: Request, error: HTTPException) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     """Answer to a path or a method that does not exist."""
+    assert isinstance(error, HTTPException)
     response = _error(request, RequestError(error.status_code, error.detail))
     response.headers.update(error.headers or {})
     return response
-
-
-async def _on_request_error(request: Request, error: RequestError) -> Response:
-    return _error(request, error)
 
 
 def _status(session: Session) -> JsonObject:
