@@ -1,5 +1,5 @@
 """
-Asynchronous beside synchronous training, where tools take their time.
+Asynchronous against synchronous training, with slow tools.
 
     python benchmarks/async.py [--max_staleness N] --json benchmarks/results/async.json
 
@@ -39,6 +39,7 @@ from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
 from trl_steppo.rollout import EpisodeRequest
 from trl_steppo.trainer.engines import counts_of
+from trl_steppo.types import JsonObject
 
 LATENCIES = (0.0, 0.2, 1.0)
 SIGMA = 0.75  # of the logarithm: one call in 20 takes 2.6 times the mean
@@ -104,7 +105,7 @@ class Ends(TrainerCallback):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
         self.times.append(time.perf_counter())
 
 
@@ -118,7 +119,7 @@ class Times:
 
     @property
     def training(self) -> float:
-        """What is no waiting."""
+        """The time that is not waiting."""
         return self.update - self.waiting
 
 
@@ -186,7 +187,7 @@ def timed(play: Callable[..., Any], cpu_s: list[float]) -> Callable[..., Any]:
 
 
 def rollout_tokens_per_s(latency_s: float, num_episodes: int, in_flight: int) -> float:
-    """Tokens that are sampled a second while that many episodes are played, so many at a time."""
+    """Tokens sampled per second while `num_episodes` are played, `in_flight` at a time."""
     with TemporaryDirectory() as directory:
         trainer = make_trainer(directory, latency_s, 1, max_concurrent_episodes=in_flight)
         requests = [EpisodeRequest(trainer.rows[index], index) for index in range(num_episodes)]
@@ -198,7 +199,7 @@ def rollout_tokens_per_s(latency_s: float, num_episodes: int, in_flight: int) ->
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Torch computes with so many threads, in the processes that are started, too."""
+    """Within, torch computes with `count` threads, also in processes that are started."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -211,7 +212,7 @@ def main(args: AsyncArguments) -> None:
     """Measure, print, write."""
     num_updates = 3 if args.quick else args.num_updates
     latencies = (0.0, 0.2) if args.quick else LATENCIES
-    figures: dict[str, dict[str, Any]] = {
+    figures: dict[str, JsonObject] = {
         name: {}
         for name in (
             "speedup",
@@ -260,7 +261,7 @@ def main(args: AsyncArguments) -> None:
     )
 
 
-def shown(value: Any) -> str:
+def shown(value: float | list[float]) -> str:
     """A figure, or a pair."""
     return ", ".join(f"{one:.2f}" for one in (value if isinstance(value, list) else [value]))
 

@@ -1,9 +1,9 @@
 """
-The gateway beside the sampler that it serves: many sessions at once, with and without it between them.
+The gateway against the sampler that it serves: many sessions at once, with the gateway and without it.
 
     python benchmarks/gateway.py --json benchmarks/results/gateway.json
 
-A scripted sampler takes 20 ms a token, whoever else is sampled at the same time. Clients in another process play
+A scripted sampler takes 20 ms a token, whatever else is sampled at the same time. Clients in another process play
 sessions of several turns over HTTP, with and without trouble: clients that go away or ask twice, a sampler that fails.
 For comparison, agents in this process call the sampler itself. Every step is on the disk before its client is told of
 it. Then: memory over many sessions, one after the other, and the time that a turn takes the gateway when a
@@ -54,7 +54,7 @@ from trl_steppo.gateway import EpisodeSpec, GatewayServer
 from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.types import Episode, EpisodeLimits, StopReason, TokenIds
+from trl_steppo.types import Episode, EpisodeLimits, JsonObject, StopReason, TokenIds
 
 CLIENTS = Path(__file__).parent / "common" / "gateway_clients.py"
 RESPONSE_TOKENS = 48  # about a tool call
@@ -103,7 +103,7 @@ class ScriptedSampler:
     def release(self, episode_id: str) -> None:
         """Nothing is kept."""
 
-    def pace(self, quiet: Any) -> None:
+    def pace(self, quiet: object) -> None:
         """Nothing is batched."""
 
 
@@ -130,7 +130,7 @@ async def sample_directly(sampler: ScriptedSampler, chat: ChatFormat, num_sessio
     return time.perf_counter() - start
 
 
-def play_through(server: GatewayServer, num_sessions: int, num_steps: int, *, trouble: bool) -> dict[str, Any]:
+def play_through(server: GatewayServer, num_sessions: int, num_steps: int, *, trouble: bool) -> JsonObject:
     """What clients in another process saw: seconds, and what each session was told."""
     opened = [server.call(server.gateway.open_session(make_spec(index))) for index in range(num_sessions)]
     work = {
@@ -155,7 +155,7 @@ def play_through(server: GatewayServer, num_sessions: int, num_steps: int, *, tr
 
 
 def count_wrong(chat: ChatFormat, episodes: Sequence[Episode], said: Sequence[Sequence[str]]) -> tuple[int, int]:
-    """Steps that are lost or doubled; steps that are another session's, or half."""
+    """Steps that are lost or duplicated; steps that are another session's, or half."""
     lost = mixed = 0
     for index, (episode, texts) in enumerate(zip(episodes, said, strict=True)):
         recorded = [chat.decode(step.response_ids) for step in episode.steps]
@@ -243,7 +243,7 @@ def main(args: BenchmarkArguments) -> None:
     write_record(args.json, figures)
 
 
-def measure(server: GatewayServer, chat: ChatFormat, args: BenchmarkArguments) -> dict[str, Any]:
+def measure(server: GatewayServer, chat: ChatFormat, args: BenchmarkArguments) -> JsonObject:
     """All figures."""
     num_sessions, num_steps = (60, 3) if args.quick else (300, 5)
     num_finished, repeats = (500, 1) if args.quick else (10_000, 5)

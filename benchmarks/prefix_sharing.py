@@ -34,7 +34,7 @@ from trl_steppo.batching import StepRolloutCollator, Trie, micro_batches, num_un
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.rollout import dump_episodes, episode_file
-from trl_steppo.types import TokenIds
+from trl_steppo.types import JsonObject, TokenIds
 
 MICRO_BATCH_TOKENS = 8_192
 MICRO_BATCH_TOKENS_SMALL = 16_384
@@ -80,7 +80,7 @@ class Work:
     num_steps: int
     group_size: int = 1
     num_rows: int = 1
-    rebuilt: bool = False  # whether the prompt is rewritten every step, behind its first half
+    rebuilt: bool = False  # whether the prompt is rewritten every step, after its first half
     small: bool = False  # a model for the growth of long episodes
     seed: int = 0
     threads: int = 2
@@ -110,7 +110,7 @@ def make_episodes(work: Work) -> list[Episode]:
 
 def make_model(work: Work) -> Qwen2ForCausalLM:
     torch.manual_seed(work.seed)
-    size: dict[str, Any] = {
+    size: JsonObject = {
         "hidden_size": 128,
         "intermediate_size": 352,
         "num_hidden_layers": 2,
@@ -118,7 +118,7 @@ def make_model(work: Work) -> Qwen2ForCausalLM:
     }
     if not work.small:  # 30 million parameters
         size = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-    heads: dict[str, Any] = {
+    heads: JsonObject = {
         "num_key_value_heads": size["num_attention_heads"] // 2,
         "max_position_embeddings": 16_384,
     }
@@ -271,9 +271,9 @@ def forwarded_tokens(work: Work, sharing: bool) -> int:
     )
 
 
-def measure_updates(args: PrefixSharingArguments, works: Sequence[Work], repetitions: int) -> dict[str, Any]:
+def measure_updates(args: PrefixSharingArguments, works: Sequence[Work], repetitions: int) -> JsonObject:
     """Updates with and without sharing, in turn; each kind of work by its name. Long ones are measured once."""
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for work in works:
         name = f"{'rebuilt' if work.rebuilt else 'append-only'}, group {work.group_size}, {work.num_steps} steps"
         tokens = {sharing: forwarded_tokens(work, sharing) for sharing in (True, False)}
@@ -317,19 +317,19 @@ def measure_overhead(works: Sequence[Work], repetitions: int) -> dict[int, float
     return overheads
 
 
-def measure_rollouts(works: Sequence[Work], repetitions: int) -> dict[str, Any]:
-    """Rollouts that keep each episode's cache, and ones that prefill each step anew, in turn."""
+def measure_rollouts(works: Sequence[Work], repetitions: int) -> JsonObject:
+    """Rollouts that keep each episode's cache, and ones that prefill each step again, in turn."""
     found = {}
     for work in works:
         pairs = [[in_new_process(roll_out, work, keep) for keep in (True, False)] for _ in range(repetitions)]
-        kept, anew = zip(*pairs, strict=True)
+        kept, fresh = zip(*pairs, strict=True)
         name = f"{work.num_rows} x group {work.group_size}, {work.num_steps} steps"
         found[name] = {
             "num_steps": work.num_steps,
             "together": work.num_rows > 1,
-            "rollout_speedup": statistics.median(run[0] for run in anew) / statistics.median(run[0] for run in kept),
+            "rollout_speedup": statistics.median(run[0] for run in fresh) / statistics.median(run[0] for run in kept),
             "prefilled_over_unique": kept[0][1],
-            "same_greedy_tokens": all(run[2] == anew[0][2] for run in (*kept, *anew)),
+            "same_greedy_tokens": all(run[2] == fresh[0][2] for run in (*kept, *fresh)),
         }
     return found
 
@@ -349,7 +349,7 @@ def measure_growth(args: PrefixSharingArguments, steps: Sequence[int], repetitio
 def main(args: PrefixSharingArguments) -> None:
     repetitions = 1 if args.quick else args.repetitions
     steps = [count for count in args.steps if count <= 4 or not args.quick]
-    common: dict[str, Any] = {"seed": args.seed, "threads": args.threads}
+    common: JsonObject = {"seed": args.seed, "threads": args.threads}
     works = [
         Work(count, group_size, rebuilt=rebuilt, **common)
         for group_size in (1, 8)
@@ -376,7 +376,7 @@ def main(args: PrefixSharingArguments) -> None:
         [[name, *(number(row.get(key)) for key in UPDATE_COLUMNS)] for name, row in updates.items()],
     )
     print_table(
-        "A rollout that keeps caches beside one that prefills each step anew",
+        "A rollout that keeps caches beside one that prefills each step again",
         ["episodes", "time without / with", "prefilled / unique", "same greedy tokens"],
         [
             [
@@ -414,7 +414,7 @@ def main(args: PrefixSharingArguments) -> None:
     write_record(args.json, figures)
 
 
-def by_steps(updates: dict[str, Any], figure: str) -> dict[int, float]:
+def by_steps(updates: JsonObject, figure: str) -> dict[int, float]:
     """Of append-only episodes alone, by their number of steps."""
     return {row["num_steps"]: row[figure] for row in updates.values() if row["alone"] and figure in row}
 

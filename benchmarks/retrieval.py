@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
@@ -25,6 +24,7 @@ from common.retrieval_process import CORPUS
 
 from trl_steppo.environments.hotpotqa import Passage, load_rows, make_corpus, write_corpus
 from trl_steppo.environments.hotpotqa.retrieval import tokenize
+from trl_steppo.types import JsonObject
 
 PROCESS = [sys.executable, str(Path(__file__).with_name("common") / "retrieval_process.py")]
 QUICK_PASSAGES, QUICK_QUERIES = 20_000, 200
@@ -94,7 +94,7 @@ class Opener:
     def __init__(self, directory: Path, num_queries: int) -> None:
         command = [*PROCESS, "serve", str(directory), str(num_queries)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.figures: dict[str, Any] = self._read()
+        self.figures: JsonObject = self._read()
 
     def memory_mb(self) -> dict[str, float]:
         assert self._process.stdin is not None
@@ -105,9 +105,9 @@ class Opener:
     def close(self) -> None:
         self._process.communicate()
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> JsonObject:
         assert self._process.stdout is not None
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        answer: JsonObject = json.loads(self._process.stdout.readline())
         return answer
 
 

@@ -1,5 +1,5 @@
 """
-The in-process sampler beside transformers' `generate`: sampled tokens per second of a rollout, in one run.
+The in-process sampler against transformers' `generate`: sampled tokens per second of a rollout, in one run.
 
 Responses of a rollout differ in length. `generate` runs its batch until the longest one ends, so only the tokens
 within each response's own budget count, for both. `generate` is not asked for log-probabilities, which the sampler
@@ -30,7 +30,7 @@ from trl_steppo.inference.local import LocalSampler
 PROMPT_TOKENS = (40, 250)
 RESPONSE_TOKENS = (8, 40)
 OBSERVATION_TOKENS = (10, 40)
-QUICK_EPISODES = 32  # of the cases beside the main one
+QUICK_EPISODES = 32  # of the cases besides the main one
 TIE = 1e-4  # logits this close may be ordered either way by rounding
 
 
@@ -72,7 +72,7 @@ class Workload:
         return Workload(self.prompts[:episodes], budgets, observations)  # type: ignore[arg-type]
 
 
-Engine = Callable[[PreTrainedModel, Workload], Any]
+Engine = Callable[[PreTrainedModel, Workload], object]
 
 
 def make_workload(episodes: int, steps: int, vocabulary: int, seed: int, *, equal: bool = False) -> Workload:

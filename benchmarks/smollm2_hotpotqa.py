@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import numpy as np
 from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
@@ -29,6 +28,7 @@ from scipy.stats import bootstrap
 
 from trl_steppo import Episode
 from trl_steppo.rollout import load_episodes
+from trl_steppo.types import JsonObject
 
 METHODS = {
     "steppo": [],
@@ -94,7 +94,7 @@ def run_of(method: str, seed: int, output_dir: Path, args: SmolLM2Arguments) -> 
     return example_run("hotpotqa_steppo.py", output_dir, flags, switches=METHODS[method])
 
 
-def read_run(run: Run) -> dict[str, Any]:
+def read_run(run: Run) -> JsonObject:
     """What a run shows: its curves, how sure the change of the valid-call rate is, and where the time went."""
     updates = updates_of(run.history())
     played = [load_episodes(path) for path in sorted((run.output_dir / "episodes").glob("*.jsonl"))]
@@ -164,7 +164,7 @@ def main(args: SmolLM2Arguments) -> None:
         for method in METHODS
     }
     refuse_failures(play(runs.values(), parallel=args.parallel, num_threads=1))
-    figures: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in METHODS}
+    figures: dict[str, dict[int, JsonObject]] = {method: {} for method in METHODS}
     for (method, seed), run in runs.items():
         figures[method][seed] = read_run(run)
     print_table(

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from common.intervals import curve_interval
 from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
 from common.runs import Run, play, refuse_failures
+from study.methods import Flags
 from study.plan import chosen_rates, refuse_other_settings
 from study.plots import plot_task
 from study.runs import QUICK, Cell, Store, record_of, run_of
@@ -27,7 +27,7 @@ from study.summary import shown, summarize
 from study.tasks import MINI_WIKI
 
 SYNCHRONOUS = "staleness 0"
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, Flags] = {
     f"staleness {staleness}, {correction}": {"max_staleness": staleness, "rollout_correction": correction}
     for staleness in (1, 2, 4)
     for correction in ("truncate", "none")
@@ -56,9 +56,9 @@ class StalenessArguments(BenchmarkArguments):
 
 def play_settings(
     args: StalenessArguments,
-    settings: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Flags],
     cells: Sequence[Cell],
-    extra: Mapping[str, Any],
+    extra: Flags,
 ) -> list[Run]:
     """Play what is not kept; the runs that failed."""
     planned = {

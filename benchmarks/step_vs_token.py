@@ -1,9 +1,9 @@
 """
-Step-level beside token-level PPO, and beside baselines without a critic: the same episodes, the same budget, learning
-rates tuned in the same way, many seeds.
+Step-level against token-level PPO, and against baselines without a critic: the same episodes, the same budget,
+learning rates tuned in the same way, many seeds.
 
 Each method's learning rate is chosen from the same grid, by the area under the learning curve on seeds of their own,
-on every task anew; where the best one is at an end of the grid, the grid goes on there. The critic's rate is
+separately on every task; where the best one is at an end of the grid, the grid is extended there. The critic's rate is
 `CRITIC_OVER_POLICY` times the policy's. Then come the seeds of the result. The tasks: the mini wiki, and the rooms,
 where the number of steps and the length of a response are set, one axis at a time. Each run is an example script in a
 process of its own; what it showed is kept as a small file in `--results_dir`, and a run whose file is there is not

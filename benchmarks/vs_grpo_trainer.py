@@ -1,5 +1,5 @@
 """
-`StepPOTrainer` with `advantage_estimator="grpo"` beside TRL's `GRPOTrainer`: tokens sampled per second of training,
+`StepPOTrainer` with `advantage_estimator="grpo"` against TRL's `GRPOTrainer`: tokens sampled per second of training,
 and peak memory, in one run.
 
 Held equal: the policy and its precision (float32, on a CPU), the rows, 8 rows x 8 generations an update in
@@ -44,6 +44,7 @@ from trl.chat_template_utils import qwen3_template
 from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
+from trl_steppo.types import JsonObject
 
 OURS, THEIRS, DEFAULTS = "StepPOTrainer", "GRPOTrainer", "GRPOTrainer, defaults"
 CASES = {"agent": 5, "single turn": 1}
@@ -132,7 +133,7 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
         self.times.append((time.perf_counter(), time.process_time()))
 
 
@@ -141,7 +142,7 @@ def length_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
     return [float(len(str(completion))) for completion in completions]
 
 
-def common_settings(work: Work, output_dir: str) -> dict[str, Any]:
+def common_settings(work: Work, output_dir: str) -> JsonObject:
     """What both are told by the same name."""
     return {
         "output_dir": output_dir,
@@ -168,7 +169,7 @@ def make_trainer(name: str, work: Work, output_dir: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(MINI_WIKI_POLICY, dtype=torch.float32)
     data = hotpotqa_dataset("mini_wiki")
     responses, common = CASES[work.case], common_settings(work, output_dir)
-    played: dict[str, Any] = {"environment_factory": partial(EndlessWiki, data.retriever, top_k=1)}
+    played: JsonObject = {"environment_factory": partial(EndlessWiki, data.retriever, top_k=1)}
     if work.case == "single turn":
         played = {"reward_funcs": length_reward}
     if name == OURS:
@@ -246,7 +247,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def compare(costs: Mapping[str, Sequence[Cost]], theirs: str) -> dict[str, Any]:
+def compare(costs: Mapping[str, Sequence[Cost]], theirs: str) -> JsonObject:
     """Ratios of ours to theirs over pairs of processes that ran after each other."""
     pairs = list(zip(costs[OURS], costs[theirs], strict=True))
     return {

@@ -1,5 +1,5 @@
 """
-`StepPOTrainer` beside `PPOTrainer`: seconds and peak memory of an update of the same single-turn work, in one run.
+`StepPOTrainer` against `PPOTrainer`: seconds and peak memory of an update of the same single-turn work, in one run.
 
 Both get the same `PPOConfig`, which means token-level PPO to both, and the same models. They take turns, each update
 in a process of its own, whose peak memory is then that update's.
@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 import transformers
@@ -35,8 +34,9 @@ from transformers import (
 
 from trl_steppo import PPOConfig, StepPOTrainer
 from trl_steppo.compat.trl import ppo_bases
+from trl_steppo.types import JsonObject
 
-TRAINERS: dict[str, Any] = {"PPOTrainer": ppo_bases()[1], "StepPOTrainer": StepPOTrainer}
+TRAINERS: JsonObject = {"PPOTrainer": ppo_bases()[1], "StepPOTrainer": StepPOTrainer}
 PROMPTS, MICRO_BATCH = 32, 8
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 128
 
@@ -86,13 +86,13 @@ class Cost:
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Only to name the special tokens. Padding is no token of the model, so that no response contains it."""
+    """A tokenizer that only names the special tokens. The model has no padding token, so no response contains it."""
     vocab = {"<eos>": 0, "<pad>": vocabulary}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", padding_side="left")
 
 
-def make_models(work: Work) -> dict[str, Any]:
+def make_models(work: Work) -> JsonObject:
     torch.manual_seed(work.seed)
     config = Qwen2Config(
         vocab_size=work.vocabulary,

@@ -1,6 +1,6 @@
 """
 One ZeRO-3 update at the width of Qwen2.5-3B (hidden 2048, vocabulary 151,936), two layers, on two CPU ranks: the
-example's own script and recipe. The ranks' peak memory beside what the planner predicts.
+example's own script and recipe. The ranks' peak memory against the planner's prediction.
 
     python benchmarks/zero3_width.py [--quick] [--json FILE]
 """

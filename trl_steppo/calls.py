@@ -239,7 +239,7 @@ def why_unbindable(
     bound_by = _bound_by(function)
     if bound_by in names:
         return (
-            f"{bound_by!r} is the name of its first parameter; rename one of them, or put `/` behind the parameter: "
+            f"{bound_by!r} is the name of its first parameter; rename one of them, or put `/` after the parameter: "
             f"`({bound_by}, /, ...)`"
         )
     try:

@@ -1,7 +1,7 @@
 """Files and directories that are either whole or not there, even after a power cut; and locks between processes.
 
-There is one way to a place: what is written stands beside it, under a name that nothing picks up (`.partial`), until
-all of it is on the disk; then it is renamed. Whatever goes wrong before that leaves the place as it was.
+They are written under another name next to their place (`.partial`), which nothing picks up. Once all of it is on the
+disk, it is renamed. If anything fails before that, the place stays as it was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_HELD_ERRNOS = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 # -- files and directories --------------------------------------------------------------------------------------------
@@ -143,13 +143,13 @@ def sync(path: Path) -> None:
 
 class LockedError(Exception):
     """
-    Someone else holds a lock.
+    A lock is held already.
 
     Args:
         path (`Path`):
-            Of the lock's file.
+            The lock's file.
         holder (`str`):
-            Who, as it was written there: a process and its machine, as far as it is known.
+            The process that holds it, and its machine, as far as they are known.
     """
 
     def __init__(self, path: Path, holder: str) -> None:
@@ -160,17 +160,16 @@ class LockedError(Exception):
 
 class Lock:
     """
-    A file that one process holds until [`close`], or until it ends, whatever ends it: the system lets go of it then.
+    A lock that one process holds until [`close`], or until the process ends in any way: the system then releases it.
 
-    On a file system without such locks (some network file systems), and on Windows, there is none, and a warning says
-    so.
+    File systems without locks (some network file systems) and Windows have none; a warning says so.
 
     Args:
         path (`Path`):
-            The file. It names its holder, and is removed when it is let go of.
+            The lock's file. It names the holder, and is removed when the lock is released.
 
     Raises:
-        LockedError: If it is held, also by another [`Lock`] of this process.
+        LockedError: If the lock is held, also by another [`Lock`] of this process.
         OSError: If the file cannot be written.
     """
 
@@ -184,7 +183,7 @@ class Lock:
         os.write(self._descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
 
     def close(self) -> None:
-        """Let go of it; it may have been let go of before."""
+        """Release the lock, unless it was released before."""
         if self._descriptor not in _OPEN:
             return
         with suppress(OSError):
@@ -198,7 +197,7 @@ _OPEN: set[int] = set()  # descriptors of this process's locks
 
 
 def _forget() -> None:
-    """In a process that was forked from a holder, and would hold on to the lock after its end."""
+    """Close the locks in a process that was forked from their holder, and might outlive it."""
     for descriptor in _OPEN:
         os.close(descriptor)
     _OPEN.clear()
@@ -209,7 +208,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _held(path: Path) -> int:
-    """The descriptor of the locked file; -1 if it was removed meanwhile, by one that let go of it."""
+    """The descriptor of the locked file; -1 if its holder released it meanwhile, which removed the file."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         _lock(descriptor, path)
@@ -231,7 +230,7 @@ def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _HELD:
+        if error.errno in _HELD_ERRNOS:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             raise LockedError(path, holder or "another process") from error
         logger.warning("%s cannot be locked (%s): nothing keeps another process away", path, error)

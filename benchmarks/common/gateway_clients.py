@@ -1,5 +1,5 @@
 """
-The clients of `gateway.py`, in a process of their own: work as JSON on standard input, what they saw on output.
+The clients of `gateway.py`, in a separate process: work as JSON on standard input, their results on output.
 
 They use aiohttp: with hundreds of connections httpx, which OpenAI's and Anthropic's clients are built on, takes more
 processor time than what it talks to, and would be all that is measured.

@@ -1,5 +1,5 @@
 """
-Clients that send too much, or nothing, beside a gateway, and what others see of it. Used by `gateway.py`.
+Clients that send too much, or nothing, to a gateway, and what other clients see of it. Used by `gateway.py`.
 
 The gateway runs in a process of its own (`python benchmarks/common/hostile_clients.py`), with a limit of 1,024 open
 files. Its sampler answers at once with one token.
@@ -21,6 +21,8 @@ from threading import Event, Thread
 from typing import Any
 
 import httpx
+
+from trl_steppo.types import JsonObject
 
 CONTEXTS = (2_048, 131_072)  # tokens; a long one has room for more of what hostile clients send
 MOST_FILES = 1024
@@ -44,15 +46,15 @@ def hostile_bodies() -> dict[str, tuple[str, bytes]]:
     }
 
 
-def measure_hostile(*, quick: bool) -> dict[str, Any]:
+def measure_hostile(*, quick: bool) -> JsonObject:
     """All figures of this file, for each context."""
     num_asked = 40 if quick else 400
     contexts = CONTEXTS[:1] if quick else CONTEXTS
     return {"requests_each": num_asked, **{f"context_{one}": _measure(one, num_asked) for one in contexts}}
 
 
-def _measure(context: int, num_asked: int) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+def _measure(context: int, num_asked: int) -> JsonObject:
+    figures: JsonObject = {}
     with serving(context) as (port, key):
         figures["idle"] = ask_others(port, key, num_asked)
         for name, (path, body) in hostile_bodies().items():
@@ -114,8 +116,8 @@ def sending(port: int, admin_key: str, path: str, body: bytes) -> Iterator[list[
         thread.join()
 
 
-def ask_beside_silent(port: int, admin_key: str, num_asked: int) -> dict[str, Any]:
-    """The same beside connections that say nothing."""
+def ask_beside_silent(port: int, admin_key: str, num_asked: int) -> JsonObject:
+    """The same while silent connections are open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, NUM_SILENT + 500)), hard))
     silent = []
@@ -129,7 +131,7 @@ def ask_beside_silent(port: int, admin_key: str, num_asked: int) -> dict[str, An
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def ask_others(port: int, admin_key: str, num_asked: int) -> dict[str, Any]:
+def ask_others(port: int, admin_key: str, num_asked: int) -> JsonObject:
     """How long others wait for `/healthz`, and for a response of one token."""
     with open_client(port, admin_key) as client:
 
@@ -176,7 +178,7 @@ def serve(directory: Path, context: int) -> None:
         def release(self, episode_id: str) -> None:
             """Nothing is kept."""
 
-        def pace(self, quiet: Any) -> None:
+        def pace(self, quiet: object) -> None:
             """Nothing is batched."""
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

@@ -2,7 +2,7 @@
 How runs of different seeds are summed up, as Agarwal et al. recommend (arXiv 2108.13264).
 
 Interquartile means, and 95 % intervals by the percentile bootstrap over seeds, stratified: each method's runs are
-drawn anew from that method's runs. Both are the report's.
+drawn again from that method's runs. Both are the report's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, whose peak memory is then that of what they did."""
+"""Measurements in separate processes, whose peak memory is then that of the measured work."""
 
 from __future__ import annotations
 

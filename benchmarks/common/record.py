@@ -60,7 +60,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console().print(table)
 
 
-def write_record(path: str | None, figures: Mapping[str, Any]) -> None:
+def write_record(path: str | None, figures: Mapping[str, object]) -> None:
     """Write the figures with what is needed to measure them again; `None` writes nothing."""
     if path is None:
         return

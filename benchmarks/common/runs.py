@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from trl_steppo.assets import ROOMS_POLICY, locate_model
 from trl_steppo.keeper import Keeper
+from trl_steppo.types import JsonObject
 
 from .record import current_commit
 
@@ -45,7 +45,7 @@ class Run:
         output_dir (`Path`):
             Where the run writes; its output goes to `log.txt` there.
         inputs (`tuple[Path, ...]`, *optional*):
-            Files and directories that decide what it does, beside its arguments.
+            Files and directories that decide what it does, besides its arguments.
     """
 
     arguments: tuple[str, ...]
@@ -76,9 +76,9 @@ class Run:
         """`hashes` as they were when the run in its directory began. `None`: it kept none."""
         return under_current_names(self._kept().get("inputs"))
 
-    def _kept(self) -> dict[str, Any]:
+    def _kept(self) -> JsonObject:
         path = self.output_dir / _SETTINGS
-        kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        kept: JsonObject = json.loads(path.read_text()) if path.is_file() else {}
         return kept
 
     @property
@@ -98,16 +98,16 @@ class Run:
         here = os.path.relpath(Path(__file__).parents[2])
         return shlex.join(["python", *(argument.removeprefix(f"{here}/") for argument in self.arguments)])
 
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[JsonObject]:
         """Everything it logged."""
-        logged: list[dict[str, Any]] = json.loads((self.output_dir / "trainer_state.json").read_text())["log_history"]
+        logged: list[JsonObject] = json.loads((self.output_dir / "trainer_state.json").read_text())["log_history"]
         return logged
 
 
 def example_run(
     script: str,
     output_dir: Path,
-    flags: Mapping[str, Any],
+    flags: Mapping[str, object],
     *,
     switches: Sequence[str] = (),
     launcher: Sequence[str] = (),
@@ -120,7 +120,7 @@ def example_run(
             Its name in `examples/`.
         output_dir (`Path`):
             Where it writes.
-        flags (`Mapping[str, Any]`):
+        flags (`Mapping[str, object]`):
             Its flags, without the dashes.
         switches (`Sequence[str]`, *optional*):
             More of them, as on the command line.
@@ -145,14 +145,14 @@ def play(
     on_finish: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
     """
-    Play the runs that are not finished, in their order. One that was stopped half-way begins anew; one that is
+    Play the runs that are not finished, in their order. One that was stopped half-way starts again; one that is
     finished, but of other settings, is refused: it is neither taken for this one nor thrown away.
 
     Args:
         runs (`Iterable[Run]`):
             The runs.
         parallel (`int`, *optional*, defaults to `1`):
-            Most at a time.
+            Maximum number at a time.
         num_threads (`int`, *optional*):
             Threads of each. `None`: as PyTorch chooses.
         on_finish (`Callable`, *optional*):
@@ -225,7 +225,7 @@ def refuse_failures(failed: Sequence[Run]) -> None:
         raise SystemExit("failed, see " + ", ".join(str(run.output_dir / "log.txt") for run in failed))
 
 
-def updates_of(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def updates_of(history: Iterable[JsonObject]) -> list[JsonObject]:
     """What each update logged; the last line of a run repeats some of its metrics and is none."""
     return [logs for logs in history if "perf/update_s" in logs]
 
@@ -257,9 +257,9 @@ def _mark_finished(run: Run, seconds: float) -> None:
     unfinished.replace(run.output_dir / _SECONDS)
 
 
-def _inputs_of(script: str, flags: Mapping[str, Any]) -> tuple[Path, ...]:
+def _inputs_of(script: str, flags: Mapping[str, object]) -> tuple[Path, ...]:
     """What an example reads: its configuration, and the policy and the rows where these are local."""
-    config = Path(flags.get("config", EXAMPLES / "configs" / _DEFAULT_CONFIGS[script]))
+    config = Path(str(flags.get("config", EXAMPLES / "configs" / _DEFAULT_CONFIGS[script])))
     read = {**yaml.safe_load(config.read_text()), **flags}
     policy = locate_model(str(read["model_name_or_path"])) if "model_name_or_path" in read else ROOMS_POLICY
     local = (Path(path) for path in (policy, str(read.get("dataset_name", ""))) if path and Path(path).exists())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,9 +16,12 @@ from .tasks import ROOMS_AXES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of what draws
+from matplotlib.figure import Figure
+
+from trl_steppo.types import JsonObject
 
 
-def draw(figures: Mapping[str, Any], directory: Path) -> None:
+def draw(figures: JsonObject, directory: Path) -> None:
     """An image for each task, and one of the rooms' axes."""
     for name, of_task in figures.items():
         plot_task(directory / f"{name}.png", name, of_task)
@@ -31,7 +33,7 @@ def draw(figures: Mapping[str, Any], directory: Path) -> None:
         plot_axes(directory / "rooms.png", axes)
 
 
-def plot_task(path: Path, title: str, figures: Mapping[str, Any]) -> None:
+def plot_task(path: Path, title: str, figures: JsonObject) -> None:
     """
     Learning curves with their intervals, and the final scores.
 
@@ -40,7 +42,7 @@ def plot_task(path: Path, title: str, figures: Mapping[str, Any]) -> None:
             The image.
         title (`str`):
             Above it.
-        figures (`Mapping[str, Any]`):
+        figures (`JsonObject`):
             Of one task: `curves` and `summaries`.
     """
     figure, (curves, finals) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained")
@@ -62,14 +64,14 @@ def plot_task(path: Path, title: str, figures: Mapping[str, Any]) -> None:
     _save(figure, path)
 
 
-def plot_axes(path: Path, axes: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> None:
+def plot_axes(path: Path, axes: Mapping[str, Mapping[int, JsonObject]]) -> None:
     """
     Final score and area under the curve as functions of what was varied.
 
     Args:
         path (`Path`):
             The image.
-        axes (`Mapping[str, Mapping[int, Mapping[str, Any]]]`):
+        axes (`Mapping[str, Mapping[int, JsonObject]]`):
             For each axis, by its label, the summaries of the methods at each of its values.
     """
     measures = {"final_greedy": "greedy score at the end", "area": "area under the learning curve"}
@@ -100,7 +102,7 @@ def _columns(intervals: Sequence[Interval]) -> tuple[np.ndarray, np.ndarray, np.
     return low, middle, high
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from statistics import mean
-from typing import Any
 
 import numpy as np
 from common.intervals import (
@@ -21,6 +20,7 @@ from common.intervals import (
 from common.record import print_table
 
 from trl_steppo.report.statistics import interquartile_mean
+from trl_steppo.types import JsonObject
 
 from .methods import ABLATION, METHODS
 from .plan import result_cells
@@ -135,7 +135,7 @@ def print_ablation(task: str, summaries: Mapping[str, Summary]) -> None:
     )
 
 
-def figures_of(records: Mapping[str, Sequence[Record]], summaries: Mapping[str, Summary]) -> dict[str, Any]:
+def figures_of(records: Mapping[str, Sequence[Record]], summaries: Mapping[str, Summary]) -> JsonObject:
     """A task's figures for the record."""
     ratio: Interval = [None, None, None]
     if {"steppo", "token_ppo"} <= set(records):
@@ -154,9 +154,9 @@ def figures_of(records: Mapping[str, Sequence[Record]], summaries: Mapping[str, 
     }
 
 
-def gather(store: Store, rates: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def gather(store: Store, rates: Mapping[str, Mapping[str, float]]) -> JsonObject:
     """The figures of every task that has runs for the result, printed as well."""
-    figures: dict[str, Any] = {}
+    figures: JsonObject = {}
     for task in chain(*TASKS.values()):
         records: dict[str, list[Record]] = {}
         for cell, record in store.records(result_cells(task, METHODS, rates[task.name])).items():

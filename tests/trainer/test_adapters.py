@@ -267,7 +267,7 @@ def test_what_is_trained_beside_the_adapter(tmp_path):
     """No checkpoint of the adapter would hold it."""
     model = get_peft_model(make_model(), lora())
     model.get_base_model().lm_head.weight.requires_grad_(True)
-    with pytest.raises(ConfigurationError, match=r"`model` trains .*lm_head.* beside its adapter"):
+    with pytest.raises(ConfigurationError, match=r"`model` trains .*lm_head.* besides its adapter"):
         make_trainer(tmp_path, model=model)
 
 

@@ -427,7 +427,7 @@ def test_a_checkpoint_of_another_run(copied, changes, words):
 def test_nothing_to_resume_from(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         make_trainer(tmp_path / "new").train(resume_from_checkpoint=True)
-    with pytest.raises(CheckpointError, match="is no directory"):
+    with pytest.raises(CheckpointError, match="is not a directory"):
         make_trainer(tmp_path / "new").train(resume_from_checkpoint=str(tmp_path / "gone"))
 
 

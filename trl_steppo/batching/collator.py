@@ -106,7 +106,7 @@ class StepBatch(PackedRows):
 
     @classmethod
     def empty(cls) -> StepBatch:
-        """No episode at all: one padding token to forward, which no loss reads."""
+        """A batch without episodes: one padding token to forward, which no loss reads."""
         token = torch.zeros(1, 1, dtype=torch.long)
         steps, floats, no = torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, 1, dtype=torch.long)
         return cls(
@@ -172,6 +172,8 @@ class StepRolloutCollator:
 
     def __call__(self, episodes: Sequence[Episode], *, steps: Sequence[Sequence[int]] | None = None) -> StepBatch:
         """
+        Collate episodes, or some steps of each.
+
         Args:
             episodes (`Sequence[Episode]`):
                 Valid episodes, each with its steps in order from 0.
@@ -179,8 +181,8 @@ class StepRolloutCollator:
                 For each episode, the indices of the steps to take; `None`: all.
 
         Raises:
-            DataError: If there is no episode, an episode failed, is given twice, or has lost, doubled or misplaced a
-                step; the message names it.
+            DataError: If there is no episode, an episode failed, is given twice, or has a lost, duplicated or
+                misplaced step; the message names it.
         """
         _check(episodes)
         if steps is None:
@@ -281,5 +283,5 @@ def _check(episodes: Sequence[Episode]) -> None:
         if indices != list(range(len(indices))):
             raise DataError(
                 f"episode {episode.episode_id!r} has the step indices {indices}; they must count 0, 1, 2, ... without "
-                "a gap, since a lost or doubled step would silently change every advantage before it"
+                "a gap, since a lost or duplicated step would silently change every advantage before it"
             )

@@ -104,7 +104,7 @@ class _Group:
         self._trie = Trie()
 
     def fits(self, sequences: Sequence[np.ndarray]) -> bool:
-        """Whether there is room for these, too."""
+        """Whether there is room for more sequences."""
         if self._layout != "trie":
             return num_tokens([*self._sequences, *sequences], self._layout) <= self._max_tokens
         # An upper bound: of what the sequences share with the trie, only the longest prefix is counted once.

@@ -25,7 +25,7 @@ _CHAINS_COST = (
 @dataclass(frozen=True)
 class Segment:
     """
-    Tokens of a flattened trie that stand side by side and follow one another, from a branch to a leaf.
+    Consecutive tokens of a flattened trie, from a branch to a leaf.
 
     Args:
         start, stop (`int`):
@@ -168,7 +168,7 @@ class Trie:
         self._ends.append((node, len(ids)))
 
     def num_shared(self, ids: Ids) -> int:
-        """Number of first tokens of a sequence that are here already."""
+        """Number of tokens at the start of a sequence that are in the trie already."""
         return self._descend(ids)[1]
 
     def flatten(self) -> Layout:

@@ -5,7 +5,7 @@ prompt ids      = render(messages)                                       the who
 next prompt ids = prompt ids + response ids + close(response ids) + append(observation messages)
 ```
 
-`append` renders the new messages behind a two-message dummy conversation and keeps what follows the dummy's end of
+`append` renders the new messages after a two-message dummy conversation and keeps what follows the dummy's end of
 turn, so its cost does not depend on how long the history is. That is only right for templates that render earlier
 messages the same way whatever follows them; construction checks it.
 """
@@ -44,9 +44,9 @@ class ChatFormat:
     A tokenizer's chat template, used append-only.
 
     A template that renders earlier messages differently when later ones follow (Qwen3 drops earlier thinking) is
-    replaced by TRL's training variant of it; the tokenizer itself is left as it is. A template that knows no tools is
-    told in text: their schemas stand in the system message, calls in the response as Hermes writes them, answers in a
-    user message.
+    replaced by TRL's training variant of it; the tokenizer itself does not change. A template without tools is told
+    of them in text: their schemas are in the system message, calls are written in the response as Hermes writes them,
+    and answers are in a user message.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -58,14 +58,14 @@ class ChatFormat:
         multi_turn (`bool`, *optional*, defaults to `True`):
             Whether anything will be appended. `False` takes any template that ends an assistant turn.
         end_token_ids (`Sequence[int]`, *optional*):
-            Tokens that end a response beside those of the template, as the model's generation configuration names
-            them ([`~models.end_token_ids`]). What such a token ended gets the template's own end in addition, as
-            context for what follows.
+            Tokens that end a response besides those of the template, from the model's generation configuration
+            ([`~models.end_token_ids`]). A response that such a token ended gets the template's own end in addition, as
+            context for the next state.
 
     Raises:
         ChatTemplateError: the tokenizer has no chat template; the template cannot be appended to and TRL has no
             training variant; it does not end an assistant turn with a token of its own; or `tools` are given and
-            nobody knows how to parse its tool calls.
+            no parser knows its tool calls.
 
     Example:
     ```python
@@ -142,8 +142,8 @@ class ChatFormat:
         self, text: str, extra: str = "", *, add_special_tokens: bool = True, is_observed: bool = False
     ) -> list[int]:
         """
-        Ids of plain text, tokenized as the tokenizer does by itself (with a BOS where it adds one and the text does
-        not begin with it).
+        Ids of plain text, as the tokenizer makes them (with a BOS where it adds one and the text does not begin with
+        it).
 
         Args:
             text (`str`):
@@ -151,7 +151,7 @@ class ChatFormat:
             extra (`str`, *optional*):
                 What follows it; control tokens in it are tokenized as the characters that they are.
             add_special_tokens (`bool`, *optional*, defaults to `True`):
-                Whether the tokenizer adds what it adds by itself.
+                Whether the tokenizer adds its own special tokens.
             is_observed (`bool`, *optional*, defaults to `False`):
                 Whether all of the text is treated like `extra`.
         """
@@ -160,8 +160,8 @@ class ChatFormat:
         whole = text if guarded is None else text + guarded.value
         ids = self._encoder.encode(whole, guarded, add_special_tokens=add_special_tokens)
         bos, bos_id = self._tokenizer.bos_token, self._tokenizer.bos_token_id
-        is_doubled = add_special_tokens and bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]
-        return ids[1:] if is_doubled else ids
+        has_two_bos = add_special_tokens and bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]
+        return ids[1:] if has_two_bos else ids
 
     def count_control_tokens(self, shown: object) -> int:
         """How many control tokens a text, messages or any nested value of texts spells, which are shown as text."""
@@ -200,8 +200,8 @@ class ChatFormat:
 
     def close(self, response_ids: Sequence[int]) -> list[int]:
         """
-        The end-of-turn token that a response lacks which was cut by length, or ended by another token than the
-        template's: context for what follows, not an action.
+        The end-of-turn token, for a response that was cut by length or ended by another token than the template's. It
+        is context for the next state, not an action.
         """
         return [] if len(response_ids) and response_ids[-1] in self._turn_ends else [self.end_of_turn_id]
 

@@ -96,7 +96,7 @@ def shown_texts(message: Message) -> list[str]:
 
 def with_call_ids(messages: Sequence[Message]) -> list[Message]:
     """
-    The messages with an id of nine digits for every tool call that has none of that form, and for its answer.
+    The messages, with an id of nine digits for every tool call whose id has another form, and for its answer.
 
     The ids count the calls of one turn, so that a turn is rendered in the same way wherever it stands.
     """

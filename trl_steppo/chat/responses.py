@@ -49,7 +49,7 @@ class TurnEnds:
         return self.of_template[-1] if len(self.of_template) > 1 else None
 
     def ends_otherwise(self, ids: Sequence[int]) -> bool:
-        """Whether a response was ended by a token that is none of the template's."""
+        """Whether a response was ended by a token that is not one of the template's."""
         return len(ids) > 0 and ids[-1] in self.all and ids[-1] not in self.of_template
 
 
@@ -70,7 +70,7 @@ class ResponseReader:
             The JSON schemas of the tools.
 
     Raises:
-        ChatTemplateError: `tools` are given and nobody knows how to parse the template's tool calls.
+        ChatTemplateError: `tools` are given and no parser knows the template's tool calls.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What this package uses of other libraries beyond their documented interfaces: one module for each library.
 
 Every such name is looked up here alone. One that has moved is an error with the version of the library that lacks it:
-a default in its place would change what is computed, or how fast, and nobody would see it.
+a default in its place would silently change what is computed, or how fast.
 """
 
 from __future__ import annotations

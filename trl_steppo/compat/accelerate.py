@@ -25,7 +25,7 @@ def forget_engine(accelerator: Any) -> None:
 
 
 def find_fsdp(accelerator: Any) -> None:
-    """Have CPU ranks shard where accelerate was launched with FSDP: it goes on with DDP there, and says nothing."""
+    """Have CPU ranks shard where accelerate was launched with FSDP, where it would silently use DDP."""
     from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 
     state = accelerator.state

@@ -8,7 +8,7 @@ from . import attribute
 
 
 def in_zero(parameter: object) -> bool:
-    """Whether ZeRO-3 holds a parameter; its own shape then says nothing."""
+    """Whether ZeRO-3 holds a parameter, whose own shape then means nothing."""
     return hasattr(parameter, "ds_id")
 
 
@@ -18,7 +18,7 @@ def zero_shape(parameter: object) -> list[int]:
 
 
 def basic_optimizer(engine: object) -> Any:
-    """The optimizer that an engine wraps, or has made in the place of the one that it was given."""
+    """The optimizer that an engine wraps, or has made to replace the one that it was given."""
     return attribute("deepspeed", engine, "basic_optimizer")
 
 

@@ -116,7 +116,7 @@ def special_attention(config: object) -> Iterator[str]:
 
 
 def cache_argument(model: nn.Module) -> str | None:
-    """What a model's forward pass calls its cache of keys and values; `None` where it takes none that is known."""
+    """The name of the cache argument of a model's forward pass; `None` if it has no known one."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in _CACHE_ARGUMENTS if name in parameters), None)
 
@@ -148,7 +148,7 @@ def enable_checkpointing(model: object, kwargs: object) -> None:
 def follow_checkpointing(args: Any) -> None:
     """
     Set the newer name of `gradient_checkpointing` (transformers from 5.24), whose default differs here, to what that
-    says, so that nobody is warned of a name that they did not use.
+    says, so that users are not warned of a name that they did not use.
     """
     if getattr(args, "activation_checkpointing", True) is None:
         args.activation_checkpointing = args.gradient_checkpointing

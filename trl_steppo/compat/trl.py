@@ -35,7 +35,7 @@ def _has_ppo() -> bool:
 
 
 def training_chat_template(tokenizer: Tokenizer) -> str | None:
-    """The template that TRL trains a tokenizer's model with; `None`: its own will do. Raises where TRL knows none."""
+    """TRL's training template for a tokenizer; `None`: its own can be used. Raises where TRL knows none."""
     template: str | None = find("trl.chat_template_utils.get_training_chat_template")(tokenizer)
     return template
 

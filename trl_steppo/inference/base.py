@@ -50,7 +50,7 @@ def vocabulary_size(model: Any) -> int | None:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    # An attribute, where there is one: engines that shard a model leave an empty weight behind.
+    # The attribute, not the weight's shape: engines that shard a model leave an empty weight.
     return getattr(embeddings, "num_embeddings", None)
 
 
@@ -181,7 +181,7 @@ class Sampler(Protocol):
     def pace(self, quiet: Callable[[], Awaitable[None]] | None) -> None:
         """
         Pace the batches of a rollout ([`Pacer.quiet`]): an engine that forms batches awaits `quiet()` before each, so
-        that tools that answer at once never leave their episode behind. `None`: the rollout is over.
+        that an episode whose tool answers at once is in the next batch. `None`: the rollout is over.
         """
         ...
 

@@ -314,7 +314,7 @@ def samples_with_a_cache(model: PreTrainedModel, *, allow_uncached: bool) -> boo
         raise ConfigurationError(
             f"{problem}: each token would cost a forward pass over its whole row. Load the model with "
             "`attn_implementation='sdpa'` if that is what it lacks, sample on a server (`use_vllm`), or set "
-            "`allow_uncached_sampling` to sample it all the same"
+            "`allow_uncached_sampling` to sample it nevertheless"
         )
     logger.warning("%s: sampling recomputes the whole row for every token (`allow_uncached_sampling`)", problem)
     return False
@@ -350,10 +350,10 @@ _tried: dict[tuple[type, str, torch.dtype], str] = {}  # for this process and it
 def _first_disagreement(model: PreTrainedModel, vocab_size: int) -> str:
     """Try two rows of different lengths: begin both, add a token to each, and continue one after a pause."""
     rows = CachedRows(model, None)
-    nobody: Any = None  # no future: nobody waits for these responses
+    no_future: Any = None  # nothing waits for these responses
 
     def row(episode_id: str, ids: Sequence[int]) -> Request:
-        return Request([token % vocab_size for token in ids], SamplingParams(4), episode_id, (), nobody)
+        return Request([token % vocab_size for token in ids], SamplingParams(4), episode_id, (), no_future)
 
     def plain(ids: Sequence[int]) -> torch.Tensor:
         device = next(model.parameters()).device

@@ -38,7 +38,7 @@ class Request:
         return self.prompt_ids + self.response_ids
 
     def next_uniform(self) -> float:
-        """The number that decides the next token: the response's own stream, whoever shares its batch."""
+        """The random number of the next token, from the response's own stream, whatever else is in its batch."""
         if self._uniforms is None:
             generator = np.random.Generator(np.random.Philox(key=self.params.seed))
             self._uniforms = generator.random(self.params.max_new_tokens).tolist()

@@ -1,6 +1,6 @@
 """Whole weights from this process's memory to the GPUs of a vLLM server, without files: vLLM's own transfer over NCCL.
 
-This process and each server form a group of their own, so that a server that dies holds up no other.
+This process and each server form a group of their own, so that a server that dies does not delay the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The process that samples beside the trainer, and the messages between the two. The trainer's side: `worker.py`.
+"""The process that samples while the trainer updates, and its messages. The trainer's side: `worker.py`.
 
 Requests are begun in the order in which they were sent. New weights are taken between responses: first the requests
 that were begun are answered, and no others are begun. So each response comes from one version of the weights.

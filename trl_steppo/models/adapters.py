@@ -17,7 +17,7 @@ from ..batching import StepBatch
 from ..errors import ConfigurationError
 from ..modes import evaluating
 from ..types import Model
-from .forward import EntropyMode, PolicyScorer, Scores
+from .forward import EntropyMode, Scores
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -194,13 +194,13 @@ class AdapterReference(nn.Module):
     The reference policy that a policy with adapters carries within itself.
 
     Args:
-        scorer ([`PolicyScorer`]):
-            Over the model.
+        scorer (`torch.nn.Module`):
+            A [`PolicyScorer`] over the model, distributed or not.
         model, policy_adapter, reference_adapter:
             See [`as_reference`].
     """
 
-    def __init__(self, scorer: PolicyScorer, model: Any, policy_adapter: str, reference_adapter: str | None) -> None:
+    def __init__(self, scorer: nn.Module, model: Any, policy_adapter: str, reference_adapter: str | None) -> None:
         super().__init__()
         self.scorer = scorer
         self.reference_adapter = reference_adapter

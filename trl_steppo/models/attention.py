@@ -100,7 +100,7 @@ def forward_arguments(model: PreTrainedModel, segments: Sequence[Segment] | None
 
 
 def segment_arguments(model: PreTrainedModel, segments: Sequence[Segment]) -> dict[str, object]:
-    """The arguments with which a prepared model attends segment by segment, whichever implementation it has."""
+    """The arguments with which a prepared model attends segment by segment, with either implementation."""
     return _mask_argument(model) | {"trie_segments": segments}
 
 
@@ -122,6 +122,8 @@ def segment_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
+    Attend segment by segment, each with one call of `sdpa`; one of transformers' attention implementations.
+
     Args:
         module, query, key, value, attention_mask, kwargs:
             As transformers calls its attention implementations: (1, heads, L, head size).
@@ -212,6 +214,8 @@ def block_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
+    Attend with one call of FlexAttention for all segments; one of transformers' attention implementations.
+
     Args:
         module, query, key, value, attention_mask, scaling, kwargs:
             As transformers calls its attention implementations: (1, heads, L, head size).

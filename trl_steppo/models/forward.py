@@ -33,7 +33,7 @@ Scores = tuple[torch.Tensor, torch.Tensor | None]
 
 class PolicyScorer(nn.Module):
     """
-    The policy as the trainer sees it: log-probabilities of the actions, and the entropy where they were chosen.
+    The policy as the trainer uses it: log-probabilities of actions, and the entropies of their distributions.
 
     Wraps the model because distributed engines hook `forward`: everything with a gradient must pass through it.
 
@@ -70,6 +70,8 @@ class PolicyScorer(nn.Module):
 
     def forward(self, rows: StepBatch, *, entropy: EntropyMode = "skip") -> Scores:
         """
+        Compute the log-probability of each action token, and entropies where they are asked for.
+
         Args:
             rows (`StepBatch`):
                 R rows of L tokens with N steps of up to A action tokens.
@@ -143,7 +145,7 @@ class _TokenScores(torch.autograd.Function):
         ℓ = x_target − log Σ exp(x)        ∂ℓ/∂x = onehot(target) − p
         H = −Σ p·log p                     ∂H/∂x = −p·(log p + H)
 
-    Autograd would keep x and log p beside the logits, and walk through memory once for every operation. Here a few
+    Autograd would keep x and log p besides the logits, and go through memory once for every operation. Here a few
     rows at a time go through all operations, the backward pass goes through them again, and the gradient takes the
     place of the logits, which nothing else reads. (Should anything need them after all, as a second backward pass
     does, autograd notices that they have changed, and raises.)
@@ -238,8 +240,8 @@ _head_scores: Callable[..., Scores] = _HeadScores.apply
 
 def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
     """
-    Whether a head is nothing but a product. Others (with an adapter, a bias, hooks of the user) are called as the
-    modules they are.
+    Whether a head is only a matrix product. Other heads (with an adapter, a bias, hooks of the user) are called as
+    modules.
     """
     weight = getattr(head, "weight", None)
     if not (type(head) is nn.Linear and head.bias is None and type(weight) is nn.Parameter):
@@ -336,6 +338,8 @@ class Critic(nn.Module):
 
     def forward(self, rows: PackedRows, positions: torch.Tensor) -> torch.Tensor:
         """
+        Read state values at some positions.
+
         Args:
             rows (`PackedRows`):
                 R rows of L tokens, such as a `StepBatch`.

@@ -246,7 +246,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool) -> Pat
     if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() not in ("true", "1", "yes"):
         directory = Path(resume_from_checkpoint)
         if not directory.is_dir():
-            raise CheckpointError(f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is no directory")
+            raise CheckpointError(f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is not a directory")
         return directory
     newest = newest_checkpoint(output_dir)
     if newest is None:
@@ -290,7 +290,7 @@ def check_whole(directory: Path, *, reads_all: bool = True) -> JsonObject:
         version = content.get("format")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{directory} is no complete checkpoint of a StepPOTrainer: its {MANIFEST} cannot be read ({error}). "
+            f"{directory} is not a complete checkpoint of a StepPOTrainer: its {MANIFEST} cannot be read ({error}). "
             f"{_others(directory)}"
         ) from error
     if version != _FORMAT:

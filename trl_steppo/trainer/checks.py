@@ -212,7 +212,7 @@ def check_saved(model: nn.Module, name: str) -> None:
     lost = [n for n, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
     if lost:
         raise ConfigurationError(
-            f"`{name}` trains {lost[0]} ({len(lost)} parameters in all) beside its adapter, which are not saved with "
+            f"`{name}` trains {lost[0]} ({len(lost)} parameters in all) besides its adapter, which are not saved with "
             "it; freeze them, or name them in the adapter's `modules_to_save`"
         )
 

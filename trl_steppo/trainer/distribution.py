@@ -1,4 +1,4 @@
-"""How a run is spread over processes, and what the engines for that cannot do."""
+"""How a run is spread over processes, and what DeepSpeed and FSDP cannot do."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def check_distribution(
     args: StepPOConfig, distribution: Distribution, optimizers: tuple[object, object] = (None, None)
 ) -> None:
     """
-    Raise a `ConfigurationError` for engines that this version does not know, and for what the others cannot do.
+    Raise a `ConfigurationError` for a distribution that is not supported, and for settings that it cannot have.
 
     Args:
         args ([`StepPOConfig`]):
@@ -150,14 +150,14 @@ def _check_fsdp(distribution: Distribution) -> None:
             )
 
 
-def _check_apart_in_shards(args: StepPOConfig, optimizers: tuple[object, object], engine: str) -> None:
+def _check_apart_in_shards(args: StepPOConfig, optimizers: tuple[object, object], library: str) -> None:
     """What networks cannot share where each has shards of its own."""
     if any(given is not None for given in optimizers):
         raise ConfigurationError(
-            f"`optimizers` is set, and {engine} has shards with an optimizer of their own for each network; leave it "
+            f"`optimizers` is set, and {library} has shards with an optimizer of their own for each network; leave it "
             "out, and set `optim`, `learning_rate` and `critic_learning_rate`"
         )
     if args.critic_shares_base:
         raise ConfigurationError(
-            f"`critic_shares_base` is set, and two networks cannot share parameters under {engine}; leave it out"
+            f"`critic_shares_base` is set, and two networks cannot share parameters under {library}; leave it out"
         )

@@ -19,7 +19,7 @@ from ..rollout import EpisodeRequest
 from ..types import Episode
 from .data_stream import check_same_order, checksum, first_rows, numbered_rows
 from .engines import Engine
-from .metrics import add_episode_metrics, beside
+from .metrics import add_episode_metrics, with_free_names
 from .player import EpisodePlayer
 from .rollouts import Played, pay_together
 
@@ -78,7 +78,7 @@ class Evaluation:
             if name != "objective/scores"
         }
         metrics |= {"runtime": runtime, "samples_per_second": num_rows / runtime}
-        return metrics | beside(reward_means.reduced(), metrics)
+        return metrics | with_free_names(reward_means.reduced(), metrics)
 
     def examples(self, dataset: Any, count: int | None, state: TrainerState) -> list[Episode]:
         """

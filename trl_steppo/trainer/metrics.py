@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _RESERVED = ("epoch", "step", "total_flos")  # names that `Trainer` adds to every log
 
 
-def beside(logged: dict[str, float], own: dict[str, float]) -> dict[str, float]:
+def with_free_names(logged: dict[str, float], own: dict[str, float]) -> dict[str, float]:
     """
     Rename metrics that reward functions logged with `log_metric`, and whose names have another meaning already, to
     `log_metric/{name}`.

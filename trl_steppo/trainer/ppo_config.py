@@ -37,7 +37,7 @@ class PPOConfig(_Base):
         total_episodes (`int`, *optional*):
             Number of episodes of the whole run, over all ranks. `None`: `num_train_epochs` times the dataset.
         local_rollout_forward_batch_size (`int`, *optional*, defaults to `64`):
-            Rows of one forward pass without gradients, on each rank.
+            Number of rows of one forward pass without gradients, on each rank.
         num_sample_generations (`int`, *optional*, defaults to `10`):
             How many times during the run a table of sample responses is printed. 0: never.
         response_length (`int`, *optional*, defaults to `53`):
@@ -61,11 +61,11 @@ class PPOConfig(_Base):
         reward_model_path (`str`, *optional*, defaults to `"EleutherAI/pythia-160m"`):
             Where a script loads reward model and critic from. The trainer does not read it.
         model_adapter_name (`str`, *optional*):
-            Which adapter of the policy is trained, where it has several.
+            Name of the policy's adapter that is trained, if the policy has several.
         ref_adapter_name (`str`, *optional*):
-            Which adapter of the policy is the reference, where it has several.
+            Name of the policy's adapter that is the reference, if the policy has several.
         num_ppo_epochs (`int`, *optional*, defaults to `4`):
-            Passes over the batch of an update.
+            Number of passes over the batch of an update.
         whiten_rewards (`bool`, *optional*, defaults to `False`):
             Whether rewards are brought to a variance of 1 before advantages are computed. Their mean stays.
         kl_coef (`float`, *optional*, defaults to `0.05`):
@@ -110,13 +110,15 @@ class PPOConfig(_Base):
         default=None, metadata={"help": "Number of processes with which a script prepares its dataset."}
     )
     num_mini_batches: int = field(
-        default=1, metadata={"help": "Parts into which an update's batch is split; each is one optimizer step."}
+        default=1,
+        metadata={"help": "Number of parts into which an update's batch is split; each is one optimizer step."},
     )
     total_episodes: int | None = field(
-        default=None, metadata={"help": "Episodes of the whole run. None: num_train_epochs times the dataset."}
+        default=None,
+        metadata={"help": "Number of episodes of the whole run. None: num_train_epochs times the dataset."},
     )
     local_rollout_forward_batch_size: int = field(
-        default=64, metadata={"help": "Rows of one forward pass without gradients, on each rank."}
+        default=64, metadata={"help": "Number of rows of one forward pass without gradients, on each rank."}
     )
     num_sample_generations: int = field(
         default=10, metadata={"help": "How many times a table of sample responses is printed. 0: never."}
@@ -153,12 +155,12 @@ class PPOConfig(_Base):
         default="EleutherAI/pythia-160m", metadata={"help": "Where a script loads reward model and critic from."}
     )
     model_adapter_name: str | None = field(
-        default=None, metadata={"help": "The policy's adapter that is trained, where it has several."}
+        default=None, metadata={"help": "Name of the policy's adapter that is trained, if it has several."}
     )
     ref_adapter_name: str | None = field(
-        default=None, metadata={"help": "The policy's adapter that is the reference, where it has several."}
+        default=None, metadata={"help": "Name of the policy's adapter that is the reference, if it has several."}
     )
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the batch of an update."})
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Number of passes over the batch of an update."})
     whiten_rewards: bool = field(default=False, metadata={"help": "Bring rewards to a variance of 1."})
     kl_coef: float = field(default=0.05, metadata={"help": "Coefficient of the per-token KL penalty in the reward."})
     kl_estimator: Literal["k1", "k3"] = field(default="k1", metadata={"help": "KL estimator of kl_coef."})
@@ -179,21 +181,22 @@ class PPOConfig(_Base):
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
-        """As the base class has it, which takes `stop_token` for a secret."""
-        return super().to_dict() | {"stop_token": self.stop_token}
+        """The settings by name. The base class hides `stop_token`, which it takes for a secret."""
+        settings: dict[str, Any] = super().to_dict()
+        return settings | {"stop_token": self.stop_token}
 
 
 def accelerator_has_bf16() -> bool:
-    """Whether there is an accelerator, and it computes in bfloat16."""
+    """Whether there is an accelerator that computes in bfloat16."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
 def _launched_on_cpu() -> bool:
     """
-    Whether a launcher started this rank for a CPU. accelerate tells a single process `use_cpu` of its file, but not
-    several: these see for themselves whether there is anything else, or they would never find each other.
+    Whether a launcher started this rank for a CPU. accelerate passes `use_cpu` of its file to a single process, but
+    not to several: each of these looks for an accelerator itself, or they would never find each other.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
         return True

@@ -322,7 +322,7 @@ class StepPOConfig(PPOConfig):
         default=False, metadata={"help": "Sample in a process of its own with max_staleness=0, too."}
     )
     use_vllm: bool = field(default=False, metadata={"help": "Sample on vLLM servers."})
-    vllm_server_base_url: list[str] | None = field(  # or one alone, which no parser can be told of
+    vllm_server_base_url: list[str] | None = field(  # or one `str`, which parsers cannot express
         default=None, metadata={"help": "URLs of the vLLM servers. None: http://localhost:8000."}
     )
     vllm_server_timeout: float = field(
@@ -351,7 +351,7 @@ class StepPOConfig(PPOConfig):
 
     @property
     def estimator(self) -> Estimator:
-        """What `advantage_estimator` names."""
+        """The estimator that `advantage_estimator` names."""
         return ESTIMATORS[self.advantage_estimator]
 
     @property
@@ -376,7 +376,7 @@ class StepPOConfig(PPOConfig):
 
     @property
     def samples_in_worker(self) -> bool:
-        """Whether the policy is sampled from in a process of its own, beside this one."""
+        """Whether the policy is sampled from in a process of its own."""
         return self.use_rollout_worker or (self.max_staleness > 0 and not self.use_vllm)
 
     @property
@@ -393,11 +393,11 @@ class StepPOConfig(PPOConfig):
     @classmethod
     def of(cls, args: object) -> StepPOConfig:
         """
-        What a trainer is given as `args`, as a `StepPOConfig`.
+        Convert the `args` of a trainer to a `StepPOConfig`.
 
         Args:
             args ([`StepPOConfig`] or [`PPOConfig`]):
-                The former is returned as it is; of the latter see [`from_ppo_config`].
+                A `StepPOConfig` is returned as it is; a `PPOConfig` is converted by [`from_ppo_config`].
 
         Raises:
             ConfigurationError: If it is neither.
@@ -442,14 +442,14 @@ class StepPOConfig(PPOConfig):
             args ([`~trl.GRPOConfig`]):
                 TRL's configuration.
             advantage_estimator (`str`, *optional*, defaults to `"grpo"`):
-                Another one trains the same episodes otherwise. With `"step_gae"` the ratio and the average of the loss
-                are StepPO's, unless `args` has others than TRL's defaults.
+                How the same episodes are trained on. With `"step_gae"` the ratio and the average of the loss are
+                StepPO's, unless `args` has other values than TRL's defaults.
             changes (`Any`):
-                Further settings of the new configuration, which take the place of converted ones.
+                Other settings of the new configuration, which replace converted ones.
 
         Raises:
-            ConfigurationError: If some settings have no place here and are not at their default. It lists all of them
-                with what there is instead.
+            ConfigurationError: If settings without a counterpart are not at their default. The message lists all of
+                them, with what to set instead.
         """
         if not _is_grpo_config(args):
             raise ConfigurationError(f"`args` is a {type(args).__name__}; `from_grpo_config` takes TRL's GRPOConfig")
@@ -497,11 +497,11 @@ _LEFT_OUT_OF_TRIALS = (
     *("max_staleness", "use_rollout_worker", "use_vllm", "rollout_cache_tokens", "allow_uncached_sampling"),
     *("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
 )
-"""Settings of where and how long a run trains, which are at their defaults in a trial."""
+"""Settings of how long a run trains, where, and how it samples. They are at their defaults in a trial."""
 
 
 def _is_grpo_config(args: object) -> bool:
-    """Whether these are TRL's settings of that name, which are not imported for this: it takes seconds."""
+    """Whether these are TRL's settings of that name. The class itself is not imported, which takes seconds."""
     return "GRPOConfig" in {base.__name__ for base in type(args).__mro__}
 
 

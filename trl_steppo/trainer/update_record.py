@@ -18,7 +18,7 @@ from ..inference.base import Sampler
 from ..learning.learner import Learner
 from ..learning.metrics import Means
 from .engines import counts_of
-from .metrics import beside
+from .metrics import with_free_names
 
 _LAST_VALUES = ("episode", "eps", "lr", "critic/lr")
 """Metrics whose last value is logged, and not the mean over the updates since the last log."""
@@ -192,7 +192,7 @@ class UpdateRecord:
     def finish(self) -> dict[str, float]:
         """All metrics of the update. Collective: every rank must call this."""
         logs = self.logs | _derived(self.means.reduced())
-        return logs | beside(self.reward_means.reduced(), logs)
+        return logs | with_free_names(self.reward_means.reduced(), logs)
 
 
 def _derived(means: dict[str, float]) -> dict[str, float]:

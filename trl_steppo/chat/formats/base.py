@@ -77,8 +77,8 @@ class ThoughtTags:
         opening, closing (`str`):
             The delimiters.
         anywhere (`bool`, *optional*, defaults to `False`):
-            Whether a thought may begin in the midst of a line. Otherwise the opening counts only at the start of the
-            response or of a line, or behind another part: elsewhere an answer is talking about it.
+            Whether a thought may begin in the middle of a line. Otherwise the opening counts only at the start of the
+            response or of a line, or after another part: elsewhere the text only mentions it.
     """
 
     opening: str = "<think>"
@@ -88,10 +88,10 @@ class ThoughtTags:
 
 class TaggedFormat:
     """
-    A format whose tool calls stand in the text of the turn, each behind an opening delimiter.
+    A format whose tool calls stand in the text of the turn, each after an opening delimiter.
 
     A subclass says how one call is read; where thoughts and calls begin is decided here. A delimiter counts only where
-    the format puts it: the closing one of a call behind its arguments, that of a thought behind the opening one.
+    the format puts it: the closing one of a call after its arguments, that of a thought after the opening one.
     """
 
     framing: frozenset[str] = frozenset()
@@ -99,7 +99,7 @@ class TaggedFormat:
     opening: re.Pattern[str]
     """Where a call begins."""
     closing: str = ""
-    """What ends a call; behind it, reading goes on after a call that cannot be read."""
+    """What ends a call; after a call that cannot be read, reading continues after it."""
     form: str = ""
     """How a call is written, for the model to be told."""
 
@@ -109,10 +109,10 @@ class TaggedFormat:
 
     def read_calls(self, text: str, begin: re.Match[str], schemas: Schemas) -> tuple[Sequence[Message], int]:
         """
-        The tool calls that begin with `begin`, and the position behind them.
+        The tool calls that begin with `begin`, and the position after them.
 
         Raises:
-            UnreadableError: this is no whole call; the error says up to where that is certain.
+            UnreadableError: this is not a complete call; the error has the position up to which that is certain.
         """
         raise NotImplementedError
 

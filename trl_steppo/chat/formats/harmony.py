@@ -14,7 +14,7 @@ class HarmonyFormat:
     gpt-oss: `<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>`.
 
     A message with a recipient (`to=functions.search`) is a tool call, wherever in the header the recipient stands;
-    the template writes it in front of the channel, the model mostly behind it.
+    the template writes it before the channel, the model mostly after it.
     """
 
     framing = frozenset(

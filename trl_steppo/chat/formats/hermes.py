@@ -11,7 +11,7 @@ from .values import UnreadableError, read_json, skip_space
 
 
 class HermesFormat(TaggedFormat):
-    """JSON between `<tool_call>` and `</tool_call>`, read as JSON: the closing tag counts only behind it."""
+    """JSON between `<tool_call>` and `</tool_call>`, read as JSON: the closing tag counts only after it."""
 
     framing = frozenset({"<tool_call>", "</tool_call>", "<think>", "</think>"})
     opening = re.compile("<tool_call>")

@@ -38,7 +38,7 @@ class DeepSeekFormat(TaggedFormat):
 
 
 class MistralFormat(TaggedFormat):
-    """`[TOOL_CALLS]` with a JSON list of calls behind it, or with `name[ARGS]{...}`; calls may have ids."""
+    """`[TOOL_CALLS]` with a JSON list of calls after it, or with `name[ARGS]{...}`; calls may have ids."""
 
     framing = frozenset({"[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "[THINK]", "[/THINK]"})
     thought = ThoughtTags("[THINK]", "[/THINK]")

@@ -1,4 +1,4 @@
-"""Tool calls in notations of their own: Gemma 4 (`call:name{key:value}`) and LFM2.5 (`name(key=value)`)."""
+"""Tool calls in special notations: Gemma 4 (`call:name{key:value}`) and LFM2.5 (`name(key=value)`)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class PythonicFormat(TaggedFormat):
                 return _read_value(text, at, _PYTHON)
         if self._escapes or not text.startswith(("'", '"'), at):
             return _read_value(text, at, _PYTHON)
-        # Text as it is: a quote ends it only where an argument, a call or the calls go on behind it.
+        # Text as it is: a quote ends it only where an argument, a call or the calls continue after it.
         pattern = re.compile(text[at] + _TEXT_TAIL)
         end = find_end(text, at + 1, pattern, begins=_PYTHONIC_CALL, closing=self.closing)
         if end is None:
@@ -113,7 +113,7 @@ class _Notation:
 
 
 def _read_value(text: str, at: int, notation: _Notation, levels: int = 0) -> tuple[object, int]:
-    """A value, and the position behind it."""
+    """A value, and the position after it."""
     if levels > MAX_LEVELS:
         raise UnreadableError("nested too deeply", at)
     at = skip_space(text, at)

@@ -16,7 +16,7 @@ _STARTS = ('{"name":', '{"type":"function","name":')
 
 class LlamaFormat(TaggedFormat):
     """
-    A JSON object at the start of the turn or of a line, or behind `<|python_tag|>`.
+    A JSON object at the start of the turn or of a line, or after `<|python_tag|>`.
 
     A JSON object with a `name` may be an answer as well: it is one if it is whole, names no tool and has no
     parameters.

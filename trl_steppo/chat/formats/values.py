@@ -16,13 +16,13 @@ Schema = Mapping[str, Any]
 
 class UnreadableError(ValueError):
     """
-    Something that is no whole tool call.
+    Text that is not a complete tool call.
 
     Args:
         reason (`str`):
             Why, in words that the model can act on.
         at (`int`, *optional*, defaults to `0`):
-            Position up to which the text belongs to it: its end where the text breaks off in the midst of a call.
+            Position up to which the text belongs to it: its end where the text breaks off within a call.
     """
 
     def __init__(self, reason: str, at: int = 0) -> None:
@@ -33,7 +33,7 @@ class UnreadableError(ValueError):
 
 def read_json(text: str, at: int) -> tuple[object, int]:
     """
-    The JSON value that begins at `at`, and the position behind it.
+    The JSON value that begins at `at`, and the position after it.
 
     Raises:
         UnreadableError: it is none, is not finite (`NaN`, `Infinity`, `1e999`), is nested too deeply, or the text
@@ -58,7 +58,7 @@ def read_json(text: str, at: int) -> tuple[object, int]:
 
 
 def skip_space(text: str, at: int) -> int:
-    """The position of the next character that is no white space."""
+    """The position of the next character that is not white space."""
     found = _SPACE.match(text, at)
     return found.end() if found else at
 
@@ -89,8 +89,8 @@ def find_end(
     """
     Where a value ends that is written without quotes.
 
-    An end does not count behind the beginning of another call (`begins`) that is not closed (`closing`) before it: the
-    value quotes a call, and this is the end of the quoted one's value. So a response that breaks off behind a quoted
+    An end does not count after the beginning of another call (`begins`) that is not closed (`closing`) before it: the
+    value quotes a call, and this is the end of the quoted one's value. So a response that breaks off after a quoted
     call is not taken for a whole one.
     """
     opened, at = 0, start
