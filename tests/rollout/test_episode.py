@@ -370,8 +370,9 @@ def test_an_error_fails_the_episode_and_keeps_its_steps(chat):
 
 def test_a_sampler_that_breaks_is_no_fault_of_the_episode(chat):
     environment = LookEnvironment()
+    sampler = ScriptedSampler(chat, lambda order: [LOOK][order[2]])
     with pytest.raises(SamplerError, match="episode 5-1, sampling step 1: IndexError"):
-        play(chat, [LOOK], environment)  # the script has no second step
+        play(chat, None, environment, sampler=sampler)
     assert environment.closed
 
 
