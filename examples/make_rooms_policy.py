@@ -60,12 +60,12 @@ class Arguments:
     num_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=32, metadata={"help": "Responses of one step."})
     learning_rate: float = field(default=5e-3, metadata={"help": "Highest learning rate."})
-    door_weight: float = field(default=1.0, metadata={"help": "Weight of the door beside that of the whole response."})
-    form_weight: float = field(
-        default=0.03, metadata={"help": "Weight of the logarithm of the probability of a word out of place."}
+    door_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the loss on the door, relative to that on the whole response."}
     )
+    form_weight: float = field(default=0.03, metadata={"help": "Weight of the log-probability of misplaced words."})
     share_right: float = field(default=0.3, metadata={"help": "Share of right doors."})
-    share_tempting: float = field(default=0.4, metadata={"help": "Share of the wrong door that tempts."})
+    share_tempting: float = field(default=0.4, metadata={"help": "Share of the tempting wrong door."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_HELD_ERRNOS = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 # -- files and directories --------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _HELD:
+        if error.errno in _HELD_ERRNOS:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             raise LockedError(path, holder or "another process") from error
         logger.warning("%s cannot be locked (%s): nothing keeps another process away", path, error)

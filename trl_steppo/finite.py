@@ -14,7 +14,7 @@ from typing import Any
 LARGEST = 1.8e19
 """Largest magnitude of a number whose square is finite in float32 (its largest value is about 3.4e38)."""
 
-_SHOWN = 100  # characters of a value that a message quotes
+_MAX_SHOWN_CHARS = 100  # of a value that a message quotes
 
 
 class NotANumberError(TypeError):
@@ -114,4 +114,4 @@ def shown(value: object) -> str:
         text = repr(value)
     except Exception:  # of other code; or an integer of more digits than Python writes
         return f"a value of type {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."

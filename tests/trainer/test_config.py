@@ -385,7 +385,7 @@ def test_a_trial_is_small_and_leaves_no_trace(tmp_path):
     assert (trial.use_vllm, trial.max_staleness, trial.vllm_server_base_url) == (False, 0, None)
     assert (trial.eval_strategy, trial.save_strategy, trial.report_to) == ("no", "no", [])
     assert trial.correction == whole.correction == "truncate"
-    assert trial.allow_uncached_sampling  # as the servers have no need of the sampler's cache
+    assert trial.rollout_cache_tokens == StepPOConfig.rollout_cache_tokens  # the trial has an engine of its own
     assert (trial.learning_rate, trial.num_generations) == (1e-4, 4)
 
 

@@ -475,7 +475,7 @@ class ToolPlayable(_EnvironmentCalls):
         return [answers[index] for index in range(len(calls))]
 
     async def _answer(self, tool_call: JsonObject, counts: Counter[str]) -> Content:
-        """The tool's result, or an error for the model to read. Raises only for a result that is no text."""
+        """The tool's result, or an error for the model to read. Raises only for a result that is not text."""
         name = tool_call["name"]
         tool = self._methods.get(name) or self._functions.get(name)
         if tool is None:

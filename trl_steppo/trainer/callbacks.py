@@ -11,7 +11,7 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 
 from ..types import Episode, TokenIds
 
-_SHOWN = {  # metric: its short name
+_SHORT_NAMES = {  # of the metrics in a summary line
     "env/exact_match": "em",
     "env/reward": "reward",
     "env/episode_steps": "steps",
@@ -68,7 +68,7 @@ def summary_line(update: int, logs: dict[str, float]) -> str:
         }
         head = "evaluation"
     else:
-        shown = {short: logs[name] for name, short in _SHOWN.items() if name in logs}
+        shown = {short: logs[name] for name, short in _SHORT_NAMES.items() if name in logs}
         head = f"{logs.get('episode', 0):.0f} episodes"
     return f"update {update} | {head} | " + "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
 

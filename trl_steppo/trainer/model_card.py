@@ -24,7 +24,7 @@ _BODY = """\
 {citation}
 ```
 """
-_SHOWN = ("trl", "transformers", "torch", "datasets", "tokenizers")
+_LISTED_PACKAGES = ("trl", "transformers", "torch", "datasets", "tokenizers")
 
 
 def model_card(
@@ -55,7 +55,7 @@ def model_card(
         tags=["generated_from_trainer", *sorted(tags)],
     )
     link = f"[{base_model}](https://huggingface.co/{base_model})"
-    versions = {"trl-steppo": __version__, **{package: version(package) for package in _SHOWN}}
+    versions = {"trl-steppo": __version__, **{package: version(package) for package in _LISTED_PACKAGES}}
     body = _BODY.format(
         name=name,
         origin=f"This model is a fine-tuned version of {link}. " if base_model else "",

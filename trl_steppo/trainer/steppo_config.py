@@ -497,11 +497,11 @@ _LEFT_OUT_OF_TRIALS = (
     *("max_staleness", "use_rollout_worker", "use_vllm", "rollout_cache_tokens", "allow_uncached_sampling"),
     *("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
 )
-"""Settings of where and how long a run trains, which are at their defaults in a trial."""
+"""Settings of how long a run trains, where, and how it samples. They are at their defaults in a trial."""
 
 
 def _is_grpo_config(args: object) -> bool:
-    """Whether these are TRL's settings of that name, which are not imported for this: it takes seconds."""
+    """Whether these are TRL's settings of that name. The class itself is not imported, which takes seconds."""
     return "GRPOConfig" in {base.__name__ for base in type(args).__mro__}
 
 

@@ -26,7 +26,7 @@ class EnvironmentArguments:
         default="chat", metadata={"help": "How the state is shown: a growing chat, or the paper's rewritten prompt."}
     )
     force_first_search: bool = field(
-        default=False, metadata={"help": "Begin with what a search for the question finds, as the paper does."}
+        default=False, metadata={"help": "Begin with the results of a search for the question, as the paper does."}
     )
 
     def environment_factory(self, retriever: Retriever) -> partial[HotpotQAEnvironment]:
@@ -70,12 +70,13 @@ class HotpotQARecipe(EnvironmentArguments):
         default=None, metadata={"help": "File to evaluate on. None: a part of a local file, or the validation split."}
     )
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of whole networks."})
-    lora_r: int = field(default=32, metadata={"help": "Their rank."})
-    lora_alpha: int = field(default=64, metadata={"help": "Their scale, over the rank."})
-    lora_target_modules: str = field(default="all-linear", metadata={"help": "The layers they stand in."})
-    reward: Literal["exact_match", "f1"] = field(default="exact_match", metadata={"help": "What an answer is paid."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale of the adapters; it is divided by the rank."})
+    lora_target_modules: str = field(default="all-linear", metadata={"help": "The layers that get adapters."})
+    reward: Literal["exact_match", "f1"] = field(default="exact_match", metadata={"help": "How an answer is scored."})
     valid_call_reward: float = field(
-        default=0.0, metadata={"help": "What the share of responses that make a valid tool call is paid beside it."}
+        default=0.0,
+        metadata={"help": "Weight of a further reward: the share of responses that make a valid tool call."},
     )
 
     def data(self) -> HotpotQAData:
