@@ -171,7 +171,7 @@ def test_no_token_sees_another_branch(tiny_model, implementation):
         ("GPT2", {}, False),
     ],
 )
-def test_which_models_take_tries(tiny_model, architecture, settings, expected):
+def test_models_whose_attention_allows_tries_are_recognized(tiny_model, architecture, settings, expected):
     if architecture == "GPT2":  # positions are learned, and other names configure it
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64))
     else:

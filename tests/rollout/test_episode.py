@@ -107,7 +107,7 @@ def test_a_row_without_a_prompt_leaves_it_to_reset(chat):
     assert episode.steps[0].prompt_ids == chat.render([{"role": "user", "content": "Look up."}])
 
 
-def test_input_ids_are_one_step_that_stops_nowhere(chat):
+def test_a_row_of_input_ids_is_one_step_without_stop_tokens(chat):
     for env in (None, "look"):
         episode, sampler = play(chat, [LOOK * 3], env, {"input_ids": [5, 6, 7]}, replace(SAMPLING, max_new_tokens=60))
         assert episode.error is None
@@ -352,7 +352,7 @@ def test_an_environments_own_time_limit_is_a_failure_and_no_budget(chat):
 # -- what breaks ------------------------------------------------------------------------------------------------------
 
 
-def test_what_breaks_fails_the_episode_and_keeps_its_steps(chat):
+def test_an_error_fails_the_episode_and_keeps_its_steps(chat):
     def broken():
         raise ValueError("broken on purpose")
 
@@ -402,13 +402,13 @@ def test_a_prompt_without_a_chat_format_fails(chat):
     assert "needs a chat format" in episode.error
 
 
-def test_failing_to_close_costs_nothing(chat):
+def test_an_error_in_close_does_not_fail_the_episode(chat):
     environment = LookEnvironment()
     environment.close = lambda: 1 / 0
     assert play(chat, [STOP], environment)[0].valid
 
 
-def test_interrupts_pass(chat):
+def test_keyboard_interrupts_are_not_caught(chat):
     def interrupt(order):
         raise KeyboardInterrupt
 

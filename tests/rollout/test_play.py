@@ -128,7 +128,7 @@ def test_every_episode_has_a_row_of_its_own(chat, num_accidents):
         assert episode.question == PROMPT
 
 
-def test_what_an_environment_goes_on_to_change_is_recorded_as_it_was(chat):
+def test_an_observation_that_the_environment_changes_later_is_recorded_as_it_was(chat):
     class Grows:
         def reset(self, **row):
             self.said, self.keys = [], []
@@ -146,7 +146,7 @@ def test_what_an_environment_goes_on_to_change_is_recorded_as_it_was(chat):
     assert [step.info["state_key"] for step in episode.steps] == [[], ["0"]]
 
 
-def test_a_state_key_that_nobody_reads_is_not_asked_for():
+def test_state_keys_are_not_computed_where_no_estimator_reads_them():
     class Keyed:
         def reset(self, **row): ...
 
@@ -206,7 +206,7 @@ def test_a_sampler_that_has_given_up_is_not_asked_again(chat):
     assert asked == [(0, 0, 0)]
 
 
-def test_rollouts_share_a_bound(chat):
+def test_concurrent_rollouts_share_one_limit_of_episodes(chat):
     slots, playing, most, lock = Slots(2), set(), [], threading.Lock()
 
     class Counting(LookEnvironment):
@@ -428,7 +428,7 @@ def test_with_a_slow_tool_the_sampler_stops_waiting(chat):
     assert len(sampler.batches) > 3
 
 
-def test_what_ctrl_c_interrupts_cleans_up_and_leaves_nothing_behind():
+def test_a_rollout_that_ctrl_c_interrupts_cleans_up():
     """Several async tools are running: each of them, and what waits for it, gets to its `finally`."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     cleaned, loops = [], []

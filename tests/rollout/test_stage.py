@@ -124,7 +124,7 @@ def database():
     return type("Database", (Database,), {"made": 0, "threads": set(), "closed": [], "loops": set()})
 
 
-def test_what_is_bound_to_its_thread_works_from_the_making_to_the_end(chat, on_stage, database):
+def test_thread_bound_environments_stay_in_their_thread(chat, on_stage, database):
     stage = on_stage(database)
     script = one_call(call("write", text="a")[: -len(END)] + "\n" + call("write_later", text="b"))
     for _ in range(3):
@@ -290,7 +290,7 @@ def fresh_function():
 
 @pytest.mark.parametrize("inside_a_loop", [False, True])
 @pytest.mark.parametrize("kind", ["function", "environment"])
-def test_what_handles_signals_runs_in_the_main_thread(chat, on_stage, kind, inside_a_loop, caplog):
+def test_environments_that_handle_signals_run_in_the_main_thread(chat, on_stage, kind, inside_a_loop, caplog):
     cls = type("Rings", (Rings,), {"made": []})
 
     async def inside(function):
@@ -343,7 +343,7 @@ def executes(code: str) -> str:
     ],
     ids=["its own thread", "the words alone", "executed text", "a library called by it", "within another error"],
 )
-def test_a_refusal_that_the_main_thread_does_not_mend_is_the_tools_error(
+def test_an_error_that_the_main_thread_does_not_cure_is_the_tools_own(
     chat, on_stage, kind, tool, arguments, num_main, caplog
 ):
     class Holds(Numbered):
@@ -406,7 +406,7 @@ def test_a_class_that_handles_signals_when_it_is_made_is_made_in_the_main_thread
 
 
 @pytest.mark.parametrize("kind", ["function", "environment"])
-def test_what_handles_signals_is_refused_where_the_main_thread_has_no_time(chat, on_stage, kind):
+def test_environments_that_handle_signals_are_refused_where_the_main_thread_is_busy(chat, on_stage, kind):
     raised = []
 
     def run():

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 
-from tests.inference.fake_vllm import FakeVLLM
+from tests.inference.fake_vllm import FakeVLLM, refuses_weights
 from tests.inference.gloo_group import GlooGroup
 from tests.trainer.served_policy import Policy
 from tests.trainer.tiny import (
@@ -291,7 +291,7 @@ def test_weights_that_cannot_be_written(tmp_path, serve) -> None:
 )
 def test_two_ranks_share_the_servers(tmp_path, serve, engine, transfer) -> None:
     servers, broken = [serve(), serve()], serve()
-    broken.refuses_weights = True
+    broken.faults = [refuses_weights()]
     one = train(tmp_path / "one", SETTINGS)
     settings = {
         **SETTINGS,

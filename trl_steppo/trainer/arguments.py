@@ -17,12 +17,18 @@ from ..rollout import Agent
 from ..rollout.rewards import RewardFunc
 from .checks import check_adapters, check_kinds, check_models, check_trainable, refuse_unsupported
 from .data_stream import Rows
-from .dataset_checks import check_dataset, check_eval_dataset, check_length, check_no_dataset
+from .dataset_checks import (
+    EnvironmentFactories,
+    check_dataset,
+    check_eval_dataset,
+    check_length,
+    check_no_dataset,
+)
 from .description import describe_task
 from .engines import Engine, check_engine
 from .loading import Loader
 from .reward_models import RewardFuncs, load_reward_funcs
-from .run_environments import EnvironmentFactories, factories_of
+from .run_environments import factories_of
 from .steppo_config import StepPOConfig
 
 

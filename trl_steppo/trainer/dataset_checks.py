@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,11 @@ from ..types import Row
 from .data_stream import no_rows
 from .steppo_config import StepPOConfig
 
-if TYPE_CHECKING:
-    from .player import EnvironmentFactory
+EnvironmentFactory: TypeAlias = Callable[[], object]
+"""Makes one environment."""
+
+EnvironmentFactories: TypeAlias = EnvironmentFactory | Mapping[str, EnvironmentFactory]
+"""One factory, or several by the names that rows choose them by."""
 
 _CHUNK_ROWS = 10_000
 _IMAGES = ("image", "images")  # TRL's names of columns whose images the model sees
@@ -110,7 +113,7 @@ def check_eval_dataset(
             )
 
 
-def check_no_dataset(environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None) -> None:
+def check_no_dataset(environment_factory: EnvironmentFactories | None) -> None:
     """
     Check that a run can do without `train_dataset`.
 

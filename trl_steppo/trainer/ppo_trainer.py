@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import textwrap
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import transformers
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
 from ..compat.accelerate import find_fsdp
 from ..compat.transformers import (
-    SaveStrategy,
     TrainOutput,
-    load_callback_states,
-    load_generators,
-    load_scaler,
-    note_best,
-    push_checkpoint,
     save_policy,
-    save_scaler_and_generators,
     source_of,
 )
-from ..compat.trl import ppo_bases
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..inference.base import Sampler
 from ..learning.estimators import reference_kl, token_penalties
-from ..learning.ranks import gather_objects, summed, together
+from ..learning.ranks import summed, together
 from ..learning.update import Credit, Rollout, Scores
 from ..models import as_reference, is_peft_model, plain_model, whole_state_dict
-from ..modes import modes_kept
 from ..rollout import dump_episodes, episode_file
-from ..stopping import StopRequestedError, is_requested, listening
+from ..stopping import listening
 from ..types import Episode
 from .arguments import Arguments, datasets_of, derive_sizes, description, loaded, row_rules
 from .build import build_parts, build_player, freeze_reward_models
-from .callbacks import StepPOProgressCallback, close_progress_bars, print_episodes
-from .checkpointing import TrainerCheckpoints, alone_in, save_state
-from .checkpoints import Progress, reading
+from .callbacks import StepPOProgressCallback, print_episodes
+from .checkpointing import TrainerCheckpoints, alone_in
+from .checkpoints import Progress
 from .checks import warn_of_waiting
 from .data_stream import check_same_order, make_rows
 from .dataset_checks import check_eval_dataset
@@ -56,20 +45,14 @@ from .metrics import add_age_metrics, add_correction_metrics
 from .model_card import model_card
 from .ppo_config import PPOConfig
 from .rollouts import Inspection, make_source, short_collections
+from .run_loop import RunLoop
 from .steppo_config import StepPOConfig
-from .update_record import Generators, RunRecord, UpdateRecord, averaged
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _, _Base = ppo_bases()
-
-logger = transformers.utils.logging.get_logger(__name__)
+from .update_record import RunRecord, UpdateRecord
 
 _NUM_SHOWN = 3  # episodes of a printed table
 
 
-class PPOTrainer(_Base):
+class PPOTrainer(RunLoop):
     """
     Trainer for token-level PPO ([Proximal Policy Optimization Algorithms](https://huggingface.co/papers/1707.06347)).
 
@@ -197,7 +180,7 @@ class PPOTrainer(_Base):
             processing_class=given.processing_class,
             callbacks=given.callbacks,
         )
-        self.args: StepPOConfig = args
+        self.args = args
         self.train_dataset = given.train_dataset
         find_fsdp(self.accelerator)
         check_distribution(args, Distribution.from_accelerator(self.accelerator), given.optimizers)
@@ -557,190 +540,3 @@ class PPOTrainer(_Base):
             paper=self._paper,
         )
         card.save(output_dir / "README.md")
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """All that `train(resume_from_checkpoint=...)` needs; see [`checkpoints`]."""
-        name = self.hub_model_id or self.checkpoints.output_dir.name
-        self.create_model_card(model_name=name.split("/")[-1])
-        directory = self.checkpoints.save(self.state, self.progress, self._write_checkpoint)
-        if self.args.push_to_hub:
-            self.checkpoints.copy_folders(directory)
-            push_checkpoint(self, str(directory))
-        self.checkpoints.rotate(directory, self.state)
-
-    def _write_checkpoint(self, directory: Path) -> None:
-        self.save_model(str(directory), _internal_call=True)
-        if not self.args.save_only_model:
-            self.checkpoints.save_networks(directory)
-            save_scaler_and_generators(self, str(directory))
-        if self.args.should_save:
-            save_state(self.state, [*self.callback_handler.callbacks, self.control], directory)
-
-    def _resume(self, resume_from_checkpoint: str | bool) -> Path:
-        """Everything as it was when the checkpoint was written; the random generators come last, in `_running`."""
-        directory, self.progress = self.checkpoints.resume(resume_from_checkpoint)
-        with reading(directory, "scaler.pt"):
-            load_scaler(self, str(directory))
-        self.checkpoints.resume_reference(self.learner.reference, directory, self.progress)
-        with reading(directory, "trainer_state.json"):
-            self.state = TrainerState.load_from_json(str(directory / "trainer_state.json"))
-            load_callback_states(self)
-        self.state.is_local_process_zero = self.is_local_process_zero()
-        self.state.is_world_process_zero = self.is_world_process_zero()
-        self.checkpoints.saved_update = self.state.global_step
-        logger.info(f"going on from {directory}, after update {self.state.global_step}")
-        return directory
-
-    # -- around a run and its updates ---------------------------------------------------------------------------------
-
-    def _set_out(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        """The state of a run that begins, or goes on from the checkpoint that is returned."""
-        args = self.args
-        assert args.num_total_batches is not None
-        self.is_in_train = True
-        self.state.epoch = 0.0
-        self.checkpoints.saved_update = None
-        resumed_from = None
-        if resume_from_checkpoint is not None:
-            resumed_from = self._resume(resume_from_checkpoint)
-        else:
-            self.checkpoints.warn_of_earlier_run()
-        self.state.max_steps = args.num_total_batches
-        self.state.num_train_epochs = math.ceil(args.num_train_epochs)
-        self.state.train_batch_size = args.per_device_train_batch_size
-        self.state.compute_steps(args, args.num_total_batches)
-        self.control.should_training_stop = False
-        return resumed_from
-
-    @contextmanager
-    def _running(self, resumed_from: Path | None) -> Iterator[RunRecord]:
-        """Everything around the updates: callbacks, first and last evaluation, the state on disk."""
-        args = self.args
-        assert args.batch_size is not None
-        run = RunRecord(self.state.global_step, args.batch_size)
-        if args.loss_aggregation is None:
-            logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
-        if args.should_save:
-            self.checkpoints.save_settings(self._description)
-        self._event("on_train_begin")
-        if args.eval_on_start and resumed_from is None:
-            self.evaluate()
-        self._event("on_epoch_begin")
-        if resumed_from is not None:
-            with reading(resumed_from, "rng_state.pth"):
-                load_generators(self, str(resumed_from))
-        yield run
-        self._log_averages()
-        if args.eval_strategy != "no" and self.progress.last_eval_step != self.state.global_step:
-            self.evaluate()
-        self.log(run.speed(self.state.global_step))
-        if args.load_best_model_at_end:
-            self.checkpoints.load_best(self.state)
-        self._event("on_train_end")
-        if args.should_save:
-            self.state.save_to_json(str(self.checkpoints.output_dir / "trainer_state.json"))
-
-    @contextmanager
-    def _as_before(self) -> Iterator[None]:
-        """What a run changes in this object and is no result of it is as before, however the run ends."""
-        networks = [network.module for network in (self.learner.policy, self.learner.critic) if network is not None]
-        try:
-            with modes_kept(*networks):
-                yield
-        finally:
-            self.is_in_train = False
-            close_progress_bars(self.callback_handler.callbacks)
-
-    def _heed_requests_to_stop(self) -> None:
-        """Raises a [`StopRequestedError`] on all ranks, where one of them was asked to stop."""
-        if any(gather_objects([is_requested()])):
-            raise StopRequestedError("the run was asked to stop")
-
-    @contextmanager
-    def _saving_when_stopped(self) -> Iterator[None]:
-        """A run that is asked to stop can go on from the update that was done last."""
-        try:
-            yield
-        except StopRequestedError:
-            update = self.state.global_step
-            words = "it was not saved (`save_strategy`='no')" if update else "there is nothing to save"
-            if self.checkpoints.saved_update == update:
-                words = f"checkpoint-{update} holds it"
-            elif self.args.save_strategy != SaveStrategy.NO and update:
-                self._save_checkpoint(self.learner.policy.module, trial=None)
-                words = f"it was saved as checkpoint-{update}"
-            logger.warning(f"the run was asked to stop, and ends after update {update}; {words}")
-            raise
-
-    @contextmanager
-    def _update(self, run: RunRecord) -> Iterator[UpdateRecord]:
-        """Everything around one update: metrics, callbacks, logging, evaluation, checkpoints."""
-        args, progress = self.args, self.progress
-        assert args.batch_size is not None
-        generators = Generators.now()
-        update = UpdateRecord(
-            run, self.state, first_row=progress.num_rows_played, learner=self.learner, sampler=self.sampler
-        )
-        try:
-            self._event("on_step_begin")
-            yield update
-            update.stop(samples_ahead=args.max_staleness > 0)
-            self.state.global_step += 1
-            with update.clock.measure("sync_s"):
-                self.engine.take_weights(self.state.global_step)
-            progress.num_rows_played += args.batch_size // args.num_generations
-            ended_epoch = self._count_epochs()
-            update.logs["episode"] = progress.num_rows_played * args.num_generations
-            update.logs["eps"] = run.episodes_per_s(self.state.global_step)
-            update.add_performance(num_epochs=args.num_ppo_epochs)
-            self._event("on_step_end")
-            if ended_epoch:
-                self._event("on_epoch_end")
-                self._event("on_epoch_begin")
-        except StopRequestedError:  # what is broken off draws the same numbers when it is played again
-            generators.restore()
-            raise
-        self._log_evaluate_save(update)
-
-    def _count_epochs(self) -> bool:
-        """Bring `state.epoch` up to date; whether an epoch has ended."""
-        before = math.floor(self.state.epoch or 0.0)
-        if self.rows.num_rows is not None:
-            self.state.epoch = self.progress.num_rows_played / self.rows.num_rows
-        else:  # of a run whose epochs have no end, as `Trainer` counts them
-            self.state.epoch = self.state.global_step / self.state.max_steps
-        return math.floor(self.state.epoch) > before
-
-    def _log_evaluate_save(self, update: UpdateRecord) -> None:
-        """What the callbacks asked for."""
-        self.progress.unlogged.append(update.finish())
-        if self.control.should_log:
-            self._log_averages()
-        if self._shows_samples(update):
-            self.generate_completions(sampling=True)
-        metrics = self.evaluate() if self.control.should_evaluate else None
-        if metrics is not None:
-            is_best = note_best(self, metrics)
-            if self.args.save_strategy == SaveStrategy.BEST:
-                self.control.should_save = is_best
-        if self.control.should_save:
-            self._save_checkpoint(self.learner.policy.module, trial=None)
-            self._event("on_save")
-
-    def _log_averages(self) -> None:
-        """Log the updates since the last log, if there are any."""
-        if self.progress.unlogged:
-            self.log(averaged(self.progress.unlogged))
-            self.progress.unlogged.clear()
-
-    def _shows_samples(self, update: UpdateRecord) -> bool:
-        """Whether episodes of an update are printed."""
-        args = self.args
-        if args.num_sample_generations <= 0:
-            return False
-        assert args.num_total_batches is not None
-        return update.index % max(1, args.num_total_batches // args.num_sample_generations) == 0
-
-    def _event(self, name: str) -> None:
-        """Tell the callbacks, who may change what happens next."""
-        self.control = getattr(self.callback_handler, name)(self.args, self.state, self.control)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from ..calls import DaemonThread, MainThreadNeededError, call_and_wait, error_text
 from ..environments.base import Playable
@@ -18,14 +18,8 @@ from ..errors import ConfigurationError, DataError
 from ..rollout import MainThreadKinds, Stage, make_in_main_thread, make_in_thread
 from ..rollout.loops import run_coroutine
 from ..types import Episode, Row
-from .dataset_checks import ENVIRONMENT_COLUMN
+from .dataset_checks import ENVIRONMENT_COLUMN, EnvironmentFactories, EnvironmentFactory
 from .steppo_config import StepPOConfig
-
-EnvironmentFactory: TypeAlias = Callable[[], object]
-"""Makes one environment."""
-
-EnvironmentFactories: TypeAlias = EnvironmentFactory | Mapping[str, EnvironmentFactory]
-"""One factory, or several by the names that rows choose them by."""
 
 _CLOSING_TIMEOUT_S = 5.0  # at the end of the process, for environments that nothing was played in
 
