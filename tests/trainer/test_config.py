@@ -319,8 +319,8 @@ def test_contradiction_names_both(tmp_path, settings, names):
 
 def test_all_settings_without_effect_are_named(tmp_path):
     expected = (
-        r"`critic_learning_rate`=0\.001, `lam`=0\.5 have no effect together with `advantage_estimator`='grpo', which has "
-        r"no critic; remove one or the other, or set what a configuration file may have set to its default "
+        r"`critic_learning_rate`=0\.001, `lam`=0\.5 have no effect together with `advantage_estimator`='grpo', which "
+        r"has no critic; remove one or the other, or set what a configuration file may have set to its default "
         r"\(`critic_learning_rate` to None, `lam` to 1\.0\)$"
     )
     with pytest.raises(ConfigurationError, match=expected):
