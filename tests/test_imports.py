@@ -281,6 +281,8 @@ def test_one_module_imports_the_experimental_ppo():
     [
         "import trl_steppo",
         "from trl_steppo import Step, Episode, StopReason",
+        "from trl_steppo import Engine, FixedEngine",
+        "import trl_steppo.inference",
         "import trl_steppo.environments",
         "import trl_steppo.types",
         "import trl_steppo.calls",
