@@ -56,7 +56,7 @@ def test_what_hangs_is_given_up_even_if_it_swallows_its_cancellation():
 
 
 @pytest.mark.parametrize(("error", "caught"), [(SystemExit(3), RuntimeError), (StopIteration(4), RuntimeError)])
-def test_what_would_end_more_than_the_call_is_an_error_of_the_call(error, caught):
+def test_exceptions_that_would_end_the_run_are_errors_of_the_call(error, caught):
     def raises():
         raise error
 
@@ -159,7 +159,7 @@ def test_a_task_left_in_the_loop_does_not_end_the_run(caplog):
     assert isinstance(begins_one.task.exception(), SystemExit)  # looked at, or asyncio reports it as lost
 
 
-def test_what_is_thrown_away_unfinished_is_no_mistake():
+def test_a_generator_that_is_discarded_unfinished_is_not_an_error():
     hooked = []
 
     async def waits():
@@ -276,11 +276,11 @@ async def later_pieces():
         *[(lambda: [1, 2], [1, 2]), (lambda: range(2), range(2)), (lambda: ["a"], ["a"])],
     ],
 )
-def test_what_is_computed_later_is_computed(function, value):
+def test_lazy_values_are_computed(function, value):
     assert run_call(function) == value
 
 
-def test_what_is_computed_later_is_computed_in_the_same_thread():
+def test_lazy_values_are_computed_in_the_same_thread():
     async def run():
         threads = []
 
@@ -296,13 +296,13 @@ def test_what_is_computed_later_is_computed_in_the_same_thread():
     assert first == second != threading.get_ident()
 
 
-def test_what_never_ends_is_given_up():
+def test_a_lazy_value_that_never_ends_is_given_up():
     with pytest.raises(ValueError, match="more than 100000 items"):
         run_call(lambda: itertools.count())
 
 
 @pytest.mark.parametrize("value", [object(), [pieces()], {"f": lambda: 0}, print.__call__, threading.Lock()])
-def test_an_address_is_no_text(value):
+def test_a_default_repr_with_an_address_is_not_text(value):
     with pytest.raises(TypeError, match="has no text of its own"):
         as_text(value)
 
@@ -370,7 +370,7 @@ def test_the_threads_own_state_is_put_back():
         assert torch.get_default_dtype() is torch.float32
 
 
-def test_an_exception_whose_message_breaks_is_told_all_the_same():
+def test_an_exception_whose_message_raises_is_still_reported():
     class SilentError(Exception):
         def __str__(self):
             raise OSError("no")

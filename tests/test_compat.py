@@ -44,7 +44,7 @@ ARCHITECTURES = ["Llama", "Qwen2", "Qwen3", "Mixtral"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_this_version_has_what_is_looked_for(tiny_model, architecture):
+def test_this_version_of_each_library_has_the_names_that_are_used(tiny_model, architecture):
     model = tiny_model(architecture, torch.float32, attn_implementation="eager")
     assert attention_of(model.config) == "eager"
     assert cache_argument(model) in ("cache", "past_key_values")
@@ -61,7 +61,7 @@ def test_what_is_missing_is_named():
         decoder_layers(nn.Linear(2, 2))
 
 
-def test_special_attention_is_listed():
+def test_models_with_special_attention_are_listed():
     config = SimpleNamespace(layer_types=["full_attention", "sliding_attention"], sliding_window=8, alibi=True)
     assert list(special_attention(config)) == [
         "layers of full_attention, sliding_attention",

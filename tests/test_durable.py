@@ -19,7 +19,7 @@ from trl_steppo.durable import Lock, LockedError
 # -- locks ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_holds_it_at_a_time(tmp_path):
+def test_a_lock_is_held_by_one_process_at_a_time(tmp_path):
     path = tmp_path / "lock"
     lock = Lock(path)
     with pytest.raises(LockedError, match=f"held by process {os.getpid()} on "):
@@ -41,7 +41,7 @@ time.sleep(60)
 """
 
 
-def test_it_goes_with_a_process_that_is_killed(tmp_path):
+def test_a_lock_is_released_when_its_process_is_killed(tmp_path):
     path = tmp_path / "lock"
     command = [sys.executable, "-c", HOLDS, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
@@ -57,7 +57,7 @@ def test_it_goes_with_a_process_that_is_killed(tmp_path):
             os.killpg(process.pid, 9)
 
 
-def test_one_that_was_removed_meanwhile_is_not_the_lock(tmp_path, monkeypatch):
+def test_a_removed_lock_file_is_not_the_lock(tmp_path, monkeypatch):
     """Its holder let go of it between our opening it and our locking it."""
     path = tmp_path / "lock"
     flock, removed = fcntl.flock, []
@@ -74,7 +74,7 @@ def test_one_that_was_removed_meanwhile_is_not_the_lock(tmp_path, monkeypatch):
     lock.close()
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplog):
     def cannot(descriptor, how):
         raise OSError(errno.ENOLCK, "No locks available")
 

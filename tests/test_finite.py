@@ -33,13 +33,13 @@ def test_numbers_of_every_kind(value, number):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_float32_cannot_compute_with(value):
+def test_numbers_beyond_float32_are_refused(value):
     with pytest.raises(NotFiniteError, match=r"^it is .*finite"):
         as_number(value, "it")
 
 
 class Odd:
-    """Breaks whoever looks at it."""
+    """Raises when it is read."""
 
     def __float__(self):
         raise KeyError("no")
@@ -69,7 +69,7 @@ class Odd:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_number(value):
+def test_values_that_are_not_numbers_are_refused(value):
     with pytest.raises(NotANumberError, match=r"^it is .*must be a number"):
         as_number(value, "it")
 

@@ -164,7 +164,7 @@ def test_every_stage_has_a_layer():
     assert {stage_of(path) for path in FILES} <= set(LAYER)
 
 
-def test_the_reader_sees_what_there_is():
+def test_the_imports_of_a_known_file_are_found():
     """Of files whose imports are known."""
     objectives, learner = (PACKAGE / "learning" / name for name in ("objectives.py", "learner.py"))
     assert {"batching", "losses", "masked", "models", "learning"} <= stages_imported(objectives)
@@ -242,7 +242,7 @@ def private_names_defined(tree: ast.AST) -> set[str]:
     return found
 
 
-def test_the_reader_sees_names_that_may_move():
+def test_private_and_undocumented_names_are_found():
     tree = ast.parse("""
 import transformers.masking_utils, os
 from torch.distributed import distributed_c10d

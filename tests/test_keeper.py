@@ -61,18 +61,18 @@ def family_of(path: Path) -> list[int]:
     ("script", "status"),
     [("exit 0", 0), ("exit 3", 3), ("kill -TERM $$", -15), ("kill -SEGV $$", -11), ("kill -KILL $$", -9)],
 )
-def test_the_status_is_the_commands(script, status):
+def test_the_exit_status_is_that_of_the_command(script, status):
     _, process = start(["sh", "-c", script])
     assert process.wait(20) == status
 
 
-def test_streams_are_the_commands():
+def test_the_streams_are_those_of_the_command():
     keeper, process = start(["sh", "-c", "cat; echo trouble >&2"], stdin=-1, stdout=-1, stderr=-1)
     assert process.communicate(b"words", timeout=20) == (b"words", b"trouble\n")
     keeper.end()
 
 
-def test_a_program_that_is_not_there():
+def test_a_missing_program_is_reported():
     _, process = start(["/no/such/program"], stderr=-1)
     assert b"FileNotFoundError: [Errno 2] No such file or directory: '/no/such/program'" in process.communicate()[1]
     assert process.returncode == 127
@@ -80,7 +80,7 @@ def test_a_program_that_is_not_there():
 
 @pytest.mark.parametrize("ignores", ["", "trap '' TERM"])
 @pytest.mark.parametrize("how", ["end", "front", "told"])
-def test_all_of_it_ends(tmp_path, ignores, how):
+def test_a_process_group_ends_as_a_whole(tmp_path, ignores, how):
     """When the owner lets go; when the program in front of it is killed, as asyncio does, or is told to end."""
     keeper, process = start(["sh", "-c", ignores + FAMILY.format(pids=tmp_path / "pids") + "wait"])
     family = family_of(tmp_path / "pids")
@@ -127,7 +127,7 @@ def test_the_owner_is_killed_while_a_process_that_it_forked_lives_on(tmp_path):
         os.killpg(owner.pid, signal.SIGKILL)
 
 
-def test_it_starts_fast():
+def test_the_keeper_imports_few_modules():
     """It imports no more than it needs: agents start by the hundred."""
     path = Path(__file__).parents[1] / "trl_steppo" / "keeper.py"
     code = f"import sys; exec(open({str(path)!r}).read(), {{'__name__': 'k'}}); print(len(sys.modules))"

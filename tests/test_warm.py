@@ -20,7 +20,7 @@ threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
     ("end", "status", "error"),
     [("", 0, ""), ("sys.exit(3)", 3, ""), ("sys.exit('wrong')", 1, "wrong"), ("1 / 0", 1, "ZeroDivisionError")],
 )
-def test_it_ends_as_under_an_interpreter(end, status, error):
+def test_a_forked_script_ends_as_under_an_interpreter(end, status, error):
     done = run_script(ENDS.format(end=end), timeout=120)
     assert (done.returncode, done.stdout) == (status, "thread\nexit function\n")
     assert error in done.stderr
@@ -37,7 +37,7 @@ threading.Event().wait()
 """
 
 
-def test_one_that_takes_too_long_ends_with_what_it_started(tmp_path, monkeypatch):
+def test_a_script_that_takes_too_long_ends_with_its_processes(tmp_path, monkeypatch):
     file = tmp_path / "held"
     file.touch()
     join = WarmProcess.join

@@ -142,7 +142,7 @@ def test_num_shared_is_the_longest_common_prefix():
         assert trie.num_tokens - before == len(last) - shared
 
 
-def test_what_costs_less_is_chosen():
+def test_the_cheaper_layout_is_chosen():
     def ids(count: int, first: int) -> np.ndarray:
         return np.arange(first, first + count, dtype=np.int32)
 

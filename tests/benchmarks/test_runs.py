@@ -133,7 +133,7 @@ def test_a_failed_run_does_not_stop_the_others(run_in):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_whoever_is_terminated_takes_its_runs_along(run_in, tmp_path, how):
+def test_terminating_the_program_ends_its_runs(run_in, tmp_path, how):
     run = run_in("a", "wait")
     program = f"""
 import sys

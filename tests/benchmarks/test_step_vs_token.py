@@ -131,7 +131,7 @@ def test_the_main_comparison_comes_first_on_every_task():
 
 
 @pytest.mark.parametrize("wrong", [{"tasks": ["maze"]}, {"methods": ["dqn"]}, {"phases": ["end"]}])
-def test_what_there_is_not_cannot_be_chosen(wrong):
+def test_an_unknown_method_is_refused_with_the_known_ones(wrong):
     with pytest.raises(SystemExit, match="choose --methods of main, others, steppo"):
         stages(StudyArguments(**wrong))
 
@@ -206,7 +206,7 @@ def test_a_record_reads_back(tmp_path):
     assert [path.suffix for path in store.path(mine).parent.iterdir()] == [".json"]
 
 
-def test_what_is_kept_of_a_run(tmp_path):
+def test_the_record_of_a_run_has_its_figures(tmp_path):
     task = MINI_WIKI
     history = [
         {"step": 0, "eval_exact_match": 0.25, "eval_f1": 0.9},

@@ -280,7 +280,7 @@ def test_our_parser_reads_what_trls_reads(text):
         ('{"name": "search", "arguments": {}}', "closing </tool_call> is missing"),
     ],
 )
-def test_what_is_malformed_says_why(inside, reason):
+def test_malformed_calls_have_a_reason(inside, reason):
     parsed = parse_hermes("Well.\n<tool_call>" + inside)
     assert len(parsed.malformed) == 1
     assert reason in parsed.malformed[0]
@@ -295,7 +295,7 @@ def test_good_calls_beside_a_malformed_one_are_kept():
     assert len(parsed.malformed) == 1
 
 
-def test_what_is_only_thought_is_not_called():
+def test_calls_inside_a_thought_are_not_run():
     thought = 'maybe <tool_call>{"name": "a", "arguments": {}}</tool_call>'
     for parsed in (
         parse_hermes(f"<think>{thought}</think>no"),
@@ -371,7 +371,7 @@ def test_the_ids_that_a_model_gives_its_calls_are_kept():
     assert "[TOOL_RESULTS]VvvODy9mT In Paris." in chat.decode(chat.render(answered))
 
 
-def test_what_a_template_raises_is_quoted_with_the_right_cure():
+def test_errors_of_a_template_are_quoted_with_the_cure():
     refusing = "{% if m.role != 'user' %}{{ raise_exception('no replies') }}{% endif %}{{ m.content }}"
     with pytest.raises(ChatTemplateError, match=r"no replies.*to one that takes such messages"):
         ChatFormat(make_tokenizer(KNOWS_NO_TOOLS.replace("{{ m.content }}", refusing)))

@@ -95,7 +95,7 @@ DEEPSPEED = {"distributed_type": "DEEPSPEED", "num_processes": 8}
         ("", {"distributed_type": "MEGATRON_LM"}, "MEGATRON_LM"),
     ],
 )
-def test_check_finds_what_contradicts_the_accelerate_file(line, file, said, tmp_path, capsys):
+def test_check_finds_settings_that_contradict_the_accelerate_file(line, file, said, tmp_path, capsys):
     recipe, config_file = tmp_path / "recipe.yaml", tmp_path / "accelerate.yaml"
     recipe.write_text(f"model_name_or_path: mini_wiki\n{BATCH}{line}\n")
     config_file.write_text(yaml.safe_dump(file))
@@ -114,7 +114,7 @@ def test_check_reads_deepspeed_s_own_file(tmp_path, capsys):
     assert "`train_batch_size` is 48 there, and the batch of 8 processes is 64" in capsys.readouterr().err
 
 
-def test_check_names_a_file_that_is_not_there(tmp_path, capsys):
+def test_check_names_a_missing_file(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model_name_or_path: mini_wiki\n")
     assert main(["check", str(recipe), "--config_file", "zero9"]) == 1
@@ -131,7 +131,7 @@ def test_shipped_files_contradict_no_recipe(name, tmp_path):
         assert check_launch(own, args, name).startswith("launch: ")
 
 
-def test_check_says_what_is_launched(tmp_path):
+def test_check_describes_the_launch(tmp_path):
     args = StepPOConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8, total_episodes=1000)
     line = check_launch({}, args, "zero3")
     assert line == "launch: 8 processes, 64 episodes an update, 16 updates, 24 episodes more than `total_episodes`"
@@ -156,7 +156,7 @@ def test_the_script_s_settings_are_known():
         ({"fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": False, "fsdp_offload_params": True}, "offload"),
     ],
 )
-def test_check_refuses_what_fsdp_would(section, match, tmp_path):
+def test_check_refuses_settings_that_fsdp_refuses(section, match, tmp_path):
     file = tmp_path / "launch.yaml"
     file.write_text(json.dumps({"distributed_type": "FSDP", "fsdp_config": section, "num_processes": 2}))
     args = StepPOConfig(output_dir=str(tmp_path), use_cpu=True, total_episodes=64)

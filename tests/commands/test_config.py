@@ -21,7 +21,7 @@ def test_config_names_a_file_that_accelerate_reads(path, capsys):
         assert config.deepspeed_config["zero_stage"] == int(path.stem.removeprefix("zero")[0])
 
 
-def test_config_lists_what_there_is(capsys):
+def test_config_lists_the_shipped_files(capsys):
     assert main(["config"]) == 0
     listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     assert listed == {path.stem for path in CONFIGS.glob("*.yaml")}

@@ -20,6 +20,6 @@ def test_memory(capsys):
     assert "generation cache" in out
 
 
-def test_memory_of_a_model_that_is_not_there(capsys, tmp_path):
+def test_memory_of_a_missing_model_is_an_error(capsys, tmp_path):
     assert main(["memory", str(tmp_path / "nothing")]) == 1
     assert "nothing" in capsys.readouterr().err

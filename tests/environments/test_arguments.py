@@ -57,7 +57,7 @@ TABLE = [  # type hint, what the model wrote, what the tool gets
 @pytest.mark.parametrize(
     ("hint", "written", "expected"), TABLE, ids=lambda value: "unfit" if value is UNFIT else repr(value)[:30]
 )
-def test_what_converts_without_loss_is_converted_and_all_else_refused(hint, written, expected):
+def test_arguments_are_converted_without_loss_or_refused(hint, written, expected):
     schema = declares(hint)
     if hint in (list, list[int] | int) and "array" not in (schema.get("type"), *_types(schema)):
         pytest.skip("this version of transformers does not declare such lists")
@@ -102,7 +102,7 @@ def test_refusals_name_the_argument_its_type_and_the_value():
             read_arguments(tool, inspect.signature(tool), get_json_schema(tool), arguments)
 
 
-def test_what_no_integer_is_near_and_what_lies_deep_is_refused_in_words():
+def test_huge_floats_and_deeply_nested_arguments_are_refused_with_a_message():
     def tool(n: Literal[1, 2] = 1, of: list[Any] | None = None) -> str:
         """
         A tool.

@@ -53,7 +53,7 @@ def test_a_door_counts_in_its_place_alone(response):
     assert game.get_reward() == 0.0
 
 
-def test_how_the_thought_is_said_does_not_matter():
+def test_the_wording_of_the_thought_does_not_matter():
     rng = random.Random(0)
     responses = {respond(RIGHT_DOOR["wolf"], 8, rng) for _ in range(5)}
     assert len(responses) == 5
@@ -86,7 +86,7 @@ def test_rows_follow_from_the_seed():
         ((3, 129), "3 to 128"),
     ],
 )
-def test_a_game_that_cannot_be_is_refused(size, words):
+def test_impossible_settings_of_a_game_are_refused(size, words):
     with pytest.raises(ConfigurationError, match=words):
         make_rooms(*size)
 

@@ -57,7 +57,7 @@ def test_no_more_at_a_time_than_there_are_slots_and_everybody_gets_a_turn(num_sl
     assert not any(slots._num_taken.values())
 
 
-def test_who_gives_up_waiting_takes_no_slot_along():
+def test_a_cancelled_waiter_does_not_keep_a_slot():
     slots, served = Slots(1), []
 
     async def call(index: int) -> None:
@@ -95,7 +95,7 @@ def test_turns_come_in_order():
     assert served == [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]
 
 
-def test_waiting_for_a_turn_is_no_part_of_a_calls_time():
+def test_waiting_for_a_slot_does_not_count_as_the_calls_time():
     meter = Meter()
 
     def look() -> str:

@@ -24,7 +24,7 @@ def read_lines(directory):
     return [json.loads(line) for line in (directory / "mini_wiki.jsonl").read_text().splitlines()]
 
 
-def test_what_was_played_is_not_played_again(script, tmp_path, monkeypatch):
+def test_questions_that_were_answered_are_not_played_again(script, tmp_path, monkeypatch):
     script.main(make_args(script, tmp_path / "whole"))
     whole = read_lines(tmp_path / "whole")
     assert len({line["id"] for line in whole}) == 4

@@ -70,7 +70,7 @@ def test_trains_evaluates_saves_and_shows(monkeypatch, files, tmp_path, capsys):
     assert again[-1]["train_steps_per_second"] == pytest.approx(1 / again[-1]["train_runtime"], rel=0.05)
 
 
-def test_with_lora(monkeypatch, files, tmp_path):
+def test_ppo_dropin_trains_with_lora(monkeypatch, files, tmp_path):
     run(monkeypatch, files, tmp_path, "--use_peft", "--lora_target_modules", "all-linear")
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "model.safetensors").exists()

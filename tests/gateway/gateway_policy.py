@@ -12,55 +12,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from trl_steppo.gateway import EpisodeSpec, GatewayServer
 from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.tokens import ChatFormats
 from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.types import EpisodeLimits, StopReason, TokenIds
+from trl_steppo.testing import END_OF_TURN, ScriptedSampler, Turn, byte_tokenizer, tool_call
+from trl_steppo.types import EpisodeLimits
 
-END = "<|im_end|>"
+END = END_OF_TURN
 ADMIN = "admin-key-of-the-tests"
 
-# ChatML with tool calls in the form of Hermes.
-TEMPLATE = """\
-{%- if tools %}{{ '<|im_start|>system\n' }}
-{%- for tool in tools %}{{ tool.function.name + ' ' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' + (message.content or '') }}
-{%- for call in message.tool_calls or [] %}
-{{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson + '}\n' }}
-{{- '</tool_call>' }}{% endfor %}
-{{- '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokenizer.add_special_tokens({"eos_token": END, "pad_token": "<|pad|>"})
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
-    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-TOKENIZER = make_tokenizer()
+TOKENIZER = byte_tokenizer()
 
 
 def call(name: str, **arguments: Any) -> str:
-    body = str(arguments).replace("'", '"')
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {body}}}\n</tool_call>'
+    return tool_call(name, **arguments)
 
 
-class Policy:
+class Policy(ScriptedSampler):
     """
     Says `script(prompt_text, order)` and ends its turn, one token each `token_s`; fails and waits as it is told.
 
@@ -68,10 +37,10 @@ class Policy:
     """
 
     def __init__(self, script: Callable[[str, tuple[int, ...]], str], *, token_s: float = 0.0) -> None:
-        self.script = script
+        super().__init__(self._say, tokenizer=TOKENIZER, logprobs=_logprobs, policy_version=3)
+        self.say = script
         self.token_s = token_s
         self.asked: list[tuple[list[int], SamplingParams, tuple[int, ...]]] = []
-        self.released: list[str] = []
         self.failures = 0  # calls that are to fail
         self.gate: asyncio.Event | None = None
 
@@ -79,23 +48,27 @@ class Policy:
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
         self.asked.append((list(prompt_ids), params, order))
+        return await super().sample(prompt_ids, params, episode_id=episode_id, order=order)
+
+    async def _say(self, turn: Turn) -> str:
         if self.failures:
             self.failures -= 1
             raise OSError("the engine is broken")
         if self.gate is not None:
             await self.gate.wait()
-        ids = TOKENIZER.encode(self.script(TOKENIZER.decode(list(prompt_ids)), order) + END)[: params.max_new_tokens]
+        text = self.say(turn.prompt, _order(turn))
         if self.token_s:
-            await asyncio.sleep(self.token_s * len(ids))
-        reason = StopReason.STOP if ids[-1] in params.stop_token_ids else StopReason.LENGTH
-        logprobs = tuple(-float(i) - order[2] / 100 for i in range(len(ids)))
-        return Sample(TokenIds(ids), logprobs, reason, policy_version=3)
+            num_tokens = min(len(TOKENIZER.encode(text)) + 1, turn.params.max_new_tokens)
+            await asyncio.sleep(self.token_s * num_tokens)
+        return text
 
-    def release(self, episode_id: str) -> None:
-        self.released.append(episode_id)
 
-    def pace(self, settled: Any) -> None:
-        pass
+def _logprobs(turn: Turn, ids: Sequence[int]) -> list[float]:
+    return [-float(index) - turn.step_index / 100 for index in range(len(ids))]
+
+
+def _order(turn: Turn) -> tuple[int, int, int]:
+    return turn.stream_position, turn.generation_index, turn.step_index
 
 
 def echo(prompt: str, order: tuple[int, ...]) -> str:

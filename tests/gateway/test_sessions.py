@@ -111,7 +111,7 @@ def test_tokens_of_the_episode_cut_a_response(server):
     ("max_tokens", "body", "reason"),
     [
         (None, {"reward": 1.0}, StopReason.RESPONSE_LENGTH),  # agents pay for cut responses, too
-        (5, {}, StopReason.RESPONSE_LENGTH),  # whoever set the length
+        (5, {}, StopReason.RESPONSE_LENGTH),  # also where the client set the length
         (None, {"terminated": True}, StopReason.ENVIRONMENT),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_cut_response_that_is_gone_on_from_does_not_truncate(server):
 
 
 @pytest.mark.parametrize("num_before", [0, 1])
-def test_time_is_up_while_a_response_is_sampled(server, policy, num_before):
+def test_a_response_that_is_sampled_when_the_time_is_over_does_not_count(server, policy, num_before):
     """It is not waited for, and does not count."""
     client = Client(server, make_spec(max_episode_s=1002))
     messages: list[Any] = [USER]

@@ -1,4 +1,4 @@
-"""A small vLLM server over real HTTP: the endpoints that [`VLLMSampler`] uses, with failures on demand."""
+"""A small vLLM server over real HTTP: the endpoints that [`VLLMSampler`] uses, with faults on demand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,80 @@ from starlette.routing import Route
 
 from tests.inference.gloo_group import GlooGroup
 
+GENERATE = "/inference/v1/generate"
+RELOAD = "/collective_rpc"
+RECEIVE = "/update_weights"
+LOAD_ADAPTER = "/v1/load_lora_adapter"
+PLAIN = ("/health", "/metrics", GENERATE)  # there without VLLM_SERVER_DEV_MODE
+
 Respond = Callable[[list[int], dict[str, Any], str | None], Awaitable[tuple[list[int], list[float]]]]
+
+
+@dataclass(eq=False)
+class Fault:
+    """
+    What is wrong with requests as long as it is among a server's `faults`.
+
+    Args:
+        concerns (`Callable[[str, dict], bool]`):
+            Whether a request is one of them, by its path and its body.
+        status (`int`, *optional*):
+            Status of the answer. `None`: there is no answer until the fault is mended.
+        error (`str`, *optional*, defaults to `"broken"`):
+            What the answer says.
+        times (`int`, *optional*):
+            Number of requests after which it is mended by itself.
+    """
+
+    concerns: Callable[[str, dict[str, Any]], bool]
+    status: int | None = None
+    error: str = "broken"
+    times: int | None = None
+
+
+def hangs() -> Fault:
+    """Nothing is answered."""
+    return Fault(lambda path, body: True)
+
+
+def no_answer_to(silent: str) -> Fault:
+    """Requests of one path are not answered."""
+    return Fault(lambda path, body: path == silent)
+
+
+def fails(times: int) -> Fault:
+    """So many responses fail."""
+    return Fault(lambda path, body: path == GENERATE, 500, times=times)
+
+
+def refuses_prompts(first_token: int, status: int) -> Fault:
+    """Prompts that begin with a token are never answered."""
+    return Fault(lambda path, body: path == GENERATE and body.get("token_ids", [None])[0] == first_token, status)
+
+
+def refuses_weights() -> Fault:
+    """New weights fail to load, in whichever way they come."""
+    paths = (RELOAD, RECEIVE, LOAD_ADAPTER)
+
+    def loads(path: str, body: dict[str, Any]) -> bool:
+        return path in paths and body.get("method") != "pack_output_layer"
+
+    return Fault(loads, 500, "not initialized")
+
+
+def without_adapters() -> Fault:
+    """Started without VLLM_ALLOW_RUNTIME_LORA_UPDATING."""
+    return Fault(lambda path, body: path == LOAD_ADAPTER, 404, "Not Found")
+
+
+def without_dev_mode() -> Fault:
+    """Started without VLLM_SERVER_DEV_MODE."""
+    return Fault(lambda path, body: path not in PLAIN, 404, "Not Found")
+
+
+def without_scale_out() -> Fault:
+    """Started without `--enable-scale-out`."""
+    return Fault(lambda path, body: path == GENERATE, 403, "disabled")
 
 
 class FakeVLLM:
@@ -52,24 +126,18 @@ class FakeVLLM:
         self.respond = respond or _count
         self.load = load or (lambda directory: None)
         self.options = {"logprobs_mode": "processed_logprobs", "max_model_len": 1_000, **options}
-        self.has_dev_mode = self.has_scale_out = True
+        self.faults: list[Fault] = []
         self.counts_cached = True
         self.device, self.extension = "cuda", ""
         self.called: list[str] = []  # methods of its workers
         self.token_s = 0.0
-        self.hangs = False
-        self.silent: set[str] = set()  # paths that are not answered
         self.may_load = threading.Event()  # new weights
         self.may_load.set()
-        self.refuses_weights = False
         self.counts_tokens = True
-        self.takes_adapters = True  # while it runs
         self.max_loras: int | None = 2  # at once; `None`: it takes none
         self.most_adapters = 0
         self.num_waiting = 0  # for an answer that does not come
         self.num_tokens = 0
-        self.failures = 0  # responses that are to fail
-        self.refused: dict[int, int] = {}  # statuses by the first token of prompts that are never answered
         self.asked: list[dict[str, Any]] = []
         self.num_cancelled = 0
         self.num_starts = 0
@@ -111,43 +179,62 @@ class FakeVLLM:
             "GET /server_info": self._info,
             "GET /weight_info": self._weight_info,
             "GET /v1/models": self._models,
-            "POST /inference/v1/generate": self._generate,
-            "POST /collective_rpc": self._reload,
+            f"POST {GENERATE}": self._generate,
+            f"POST {RELOAD}": self._reload,
             "POST /reset_prefix_cache": self._reset,
             "POST /update_weight_version": self._name,
             "GET /get_world_size": lambda body: {"world_size": 1},
             "POST /init_weight_transfer_engine": self._join,
             "POST /shutdown_weight_transfer_engine": self._part,
             "POST /start_weight_update": self._begin,
-            "POST /update_weights": self._receive,
+            f"POST {RECEIVE}": self._receive,
             "POST /finish_weight_update": self._finish,
-            "POST /v1/load_lora_adapter": self._load_adapter,
+            f"POST {LOAD_ADAPTER}": self._load_adapter,
             "POST /v1/unload_lora_adapter": self._unload_adapter,
         }
         return Starlette(
             routes=[
-                Route(route.split()[1], self._unless_hanging(handler), methods=[route.split()[0]])
+                Route(route.split()[1], self._unless_broken(handler), methods=[route.split()[0]])
                 for route, handler in routes.items()
             ]
         )
 
-    def _unless_hanging(self, handler: Callable[[Any], Any]) -> Callable[[Request], Awaitable[Response]]:
+    def _unless_broken(self, handler: Callable[[Any], Any]) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             body = await request.json() if request.method == "POST" and await request.body() else {}
             path = request.url.path
-            if await self._wait(request, lambda: self.hangs or path in self.silent):
+            if await self._wait(request, lambda: self._fault(path, body, is_answered=False) is not None):
                 return Response(status_code=499)
-            if not self.has_dev_mode and path not in ("/health", "/metrics", "/inference/v1/generate"):
-                return Response("Not Found", 404)
-            answer = handler(body)
+            if path == GENERATE and not _is_trial(body):
+                self.asked.append(body)
+            fault = self._fault(path, body, is_answered=True)
+            answer = handler(body) if fault is None else self._refuse(fault, path, body)
             if asyncio.iscoroutine(answer):
                 answer = await self._until_disconnected(request, answer)
             return answer if isinstance(answer, Response) else JSONResponse(answer)
 
         return handle
 
+    def _fault(self, path: str, body: dict[str, Any], *, is_answered: bool) -> Fault | None:
+        faults = (fault for fault in self.faults if (fault.status is not None) == is_answered)
+        return next((fault for fault in faults if fault.concerns(path, body)), None)
+
+    def _refuse(self, fault: Fault, path: str, body: dict[str, Any]) -> Response:
+        if fault.times is not None and not _is_trial(body):
+            fault.times -= 1
+            if not fault.times:
+                self.faults.remove(fault)
+        if path == RECEIVE:
+            self._spoil()
+        return JSONResponse({"error": fault.error}, fault.status or 500)
+
+    def _spoil(self) -> None:
+        """Weights that were being received are lost; those that came before are in use."""
+        self.is_spoilt = self.is_spoilt or self.received is not None
+        self.received = None
+
     async def _wait(self, request: Request, holds: Callable[[], bool]) -> bool:
-        """Whether who asked has gone in the meantime."""
+        """Whether the client disconnected while the condition held."""
         self.num_waiting += 1
         try:
             while holds():
@@ -195,19 +282,11 @@ class FakeVLLM:
         return {"data": [{"id": "base"}, *({"id": name} for name in self.adapters)]}
 
     async def _generate(self, body: Any) -> Any:
-        if not self.has_scale_out:
-            return JSONResponse({"error": "disabled"}, 403)
-        if body["sampling_params"] == {"max_tokens": 1}:
-            return JSONResponse({"error": "broken"}, 500) if self.failures else {}  # to somebody who only tries
-        self.asked.append(body)
+        if _is_trial(body):
+            return {}
         if body["model"] is not None and body["model"] not in self.adapters:
             return JSONResponse({"error": "no such model"}, 404)
-        if self.failures:
-            self.failures -= 1
-            return JSONResponse({"error": "broken"}, 500)
         prompt, params, version = body["token_ids"], body["sampling_params"], self.version
-        if prompt[0] in self.refused:
-            return JSONResponse({"error": "not that"}, self.refused[prompt[0]])
         self.num_running += 1
         try:
             token_ids, logprobs = await self.respond(prompt, params, self.adapters.get(body["model"]))
@@ -239,7 +318,7 @@ class FakeVLLM:
         path = Path(body["kwargs"]["weights_path"])
         while not self.may_load.is_set():
             await asyncio.sleep(0.02)
-        if self.refuses_weights or not path.is_dir():
+        if not path.is_dir():
             return JSONResponse({"error": f"no such directory: {path}"}, 500)
         self.most_running_in_change = max(self.most_running_in_change, self.num_running)
         self.load(path)
@@ -268,9 +347,8 @@ class FakeVLLM:
     async def _receive(self, body: Any) -> Any:
         assert not self.is_spoilt
         group, info = self.group, body["update_info"]
-        if group is None or self.received is None or self.refuses_weights:
-            self.is_spoilt = self.is_spoilt or self.received is not None
-            self.received = None
+        if group is None or self.received is None:
+            self._spoil()
             return JSONResponse({"error": "not initialized"}, 500)
         while not self.may_load.is_set():
             await asyncio.sleep(0.02)
@@ -303,10 +381,6 @@ class FakeVLLM:
         return {"success": True}
 
     def _load_adapter(self, body: Any) -> Any:
-        if self.refuses_weights:
-            return JSONResponse({"error": "broken"}, 500)
-        if not self.takes_adapters:
-            return JSONResponse({"detail": "Not Found"}, 404)
         if body["lora_name"] in self.adapters:
             return JSONResponse({"error": "has already been loaded"}, 400)
         if not Path(body["lora_path"]).is_dir():
@@ -319,6 +393,11 @@ class FakeVLLM:
     def _unload_adapter(self, body: Any) -> Any:
         del self.adapters[body["lora_name"]]
         return Response("unloaded")
+
+
+def _is_trial(body: dict[str, Any]) -> bool:
+    """Whether somebody only tries whether it answers."""
+    return body.get("sampling_params") == {"max_tokens": 1}
 
 
 def free_port() -> int:

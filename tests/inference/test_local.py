@@ -1,4 +1,4 @@
-"""The in-process engine says what a plain forward pass over prompt and response says, whoever shares its batch."""
+"""The in-process sampler equals a plain forward pass over prompt and response, whatever shares its batch."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_model_without_position_ids_is_not_continued_from_storage():
         assert_plain(model, prompt, GREEDY, sample)
 
 
-def test_what_costs_a_multiple_has_to_be_asked_for(tiny_model):
+def test_sampling_without_a_cache_has_to_be_allowed(tiny_model):
     """An error names what the model lacks; where it is asked for, what it costs is counted."""
     windowed, flash = tiny_model("Mistral", sliding_window=4), tiny_model("Llama", torch.float32)
     flash.config._attn_implementation_internal = "flash_attention_2"
@@ -139,7 +139,7 @@ def test_what_costs_a_multiple_has_to_be_asked_for(tiny_model):
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "state"])
-def test_both_names_of_the_cache(tiny_model, monkeypatch, name):
+def test_both_names_of_the_cache_argument_are_known(tiny_model, monkeypatch, name):
     """transformers renamed it in every forward pass; by a third name nothing is computed in silence."""
     model = tiny_model("Llama", torch.float32)
     kind, known = type(model), compat.cache_argument(model)
@@ -183,7 +183,7 @@ def test_a_version_that_ignores_the_mask_is_noticed(tiny_model, monkeypatch, att
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_rounding_is_no_disagreement(tiny_model, monkeypatch, dtype, autocast):
+def test_rounding_is_not_a_disagreement(tiny_model, monkeypatch, dtype, autocast):
     monkeypatch.setattr(cached_rows, "_tried", {})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for architecture in ("Llama", "Qwen2", "Mixtral"):
@@ -307,7 +307,7 @@ def test_restricts_to_the_most_likely_and_renormalises(restriction, kept, temper
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
-def test_the_ends_of_the_interval_find_possible_tokens(uniform):
+def test_draws_at_both_ends_of_the_interval_pick_possible_tokens(uniform):
     logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]])
     (token,), (logprob,) = sample_tokens(logits, [SamplingParams(1)], [uniform])
     assert token == (1 if uniform == 0.0 else 2)
@@ -461,7 +461,7 @@ def test_a_prompt_that_is_all_stored_forwards_its_last_token(model, shorter):
     assert sampler.counts.prefilled_tokens == 6 + 1
 
 
-def test_two_requests_of_one_episode(model):
+def test_two_requests_of_one_episode_may_run_at_once(model):
     """An agent may ask for two continuations at once: the storage serves one of them."""
     sampler = LocalSampler(model)
     ask(sampler, ("a", [1, 2, 3, 4], GREEDY))
@@ -474,7 +474,7 @@ def test_two_requests_of_one_episode(model):
 
 
 @pytest.mark.parametrize("forget", [lambda s: s.release("a"), lambda s: s.reset_cache()])
-def test_what_is_forgotten_is_prefilled_again(model, forget):
+def test_a_released_episode_is_prefilled_again(model, forget):
     sampler = LocalSampler(model)
     (first,) = ask(sampler, ("a", [1, 2, 3], GREEDY))
     forget(sampler)
@@ -483,7 +483,7 @@ def test_what_is_forgotten_is_prefilled_again(model, forget):
     assert sampler.counts.prefilled_tokens == 6
 
 
-def test_new_weights_after_a_reset(tiny_model):
+def test_after_a_reset_new_weights_are_used(tiny_model):
     model, other = tiny_model("Llama"), tiny_model("Llama", seed=1)
     sampler = LocalSampler(model)
     (before,) = ask(sampler, ("a", [1, 2, 3], GREEDY))
@@ -543,7 +543,7 @@ def test_storage_is_made_in_one_go_after_the_first_rollout(model):
     assert set(second) == {first[-1]}
 
 
-def test_an_episode_does_not_push_itself_out(model):
+def test_an_episode_does_not_evict_itself_from_the_cache(model):
     """Its stored tokens become its row; they are not held twice."""
     sampler = LocalSampler(model, cache_tokens=20)
     (first,) = ask(sampler, ("a", [1, 2, 3], GREEDY))
@@ -721,7 +721,7 @@ def test_weights_that_change_while_a_cancelled_request_still_runs(float_model):
     assert asyncio.run(play()) == ask(LocalSampler(other, numerics=BF16), ("y", PROMPTS[0], SAMPLED))[0]
 
 
-def test_mixed_precision_is_of_the_passes_alone(float_model):
+def test_autocast_is_active_in_forward_passes_only(float_model):
     """What else runs in the thread meanwhile, such as an async tool, computes as it would."""
     model, seen = float_model, []
     sampler = LocalSampler(model, numerics=BF16)

@@ -20,7 +20,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.inference.fake_vllm import FakeVLLM
+from tests.inference.fake_vllm import (
+    GENERATE,
+    FakeVLLM,
+    fails,
+    hangs,
+    no_answer_to,
+    refuses_prompts,
+    refuses_weights,
+    without_adapters,
+    without_dev_mode,
+    without_scale_out,
+)
 from tests.inference.gloo_group import GlooGroup
 from trl_steppo.errors import ConfigurationError, DataError, RolloutError
 from trl_steppo.inference.base import Sample, SamplingParams
@@ -30,7 +41,6 @@ from trl_steppo.inference.vllm_transfer import NCCLGroup, Transfer, meeting_plac
 from trl_steppo.types import StopReason
 
 SAMPLED = SamplingParams(max_new_tokens=4, seed=7)
-GENERATE = "/inference/v1/generate"
 
 
 @pytest.fixture
@@ -43,8 +53,7 @@ def serve() -> Iterator[Callable[..., FakeVLLM]]:
 
     yield start
     for server in servers:
-        server.hangs = False
-        server.silent.clear()
+        server.faults.clear()
         server.kill()
 
 
@@ -163,10 +172,10 @@ def test_an_episode_stays_where_one_response_failed_but_not_where_two_did(serve,
     servers = [serve(), serve()]
     sampler = connect(*servers)
     ask(sampler, 4)
-    servers[0].failures = 1
+    servers[0].faults = [fails(1)]
     ask(sampler, 4)
     assert [len(server.asked) for server in servers] == [5, 4]
-    servers[0].failures = 99
+    servers[0].faults = [fails(99)]
     for _ in range(2):
         ask(sampler, 4)
     assert [len(server.asked) for server in servers] == [5 + 4, 4 + 4 + 4]
@@ -196,7 +205,7 @@ def test_a_server_that_was_started_again_gets_the_weights_before_anything_is_tak
     assert sampler.num_retries >= 1
 
 
-def test_a_server_may_be_away_for_a_while(serve, connect):
+def test_requests_survive_a_restart_of_their_only_server(serve, connect):
     server = serve()
     server.token_s = 0.1
     sampler = connect(server)
@@ -209,10 +218,10 @@ def test_a_server_may_be_away_for_a_while(serve, connect):
 def test_a_server_that_hangs_is_given_up_until_it_answers(serve, connect):
     servers = [serve(), serve()]
     sampler = connect(*servers, silent_s=1.0)
-    servers[0].hangs = True
+    servers[0].faults = [hangs()]
     assert len(ask(sampler, 4)) == 4
     assert not servers[0].asked
-    servers[0].hangs = False
+    servers[0].faults = []
     numbers = itertools.count(4)
     until(lambda: ask(sampler, 1, first=next(numbers)) and servers[0].asked)
 
@@ -222,7 +231,7 @@ def test_a_stuck_engine_is_given_up_although_its_server_answers(serve, connect, 
     servers = [serve(), serve()]
     sampler = connect(*servers, timeout_s=2.0)
     for server in servers[:num_stuck]:
-        server.silent.add(GENERATE)
+        server.faults = [no_answer_to(GENERATE)]
     samples: list[Sample] = []
     asking = later(0, lambda: samples.extend(ask(sampler, 4)))
     until(lambda: sum(server.num_waiting for server in servers) == 2 * num_stuck)
@@ -230,14 +239,14 @@ def test_a_stuck_engine_is_given_up_although_its_server_answers(serve, connect, 
         sampler.hold()  # returns
     assert f"vLLM at {servers[0].url}: it has computed no token for 1 s, although it has 2 requests" in caplog.text
     for server in servers[num_stuck:] or servers:
-        server.silent.clear()
+        server.faults.clear()
     sampler.update(weights(tmp_path, 1))
     asking.join()
     assert [sample.policy_version for sample in samples].count(1) == 2 * num_stuck
     assert sampler.num_retries == 2 * num_stuck
 
 
-def test_a_slow_engine_is_not_given_up_and_who_waits_is_told_for_what(serve, connect, caplog):
+def test_a_slow_engine_is_not_given_up_and_a_warning_says_what_is_waited_for(serve, connect, caplog):
     server = serve()
     server.token_s = 0.5
     sampler = connect(server, timeout_s=2.0)
@@ -250,13 +259,13 @@ def test_a_slow_engine_is_not_given_up_and_who_waits_is_told_for_what(serve, con
     assert sampler.num_retries == 0
 
 
-def test_a_server_that_tells_nothing_of_its_weights_is_done_without(serve, connect):
+def test_a_server_that_does_not_report_its_weights_is_not_used(serve, connect):
     servers = [serve(), serve()]
-    servers[1].silent.add("/weight_info")
+    servers[1].faults = [no_answer_to("/weight_info")]
     sampler = connect(*servers, silent_s=0.5, timeout_s=4.0)
     assert [sample.policy_version for sample in ask(sampler, 2)] == [0, 0]
     assert len(servers[0].asked) == 2
-    servers[1].silent.clear()
+    servers[1].faults.clear()
     numbers = itertools.count(2)
     until(lambda: ask(sampler, 1, first=next(numbers)) and servers[1].asked)
 
@@ -264,14 +273,14 @@ def test_a_server_that_tells_nothing_of_its_weights_is_done_without(serve, conne
 def test_an_update_waits_once_for_a_server_that_hangs(serve, connect, tmp_path):
     servers = [serve(), serve()]
     sampler = connect(*servers, silent_s=1.0, timeout_s=4.0)
-    servers[1].hangs = True
+    servers[1].faults = [hangs()]
     sampler.update(weights(tmp_path, 1))
     for server in sampler._servers:
         server._silent_s = 1_000.0  # from here on its silence is never long enough
     for version in (2, 3, 4):
         sampler.update(weights(tmp_path, version))
         assert [sample.policy_version for sample in ask(sampler, 2)] == [version] * 2
-    servers[1].hangs = False
+    servers[1].faults = []
     numbers = itertools.count(2)
     until(lambda: ask(sampler, 1, first=next(numbers)) and servers[1].asked)
     assert servers[1].loaded[-1] == str(tmp_path / "run-4")
@@ -294,15 +303,15 @@ def test_without_a_server_requests_fail_in_time_and_say_which(serve, connect):
 def test_a_request_that_breaks_every_server_is_given_up(serve, connect):
     server = serve()
     sampler = connect(server, retry_s=0.01)
-    server.failures = 99
+    server.faults = [fails(99)]
     with pytest.raises(RolloutError, match=rf"given up after 5 attempts; vLLM at {server.url}: .* 500: .*broken"):
         ask(sampler, 1)
 
 
 @pytest.mark.parametrize(("status", "words"), [(500, "given up after 5 attempts"), (400, "400")])
-def test_a_prompt_that_alone_is_not_answered_is_the_fault_of_its_episode(serve, connect, status, words):
+def test_a_prompt_that_fails_while_others_succeed_fails_its_episode(serve, connect, status, words):
     server = serve()
-    server.refused = {9: status}
+    server.faults = [refuses_prompts(9, status)]
     sampler = connect(server, retry_s=0.01)
     with pytest.raises(DataError, match=words):
         asyncio.run(sampler.sample([9, 9], SAMPLED, episode_id="refused"))
@@ -312,8 +321,8 @@ def test_a_prompt_that_alone_is_not_answered_is_the_fault_of_its_episode(serve, 
 def test_a_server_that_fails_for_a_while_is_asked_later(serve, connect):
     server = serve()
     sampler = connect(server)
-    server.failures = 99
-    mending = later(0.5, lambda: setattr(server, "failures", 0))
+    server.faults = [fails(99)]
+    mending = later(0.5, lambda: server.faults.clear())
     assert len(ask(sampler, 1)) == 1
     mending.join()
 
@@ -326,13 +335,13 @@ def test_an_adapter_does_not_go_on_another_runs_base(serve, connect, tmp_path):
         sampler.update(weights(tmp_path, 0, is_adapter=True))
 
 
-def test_why_a_server_does_not_take_an_adapter(serve, connect, tmp_path):
+def test_the_error_of_a_refused_adapter_names_its_cause(serve, connect, tmp_path):
     server = serve()
     sampler = connect(server, version=None)
     elsewhere = replace(weights(tmp_path, 0, is_adapter=True), directory="/not/here")
     with pytest.raises(ConfigurationError, match="finds no adapter at /not/here; set `vllm_weights_dir`"):
         sampler.update(elsewhere)
-    server.takes_adapters = False
+    server.faults = [without_adapters()]
     with pytest.raises(ConfigurationError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
         connect(server, version=None).update(weights(tmp_path, 1, is_adapter=True))
 
@@ -350,7 +359,7 @@ def test_a_server_that_takes_long_to_load_is_waited_for_and_asked_once(serve, co
     assert servers[1].version == "run-1"
 
 
-def test_a_server_that_lost_an_option_is_done_without(serve, connect, tmp_path):
+def test_a_server_that_lost_an_option_is_no_longer_used(serve, connect, tmp_path):
     servers = [serve(), serve()]
     sampler = connect(*servers)
     servers[1].kill()
@@ -387,7 +396,7 @@ def test_new_weights_come_between_responses_and_no_response_is_given_up(serve, c
     assert [server.most_running_in_change for server in servers] == [0, 0]
 
 
-def test_adapters_that_nobody_uses_any_more_are_unloaded(serve, connect, tmp_path):
+def test_unused_adapters_are_unloaded(serve, connect, tmp_path):
     server = serve()
     sampler = connect(server, version=None)
     for version in range(4):
@@ -439,13 +448,13 @@ def test_a_server_that_cannot_take_weights_is_done_without_by_all_processes(serv
     sender = connect(*servers, version=None)
     others = [connect(*servers, version=None, sends_weights=False) for _ in range(2)]
     for version, is_adapter in ((0, True), (1, True), (2, False)):
-        servers[1].refuses_weights = version > 0
+        servers[1].faults = [refuses_weights()] if version > 0 else []
         for sampler in (sender, *others):  # in this order, as ranks do
             sampler.update(weights(tmp_path, version, is_adapter=is_adapter))
         for sampler in (sender, *others):
             assert [sample.policy_version for sample in ask(sampler, 2)] == [version] * 2
     assert len(servers[1].asked) == 3
-    servers[1].refuses_weights = False
+    servers[1].faults = []
     numbers = itertools.count(2)
     for sampler in (sender, *others):
         before = len(servers[1].asked)
@@ -465,7 +474,7 @@ def test_one_process_sends_weights_and_the_others_wait_for_them(serve, connect, 
     assert server.loaded == [str(tmp_path / "run-2")] * 2
 
 
-def test_an_update_does_without_a_server_that_is_away(serve, connect, tmp_path):
+def test_an_update_skips_a_server_that_is_down(serve, connect, tmp_path):
     servers = [serve(), serve()]
     sampler = connect(*servers)
     servers[0].kill()
@@ -478,19 +487,19 @@ def test_an_update_does_without_a_server_that_is_away(serve, connect, tmp_path):
     assert servers[0].loaded[-1] == str(tmp_path / "run-1")
 
 
-def test_weights_that_no_server_can_read_end_the_update_with_its_words(serve, connect, tmp_path):
+def test_weights_that_no_server_can_read_end_the_update_with_the_servers_message(serve, connect, tmp_path):
     server = serve()
     sampler = connect(server, version=None, timeout_s=2.0)
     with pytest.raises(RolloutError, match=r"POST /collective_rpc was answered with 500: .*no such directory"):
         sampler.update(Weights("run-0", 0, str(tmp_path / "nowhere")))
 
 
-def test_a_server_without_what_is_needed_is_refused_at_once(serve, connect, tmp_path):
+def test_a_server_without_a_needed_option_is_refused_at_the_start(serve, connect, tmp_path):
     server = serve(logprobs_mode="raw_logprobs")
     with pytest.raises(ConfigurationError, match=rf"{server.url} reports .*'raw_logprobs'.*--logprobs-mode"):
         connect(server)
     server = serve()
-    server.has_scale_out = False
+    server.faults = [without_scale_out()]
     with pytest.raises(ConfigurationError, match=rf"{server.url} takes no token ids.*--enable-scale-out"):
         connect(server)
     server = serve()
@@ -502,7 +511,7 @@ def test_a_server_without_what_is_needed_is_refused_at_once(serve, connect, tmp_
         with pytest.raises(ConfigurationError, match=rf"{server.url} takes . LoRA adapters .*--max-loras 2"):
             connect(server, version=None).update(weights(tmp_path, 0, is_adapter=True))
     server = serve()
-    server.has_dev_mode = False
+    server.faults = [without_dev_mode()]
     with pytest.raises(ConfigurationError, match=rf"{server.url} has no endpoints that take weights.*DEV_MODE=1"):
         connect(server)
 
@@ -523,7 +532,7 @@ def test_a_shared_output_layer_is_packed_again_on_a_cpu(serve, connect, tmp_path
     assert server.called[2:] == ["reload_weights", "pack_output_layer"]
 
 
-def test_what_no_server_can_sample_is_refused(serve, connect):
+def test_requests_that_no_server_can_sample_are_refused(serve, connect):
     sampler = connect(serve(max_model_len=6))
     with pytest.raises(
         ConfigurationError, match=r"a prompt of 3 tokens with up to 4 new ones exceeds the 6 .*--max-mo"
@@ -536,7 +545,7 @@ def test_what_no_server_can_sample_is_refused(serve, connect):
         asyncio.run(sampler.sample([], SAMPLED, episode_id="e"))
 
 
-def test_what_nobody_waits_for_is_given_up(serve, connect):
+def test_a_cancelled_request_is_given_up(serve, connect):
     server = serve()
     server.token_s = 10.0
     sampler = connect(server)
@@ -552,7 +561,7 @@ def test_what_nobody_waits_for_is_given_up(serve, connect):
     sampler.hold()  # returns: nothing runs
 
 
-def test_who_waits_is_told_of_the_end(serve, connect):
+def test_waiting_requests_fail_when_the_sampler_is_closed(serve, connect):
     server = serve()
     server.token_s = 10.0
     sampler = connect(server)
@@ -642,7 +651,7 @@ def test_a_server_whose_trainer_was_killed_before_it_sent_anything_takes_weights
     assert same(loads[-1], whole(0))
 
 
-def test_a_run_that_ends_does_not_break_off_a_transfer(sent):
+def test_closing_waits_for_a_transfer_in_progress(sent):
     sampler, loads, servers = sent(2)
     servers[0].kill()
     sampler.update(whole(0))
@@ -693,16 +702,16 @@ def test_an_nccl_group_sends_on_a_stream_of_its_own_until_it_is_left(monkeypatch
 
 def test_a_transfer_that_fails_is_told_and_tried_again(sent):
     sampler, loads, (server,) = sent(timeout_s=2.0)
-    server.refuses_weights = True
+    server.faults = [refuses_weights()]
     with pytest.raises(RolloutError, match=r"POST /update_weights was answered with 500: .*not initialized"):
         sampler.update(whole(0))
-    server.refuses_weights = False
+    server.faults = []
     sampler.update(whole(1))
     assert same(loads[-1], whole(1))
     assert server.num_joined > 1
 
 
-def test_where_weights_cannot_be_sent(sent, monkeypatch):
+def test_servers_and_devices_that_cannot_transfer_weights_are_refused(sent, monkeypatch):
     sampler, _, (server,) = sent()
     server.backend = "ipc"
     with pytest.raises(
@@ -717,7 +726,7 @@ def test_where_weights_cannot_be_sent(sent, monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["trainer", "server"])
-def test_a_group_on_one_gpu_is_refused_in_words(side):
+def test_a_transfer_group_on_one_gpu_is_refused_with_the_cure(side):
     """NCCL says no more than this, on both sides."""
     refused = RuntimeError("NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)")
 
@@ -739,7 +748,7 @@ def hanging(address: str, port: int, size: int) -> Any:
     raise RuntimeError("given up")
 
 
-def test_where_a_server_meets_this_process():
+def test_the_meeting_place_suits_the_address_of_the_server():
     for host in ("localhost", "127.0.0.1"):
         address, port = meeting_place(f"http://{host}:8000")
         assert address == "127.0.0.1"

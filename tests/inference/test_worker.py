@@ -85,7 +85,7 @@ def moved(model: PreTrainedModel) -> PreTrainedModel:
     return other
 
 
-def test_says_what_the_one_in_this_process_says_before_and_after_new_weights(model, worker) -> None:
+def test_a_worker_samples_what_this_process_samples_before_and_after_new_weights(model, worker) -> None:
     local = LocalSampler(model)
     expected = asyncio.run(respond(local, PROMPTS))
     assert asyncio.run(respond(worker, PROMPTS)) == expected
@@ -122,7 +122,7 @@ def settings_of_process(numerics: Numerics) -> WorkerSettings:
     return WorkerSettings(numerics, None, 1.0, ProcessNumerics.of_this_process())
 
 
-def test_the_process_uses_its_gpu_and_gives_back_what_it_does_not_need(monkeypatch) -> None:
+def test_the_worker_uses_its_gpu_and_returns_unused_memory(monkeypatch) -> None:
     """With stand-ins for the GPU."""
     called: list[Any] = []
     device = torch.device("cuda", 1)
@@ -175,13 +175,13 @@ def test_a_response_comes_from_one_version_and_none_is_given_up(model, worker) -
     assert after[0].token_ids.tolist() == new.token_ids.tolist()[:9]
 
 
-def test_mistakes_come_back_as_they_are(worker) -> None:
+def test_errors_in_the_worker_are_raised_unchanged(worker) -> None:
     with pytest.raises(DataError, match="the prompt of episode 'e0' is empty"):
         asyncio.run(respond(worker, [[]]))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_one_that_dies_or_hangs_is_started_again_with_its_weights(model, how) -> None:
+def test_a_worker_that_dies_or_hangs_is_restarted_with_its_weights(model, how) -> None:
     worker, other = make_worker(model, silent_s=2.0), moved(model)
     try:
         worker.update_weights(other.named_parameters(), version=3)
@@ -201,7 +201,7 @@ def test_one_that_dies_or_hangs_is_started_again_with_its_weights(model, how) ->
         worker.close()
 
 
-def test_one_that_dies_too_often_fails_those_who_wait(model) -> None:
+def test_a_worker_that_dies_too_often_fails_all_waiting_requests(model) -> None:
     worker = make_worker(model, max_restarts=0)
 
     async def run() -> None:
@@ -217,7 +217,7 @@ def test_one_that_dies_too_often_fails_those_who_wait(model) -> None:
     worker.close()
 
 
-def test_every_version_of_the_weights_may_lose_it_as_often(model) -> None:
+def test_the_limit_of_restarts_counts_for_each_version_of_the_weights(model) -> None:
     worker = make_worker(model, max_restarts=1)
     for version in (1, 2, 3):
         os.kill(worker.process_id, signal.SIGKILL)
@@ -227,7 +227,7 @@ def test_every_version_of_the_weights_may_lose_it_as_often(model) -> None:
     worker.close()
 
 
-def test_who_waits_is_told_of_the_end(model) -> None:
+def test_waiting_requests_fail_when_the_sampler_is_closed(model) -> None:
     worker = make_worker(model)
 
     async def run() -> None:
@@ -241,7 +241,7 @@ def test_who_waits_is_told_of_the_end(model) -> None:
     assert not _is_running(worker.process_id)
 
 
-def test_what_nobody_waits_for_is_given_up(worker) -> None:
+def test_a_cancelled_request_is_given_up(worker) -> None:
     async def run() -> list[Sample]:
         task = asyncio.ensure_future(respond(worker, [[1]], LONG))
         await asyncio.sleep(0.1)
@@ -298,7 +298,7 @@ async def ask_much(sampler: Sampler) -> list[Any]:
     )
 
 
-def test_one_that_reads_no_more_holds_up_nobody_and_is_started_again(model) -> None:
+def test_a_worker_that_stops_reading_blocks_nobody_and_is_restarted(model) -> None:
     worker = make_worker(model, silent_s=2.0)
     try:
         os.kill(worker.process_id, signal.SIGSTOP)
@@ -309,7 +309,7 @@ def test_one_that_reads_no_more_holds_up_nobody_and_is_started_again(model) -> N
         worker.close()
 
 
-def test_one_that_reads_no_more_can_be_closed(model) -> None:
+def test_a_worker_that_stops_reading_can_be_closed(model) -> None:
     worker = make_worker(model)
     os.kill(worker.process_id, signal.SIGSTOP)
 
@@ -324,7 +324,7 @@ def test_one_that_reads_no_more_can_be_closed(model) -> None:
     assert not _is_running(worker.process_id)
 
 
-def test_nobody_waits_while_one_is_started_or_weights_are_gathered(model, monkeypatch) -> None:
+def test_the_event_loop_is_not_blocked_while_a_worker_starts_or_weights_are_gathered(model, monkeypatch) -> None:
     worker, may_start, restarts = make_worker(model), threading.Event(), threading.Event()
     first = worker.process_id
 
@@ -365,7 +365,7 @@ def test_nobody_waits_while_one_is_started_or_weights_are_gathered(model, monkey
     ("what", "text"),
     [(break_awkwardly, r"AwkwardError: a kernel at sea"), (break_with_a_thread, "a lock that cannot be pickled")],
 )
-def test_any_error_reaches_who_asked_and_the_process_goes_on(model, tmp_path, what, text) -> None:
+def test_any_error_reaches_its_caller_and_the_worker_goes_on(model, tmp_path, what, text) -> None:
     worker = make_worker(with_mishap(model, what, tmp_path))
     try:
         with pytest.raises(RolloutError, match=text):
@@ -376,7 +376,7 @@ def test_any_error_reaches_who_asked_and_the_process_goes_on(model, tmp_path, wh
         worker.close()
 
 
-def test_who_waits_is_told_when_no_other_one_can_be_started(model, monkeypatch) -> None:
+def test_waiting_requests_fail_when_no_new_worker_can_be_started(model, monkeypatch) -> None:
     worker = make_worker(model)
 
     def fails(*args: Any) -> None:
@@ -399,7 +399,7 @@ def test_who_waits_is_told_when_no_other_one_can_be_started(model, monkeypatch) 
         worker.start()
 
 
-def test_who_waits_is_told_of_weights_that_did_not_come_whole(model) -> None:
+def test_waiting_requests_fail_when_weights_arrive_incomplete(model) -> None:
     worker = make_worker(model)
 
     def half() -> Iterator[tuple[str, torch.Tensor]]:
@@ -417,7 +417,7 @@ def test_who_waits_is_told_of_weights_that_did_not_come_whole(model) -> None:
     worker.close()
 
 
-def test_one_that_is_started_while_weights_are_written_takes_them_whole(model, monkeypatch) -> None:
+def test_a_worker_that_starts_while_weights_are_written_loads_all_of_them(model, monkeypatch) -> None:
     worker, other = make_worker(model), moved(model)
     is_up = threading.Event()
 
@@ -482,7 +482,7 @@ def test_weights_are_not_written_while_they_are_read(model, monkeypatch) -> None
     worker.close()
 
 
-def test_one_that_hangs_in_a_forward_pass_is_started_again(model, tmp_path) -> None:
+def test_a_worker_that_hangs_in_a_forward_pass_is_restarted(model, tmp_path) -> None:
     worker = make_worker(with_mishap(model, hang, tmp_path), stuck_s=5.0)
     try:
         found = asyncio.run(asyncio.wait_for(respond(worker, [[MARK], [1, 2]]), WAIT_S))

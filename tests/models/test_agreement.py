@@ -64,7 +64,7 @@ def test_a_layer_that_keeps_its_attention_is_an_error(tiny_model):
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "Mixtral"])
-def test_rounding_is_no_disagreement(tiny_model, architecture, dtype, implementation):
+def test_rounding_is_not_a_disagreement(tiny_model, architecture, dtype, implementation):
     for seed in range(5):
         agreement._known.clear()
         model = tiny_model(architecture, dtype, seed=seed, attn_implementation=implementation)
@@ -83,7 +83,7 @@ def causal(*args: Any, trie_segments: Any = None, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("ignoring", [without_branches, causal])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_ignores_branches_disagrees(tiny_model, monkeypatch, architecture, ignoring):
+def test_a_model_that_ignores_branches_is_found(tiny_model, monkeypatch, architecture, ignoring):
     """One that attends to everything, as the mask it is given says, and one that attends to all that comes before."""
     attention.register_attention()
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa_tree", ignoring)
@@ -92,7 +92,7 @@ def test_what_ignores_branches_disagrees(tiny_model, monkeypatch, architecture, 
         assert not agrees_on_tries(tiny_model(architecture, torch.float32, seed=seed))
 
 
-def test_what_ignores_positions_disagrees(tiny_model, monkeypatch):
+def test_a_model_that_ignores_positions_is_found(tiny_model, monkeypatch):
     model = tiny_model("Llama", torch.float32)
     original = type(model.model).forward
     monkeypatch.setattr(
@@ -103,7 +103,7 @@ def test_what_ignores_positions_disagrees(tiny_model, monkeypatch):
     assert not agrees_on_tries(model)
 
 
-def test_a_class_is_tried_once(tiny_model):
+def test_each_class_is_tried_once(tiny_model):
     passes: list[Any] = []
     for _ in range(3):
         model = tiny_model("Llama")

@@ -92,6 +92,6 @@ class Headless(nn.Module):
     ],
     ids=["no head", "no backbone", "two outputs", "not linear", "no transformers model"],
 )
-def test_what_is_no_critic_is_named(model):
+def test_an_object_that_is_not_a_critic_is_named(model):
     with pytest.raises(ConfigurationError, match=f"`value_model` is a {type(model).__name__}"):
         check_critic(model)

@@ -293,5 +293,5 @@ def test_sequences_are_scored_as_one_by_one(batch_size):
     assert [score for score, ids in zip(scores, sequences, strict=True) if ids[-1] != 0] == pytest.approx(own)
 
 
-def test_no_sequence_has_no_score(tiny_model):
+def test_scoring_no_sequences_gives_no_scores(tiny_model):
     assert score_sequences(build_critic(tiny_model("Llama")), [], batch_size=4) == []

@@ -38,7 +38,7 @@ def test_what_tells_methods_of_one_algorithm_apart_is_in_their_names(tmp_path):
         ("reinforce_plus_plus", "step", "REINFORCE++"),
     ],
 )
-def test_names(tmp_path, estimator, level, name):
+def test_the_names_of_methods_are_short_and_different(tmp_path, estimator, level, name):
     path = write_run(tmp_path / "a", advantage_estimator=estimator, importance_sampling_level=level)
     assert list(grouped(path)) == [name]
 

@@ -63,7 +63,7 @@ def test_nothing_is_loaded_and_no_markup_comes_from_a_model(pages, name):
     assert not re.search(r"@import|url\((?!#)", pages[name])
 
 
-def test_what_stands_in_it(pages):
+def test_the_page_has_its_sections_and_figures(pages):
     page = pages["several"]
     for text in ("StepPO", "token PPO", "Explained variance by step", "Time of an update", "bootstrap interval"):
         assert text in page

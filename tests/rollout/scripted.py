@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 
@@ -10,18 +9,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen2_5_chat_template
 
+from trl_steppo import testing
 from trl_steppo.chat import ChatFormat
 from trl_steppo.episodes import EpisodeSpec
-from trl_steppo.inference.base import Sample, SamplingParams
+from trl_steppo.inference.base import SamplingParams
 from trl_steppo.rollout import EnvironmentPlayer, EpisodeRequest, Stage, play_episodes
-from trl_steppo.types import Episode, EpisodeLimits, StopReason, TokenIds
+from trl_steppo.types import Episode, EpisodeLimits
 
 END = "<|im_end|>"
 
 
 def call(name: str, **arguments) -> str:
-    body = str(arguments).replace("'", '"')
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {body}}}\n</tool_call>{END}'
+    return testing.tool_call(name, **arguments) + END
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -38,36 +37,34 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-class ScriptedSampler:
+class ScriptedSampler(testing.ScriptedSampler):
     """
-    Says `script(order)`, cut at the budget or behind the first stop token, and remembers how it was asked.
+    Says `script(order)`, or a text in every step, or the texts of a list, cut at the budget or after a stop token.
 
     The log-probability of every token is minus the step's index, minus one.
     """
 
-    def __init__(self, chat: ChatFormat, script: Callable[[tuple[int, ...]], str]) -> None:
-        self.chat = chat
-        self.script = script
-        self.asked: dict[tuple[int, ...], tuple[list[int], SamplingParams]] = {}
-        self.released: list[str] = []
+    def __init__(self, chat: ChatFormat, script: str | list[str] | Callable[[tuple[int, ...]], str]) -> None:
+        super().__init__(
+            (lambda turn: script(order_of(turn))) if callable(script) else script,
+            tokenizer=chat._tokenizer,
+            logprobs=lambda turn, ids: [-1.0 - turn.step_index] * len(ids),
+            ends_turns=False,
+            policy_version=7,
+        )
         self.paced: list[bool] = []
 
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
-    ) -> Sample:
-        await asyncio.sleep(0)
-        self.asked[order] = (list(prompt_ids), params)
-        ids = self.chat.encode_text(self.script(order), add_special_tokens=False)
-        stop = next((i for i, token_id in enumerate(ids) if token_id in params.stop_token_ids), None)
-        ids = ids[: params.max_new_tokens if stop is None else min(params.max_new_tokens, stop + 1)]
-        reason = StopReason.STOP if ids[-1] in params.stop_token_ids else StopReason.LENGTH
-        return Sample(TokenIds(ids), (-1.0 - order[2],) * len(ids), reason, policy_version=7)
+    @property
+    def asked(self) -> dict[tuple[int, ...], tuple[list[int], SamplingParams]]:
+        """What each step was asked."""
+        return {order_of(turn): (turn.prompt_ids.tolist(), turn.params) for turn in self.turns}
 
-    def release(self, episode_id: str) -> None:
-        self.released.append(episode_id)
+    def pace(self, quiet) -> None:
+        self.paced.append(quiet is not None)
 
-    def pace(self, settled) -> None:
-        self.paced.append(settled is not None)
+
+def order_of(turn: testing.Turn) -> tuple[int, int, int]:
+    return turn.stream_position, turn.generation_index, turn.step_index
 
 
 class LookEnvironment:

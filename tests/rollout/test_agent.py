@@ -91,7 +91,7 @@ def test_an_agent_may_change_its_row(server, chat):
         return float(len(row["facts"].pop() + row["facts"].pop()))
 
     requests = [EpisodeRequest(rows[0], 5, generation, dataset_row=2) for generation in range(2)]
-    sampler = ScriptedSampler(chat, lambda order: "step<|im_end|>")
+    sampler = ScriptedSampler(chat, "step<|im_end|>")
     spec = EpisodeSpec(EpisodeLimits(), SAMPLING)
     episodes = play_episodes(requests, AgentPlayer(agent, server, sampler, spec))
     assert [episode.error for episode in episodes] == [None, None]
@@ -123,7 +123,7 @@ def test_an_accident_of_the_sampler_costs_no_episode_until_there_are_too_many(se
             play(server, chat, agent, rows=2, sampler=sampler)
 
 
-def test_one_that_breaks_costs_its_own_episode(server, chat):
+def test_an_agent_that_raises_fails_its_own_episode_only(server, chat):
     keys = []
 
     def agent(row, *, base_url, api_key):
@@ -151,7 +151,7 @@ def test_one_that_breaks_costs_its_own_episode(server, chat):
 
 
 @pytest.mark.parametrize("reward", [10**400, 1e300, 1e20, "1.0", 1j, [1.0], {}], ids=str)
-def test_a_reward_that_is_none_costs_its_own_episode(server, chat, reward):
+def test_a_reward_that_is_not_a_number_fails_its_own_episode_only(server, chat, reward):
     def agent(row, *, base_url, api_key):
         ask(base_url, api_key)
         return reward if row["index"] == 1 else 1.0
@@ -188,7 +188,7 @@ def test_a_reward_whose_own_code_would_end_the_run_costs_its_own_episode(server,
     assert "SystemExit: 0" in episodes[0].error
 
 
-def test_one_that_hangs_costs_its_own_episode(server, chat):
+def test_an_agent_that_hangs_fails_its_own_episode_only(server, chat):
     release = threading.Event()
 
     async def agent(row, *, base_url, api_key):
@@ -204,7 +204,7 @@ def test_one_that_hangs_costs_its_own_episode(server, chat):
     assert "asked for nothing in 100 s" in episodes[1].error
 
 
-def test_time_is_up(server, chat):
+def test_an_agent_that_exceeds_the_time_limit_is_truncated(server, chat):
     """A step that is not answered by then does not count, as in our own loop."""
 
     def agent(row, *, base_url, api_key):
@@ -233,7 +233,7 @@ class Blocks(ScriptedSampler):
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_time_is_up_while_a_command_waits_for_its_response(server, chat, tmp_path, at):
+def test_a_command_that_waits_for_a_response_when_the_time_is_over_keeps_its_steps(server, chat, tmp_path, at):
     """All steps that were answered count, though the command dies in the middle of a request."""
     script = tmp_path / "agent.py"
     script.write_text(TALKS)
@@ -265,7 +265,7 @@ for turn in range(9):
 
 
 @pytest.mark.parametrize("idle_s", [3.0, None])
-def test_one_that_asks_on_behind_its_end_is_let_go(server, chat, monkeypatch, idle_s):
+def test_an_agent_that_sends_requests_after_its_episode_ended_is_cancelled(server, chat, monkeypatch, idle_s):
     """It catches whatever it is told; its truncated episode is as good as others."""
     monkeypatch.setattr("trl_steppo.rollout.agent._CLEANUP_GRACE_S", 0.5)
     release = threading.Event()
@@ -289,7 +289,7 @@ def post(base_url: str, api_key: str, what: str, body: Any) -> int:
 
 
 @pytest.mark.parametrize("how", ["lingers", "raises", "returns"])
-def test_an_agent_that_has_finished_is_finished(server, chat, how):
+def test_what_an_agent_does_after_finishing_changes_nothing(server, chat, how):
     """What it does behind that costs it nothing; what it returns is still the reward."""
     release = threading.Event()
 
@@ -462,7 +462,7 @@ def test_an_episode_of_other_settings_is_played_again(server, chat, request, cha
     assert len(played) == (2 if changes else 1)
 
 
-def test_an_agent_is_none_of_the_launchers_processes():
+def test_an_agent_does_not_inherit_the_launchers_variables():
     of_launchers = {
         *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"),
         *("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "FSDP_VERSION"),
@@ -508,7 +508,7 @@ def test_a_file_that_cannot_be_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("agent", [5, ["a", 5], lambda row: 1.0, lambda row, base_url: 1.0])
-def test_what_is_no_agent_is_found_out(agent):
+def test_objects_that_are_not_agents_are_refused(agent):
     with pytest.raises(ConfigurationError, match="`agent`"):
         check_agent(agent)
 

@@ -12,7 +12,7 @@ from trl_steppo.rollout.ahead import Ahead
 
 
 @pytest.mark.parametrize("max_staleness", [1, 2, 4])
-def test_none_is_older_than_is_asked_and_each_is_played_once_and_in_time(max_staleness):
+def test_each_rollout_is_played_once_in_time_and_within_the_staleness_limit(max_staleness):
     num_updates, done, played = 60, [0], []
     rng, lock = random.Random(max_staleness), threading.Lock()
 
@@ -33,7 +33,7 @@ def test_none_is_older_than_is_asked_and_each_is_played_once_and_in_time(max_sta
     assert sorted(played) == list(range(num_updates))
 
 
-def test_rollouts_overlap_what_is_done_meanwhile():
+def test_rollouts_overlap_with_updates():
     second_began = threading.Event()
     ahead = Ahead(lambda update: second_began.set if update == 1 else bool, max_staleness=1)
     ahead.begin(0, 2)
@@ -41,7 +41,7 @@ def test_rollouts_overlap_what_is_done_meanwhile():
     assert second_began.wait(10)  # without anybody asking for it
 
 
-def test_an_error_reaches_who_waits_for_its_rollout_alone():
+def test_an_error_is_raised_where_its_rollout_is_waited_for():
     def play(update):
         if update == 1:
             raise ValueError("made to fail")
@@ -55,7 +55,7 @@ def test_an_error_reaches_who_waits_for_its_rollout_alone():
     assert ahead.take(2) == 2
 
 
-def test_closing_waits_for_what_nobody_takes_any_more(caplog):
+def test_closing_waits_for_rollouts_that_nobody_takes(caplog):
     goes_on, played = threading.Event(), []
 
     def play(update):
@@ -71,7 +71,7 @@ def test_closing_waits_for_what_nobody_takes_any_more(caplog):
     assert not caplog.records
 
 
-def test_waiting_is_told_now_and_then(monkeypatch, caplog):
+def test_a_long_wait_is_logged_at_intervals(monkeypatch, caplog):
     monkeypatch.setattr(trl_steppo.rollout.ahead, "_WARN_INTERVAL_S", 0.01)
     told = threading.Event()
     monkeypatch.setattr(trl_steppo.rollout.ahead.logger, "warning", lambda *args: told.set())

@@ -21,7 +21,7 @@ SAMPLING = SamplingParams(max_new_tokens=100, temperature=0.7)
 
 def play(chat, script, env="look", row=ROW, sampling=SAMPLING, sampler=None, playable=None, **limits):
     """One episode; the script is a text for each step."""
-    sampler = sampler or ScriptedSampler(chat, lambda order: script[order[2]])
+    sampler = sampler or ScriptedSampler(chat, script)
     environment = LookEnvironment() if env == "look" else env
     if environment is not None and playable is None:
         playable = make_playable(environment, tool_timeout_s=10)
@@ -107,7 +107,7 @@ def test_a_row_without_a_prompt_leaves_it_to_reset(chat):
     assert episode.steps[0].prompt_ids == chat.render([{"role": "user", "content": "Look up."}])
 
 
-def test_input_ids_are_one_step_that_stops_nowhere(chat):
+def test_a_row_of_input_ids_is_one_step_without_stop_tokens(chat):
     for env in (None, "look"):
         episode, sampler = play(chat, [LOOK * 3], env, {"input_ids": [5, 6, 7]}, replace(SAMPLING, max_new_tokens=60))
         assert episode.error is None
@@ -320,8 +320,8 @@ class Forever(ScriptedSampler):
 def test_time_up_truncates_behind_the_last_complete_step(chat):
     hangs = LookEnvironment(look=threading.Event().wait)
     for sampler, environment in (
-        (Forever(chat, lambda order: LOOK), LookEnvironment()),
-        (ScriptedSampler(chat, lambda order: [call("look", wher="x"), LOOK][order[2]]), hangs),
+        (Forever(chat, LOOK), LookEnvironment()),
+        (ScriptedSampler(chat, [call("look", wher="x"), LOOK]), hangs),
     ):
         episode, _ = play(chat, None, environment, sampler=sampler, max_episode_s=0.2)
         assert (episode.truncated, episode.stop_reason) == (True, StopReason.MAX_EPISODE_S)
@@ -332,7 +332,7 @@ def test_time_up_truncates_behind_the_last_complete_step(chat):
 
 
 def test_time_up_before_the_first_step_is_complete_fails(chat):
-    sampler = Forever(chat, lambda order: LOOK)
+    sampler = Forever(chat, LOOK)
     sampler.answers = 0
     episode, _ = play(chat, None, sampler=sampler, max_episode_s=0.05)
     assert "the episode took longer than 0.05 s" in episode.error
@@ -352,7 +352,7 @@ def test_an_environments_own_time_limit_is_a_failure_and_no_budget(chat):
 # -- what breaks ------------------------------------------------------------------------------------------------------
 
 
-def test_what_breaks_fails_the_episode_and_keeps_its_steps(chat):
+def test_an_error_fails_the_episode_and_keeps_its_steps(chat):
     def broken():
         raise ValueError("broken on purpose")
 
@@ -370,8 +370,9 @@ def test_what_breaks_fails_the_episode_and_keeps_its_steps(chat):
 
 def test_a_sampler_that_breaks_is_no_fault_of_the_episode(chat):
     environment = LookEnvironment()
+    sampler = ScriptedSampler(chat, lambda order: [LOOK][order[2]])
     with pytest.raises(SamplerError, match="episode 5-1, sampling step 1: IndexError"):
-        play(chat, [LOOK], environment)  # the script has no second step
+        play(chat, None, environment, sampler=sampler)
     assert environment.closed
 
 
@@ -389,7 +390,7 @@ def test_an_empty_response_fails_the_episode(chat):
         async def sample(self, *args, **kwargs):
             return replace(await super().sample(*args, **kwargs), token_ids=(), logprobs=())
 
-    episode, _ = play(chat, None, sampler=Empty(chat, lambda order: LOOK))
+    episode, _ = play(chat, None, sampler=Empty(chat, LOOK))
     assert "empty response" in episode.error
 
 
@@ -398,17 +399,17 @@ def test_a_row_with_nothing_to_read_fails_and_names_its_columns(chat):
 
 
 def test_a_prompt_without_a_chat_format_fails(chat):
-    episode, _ = play(None, None, None, sampler=ScriptedSampler(chat, lambda order: "x"))
+    episode, _ = play(None, None, None, sampler=ScriptedSampler(chat, "x"))
     assert "needs a chat format" in episode.error
 
 
-def test_failing_to_close_costs_nothing(chat):
+def test_an_error_in_close_does_not_fail_the_episode(chat):
     environment = LookEnvironment()
     environment.close = lambda: 1 / 0
     assert play(chat, [STOP], environment)[0].valid
 
 
-def test_interrupts_pass(chat):
+def test_keyboard_interrupts_are_not_caught(chat):
     def interrupt(order):
         raise KeyboardInterrupt
 
@@ -433,7 +434,7 @@ class Flood(LookEnvironment):
 
 
 def untouched(chat, monkeypatch, longest=10_000):
-    """Fails whoever tokenizes a long text."""
+    """Fails if a long text is tokenized."""
     encode = chat._tokenizer.encode
 
     def checked(text, **settings):

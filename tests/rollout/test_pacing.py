@@ -54,7 +54,7 @@ def test_quiet_sees_an_episode_that_was_just_answered():
     asyncio.run(run())
 
 
-def test_the_wait_that_takes_too_long_is_the_last():
+def test_a_rollout_waits_for_slow_environments_once():
     async def run():
         pacer = EpisodePacer(grace_s=0.05)
         pacer.left()

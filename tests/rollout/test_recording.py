@@ -45,7 +45,7 @@ KNOWN = replace(REWRITTEN, dataset_row=12, question=[{"role": "user", "content":
 FAILED = Episode("y", 0, 2, (), False, False, error="reset: ValueError: no", stop_reason=StopReason.ERROR)
 
 
-def test_what_is_loaded_equals_what_was_dumped(tmp_path):
+def test_loading_gives_the_episodes_that_were_dumped(tmp_path):
     path = tmp_path / "new" / "episodes.jsonl"
     dump_episodes(path, [GROWING, REWRITTEN, KNOWN, FAILED])
     assert load_episodes(path) == [GROWING, REWRITTEN, KNOWN, FAILED]
@@ -92,7 +92,7 @@ def test_shared_ids_are_written_once_and_shared_again(tmp_path):
     assert (tmp_path / "e").read_text().count(str(2**31 - 1)) == 1
 
 
-def test_what_json_lacks_becomes_the_nearest_thing(tmp_path):
+def test_values_that_json_lacks_become_the_nearest_json_value(tmp_path):
     step = replace(GROWING.steps[0], info={"state_key": frozenset({2, 1}), "tool": print})
     dump_episodes(tmp_path / "e", [replace(GROWING, steps=(step,))])
     info = load_episodes(tmp_path / "e")[0].steps[0].info

@@ -24,7 +24,7 @@ def episodes(chat):
     return play_in(
         lambda row: make_playable(LookEnvironment()),
         [EpisodeRequest(row, index) for index, row in enumerate(ROWS)],
-        ScriptedSampler(chat, lambda order: [LOOK, STOP][order[2]]),
+        ScriptedSampler(chat, [LOOK, STOP]),
         chat,
     )
 
@@ -147,7 +147,7 @@ def test_a_malformed_call_reaches_a_reward_function_as_its_raw_text(chat):
     (episode,) = play_in(
         lambda row: make_playable(LookEnvironment()),
         [EpisodeRequest(ROWS[0], 0)],
-        ScriptedSampler(chat, lambda order: [malformed + "<|im_end|>", STOP][order[2]]),
+        ScriptedSampler(chat, [malformed + "<|im_end|>", STOP]),
         chat,
     )
     seen = []
@@ -178,7 +178,7 @@ def test_a_function_that_would_end_the_run_is_named(chat, episodes, error):
             pay_episodes([func], None, episodes, ROWS, chat=chat)
 
 
-def test_rewards_may_come_one_by_one(chat, episodes):
+def test_rewards_may_be_yielded_one_by_one(chat, episodes):
     def yields(prompts, **kwargs):
         yield from (1.0, 2.0)
 
@@ -230,7 +230,7 @@ def test_weights_are_numbers(chat, episodes, weight):
         pay_episodes([print, print], [1.0, weight], episodes, ROWS, chat=chat)
 
 
-def test_what_cannot_be_called_is_known_before():
+def test_reward_functions_that_cannot_be_called_are_refused_before_training():
     def needs(completions, answer, difficulty, **kwargs): ...
 
     def takes_no_more(completions): ...
@@ -261,7 +261,7 @@ def test_prompts_have_what_reset_returned_at_their_end(chat):
         (episode,) = play_in(
             lambda row: make_playable(Asks()),
             [EpisodeRequest(row, 0)],
-            ScriptedSampler(chat, lambda order: STOP),
+            ScriptedSampler(chat, STOP),
             chat,
         )
         seen = {}
@@ -306,7 +306,7 @@ def test_async_functions_wait_for_each_other(chat, episodes):
     assert scored[0].episode_return - episodes[0].episode_return == 7.0
 
 
-def test_what_functions_log(chat, episodes, caplog):
+def test_values_logged_by_reward_functions_are_kept(chat, episodes, caplog):
     """A value an episode, in one call or in several; the last ones where two log the same column."""
     metrics = []
 
@@ -336,7 +336,7 @@ def test_what_functions_log(chat, episodes, caplog):
     assert "the column 'odd' with 1 values for 2 episodes" in caplog.text
 
 
-def test_functions_are_offered_what_they_take(chat, episodes):
+def test_functions_get_the_optional_arguments_that_they_take(chat, episodes):
     """The environments of the valid episodes, the very objects; functions without such a parameter do without."""
     seen = {}
     environments = [object(), object(), object()]
@@ -423,12 +423,12 @@ class Unsure:
         (lambda: Unsure(None), None, None),
     ],
 )
-def test_get_reward_may_not_apply(chat, environment, reward, expected):
+def test_get_reward_may_return_none(chat, environment, reward, expected):
     """The functions pay then; what nobody pays has failed."""
     (episode,) = play_in(
         lambda row: make_playable(environment()),
         [EpisodeRequest(ROWS[0], 0)],
-        ScriptedSampler(chat, lambda order: STOP),
+        ScriptedSampler(chat, STOP),
         chat,
     )
     assert episode.valid

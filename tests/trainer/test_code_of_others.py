@@ -218,7 +218,8 @@ def pays(completions, **kwargs):
     return [0.0] * len(completions)
 
 engine = scripted(lambda *order: call("look").removesuffix(END) * 100 + END)
-trainer = make_trainer(tempfile.mkdtemp(), tools=[look], reward_funcs=pays, max_interaction_steps=1, engine=engine)
+settings = {"max_interaction_steps": 1, "response_length": 8_000, "model": make_model(max_position_embeddings=16_000)}
+trainer = make_trainer(tempfile.mkdtemp(), tools=[look], reward_funcs=pays, engine=engine, **settings)
 requests = [EpisodeRequest(row, index) for index, row in enumerate(prompt_rows(8))]
 episodes = trainer.player.play(requests)
 assert all(episode.valid for episode in episodes), episodes[0].error

@@ -295,7 +295,7 @@ def test_lopsided_ranks_do_not_wait_for_each_other(runs):
     assert all(logs["policy/skipped_steps"] == 0 for logs in updates)
 
 
-def test_what_failed_was_counted_on_all_ranks(runs):
+def test_failed_episodes_are_counted_over_all_ranks(runs):
     history = json.loads((played(runs, "failures") / "trainer_state.json").read_text())["log_history"]
     first, second, third = (logs for logs in history if "episode" in logs)
     assert [logs["env/failed_episodes"] for logs in (first, second, third)] == [0.5, 0.0, 1.0]

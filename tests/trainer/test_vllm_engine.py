@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 
-from tests.inference.fake_vllm import FakeVLLM
+from tests.inference.fake_vllm import FakeVLLM, refuses_weights
 from tests.inference.gloo_group import GlooGroup
 from tests.trainer.served_policy import Policy
 from tests.trainer.tiny import (
@@ -89,7 +89,7 @@ def test_servers_train_what_the_policy_itself_does(tmp_path, serve, monkeypatch,
         assert [s.response_ids for e in a for s in e.steps] == [s.response_ids for e in b for s in e.steps]
         assert [s.policy_version for e in a for s in e.steps] == [s.policy_version for e in b for s in e.steps]
     for server in servers:
-        assert len(server.loaded) == UPDATES + 1  # the last for whoever evaluates at the end
+        assert len(server.loaded) == UPDATES + 1  # the last for an evaluation after the run
         where = {"received"} if transfer == "nccl" else {str(tmp_path / "weights")}
         assert {path if path == "received" else str(Path(path).parents[1]) for path in server.loaded} == where
         assert server.asked
@@ -291,7 +291,7 @@ def test_weights_that_cannot_be_written(tmp_path, serve) -> None:
 )
 def test_two_ranks_share_the_servers(tmp_path, serve, engine, transfer) -> None:
     servers, broken = [serve(), serve()], serve()
-    broken.refuses_weights = True
+    broken.faults = [refuses_weights()]
     one = train(tmp_path / "one", SETTINGS)
     settings = {
         **SETTINGS,

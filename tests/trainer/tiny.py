@@ -2,82 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
-from trl_steppo import Episode, FixedEngine, PPOConfig, Step, StepPOConfig, StepPOTrainer, StopReason
-from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.types import TokenIds
+from trl_steppo import Episode, FixedEngine, PPOConfig, Step, StepPOConfig, StepPOTrainer, StopReason, testing
+from trl_steppo.testing import END_OF_TURN as END
+from trl_steppo.testing import byte_tokenizer, tiny_critic, tiny_policy, tool_call
 
-END = "<|im_end|>"
-
-# ChatML with tool calls in the form of Hermes; `greeting` is there for `chat_template_kwargs`.
-CHAT_TEMPLATE = """\
-{%- if greeting is defined %}{{ '<|im_start|>system\n' + greeting + '<|im_end|>\n' }}{% endif %}
-{%- if tools %}{{ '<|im_start|>system\n' }}
-{%- for tool in tools %}{{ tool.function.name + ' ' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}
-{%- for message in messages %}
-{%- if message.role == 'tool' %}{{ '<|im_start|>tool\n' + message.content + '<|im_end|>\n' }}
-{%- else %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') }}
-{%- for call in message.tool_calls or [] %}
-{{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson + '}\n' }}
-{{- '</tool_call>' }}{% endfor %}
-{{- '<|im_end|>\n' }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+# With a system message for `chat_template_kwargs`.
+GREETING = "{%- if greeting is defined %}{{ '<|im_start|>system\n' + greeting + '<|im_end|>\n' }}{% endif %}\n"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokenizer.add_special_tokens({"eos_token": END, "pad_token": "<|pad|>"})
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
-    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = GREETING + tokenizer.chat_template
     return tokenizer
 
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = len(TOKENIZER)
-
-
-def make_model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
-    """A policy; it ends its turn after some 4 tokens, so that responses have different lengths."""
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.15,
-        "tie_word_embeddings": False,
-        "pad_token_id": TOKENIZER.pad_token_id,
-        "eos_token_id": TOKENIZER.eos_token_id,
-        "bos_token_id": None,
-        **changes,
-    }
-    return Qwen2ForCausalLM(Qwen2Config(**settings)).eval()
-
-
-def make_classifier(seed: int = 1, **changes: Any) -> torch.nn.Module:
-    """A reward model, or a critic whose values are not zero."""
-    config = make_model(**changes).config
-    torch.manual_seed(seed)
-    config.num_labels = 1
-    return AutoModelForSequenceClassification.from_config(config).eval()
+make_model = tiny_policy
+make_classifier = tiny_critic
 
 
 # -- environments and rows --------------------------------------------------------------------------------------------
@@ -148,29 +98,18 @@ def id_rows(count: int = 16) -> list[dict[str, Any]]:
 
 
 def call(name: str, **arguments: Any) -> str:
-    body = str(arguments).replace("'", '"')
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {body}}}\n</tool_call>{END}'
+    return tool_call(name, **arguments) + END
 
 
-class ScriptedSampler:
+class ScriptedSampler(testing.ScriptedSampler):
     """Says `script(stream_position, generation_index, step_index)`, with a log-probability of -1 a token."""
 
     def __init__(self, script: Callable[..., str]) -> None:
-        self.script = script
-
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
-    ) -> Sample:
-        await asyncio.sleep(0)
-        ids = TOKENIZER.encode(self.script(*order))
-        reason = StopReason.STOP if ids[-1] in params.stop_token_ids else StopReason.LENGTH
-        return Sample(TokenIds(ids), (-1.0,) * len(ids), reason, policy_version=0)
-
-    def release(self, episode_id: str) -> None:
-        pass
-
-    def pace(self, settled: Any) -> None:
-        pass
+        super().__init__(
+            lambda turn: script(turn.stream_position, turn.generation_index, turn.step_index),
+            tokenizer=TOKENIZER,
+            ends_turns=False,
+        )
 
 
 def scripted(script: Callable[..., str]) -> FixedEngine:
@@ -219,6 +158,8 @@ def make_trainer(output_dir: Any, *, args: Any = None, model: Any = None, **argu
     if not {"environment_factory", "tools", "reward_funcs", "reward_model", "agent"} & set(given):
         given["environment_factory"] = Hash
     given.setdefault("train_dataset", prompt_rows())
+    if "engine" in given:
+        arguments.setdefault("response_length", 1000)  # a script says what it says
     return StepPOTrainer(
         args=make_config(output_dir, **arguments) if args is None else args,
         processing_class=TOKENIZER,

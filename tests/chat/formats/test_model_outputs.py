@@ -364,7 +364,7 @@ def cases_of(w: Writer) -> list[Case]:
 
 
 @pytest.mark.parametrize("template", WRITERS)
-def test_what_is_made_of_a_response(template: str) -> None:
+def test_responses_are_read_as_the_table_says(template: str) -> None:
     async def judge_all() -> dict[str, str]:
         problems = {case.name: await judge(template, case) for case in cases_of(WRITERS[template])}
         return {name: problem for name, problem in problems.items() if problem}

@@ -51,7 +51,7 @@ def in_order(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("template", WRITERS)
-def test_what_a_template_writes_comes_back_exactly(template: str) -> None:
+def test_calls_that_a_template_writes_are_read_back_exactly(template: str) -> None:
     rng = random.Random(template)
     chat, tokenizer, writer = make_chat(template, TOOLS), make_tokenizer(template), WRITERS[template]
     user = {"role": "user", "content": "Do it."}

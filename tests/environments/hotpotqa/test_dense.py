@@ -53,7 +53,7 @@ def test_the_closest_passage_comes_first(encoder: str) -> None:
         DenseRetriever([], encoder)
 
 
-def test_opened_it_finds_what_it_found(tmp_path: Path, encoder: str) -> None:
+def test_a_saved_index_finds_the_same_passages(tmp_path: Path, encoder: str) -> None:
     made = DenseRetriever([FOX, DOG, PAPER], encoder)
     made.save(tmp_path / "dense")
     opened = DenseRetriever.open(tmp_path / "dense", [FOX, DOG, PAPER])

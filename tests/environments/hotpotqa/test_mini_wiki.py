@@ -66,7 +66,7 @@ def test_seeds_make_different_wikis_of_the_same_words() -> None:
     assert words(one) == words(other)
 
 
-def test_sizes(wiki: MiniWiki) -> None:
+def test_the_wiki_has_the_size_that_is_asked_for(wiki: MiniWiki) -> None:
     assert Counter(wiki.kinds.values()) == {"country": 20, "city": 140, "person": 480, "film": 240, "band": 140}
     assert len({passage.title for passage in wiki.passages}) == len(wiki.passages) == len(wiki.facts) == 1020
     assert len(wiki.train) >= 2000

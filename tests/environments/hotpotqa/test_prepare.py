@@ -46,7 +46,7 @@ def prepared(tmp_path: Path, rows: str) -> Path:
     return tmp_path / "prepared"
 
 
-# -- what is prepared is what would be made anew ----------------------------------------------------------------------
+# -- what is prepared equals what is built from rows ------------------------------------------------------------------
 
 
 def test_a_prepared_directory_gives_what_the_rows_give(prepared: Path, rows: str) -> None:
@@ -186,7 +186,7 @@ def test_a_run_that_was_stopped_goes_on(
     assert _files(directory) == _files(prepared)
 
 
-def test_what_a_run_with_other_settings_left_is_not_used(
+def test_leftovers_of_a_run_with_other_settings_are_not_used(
     tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

@@ -23,8 +23,9 @@ from trl.chat_template_utils import qwen3_chat_template
 import trl_steppo
 from tests.trainer import tiny
 from trl_steppo import FixedEngine, StepPOConfig, StepPOTrainer
-from trl_steppo.inference.base import Sample, SamplingParams
-from trl_steppo.types import StopReason, TokenIds
+from trl_steppo.inference.base import Sample
+from trl_steppo.testing import ScriptedSampler, Turn
+from trl_steppo.types import StopReason
 
 Script = Callable[[str, int, int], str]
 """What the policy says: of the episode's first prompt as text, its index among the row's episodes, and its step."""
@@ -160,22 +161,22 @@ class _Said:
         return answers
 
 
-class _ScriptedSampler(tiny.ScriptedSampler):
+class _ScriptedSampler(ScriptedSampler):
     """Of `StepPOTrainer`, which asks for each episode by its number."""
 
     def __init__(self, script: Script, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.told = script
-        self.first: dict[tuple[int, ...], str] = {}
+        first: dict[str, str] = {}
 
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
-    ) -> Sample:
-        first = self.first.setdefault(order[:2], self.tokenizer.decode(list(prompt_ids)))
-        ids = self.tokenizer(self.told(first, *order[1:]), add_special_tokens=False)["input_ids"]
-        assert ids[-1] in params.stop_token_ids
-        assert len(ids) <= params.max_new_tokens
-        return Sample(TokenIds(ids), (-1.0,) * len(ids), StopReason.STOP, policy_version=0)
+        def says(turn: Turn) -> str:
+            prompt = first.setdefault(turn.episode_id, turn.prompt)
+            return script(prompt, turn.generation_index, turn.step_index)
+
+        super().__init__(says, tokenizer=tokenizer, ends_turns=False)
+
+    async def sample(self, *args: Any, **kwargs: Any) -> Sample:
+        sample = await super().sample(*args, **kwargs)
+        assert sample.stop_reason is StopReason.STOP
+        return sample
 
 
 # -- the trainers -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def play(name: str, config, make_trainer, policy: str, folder: Path) -> Recordin
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_as_under_grpo_trainer(name, policy, tmp_path):
+def test_programs_see_the_same_rewards_as_under_grpo_trainer(name, policy, tmp_path):
     theirs = play(name, GRPOConfig, grpo_trainer, policy, tmp_path / "grpo")
     ours = play(name, steppo_config, steppo_trainer, policy, tmp_path / "steppo")
     assert ours.episodes == theirs.episodes
