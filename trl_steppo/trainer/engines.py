@@ -387,20 +387,19 @@ class InVLLM(_RemoteEngine[VLLMSampler]):
 
     def _write(self, name: str, version: int) -> Weights:
         """Write the policy's current weights where servers can read them, whole or not at all."""
-        is_adapter, is_writer = is_peft_model(self._model), self._accelerator.is_main_process
-        if is_adapter:
-            trained = whole_parameters(self._trained())  # by all ranks
-            state = {name: whole.cpu().clone() for name, whole in trained if is_writer}
+        is_writer, path = self._accelerator.is_main_process, self._directory / self._run / name
+        state: dict[str, torch.Tensor] | None
+        if is_peft_model(self._model):
+            trained = whole_parameters(self._trained())  # by all ranks, whether they keep them or not
+            state = {parameter: whole.cpu().clone() for parameter, whole in trained if is_writer}
         else:
             state = whole_state_dict(self._model, keep=is_writer)
-        path = self._directory / self._run / name
         if is_writer:
             self._written.append(path)
         together(lambda: self._save(path, state) if is_writer else None)
-        adapter = self._model.active_adapter if is_adapter else "default"
-        return Weights(
-            name, version, str(path if adapter == "default" else path / adapter), is_adapter, is_tied=self._is_tied()
-        )
+        adapter = self._model.active_adapter if is_peft_model(self._model) else None
+        folder = path if adapter in (None, "default") else path / str(adapter)
+        return Weights(name, version, str(folder), adapter is not None, is_tied=self._is_tied())
 
     def snapshot(self, name: str, version: int) -> Weights:
         """The policy's current weights in the memory of the rank that sends them, named as in a checkpoint."""

@@ -13,7 +13,7 @@ import transformers
 from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from ..compat.accelerate import forget_engine, is_fsdp2
@@ -223,7 +223,7 @@ def build_networks(
     policy: nn.Module,
     critic: nn.Module | None,
     *,
-    optimizers: tuple[Optimizer | None, LRScheduler | None],
+    optimizers: tuple[Optimizer | None, LambdaLR | None],
     decay_parameter_names: Callable[[nn.Module], list[str]],
 ) -> tuple[SavedNetwork, SavedNetwork | None]:
     """
@@ -398,11 +398,11 @@ def make_optimizer(args: StepPOConfig, network: nn.Module, learning_rate: float,
     return optimizer
 
 
-def make_scheduler(args: StepPOConfig, optimizer: Optimizer) -> LRScheduler:
+def make_scheduler(args: StepPOConfig, optimizer: Optimizer) -> LambdaLR:
     """A schedule over the run's updates."""
     total = args.num_total_batches
     assert total is not None
-    scheduler: LRScheduler = transformers.get_scheduler(
+    scheduler: LambdaLR = transformers.get_scheduler(
         args.lr_scheduler_type,
         optimizer,
         num_warmup_steps=args.get_warmup_steps(total),

@@ -258,7 +258,7 @@ def factories_of(environment_factory: EnvironmentFactories | None) -> dict[str |
         return {}
     factories: dict[str | None, EnvironmentFactory]
     if isinstance(environment_factory, Mapping):
-        factories = {**environment_factory}
+        factories = dict(environment_factory.items())
         if not factories or not all(isinstance(name, str) for name in factories):
             raise ConfigurationError(
                 f"`environment_factory` is a dict with the names {list(factories)}; give at least one, each of them "
