@@ -123,9 +123,7 @@ def test_the_engine_of_the_page_about_engines_trains(tmp_path):
     exec(compile(code, "engines.md", "exec"), names)
     policy = tiny_policy()
     trainer = StepPOTrainer(
-        make_config(
-            tmp_path, max_steps=2, top_p=0.9, top_k=100, rollout_correction="truncate", learning_rate=1e-2
-        ),
+        make_config(tmp_path, max_steps=2, top_p=0.9, top_k=100, rollout_correction="truncate", learning_rate=1e-2),
         processing_class=byte_tokenizer(),
         model=policy,
         train_dataset=message_rows(),

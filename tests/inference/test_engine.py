@@ -31,10 +31,15 @@ def test_the_example_of_the_protocol_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", inspect.getdoc(Engine) or "", flags=re.DOTALL)
     policy = make_model()
     names: dict[str, Any] = {
-        **{"SamplerEngine": SamplerEngine, "LocalSampler": LocalSampler, "StepPOTrainer": StepPOTrainer},
-        **{"deepcopy": deepcopy, "policy": policy, "tokenizer": TOKENIZER},
+        "SamplerEngine": SamplerEngine,
+        "LocalSampler": LocalSampler,
+        "StepPOTrainer": StepPOTrainer,
+        "deepcopy": deepcopy,
+        "policy": policy,
+        "tokenizer": TOKENIZER,
         "args": make_config(tmp_path, max_steps=2),
-        **{"rows": message_rows(), "Game": Hash},
+        "rows": message_rows(),
+        "Game": Hash,
     }
     exec(compile(code, "Engine", "exec"), names)
     before = weights(deepcopy(policy))

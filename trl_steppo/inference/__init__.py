@@ -5,8 +5,8 @@ from .base import Counts, Sample, Sampler, SamplingParams
 from .engine import CountingSampler, Engine, FixedEngine, SamplerEngine, VersionedSampler, counts_of
 
 __all__ = [
-    "Counts",
     "CountingSampler",
+    "Counts",
     "Engine",
     "FixedEngine",
     "Sample",
