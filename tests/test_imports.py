@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -162,6 +163,14 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 def test_every_stage_has_a_layer():
     assert {stage_of(path) for path in FILES} <= set(LAYER)
+
+
+def test_contributing_lists_the_layers():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    (line,) = re.findall(r"Imports point one way:\s(.*?)\. Stages", text, flags=re.DOTALL)
+    assert [set(layer.strip("`\n ").split()) for layer in line.split("←")] == [
+        layer - {"__init__"} for layer in LAYERS
+    ]
 
 
 def test_the_imports_of_a_known_file_are_found():

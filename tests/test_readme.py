@@ -117,7 +117,7 @@ def test_the_tests_of_the_page_about_testing_pass():
 
 
 def test_the_engine_of_the_page_about_engines_trains(tmp_path):
-    """It samples from the policy's own weights, so that its log-probabilities are the trainer's; and from all of them."""
+    """It samples from the policy's own weights, so that its log-probabilities are the trainer's."""
     names: dict[str, Any] = {}
     (code,) = snippets(ROOT / "docs" / "engines.md")
     exec(compile(code, "engines.md", "exec"), names)

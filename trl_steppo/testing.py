@@ -263,9 +263,8 @@ class ScriptedEngine(SamplerEngine):
     sampler: ScriptedSampler
 
     def __init__(self, script: Script | ScriptedSampler, *, tokenizer: Tokenizer | None = None) -> None:
-        super().__init__(
-            script if isinstance(script, ScriptedSampler) else ScriptedSampler(script, tokenizer=tokenizer)
-        )
+        sampler = script if isinstance(script, ScriptedSampler) else ScriptedSampler(script, tokenizer=tokenizer)
+        super().__init__(sampler)
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------
