@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chat import ChatFormat
 from .environments import Playable, make_playable
+from .environments.members import Tool
 from .episodes import EpisodeSpec
 from .errors import RolloutError
 from .inference.base import Counts, Sample, SamplingParams
@@ -30,6 +31,7 @@ from .rollout import (
     pay_episodes,
     play_episodes,
 )
+from .rollout.rewards import RewardFunc
 from .types import Episode, EpisodeLimits, Row, Step, StopReason, TokenIds
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def tool_call(name: str, /, **arguments: object) -> str:
 @dataclass(frozen=True)
 class Turn:
     """
-    What a scripted policy is asked: to respond in one step of one episode.
+    One request to a scripted policy: the response to one step of an episode.
 
     Args:
         prompt_ids ([`TokenIds`]):
@@ -149,7 +151,7 @@ Script = str | Sequence[Response] | Callable[[Turn], "Response | Awaitable[Respo
 
 class ScriptedSampler:
     """
-    A policy that says what a script says. It counts and remembers what it is asked.
+    A policy that says what a script says. It counts its tokens and remembers all requests.
 
     A response of the script is text, token ids, or a whole [`~inference.base.Sample`]. Text is a complete turn: a stop
     token is added where it has none. Token ids are taken as they are. Either is cut after the first stop token, and at
@@ -191,9 +193,9 @@ class ScriptedSampler:
         self.ends_turns = ends_turns
         self.policy_version = policy_version
         self.turns: list[Turn] = []
-        """Everything it was asked, in the order in which it was asked."""
+        """All requests, in order."""
         self.released: list[str] = []
-        """The episodes that are over."""
+        """Ids of the episodes that are over."""
         self.counts = Counts()
 
     async def sample(
@@ -203,7 +205,7 @@ class ScriptedSampler:
         position, generation, step = (*order, 0, 0, 0)[:3]
         turn = Turn(TokenIds(prompt_ids), params, episode_id, position, generation, step, tokenizer=self.tokenizer)
         self.turns.append(turn)
-        await asyncio.sleep(0)  # others are asked meanwhile, as of any policy
+        await asyncio.sleep(0)  # other episodes run now, as while a model samples
         sample = self._sample(turn, await self._respond(turn))
         self.counts += Counts(len(sample.token_ids), len(prompt_ids), len(prompt_ids))
         return sample
@@ -213,7 +215,7 @@ class ScriptedSampler:
         self.released.append(episode_id)
 
     def pace(self, quiet: Callable[[], Awaitable[None]] | None) -> None:
-        """It forms no batches."""
+        """Ignored: a script forms no batches."""
 
     async def _respond(self, turn: Turn) -> Response:
         if isinstance(self.script, str):
@@ -284,8 +286,8 @@ def play(
     responses: Script | ScriptedSampler,
     rows: Sequence[Row] = _ROWS,
     *,
-    tools: Sequence[Callable[..., Any]] = (),
-    reward_funcs: Sequence[Callable[..., Any]] = (),
+    tools: Sequence[Tool] = (),
+    reward_funcs: Sequence[RewardFunc] = (),
     limits: EpisodeLimits = EpisodeLimits(max_interaction_steps=None),  # noqa: B008 (it is immutable)
     response_length: int = 2048,
     tool_timeout_s: float | None = 60.0,

@@ -127,7 +127,9 @@ def test_the_launchers_cpu_is_the_runs(tmp_path, monkeypatch):
         ({"loss_aggregation": "token"}, "token", 1, True, False),
     ],
 )
-def test_derived(tmp_path, settings, aggregation, critic_epochs, uses_critic, uses_reference):
+def test_defaults_follow_from_other_settings(
+    tmp_path, settings, aggregation, critic_epochs, uses_critic, uses_reference
+):
     config = make_config(tmp_path, **settings)
     assert config.aggregation == aggregation
     assert config.critic_epochs == critic_epochs
@@ -178,13 +180,13 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, v) for name, vs in OUT_OF_RANGE.items() for v in vs])
-def test_range(tmp_path, name, value):
+def test_values_outside_of_their_range_are_refused(tmp_path, name, value):
     with pytest.raises(ConfigurationError, match=f"`{name}` is {value}"):
         make_config(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
-def test_not_a_number(tmp_path, name):
+def test_nan_is_outside_of_every_range(tmp_path, name):
     with pytest.raises(ConfigurationError, match=f"`{name}` is nan"):
         make_config(tmp_path, **{name: float("nan")})
 
@@ -229,7 +231,7 @@ def test_limits_of_the_ranges_are_allowed(tmp_path, settings):
         *("kl_loss_estimator", "rollout_correction", "rollout_correction_level", "stop_token"),
     ],
 )
-def test_choice(tmp_path, name):
+def test_an_unknown_choice_is_refused_with_the_known_ones(tmp_path, name):
     with pytest.raises(ConfigurationError, match=f"`{name}` is 'nonsense'; choose one of"):
         make_config(tmp_path, **{**NEEDED.get(name, {}), name: "nonsense"})
 
@@ -393,7 +395,7 @@ def test_a_trial_is_small_and_leaves_no_trace(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*ADDED, *CHANGED])
-def test_documented(name):
+def test_every_field_is_documented(name):
     assert StepPOConfig.__doc__ is not None
     field = StepPOConfig.__dataclass_fields__[name]
     assert len(field.metadata["help"]) > 10
@@ -447,7 +449,7 @@ def settings_for(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PARSED)
-def test_command_line(tmp_path, name):
+def test_every_field_is_a_flag(tmp_path, name):
     settings = settings_for(name)
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--per_device_train_batch_size", "8"]
     for key, value in settings.items():
@@ -458,7 +460,7 @@ def test_command_line(tmp_path, name):
         assert getattr(config, key) == value
 
 
-def test_yaml(tmp_path):
+def test_a_yaml_file_sets_all_fields(tmp_path):
     """All that go together, in one file; the help of every flag can be formatted."""
     apart = ("advantage_estimator", "num_generations", "replay_episodes_dir", "use_rollout_worker")
     apart += ("rollout_cache_tokens", "allow_uncached_sampling", "top_p", "top_k")  # without effect on vLLM servers
