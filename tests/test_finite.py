@@ -39,7 +39,7 @@ def test_numbers_beyond_float32_are_refused(value):
 
 
 class Odd:
-    """Breaks whoever looks at it."""
+    """Raises when it is read."""
 
     def __float__(self):
         raise KeyError("no")

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from tests.measures import ROOT, Source, any_per_1000_lines, read
+from tests.measures import ROOT, Source, any_per_1000_lines, per_package, read
 
-MAX_ANY = 841
-MAX_IGNORES = 29
+MAX_ANY_PER_1000_LINES = 11
+MAX_ANY = {
+    ".": 23,
+    "chat": 14,
+    "commands": 2,
+    "compat": 16,
+    "environments": 13,
+    "gateway": 22,
+    "inference": 14,
+    "models": 12,
+    "report": 8,
+    "trainer": 118,
+}
+MAX_IGNORES = {".": 1, "inference": 1, "models": 2, "rollout": 1, "trainer": 12}
+"""Of each package that has any; "." are the files beside the packages. Lower a number where you can."""
 
 LIBRARY = read(ROOT / "trl_steppo")
 
@@ -24,13 +37,17 @@ def f(a: Any, b: "list[Any]") -> Json:
 '''
 
 
-def test_any_is_not_used_more_often():
-    num_any = sum(source.num_any for source in LIBRARY)
-    assert num_any <= MAX_ANY, "name the type, or `object`; see `trl_steppo/types.py`"
+def test_no_package_uses_any_more_often():
+    counts = per_package(LIBRARY, lambda source: source.num_any)
+    higher = {name: count for name, count in counts.items() if count > MAX_ANY.get(name, 0)}
+    assert not higher, "name the type, or `object`; see trl_steppo/types.py"
+    assert any_per_1000_lines(LIBRARY) <= MAX_ANY_PER_1000_LINES
 
 
-def test_no_more_types_are_ignored():
-    assert sum(source.num_ignores for source in LIBRARY) <= MAX_IGNORES
+def test_no_package_ignores_more_types():
+    counts = per_package(LIBRARY, lambda source: source.num_ignores)
+    higher = {name: count for name, count in counts.items() if count > MAX_IGNORES.get(name, 0)}
+    assert not higher
 
 
 def test_measures_of_a_file_by_hand():

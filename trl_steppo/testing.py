@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chat import ChatFormat
 from .environments import Playable, make_playable
+from .environments.members import Tool
 from .episodes import EpisodeSpec
 from .errors import RolloutError
 from .inference.base import Counts, Sample, SamplingParams
@@ -30,6 +31,7 @@ from .rollout import (
     pay_episodes,
     play_episodes,
 )
+from .rollout.rewards import RewardFunc
 from .types import Episode, EpisodeLimits, Row, Step, StopReason, TokenIds
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def tool_call(name: str, /, **arguments: object) -> str:
 @dataclass(frozen=True)
 class Turn:
     """
-    What a scripted policy is asked: to respond in one step of one episode.
+    One request to a scripted policy: the response to one step of an episode.
 
     Args:
         prompt_ids ([`TokenIds`]):
@@ -149,7 +151,7 @@ Script = str | Sequence[Response] | Callable[[Turn], "Response | Awaitable[Respo
 
 class ScriptedSampler:
     """
-    A policy that says what a script says. It counts and remembers what it is asked.
+    A policy that says what a script says. It counts its tokens and remembers all requests.
 
     A response of the script is text, token ids, or a whole [`~inference.base.Sample`]. Text is a complete turn: a stop
     token is added where it has none. Token ids are taken as they are. Either is cut after the first stop token, and at
@@ -191,19 +193,19 @@ class ScriptedSampler:
         self.ends_turns = ends_turns
         self.policy_version = policy_version
         self.turns: list[Turn] = []
-        """Everything it was asked, in the order in which it was asked."""
+        """All requests, in order."""
         self.released: list[str] = []
-        """The episodes that are over."""
+        """Ids of the episodes that are over."""
         self.counts = Counts()
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
         """The script's response; see [`~inference.base.Sampler`]."""
-        place = (*order, 0, 0, 0)[:3]
-        turn = Turn(TokenIds(prompt_ids), params, episode_id, *place, tokenizer=self.tokenizer)
+        position, generation, step = (*order, 0, 0, 0)[:3]
+        turn = Turn(TokenIds(prompt_ids), params, episode_id, position, generation, step, tokenizer=self.tokenizer)
         self.turns.append(turn)
-        await asyncio.sleep(0)  # others are asked meanwhile, as of any policy
+        await asyncio.sleep(0)  # other episodes run now, as while a model samples
         sample = self._sample(turn, await self._respond(turn))
         self.counts += Counts(len(sample.token_ids), len(prompt_ids), len(prompt_ids))
         return sample
@@ -213,7 +215,7 @@ class ScriptedSampler:
         self.released.append(episode_id)
 
     def pace(self, quiet: Callable[[], Awaitable[None]] | None) -> None:
-        """It forms no batches."""
+        """Ignored: a script forms no batches."""
 
     async def _respond(self, turn: Turn) -> Response:
         if isinstance(self.script, str):
@@ -284,8 +286,8 @@ def play(
     responses: Script | ScriptedSampler,
     rows: Sequence[Row] = _ROWS,
     *,
-    tools: Sequence[Callable[..., Any]] = (),
-    reward_funcs: Sequence[Callable[..., Any]] = (),
+    tools: Sequence[Tool] = (),
+    reward_funcs: Sequence[RewardFunc] = (),
     limits: EpisodeLimits = EpisodeLimits(max_interaction_steps=None),  # noqa: B008 (it is immutable)
     response_length: int = 2048,
     tool_timeout_s: float | None = 60.0,
@@ -421,7 +423,8 @@ def tiny_policy(seed: int = 0, **settings: object) -> PreTrainedModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(_tiny_config(settings)).eval()
+        policy: PreTrainedModel = Qwen2ForCausalLM(_tiny_config(settings)).eval()
+    return policy
 
 
 def tiny_critic(seed: int = 1, **settings: object) -> PreTrainedModel:
@@ -439,7 +442,8 @@ def tiny_critic(seed: int = 1, **settings: object) -> PreTrainedModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForSequenceClassification(_tiny_config({"num_labels": 1, **settings})).eval()
+        critic: PreTrainedModel = Qwen2ForSequenceClassification(_tiny_config({"num_labels": 1, **settings})).eval()
+    return critic
 
 
 def _tiny_config(changes: Mapping[str, Any]) -> Qwen2Config:
@@ -485,10 +489,8 @@ def step(prompt: str | Sequence[int], response: str | Sequence[int], reward: flo
     1.0
     ```
     """
-    tokenizer = byte_tokenizer() if isinstance(prompt, str) or isinstance(response, str) else None
     prompt_ids, response_ids = (
-        TokenIds(tokenizer.encode(part) if isinstance(part, str) and tokenizer is not None else part)
-        for part in (prompt, response)
+        TokenIds(byte_tokenizer().encode(part) if isinstance(part, str) else part) for part in (prompt, response)
     )
     fields: dict[str, Any] = {"rollout_logprobs": (-1.0,) * len(response_ids), "step_index": 0, "policy_version": 0}
     fields |= {"temperature": 1.0, "stop_reason": StopReason.STOP, **changes}

@@ -25,7 +25,7 @@ import httpx
 from trl_steppo.types import JsonObject
 
 CONTEXTS = (2_048, 131_072)  # tokens; a long one has room for more of what hostile clients send
-MOST_FILES = 1024
+MAX_FILES = 1024
 NUM_SILENT = 1500
 ALLOWED_MS = 50.0  # or five times the idle gateway's, if that is more
 HI = {"role": "user", "content": "hi"}
@@ -124,7 +124,7 @@ def ask_beside_silent(port: int, admin_key: str, num_asked: int) -> JsonObject:
     try:
         for _ in range(NUM_SILENT):
             silent.append(socket.create_connection(("127.0.0.1", port), timeout=60))
-        return ask_others(port, admin_key, num_asked) | {"connected": len(silent), "most_files": MOST_FILES}
+        return ask_others(port, admin_key, num_asked) | {"connected": len(silent), "most_files": MAX_FILES}
     finally:
         for one in silent:
             one.close()
@@ -181,7 +181,7 @@ def serve(directory: Path, context: int) -> None:
         def pace(self, quiet: object) -> None:
             """Nothing is batched."""
 
-    resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     server = GatewayServer(
         ChatFormats(AutoTokenizer.from_pretrained(MINI_WIKI_POLICY)),
         store=directory / "sessions.sqlite",

@@ -17,7 +17,7 @@ from .runs import QUICK, Cell, Store, record_of, run_of
 from .tasks import TASKS, Task
 
 TUNING_SEEDS = (101, 102)
-MOST_BEYOND = 2  # rates beyond an end of the grid
+MAX_RATES_BEYOND = 2  # an end of the grid
 PHASES = ("tuning", "result", "summary")
 
 
@@ -65,7 +65,7 @@ def tuning_of(task: Task, method: str, store: Store) -> list[Cell]:
     as that is known from what was played, so that in the end it is between two that are worse.
     """
     rates = task.rates
-    for _ in range(MOST_BEYOND):
+    for _ in range(MAX_RATES_BEYOND):
         best = best_rate(store.areas(tuning_cells(task, method, rates)))
         if best == rates[0]:
             rates = (rates[0] / 2, *rates)

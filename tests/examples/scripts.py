@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load_script(name: str) -> ModuleType:
-    """An example script, imported anew; it finds its neighbours, as when it is run."""
+    """An example script, imported again; it finds its neighbours, as when it is run."""
     if str(EXAMPLES) not in sys.path:
         sys.path.append(str(EXAMPLES))
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")

@@ -6,6 +6,7 @@ import logging
 import socket
 import stat
 import threading
+from contextlib import closing
 
 import httpx
 import pytest
@@ -14,6 +15,9 @@ pytest.importorskip("starlette", reason="needs the extra `gateway`")
 from tests.gateway.gateway_policy import ADMIN, start
 from tests.gateway.session_client import USER, Client, wait_until
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.gateway import app
+from trl_steppo.gateway.dialect import Dialect
+from trl_steppo.gateway.openai import ChatBody
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"x-api-key": "wrong"}, {"x-api-key": ""}])
@@ -187,3 +191,29 @@ def test_a_client_that_leaves_while_it_uploads_is_no_failure_of_ours(server, cli
     count = 'steppo_gateway_requests_total{route="/v1/chat/completions",status="499"} 1.0'
     wait_until(lambda: count in client.http.get("/metrics").text)
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+# -- APIs -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_more_api_is_one_dialect(policy, monkeypatch):
+    """It has a route, refusals and streams of its own form, and a place in the description."""
+    dialect = Dialect(
+        "/v9/say",
+        "One more",
+        ChatBody,
+        whole=lambda answer, body: {"said": answer.text},
+        stream=lambda answer, body: iter([answer.text.encode()]),
+        error=lambda error: {"problem": error.message},
+        error_event=lambda error: error.message.encode(),
+    )
+    monkeypatch.setattr(app, "DIALECTS", (*app.DIALECTS, dialect))
+    with closing(start(policy)) as server:
+        client = Client(server)
+        body = {"model": "m", "messages": [USER]}
+        said = client.post("/v9/say", body).json()["said"]
+        assert said.startswith("0:")
+        assert client.post("/v9/say", {**body, "stream": True}).text.startswith("1:")
+        assert client.post("/v9/say", {**body, "top_p": 0.5}).json()["problem"].startswith("`top_p` restricts")
+        assert "/v9/say" in client.http.get("/openapi.json").json()["paths"]
+        assert len(client.episode().steps) == 2

@@ -15,8 +15,7 @@ from tests.gateway.gateway_policy import ADMIN, make_spec
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.sampling import SamplerLoop
 from trl_steppo.gateway.tokens import ChatFormats
-from trl_steppo.inference.base import Sample
-from trl_steppo.types import StopReason, TokenIds
+from trl_steppo.testing import ScriptedSampler
 
 TEMPLATES = ("qwen3", "qwen3_5_think", "glm4moe", "llama3_1", "gptoss", "gemma4", "lfm2_2_5", "muse_glimmer", "phi3")
 # Behind what was thought, these write an earlier answer differently; without tools they cannot be appended to.
@@ -33,28 +32,10 @@ TOOLS = [{"type": "function", "function": {"name": "act", "description": "Act.",
 ARGUMENTS = {"text": "02134", "count": 3}
 
 
-class Scripted:
-    """Says what it is told to."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.response = ""
-
-    async def sample(self, prompt_ids: Any, params: Any, *, episode_id: str, order: Any = ()) -> Sample:
-        ids = self.tokenizer.encode(self.response, add_special_tokens=False)
-        return Sample(TokenIds(ids), (-1.0,) * len(ids), StopReason.STOP, policy_version=0)
-
-    def release(self, episode_id: str) -> None:
-        pass
-
-    def pace(self, settled: Any) -> None:
-        pass
-
-
 class Session:
     """A client of one session, and what the model says to it."""
 
-    def __init__(self, server: GatewayServer, policy: Scripted, template: str) -> None:
+    def __init__(self, server: GatewayServer, policy: ScriptedSampler, template: str) -> None:
         self.policy, self.writer = policy, WRITERS[template]
         self.has_toolless = template not in NEEDS_TOOLS
         self.asked = 0
@@ -65,7 +46,7 @@ class Session:
 
     def says(self, *parts: Any) -> None:
         written = self.writer.turn(parts)
-        self.policy.response = written.removeprefix("<think>\n") if self.opened else written
+        self.policy.script = written.removeprefix("<think>\n") if self.opened else written
 
     def user(self) -> dict[str, str]:
         """A new message: the same request again would be taken for a retry."""
@@ -81,7 +62,7 @@ class Session:
 @pytest.fixture(params=TEMPLATES)
 def session(request: Any) -> Iterator[Session]:
     tokenizer = make_tokenizer(request.param)
-    policy = Scripted(tokenizer)
+    policy = ScriptedSampler("", tokenizer=tokenizer, ends_turns=False)
     server = GatewayServer(ChatFormats(tokenizer), default=make_spec(), admin_key=ADMIN).start()
     server.resume(SamplerLoop(policy))
     yield Session(server, policy, request.param)

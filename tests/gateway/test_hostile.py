@@ -1,4 +1,4 @@
-"""Whoever sends too much, or nothing at all, keeps nobody else waiting."""
+"""Clients that send too much, or nothing at all, do not delay the others."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_no_step_of_300_sessions_is_lost_doubled_or_mixed():
 
 
 def kill_and_go_on(directory: Path, num_kills: int, seed: int) -> None:
-    """Clients talk to a gateway that is killed again and again, and started anew on its port."""
+    """Clients talk to a gateway that is killed and restarted on its port, again and again."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

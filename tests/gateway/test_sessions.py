@@ -111,7 +111,7 @@ def test_tokens_of_the_episode_cut_a_response(server):
     ("max_tokens", "body", "reason"),
     [
         (None, {"reward": 1.0}, StopReason.RESPONSE_LENGTH),  # agents pay for cut responses, too
-        (5, {}, StopReason.RESPONSE_LENGTH),  # whoever set the length
+        (5, {}, StopReason.RESPONSE_LENGTH),  # also where the client set the length
         (None, {"terminated": True}, StopReason.ENVIRONMENT),
     ],
 )

@@ -234,7 +234,7 @@ class FakeVLLM:
         self.received = None
 
     async def _wait(self, request: Request, holds: Callable[[], bool]) -> bool:
-        """Whether who asked has gone in the meantime."""
+        """Whether the client disconnected while the condition held."""
         self.num_waiting += 1
         try:
             while holds():

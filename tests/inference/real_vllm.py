@@ -82,7 +82,7 @@ class RealVLLM:
             pass
 
     def kill(self) -> None:
-        """With all of its processes, and without a word."""
+        """Kill all of its processes."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,4 +1,4 @@
-"""The in-process engine says what a plain forward pass over prompt and response says, whoever shares its batch."""
+"""The in-process sampler equals a plain forward pass over prompt and response, whatever shares its batch."""
 
 from __future__ import annotations
 

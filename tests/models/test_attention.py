@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -196,3 +199,23 @@ def test_a_prepared_model_is_otherwise_as_it_was(tiny_model, implementation):
     ]
     assert torch.equal(*generated)
     assert "_tree" not in prepared.config.to_json_string()
+
+
+def test_attention_over_tries_is_registered_where_a_model_needs_it(tiny_model, tmp_path):
+    """Not by an import; and for a model that another process has prepared before its first forward pass."""
+    model = tiny_model("Llama", torch.float32)
+    attention.prepare_for_tries(model)
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
+    program = f"""
+import pickle
+from pathlib import Path
+from transformers import AttentionInterface
+from trl_steppo.inference.local import LocalSampler
+import trl_steppo.models
+
+assert "sdpa_tree" not in AttentionInterface()
+LocalSampler(pickle.loads(Path({str(tmp_path / "model.pickle")!r}).read_bytes()))
+assert "sdpa_tree" in AttentionInterface()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

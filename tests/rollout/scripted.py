@@ -39,14 +39,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 class ScriptedSampler(testing.ScriptedSampler):
     """
-    Says `script(order)`, cut at the budget or after the first stop token.
+    Says `script(order)`, or a text in every step, or the texts of a list, cut at the budget or after a stop token.
 
     The log-probability of every token is minus the step's index, minus one.
     """
 
-    def __init__(self, chat: ChatFormat, script: Callable[[tuple[int, ...]], str]) -> None:
+    def __init__(self, chat: ChatFormat, script: str | list[str] | Callable[[tuple[int, ...]], str]) -> None:
         super().__init__(
-            lambda turn: script(order_of(turn)),
+            (lambda turn: script(order_of(turn))) if callable(script) else script,
             tokenizer=chat._tokenizer,
             logprobs=lambda turn, ids: [-1.0 - turn.step_index] * len(ids),
             ends_turns=False,

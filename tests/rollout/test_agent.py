@@ -91,7 +91,7 @@ def test_an_agent_may_change_its_row(server, chat):
         return float(len(row["facts"].pop() + row["facts"].pop()))
 
     requests = [EpisodeRequest(rows[0], 5, generation, dataset_row=2) for generation in range(2)]
-    sampler = ScriptedSampler(chat, lambda order: "step<|im_end|>")
+    sampler = ScriptedSampler(chat, "step<|im_end|>")
     spec = EpisodeSpec(EpisodeLimits(), SAMPLING)
     episodes = play_episodes(requests, AgentPlayer(agent, server, sampler, spec))
     assert [episode.error for episode in episodes] == [None, None]

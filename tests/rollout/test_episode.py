@@ -21,7 +21,7 @@ SAMPLING = SamplingParams(max_new_tokens=100, temperature=0.7)
 
 def play(chat, script, env="look", row=ROW, sampling=SAMPLING, sampler=None, playable=None, **limits):
     """One episode; the script is a text for each step."""
-    sampler = sampler or ScriptedSampler(chat, lambda order: script[order[2]])
+    sampler = sampler or ScriptedSampler(chat, script)
     environment = LookEnvironment() if env == "look" else env
     if environment is not None and playable is None:
         playable = make_playable(environment, tool_timeout_s=10)
@@ -320,8 +320,8 @@ class Forever(ScriptedSampler):
 def test_time_up_truncates_behind_the_last_complete_step(chat):
     hangs = LookEnvironment(look=threading.Event().wait)
     for sampler, environment in (
-        (Forever(chat, lambda order: LOOK), LookEnvironment()),
-        (ScriptedSampler(chat, lambda order: [call("look", wher="x"), LOOK][order[2]]), hangs),
+        (Forever(chat, LOOK), LookEnvironment()),
+        (ScriptedSampler(chat, [call("look", wher="x"), LOOK]), hangs),
     ):
         episode, _ = play(chat, None, environment, sampler=sampler, max_episode_s=0.2)
         assert (episode.truncated, episode.stop_reason) == (True, StopReason.MAX_EPISODE_S)
@@ -332,7 +332,7 @@ def test_time_up_truncates_behind_the_last_complete_step(chat):
 
 
 def test_time_up_before_the_first_step_is_complete_fails(chat):
-    sampler = Forever(chat, lambda order: LOOK)
+    sampler = Forever(chat, LOOK)
     sampler.answers = 0
     episode, _ = play(chat, None, sampler=sampler, max_episode_s=0.05)
     assert "the episode took longer than 0.05 s" in episode.error
@@ -370,8 +370,9 @@ def test_an_error_fails_the_episode_and_keeps_its_steps(chat):
 
 def test_a_sampler_that_breaks_is_no_fault_of_the_episode(chat):
     environment = LookEnvironment()
+    sampler = ScriptedSampler(chat, lambda order: [LOOK][order[2]])
     with pytest.raises(SamplerError, match="episode 5-1, sampling step 1: IndexError"):
-        play(chat, [LOOK], environment)  # the script has no second step
+        play(chat, None, environment, sampler=sampler)
     assert environment.closed
 
 
@@ -389,7 +390,7 @@ def test_an_empty_response_fails_the_episode(chat):
         async def sample(self, *args, **kwargs):
             return replace(await super().sample(*args, **kwargs), token_ids=(), logprobs=())
 
-    episode, _ = play(chat, None, sampler=Empty(chat, lambda order: LOOK))
+    episode, _ = play(chat, None, sampler=Empty(chat, LOOK))
     assert "empty response" in episode.error
 
 
@@ -398,7 +399,7 @@ def test_a_row_with_nothing_to_read_fails_and_names_its_columns(chat):
 
 
 def test_a_prompt_without_a_chat_format_fails(chat):
-    episode, _ = play(None, None, None, sampler=ScriptedSampler(chat, lambda order: "x"))
+    episode, _ = play(None, None, None, sampler=ScriptedSampler(chat, "x"))
     assert "needs a chat format" in episode.error
 
 
@@ -433,7 +434,7 @@ class Flood(LookEnvironment):
 
 
 def untouched(chat, monkeypatch, longest=10_000):
-    """Fails whoever tokenizes a long text."""
+    """Fails if a long text is tokenized."""
     encode = chat._tokenizer.encode
 
     def checked(text, **settings):

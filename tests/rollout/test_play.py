@@ -36,7 +36,7 @@ def play(chat, environments, sampler=None, *, tool_timeout_s=20.0, limits=None, 
     return play_in(
         make,
         [EpisodeRequest(row, stream_position=row["index"]) for row in rows],
-        sampler or ScriptedSampler(chat, lambda order: [LOOK, STOP][order[2]]),
+        sampler or ScriptedSampler(chat, [LOOK, STOP]),
         chat,
         limits=limits or EpisodeLimits(),
         **options,
@@ -52,7 +52,7 @@ def raises(*args, **row):
 
 
 def test_episodes_come_back_in_the_order_of_the_requests(chat):
-    sampler = ScriptedSampler(chat, lambda order: [LOOK, STOP][order[2]])
+    sampler = ScriptedSampler(chat, [LOOK, STOP])
     episodes = play(chat, [LookEnvironment] * 5, sampler, id_prefix="eval-")
     assert [episode.episode_id for episode in episodes] == [f"eval-{index}-0" for index in range(5)]
     assert sampler.paced == [True, False]
@@ -68,7 +68,7 @@ def test_how_many_play_at_a_time_changes_nothing(chat):
 
 def test_episodes_know_their_row_and_their_question(chat):
     def play_rows(row, **known):
-        sampler = ScriptedSampler(chat, lambda order: f"there{END}")
+        sampler = ScriptedSampler(chat, f"there{END}")
         return play_in(
             lambda row: None,
             [EpisodeRequest(row, 7, **known)],
@@ -419,7 +419,7 @@ def test_with_quick_tools_the_batches_are_the_same_in_every_run(chat, limit):
 
 def test_with_a_slow_tool_the_sampler_stops_waiting(chat):
     others_are_done = threading.Event()
-    sampler = BatchingSampler(chat, lambda order: [LOOK, LOOK, STOP][order[2]])
+    sampler = BatchingSampler(chat, [LOOK, LOOK, STOP])
     slow = LookEnvironment(look=lambda: others_are_done.wait(20) or raises())
     quick = LookEnvironment(get_reward=others_are_done.set)
     episodes = play(chat, [lambda: slow, lambda: quick], sampler, grace_s=0.01)

@@ -24,7 +24,7 @@ def episodes(chat):
     return play_in(
         lambda row: make_playable(LookEnvironment()),
         [EpisodeRequest(row, index) for index, row in enumerate(ROWS)],
-        ScriptedSampler(chat, lambda order: [LOOK, STOP][order[2]]),
+        ScriptedSampler(chat, [LOOK, STOP]),
         chat,
     )
 
@@ -147,7 +147,7 @@ def test_a_malformed_call_reaches_a_reward_function_as_its_raw_text(chat):
     (episode,) = play_in(
         lambda row: make_playable(LookEnvironment()),
         [EpisodeRequest(ROWS[0], 0)],
-        ScriptedSampler(chat, lambda order: [malformed + "<|im_end|>", STOP][order[2]]),
+        ScriptedSampler(chat, [malformed + "<|im_end|>", STOP]),
         chat,
     )
     seen = []
@@ -261,7 +261,7 @@ def test_prompts_have_what_reset_returned_at_their_end(chat):
         (episode,) = play_in(
             lambda row: make_playable(Asks()),
             [EpisodeRequest(row, 0)],
-            ScriptedSampler(chat, lambda order: STOP),
+            ScriptedSampler(chat, STOP),
             chat,
         )
         seen = {}
@@ -428,7 +428,7 @@ def test_get_reward_may_return_none(chat, environment, reward, expected):
     (episode,) = play_in(
         lambda row: make_playable(environment()),
         [EpisodeRequest(ROWS[0], 0)],
-        ScriptedSampler(chat, lambda order: STOP),
+        ScriptedSampler(chat, STOP),
         chat,
     )
     assert episode.valid

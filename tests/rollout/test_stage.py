@@ -216,7 +216,7 @@ def test_one_that_fails_or_hangs_is_replaced_in_a_new_thread(chat, on_stage, kin
     first = play(stage, script, chat, count=3)
     assert [episode.valid for episode in first] == [True, kind != "raises", True]
     assert [environment.closed for environment in Fragile.made] == [False, True, False]
-    second = play(stage, lambda order: DONE, chat, count=3)
+    second = play(stage, DONE, chat, count=3)
     assert all(episode.valid for episode in second)
     assert [environment.rows for environment in Fragile.made] == [[0, 0], [1], [2, 2], [1]]  # the lowest number first
     assert len(set(Fragile.threads)) == 4 or kind != "hangs"  # an ended one's number may be given again
@@ -232,7 +232,7 @@ def test_a_class_whose_reset_leaves_done_true_gets_new_ones(chat, on_stage, capl
             self.made.append(self)
 
     stage = on_stage(Stale)
-    script = lambda order: [call("look", where="here"), call("stop")][order[2]]  # noqa: E731
+    script = [call("look", where="here"), call("stop")]
     rollouts = [play(stage, script, chat) for _ in range(2)]
     assert rollouts[0] == rollouts[1]
     assert len(Stale.made) == 4
@@ -245,7 +245,7 @@ def test_environments_of_one_kind_do_not_play_rows_of_another(chat, on_stage):
 
     stage = on_stage(Picky, kind_of=lambda row: row["index"] % 2)
     for _ in range(2):
-        play(stage, lambda order: DONE, chat, count=4)
+        play(stage, DONE, chat, count=4)
     assert [environment.rows for environment in Picky.made] == [[0, 0], [1, 1], [2, 2], [3, 3]]
 
 
@@ -364,7 +364,7 @@ def test_an_environment_that_rests_in_its_own_thread_is_replaced_when_its_kind_m
     """An episode is played again once at most, whichever environment it gets; stages of a run share what they know."""
     cls, kinds = type("Rings", (Rings,), {"made": []}), MainThreadKinds()
     stages = [on_stage(cls, main_thread_kinds=kinds) for _ in range(2)]
-    play(stages[0], lambda order: DONE, chat, count=3)
+    play(stages[0], DONE, chat, count=3)
     for stage in stages:
         script = lambda order: call("ring", text="hi") if order[2] == 0 and order[0] < 2 else DONE  # noqa: E731
         assert answers(play(stage, script, chat, count=2)) == ["hi True"] * 2
@@ -388,7 +388,7 @@ def test_an_episode_that_asks_for_the_main_thread_again_has_failed(chat, on_stag
         async def close(self): ...
 
     stage._make_playable = lambda row: Asks()
-    (episode,) = play(stage, lambda order: DONE, chat, count=1)
+    (episode,) = play(stage, DONE, chat, count=1)
     assert len(asked) == 2
     assert "it handles signals" in episode.error
 
@@ -401,7 +401,7 @@ def test_a_class_that_handles_signals_when_it_is_made_is_made_in_the_main_thread
             signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGALRM))
             super().__init__()
 
-    assert all(episode.valid for episode in play(on_stage(Early), lambda order: DONE, chat))
+    assert all(episode.valid for episode in play(on_stage(Early), DONE, chat))
     assert len(Early.made) == 2
 
 

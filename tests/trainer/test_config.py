@@ -16,6 +16,7 @@ from trl import TrlParser
 from tests.trainer.tiny import make_config
 from trl_steppo import PPOConfig, StepPOConfig
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.learning.estimators import ESTIMATORS
 from trl_steppo.trainer import ppo_config
 
 CHANGED = {  # as the docstring of StepPOConfig says
@@ -127,7 +128,9 @@ def test_the_launchers_cpu_is_the_runs(tmp_path, monkeypatch):
         ({"loss_aggregation": "token"}, "token", 1, True, False),
     ],
 )
-def test_derived(tmp_path, settings, aggregation, critic_epochs, uses_critic, uses_reference):
+def test_defaults_follow_from_other_settings(
+    tmp_path, settings, aggregation, critic_epochs, uses_critic, uses_reference
+):
     config = make_config(tmp_path, **settings)
     assert config.aggregation == aggregation
     assert config.critic_epochs == critic_epochs
@@ -178,13 +181,13 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, v) for name, vs in OUT_OF_RANGE.items() for v in vs])
-def test_range(tmp_path, name, value):
+def test_values_outside_of_their_range_are_refused(tmp_path, name, value):
     with pytest.raises(ConfigurationError, match=f"`{name}` is {value}"):
         make_config(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
-def test_not_a_number(tmp_path, name):
+def test_nan_is_outside_of_every_range(tmp_path, name):
     with pytest.raises(ConfigurationError, match=f"`{name}` is nan"):
         make_config(tmp_path, **{name: float("nan")})
 
@@ -229,7 +232,7 @@ def test_limits_of_the_ranges_are_allowed(tmp_path, settings):
         *("kl_loss_estimator", "rollout_correction", "rollout_correction_level", "stop_token"),
     ],
 )
-def test_choice(tmp_path, name):
+def test_an_unknown_choice_is_refused_with_the_known_ones(tmp_path, name):
     with pytest.raises(ConfigurationError, match=f"`{name}` is 'nonsense'; choose one of"):
         make_config(tmp_path, **{**NEEDED.get(name, {}), name: "nonsense"})
 
@@ -276,15 +279,20 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"use_vllm": True, "vllm_server_base_url": "localhost:8000"}, ("vllm_server_base_url", "'localhost:8000'")),
     ({"use_vllm": True, "vllm_server_base_url": ["http://a", "http://a"]}, ("vllm_server_base_url", "twice")),
-    *(({"advantage_estimator": name}, ("advantage_estimator", "num_generations")) for name in ("grpo", "gigpo")),
-    ({"advantage_estimator": "rloo"}, ("advantage_estimator", "num_generations")),
+    *(
+        ({"advantage_estimator": name}, ("advantage_estimator", "num_generations"))
+        for name, estimator in ESTIMATORS.items()
+        if estimator.compares_episodes
+    ),
     *(
         ({"advantage_estimator": name, "num_generations": 2, "gamma": 0.9}, ("gamma", "advantage_estimator"))
-        for name in ("grpo", "rloo")
+        for name, estimator in ESTIMATORS.items()
+        if not estimator.discounts
     ),
     *(
         ({"advantage_estimator": estimator, "num_generations": 2, name: value}, (name, "advantage_estimator"))
-        for estimator in ("grpo", "rloo", "gigpo", "reinforce_plus_plus")
+        for estimator in ESTIMATORS
+        if ESTIMATORS[estimator].values is None
         for name, value in {
             "critic_learning_rate": 1e-3,
             "num_critic_epochs": 2,
@@ -307,6 +315,16 @@ def test_contradiction_names_both(tmp_path, settings, names):
         make_config(tmp_path, **settings)
     for name in names:
         assert name in str(error.value)
+
+
+def test_all_settings_without_effect_are_named(tmp_path):
+    expected = (
+        r"`critic_learning_rate`=0\.001, `lam`=0\.5 have no effect together with `advantage_estimator`='grpo', which "
+        r"has no critic; remove one or the other, or set what a configuration file may have set to its default "
+        r"\(`critic_learning_rate` to None, `lam` to 1\.0\)$"
+    )
+    with pytest.raises(ConfigurationError, match=expected):
+        make_config(tmp_path, advantage_estimator="grpo", num_generations=2, lam=0.5, critic_learning_rate=1e-3)
 
 
 def test_accumulated_episodes_count_for_groups(tmp_path):
@@ -393,7 +411,7 @@ def test_a_trial_is_small_and_leaves_no_trace(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*ADDED, *CHANGED])
-def test_documented(name):
+def test_every_field_is_documented(name):
     assert StepPOConfig.__doc__ is not None
     field = StepPOConfig.__dataclass_fields__[name]
     assert len(field.metadata["help"]) > 10
@@ -431,6 +449,8 @@ def other_value(name: str) -> Any:
     options = typing.get_args(hint) or (hint,)
     if any(typing.get_origin(option) is Literal for option in options):
         options = next(typing.get_args(option) for option in options if typing.get_origin(option) is Literal)
+    if name == "advantage_estimator":
+        return list(ESTIMATORS)[-1]
     if typing.get_origin(hint) is Literal or isinstance(options[0], str):
         return options[-1]
     now = default(StepPOConfig.__dataclass_fields__[name])
@@ -447,7 +467,7 @@ def settings_for(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PARSED)
-def test_command_line(tmp_path, name):
+def test_every_field_is_a_flag(tmp_path, name):
     settings = settings_for(name)
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--per_device_train_batch_size", "8"]
     for key, value in settings.items():
@@ -458,7 +478,7 @@ def test_command_line(tmp_path, name):
         assert getattr(config, key) == value
 
 
-def test_yaml(tmp_path):
+def test_a_yaml_file_sets_all_fields(tmp_path):
     """All that go together, in one file; the help of every flag can be formatted."""
     apart = ("advantage_estimator", "num_generations", "replay_episodes_dir", "use_rollout_worker")
     apart += ("rollout_cache_tokens", "allow_uncached_sampling", "top_p", "top_k")  # without effect on vLLM servers

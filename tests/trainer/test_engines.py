@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests.trainer.tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, message_rows, same, weights
-from trl_steppo import FixedEngine, StepPOTrainer, StopReason
+from trl_steppo import FixedEngine, StepPOTrainer
 from trl_steppo.errors import ConfigurationError, SamplerError
-from trl_steppo.inference.base import Counts, Sample
+from trl_steppo.inference.base import Sample
 from trl_steppo.rollout import episode_file, load_episodes
-from trl_steppo.types import TokenIds
+from trl_steppo.testing import ScriptedEngine, ScriptedSampler, Turn
 
 UPDATES = 4
 
@@ -184,41 +184,19 @@ def test_settings_that_exclude_each_other(tmp_path) -> None:
         make_trainer(tmp_path, max_staleness=1, replay_episodes_dir=str(tmp_path))
 
 
-class Scripted:
+class Scripted(ScriptedEngine):
     """An engine that says the same again and again, after a random time, and knows how many updates were done."""
 
     def __init__(self) -> None:
-        self.sampler = self
-        self.num_tokens, self.policy_version = 0, 0
-        self.rng, self.lock = random.Random(0), threading.Lock()
+        rng, lock = random.Random(0), threading.Lock()
 
-    @property
-    def counts(self) -> Counts:
-        return Counts(sampled_tokens=self.num_tokens)
+        async def says(turn: Turn) -> list[int]:
+            with lock:
+                pause = rng.random() ** 8 * 0.05  # a few take very long
+            await asyncio.sleep(pause)
+            return [turn.stream_position % 200, turn.params.stop_token_ids[0]]
 
-    async def sample(self, prompt_ids, params, *, episode_id, order=()):
-        with self.lock:
-            pause = self.rng.random() ** 8 * 0.05  # a few take very long
-            self.num_tokens += 2
-        await asyncio.sleep(pause)
-        return Sample(
-            TokenIds([order[0] % 200, params.stop_token_ids[0]]), (-5.0, -5.0), StopReason.STOP, self.policy_version
-        )
-
-    def release(self, episode_id: str) -> None: ...
-
-    def pace(self, settled: Any) -> None: ...
-
-    @contextmanager
-    def running(self, version: int):
-        self.take_weights(version)
-        yield
-
-    def sampling(self):
-        return nullcontext()
-
-    def take_weights(self, version: int) -> None:
-        self.policy_version = version
+        super().__init__(ScriptedSampler(says, logprobs=-5.0))
 
 
 class Watched(StepPOTrainer):
@@ -313,7 +291,7 @@ def test_a_run_starts_and_ends_its_engine_once_and_gives_it_all_weights(tmp_path
     trainer = make_trainer(tmp_path, engine=engine, **settings)
     trainer.train()
     assert engine.events == [("start", 0), 0, "sampling", 1, "sampling", "sampling", 2, "sampling", "end"]
-    assert trainer.sampler is engine
+    assert trainer.sampler is engine.sampler
     assert trainer.state.log_history[0]["perf/sampled_tokens"] >= 16
     engine.events.clear()
     trainer.evaluate()
@@ -323,7 +301,7 @@ def test_a_run_starts_and_ends_its_engine_once_and_gives_it_all_weights(tmp_path
 def test_a_sampler_that_counts_nothing_will_do(tmp_path) -> None:
     class Silent:
         def __init__(self) -> None:
-            scripted = Scripted()
+            scripted = Scripted().sampler
             self.sample, self.release, self.pace = scripted.sample, scripted.release, scripted.pace
 
     trainer = make_trainer(tmp_path, engine=FixedEngine(Silent()), train_dataset=message_rows(), max_steps=1)

@@ -60,7 +60,7 @@ def test_the_page_has_every_setting():
 # -- what is copied ---------------------------------------------------------------------------------------------------
 
 
-def test_defaults(tmp_path):
+def test_defaults_become_those_of_grpo_config(tmp_path):
     config = convert(tmp_path)
     assert (config.advantage_estimator, config.importance_sampling_level, config.aggregation) == (
         *("grpo", "token", "token"),
@@ -173,7 +173,7 @@ def test_settings_with_another_name_are_copied(tmp_path):
         ),
     ],
 )
-def test_converted(tmp_path, settings, expected):
+def test_settings_become_their_counterparts(tmp_path, settings, expected):
     config = convert(tmp_path, **settings)
     assert {name: getattr(config, name) for name in expected} == expected
 

@@ -88,14 +88,14 @@ def typed_defaults(config: Any) -> dict[str, tuple[Any, Any]]:
 # -- names, order, types, defaults ------------------------------------------------------------------------------------
 
 
-def test_arguments():
+def test_the_trainers_have_the_arguments_of_ppo_trainer():
     assert list(signature(PPOTrainer).items()) == list(ARGUMENTS.items())
     assert list(signature(StepPOTrainer)) == list(ARGUMENTS)
     optional = {name: default for name, default in ARGUMENTS.items() if default is not REQUIRED}
     assert signature(StepPOTrainer) == dict.fromkeys(ARGUMENTS) | optional
 
 
-def test_fields():
+def test_the_configuration_has_the_fields_of_trls():
     found = typed_defaults(PPOConfig)
     assert {name: found[name] for name in (*FIELDS, *REDEFINED)} == FIELDS | REDEFINED
     inherited = {f.name for f in fields(TrainingArguments)}
@@ -142,7 +142,7 @@ def make_trainer(trainer: type, args: Any) -> Any:
 
 
 @pytest.mark.parametrize("trainer_class", [PPOTrainer, StepPOTrainer])
-def test_instances(tmp_path, trainer_class):
+def test_trainers_and_configurations_are_instances_of_trls(tmp_path, trainer_class):
     """TRL's own configuration is taken, too, where there is one."""
     config = THEIR_CONFIG if IS_THEIRS_THERE else PPOConfig
     with warnings.catch_warnings():
@@ -160,7 +160,7 @@ def test_instances(tmp_path, trainer_class):
 
 
 @pytest.mark.parametrize("parser_class", [HfArgumentParser, TrlParser])
-def test_the_command_line(tmp_path, parser_class):
+def test_every_field_is_a_flag(tmp_path, parser_class):
     parser = parser_class(PPOConfig)
     words = " ".join(parser.format_help().split())
     assert all(f"--{name}" in words for name in FIELDS)

@@ -1,4 +1,4 @@
-"""Mixed precision on a CPU: samplers see new weights, whoever runs them, and trained weights are held in float32."""
+"""Mixed precision on a CPU: every kind of sampler sees new weights, and trained weights are held in float32."""
 
 from __future__ import annotations
 

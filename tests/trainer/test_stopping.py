@@ -224,7 +224,7 @@ with listening():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_stops_with_its_launcher(tmp_path, number):
-    """`accelerate launch` ends without a word to the one process that it has started."""
+    """`accelerate launch` does not pass signals on to the one process that it has started."""
     script, stopped = tmp_path / "listens.py", tmp_path / "stopped"
     script.write_text(LISTENS)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]

@@ -89,7 +89,7 @@ def test_servers_train_what_the_policy_itself_does(tmp_path, serve, monkeypatch,
         assert [s.response_ids for e in a for s in e.steps] == [s.response_ids for e in b for s in e.steps]
         assert [s.policy_version for e in a for s in e.steps] == [s.policy_version for e in b for s in e.steps]
     for server in servers:
-        assert len(server.loaded) == UPDATES + 1  # the last for whoever evaluates at the end
+        assert len(server.loaded) == UPDATES + 1  # the last for an evaluation after the run
         where = {"received"} if transfer == "nccl" else {str(tmp_path / "weights")}
         assert {path if path == "received" else str(Path(path).parents[1]) for path in server.loaded} == where
         assert server.asked

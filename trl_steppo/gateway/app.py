@@ -1,4 +1,4 @@
-"""The gateway over HTTP: routes, keys, limits; what is refused is refused in the API's own words."""
+"""The gateway over HTTP: routes, keys and limits. Refusals have the form of the API that was asked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .flights import Retry
 from .limits import BodyLimits
 from .monitor import CONTENT_TYPE
 from .openapi import Operation, document
-from .service import Gateway
+from .service import Ending, Gateway
 from .session_bodies import AbortBody, EndingBody, FinishBody, OpenBody, RewardBody
 from .sessions import Session
 from .work import INLINE_BYTES
@@ -43,8 +43,7 @@ DIALECTS: tuple[Dialect[Any], ...] = (
     responses.RESPONSES,
     anthropic.MESSAGES,
 )
-_BY_PATH = {dialect.path: dialect for dialect in DIALECTS}
-_RETRIES = {None: None, "": None, "0": False}  # what `x-stainless-retry-count` says; any other: that it is one
+_RETRIES = {None: None, "": None, "0": False}  # by `x-stainless-retry-count`; any other value means a retry
 
 T = TypeVar("T")
 
@@ -52,7 +51,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class _Routes:
-    """The handlers of one gateway."""
+    """Handlers of one gateway."""
 
     def __init__(self, gateway: Gateway, default: EpisodeSpec, limits: BodyLimits, heartbeat_s: float) -> None:
         self.gateway = gateway
@@ -94,14 +93,14 @@ class _Routes:
         return handle
 
     def _understand(self, dialect: Dialect[Any], raw: bytes) -> tuple[ModelBody, ModelRequest, str]:
-        """A body, what it asks for, and its key. Runs in any thread."""
+        """Read a body: the body, what it asks for, and the request's key. Any thread may call this."""
         body: ModelBody = read_body(dialect.body, raw, self.limits)
         return body, replace(body.request(self.limits), size=len(raw)), request_key(dialect.path, raw)
 
     async def _at_work(
         self, turn: asyncio.Lock, size: int, function: Callable[[], T], gone: asyncio.Future[None] | None = None
     ) -> T:
-        """What a function of a body returns: at once, or beside the loop if the body is long."""
+        """Run a function whose time grows with a body's size: at once, or in another thread if the body is long."""
         if size <= INLINE_BYTES:
             return function()
         working = asyncio.ensure_future(self.gateway.worker.run(turn, function))
@@ -145,11 +144,11 @@ class _Routes:
         return await self._end(request, AbortBody)
 
     async def _end(self, request: Request, kind: type[EndingBody]) -> Response:
-        """End a session; one that is over stays as it is, so that a client may try again until it hears of it."""
+        """End a session. One that is over stays as it is, so that clients can try again until they hear of it."""
         session = await self._own_session_even_if_over(request)
         body = await self._body(request, kind, session.turn)
         if session.session_id in self.gateway:
-            ending = {} if session.is_over else body.ending(_key(request) or "[key]")
+            ending: Ending = {} if session.is_over else body.ending(_key(request) or "[key]")
             await self.gateway.finish(session, **ending)
         return _json(_status(session))
 
@@ -168,7 +167,7 @@ class _Routes:
         return _json({"id": session.session_id, "removed": True})
 
     def _own_session(self, request: Request) -> Session:
-        """The session in the path, for its own key and the admin's; `current` is the key's own."""
+        """The session in the path, for its own key and the admin's. `current` is the session of the key."""
         key, session_id = _key(request), request.path_params["session_id"]
         try:
             session = self.gateway.session_of(key)
@@ -197,22 +196,22 @@ class _Routes:
         return Response(self.gateway.monitor.text(), headers={"content-type": CONTENT_TYPE})
 
     async def _body(self, request: Request, kind: type[B], turn: asyncio.Lock) -> B:
-        """A body of our own; nothing is as good as an empty object."""
+        """Read a body of the gateway's own API. No body counts as an empty object."""
         raw = await self._read(request) or b"{}"
         return await self._at_work(turn, len(raw), partial(read_body, kind, raw, self.limits))
 
     async def _read(self, request: Request) -> bytes:
-        """The body, as long as it is not too long."""
-        most = self.limits.max_bytes
-        too_large = RequestError(413, f"a body has at most {most} bytes", code="body_too_large")
+        """Read the bytes of a body, up to the limit."""
+        max_bytes = self.limits.max_bytes
+        too_large = RequestError(413, f"a body has at most {max_bytes} bytes", code="body_too_large")
         declared = request.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > most:
+        if declared.isdecimal() and int(declared) > max_bytes:
             raise too_large
         parts, length = [], 0
         try:
             async for part in request.stream():
                 length += len(part)
-                if length > most:
+                if length > max_bytes:
                     raise too_large
                 parts.append(part)
         except ClientDisconnect:
@@ -232,13 +231,13 @@ def make_app(
 
     Args:
         gateway ([`Gateway`]):
-            What it serves.
+            The gateway.
         default ([`EpisodeSpec`], *optional*):
-            What a session is allowed that is opened over HTTP, where its body does not say.
+            Settings of a session that is opened over HTTP, where its body does not say.
         limits ([`~gateway.limits.BodyLimits`], *optional*):
             What a body may consist of; by default what the gateway's context has room for.
         heartbeat_s (`float`, *optional*, defaults to `3.0`):
-            How long a stream says nothing.
+            Time between the comments of a stream while its response is sampled.
     """
     routes = _Routes(gateway, default or EpisodeSpec(), limits or BodyLimits.of(gateway.context), heartbeat_s)
     session = "/sessions/{session_id}"
@@ -267,7 +266,7 @@ def make_app(
     ]
     return Starlette(
         routes=[*table, Route("/openapi.json", openapi)],
-        exception_handlers={HTTPException: _on_http_error, RequestError: _on_request_error},  # type: ignore[dict-item]
+        exception_handlers={HTTPException: _on_http_error},
     )
 
 
@@ -276,7 +275,7 @@ def _starlette_path(path: str) -> str:
 
 
 def _watched(gateway: Gateway, route: str, handler: Handler) -> Handler:
-    """A handler that is counted and timed, and whose failures are ours alone to see."""
+    """A handler that is counted and timed, and whose failures go to the log and not to clients."""
 
     async def handle(request: Request) -> Response:
         start = time.perf_counter()
@@ -314,7 +313,7 @@ def _json(data: object, *, status: int = 200) -> Response:
 
 
 def _error(request: Request, error: RequestError) -> Response:
-    dialect = _BY_PATH.get(request.url.path, openai.CHAT_COMPLETIONS)
+    dialect = next((api for api in DIALECTS if api.path == request.url.path), openai.CHAT_COMPLETIONS)
     response = _json(dialect.error(error), status=error.status)
     if error.retry_after_s is not None:
         response.headers["retry-after"] = str(math.ceil(error.retry_after_s))
@@ -323,15 +322,12 @@ def _error(request: Request, error: RequestError) -> Response:
     return response
 
 
-async def _on_http_error(request: Request, error: HTTPException) -> Response:
-    """No such path, no such method."""
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Answer to a path or a method that does not exist."""
+    assert isinstance(error, HTTPException)
     response = _error(request, RequestError(error.status_code, error.detail))
     response.headers.update(error.headers or {})
     return response
-
-
-async def _on_request_error(request: Request, error: RequestError) -> Response:
-    return _error(request, error)
 
 
 def _status(session: Session) -> JsonObject:

@@ -1,16 +1,17 @@
-"""Connections that ask for nothing, or never finish asking, are closed: anyone can open one, without a key."""
+"""Limits of connections, which anyone can open without a key: silent and endless ones are closed."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import ConfigurationError
 
-_MOST_CONNECTIONS = 16_384
-_MOST_BACKLOG = 2048
+_MAX_CONNECTIONS = 16_384
+_MAX_BACKLOG = 2048
 _RESPONSE = b"HTTP/1.1 %s\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 _TOO_LARGE = _RESPONSE % b"431 Request Header Fields Too Large"
 _TOO_SLOW = _RESPONSE % b"408 Request Timeout"
@@ -20,19 +21,19 @@ _TOO_MANY = _RESPONSE % b"503 Service Unavailable"
 @dataclass(frozen=True)
 class ConnectionLimits:
     """
-    What is allowed to whoever connects.
+    Limits of the connections of a server.
 
     Args:
         max_connections (`int`):
-            Open at a time. One more takes the place of the one that has been silent for longest: first those that have
-            never asked for anything, then those that are being kept for a next request.
+            Maximum number of open connections. One more takes the place of the one that has been silent for longest:
+            first those that have never asked for anything, then those that are kept open for a next request.
         backlog (`int`):
-            Connections that wait to be accepted; as many are accepted at once.
+            Maximum number of connections that wait to be accepted; as many are accepted at once.
         max_header_bytes (`int`, *optional*, defaults to `65536`):
-            Of one request.
+            Maximum size of the header of one request.
         max_request_s (`float`, *optional*, defaults to `60.0`):
-            Time from the first byte of a request (for a connection's first request: from its beginning) until it is
-            whole.
+            Maximum time from the first byte of a request until it is whole. For a connection's first request, it
+            counts from the beginning of the connection.
     """
 
     max_connections: int
@@ -43,75 +44,94 @@ class ConnectionLimits:
     @classmethod
     def of_process(cls, max_connections: int | None = None) -> ConnectionLimits:
         """
-        Limits that leave this process half of the files that it may open: connections that are being accepted or
-        closed have files, too.
+        Limits that leave this process half of the files that it may open, because connections that are being accepted
+        or closed have files, too.
 
         Args:
             max_connections (`int`, *optional*):
-                Open at a time, if not by the process's own limit.
+                Maximum number of open connections, instead of one that follows from the process's own limit.
 
         Raises:
-            ConfigurationError: The process may not open as many files.
+            ConfigurationError: The process may not open so many files.
         """
-        files = _most_files()
+        files = _max_files()
         if max_connections is not None and not 0 < max_connections < files:
             raise ConfigurationError(
                 f"`max_connections` is {max_connections}, and this process may open {files} files (`ulimit -n`); give "
                 "a smaller number, at least 1"
             )
-        backlog = max(16, min(_MOST_BACKLOG, files // 6))
-        return cls(max_connections or max(16, min(_MOST_CONNECTIONS, files // 2)), backlog)
+        backlog = max(16, min(_MAX_BACKLOG, files // 6))
+        return cls(max_connections or max(16, min(_MAX_CONNECTIONS, files // 2)), backlog)
 
 
-def _most_files() -> int:
+def _max_files() -> int:
     try:
         import resource
     except ImportError:  # not on Windows
-        return 2 * _MOST_CONNECTIONS
+        return 2 * _MAX_CONNECTIONS
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 2 * _MOST_CONNECTIONS if soft in (resource.RLIM_INFINITY, -1) else soft
+    return 2 * _MAX_CONNECTIONS if soft in (resource.RLIM_INFINITY, -1) else soft
+
+
+class Connection(Protocol):
+    """One connection."""
+
+    num_requests: int
+    last_heard: int
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a whole request of it is being answered."""
+        ...
+
+    def end(self, last_words: bytes = b"") -> None:
+        """Close it, because of a limit."""
+        ...
 
 
 @dataclass
 class Connections:
     """
-    The open connections of one server. Lives in its loop.
+    The open connections of one server. Its methods run in the server's event loop.
 
     Args:
         limits ([`ConnectionLimits`]):
-            What is allowed.
+            Their limits.
     """
 
     limits: ConnectionLimits
-    opened: set[Any] = field(default_factory=set)
+    opened: set[Connection] = field(default_factory=set)
     num_closed: int = 0  # because of a limit
-    _clock: Any = field(default_factory=count)
+    _clock: Iterator[int] = field(default_factory=count)
 
-    def add(self, connection: Any) -> None:
-        """A new one; another may have to go for it, or this one."""
+    def add(self, connection: Connection) -> None:
+        """Add a new connection. If there are too many, another one is closed, or else this one."""
         self.opened.add(connection)
         self.touch(connection)
         if len(self.opened) > self.limits.max_connections:
-            idle = [one for one in self.opened if not one.is_at_work and one is not connection]
-            # Who has asked before has shown a key, or that it speaks HTTP.
-            victim = min(idle, key=lambda one: (one.num_requests > 0, one.last_heard), default=connection)
+            idle = [other for other in self.opened if not other.is_at_work and other is not connection]
+            # A client that has asked before has shown a key, or that it speaks HTTP.
+            victim = min(idle, key=lambda other: (other.num_requests > 0, other.last_heard), default=connection)
             victim.end(_TOO_MANY if victim is connection else b"")
 
-    def touch(self, connection: Any) -> None:
-        """It was heard of just now."""
+    def touch(self, connection: Connection) -> None:
+        """Note that a connection has just sent something."""
         connection.last_heard = next(self._clock)
 
 
-class _Guarded:
-    """What is added to a protocol of uvicorn's; `_is_incoming` and `_in_header` depend on how that parses."""
+class _Guarded(asyncio.Protocol):
+    """
+    Limits for a protocol of uvicorn, which this class stands before. `_is_incoming` and `_in_header` depend on how
+    that protocol parses.
+    """
 
-    transport: Any
-    loop: Any
+    transport: asyncio.Transport
+    loop: asyncio.AbstractEventLoop
     cycle: Any
     connections_of_server: Connections
 
-    def __init__(self, *args: Any, **names: Any) -> None:
-        super().__init__(*args, **names)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.num_requests = 0  # whole ones
         self.last_heard = 0
         self._header_bytes = 0
@@ -124,35 +144,35 @@ class _Guarded:
 
     @property
     def _in_header(self) -> bool:
-        """Whether a part of its header is."""
+        """Whether a part of a request's header is missing."""
         raise NotImplementedError
 
     @property
     def is_at_work(self) -> bool:
-        """Whether a request of it is being answered that is whole."""
+        """Whether a whole request of it is being answered."""
         return self.cycle is not None and not self.cycle.response_complete and not self._is_incoming
 
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)  # type: ignore[misc]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
         self._expect()
         self.connections_of_server.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections_of_server.opened.discard(self)
         self._expect_nothing()
-        super().connection_lost(exc)  # type: ignore[misc]
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         limits = self.connections_of_server.limits
         self.connections_of_server.touch(self)
         self._expect()
         before, was_in_header = self.cycle, self._in_header
-        super().data_received(data)  # type: ignore[misc]
+        super().data_received(data)
         if self.transport.is_closing():
             return
         if self.cycle is not before:
             self._header_bytes = sum(len(name) + len(value) for name, value in self.cycle.scope["headers"])
-        if was_in_header and self._in_header:  # all of this; what came before its beginning is not known
+        if was_in_header and self._in_header:  # where in `data` the header began is not known
             self._header_bytes += len(data)
         if self._header_bytes > limits.max_header_bytes:
             self.end(_TOO_LARGE)
@@ -172,7 +192,7 @@ class _Guarded:
             self.transport.close()
 
     def _expect(self) -> None:
-        """A request is on its way, which has to be whole in time."""
+        """Start the time in which a request has to be whole."""
         if self._alarm is None:
             self._alarm = self.loop.call_later(self.connections_of_server.limits.max_request_s, self._is_late)
 
@@ -186,13 +206,13 @@ class _Guarded:
         self.end(_TOO_SLOW)
 
 
-def guarded_protocol(connections: Connections) -> type[Any]:
+def guarded_protocol(connections: Connections) -> type[asyncio.Protocol]:
     """
-    uvicorn's protocol for HTTP, with limits: on httptools where that is installed, else on h11.
+    uvicorn's protocol for HTTP, with limits. It uses httptools where that is installed, else h11.
 
     Args:
         connections ([`Connections`]):
-            Where its connections are counted.
+            The server's connections.
     """
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -221,7 +241,7 @@ def guarded_protocol(connections: Connections) -> type[Any]:
     return OnHttptools
 
 
-def _on_h11(connections: Connections) -> type[Any]:
+def _on_h11(connections: Connections) -> type[asyncio.Protocol]:
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 

@@ -1,4 +1,4 @@
-"""A reply on its way to its client: whole, or as a stream, which may begin before the response is there."""
+"""How a reply reaches its client: whole, or as a stream, which may begin before the response is there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _MAX_NOTES = 10
 
 
 def when_gone(request: Request) -> asyncio.Future[None]:
-    """Done when the client has gone away. Takes what the client sends, so the body has to be read before."""
+    """
+    A future that is done when the client has gone away. It consumes what the client sends, so the body must have been
+    read before.
+    """
 
     async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -34,13 +37,14 @@ def when_gone(request: Request) -> asyncio.Future[None]:
 
 
 def gone_away() -> RequestError:
-    """What is told of a request whose client is not there any more."""
+    """The error of a request whose client has gone away."""
     return RequestError(499, "the client went away", code="client_closed_request")
 
 
 async def is_done(work: asyncio.Future[Any], gone: asyncio.Future[None], timeout_s: float | None = None) -> bool:
     """
-    Wait for a client's work, for so long; whether it is done. If the client goes away first, the work is given up.
+    Wait for a client's work, at most `timeout_s`, and return whether it is done. If the client goes away first, the
+    work is cancelled.
 
     Raises:
         RequestError: The client went away.
@@ -67,14 +71,14 @@ async def wait_for_reply(
 
     Args:
         asked (`asyncio.Future[Reply]`):
-            The reply in the making, which is given up if the client goes away.
+            The reply, which is given up if the client goes away.
         gone (`asyncio.Future[None]`):
             Done when the client has gone away.
         begins_after_s (`float`, *optional*):
-            How long a stream waits before it begins; `None`: until the reply is there.
+            How long a stream waits for the reply before it begins; `None`: until the reply is there.
         is_held (`Callable[[], bool]`):
-            Whether requests wait for new weights. No stream begins then: its client may still have to be told, by a
-            status, to try again.
+            Whether requests wait for new weights. No stream begins then, because its client may still have to be told,
+            by a status, to try again.
 
     Raises:
         RequestError: The request failed, or the client went away.
@@ -87,20 +91,20 @@ async def wait_for_reply(
 
 class Delivery(Response):
     """
-    Sends a reply for as long as its client is there, and finds out whether that was to the end.
+    Sends a reply while its client is there, and notes whether the client was told to the end.
 
-    A stream whose reply is not there yet begins with its headers, and comments for as long as the response is sampled.
-    What fails by then can have no status of its own any more, and is told as an event.
+    A stream whose reply is not there yet begins with its headers, and sends comments until the response has been
+    sampled. A failure after that has no status, and is told as an event.
 
     Args:
         dialect ([`~gateway.dialect.Dialect`]), body ([`~gateway.dialect.ModelBody`]):
             How the reply is written, and what asked for it.
         asked (`asyncio.Future[Reply]`):
-            The reply, or the one in the making, which is given up if the client goes away.
+            The reply, which is given up if the client goes away.
         gone (`asyncio.Future[None]`):
             Done when the client has gone away.
         on_told (`Callable[[Answer, bool], None]`):
-            Called in the end with whether the client was told to the end.
+            Called in the end, with whether the client was told to the end.
         heartbeat_s (`float`):
             Time between two comments.
     """
@@ -149,7 +153,7 @@ class Delivery(Response):
             self._gone.cancel()
 
     def _chunks(self) -> Iterator[bytes]:
-        """What there is to send, now that the request is answered or has failed."""
+        """What to send of a reply, or of a failure."""
         try:
             reply = self._asked.result()
         except RequestError as error:
@@ -167,12 +171,12 @@ class Delivery(Response):
             yield self._whole
 
     async def _send_all(self, chunks: Iterable[bytes], send: Send) -> bool:
-        """Send the body of the response; whether its client was there to the end."""
+        """Send the body of the response, and return whether its client was there to the end."""
         for chunk in chunks:
             if self._gone.done():
                 return False
             await send(_part(chunk))
-            await asyncio.sleep(0)  # lets a disconnection be heard of
+            await asyncio.sleep(0)  # so that a disconnection is noticed
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
 
@@ -183,7 +187,7 @@ def _headers(reply: Reply) -> dict[str, str]:
 
 
 def comment(text: str) -> bytes:
-    """A line of a stream that clients read and leave out."""
+    """A line of a stream that clients skip."""
     return f": {text}\n\n".encode()
 
 

@@ -1,4 +1,4 @@
-"""Requests on their way: a retry joins the one that it repeats, and what nobody waits for any more is given up."""
+"""Requests on their way: a retry joins the request that it repeats, and one that nobody waits for is given up."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .sessions import Delivery, Session, budget_error, key_digest
 @dataclass(frozen=True)
 class Retry:
     """
-    What a client says of a request beside its body.
+    Whether a request repeats an earlier one, as far as its client says.
 
     Args:
         request (`str`):
-            The request's key; retries have the same.
+            Key of the request, which its retries share ([`~gateway.conversation.request_key`]).
         is_retry (`bool`, *optional*):
-            Whether it has asked this before, where it says so.
+            Whether the client has sent this request before; `None` where it does not say.
         idempotency_key (`str`, *optional*):
-            Two requests with different ones are not the same, whatever their bodies.
+            Requests with different ones are different, even if their bodies are the same.
     """
 
     request: str
@@ -35,12 +35,12 @@ class Retry:
 
     @property
     def name(self) -> str:
-        """The name under which its step is recorded."""
+        """Name of the request, which its step is recorded under."""
         return self.request if self.idempotency_key is None else f"{self.request}/{key_digest(self.idempotency_key)}"
 
     @property
     def is_first(self) -> bool:
-        """Whether the client says that it asks for the first time, so that this is no retry of anything."""
+        """Whether the client says that it sends this request for the first time."""
         return self.is_retry is False and self.idempotency_key is None
 
 
@@ -50,12 +50,12 @@ class Flight:
 
     name: str
     seed_index: int
-    placement: Placement | None = None  # unknown while that is found out
+    placement: Placement | None = None  # known once its messages are tokenized
     alarm: asyncio.TimerHandle | None = None  # when the episode's time is up
     num_waiting: int = 0
-    is_recording: bool = False  # from here on it is recorded, even if its clients go away
+    is_recording: bool = False  # it will be recorded, even if its clients go away
     is_given_up: bool = False  # nobody waits for it any more
-    task: asyncio.Task[Answer] = field(init=False)  # from its start on
+    task: asyncio.Task[Answer] = field(init=False)  # set when it starts
 
 
 class Flights:
@@ -79,16 +79,17 @@ class Flights:
         return iter(self._flights)
 
     def num_before(self, flight: Flight) -> int:
-        """How many have been on their way for longer."""
+        """Number of flights that started earlier than this one."""
         return self._flights.index(flight) if flight in self._flights else len(self._flights)
 
     # -- a request ----------------------------------------------------------------------------------------------------
 
     def asked_before(self, retry: Retry) -> int | Flight | None:
         """
-        Where a request is that was asked before: the position of its step, or its flight. There are as many steps as
-        clients asked for the first time, where they say so; but what one was never told of is the next one's: it may
-        have started over.
+        Find what a retry is answered with: the position of a recorded step, or a flight; `None` for a new request.
+
+        Where clients say that they ask for the first time, each gets a step of its own. But a step that a client was
+        never told of goes to the next one that asks for the same, which may be that client, started again.
         """
         session = self._session
         same = [position for position, step in enumerate(session.steps) if step.request == retry.name]
@@ -100,7 +101,7 @@ class Flights:
             return None
         in_flight = [flight for flight in self._flights if flight.name == retry.name and not flight.is_given_up]
         if len(same) + len(in_flight) < self._num_firsts[retry.name] and retry.is_retry:
-            return None  # its first attempt left nothing; what there is belongs to others
+            return None  # its first attempt left nothing; these steps and flights belong to others
         if in_flight:
             return min(in_flight, key=lambda flight: flight.num_waiting)
         if same and (retry.is_retry or retry.idempotency_key is not None or same[-1] == len(session.steps) - 1):
@@ -112,12 +113,12 @@ class Flights:
         return delivery is Delivery.LOST or (delivery is Delivery.SENT and not retry.is_first)
 
     def new(self, name: str) -> Flight:
-        """A request that has not begun, with the seed of no other step or flight."""
+        """Make a flight that has not started, with a seed that no other step or flight has."""
         taken = {step.seed_index for step in self._session.steps} | {flight.seed_index for flight in self._flights}
         return Flight(name, next(index for index in range(len(taken) + 1) if index not in taken))
 
     def start(self, flight: Flight, work: Coroutine[Any, Any, Answer]) -> None:
-        """Begin a flight, which ends with its work, or when the episode's time is up."""
+        """Start a flight. It ends with its work, or when the episode's time is up."""
         self._flights.append(flight)
         flight.task = asyncio.ensure_future(work)
         flight.task.add_done_callback(lambda task: self._end(flight, task))
@@ -128,7 +129,7 @@ class Flights:
 
     async def wait_for(self, flight: Flight) -> Answer:
         """
-        The answer of a flight. When the last of those that wait for it goes away, it is given up.
+        Wait for the answer of a flight. When the last of those that wait goes away, the flight is given up.
 
         Raises:
             RequestError: The request failed, or its session ended.
@@ -138,7 +139,7 @@ class Flights:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            if task.cancelled():  # by us, not the one who waits
+            if task.cancelled():  # by this class, and not the one who waits
                 raise (unauthorized() if self._session.is_over else budget_error(self._session)) from None
             raise
         finally:
@@ -159,7 +160,7 @@ class Flights:
     # -- the session's end --------------------------------------------------------------------------------------------
 
     async def land(self) -> list[Flight]:
-        """Give up all flights but those that are being recorded, which are waited for. Those that there were."""
+        """Give up all flights except those that are being recorded, and wait for these. Returns all of them."""
         flights = list(self._flights)
         for flight in flights:
             if not flight.is_recording:
@@ -169,7 +170,7 @@ class Flights:
         return flights
 
     def _end_by_time(self) -> None:
-        """Time is up while responses are sampled: those that are not recorded by now are given up."""
+        """End the episode because its time is up, and give up the flights that are not being recorded."""
         flights = [flight for flight in self._flights if not flight.is_recording]
         if flights and not self._session.is_over:
             end_by_time(self._session, flights)
@@ -178,7 +179,10 @@ class Flights:
 
 
 def end_by_time(session: Session, flights: list[Flight]) -> None:
-    """Time is up: before the step that is being sampled, or else before the one that waits to be answered."""
+    """
+    End an episode because its time is up. Its last state is the prompt of the response that is being sampled; where
+    none is, the episode ends before the step that its client has not answered yet.
+    """
     placed = [flight.placement for flight in flights if flight.placement is not None]
     if placed:
         asked = placed[-1]

@@ -30,27 +30,27 @@ History = Literal["first", "continued", "branch", "rewritten"]
 @dataclass(frozen=True)
 class Placement:
     """
-    Where a request stands.
+    The place of a request in the record of its session.
 
     Args:
         parent (`int`, *optional*):
-            Position of the recorded step that it continues; `None`: of none.
+            Position of the recorded step that the request continues; `None` if it continues none.
         new_ids (`list[int]`):
-            What follows that step's response; the whole prompt where there is none.
+            Ids after that step's response; the whole prompt where there is no parent.
         observed (`str` or `list[dict]`):
-            What the step was answered.
+            What the parent was answered.
         history (`str`):
-            `"first"` of its session; `"continued"`: it goes on from a response; `"branch"`: it starts anew, or from a
-            response that others continue already; `"rewritten"`: it says that the model answered what it was asked by
-            what was not recorded.
+            `"first"`: the session's first request; `"continued"`: it continues a response; `"branch"`: it begins
+            another conversation, or continues a response that another step continues already; `"rewritten"`: it says
+            that the model gave another answer than the recorded one.
         key (`bytes`, *optional*):
-            Of the conversation up to here; `None` where the prompt is no messages.
+            Key of the conversation so far; `None` where the prompt is text or ids.
         chat ([`~chat.ChatFormat`]):
             How its messages are rendered.
         rewritten (`int`, *optional*):
-            Position of the step whose response it says was another.
+            Position of the step whose response was rewritten.
         escaped (`int`, *optional*, defaults to `0`):
-            How many control tokens the messages spell that are new, which are shown as text.
+            Number of control tokens that the new messages spell, and that are shown as text.
     """
 
     parent: int | None
@@ -63,25 +63,26 @@ class Placement:
     escaped: int = 0
 
 
-class Run(Protocol):
-    """Does a piece of work that takes as long as a request is long."""
+class Runner(Protocol):
+    """Runs work whose time grows with a request's size."""
 
     def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
-        """Its result."""
+        """The result of the work."""
         ...
 
 
 class Placer:
     """
-    Finds what of one session's record requests continue.
+    Finds what requests continue in the record of one session.
 
     Args:
         session ([`Session`]):
-            What is recorded. Its steps may become more.
+            The session. Steps may be added to it later.
         formats ([`ChatFormats`]):
             Messages to ids.
         context (`int`, *optional*):
-            Tokens that a prompt has to be shorter than: a text that is not, however it is tokenized, never is.
+            Number of tokens that a prompt must be shorter than. A text that cannot be is refused before it is
+            tokenized.
     """
 
     def __init__(self, session: Session, formats: ChatFormats, context: int | None = None) -> None:
@@ -89,9 +90,9 @@ class Placer:
         self._formats = formats
         self._context = context
         self._num_indexed = 0
-        self._ending: dict[bytes, list[int]] = {}  # the steps whose response ends the conversation of this key
-        self._answering: dict[bytes, int] = {}  # the last step that answers it
-        self._text_lengths: set[int] = set()
+        self._ending: dict[bytes, list[int]] = {}  # by a conversation's key: the steps whose responses end it
+        self._answering: dict[bytes, int] = {}  # by a conversation's key: the last step that answers it
+        self._text_lengths: set[int] = set()  # of text prompts with their responses
 
     def place(self, request: ModelRequest) -> Placement:
         """
@@ -102,13 +103,13 @@ class Placer:
         """
         return _result(self.place_by(request, _at_once))
 
-    async def place_by(self, request: ModelRequest, run: Run) -> Placement:
-        """[`place`], where `run` does what takes long, which looks at nothing that may change meanwhile."""
+    async def place_by(self, request: ModelRequest, run: Runner) -> Placement:
+        """[`place`], where `run` does the work that takes long. This work reads nothing that may change meanwhile."""
         if request.messages is None:
             return await self._place_prompt(request, run)
         return await self._place_messages(request, request.messages, run)
 
-    async def _place_messages(self, request: ModelRequest, messages: Sequence[Message], run: Run) -> Placement:
+    async def _place_messages(self, request: ModelRequest, messages: Sequence[Message], run: Runner) -> Placement:
         def prepare() -> tuple[list[bytes], ChatFormat]:
             keys = prefix_keys(tools_key(request.tools), messages)
             return keys, self._formats.of(request.tools, key=keys[0])
@@ -130,13 +131,13 @@ class Placer:
                         self._check_fits(request, kept, added, chat)
                         ids = chat.close(response_ids) + chat.append(added, tool_call_names=_tool_names(added))
                         return True, ids, chat.count_control_tokens(added)
-                    except ChatTemplateError:  # such messages change how those before them are rendered
+                    except ChatTemplateError:  # these messages change how earlier ones are rendered
                         pass
                 self._check_fits(request, 0, messages, chat)
                 return False, chat.render(messages), chat.count_control_tokens(messages)
             except RequestError:
                 raise
-            except Exception as error:  # whatever jinja code raises
+            except Exception as error:  # jinja code may raise anything
                 raise RequestError(400, f"the messages cannot be rendered: {error}", param="messages") from error
 
         continues, new_ids, escaped = await run(tokenize)
@@ -144,7 +145,7 @@ class Placer:
         history = self._history(parent, rewritten)
         return Placement(parent, new_ids, as_observation(added), history, keys[-1], chat, rewritten, escaped)
 
-    async def _place_prompt(self, request: ModelRequest, run: Run) -> Placement:
+    async def _place_prompt(self, request: ModelRequest, run: Runner) -> Placement:
         self._index_new_steps()
         prompt, lengths = request.prompt, frozenset(self._text_lengths)
         assert prompt is not None
@@ -176,7 +177,7 @@ class Placer:
             raise RequestError(400, problem, param="prompt")
 
     def _check_fits(self, request: ModelRequest, kept: int, added: str | Sequence[Message], chat: ChatFormat) -> None:
-        """Refuse a long text that cannot fit behind so many kept tokens, before it is rendered or tokenized."""
+        """Refuse a long text that cannot fit after `kept` tokens, before it is rendered or tokenized."""
         if self._context is None or request.size <= INLINE_BYTES:
             return
         length = kept + chat.min_tokens(added)
@@ -196,8 +197,9 @@ class Placer:
 
     def _parent(self, key: bytes, call_ids: Collection[str] = ()) -> int:
         """
-        The step whose response ends a conversation. Of several that said the same: the one whose tool calls, by their
-        ids, the client sends back; else one that its client was told of; else one that nothing follows; else the last.
+        The step whose response ends a conversation. If several steps said the same, it is the one whose tool calls the
+        client sends back, by their ids; else one that its client was told of; else one that no step continues; else
+        the last.
         """
         session, positions = self._session, self._ending[key]
         if len(positions) == 1:

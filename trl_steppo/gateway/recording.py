@@ -1,4 +1,4 @@
-"""A sampled response as what is recorded of it, and as what its client is told."""
+"""From a sampled response to the step that is recorded, and to what its client is told."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def record_step(
     request_name: str,
 ) -> SessionStep:
     """
-    The step that a response is, with what its client is told.
+    Make the step of a sampled response.
 
     Args:
         request ([`ModelRequest`]):
             What was asked.
         placement ([`~gateway.placement.Placement`]):
-            Where it stands in its session.
+            Its place in the session.
         prompt_ids (`Sequence[int]`):
-            What the policy read.
+            Ids that the policy read.
         sample ([`Sample`]):
-            What it wrote.
+            The response.
         formats ([`ChatFormats`]):
             Ids to text.
         temperature (`float`), seed_index (`int`):
             What the response was sampled with.
         request_name (`str`):
-            The name under which retries of the request find the step.
+            Name of the request, by which its retries find the step.
     """
     name = secrets.token_hex(12)
     read = read_response(placement.chat, request, prompt_ids, TokenIds(sample.token_ids).tolist(), name=name)
@@ -93,8 +93,10 @@ def conversation_key(
     prompt_key: bytes | None, prompt: str | tuple[int, ...] | None, answer: Answer, written: str
 ) -> tuple[str, int | None]:
     """
-    The key of a conversation with its answer, and its length where it is text: with all that was `written`, so that
-    who goes on from less (without the stop text, or the end of the turn) has the policy read no more than it sent.
+    The key of a conversation with its answer, and its length where it is text.
+
+    The length includes all that was `written`. A client that continues from less (without the stop text, or without
+    the end of the turn) starts another conversation, so that the policy reads no more than the client sent.
     """
     if prompt_key is not None:
         return next_key(prompt_key, answer.message).hex(), None
@@ -106,7 +108,7 @@ def conversation_key(
 
 @dataclass(frozen=True)
 class Reading:
-    """A response as text and tool calls: its ids, cut behind a stop text, and that text."""
+    """A response as text and tool calls. Its ids are cut after the stop text, where there is one."""
 
     response_ids: list[int]
     text: str
@@ -119,9 +121,9 @@ def read_response(
     chat: ChatFormat, request: ModelRequest, prompt_ids: Sequence[int], ids: list[int], *, name: str
 ) -> Reading:
     """
-    What the client is shown of a response: what it thought apart from what it said, with and without tools. Without
-    tools in the request a tool call is text; so is one that cannot be read. A prompt that is text or ids is continued
-    by the response's text as it is.
+    Read a response for its client. Thoughts are separated from what the model said. A tool call is text where the
+    request has no tools, or where the call cannot be parsed. A prompt of text or ids is continued by the response's
+    text as it is.
     """
     stop = stops_at(ids, request.wishes.stop, chat.decode)
     stop_sequence = None
@@ -136,8 +138,8 @@ def read_response(
         return Reading(ids, content, (), reasoning, stop_sequence)
     parsed = chat.parse(ids, prompt_ids, until=stop_sequence)
     calls = tuple(
-        {"id": f"call_{name}_{index}", **one["function"]}
-        for index, one in enumerate(parsed.message.get("tool_calls") or ())
+        {"id": f"call_{name}_{index}", **call["function"]}
+        for index, call in enumerate(parsed.message.get("tool_calls") or ())
     )
     content = parsed.message.get("content") or ""
     return Reading(ids, content, calls, parsed.message.get("reasoning_content", ""), stop_sequence)

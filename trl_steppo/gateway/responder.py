@@ -1,4 +1,4 @@
-"""Answers the requests of one session: each by a new step, or by the step that the same request got before."""
+"""How requests of one session are answered: each by a new step, or by the step that the same request got before."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SHOWN_TOKENS = 60  # of a difference that is logged
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, and what its client has to be told beside it."""
+    """An answer, and notes for its client."""
 
     answer: Answer
     notes: tuple[str, ...] = ()
@@ -51,13 +51,13 @@ class Services:
         store ([`Store`]):
             Where steps are kept.
         monitor ([`Monitor`]):
-            Counts.
+            Metrics.
         worker ([`Worker`]):
-            Does what takes as long as requests are long.
+            Thread for work whose time grows with the size of requests.
         context (`int`, *optional*):
             Maximum number of tokens of a prompt with its response that the policy can read.
         logged (`set[str]`, *optional*):
-            Fields of which the log has said that a client's wish does not hold.
+            Fields for which the log says that clients' wishes do not hold.
     """
 
     formats: ChatFormats
@@ -76,7 +76,7 @@ class Services:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What the policy reads: all ids of a placed request."""
+    """All ids that the policy reads of a request, and its place."""
 
     placement: Placement
     ids: list[int]
@@ -88,9 +88,9 @@ class Responder:
 
     Args:
         session ([`Session`]):
-            Where steps are recorded.
+            The session.
         services ([`Services`]):
-            What it shares with other sessions.
+            What all sessions share.
     """
 
     def __init__(self, session: Session, services: Services) -> None:
@@ -99,7 +99,7 @@ class Responder:
         self._services = services
         self._placer = Placer(session, services.formats, services.context)
         self._recording = asyncio.Lock()
-        self._told: set[str] = set()  # what of its wishes does not hold
+        self._told: set[str] = set()  # what the client was told once
 
     async def respond(self, request: ModelRequest, retry: Retry) -> Reply:
         """
@@ -123,7 +123,7 @@ class Responder:
         return self.session.tell_again(earlier)
 
     def _notes(self, request: ModelRequest) -> tuple[str, ...]:
-        """What the client is told of its wishes, once."""
+        """What the client is told of its wishes. It is told of each once."""
         session, logged = self.session, self._services.logged
         unmet = unmet_wishes(session.spec, request)
         news = {name: text for name, text in unmet.items() if name not in self._told}
@@ -135,7 +135,7 @@ class Responder:
         return tuple(news.values())
 
     def _start(self, request: ModelRequest, retry: Retry) -> Flight:
-        """Begin a step: nothing is recorded yet. What takes as long as the request is long is done beside the loop."""
+        """Start a step. A long request is placed in another thread, and a short one before its flight starts."""
         services = self._services
         self._check_open()
         if isinstance(request.prompt, tuple):
@@ -152,13 +152,13 @@ class Responder:
     async def _place_and_step(self, request: ModelRequest, flight: Flight) -> Answer:
         beside = partial(self._services.worker.run, self.session.turn)
         placement = await self._placer.place_by(request, beside)
-        self._check_open()  # meanwhile a budget may have ended it
+        self._check_open()  # a budget may have ended the episode meanwhile
         return await self._step(request, flight, self._admit(request, flight, placement))
 
     def _admit(self, request: ModelRequest, flight: Flight, placement: Placement) -> _Prompt:
-        """The prompt of a step that the session's budgets, and the model's context, allow."""
+        """The prompt of a step, if the session's budgets and the model's context allow it."""
         session, parent = self.session, placement.parent
-        if parent is not None:  # who goes on from an answer was told of it
+        if parent is not None:  # a client that continues an answer was told of it
             session.told_of(session.steps[parent].answer)
         prompt = _Prompt(placement, [*session.state_ids(parent), *placement.new_ids])
         budget = session.check_budget(len(prompt.ids), self.flights.num_before(flight))
@@ -172,36 +172,22 @@ class Responder:
         return prompt
 
     async def _step(self, request: ModelRequest, flight: Flight, prompt: _Prompt) -> Answer:
-        """Sample a response, record it, and only then tell of it."""
-        session, services, placement = self.session, self._services, prompt.placement
+        """Sample a response, record it, and only then return its answer."""
+        session, services = self.session, self._services
         params = sampling_params(
             session.spec,
             request.wishes,
             flight.seed_index,
             len(prompt.ids),
-            stop_token_ids=placement.chat.stop_token_ids,
+            stop_token_ids=prompt.placement.chat.stop_token_ids,
             context=services.context,
         )
         sample = await self._sample(prompt.ids, params, flight.seed_index)
-        record = partial(
-            record_step,
-            request,
-            placement,
-            prompt.ids,
-            sample,
-            services.formats,
-            temperature=params.temperature,
-            seed_index=flight.seed_index,
-            request_name=flight.name,
-        )
-        is_long = len(prompt.ids) + len(sample.token_ids) > INLINE_BYTES
-        step = await services.worker.run(session.turn, record) if is_long else record()
+        step = await self._record(request, flight, prompt, sample, params)
         flight.is_recording = True
         await self._store(step)
-        max_tokens = request.wishes.max_tokens
-        if step.stop_reason is StopReason.LENGTH and session.spec.is_cut(
-            params, len(prompt.ids), max_tokens=max_tokens
-        ):
+        is_cut = session.spec.is_cut(params, len(prompt.ids), max_tokens=request.wishes.max_tokens)
+        if is_cut and step.stop_reason is StopReason.LENGTH:
             session.notes.cut = True
             await services.save(session)
         self._count(step, prompt)
@@ -227,6 +213,23 @@ class Responder:
             raise RequestError(502, "the sampler returned an empty response", code="upstream")
         return sample
 
+    async def _record(
+        self, request: ModelRequest, flight: Flight, prompt: _Prompt, sample: Sample, params: SamplingParams
+    ) -> SessionStep:
+        record = partial(
+            record_step,
+            request,
+            prompt.placement,
+            prompt.ids,
+            sample,
+            self._services.formats,
+            temperature=params.temperature,
+            seed_index=flight.seed_index,
+            request_name=flight.name,
+        )
+        is_long = len(prompt.ids) + len(sample.token_ids) > INLINE_BYTES
+        return await self._services.worker.run(self.session.turn, record) if is_long else record()
+
     async def _store(self, step: SessionStep) -> None:
         session = self.session
         async with self._recording:  # steps are in the store in the order in which they are in memory
@@ -246,7 +249,7 @@ class Responder:
         monitor.tokens.labels("tokenized").inc(num_new)
         monitor.tokens.labels("sampled").inc(len(step.response_ids))
 
-    # -- refusals, and what is told -----------------------------------------------------------------------------------
+    # -- checks -------------------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self.session.ended_early:
@@ -258,7 +261,7 @@ class Responder:
             raise context_error(context, f"this prompt has {prompt_length}", request)
 
     def _report_rewritten(self, position: int, prompt_ids: list[int]) -> None:
-        """Count a history that is not what was recorded; the first of a session is logged."""
+        """Count a history that differs from what was recorded, and log the first one of a session."""
         session, decode = self.session, self._services.formats.decode
         self._services.monitor.mismatches.inc()
         if "history" in self._told:

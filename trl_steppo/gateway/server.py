@@ -8,11 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Coroutine
+from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError
@@ -30,8 +33,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_START_S = 30.0
-_LOOKS_S = 1.0  # between looks for idle sessions
+_STARTUP_TIMEOUT_S = 30.0
+_SWEEP_INTERVAL_S = 1.0  # between looks for idle sessions
 
 
 class GatewayServer:
@@ -46,33 +49,34 @@ class GatewayServer:
         port (`int`, *optional*, defaults to `0`):
             Port to listen on; 0: any free one.
         store (`Path`, *optional*):
-            The file that keeps sessions; in memory if not given.
+            File that keeps sessions; in memory if not given.
         restores (`bool`, *optional*, defaults to `True`):
-            Whether sessions that were running there go on.
+            Whether sessions that were running when the file was last used go on.
         admin_key (`str`, *optional*):
-            Lets its owner open sessions over HTTP.
+            Key that lets its owner open sessions over HTTP.
         default ([`EpisodeSpec`], *optional*):
-            What those are allowed.
+            Settings of sessions that are opened over HTTP.
         model_name (`str`, *optional*, defaults to `"policy"`):
             What `/v1/models` calls the policy.
         max_wait_s (`float`, *optional*, defaults to `20.0`):
             How long a request waits while the gateway is paused.
         context (`int`, *optional*):
-            Most tokens of a prompt with its response that the policy can read ([`~models.context_length`]); `None`: no
-            bound is known.
+            Maximum number of tokens of a prompt with its response that the policy can read
+            ([`~models.context_length`]); `None`: no bound is known.
         limits ([`~gateway.limits.BodyLimits`], *optional*):
             What a body may consist of; by default what the context has room for.
         max_body_bytes (`int`, *optional*):
-            Longest body, instead of the one in `limits`.
+            Maximum number of bytes of a body, instead of the one in `limits`.
         connections ([`~gateway.connections.ConnectionLimits`], *optional*):
-            What is allowed to whoever connects; by default half of the files that this process may open.
+            Limits of connections; by default half of the files that this process may open.
         heartbeat_s (`float`, *optional*, defaults to `3.0`):
-            How long a stream says nothing while its response is sampled.
+            Time between the comments of a stream while its response is sampled.
         idle_s (`float`, *optional*):
-            How long an agent may ask for nothing before its session is finished; `None`: for ever.
+            How long an agent may ask for nothing before its session is finished; `None`: without limit.
 
     Raises:
-        ConfigurationError: The port cannot be had.
+        ConfigurationError: The gateway cannot listen on the port.
+        CheckpointError: The store cannot be used ([`Store`]).
     """
 
     def __init__(
@@ -97,71 +101,53 @@ class GatewayServer:
         if idle_s is not None and not idle_s > 0:
             raise ConfigurationError(f"`idle_s` is {idle_s}; give a positive number of seconds, or None")
         self.idle_s = idle_s
-        self.store = Store(store)
-        try:
+        with ExitStack() as opened:
+            self.store = Store(store)
+            opened.callback(self.store.close)
             self._socket = _listen(host, port)
-        except ConfigurationError:
-            self.store.close()
-            raise
-        self.host, self.port = self._socket.getsockname()[:2]
-        self.gateway = Gateway(
-            formats,
-            SamplingPort(max_wait_s=max_wait_s),
-            store=self.store,
-            monitor=Monitor(),
-            admin_key=admin_key,
-            model_name=model_name,
-            context=context,
-        )
-        if restores:
-            self.gateway.restore()
-        limits = limits or BodyLimits.of(context)
-        if max_body_bytes is not None:
-            limits = replace(limits, max_bytes=max_body_bytes)
-        app = make_app(self.gateway, default=default, limits=limits, heartbeat_s=heartbeat_s)
-        self.connections = Connections(connections or ConnectionLimits.of_process())
-        backlog = self.connections.limits.backlog
-        # Neither uvicorn's access log nor its headers: the one is long, the others name versions.
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            lifespan="off",
-            http=guarded_protocol(self.connections),
-            ws="none",
-            h11_max_incomplete_event_size=self.connections.limits.max_header_bytes,
-            # Requests at work; connections are closed before they are so many.
-            limit_concurrency=self.connections.limits.max_connections + 2 * backlog + 1,
-            timeout_keep_alive=75,  # longer than clients keep connections, so that none is closed while it is used
-            timeout_graceful_shutdown=1,
-            backlog=backlog,
-        )
-        self._server = uvicorn.Server(config)
+            opened.callback(self._socket.close)
+            self.host, self.port = self._socket.getsockname()[:2]
+            self.gateway = Gateway(
+                formats,
+                SamplingPort(max_wait_s=max_wait_s),
+                store=self.store,
+                monitor=Monitor(),
+                admin_key=admin_key,
+                model_name=model_name,
+                context=context,
+            )
+            if restores:
+                self.gateway.restore()
+            limits = limits or BodyLimits.of(context)
+            if max_body_bytes is not None:
+                limits = replace(limits, max_bytes=max_body_bytes)
+            self.connections = Connections(connections or ConnectionLimits.of_process())
+            app = make_app(self.gateway, default=default, limits=limits, heartbeat_s=heartbeat_s)
+            self._server = uvicorn.Server(_config(app, self.connections))
+            opened.pop_all()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._serve, name="gateway", daemon=True)
 
     @property
     def origin(self) -> str:
-        """Its address, without a path."""
+        """Address of the gateway, without a path."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
     @property
     def base_url(self) -> str:
-        """What OpenAI's clients call `base_url`."""
+        """Address that OpenAI's clients call `base_url`."""
         return f"{self.origin}/v1"
 
     def start(self) -> GatewayServer:
         """
-        Serve, in a thread; returns when it does.
+        Start to serve, in a thread, and return when requests are answered.
 
         Raises:
-            ConfigurationError: It does not; it is closed.
+            ConfigurationError: The gateway did not start, and is closed.
         """
         self._thread.start()
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + _STARTUP_TIMEOUT_S
         while not self._server.started:
             if time.monotonic() > deadline or not self._thread.is_alive():
                 self.close()
@@ -170,11 +156,11 @@ class GatewayServer:
         return self
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine of the gateway's in its loop, and wait for it; from any other thread."""
+        """Run a coroutine of the gateway in its loop, and wait for the result. For other threads than the loop's."""
         return self.submit(coroutine).result()
 
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Any:
-        """The same without waiting: a `concurrent.futures.Future`. A `RuntimeError` when it is closed."""
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """[`call`] without waiting. Raises a `RuntimeError` if the gateway is closed."""
         assert self._loop is not None, "the server was started"
         if self._loop.is_closed():  # a rollout that nobody waits for any more
             coroutine.close()
@@ -186,24 +172,24 @@ class GatewayServer:
         self.call(self.gateway.port.resume(sampler))
 
     def pause(self) -> None:
-        """Hold requests from now on, and wait for those that were let through."""
+        """Hold new requests, and wait for those that were let through."""
         self.call(self.gateway.port.pause())
 
     def wait(self) -> None:
-        """Until it is told to stop."""
+        """Wait until the gateway has stopped."""
         while self._thread.is_alive():
             self._thread.join(0.5)
 
     def stop(self) -> None:
-        """Have it end soon; from a signal's handler, say."""
+        """Ask the gateway to stop soon. A signal's handler may call this."""
         self._server.should_exit = True
 
     def close(self) -> None:
-        """Serve no longer. What was recorded is in the store."""
+        """Stop serving, and close the store."""
         self.stop()
         if self._thread.is_alive():
             self._thread.join()
-        self._socket.close()  # which is open still if it never served
+        self._socket.close()  # still open if the gateway never served
         self.gateway.worker.close()
         self.store.close()
 
@@ -211,8 +197,10 @@ class GatewayServer:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
             sweeping = asyncio.ensure_future(self._sweep())
-            await self._server.serve(sockets=[self._socket])
-            sweeping.cancel()
+            try:
+                await self._server.serve(sockets=[self._socket])
+            finally:
+                sweeping.cancel()
 
         loop = _new_loop()
         try:
@@ -224,17 +212,38 @@ class GatewayServer:
             loop.close()
 
     async def _sweep(self) -> None:
-        """Finish sessions that nobody goes on with."""
+        """Finish idle sessions, again and again."""
         while self.idle_s is not None:
-            await asyncio.sleep(min(self.idle_s, _LOOKS_S))
+            await asyncio.sleep(min(self.idle_s, _SWEEP_INTERVAL_S))
             try:
                 await self.gateway.finish_idle(self.idle_s)
-            except Exception:  # the store cannot be written; it may be able to later
+            except Exception:  # the store cannot be written now, and perhaps later
                 logger.exception("idle sessions cannot be finished")
 
 
+def _config(app: ASGIApp, connections: Connections) -> uvicorn.Config:
+    """uvicorn's settings. Its access log is off, as it is long, and so are headers that name versions."""
+    limits = connections.limits
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        lifespan="off",
+        http=guarded_protocol(connections),
+        ws="none",
+        h11_max_incomplete_event_size=limits.max_header_bytes,
+        # Requests at work; connections are closed before they are so many.
+        limit_concurrency=limits.max_connections + 2 * limits.backlog + 1,
+        timeout_keep_alive=75,  # longer than clients keep connections, so that none is closed while it is used
+        timeout_graceful_shutdown=1,
+        backlog=limits.backlog,
+    )
+
+
 def _new_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where it is installed."""
+    """A loop of uvloop where that is installed."""
     try:
         import uvloop
     except ImportError:

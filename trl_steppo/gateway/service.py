@@ -6,11 +6,11 @@ import asyncio
 import hmac
 import secrets
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import TypedDict
 
 from ..episodes import EpisodeSpec
-from ..types import Episode, StopReason
+from ..types import Episode, StopReason, TextOrMessages
 from .conversation import ModelRequest, RequestError, unauthorized
 from .flights import Retry, end_by_time
 from .monitor import Monitor
@@ -23,9 +23,20 @@ from .tokens import ChatFormats
 from .work import Worker
 
 
+class Ending(TypedDict, total=False):
+    """How a session is finished: arguments of [`Gateway.finish`]."""
+
+    reward: float | None
+    metrics: Mapping[str, float] | None
+    observation: TextOrMessages | None
+    error: str | None
+    out_of_time: bool
+    terminated: bool
+
+
 class Gateway:
     """
-    Sessions, and what their agents ask. All methods run in one event loop.
+    Sessions, and the requests of their agents. All methods run in one event loop.
 
     Args:
         formats ([`ChatFormats`]):
@@ -35,14 +46,14 @@ class Gateway:
         store ([`Store`], *optional*):
             Where sessions are kept; in memory if not given.
         monitor ([`Monitor`], *optional*):
-            Counts.
+            Metrics.
         admin_key (`str`, *optional*):
-            Who has it may make sessions and read all of them over HTTP; without one, nobody may.
+            Key that opens sessions, and reads all of them, over HTTP. Without it nobody can.
         model_name (`str`, *optional*, defaults to `"policy"`):
             What `/v1/models` calls the policy. Requests may call it anything.
         context (`int`, *optional*):
-            Most tokens of a prompt with its response that the policy can read; `None`: no bound is known. A longer
-            prompt is refused, and a response gets what is left.
+            Maximum number of tokens of a prompt with its response that the policy can read; `None`: no bound is known.
+            A longer prompt is refused, and a response gets what is left.
     """
 
     def __init__(
@@ -81,14 +92,14 @@ class Gateway:
             raise unauthorized()
         return await self._responders[session.session_id].respond(request, retry)
 
-    # -- who is who ---------------------------------------------------------------------------------------------------
+    # -- keys ---------------------------------------------------------------------------------------------------------
 
     def session_of(self, key: str | None) -> Session:
         """
         The session of a key.
 
         Raises:
-            RequestError: It is nobody's.
+            RequestError: The key belongs to no running session.
         """
         digest = key_digest(key or "")
         session = self._by_digest.get(digest)
@@ -100,24 +111,24 @@ class Gateway:
                     code="invalid_api_key",
                 )
             raise unauthorized()
-        if not session.ended_early:  # who asks on and on behind its end is not at work
+        if not session.ended_early:  # requests after the end do not count as activity
             session.last_active = time.monotonic()
         return session
 
     async def finished_session_of(self, key: str | None) -> Session | None:
-        """The finished session whose key this was, from the store."""
+        """The finished session that had this key, from the store."""
         stored = await asyncio.wrap_future(self.store.of_key(key_digest(key or "")))
         return restored(stored) if stored is not None and stored.is_over else None
 
     def check_admin(self, key: str | None) -> None:
-        """Raises a `RequestError` for any key but the admin's."""
+        """Raise a `RequestError` for any key except the admin's."""
         if self._admin_digest is None or not hmac.compare_digest(self._admin_digest, key_digest(key or "")):
             raise unauthorized()
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
     async def open_session(self, spec: EpisodeSpec, *, name: str | None = None) -> tuple[Session, str]:
-        """A new session and its key, which is not kept."""
+        """Open a session, and return it with its key, which is not kept anywhere."""
         session_id, key = secrets.token_hex(8), f"sk-steppo-{secrets.token_urlsafe(32)}"
         session = Session(session_id, name or session_id, key_digest(key), spec)
         self._add(session)
@@ -127,18 +138,18 @@ class Gateway:
 
     def restore(self) -> int:
         """
-        Take up the sessions that were running when the store was last used, but for those whose record is damaged; how
-        many there are.
+        Continue the sessions that were running when the store was last used, except those whose record is damaged.
+        Returns their number.
         """
-        found = [session for session in map(restored, self.store.running()) if session is not None]
-        for session in found:
+        sessions = [session for session in map(restored, self.store.running()) if session is not None]
+        for session in sessions:
             self._add(session)
-        return len(found)
+        return len(sessions)
 
     def finished_episode(self, name: str, spec: EpisodeSpec) -> Episode | None:
-        """What a session of this name left in the store, if it ended without an error and was allowed the same."""
-        for one in self.store.named(name):
-            session = restored(one) if one.is_over else None
+        """The episode of a session of this name in the store, if it ended without an error and had these settings."""
+        for stored in self.store.named(name):
+            session = restored(stored) if stored.is_over else None
             if session is not None and session.spec == spec and (episode := session.episode()).valid:
                 return episode
         return None
@@ -149,10 +160,10 @@ class Gateway:
         reward: float,
         *,
         step: int | str | None = None,
-        state_key: Any = None,
-        observation: Any = None,
+        state_key: Hashable = None,
+        observation: TextOrMessages | None = None,
     ) -> int:
-        """What a step is paid, instead of what it was told to be paid before; the step's index."""
+        """Set the reward of a step, instead of an earlier one, and return the step's index."""
         position = session.position_of(step)
         session.pay(position, reward, state_key=state_key, observation=observation)
         await self._services.save(session)
@@ -164,24 +175,28 @@ class Gateway:
         *,
         reward: float | None = None,
         metrics: Mapping[str, float] | None = None,
-        observation: Any = None,
+        observation: TextOrMessages | None = None,
         error: str | None = None,
         out_of_time: bool = False,
         terminated: bool = False,
     ) -> None:
         """
-        The episode is over: its key is nobody's from now on. This alone decides how it ended; whoever calls it again
-        can still say what the episode is paid, or that it failed.
+        Finish a session, whose key is not valid any more. The first call decides how the episode ended. A later one
+        can still set its reward, or say that it failed.
 
         Args:
             session ([`Session`]):
-                Which.
-            reward (`float`, *optional*), metrics (`Mapping[str, float]`, *optional*), observation (*optional*):
-                Of the last step; of the episode; what the last step was answered.
+                The session.
+            reward (`float`, *optional*):
+                Reward that is added to the last step.
+            metrics (`Mapping[str, float]`, *optional*):
+                Metrics of the episode.
+            observation (`str` or `list[dict]`, *optional*):
+                What the last step was answered.
             error (`str`, *optional*):
-                Why it failed.
+                Why the episode failed.
             out_of_time (`bool`, *optional*, defaults to `False`):
-                Whether it ends because its time is up, so that what its client is still at does not count.
+                Whether it ends because its time is up, so that a step that is not answered yet does not count.
             terminated (`bool`, *optional*, defaults to `False`):
                 Whether the agent's environment ended the episode. Without that, an episode whose last response was
                 cut at its length is truncated.
@@ -207,7 +222,7 @@ class Gateway:
                 self._forget(session)
 
     async def finish_idle(self, idle_s: float) -> None:
-        """Finish the sessions whose agents have asked for nothing in so long."""
+        """Finish the sessions whose agents have asked for nothing for this long."""
         for session in self.sessions:
             if not self.is_idle(session, idle_s):
                 continue
@@ -218,13 +233,13 @@ class Gateway:
                 await self.finish(session, error=None if session.ended_early or session.is_over else error)
 
     async def collect(self, session: Session, *, keep: bool = True) -> Episode:
-        """The episode of a finished session, which stays in the store if it is to be kept there."""
+        """The episode of a finished session, which is removed from the store unless `keep`."""
         if not keep:
             await written(self.store.remove(session.session_id))
         return session.episode()
 
     def find(self, session_id: str) -> Session:
-        """The session of that id, for the admin; from the store if it is over. A `RequestError` if there is none."""
+        """The session with this id, from the store if it is over. Raises a `RequestError` if there is none."""
         if session_id in self:
             return self._responders[session_id].session
         stored = self.store.session(session_id)
@@ -235,7 +250,7 @@ class Gateway:
 
     @property
     def sessions(self) -> list[Session]:
-        """Those that are running."""
+        """The sessions that are running."""
         return [responder.session for responder in self._responders.values()]
 
     def __contains__(self, session_id: str) -> bool:
@@ -243,12 +258,12 @@ class Gateway:
         return session_id in self._responders
 
     def num_in_flight(self, session: Session) -> int:
-        """How many of its requests are on their way."""
+        """Number of a session's requests that are on their way."""
         responder = self._responders.get(session.session_id)
         return 0 if responder is None else len(responder.flights)
 
     def is_idle(self, session: Session, idle_s: float) -> bool:
-        """Whether its agent has asked for nothing in so long; what it asks for behind its end does not count."""
+        """Whether a session's agent has asked for nothing for this long. Requests after its end do not count."""
         return time.monotonic() - session.last_active > idle_s and not self.num_in_flight(session)
 
     def _add(self, session: Session) -> None:
@@ -256,7 +271,7 @@ class Gateway:
         self._by_digest[session.digest] = session
 
     def _forget(self, session: Session) -> None:
-        """What of a finished session is in memory goes; how it ended is counted."""
+        """Remove what is in memory of a finished session, and count how it ended."""
         self._by_digest.pop(session.digest, None)
         self.port.release(session.session_id)
         num_left_out = len(session.steps) - len(session.visible())
@@ -266,17 +281,17 @@ class Gateway:
 
 
 def restored(stored: StoredSession) -> Session | None:
-    """A session as it was when the store last heard of it; `None`, and a warning, if that cannot be."""
+    """The session of a record. Returns `None`, and logs a warning, if the record is damaged."""
     try:
         spec = spec_from_json(stored.spec)
         notes, deliveries = notes_from_json(stored.notes, num_steps=len(stored.steps))
         session = Session(stored.session_id, stored.name, stored.key_digest, spec, notes, is_over=stored.is_over)
         for position, (step, delivery) in enumerate(zip(stored.steps, deliveries, strict=True)):
-            # A client that was being told when the gateway stopped asks again.
+            # A client that was being told when the gateway stopped will ask again.
             asks_again = delivery.is_untold and not stored.is_over
             session.add(step_from_json(step, position=position), Delivery.TOLD if asks_again else delivery)
         session.episode()  # all of it fits together
-    except Exception as error:  # whatever reading what others wrote may raise
+    except Exception as error:  # reading a damaged record may raise anything
         report_damage(stored.session_id, stored.name, error)
         return None
     return session

@@ -1,19 +1,23 @@
-"""The bodies that sessions are opened, paid and ended with over HTTP."""
+"""Bodies that open, pay and end sessions over HTTP."""
 
 from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, AliasChoices, Field
 
 from ..episodes import EpisodeSpec
 from ..finite import LARGEST
-from ..inference.base import MIN_TEMPERATURE
-from ..types import JsonObject
+from ..inference.base import MIN_TEMPERATURE, SamplingParams
+from ..types import EpisodeLimits
 from .bodies import FIRST_ERROR, Body, FiniteObject
+from .service import Ending
+
+S = TypeVar("S", EpisodeSpec, EpisodeLimits, SamplingParams)
 
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]  # as of all rewards; `nan` and infinities are neither
 
@@ -34,7 +38,7 @@ class RewardBody(Body):
 
     @property
     def step_name(self) -> int | str | None:
-        """The step, without what an API puts before its id."""
+        """The step, without the prefix that an API gives its id."""
         return self.step.split("-", 1)[-1].split("_", 1)[-1] if isinstance(self.step, str) else self.step
 
 
@@ -42,8 +46,8 @@ class EndingBody(Body):
     """A body that ends a session."""
 
     @abstractmethod
-    def ending(self, key: str) -> JsonObject:
-        """What [`Gateway.finish`] is told; no text in it has the session's key."""
+    def ending(self, key: str) -> Ending:
+        """How the session is finished. No text in it has the session's key."""
 
 
 class FinishBody(EndingBody):
@@ -57,10 +61,14 @@ class FinishBody(EndingBody):
     observation: str | Annotated[list[FiniteObject], FIRST_ERROR] | None = None
     terminated: bool = False
 
-    def ending(self, key: str) -> JsonObject:
-        """What [`Gateway.finish`] is told."""
-        names = ("reward", "metrics", "observation", "terminated")
-        return {name: getattr(self, name) for name in names}
+    def ending(self, key: str) -> Ending:
+        """How the session is finished."""
+        return {
+            "reward": self.reward,
+            "metrics": self.metrics,
+            "observation": self.observation,
+            "terminated": self.terminated,
+        }
 
 
 class AbortBody(EndingBody):
@@ -68,8 +76,8 @@ class AbortBody(EndingBody):
 
     error: str = "aborted by the agent"
 
-    def ending(self, key: str) -> JsonObject:
-        """What [`Gateway.finish`] is told."""
+    def ending(self, key: str) -> Ending:
+        """How the session is finished."""
         return {"error": self.error.replace(key, "[key]") or "aborted by the agent"}
 
 
@@ -92,23 +100,28 @@ class OpenBody(Body):
     dataset_row: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     def spec(self, default: EpisodeSpec) -> EpisodeSpec:
-        """The gateway's own settings with these instead; a seed that is not given is drawn."""
-        limits = ("max_interaction_steps", "max_prompt_length", "max_episode_tokens", "max_episode_s")
-        sampling = {"max_new_tokens": self.response_length, "temperature": self.temperature}
-        own: JsonObject = {
+        """The gateway's own settings with these instead. A seed that is not given is drawn."""
+        changes = {
             "training": self.training,
             "run_seed": secrets.randbits(63) if self.seed is None else self.seed,
             "stream_position": self.stream_position,
             "generation_index": self.generation_index,
             "dataset_row": self.dataset_row,
         }
+        limits = {
+            "max_interaction_steps": self.max_interaction_steps,
+            "max_prompt_length": self.max_prompt_length,
+            "max_episode_tokens": self.max_episode_tokens,
+            "max_episode_s": self.max_episode_s,
+        }
+        sampling = {"max_new_tokens": self.response_length, "temperature": self.temperature}
         return replace(
-            default,
-            limits=_with(default.limits, {name: getattr(self, name) for name in limits}),
-            sampling=_with(default.sampling, sampling),
-            **{name: value for name, value in own.items() if value is not None},
+            _changed(default, changes),
+            limits=_changed(default.limits, limits),
+            sampling=_changed(default.sampling, sampling),
         )
 
 
-def _with(settings: Any, changes: JsonObject) -> Any:
+def _changed(settings: S, changes: Mapping[str, Any]) -> S:
+    """Settings with the changes that are not `None`."""
     return replace(settings, **{name: value for name, value in changes.items() if value is not None})

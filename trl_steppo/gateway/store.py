@@ -14,11 +14,12 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .. import durable
 from ..durable import Lock, LockedError
 from ..errors import CheckpointError
+from ..types import JsonObject
 
 T = TypeVar("T")
 
@@ -35,48 +36,55 @@ CREATE TABLE IF NOT EXISTS steps (
     session TEXT NOT NULL, position INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (session, position)
 ) WITHOUT ROWID;
 """
-_APPLICATION_ID = 0x53745050  # "StPP", as `PRAGMA application_id` of our databases
-_FORMAT = 1  # of what they hold
+_APPLICATION_ID = 0x53745050  # "StPP", the `PRAGMA application_id` of our databases
+_FORMAT = 1  # of what our databases hold
 _COLUMNS = {
     "sessions": ["id", "name", "key_digest", "spec", "notes", "is_over"],
     "steps": ["session", "position", "body"],
 }
-_MOST_AT_ONCE = 512  # writes of one transaction
+_MAX_JOBS_PER_TRANSACTION = 512
 
 
 @dataclass(frozen=True)
 class StoredSession:
-    """One session as it is on the disk; `steps` in order."""
+    """One session as it is on the disk, with its steps in order."""
 
     session_id: str
     name: str
     key_digest: str
-    spec: dict[str, Any]
-    notes: dict[str, Any]
+    spec: JsonObject
+    notes: JsonObject
     is_over: bool
-    steps: tuple[dict[str, Any], ...]
+    steps: tuple[JsonObject, ...]
+
+
+@dataclass(frozen=True)
+class _Job(Generic[T]):
+    """Work for the thread that has the database, and the future of its result."""
+
+    run: Callable[[sqlite3.Connection], T]
+    result: Future[T]
 
 
 class Store:
     """
-    A database that one thread of one process writes: what came in while it was busy goes into one transaction, with
-    one sync.
-
-    Args:
-        path (`Path`, *optional*):
-            The database's file, for its owner's eyes alone; `None`: in memory.
+    A database that one thread of one process writes. Writes that arrive while the thread is busy go into one
+    transaction, with one sync.
 
     A session whose record is damaged is left out of what is read, and named in a warning.
 
+    Args:
+        path (`Path`, *optional*):
+            The database's file, which only its owner may read; `None`: in memory.
+
     Raises:
-        CheckpointError: It cannot be opened, is damaged, is no database of ours, or another gateway has it open; from
-            what reads, if its file was damaged since.
+        CheckpointError: The database cannot be opened, is damaged, is not a gateway's, or is open in another gateway.
+            Methods that read raise it if the file was damaged since.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self._jobs: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], Future[Any]] | None]
-        self._jobs = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._work, args=(opened,), name="gateway store", daemon=True)
         self._thread.start()
@@ -88,44 +96,44 @@ class Store:
             raise self._damage(error) from error
 
     def add_session(
-        self, session_id: str, name: str, key_digest: str, spec: dict[str, Any], notes: dict[str, Any]
-    ) -> Future[Any]:
-        """A new session."""
+        self, session_id: str, name: str, key_digest: str, spec: JsonObject, notes: JsonObject
+    ) -> Future[object]:
+        """Add a session."""
         row = (session_id, name, key_digest, json.dumps(spec), json.dumps(notes))
         return self._write("INSERT INTO sessions (id, name, key_digest, spec, notes) VALUES (?, ?, ?, ?, ?)", row)
 
-    def add_step(self, session_id: str, position: int, body: dict[str, Any]) -> Future[Any]:
-        """A whole step, or nothing."""
+    def add_step(self, session_id: str, position: int, body: JsonObject) -> Future[object]:
+        """Add a step, whole or not at all."""
         return self._write("INSERT INTO steps VALUES (?, ?, ?)", (session_id, position, json.dumps(body)))
 
-    def set_notes(self, session_id: str, notes: dict[str, Any], *, is_over: bool) -> Future[Any]:
-        """What is known of a session beside its steps."""
+    def set_notes(self, session_id: str, notes: JsonObject, *, is_over: bool) -> Future[object]:
+        """Replace what is known of a session beside its steps."""
         row = (json.dumps(notes), is_over, session_id)
         return self._write("UPDATE sessions SET notes = ?, is_over = ? WHERE id = ?", row)
 
-    def remove(self, session_id: str) -> Future[Any]:
-        """Forget a session."""
+    def remove(self, session_id: str) -> Future[object]:
+        """Remove a session and its steps."""
 
-        def run(connection: sqlite3.Connection) -> None:
+        def run(connection: sqlite3.Connection) -> object:
             connection.execute("DELETE FROM steps WHERE session = ?", (session_id,))
-            connection.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+            return connection.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
 
         return self._submit(run)
 
-    def keep_finished(self, *prefixes: str) -> Future[Any]:
-        """Forget all sessions but the finished ones whose names begin with one of these."""
+    def keep_finished(self, *prefixes: str) -> Future[object]:
+        """Remove all sessions except finished ones whose names begin with one of these."""
         begins = " OR ".join(["substr(name, 1, ?) = ?"] * len(prefixes)) or "0"
-        values = [value for prefix in prefixes for value in (len(prefix), prefix)]
+        values: list[str | int] = [value for prefix in prefixes for value in (len(prefix), prefix)]
         return self._forget(f"is_over = 0 OR NOT ({begins})", values)
 
-    def forget(self, prefix: str) -> Future[Any]:
-        """Forget all sessions whose names begin like this."""
+    def forget(self, prefix: str) -> Future[object]:
+        """Remove all sessions whose names begin with this."""
         return self._forget("substr(name, 1, ?) = ?", [len(prefix), prefix])
 
-    def _forget(self, where: str, values: Sequence[Any]) -> Future[Any]:
-        def run(connection: sqlite3.Connection) -> None:
+    def _forget(self, where: str, values: Sequence[str | int]) -> Future[object]:
+        def run(connection: sqlite3.Connection) -> object:
             connection.execute(f"DELETE FROM steps WHERE session IN (SELECT id FROM sessions WHERE {where})", values)
-            connection.execute(f"DELETE FROM sessions WHERE {where}", values)
+            return connection.execute(f"DELETE FROM sessions WHERE {where}", values)
 
         return self._submit(self._undamaged(run))
 
@@ -153,7 +161,7 @@ class Store:
         self._thread.join()
 
     def _undamaged(self, job: Callable[[sqlite3.Connection], T]) -> Callable[[sqlite3.Connection], T]:
-        """A job that says in words of ours what sqlite has to say of a damaged file."""
+        """A job whose errors about a damaged file say what to do."""
 
         def run(connection: sqlite3.Connection) -> T:
             try:
@@ -171,13 +179,13 @@ class Store:
             "that were running are lost, and a run plays its episodes again"
         )
 
-    def _write(self, statement: str, row: Sequence[Any]) -> Future[Any]:
+    def _write(self, statement: str, row: Sequence[str | int]) -> Future[object]:
         return self._submit(lambda connection: connection.execute(statement, row))
 
-    def _submit(self, job: Callable[[sqlite3.Connection], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._jobs.put((job, future))
-        return future
+    def _submit(self, run: Callable[[sqlite3.Connection], T]) -> Future[T]:
+        result: Future[T] = Future()
+        self._jobs.put(_Job(run, result))
+        return result
 
     # -- the writing thread -------------------------------------------------------------------------------------------
 
@@ -196,7 +204,7 @@ class Store:
         is_open = True
         while is_open:
             jobs = [self._jobs.get()]
-            while len(jobs) < _MOST_AT_ONCE and not self._jobs.empty():
+            while len(jobs) < _MAX_JOBS_PER_TRANSACTION and not self._jobs.empty():
                 jobs.append(self._jobs.get())
             _run_together(connection, [job for job in jobs if job is not None])
             is_open = None not in jobs
@@ -211,7 +219,7 @@ class Store:
                 _create(self.path)
         connection = sqlite3.connect(self.path or ":memory:", isolation_level=None)
         stack.callback(connection.close)
-        # So that what is no text in a column of text is found out where it is read.
+        # A column of text that holds something else is noticed where it is read.
         connection.text_factory = _text
         if self.path is None:
             _set_up(connection)
@@ -236,7 +244,7 @@ def _set_up(connection: sqlite3.Connection) -> None:
 
 
 def _create(path: Path) -> None:
-    """Make an empty store. It is there as a whole or not at all, so that a file that is not whole is damaged."""
+    """Make an empty store, whole or not at all, so that a file that is not whole counts as damaged."""
     with durable.file(path) as partial:
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with closing(sqlite3.connect(partial, isolation_level=None)) as connection:
@@ -253,7 +261,7 @@ def _check_length(path: Path) -> None:
 
 
 def _locked(path: Path) -> Lock:
-    """A file beside the database that one gateway holds for as long as it is open, or lives."""
+    """Lock a file beside the database, for as long as this gateway has it open, or lives."""
     try:
         return Lock(path.with_name(path.name + ".lock"))
     except LockedError as error:
@@ -264,7 +272,7 @@ def _locked(path: Path) -> Lock:
 
 
 def _check_format(connection: sqlite3.Connection, path: Path) -> None:
-    """Nothing is written into a database that is not ours, or is not whole."""
+    """Refuse a database that is not a gateway's, or is not whole, before anything is written into it."""
     (application_id,), (version,) = (
         connection.execute(query).fetchone() for query in ("PRAGMA application_id", "PRAGMA user_version")
     )
@@ -276,76 +284,74 @@ def _check_format(connection: sqlite3.Connection, path: Path) -> None:
             "on with the version that wrote it, or give the gateway a new directory"
         )
     for table, columns in _COLUMNS.items():
-        found = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
-        if found != columns:
-            raise sqlite3.DatabaseError(f"its table {table} has the columns {found}, not {columns}")
+        actual = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+        if actual != columns:
+            raise sqlite3.DatabaseError(f"its table {table} has the columns {actual}, not {columns}")
     (problem,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if problem != "ok":
         raise sqlite3.DatabaseError(problem)
 
 
-def _run_together(
-    connection: sqlite3.Connection, jobs: Sequence[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]]
-) -> None:
-    """In one transaction; or, where one of them fails, each in its own, so that it takes none of the others along."""
+def _run_together(connection: sqlite3.Connection, jobs: Sequence[_Job[Any]]) -> None:
+    """Run jobs in one transaction; or each in its own, where one of them fails, so that the others succeed."""
     try:
         connection.execute("BEGIN IMMEDIATE")
-        results = [job(connection) for job, _ in jobs]
+        results = [job.run(connection) for job in jobs]
         connection.execute("COMMIT")
     except Exception as error:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         if len(jobs) == 1:
-            _tell(jobs[0][1].set_exception, error)
+            _tell(jobs[0].result.set_exception, error)
         else:
             for job in jobs:
                 _run_together(connection, [job])
     else:
-        for (_, future), result in zip(jobs, results, strict=True):
-            _tell(future.set_result, result)
+        for job, result in zip(jobs, results, strict=True):
+            _tell(job.result.set_result, result)
 
 
-def _tell(tell: Callable[[Any], None], outcome: Any) -> None:
+def _tell(tell: Callable[[T], None], outcome: T) -> None:
     with suppress(InvalidStateError):  # nobody waits for it any more
         tell(outcome)
 
 
-def _load(connection: sqlite3.Connection, where: str, values: Sequence[Any]) -> Iterator[StoredSession]:
+def _load(connection: sqlite3.Connection, where: str, values: Sequence[str]) -> Iterator[StoredSession]:
     """The sessions that can be read."""
     columns = ", ".join(_COLUMNS["sessions"])
     for row in connection.execute(f"SELECT {columns} FROM sessions WHERE {where} ORDER BY rowid", values).fetchall():
         query = "SELECT position, body FROM steps WHERE session = ? ORDER BY position"
-        found = connection.execute(query, (row[0],)).fetchall()
+        steps = connection.execute(query, (row[0],)).fetchall()
         try:
-            yield _read(row, found)
+            yield _read(row, steps)
         except (TypeError, ValueError, RecursionError) as error:
             report_damage(row[0], row[1], error)
 
 
-def _read(row: Sequence[Any], found: Sequence[tuple[Any, Any]]) -> StoredSession:
+def _read(row: Sequence[Any], step_rows: Sequence[tuple[Any, Any]]) -> StoredSession:
     session_id, name, digest, spec, notes, is_over = row
     if not all(isinstance(text, str) for text in row[:5]):
-        raise ValueError("a column holds no text")
-    if any(position != index for index, (position, _) in enumerate(found)):
+        raise ValueError("a column does not hold text")
+    if any(position != index for index, (position, _) in enumerate(step_rows)):
         raise ValueError("a step of it is missing")
-    steps = tuple(_object(body) for _, body in found)
+    steps = tuple(_object(body) for _, body in step_rows)
     return StoredSession(session_id, name, digest, _object(spec), _object(notes), bool(is_over), steps)
 
 
-def _object(text: str) -> dict[str, Any]:
+def _object(text: str) -> JsonObject:
     value = json.loads(text)
     if not isinstance(value, dict):
-        raise ValueError("what should be an object is none")
+        raise ValueError("what should be a JSON object is something else")
     return value
 
 
-async def written(future: Future[Any]) -> None:
-    """Wait until something is in the store. Who stops waiting does not keep it from being written."""
+async def written(future: Future[object]) -> None:
+    """Wait until something is in the store. It is written even if the one who waits is cancelled."""
     await asyncio.shield(asyncio.wrap_future(future))
 
 
 def report_damage(session_id: str, name: str, error: Exception) -> None:
-    """Tell which session is left out, because its record cannot be read."""
+    """Log that a session is left out, because its record cannot be read."""
     logger.warning(
         "session %r (%r) is left out: its record in the gateway's store is damaged, or of another version (%s: %s)",
         session_id,

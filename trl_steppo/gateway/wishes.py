@@ -1,4 +1,4 @@
-"""How a client would like its response sampled: what of it holds, what is refused, and what the client is told."""
+"""Sampling settings that clients ask for: which hold, which are refused, and what the client is told."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .conversation import ModelRequest, RequestError, Wishes
 
 
 def check_wishes(spec: EpisodeSpec, wishes: Wishes) -> None:
-    """Refuse, with a `RequestError`, what could not be scored exactly, or not be sampled."""
+    """Raise a `RequestError` for settings that could not be sampled, or not be scored exactly in training."""
     if not spec.training:
         if wishes.temperature is not None and 0 < wishes.temperature < MIN_TEMPERATURE:
             problem = f"`temperature` is {wishes.temperature}; give 0, or at least {MIN_TEMPERATURE:g}"
@@ -27,7 +27,7 @@ def check_wishes(spec: EpisodeSpec, wishes: Wishes) -> None:
 
 
 def unmet_wishes(spec: EpisodeSpec, request: ModelRequest) -> dict[str, str]:
-    """What of a request does not hold, by the name of the field: what its client is told."""
+    """What a client is told of the settings that do not hold, by the name of their field."""
     wishes, sampling = request.wishes, spec.sampling
     unmet = {name: f"{name} is not used" for name in request.ignored}
     if wishes.max_tokens is not None and wishes.max_tokens > sampling.max_new_tokens:
@@ -49,7 +49,7 @@ def sampling_params(
     stop_token_ids: tuple[int, ...] = (),
     context: int | None = None,
 ) -> SamplingParams:
-    """How a response is sampled: as [`EpisodeSpec.params`] says, and outside of training as the client wishes."""
+    """Sampling parameters of a response: those of [`EpisodeSpec.params`], and outside of training the client's."""
     max_tokens = wishes.max_tokens
     params = spec.params(
         seed_index, prompt_length, stop_token_ids=stop_token_ids, max_tokens=max_tokens, context=context

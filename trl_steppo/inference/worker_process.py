@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
@@ -201,8 +202,11 @@ class _Worker:
             return
         for number, ask in self.asked.items():
             self.begun[number] = task = asyncio.ensure_future(self._answer(ask))
-            task.add_done_callback(lambda _, over=_Over(number): self.inbox.put_nowait(over))  # type: ignore[misc]
+            task.add_done_callback(partial(self._note_end, number))
         self.asked.clear()
+
+    def _note_end(self, number: int, task: asyncio.Task[None]) -> None:
+        self.inbox.put_nowait(_Over(number))
 
     def _take_weights(self, weights: NewWeights) -> None:
         self._copy_weights()

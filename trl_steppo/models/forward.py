@@ -201,7 +201,8 @@ class _HeadScores(torch.autograd.Function):
             chunk = torch.mm(states[rows], weight.t(), out=logits[: len(states[rows])])
             parts.append(_scores_of(chunk, targets[rows], temperatures[rows], entropy, keep=keep))
         logprobs = torch.cat([part[0] for part in parts])
-        entropies = torch.cat([part[1] for part in parts]) if entropy != "skip" else None  # type: ignore[misc]
+        parts_of_entropies = [part[1] for part in parts if part[1] is not None]
+        entropies = torch.cat(parts_of_entropies) if entropy != "skip" else None
         if entropies is not None and not ctx.trains_entropy:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies

@@ -46,7 +46,7 @@ def prepared(tmp_path: Path, rows: str) -> Path:
     return tmp_path / "prepared"
 
 
-# -- what is prepared is what would be made anew ----------------------------------------------------------------------
+# -- what is prepared equals what is built from rows ------------------------------------------------------------------
 
 
 def test_a_prepared_directory_gives_what_the_rows_give(prepared: Path, rows: str) -> None:
