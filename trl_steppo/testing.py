@@ -203,7 +203,7 @@ class ScriptedSampler:
     ) -> Sample:
         """The script's response; see [`~inference.base.Sampler`]."""
         position, generation, index = (*order, 0, 0, 0)[:3]
-        turn = Turn(TokenIds(prompt_ids), params, episode_id, position, generation, index, self.tokenizer)
+        turn = Turn(TokenIds(prompt_ids), params, episode_id, position, generation, index, tokenizer=self.tokenizer)
         self.turns.append(turn)
         await asyncio.sleep(0)  # other episodes run now, as while a model samples
         sample = self._sample(turn, await self._respond(turn))
@@ -423,8 +423,7 @@ def tiny_policy(seed: int = 0, **settings: object) -> PreTrainedModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        policy: PreTrainedModel = Qwen2ForCausalLM(_tiny_config(settings))
-    policy.eval()
+        policy: PreTrainedModel = Qwen2ForCausalLM(_tiny_config(settings)).eval()
     return policy
 
 
@@ -443,8 +442,7 @@ def tiny_critic(seed: int = 1, **settings: object) -> PreTrainedModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        critic: PreTrainedModel = Qwen2ForSequenceClassification(_tiny_config({"num_labels": 1, **settings}))
-    critic.eval()
+        critic: PreTrainedModel = Qwen2ForSequenceClassification(_tiny_config({"num_labels": 1, **settings})).eval()
     return critic
 
 
@@ -491,14 +489,12 @@ def step(prompt: str | Sequence[int], response: str | Sequence[int], reward: flo
     1.0
     ```
     """
-    prompt_ids, response_ids = _ids(prompt), _ids(response)
+    prompt_ids, response_ids = (
+        TokenIds(byte_tokenizer().encode(part) if isinstance(part, str) else part) for part in (prompt, response)
+    )
     fields: dict[str, Any] = {"rollout_logprobs": (-1.0,) * len(response_ids), "step_index": 0, "policy_version": 0}
     fields |= {"temperature": 1.0, "stop_reason": StopReason.STOP, **changes}
     return Step(prompt_ids, response_ids, reward=reward, **fields)
-
-
-def _ids(text_or_ids: str | Sequence[int]) -> TokenIds:
-    return TokenIds(byte_tokenizer().encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids)
 
 
 def episode(

@@ -118,7 +118,7 @@ def _last_checkpoint(directory: Path) -> Path:
     return numbered[max(numbered)]
 
 
-def _read_json(file: Path) -> dict[str, object]:
+def _read_json(file: Path) -> JsonObject:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
