@@ -190,7 +190,7 @@ def _prepare_for_training(args: StepPOConfig, accelerator: Accelerator, models: 
 
 
 def choose_layout(args: StepPOConfig, models: Sequence[Any]) -> LayoutName:
-    """The layout of rows that saves the most and that all networks can take. Every rank must call this."""
+    """The layout of rows that saves the most and that all networks can take. Collective: every rank must call this."""
     if not args.prefix_sharing:
         return "rows"
     plain = [plain_model(model) for model in models if model is not None]
@@ -219,25 +219,27 @@ def _reference(args: StepPOConfig, accelerator: Accelerator, models: Models, sco
     if not args.uses_reference:
         return None
     if models.reference is not None:
-        frozen(models.reference)
+        freeze(models.reference)
         return build_reference(accelerator, PolicyScorer(plain_model(models.reference)))
     assert models.adapters.trained is not None
     return AdapterReference(scorer, models.policy, models.adapters.trained, models.adapters.reference)
 
 
-def frozen(model: Any, device: torch.device | None = None) -> Any:
-    """A model that is only read, on a device if one is given; changed in place."""
+def freeze(model: nn.Module, device: torch.device | None = None) -> None:
+    """Prepare a model that is only read, and move it to a device if one is given."""
     disable_dropout(model)
-    return (model if device is None else model.to(device)).eval().requires_grad_(False)
+    if device is not None:
+        model.to(device)
+    model.eval().requires_grad_(False)
 
 
 def freeze_reward_models(given: Arguments, rows: Rows, device: torch.device) -> None:
     """Place the models that pay rewards, the functions' and `reward_model`, on the device."""
     for judge in (func for func in given.loaded_funcs if isinstance(func, RewardModel)):
         judge.check_prompt(rows.example.get("prompt"))
-        frozen(judge.model, device)
+        freeze(judge.model, device)
     if given.reward_model is not None:
-        frozen(given.reward_model, device)
+        freeze(given.reward_model, device)
 
 
 def build_player(given: Arguments, rows: Rows, parts: Parts) -> EpisodePlayer:
