@@ -1,19 +1,22 @@
-"""From rewards and values to the weight of each action token, for all six estimators."""
+"""From rewards and values to the weight of each action token, for every estimator."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
+from transformers import HfArgumentParser
+from trl import TrlParser
 
 from tests.trainer.tiny import make_config, make_episode, mixed_episodes
 from trl_steppo import StepPOConfig
 from trl_steppo.batching import StepBatch, StepRolloutCollator
-from trl_steppo.learning.estimators import ESTIMATORS, EstimatorName, state_index
+from trl_steppo.errors import ConfigurationError
+from trl_steppo.learning.estimators import ESTIMATORS, Estimator, state_index
 from trl_steppo.learning.update import Credit, Rollout, Scores, Steps
 from trl_steppo.types import Episode
 
@@ -265,9 +268,37 @@ def test_reinforce_plus_plus(tmp_path):
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-def test_every_name_has_an_estimator():
-    assert get_args(EstimatorName) == tuple(ESTIMATORS)
-    assert get_args(get_type_hints(StepPOConfig)["advantage_estimator"]) == tuple(ESTIMATORS)
+def test_every_entry_can_be_chosen(tmp_path):
+    choices = StepPOConfig.__dataclass_fields__["advantage_estimator"].metadata["choices"]
+    assert tuple(choices) == tuple(ESTIMATORS)
+
+
+@pytest.mark.parametrize("parser_class", [HfArgumentParser, TrlParser])
+def test_an_entry_alone_is_an_estimator(tmp_path, monkeypatch, capsys, parser_class):
+    """In the constructor and on command lines, which refuse it before."""
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--advantage_estimator", "mine"]
+    with pytest.raises(
+        ConfigurationError, match=r"`advantage_estimator` is 'mine'; choose one of \('step_gae', 'token"
+    ):
+        make_config(tmp_path, advantage_estimator="mine")
+    with pytest.raises(SystemExit):
+        parser_class(StepPOConfig).parse_args_into_dataclasses(arguments)
+    assert "argument --advantage_estimator/--advantage-estimator: invalid choice: 'mine'" in capsys.readouterr().err
+
+    def doubled(settings: Any, rollout: Rollout, scores: Scores, reduce: Any) -> Credit:
+        credit = ESTIMATORS["reinforce_plus_plus"].assign(settings, rollout, scores, reduce)
+        return replace(credit, advantages=2 * credit.advantages)
+
+    monkeypatch.setitem(ESTIMATORS, "mine", Estimator("Mine", doubled, whitens=True))
+    parser = parser_class(StepPOConfig)
+    assert f"{{{','.join(ESTIMATORS)}}}" in parser.format_help()
+    (config,) = parser.parse_args_into_dataclasses(arguments)
+    assert config.estimator.title == "Mine"
+    (batch, credit), (_, plain) = (
+        credit_of(tmp_path, mixed_episodes(), advantage_estimator=name) for name in ("mine", "reinforce_plus_plus")
+    )
+    torch.testing.assert_close(credit.advantages, 2 * plain.advantages)
+    assert bool(credit.advantages[batch.action_mask].any())
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -326,14 +357,15 @@ def test_monte_carlo_returns_ignore_lambda_and_the_bootstrap(tmp_path):
 # -- ranks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["step_gae", "token_gae", "reinforce_plus_plus"])
+@pytest.mark.parametrize("estimator", [name for name, estimator in ESTIMATORS.items() if estimator.whitens])
 def test_two_ranks_whiten_together(tmp_path, estimator):
     """The statistics of each rank, added by hand, give what one process with all episodes gives; one may be empty."""
     episodes = mixed_episodes()
     whole = StepRolloutCollator()(episodes)
     torch.manual_seed(0)
-    values = torch.randn(whole.action_mask.shape) if estimator == "token_gae" else torch.randn(whole.num_steps)
-    given = None if estimator == "reinforce_plus_plus" else values
+    shapes = {"step": (whole.num_steps,), "token": whole.action_mask.shape}
+    level = ESTIMATORS[estimator].values
+    given = None if level is None else torch.randn(shapes[level])
     _, expected = credit_of(tmp_path, episodes, given, advantage_estimator=estimator)
     config = make_config(tmp_path, advantage_estimator=estimator, max_interaction_steps=5)
     empty = Rollout(Steps.of([]), StepBatch.empty())

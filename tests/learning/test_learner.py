@@ -24,6 +24,7 @@ from tests.trainer.tiny import (
 )
 from trl_steppo import Episode, StepPOTrainer
 from trl_steppo.learning import learner as learner_module
+from trl_steppo.learning.estimators import ESTIMATORS
 from trl_steppo.learning.learner import Learner
 from trl_steppo.learning.metrics import Clock, Means
 from trl_steppo.learning.network import Network
@@ -46,7 +47,7 @@ class Learned:
 
 def build(tmp_path: Any, **arguments: Any) -> StepPOTrainer:
     arguments = {**PLAIN, **arguments}
-    if arguments.get("advantage_estimator", "step_gae") in ("step_gae", "token_gae"):
+    if ESTIMATORS[arguments.get("advantage_estimator", "step_gae")].values is not None:
         arguments.setdefault("value_model", make_classifier())
     return make_trainer(tmp_path, **arguments)
 
@@ -528,7 +529,7 @@ def test_cliprange_of_the_ratio_binds_from_the_second_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("level", ["step", "token"])
-@pytest.mark.parametrize("estimator", ["step_gae", "token_gae", "grpo", "rloo", "reinforce_plus_plus", "gigpo"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_better_actions_become_likelier(tmp_path, estimator, level):
     """Two actions in one state, one of them paid: its probability rises, that of the other falls."""
     good = make_episode("x", [1.0], lengths=[3])
@@ -537,8 +538,8 @@ def test_better_actions_become_likelier(tmp_path, estimator, level):
     bad = copy.deepcopy(bad)
     object.__setattr__(bad, "generation_index", 1)
     object.__setattr__(bad.steps[0], "prompt_ids", prompt)
-    settings: dict[str, Any] = {"gamma": 0.99} if estimator in ("grpo", "rloo") else {}
-    if estimator in ("grpo", "rloo", "gigpo"):
+    settings: dict[str, Any] = {} if ESTIMATORS[estimator].discounts else {"gamma": 0.99}
+    if ESTIMATORS[estimator].compares_episodes:
         settings["num_generations"] = 2
     learned = learn(
         tmp_path,

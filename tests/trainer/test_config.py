@@ -16,6 +16,7 @@ from trl import TrlParser
 from tests.trainer.tiny import make_config
 from trl_steppo import PPOConfig, StepPOConfig
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.learning.estimators import ESTIMATORS
 from trl_steppo.trainer import ppo_config
 
 CHANGED = {  # as the docstring of StepPOConfig says
@@ -278,15 +279,20 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"use_vllm": True, "vllm_server_base_url": "localhost:8000"}, ("vllm_server_base_url", "'localhost:8000'")),
     ({"use_vllm": True, "vllm_server_base_url": ["http://a", "http://a"]}, ("vllm_server_base_url", "twice")),
-    *(({"advantage_estimator": name}, ("advantage_estimator", "num_generations")) for name in ("grpo", "gigpo")),
-    ({"advantage_estimator": "rloo"}, ("advantage_estimator", "num_generations")),
+    *(
+        ({"advantage_estimator": name}, ("advantage_estimator", "num_generations"))
+        for name, estimator in ESTIMATORS.items()
+        if estimator.compares_episodes
+    ),
     *(
         ({"advantage_estimator": name, "num_generations": 2, "gamma": 0.9}, ("gamma", "advantage_estimator"))
-        for name in ("grpo", "rloo")
+        for name, estimator in ESTIMATORS.items()
+        if not estimator.discounts
     ),
     *(
         ({"advantage_estimator": estimator, "num_generations": 2, name: value}, (name, "advantage_estimator"))
-        for estimator in ("grpo", "rloo", "gigpo", "reinforce_plus_plus")
+        for estimator in ESTIMATORS
+        if ESTIMATORS[estimator].values is None
         for name, value in {
             "critic_learning_rate": 1e-3,
             "num_critic_epochs": 2,
@@ -309,6 +315,16 @@ def test_contradiction_names_both(tmp_path, settings, names):
         make_config(tmp_path, **settings)
     for name in names:
         assert name in str(error.value)
+
+
+def test_all_settings_without_effect_are_named(tmp_path):
+    expected = (
+        r"`critic_learning_rate`=0\.001, `lam`=0\.5 have no effect together with `advantage_estimator`='grpo', which "
+        r"has no critic; remove one or the other, or set what a configuration file may have set to its default "
+        r"\(`critic_learning_rate` to None, `lam` to 1\.0\)$"
+    )
+    with pytest.raises(ConfigurationError, match=expected):
+        make_config(tmp_path, advantage_estimator="grpo", num_generations=2, lam=0.5, critic_learning_rate=1e-3)
 
 
 def test_accumulated_episodes_count_for_groups(tmp_path):
@@ -433,6 +449,8 @@ def other_value(name: str) -> Any:
     options = typing.get_args(hint) or (hint,)
     if any(typing.get_origin(option) is Literal for option in options):
         options = next(typing.get_args(option) for option in options if typing.get_origin(option) is Literal)
+    if name == "advantage_estimator":
+        return list(ESTIMATORS)[-1]
     if typing.get_origin(hint) is Literal or isinstance(options[0], str):
         return options[-1]
     now = default(StepPOConfig.__dataclass_fields__[name])

@@ -1,7 +1,8 @@
 """Estimators: how each algorithm turns rewards and values into the weight of each action token.
 
 [`ESTIMATORS`] has one entry for each algorithm. StepPO and token-level PPO differ in this entry and in the importance
-ratio, and in nothing else. A new algorithm is a new entry, and its name in [`EstimatorName`].
+ratio, and in nothing else. A new algorithm is a new entry: `ESTIMATORS["mine"] = Estimator(...)`, which configurations
+take from then on.
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ from ..masked import Reduce, masked_whiten
 from ..types import Episode
 from .update import Credit, Rollout, Scores
 
-EstimatorName = Literal["step_gae", "token_gae", "grpo", "rloo", "reinforce_plus_plus", "gigpo"]
-
 _MAX_LOGGED_STEPS = 16
 """Number of step indices whose explained variance is logged if `max_interaction_steps` is `None`."""
 
@@ -51,8 +50,9 @@ class CreditSettings(Protocol):
 
 Assign = Callable[[CreditSettings, Rollout, Scores, Reduce | None], Credit]
 """
-Pure function from a rollout's rewards and values to credit. The last argument sums statistics over ranks; `None`: one
-rank is alone. It is called equally often on every rank, whatever the steps are.
+Pure function from a rollout's rewards and values to credit. The rollout has valid episodes only; on some ranks it may
+have none. The last argument sums statistics over ranks, as in [`masked_moments`][trl_steppo.masked]; `None`: there is
+one rank. Every rank must call it equally often, whatever the steps are.
 """
 
 

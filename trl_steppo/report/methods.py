@@ -28,7 +28,10 @@ ALGORITHMS = {
     "gigpo": ("GiGPO", None),
     "reinforce_plus_plus": ("REINFORCE++", None),
 }
-"""Title and usual ratio of each estimator, as in [`ESTIMATORS`][trl_steppo.learning.estimators], which loads torch."""
+"""
+Title and usual ratio of estimators, as in [`ESTIMATORS`][trl_steppo.learning.estimators], which loads torch. Other
+estimators are shown by their names.
+"""
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,9 @@ def _names(groups: Sequence[Sequence[Run]], families: Sequence[str]) -> list[str
 
 
 def _algorithm(run: Run) -> str:
-    """The usual name of a run's algorithm; empty without settings."""
+    """The usual name of a run's algorithm, or that of its estimator; empty without settings."""
     settings = run.settings or {}
-    if settings.get("advantage_estimator") not in ALGORITHMS:
-        return ""
-    title, usual_ratio = ALGORITHMS[settings["advantage_estimator"]]
+    estimator = str(settings.get("advantage_estimator") or "")
+    title, usual_ratio = ALGORITHMS.get(estimator, (estimator, None))
     level = settings.get("importance_sampling_level")
     return title if usual_ratio in (None, level) else f"{title}, {level} ratio"

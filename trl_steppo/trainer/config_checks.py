@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
@@ -114,13 +114,15 @@ def check_choices(args: StepPOConfig, config_class: type) -> None:
         config_class (`type`):
             The class whose fields are looked at: a user's subclass has fields of its own.
     """
-    for name, allowed in _choices(config_class).items():
+    own = [f for f in fields(config_class) if f.name in vars(config_class)["__annotations__"]]
+    listed = {f.name: tuple(f.metadata["choices"]) for f in own if "choices" in f.metadata}
+    for name, allowed in {**_literals(config_class), **listed}.items():
         if getattr(args, name) not in allowed:
             raise ConfigurationError(f"`{name}` is {getattr(args, name)!r}; choose one of {allowed}")
 
 
 @functools.cache
-def _choices(config_class: type) -> dict[str, tuple[object, ...]]:
+def _literals(config_class: type) -> dict[str, tuple[object, ...]]:
     """The values of each field that is a `Literal`, and `None` where the field may be `None`."""
     choices = {}
     for name, hint in get_type_hints(config_class).items():
@@ -140,13 +142,31 @@ def check_combinations(args: StepPOConfig) -> None:
     contradiction = next(_contradictions(args), None)
     if contradiction is not None:
         raise ConfigurationError(contradiction)
-    defaults = {f.name: f.default for f in fields(args)}
     for reason, names in _without_effect(args):
-        for name in names:
-            if getattr(args, name) != defaults[name]:
-                raise ConfigurationError(
-                    f"`{name}`={getattr(args, name)!r} has no effect together with {reason}; remove one of the two"
-                )
+        refuse_without_effect(args, names, reason)
+
+
+def refuse_without_effect(args: StepPOConfig, names: Sequence[str], reason: str) -> None:
+    """
+    Raise a `ConfigurationError` for settings that are not at their defaults, and that have no effect.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The settings.
+        names (`Sequence[str]`):
+            Names of the settings without effect. The message lists all that are not at their defaults.
+        reason (`str`):
+            What makes them void: another setting, or an argument of the trainer.
+    """
+    defaults = {f.name: f.default for f in fields(args)}
+    void = [name for name in names if getattr(args, name) != defaults[name]]
+    if void:
+        settings = ", ".join(f"`{name}`={getattr(args, name)!r}" for name in void)
+        cure = ", ".join(f"`{name}` to {defaults[name]!r}" for name in void)
+        raise ConfigurationError(
+            f"{settings} {'has' if len(void) == 1 else 'have'} no effect together with {reason}; remove one or the "
+            f"other, or set what a configuration file may have set to its default ({cure})"
+        )
 
 
 def _contradictions(args: StepPOConfig) -> Iterator[str]:

@@ -10,7 +10,6 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
@@ -34,6 +33,7 @@ from ..learning.ranks import from_first_rank, together
 from ..models import is_peft_model, plain_model, whole_parameters, whole_state_dict
 from ..numerics import give_back_memory
 from ..types import JsonObject, Model
+from .config_checks import refuse_without_effect
 from .networks import cast_parameters, engine_dtype
 from .steppo_config import StepPOConfig
 
@@ -146,13 +146,8 @@ def check_engine(args: StepPOConfig, engine: Engine | None) -> None:
             "pass an object with all that `trl_steppo.Engine` names. A sampler that takes no weights is wrapped: "
             "`FixedEngine(sampler)`"
         )
-    defaults = {field.name: field.default for field in fields(args)}
-    for name in _SETTINGS_OF_ENGINES:
-        if getattr(args, name) != defaults[name]:
-            raise ConfigurationError(
-                f"`{name}`={getattr(args, name)!r} has no effect together with `engine`, which samples instead of the "
-                "engine that this setting is about; remove one of the two"
-            )
+    reason = "`engine`, which samples instead of the engine that the settings choose"
+    refuse_without_effect(args, _SETTINGS_OF_ENGINES, reason)
 
 
 def make_engine(

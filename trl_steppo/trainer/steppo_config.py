@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from ..compat.transformers import json_fields
 from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
-from ..learning.estimators import ESTIMATORS, Estimator, EstimatorName
+from ..learning.estimators import ESTIMATORS, Estimator
 from .config_checks import check_choices, check_combinations, check_ranges
 from .grpo_settings import converted, names_unknown_settings
 from .ppo_config import PPOConfig, accelerator_has_bf16
@@ -38,7 +38,7 @@ class StepPOConfig(PPOConfig):
         advantage_estimator (`str`, *optional*, defaults to `"step_gae"`):
             `"step_gae"` (StepPO: GAE over steps), `"token_gae"` (PPO: GAE over action tokens), or a baseline without a
             critic: `"grpo"`, `"rloo"`, `"gigpo"` (they compare the `num_generations` episodes of a row),
-            `"reinforce_plus_plus"`.
+            `"reinforce_plus_plus"`; or an entry of your own in `trl_steppo.learning.estimators.ESTIMATORS`.
         importance_sampling_level (`str`, *optional*, defaults to `"step"`):
             `"step"` (one ratio for a whole response: the geometric mean of its tokens' ratios) or `"token"`.
         loss_aggregation (`str`, *optional*):
@@ -193,8 +193,12 @@ class StepPOConfig(PPOConfig):
     num_ppo_epochs: int = field(default=1, metadata={"help": "Number of passes of the policy over a batch."})
 
     # The algorithm
-    advantage_estimator: EstimatorName = field(
-        default="step_gae", metadata={"help": "How credit is assigned; step_gae is StepPO, token_gae is PPO."}
+    advantage_estimator: str = field(
+        default="step_gae",
+        metadata={
+            "help": "How credit is assigned; step_gae is StepPO, token_gae is PPO.",
+            "choices": ESTIMATORS.keys(),  # a view: it has what is added later
+        },
     )
     importance_sampling_level: Literal["step", "token"] = field(
         default="step", metadata={"help": "One importance ratio per step, or one per token."}
