@@ -202,8 +202,8 @@ class ScriptedSampler:
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
         """The script's response; see [`~inference.base.Sampler`]."""
-        position, generation, step = (*order, 0, 0, 0)[:3]
-        turn = Turn(TokenIds(prompt_ids), params, episode_id, position, generation, step, tokenizer=self.tokenizer)
+        position, generation, index = (*order, 0, 0, 0)[:3]
+        turn = Turn(TokenIds(prompt_ids), params, episode_id, position, generation, index, tokenizer=self.tokenizer)
         self.turns.append(turn)
         await asyncio.sleep(0)  # other episodes run now, as while a model samples
         sample = self._sample(turn, await self._respond(turn))
