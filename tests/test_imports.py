@@ -86,6 +86,7 @@ INSIDE: dict[str, list[str]] = {
         "arguments",
         "player",
         "update_record",
+        "inspection",
         "build",
         "rollouts",
         "evaluation",
