@@ -268,7 +268,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, serve) -> None:
         directory = tmp_path / "weights" / name
         (directory / "run-3.partial").mkdir(parents=True)
         if owner is not None:
-            (directory / engines._OWNER).write_text(json.dumps(owner))
+            (directory / engines._OWNER_FILE).write_text(json.dumps(owner))
     settings = {"use_vllm": True, "vllm_server_base_url": serve().url, "vllm_weights_dir": str(tmp_path / "weights")}
     make_trainer(tmp_path, train_dataset=message_rows(), eval_dataset=message_rows(), **settings).evaluate()
     left = sorted(path.name for path in (tmp_path / "weights").iterdir())

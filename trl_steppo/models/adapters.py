@@ -34,7 +34,7 @@ def plain_model(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def add_adapter(model: PreTrainedModel, peft_config: object, *, name: str = "default") -> PeftModel:
+def add_adapter(model: Model, peft_config: object, *, name: str = "default") -> PeftModel:
     """
     Put a new adapter on a model; everything else is frozen.
 

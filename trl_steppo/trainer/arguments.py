@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
+import torch
 import transformers
-from transformers import ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from ..errors import ConfigurationError
 from ..inference.base import vocabulary_size
 from ..models import add_adapter
 from ..rollout import Agent
 from ..rollout.rewards import RewardFunc
+from ..types import Model, Tokenizer
 from .checks import check_adapters, check_kinds, check_models, check_trainable, refuse_unsupported
-from .data_stream import Rows
+from .data_stream import Rows, RowSource
 from .dataset_checks import (
     EnvironmentFactories,
     check_dataset,
@@ -31,35 +33,69 @@ from .reward_models import RewardFuncs, load_reward_funcs
 from .run_environments import factories_of
 from .steppo_config import StepPOConfig
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+EvalDataset: TypeAlias = RowSource | dict[str, RowSource]
+"""One dataset to evaluate on, or several by name."""
+
+Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
+"""An optimizer over policy and critic, and its schedule."""
+
+DataCollator: TypeAlias = Callable[[list[Any]], Mapping[str, Any]]
+"""Makes `input_ids` of rows, as `PPOTrainer`'s."""
+
 
 @dataclass(frozen=True)
 class Arguments:
     """The arguments of a trainer; [`StepPOTrainer`] says what each of them is."""
 
     args: StepPOConfig
-    processing_class: Any
-    model: Any
-    ref_model: Any
-    reward_model: Any
-    train_dataset: Any
-    value_model: Any
-    data_collator: Any
-    eval_dataset: Any
-    optimizers: tuple[Any, Any]
+    processing_class: Tokenizer | str | None
+    model: Model | str | None
+    ref_model: Model | str | None
+    reward_model: PreTrainedModel | str | None
+    train_dataset: RowSource | None
+    value_model: Model | str | None
+    data_collator: DataCollator | None
+    eval_dataset: EvalDataset | None
+    optimizers: Optimizers
     callbacks: list[TrainerCallback] | None
-    peft_config: Any
+    peft_config: PeftConfig | None
     environment_factory: EnvironmentFactories | None = None
-    tools: Sequence[Callable[..., Any]] | None = None
+    tools: Sequence[Callable[..., object]] | None = None
     reward_funcs: RewardFuncs | None = None
-    reward_processing_classes: Any = None
+    reward_processing_classes: Tokenizer | Sequence[Tokenizer | None] | None = None
     agent: Agent | None = None
     engine: Engine | None = None
-    loaded_funcs: Sequence[RewardFunc] = ()  # `reward_funcs`, with what was given by its name
 
 
-def loaded(given: Arguments) -> Arguments:
+@dataclass(frozen=True)
+class Loaded:
     """
-    Arguments with all models and tokenizers that are given by their names, and with the policy's new adapter.
+    What a trainer is made of: its arguments, with what is given by its name.
+
+    Args:
+        given ([`Arguments`]):
+            The arguments as they are.
+        model, ref_model, value_model, reward_model, tokenizer:
+            The arguments as models and a tokenizer; `model` with its new adapter.
+        reward_funcs (`list`):
+            The reward functions, models among them as [`RewardModel`].
+    """
+
+    given: Arguments
+    model: Model
+    ref_model: Model | None
+    value_model: Model | None
+    reward_model: PreTrainedModel | None
+    tokenizer: Tokenizer
+    reward_funcs: list[RewardFunc]
+
+
+def load(given: Arguments) -> Loaded:
+    """
+    Load what is given by its name.
 
     Raises:
         ConfigurationError, DataError: If arguments do not fit together.
@@ -83,25 +119,29 @@ def loaded(given: Arguments) -> Arguments:
     if given.train_dataset is None:
         check_no_dataset(given.environment_factory)
     check_length(args, given.train_dataset)
-    given = _with_models(given)
-    check_models(args, given.model, given.ref_model, given.value_model, given.reward_model)
-    given = _with_adapter(given)
-    check_trainable(given.model, "model")
+    loaded = _load(given)
+    check_models(args, loaded.model, loaded.ref_model, loaded.value_model, loaded.reward_model)
+    loaded = _with_adapter(loaded)
+    check_trainable(loaded.model, "model")
     if given.train_dataset is not None:
-        check_dataset(given.train_dataset, "train_dataset", **row_rules(given))
-    check_eval_dataset(given.eval_dataset, **row_rules(given))
-    return given
+        check_dataset(given.train_dataset, "train_dataset", **row_rules(loaded))
+    check_eval_dataset(given.eval_dataset, **row_rules(loaded))
+    return loaded
 
 
-def _with_models(given: Arguments) -> Arguments:
+def _load(given: Arguments) -> Loaded:
     args = given.args
     loader = Loader(args.model_init_kwargs, seed=args.seed)  # type: ignore[arg-type]  # JSON is read by now
-    names = ("model", "ref_model", "value_model", "reward_model")
-    given = replace(given, **{name: loader.model(name, getattr(given, name)) for name in names})
-    given = replace(
+    model = loader.model("model", given.model)
+    assert model is not None  # or it would have been asked for
+    loaded = Loaded(
         given,
-        processing_class=loader.tokenizer("processing_class", given.processing_class, given.model),
-        loaded_funcs=load_reward_funcs(
+        model,
+        loader.model("ref_model", given.ref_model),
+        loader.model("value_model", given.value_model),
+        loader.model("reward_model", given.reward_model),
+        loader.tokenizer("processing_class", given.processing_class, model),
+        load_reward_funcs(
             given.reward_funcs,
             given.reward_processing_classes,
             loader,
@@ -110,19 +150,20 @@ def _with_models(given: Arguments) -> Arguments:
         ),
     )
     loader.check_used()
-    return given
+    return loaded
 
 
-def _with_adapter(given: Arguments) -> Arguments:
-    args = given.args
-    if given.peft_config is not None:
+def _with_adapter(loaded: Loaded) -> Loaded:
+    """With `peft_config` on the policy, and with the adapter that is trained active."""
+    args, peft_config = loaded.given.args, loaded.given.peft_config
+    if peft_config is not None:
         transformers.set_seed(args.seed)  # a new adapter starts at random
         name = args.model_adapter_name or "default"
-        given = replace(given, model=add_adapter(given.model, given.peft_config, name=name))
-    check_adapters(args, given.model, given.ref_model, given.value_model)
+        loaded = replace(loaded, model=add_adapter(loaded.model, peft_config, name=name))
+    check_adapters(args, loaded.model, loaded.ref_model, loaded.value_model)
     if args.model_adapter_name is not None:
-        given.model.set_adapter(args.model_adapter_name)
-    return given
+        loaded.model.set_adapter(args.model_adapter_name)
+    return loaded
 
 
 class RowRules(TypedDict):
@@ -134,10 +175,11 @@ class RowRules(TypedDict):
     may_lack_prompt: bool
 
 
-def row_rules(given: Arguments) -> RowRules:
+def row_rules(loaded: Loaded) -> RowRules:
     """What the rows of a trainer must fit."""
+    given = loaded.given
     return {
-        "vocabulary_size": vocabulary_size(given.model),
+        "vocabulary_size": vocabulary_size(loaded.model),
         "is_for_agent": given.agent is not None,
         "environments": [name for name in factories_of(given.environment_factory) if name is not None] or None,
         "may_lack_prompt": given.environment_factory is not None,
@@ -167,22 +209,26 @@ def derive_sizes(args: StepPOConfig, num_ranks: int, rows: Rows) -> None:
         )
 
 
-def datasets_of(eval_dataset: Any) -> list[Any]:
-    """The data sets to evaluate on, without those that are empty, as far as they have a length."""
+def datasets_of(eval_dataset: EvalDataset | None) -> list[RowSource]:
+    """The datasets to evaluate on, without empty ones, as far as they have a length."""
     datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-    is_empty = lambda dataset: isinstance(dataset, Sized) and not len(dataset)  # noqa: E731
-    return [dataset for dataset in datasets if dataset is not None and not is_empty(dataset)]
+    return [dataset for dataset in datasets if dataset is not None and not _is_empty(dataset)]
 
 
-def description(given: Arguments) -> dict[str, Any]:
+def _is_empty(dataset: object) -> bool:
+    return isinstance(dataset, Sized) and not len(dataset)
+
+
+def description(loaded: Loaded) -> dict[str, object]:
     """What the run trains on, for the file of its settings."""
+    given = loaded.given
     return describe_task(
-        model=given.model,
+        model=loaded.model,
         train_dataset=given.train_dataset,
         eval_dataset=given.eval_dataset,
         environment_factory=given.environment_factory,
         tools=given.tools,
-        reward_funcs=given.loaded_funcs,
-        reward_model=given.reward_model,
+        reward_funcs=loaded.reward_funcs,
+        reward_model=loaded.reward_model,
         agent=given.agent,
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..batching import LayoutName
 from ..compat.accelerate import is_fsdp2
@@ -38,7 +39,8 @@ from ..models import (
     takes_tries,
 )
 from ..rollout import EpisodeRequest, check_agent, check_reward_funcs
-from .arguments import Arguments, datasets_of
+from ..types import Model
+from .arguments import Arguments, Loaded, datasets_of
 from .checkpointing import PolicyAdapters
 from .checks import check_apart, check_saved, check_trainable
 from .data_stream import Rows, column_names
@@ -49,6 +51,9 @@ from .reward_models import RewardModel
 from .rewards import Rewards
 from .run_environments import RunEnvironments
 from .steppo_config import StepPOConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = transformers.utils.logging.get_logger(__name__)
 
@@ -71,11 +76,11 @@ class Models:
             A copy of the policy for another process.
     """
 
-    policy: Any
+    policy: Model
     adapters: PolicyAdapters
-    critic: Any = None
-    reference: Any = None
-    twin: Any = None
+    critic: Model | None = None
+    reference: Model | None = None
+    twin: PreTrainedModel | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Parts:
 
 
 def build_parts(
-    given: Arguments,
+    loaded: Loaded,
     accelerator: Accelerator,
     *,
     decay_parameter_names: Callable[[nn.Module], list[str]],
@@ -99,8 +104,8 @@ def build_parts(
     Build what learns and what samples.
 
     Args:
-        given ([`Arguments`]):
-            Loaded ones. The models are prepared for training in place.
+        loaded ([`Loaded`]):
+            The trainer's arguments. The models are prepared for training in place.
         accelerator ([`~accelerate.Accelerator`]):
             Places and wraps networks.
         decay_parameter_names (`Callable`):
@@ -108,8 +113,8 @@ def build_parts(
         on_event (`Callable[[str], None]`):
             Called with the name of each `TrainerCallback` event within an update.
     """
-    args = given.args
-    models = _models(given, accelerator)
+    args = loaded.given.args
+    models = _models(loaded, accelerator)
     _prepare_for_training(args, accelerator, models)
     layout = choose_layout(args, [models.policy, models.critic, models.reference])
     scorer = PolicyScorer(plain_model(models.policy))
@@ -119,41 +124,42 @@ def build_parts(
         accelerator,
         scorer,
         Critic(plain_model(models.critic)) if models.critic is not None else None,
-        optimizers=given.optimizers,
+        optimizers=loaded.given.optimizers,
         decay_parameter_names=decay_parameter_names,
     )
     learner = Learner(args, accelerator, *networks, reference, layout, Clock(), on_event)
-    # Last: what a model's attention can take is settled by now.
-    engine = given.engine or make_engine(args, accelerator, policy=networks[0], model=models.policy, twin=models.twin)
+    engine = loaded.given.engine
+    if engine is None:  # last: what a model's attention can take is settled by now
+        engine = make_engine(args, accelerator, policy=networks[0], model=models.policy, twin=models.twin)
     return Parts(models, networks, learner, engine)
 
 
-def _models(given: Arguments, accelerator: Accelerator) -> Models:
+def _models(loaded: Loaded, accelerator: Accelerator) -> Models:
     """The given models, and those that are made of the policy."""
-    args, policy = given.args, given.model
+    args, policy = loaded.given.args, loaded.model
     register_attention()  # a model that was pickled after a run names it
     adapters = PolicyAdapters(policy.active_adapter if is_peft_model(policy) else None, args.ref_adapter_name)
-    models = Models(policy, adapters, reference=given.ref_model)
-    needs_reference = args.uses_reference and given.ref_model is None
+    models = Models(policy, adapters, reference=loaded.ref_model)
+    needs_reference = args.uses_reference and loaded.ref_model is None
     with gathered(policy.parameters()):
         if not is_fsdp2(accelerator):
             hold_in_float32(accelerator, policy, "model")  # before it is copied: copies compute as it does
-        if needs_reference and adapters.trained is not None:
+        if needs_reference and is_peft_model(policy):
             _choose_reference(args, policy, adapters)
         if args.uses_critic:
-            models.critic = given.value_model
-            if given.value_model is None:
+            models.critic = loaded.value_model
+            if loaded.value_model is None:
                 models.critic = _build_critic(args, policy, adapters)
         if needs_reference and adapters.trained is None:
             models.reference = copy.deepcopy(policy)
-        if given.engine is None and args.samples_in_worker:
+        if loaded.given.engine is None and args.samples_in_worker:
             models.twin = copy.deepcopy(plain_model(policy)).cpu()
         if is_fsdp2(accelerator):
             hold_in_float32(accelerator, policy, "model")  # all compute in the type that FSDP2 gives their layers
     return models
 
 
-def _choose_reference(args: StepPOConfig, policy: Any, adapters: PolicyAdapters) -> None:
+def _choose_reference(args: StepPOConfig, policy: PeftModel, adapters: PolicyAdapters) -> None:
     """Which of the policy's adapters is the reference: the base model for a new one, a copy for a trained one."""
     if args.ref_adapter_name is not None or not adapter_changes_model(policy):
         return
@@ -166,7 +172,7 @@ def _choose_reference(args: StepPOConfig, policy: Any, adapters: PolicyAdapters)
     )
 
 
-def _build_critic(args: StepPOConfig, policy: Any, adapters: PolicyAdapters) -> Any:
+def _build_critic(args: StepPOConfig, policy: Model, adapters: PolicyAdapters) -> Model:
     critic = build_critic(policy, share_weights=args.critic_shares_base)
     if adapters.trained is None:
         return critic
@@ -189,7 +195,7 @@ def _prepare_for_training(args: StepPOConfig, accelerator: Accelerator, models: 
             enable_checkpointing(plain_model(model), args.gradient_checkpointing_kwargs)
 
 
-def choose_layout(args: StepPOConfig, models: Sequence[Any]) -> LayoutName:
+def choose_layout(args: StepPOConfig, models: Sequence[Model | None]) -> LayoutName:
     """The layout of rows that saves the most and that all networks can take. Collective: every rank must call this."""
     if not args.prefix_sharing:
         return "rows"
@@ -226,59 +232,59 @@ def _reference(args: StepPOConfig, accelerator: Accelerator, models: Models, sco
 
 
 def freeze(model: nn.Module, device: torch.device | None = None) -> None:
-    """Prepare a model that is only read, and move it to a device if one is given."""
+    """Prepare a model that is only read, on a device if one is given; changed in place."""
     disable_dropout(model)
     if device is not None:
         model.to(device)
     model.eval().requires_grad_(False)
 
 
-def freeze_reward_models(given: Arguments, rows: Rows, device: torch.device) -> None:
+def freeze_reward_models(loaded: Loaded, rows: Rows, device: torch.device) -> None:
     """Place the models that pay rewards, the functions' and `reward_model`, on the device."""
-    for judge in (func for func in given.loaded_funcs if isinstance(func, RewardModel)):
+    for judge in (func for func in loaded.reward_funcs if isinstance(func, RewardModel)):
         judge.check_prompt(rows.example.get("prompt"))
         freeze(judge.model, device)
-    if given.reward_model is not None:
-        freeze(given.reward_model, device)
+    if loaded.reward_model is not None:
+        freeze(loaded.reward_model, device)
 
 
-def build_player(given: Arguments, rows: Rows, parts: Parts) -> EpisodePlayer:
+def build_player(loaded: Loaded, rows: Rows, parts: Parts) -> EpisodePlayer:
     """
     Build what plays episodes and pays their rewards. Every mistake that can be seen before the first episode is seen
     here.
     """
-    args = given.args
-    context = _context(given.model, given.ref_model, given.value_model, given.reward_model)
+    args = loaded.given.args
+    context = _context(loaded.model, loaded.ref_model, loaded.value_model, loaded.reward_model)
     check_context(args, context, "the model's context")
-    if given.agent is not None:
-        _check_agent(given)
-    columns = [rows.columns, *(column_names(dataset) for dataset in datasets_of(given.eval_dataset))]
+    if loaded.given.agent is not None:
+        _check_agent(loaded.given)
+    columns = [rows.columns, *(column_names(dataset) for dataset in datasets_of(loaded.given.eval_dataset))]
     collate = None
-    if given.data_collator is not None:
-        collate = RowCollator(given.data_collator, given.processing_class.pad_token_id)
+    if loaded.given.data_collator is not None:
+        collate = RowCollator(loaded.given.data_collator, loaded.tokenizer.pad_token_id)
         collated = collate([EpisodeRequest(rows.example, 0)])[0].row
         made = [name for name in collated if name not in rows.example]
         columns = [[*names, *made] for names in columns]
-    rewards = Rewards(args, given.loaded_funcs, plain_model(given.reward_model), parts.learner.numerics)
-    environments = RunEnvironments(args, given.environment_factory, given.tools)
-    has_input_ids = given.agent is None and _check_columns(columns[0], is_optional=bool(environments))
+    rewards = Rewards(args, loaded.reward_funcs, plain_model(loaded.reward_model), parts.learner.numerics)
+    environments = RunEnvironments(args, loaded.given.environment_factory, loaded.given.tools)
+    has_input_ids = loaded.given.agent is None and _check_columns(columns[0], is_optional=bool(environments))
     for names in columns:
         environments.check_columns(names)
         check_reward_funcs(rewards.funcs, names, has_environments=bool(environments))
     examples = environments.make_examples(columns)
-    if given.agent is None:  # whether an agent pays shows when it has played
+    if loaded.given.agent is None:  # whether an agent pays shows when it has played
         _check_reward_source(examples, rewards)
     return EpisodePlayer(
         args,
-        given.processing_class,
+        loaded.tokenizer,
         parts.engine,
         environments,
         rewards,
         has_input_ids=has_input_ids,
         collate=collate,
-        agent=given.agent,
+        agent=loaded.given.agent,
         context=context,
-        end_token_ids=end_token_ids(getattr(given.model, "generation_config", None)),
+        end_token_ids=end_token_ids(getattr(loaded.model, "generation_config", None)),
     )
 
 
@@ -318,7 +324,7 @@ def _check_reward_source(environments: Sequence[object], rewards: Rewards) -> No
         )
 
 
-def _context(*models: Any) -> int | None:
+def _context(*models: nn.Module | None) -> int | None:
     """The maximum number of tokens that all of these can read: each reads the policy's prompts and responses."""
     lengths = (context_length(plain_model(model).config) for model in models if hasattr(model, "config"))
     return min((length for length in lengths if length is not None), default=None)

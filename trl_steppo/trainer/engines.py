@@ -11,12 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import psutil
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from .. import durable
 from ..compat.transformers import as_saved
@@ -31,21 +32,24 @@ from ..learning.network import Network, numerics_of
 from ..learning.ranks import from_first_rank, together
 from ..models import is_peft_model, plain_model, whole_parameters, whole_state_dict
 from ..numerics import give_back_memory
+from ..types import JsonObject, Model
 from .config_checks import refuse_without_effect
 from .networks import cast_parameters, engine_dtype
 from .steppo_config import StepPOConfig
 
-_OWNER = ".trl-steppo-weights.json"
+_OWNER_FILE = ".trl-steppo-weights.json"
+RemoteSampler = TypeVar("RemoteSampler", WorkerSampler, VLLMSampler)
+
 _SETTINGS_OF_ENGINES = (
     *("use_rollout_worker", "rollout_cache_tokens", "allow_uncached_sampling", "use_vllm", "vllm_server_base_url"),
     *("vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
 )
-_SENT = (torch.int8, torch.uint8, torch.int32, torch.int64)  # beside floating-point numbers
+_NCCL_DTYPES = (torch.int8, torch.uint8, torch.int32, torch.int64)  # beside floating-point numbers
 
 
 @runtime_checkable
 class CountingSampler(Sampler, Protocol):
-    """A sampler that counts what it does. Its counts are logged as `perf/*` and `rollout/*`."""
+    """A sampler that counts what it does. The trainer logs its counts as `perf/*` and `rollout/*`."""
 
     @property
     def counts(self) -> Counts:
@@ -147,7 +151,7 @@ def check_engine(args: StepPOConfig, engine: Engine | None) -> None:
 
 
 def make_engine(
-    args: StepPOConfig, accelerator: Accelerator, *, policy: Network, model: Any, twin: Any | None
+    args: StepPOConfig, accelerator: Accelerator, *, policy: Network, model: Model, twin: PreTrainedModel | None
 ) -> Engine:
     """
     The engine that the run's settings choose.
@@ -173,7 +177,7 @@ def make_engine(
 
 class InProcess:
     """
-    The policy itself samples, between updates.
+    Samples from the policy itself, between updates.
 
     Args:
         args ([`StepPOConfig`]):
@@ -186,8 +190,8 @@ class InProcess:
             The policy's model.
     """
 
-    def __init__(self, args: StepPOConfig, accelerator: Accelerator, policy: Network, model: Any) -> None:
-        with policy.whole():  # what the model makes of a cache is tried out
+    def __init__(self, args: StepPOConfig, accelerator: Accelerator, policy: Network, model: Model) -> None:
+        with policy.whole():  # the sampler tries out how the model uses a cache
             self.sampler = LocalSampler(
                 plain_model(model),
                 cache_tokens=args.rollout_cache_tokens,
@@ -215,11 +219,11 @@ class InProcess:
         self.sampler.policy_version = version
 
 
-class _Beside(ABC):
-    """What samples outside of the trainer's process, with copies of the weights."""
+class _RemoteEngine(ABC, Generic[RemoteSampler]):
+    """An engine that samples outside of the trainer's process, with copies of the weights."""
 
-    sampler: Any
-    _model: Any
+    sampler: RemoteSampler
+    _model: Model
 
     @contextmanager
     def running(self, version: int) -> Iterator[None]:
@@ -247,9 +251,9 @@ class _Beside(ABC):
         return (named for named in self._model.named_parameters() if named[1].requires_grad)
 
 
-class InWorker(_Beside):
+class InWorker(_RemoteEngine[WorkerSampler]):
     """
-    A copy of the policy samples, in a process of each rank's own; see [`WorkerSampler`].
+    Samples from a copy of the policy in another process, one for each rank; see [`WorkerSampler`].
 
     Args:
         args ([`StepPOConfig`]):
@@ -262,12 +266,12 @@ class InWorker(_Beside):
             A whole copy of it on the CPU, without the adapters' wrapper, made before it was prepared for training.
     """
 
-    def __init__(self, args: StepPOConfig, accelerator: Accelerator, model: Any, twin: Any) -> None:
+    def __init__(self, args: StepPOConfig, accelerator: Accelerator, model: Model, twin: PreTrainedModel) -> None:
         self._model = plain_model(model)
         device, numerics = accelerator.device, numerics_of(accelerator)
         self._device, self._is_alone = device, args.max_staleness == 0
         dtype = engine_dtype(accelerator)
-        if dtype is not None:  # the engine's layers have weights of this type, and compute all of it in that
+        if dtype is not None:  # DeepSpeed's or FSDP2's layers have weights of this type
             cast_parameters(twin, dtype)
         self.sampler = WorkerSampler(
             twin,
@@ -292,12 +296,13 @@ class InWorker(_Beside):
         self.sampler.update_weights(whole_parameters(self._trained()), version)
 
 
-class InVLLM(_Beside):
+class InVLLM(_RemoteEngine[VLLMSampler]):
     """
-    vLLM servers sample; see [`VLLMSampler`]. Every rank plays its rows on all of them. Rank 0 writes the policy to a
-    directory that they can read, and has them take it, between responses: whole, or of a policy with a LoRA adapter
-    the adapter alone. The directory is of this run; it goes with it, or, if it was killed, when another run begins.
-    Or it keeps the policy in its memory and sends it from there, to a server that was started again once more.
+    Samples on vLLM servers; see [`VLLMSampler`]. Every rank uses all servers. Rank 0 writes the policy into a
+    directory that the servers can read, and tells them to load it between responses: whole weights, or the LoRA
+    adapter alone if the policy has one. Each run has a directory of its own, which is removed at the end of the run;
+    if the run was killed, the next run removes it. With `vllm_weight_transfer="nccl"`, rank 0 keeps the policy in its
+    memory and sends it from there, once more to a server that was restarted.
 
     Args:
         args ([`StepPOConfig`]):
@@ -311,7 +316,7 @@ class InVLLM(_Beside):
         ConfigurationError: If weights cannot be sent as `vllm_weight_transfer` says.
     """
 
-    def __init__(self, args: StepPOConfig, accelerator: Accelerator, model: Any) -> None:
+    def __init__(self, args: StepPOConfig, accelerator: Accelerator, model: Model) -> None:
         self._model = model
         self._accelerator = accelerator
         self._directory = Path(args.vllm_weights_dir or Path(str(args.output_dir), "vllm_weights")).absolute()
@@ -332,9 +337,9 @@ class InVLLM(_Beside):
         self._run = ""
 
     def _join(self) -> Join | None:
-        """How rank 0 joins servers, if this is it."""
+        """How rank 0 joins the group of the servers; `None` on other ranks."""
         for name, tensor in plain_model(self._model).state_dict().items():
-            if not tensor.is_floating_point() and tensor.dtype not in _SENT:
+            if not tensor.is_floating_point() and tensor.dtype not in _NCCL_DTYPES:
                 raise ConfigurationError(
                     f"`vllm_weight_transfer`='nccl', and NCCL does not know the type of {name}, {tensor.dtype}; set "
                     "it to 'files'"
@@ -343,7 +348,7 @@ class InVLLM(_Beside):
 
     def _start(self) -> None:
         self._run = from_first_rank(uuid.uuid4().hex[:12])
-        together(lambda: self._own() if self._accelerator.is_main_process and not self._is_sent else None)
+        together(lambda: self._make_directory() if self._accelerator.is_main_process and not self._is_sent else None)
         super()._start()
 
     def _close(self) -> None:
@@ -358,44 +363,41 @@ class InVLLM(_Beside):
         together(self.sampler.settle if weights.is_adapter else self.sampler.hold)
         is_first = self._accelerator.is_main_process
         together(lambda: self.sampler.update(weights) if is_first else None)
-        together(lambda: None if is_first else self.sampler.update(weights))  # from those that have them now
+        together(lambda: None if is_first else self.sampler.update(weights))  # the servers have them by now
         while len(self._written) > 2:  # a server may be reading the one before
             shutil.rmtree(self._written.pop(0), ignore_errors=True)
 
-    def _own(self) -> None:
-        """Make this run's directory, and remove those that runs of this machine left when they were killed."""
-        own = self._directory / self._run
+    def _make_directory(self) -> None:
+        """Make this run's directory, and remove directories of killed runs of this machine."""
+        directory = self._directory / self._run
         try:
-            own.mkdir(parents=True)
-            (own / _OWNER).write_text(json.dumps(_this_process()))
+            directory.mkdir(parents=True)
+            (directory / _OWNER_FILE).write_text(json.dumps(_this_process()))
         except OSError as error:
-            raise _not_written(own, error) from error
-        for file in self._directory.glob(f"*/{_OWNER}"):
-            with suppress(OSError, ValueError):  # it is being written, or it is gone by now
+            raise _not_written(directory, error) from error
+        for file in self._directory.glob(f"*/{_OWNER_FILE}"):
+            with suppress(OSError, ValueError):  # another process writes or removes it
                 if _has_ended(json.loads(file.read_text())):
                     shutil.rmtree(file.parent, ignore_errors=True)
 
     def _write(self, name: str, version: int) -> Weights:
-        """The policy as it is now, where servers can read it; there it is whole or not at all."""
-        is_adapter, is_writer = is_peft_model(self._model), self._accelerator.is_main_process
-        if is_adapter:
-            state: Any = {}
-            for parameter, whole in whole_parameters(self._trained()):
-                if is_writer:
-                    state[parameter] = whole.cpu().clone()
+        """Write the policy's current weights where servers can read them, whole or not at all."""
+        is_writer, path = self._accelerator.is_main_process, self._directory / self._run / name
+        state: dict[str, torch.Tensor] | None
+        if is_peft_model(self._model):
+            trained = whole_parameters(self._trained())  # by all ranks, whether they keep them or not
+            state = {parameter: whole.cpu().clone() for parameter, whole in trained if is_writer}
         else:
             state = whole_state_dict(self._model, keep=is_writer)
-        path = self._directory / self._run / name
         if is_writer:
             self._written.append(path)
         together(lambda: self._save(path, state) if is_writer else None)
-        adapter = self._model.active_adapter if is_adapter else "default"
-        return Weights(
-            name, version, str(path if adapter == "default" else path / adapter), is_adapter, is_tied=self._is_tied()
-        )
+        adapter = self._model.active_adapter if is_peft_model(self._model) else None
+        folder = path if adapter in (None, "default") else path / str(adapter)
+        return Weights(name, version, str(folder), adapter is not None, is_tied=self._is_tied())
 
     def snapshot(self, name: str, version: int) -> Weights:
-        """The policy as it is now, in the memory of the rank that sends it, as a checkpoint would have it."""
+        """The policy's current weights in the memory of the rank that sends them, named as in a checkpoint."""
         is_sender = self._accelerator.is_main_process
         state = whole_state_dict(self._model, keep=is_sender)
         tensors = together(lambda: _as_in_a_checkpoint(plain_model(self._model), state) if is_sender else None)
@@ -404,32 +406,36 @@ class InVLLM(_Beside):
     def _is_tied(self) -> bool:
         return bool(plain_model(self._model).config.get_text_config().tie_word_embeddings)
 
-    def _save(self, path: Path, state: Any) -> None:
-        options: dict[str, Any] = {}
-        if is_peft_model(self._model):
-            options = {"selected_adapters": [self._model.active_adapter], "save_embedding_layers": False}
+    def _save(self, path: Path, state: dict[str, torch.Tensor] | None) -> None:
+        model = self._model
         try:
             with durable.directory(path, syncs=False) as partial:
-                self._model.save_pretrained(str(partial), state_dict=state, **options)
+                if is_peft_model(model):
+                    adapters = [model.active_adapter]
+                    model.save_pretrained(
+                        str(partial), state_dict=state, selected_adapters=adapters, save_embedding_layers=False
+                    )
+                else:
+                    model.save_pretrained(str(partial), state_dict=state)
         except (OSError, SafetensorError) as error:
             raise _not_written(path, error) from error
 
 
-def _as_in_a_checkpoint(model: Any, state: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-    """What `save_pretrained` would write of a state, or of the model's own, in memory that is not the model's."""
+def _as_in_a_checkpoint(model: PreTrainedModel, state: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` would write of a state (`None`: the model's), in memory of its own."""
     if state is None:
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     return {name: tensor.contiguous() for name, tensor in as_saved(model, state).items()}
 
 
-def _this_process() -> dict[str, Any]:
-    """What tells this process from all others, of other machines and containers and of all times."""
+def _this_process() -> JsonObject:
+    """An identity of this process among those of all machines, containers and times."""
     process = psutil.Process()
     return {"machine": _machine(), "pid": process.pid, "started": process.create_time()}
 
 
-def _has_ended(owner: Any) -> bool:
-    """Whether that process is known to have ended; of another machine's it is not known."""
+def _has_ended(owner: JsonObject) -> bool:
+    """Whether a process is known to have ended. Processes of other machines are not known to have ended."""
     if owner["machine"] != _machine():
         return False
     try:
@@ -439,7 +445,7 @@ def _has_ended(owner: Any) -> bool:
 
 
 def _machine() -> list[str]:
-    """Where a process's number means one process: the host, and on Linux what a container sees of it."""
+    """The scope of process ids: the host, and on Linux the namespace of the container."""
     namespace = Path("/proc/self/ns/pid")
     return [platform.node(), os.readlink(namespace) if namespace.exists() else ""]
 

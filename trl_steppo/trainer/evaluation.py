@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
 
 from accelerate import Accelerator
 from datasets import IterableDataset
@@ -17,7 +16,7 @@ from ..learning.metrics import Means
 from ..learning.ranks import gather_objects, together
 from ..rollout import EpisodeRequest
 from ..types import Episode
-from .data_stream import check_same_order, checksum, first_rows, numbered_rows
+from .data_stream import RowSource, check_same_order, checksum, first_rows, numbered_rows
 from .engines import Engine
 from .metrics import add_episode_metrics, with_free_names
 from .player import EpisodePlayer
@@ -47,7 +46,7 @@ class Evaluation:
         self._engine = engine
         self._on_episode = on_episode
 
-    def measure(self, dataset: Any, state: TrainerState) -> dict[str, float]:
+    def measure(self, dataset: RowSource, state: TrainerState) -> dict[str, float]:
         """
         Metrics of a dataset, each row of which is played once. Collective: every rank must call this.
 
@@ -80,7 +79,7 @@ class Evaluation:
         metrics |= {"runtime": runtime, "samples_per_second": num_rows / runtime}
         return metrics | with_free_names(reward_means.reduced(), metrics)
 
-    def examples(self, dataset: Any, count: int | None, state: TrainerState) -> list[Episode]:
+    def examples(self, dataset: RowSource, count: int | None, state: TrainerState) -> list[Episode]:
         """
         Episodes of the first rows, which the first rank plays. Collective: every rank must call this.
 

@@ -1,4 +1,4 @@
-"""Policy and critic in training: what updates each of them, and how fast."""
+"""Policy and critic in training: their optimizers, schedules and distributed engines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -27,9 +27,12 @@ from .steppo_config import StepPOConfig
 
 logger = transformers.utils.logging.get_logger(__name__)
 
+OptimizerState: TypeAlias = dict[str, Any]
+"""What `state_dict` of an optimizer returns."""
+
 
 class SavedNetwork(Network):
-    """A network whose optimizer and schedule checkpoints hold: on one device, or under DDP."""
+    """A network whose optimizer and schedule can be saved: on one device, or under DDP."""
 
     def save_state(self, directory: Path, *, is_writer: bool) -> None:
         """Write the optimizer's and the schedule's state."""
@@ -40,30 +43,33 @@ class SavedNetwork(Network):
 
     def load_state(self, directory: Path) -> None:
         """Read what [`save_state`] wrote."""
-        self.optimizer.zero_grad()  # of an update that was broken off
+        self.optimizer.zero_grad()  # an update may have been interrupted
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if not type(innermost(self.optimizer)).__module__.startswith("torch.optim"):
-            parameters = []  # of others, some keep projections
+            parameters = []  # other optimizers may have states of other shapes
         load_optimizer_state(directory / "optimizer.pt", parameters, self._load_optimizer_state)
         load_scheduler_state(directory / "scheduler.pt", self.scheduler)
 
-    def _optimizer_state(self, *, keep: bool) -> dict[str, Any]:
-        """The optimizer's state, of which ranks that do not keep it need not hold all."""
-        state: dict[str, Any] = self.optimizer.state_dict()
+    def _optimizer_state(self, *, keep: bool) -> OptimizerState:
+        """
+        The optimizer's state, whole; ranks with `keep=False` need not hold all of it.
+        Collective: every rank must call this.
+        """
+        state: OptimizerState = self.optimizer.state_dict()
         return state
 
-    def _load_optimizer_state(self, state: dict[str, Any]) -> None:
+    def _load_optimizer_state(self, state: OptimizerState) -> None:
         self.optimizer.load_state_dict(state)
 
 
 class Fsdp2Network(SavedNetwork):
     """
-    A network under FSDP2: between passes a rank holds its shards of weights, gradients and the optimizer's state, and
-    nothing else. On the disk they are whole, so that any number of ranks, and DDP, can go on from them.
+    A network under FSDP2. Between passes a rank holds only its shards of weights, gradients and the optimizer's state.
+    On the disk they are whole, so that a run with another number of ranks, or with DDP, can continue from them.
     """
 
-    def accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        return nullcontext()  # every pass ends in shards: gradients that wait for the last one would be whole
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager[object]:
+        return nullcontext()  # gradients are in shards after every pass: without a reduction they would stay whole
 
     def _clip(self, max_norm: float) -> float:
         self.accelerator.unscale_gradients(self.optimizer)
@@ -82,19 +88,19 @@ class Fsdp2Network(SavedNetwork):
             yield
         finally:
             root.set_reshard_after_forward(True)
-            # Shards again; and forgotten is what was forwarded, which other ranks have not, and would prefetch apart.
+            # Shard again, and forget the order of these passes: ranks differ in it, and would prefetch differently.
             root.reset_iter_state()
 
-    def _optimizer_state(self, *, keep: bool) -> dict[str, Any]:
+    def _optimizer_state(self, *, keep: bool) -> OptimizerState:
         state = super()._optimizer_state(keep=keep)  # whose inner dicts are the optimizer's own
-        whole: dict[int, dict[str, Any]] = {}
+        whole: dict[int, dict[str, object]] = {}
         for index, of_parameter in state["state"].items():
             gathered_state = {name: whole_tensor(value) for name, value in of_parameter.items()}
             if keep:
                 whole[index] = {n: v.cpu() if torch.is_tensor(v) else v for n, v in gathered_state.items()}
         return {**state, "state": whole}
 
-    def _load_optimizer_state(self, state: dict[str, Any]) -> None:
+    def _load_optimizer_state(self, state: OptimizerState) -> None:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, of_parameter in state["state"].items():
             for name, value in of_parameter.items():
@@ -110,7 +116,7 @@ class DeepSpeedNetwork(SavedNetwork):
     def engine(self) -> Any:
         return self.module
 
-    def accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(is_boundary=is_last)
         return nullcontext()
 
@@ -124,7 +130,7 @@ class DeepSpeedNetwork(SavedNetwork):
         if norm is None or overflowed(self.engine):
             return None
         norm = float(norm)
-        return norm if math.isfinite(norm) and norm >= 0.0 else None  # -1 is its word for one that is not a number
+        return norm if math.isfinite(norm) and norm >= 0.0 else None  # -1 means that it is not a number
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -149,7 +155,7 @@ class DeepSpeedNetwork(SavedNetwork):
         load_scheduler_state(directory / "scheduler.pt", self.scheduler)
 
     def load_shards(self, directory: Path) -> None:
-        """Weights, and the optimizer's state. DeepSpeed unpickles them, whatever they hold."""
+        """Load weights and the optimizer's state. DeepSpeed unpickles them, so they must be trusted."""
         if not (directory / SHARDS).is_dir():
             raise CheckpointError(f"{directory} holds no shards of DeepSpeed's; it was written by another engine")
         with reading(directory, SHARDS):
@@ -157,7 +163,7 @@ class DeepSpeedNetwork(SavedNetwork):
 
 
 def innermost(optimizer: Any) -> Any:
-    """The optimizer that accelerate, or an engine, has wrapped."""
+    """The optimizer that accelerate or a distributed engine has wrapped."""
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     return optimizer
@@ -215,7 +221,7 @@ def build_networks(
     policy: nn.Module,
     critic: nn.Module | None,
     *,
-    optimizers: tuple[Any, Any],
+    optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None],
     decay_parameter_names: Callable[[nn.Module], list[str]],
 ) -> tuple[SavedNetwork, SavedNetwork | None]:
     """
@@ -376,7 +382,9 @@ def _no_shards(engine: str) -> ConfigurationError:
     )
 
 
-def make_optimizer(args: StepPOConfig, network: nn.Module, learning_rate: float, decays: set[str]) -> Any:
+def make_optimizer(
+    args: StepPOConfig, network: nn.Module, learning_rate: float, decays: set[str]
+) -> torch.optim.Optimizer:
     """As `TrainingArguments` choose it, over the parameters that require a gradient."""
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     groups = [
@@ -384,23 +392,27 @@ def make_optimizer(args: StepPOConfig, network: nn.Module, learning_rate: float,
         {"params": [p for n, p in trained if n not in decays], "weight_decay": 0.0},
     ]
     optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-    return optimizer_class([group for group in groups if group["params"]], **{**kwargs, "lr": learning_rate})
+    optimizer: torch.optim.Optimizer = optimizer_class(
+        [group for group in groups if group["params"]], **{**kwargs, "lr": learning_rate}
+    )
+    return optimizer
 
 
-def make_scheduler(args: StepPOConfig, optimizer: Any) -> Any:
+def make_scheduler(args: StepPOConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     """A schedule over the run's updates."""
     total = args.num_total_batches
     assert total is not None
-    return transformers.get_scheduler(
+    scheduler: torch.optim.lr_scheduler.LambdaLR = transformers.get_scheduler(
         args.lr_scheduler_type,
         optimizer,
         num_warmup_steps=args.get_warmup_steps(total),
         num_training_steps=total,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
     )
+    return scheduler
 
 
-def _check_optimizer(args: StepPOConfig, optimizer: Any, policy: nn.Module, critic: nn.Module | None) -> None:
+def _check_optimizer(args: StepPOConfig, optimizer: object, policy: nn.Module, critic: nn.Module | None) -> None:
     """One optimizer for two networks, as `PPOTrainer` has it."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigurationError(

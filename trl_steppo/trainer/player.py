@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerState
 
 from ..calls import call_and_wait, error_text
 from ..chat import ChatFormat
+from ..environments.base import Tools
 from ..environments.slots import Slots
 from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError, DataError
@@ -31,6 +32,7 @@ from ..rollout import (
 )
 from ..rollout.loops import run_coroutine
 from ..types import Episode, Row, StopReason, TokenIds, Tokenizer
+from .arguments import DataCollator
 from .engines import Engine
 from .rewards import Rewards
 from .run_environments import RunEnvironments
@@ -38,9 +40,6 @@ from .steppo_config import StepPOConfig
 
 if TYPE_CHECKING:
     from ..gateway import GatewayServer
-
-DataCollator: TypeAlias = Callable[[list[Any]], Mapping[str, Any]]
-"""Makes `input_ids` of rows, as `PPOTrainer`'s."""
 
 _EVAL_EPISODES = 256  # of an evaluation at a time, whose dataset may be large
 
@@ -329,14 +328,13 @@ class EpisodePlayer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
-        text: str = self.tokenizer.decode(list(ids))
-        return text
+        return str(self.tokenizer.decode(list(ids)))
 
     def chat_of(self, row: Row) -> ChatFormat | None:
         """The format of a row's episodes, with the tools of its environment; `None` where none is needed."""
         return self._chats[self.environments.kind_of(row)]
 
-    def _chat_for(self, tools: Sequence[Any]) -> ChatFormat | None:
+    def _chat_for(self, tools: Tools) -> ChatFormat | None:
         has_turns = self.agent is not None or bool(self.environments) or bool(self.environments.tools)
         if self._has_input_ids and not tools and not self.environments:
             return None
@@ -435,7 +433,7 @@ def _prefix(update: int) -> str:
     return f"{update}/"
 
 
-def _stop_token_ids(args: StepPOConfig, tokenizer: Any) -> tuple[int, ...]:
+def _stop_token_ids(args: StepPOConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Explicit stop tokens; without any, rows with `prompt` stop at the chat template's end of turn."""
     if args.stop_token_id is not None:
         return (args.stop_token_id,)

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 from accelerate import PartialState
-from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
 from ..compat.accelerate import find_fsdp
@@ -22,21 +21,30 @@ from ..compat.transformers import (
     source_of,
 )
 from ..errors import ConfigurationError, DataError, RolloutError
-from ..inference.base import Sampler
 from ..learning.estimators import reference_kl, token_penalties
 from ..learning.ranks import summed, together
 from ..learning.update import Credit, Rollout, Scores
 from ..models import as_reference, is_peft_model, plain_model, whole_state_dict
 from ..rollout import dump_episodes, episode_file
 from ..stopping import listening
-from ..types import Episode
-from .arguments import Arguments, datasets_of, derive_sizes, description, loaded, row_rules
+from ..types import Episode, Model, Tokenizer
+from .arguments import (
+    Arguments,
+    DataCollator,
+    EvalDataset,
+    Optimizers,
+    datasets_of,
+    derive_sizes,
+    description,
+    load,
+    row_rules,
+)
 from .build import build_parts, build_player, freeze_reward_models
 from .callbacks import StepPOProgressCallback, print_episodes
 from .checkpointing import TrainerCheckpoints, alone_in
 from .checkpoints import Progress
 from .checks import warn_of_waiting
-from .data_stream import check_same_order, make_rows
+from .data_stream import RowSource, check_same_order, make_rows
 from .dataset_checks import check_eval_dataset
 from .distribution import Distribution, check_distribution
 from .episode_log import EpisodeLog
@@ -49,6 +57,9 @@ from .rollouts import RolloutSource, make_source
 from .run_loop import RunLoop, short_collections
 from .steppo_config import StepPOConfig
 from .update_record import RunRecord, UpdateRecord
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _NUM_SHOWN = 3  # episodes of a printed table
 
@@ -127,17 +138,17 @@ class PPOTrainer(RunLoop):
     def __init__(
         self,
         args: PPOConfig,
-        processing_class: Any,
-        model: PreTrainedModel,
-        ref_model: PreTrainedModel | None,
-        reward_model: nn.Module,
-        train_dataset: Any,
-        value_model: PreTrainedModel | None,
-        data_collator: Any = None,
-        eval_dataset: Any = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        processing_class: Tokenizer,
+        model: Model,
+        ref_model: Model | None,
+        reward_model: PreTrainedModel,
+        train_dataset: RowSource,
+        value_model: Model | None,
+        data_collator: DataCollator | None = None,
+        eval_dataset: EvalDataset | None = None,
+        optimizers: Optimizers = (None, None),
         callbacks: list[TrainerCallback] | None = None,
-        peft_config: Any = None,
+        peft_config: PeftConfig | None = None,
     ) -> None:
         if isinstance(args, StepPOConfig):
             raise ConfigurationError(
@@ -167,18 +178,18 @@ class PPOTrainer(RunLoop):
 
     def _set_up(self, given: Arguments) -> None:
         """All arguments of both trainers, checked and put together."""
-        given = loaded(given)
+        loaded = load(given)
         args = given.args
         assert args.device is not None  # sets the process group up
         args.world_size = PartialState().num_processes  # a field of `PPOConfig`, which DeepSpeed's set-up reads
         Trainer.__init__(
             self,
-            model=given.model,
+            model=loaded.model,
             args=args,
             # It asks other datasets for `max_steps`.
             train_dataset=given.train_dataset if isinstance(given.train_dataset, Sized) else None,
             eval_dataset=given.eval_dataset,
-            processing_class=given.processing_class,
+            processing_class=loaded.tokenizer,
             callbacks=given.callbacks,
         )
         self.args = args
@@ -192,9 +203,9 @@ class PPOTrainer(RunLoop):
         self.rows = make_rows(given.train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
         check_same_order(self.rows.order, "train_dataset")
         derive_sizes(args, self.accelerator.num_processes, self.rows)
-        freeze_reward_models(given, self.rows, self.accelerator.device)
+        freeze_reward_models(loaded, self.rows, self.accelerator.device)
         parts = build_parts(
-            given,
+            loaded,
             self.accelerator,
             decay_parameter_names=self.get_decay_parameter_names,
             on_event=self._event,
@@ -206,7 +217,7 @@ class PPOTrainer(RunLoop):
         self.policy_adapter = models.adapters.trained
         self.learner = parts.learner
         self.engine = parts.engine
-        self.player = build_player(given, self.rows, parts)
+        self.player = build_player(loaded, self.rows, parts)
         self.evaluation = Evaluation(
             self.accelerator, self.player, self.engine, lambda: self._event("on_prediction_step")
         )
@@ -222,20 +233,15 @@ class PPOTrainer(RunLoop):
         self.progress = Progress(reference_adapter=models.adapters.copied)
         self._adapters = models.adapters
         self._inspection = Inspection(args, self.accelerator, eos_token_id=self.player.tokenizer.eos_token_id)
-        self._row_rules = row_rules(given)
-        self._description = description(given)
-
-    @property
-    def sampler(self) -> Sampler:
-        """What continues prompts: the engine's sampler."""
-        return self.engine.sampler
+        self._row_rules = row_rules(loaded)
+        self._description = description(loaded)
 
     # -- the story ----------------------------------------------------------------------------------------------------
 
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
+        trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """
@@ -392,7 +398,10 @@ class PPOTrainer(RunLoop):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: EvalDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
         Play every row of the evaluation dataset once, greedily, and log what came out as `eval_*`.
@@ -408,7 +417,7 @@ class PPOTrainer(RunLoop):
         Returns:
             `dict[str, float]`: Means over the episodes that did not fail.
         """
-        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: EvalDataset | None = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise DataError("there is no `eval_dataset` to evaluate on")
         if isinstance(dataset, dict):
@@ -434,7 +443,7 @@ class PPOTrainer(RunLoop):
             sampling (`bool`, *optional*, defaults to `False`):
                 Whether a few are enough; else all rows are played.
         """
-        dataset: Any = self.eval_dataset
+        dataset: EvalDataset | None = self.eval_dataset
         if dataset is None:
             return
         if isinstance(dataset, dict):
@@ -448,15 +457,15 @@ class PPOTrainer(RunLoop):
         """Context of an evaluation: a run has started the engine; outside of one, the evaluation starts it."""
         return nullcontext() if self.is_in_train else self.engine.running(self.state.global_step)
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> NoReturn:
         """Raises: rows are drawn from a seeded stream and played one by one (`self.rows`)."""
         raise ConfigurationError("there is no data loader: rows are played one by one; see `trainer.rows`")
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def get_eval_dataloader(self, eval_dataset: object = None) -> NoReturn:
         """Raises: evaluation plays the rows of `eval_dataset` one by one."""
         raise ConfigurationError("there is no data loader: rows are played one by one; see `trainer.eval_dataset`")
 
-    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
+    def predict(self, test_dataset: object, ignore_keys: object = None, metric_key_prefix: str = "test") -> NoReturn:
         """Raises: there are no labels to predict; `evaluate` plays any dataset."""
         raise ConfigurationError(
             f"there is nothing to predict; `evaluate(test_dataset, metric_key_prefix={metric_key_prefix!r})` plays it"
@@ -487,8 +496,7 @@ class PPOTrainer(RunLoop):
         if not self.checkpoints.are_written_together:
             Trainer.save_model(self, output_dir, _internal_call)
             return
-        policy: Any = self.model
-        state = whole_state_dict(policy, keep=self.args.should_save)
+        state = whole_state_dict(self.model, keep=self.args.should_save)
         if self.args.should_save:
             save_policy(self, output_dir, state)
         if self.args.push_to_hub and not _internal_call:
@@ -510,7 +518,7 @@ class PPOTrainer(RunLoop):
         if not self.args.should_save:
             return
         # Of a copy: merging and taking apart again would leave rounding errors behind.
-        model: Any = copy.deepcopy(self.model)
+        model = copy.deepcopy(self.model)
         (model.merge_and_unload() if is_peft_model(model) else model).save_pretrained(output_dir)
         self.player.tokenizer.save_pretrained(output_dir)
 

@@ -256,16 +256,16 @@ def factories_of(environment_factory: EnvironmentFactories | None) -> dict[str |
     """
     if environment_factory is None:
         return {}
-    factories: dict[str | None, EnvironmentFactory] = {}
+    factories: dict[str | None, EnvironmentFactory]
     if isinstance(environment_factory, Mapping):
-        factories |= environment_factory
+        factories = dict(environment_factory.items())
         if not factories or not all(isinstance(name, str) for name in factories):
             raise ConfigurationError(
                 f"`environment_factory` is a dict with the names {list(factories)}; give at least one, each of them "
                 f"text, as the dataset's column `{ENVIRONMENT_COLUMN}` has it"
             )
     else:
-        factories[None] = environment_factory
+        factories = {None: environment_factory}
     for name, factory in factories.items():
         if not callable(factory):
             raise ConfigurationError(

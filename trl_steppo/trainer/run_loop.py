@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -23,10 +23,12 @@ from ..compat.transformers import (
     save_scaler_and_generators,
 )
 from ..compat.trl import ppo_bases
+from ..inference.base import Sampler
 from ..learning.learner import Learner
 from ..learning.ranks import gather_objects
 from ..modes import modes_kept
 from ..stopping import StopRequestedError, is_requested
+from ..types import Model
 from .callbacks import close_progress_bars
 from .checkpointing import TrainerCheckpoints, save_state
 from .checkpoints import Progress, reading
@@ -54,12 +56,18 @@ class RunLoop(_Base):
     """
 
     args: StepPOConfig
+    model: Model
     rows: Rows
     learner: Learner
     engine: Engine
     checkpoints: TrainerCheckpoints
     progress: Progress
-    _description: dict[str, Any]  # of what the run trains on
+    _description: dict[str, object]  # of what the run trains on
+
+    @property
+    def sampler(self) -> Sampler:
+        """What continues prompts: the engine's sampler."""
+        return self.engine.sampler
 
     def generate_completions(self, sampling: bool = False) -> None:
         """Print a table of episodes."""
@@ -220,7 +228,7 @@ class RunLoop(_Base):
             self.log(averaged(self.progress.unlogged))
             self.progress.unlogged.clear()
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: object, trial: object) -> None:
         """All that `train(resume_from_checkpoint=...)` needs; see [`checkpoints`]."""
         name = self.hub_model_id or self.checkpoints.output_dir.name
         self.create_model_card(model_name=name.split("/")[-1])

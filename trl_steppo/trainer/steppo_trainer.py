@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..rollout import Agent
-from .arguments import Arguments
+from ..types import Model, Tokenizer
+from .arguments import Arguments, DataCollator, EvalDataset, Optimizers
+from .data_stream import RowSource
+from .dataset_checks import EnvironmentFactories
 from .engines import Engine
 from .loading import name_of
 from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
 from .reward_models import RewardFuncs
 from .steppo_config import StepPOConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class StepPOTrainer(PPOTrainer):
@@ -116,22 +121,22 @@ class StepPOTrainer(PPOTrainer):
     def __init__(
         self,
         args: StepPOConfig | PPOConfig | None = None,
-        processing_class: Any = None,
-        model: PreTrainedModel | str | None = None,
-        ref_model: PreTrainedModel | str | None = None,
-        reward_model: nn.Module | str | None = None,
-        train_dataset: Any = None,
-        value_model: PreTrainedModel | str | None = None,
-        data_collator: Any = None,
-        eval_dataset: Any = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        processing_class: Tokenizer | str | None = None,
+        model: Model | str | None = None,
+        ref_model: Model | str | None = None,
+        reward_model: PreTrainedModel | str | None = None,
+        train_dataset: RowSource | None = None,
+        value_model: Model | str | None = None,
+        data_collator: DataCollator | None = None,
+        eval_dataset: EvalDataset | None = None,
+        optimizers: Optimizers = (None, None),
         callbacks: list[TrainerCallback] | None = None,
-        peft_config: Any = None,
+        peft_config: PeftConfig | None = None,
         *,
-        environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None = None,
-        tools: Sequence[Callable[..., Any]] | None = None,
+        environment_factory: EnvironmentFactories | None = None,
+        tools: Sequence[Callable[..., object]] | None = None,
         reward_funcs: RewardFuncs | None = None,
-        reward_processing_classes: Any = None,
+        reward_processing_classes: Tokenizer | Sequence[Tokenizer | None] | None = None,
         agent: Agent | None = None,
         engine: Engine | None = None,
     ) -> None:
