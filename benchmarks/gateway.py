@@ -144,7 +144,7 @@ def play_through(server: GatewayServer, num_sessions: int, num_steps: int, *, tr
     done = subprocess.run([sys.executable, str(CLIENTS)], input=json.dumps(work), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    seen = json.loads(done.stdout)
+    seen: dict[str, Any] = json.loads(done.stdout)
     seen["cpu_s"] = cpu_s() - before
     episodes = []
     for session, _ in opened:

@@ -139,7 +139,7 @@ def interval(values: list[float], baseline: list[float] | None = None) -> list[f
     samples = [np.asarray(sample) for sample in (values, baseline) if sample is not None]
 
     def difference(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
-        means = [np.mean(part, axis=axis) for part in parts]
+        means: list[np.ndarray] = [np.mean(part, axis=axis) for part in parts]
         return means[0] - means[1] if len(means) > 1 else means[0]
 
     found = bootstrap(samples, difference, method="percentile", rng=np.random.default_rng(0)).confidence_interval

@@ -201,7 +201,7 @@ def main(args: VsPPOTrainerArguments) -> None:
 
 
 def ratio(by_name: dict[str, Cost], quantity: str) -> float:
-    return getattr(by_name["StepPOTrainer"], quantity) / getattr(by_name["PPOTrainer"], quantity)
+    return float(getattr(by_name["StepPOTrainer"], quantity) / getattr(by_name["PPOTrainer"], quantity))
 
 
 def table_rows(vocabulary: int, by_name: dict[str, Cost]) -> list[list[str]]:

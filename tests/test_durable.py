@@ -93,10 +93,15 @@ def write_file(path: Path, text: str, **options: Any) -> None:
 
 
 def write_directory(path: Path, text: str, **options: Any) -> None:
-    with durable.directory(path, **options) as partial:
+    with durable.directory(path, replaces=True, **options) as partial:
         (partial / "folder").mkdir()
         (partial / "folder" / "a").write_text(text)
         (partial / "b").write_text(text)
+
+
+def partial_file(path: Path) -> Path:
+    """Where this process writes a file."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def read(path: Path) -> set[str]:
@@ -137,7 +142,7 @@ def test_what_fails_changes_nothing(tmp_path, monkeypatch, write, error, fails_a
 def test_what_a_killed_process_left_is_written_anew(tmp_path, write):
     path = tmp_path / "place"
     if write is write_file:
-        durable.partial_of(path).write_text("half")
+        partial_file(path).write_text("half")
     else:
         durable.partial_of(path).mkdir()
         (durable.partial_of(path) / "c").write_text("half")
@@ -152,7 +157,8 @@ def test_all_is_on_the_disk_before_it_gets_its_place(tmp_path, monkeypatch, writ
     """In the order that a power cut asks for: content, then the name, then the folder that holds the name."""
     if write is write_file and not syncs:
         return
-    path, partial = tmp_path / "place", tmp_path / "place.partial"
+    path = tmp_path / "place"
+    partial = partial_file(path) if write is write_file else durable.partial_of(path)
     replace, happened = os.replace, list[Path | str]()
     monkeypatch.setattr(durable, "sync", happened.append)
     monkeypatch.setattr(os, "replace", lambda *paths: (happened.append("replace"), replace(*paths)))
@@ -163,6 +169,19 @@ def test_all_is_on_the_disk_before_it_gets_its_place(tmp_path, monkeypatch, writ
         assert happened[len(of_parts) :] == [partial, "replace", tmp_path]
     else:
         assert happened == ["replace"]
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_directory_that_is_not_to_be_replaced_stays(tmp_path, is_file):
+    path = tmp_path / "place"
+    write_directory(path, "first")
+    with (
+        pytest.raises(OSError, match=r"Is a directory|not empty"),
+        durable.file(path) if is_file else durable.directory(path) as partial,
+    ):
+        (partial if is_file else partial / "a").write_text("second")
+    assert read(path) == {"first"}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_one_that_is_to_be_deleted_has_left_its_place(tmp_path):

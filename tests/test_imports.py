@@ -87,6 +87,7 @@ INSIDE: dict[str, list[str]] = {
         "arguments",
         "player",
         "update_record",
+        "inspection",
         "build",
         "rollouts",
         "evaluation",

@@ -45,6 +45,28 @@ def test_every_snippet_is_run_here():
     assert len(SNIPPETS) == 4
 
 
+def files_in_tree() -> set[str]:
+    """The paths of the package's files that README's tree names."""
+    text = (ROOT / "README.md").read_text()
+    (tree,) = re.findall(r"^trl_steppo/ .*?(?=^examples/)", text, flags=re.MULTILINE | re.DOTALL)
+    files, folder = set(), ""
+    for line in tree.splitlines()[1:]:
+        if entry := re.match(r"[├└]── (\S+)", line):
+            folder = entry[1] if entry[1].endswith("/") else ""
+        files |= {folder + name for name in re.findall(r"\b\w+\.py\b", line)}
+    return files
+
+
+def test_the_tree_names_every_file():
+    """Those of folders that it describes as a whole need no line of their own."""
+    package = ROOT / "trl_steppo"
+    files = {str(path.relative_to(package)) for path in package.glob("*.py")}
+    files |= {str(path.relative_to(package)) for path in package.glob("*/*.py")}
+    folders = {Path(name).parent for name in files_in_tree()}
+    in_folders = {name for name in files if Path(name).parent in folders and Path(name).name != "__init__.py"}
+    assert files_in_tree() == in_folders
+
+
 def test_an_environment_with_a_tool_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = run_snippet("class PhoneBook", {})["trainer"]

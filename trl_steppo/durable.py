@@ -41,7 +41,7 @@ def file(path: Path) -> Iterator[Path]:
     ...     partial.write_text(json.dumps(scores))
     ```
     """
-    partial = partial_of(path)
+    partial = partial_of(path.with_name(f"{path.name}.{os.getpid()}"))  # several processes may write the same file
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.unlink(missing_ok=True)
     try:
@@ -53,15 +53,17 @@ def file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def directory(path: Path, *, syncs: bool = True) -> Iterator[Path]:
+def directory(path: Path, *, syncs: bool = True, replaces: bool = False) -> Iterator[Path]:
     """
     Write a directory so that it is complete wherever it is found. Folders above it are made.
 
     Args:
         path (`Path`):
-            The directory's place. A directory that is there is replaced.
+            The directory's place.
         syncs (`bool`, *optional*, defaults to `True`):
             Whether the directory survives a power cut. `False` for what no later process needs; it is much faster.
+        replaces (`bool`, *optional*, defaults to `False`):
+            Whether a directory that is there is deleted. Otherwise one with something in it is an `OSError`.
 
     Yields:
         `Path`: The directory to write into. It becomes `path` when the block ends, and is removed if the block raises.
@@ -71,7 +73,7 @@ def directory(path: Path, *, syncs: bool = True) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        publish(partial, path, syncs=syncs)
+        publish(partial, path, syncs=syncs, replaces=replaces)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -82,7 +84,7 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def publish(partial: Path, path: Path, *, syncs: bool = True) -> None:
+def publish(partial: Path, path: Path, *, syncs: bool = True, replaces: bool = False) -> None:
     """
     Move a file or a directory to its place, once all of it is on the disk.
 
@@ -90,17 +92,20 @@ def publish(partial: Path, path: Path, *, syncs: bool = True) -> None:
         partial (`Path`):
             What was written. All of it is there.
         path (`Path`):
-            The place. What is there is replaced; a directory is deleted when the new one has its place.
+            The place. A file that is there is replaced.
         syncs (`bool`, *optional*, defaults to `True`):
             Whether the result survives a power cut.
+        replaces (`bool`, *optional*, defaults to `False`):
+            Whether a directory that is there is deleted, when the new one has its place.
 
     Raises:
-        OSError: If it cannot be written, as on a full disk.
+        OSError: If it cannot be written, as on a full disk; if a directory with something in it has the place, and
+            is not to be replaced.
     """
     if syncs:
         for part in (*partial.rglob("*"), partial):
             sync(part)
-    replaced = retire(path) if path.is_dir() else None
+    replaced = retire(path) if replaces and path.is_dir() else None
     try:
         os.replace(partial, path)
     except BaseException:

@@ -202,8 +202,8 @@ class ScriptedSampler:
         self, prompt_ids: Sequence[int], params: SamplingParams, *, episode_id: str, order: tuple[int, ...] = ()
     ) -> Sample:
         """The script's response; see [`~inference.base.Sampler`]."""
-        place = (*order, 0, 0, 0)[:3]
-        turn = Turn(TokenIds(prompt_ids), params, episode_id, *place, tokenizer=self.tokenizer)
+        position, generation, index = (*order, 0, 0, 0)[:3]
+        turn = Turn(TokenIds(prompt_ids), params, episode_id, position, generation, index, tokenizer=self.tokenizer)
         self.turns.append(turn)
         await asyncio.sleep(0)  # other episodes run now, as while a model samples
         sample = self._sample(turn, await self._respond(turn))
@@ -412,7 +412,8 @@ def tiny_policy(seed: int = 0, **settings: object) -> PreTrainedModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(_tiny_config(settings)).eval()
+        policy: PreTrainedModel = Qwen2ForCausalLM(_tiny_config(settings)).eval()
+    return policy
 
 
 def tiny_critic(seed: int = 1, **settings: object) -> PreTrainedModel:
@@ -430,7 +431,8 @@ def tiny_critic(seed: int = 1, **settings: object) -> PreTrainedModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForSequenceClassification(_tiny_config({"num_labels": 1, **settings})).eval()
+        critic: PreTrainedModel = Qwen2ForSequenceClassification(_tiny_config({"num_labels": 1, **settings})).eval()
+    return critic
 
 
 def _tiny_config(changes: Mapping[str, Any]) -> Qwen2Config:
@@ -476,10 +478,8 @@ def step(prompt: str | Sequence[int], response: str | Sequence[int], reward: flo
     1.0
     ```
     """
-    tokenizer = byte_tokenizer() if isinstance(prompt, str) or isinstance(response, str) else None
     prompt_ids, response_ids = (
-        TokenIds(tokenizer.encode(part) if isinstance(part, str) and tokenizer is not None else part)
-        for part in (prompt, response)
+        TokenIds(byte_tokenizer().encode(part) if isinstance(part, str) else part) for part in (prompt, response)
     )
     fields: dict[str, Any] = {"rollout_logprobs": (-1.0,) * len(response_ids), "step_index": 0, "policy_version": 0}
     fields |= {"temperature": 1.0, "stop_reason": StopReason.STOP, **changes}

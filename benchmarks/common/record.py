@@ -46,6 +46,7 @@ class BenchmarkArguments:
 def parse_arguments(kind: type[T], argv: Sequence[str] | None = None) -> T:
     """The flags of a benchmark, from the command line or from `argv`."""
     parser: Any = HfArgumentParser(kind)  # type: ignore[arg-type]
+    args: T
     (args,) = parser.parse_args_into_dataclasses(argv)
     return args
 

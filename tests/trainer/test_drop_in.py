@@ -329,7 +329,7 @@ def test_missing_eos_penalty(tmp_path):
     settings = {"response_length": 100, "stop_token_id": 65, "num_ppo_epochs": 1, "total_episodes": 8}
     without = drop_in(tmp_path / "a", settings=settings)
     roll_out, episodes = without._roll_out, []
-    without._roll_out = lambda update: episodes.extend(roll_out(update)) or episodes  # type: ignore[method-assign]
+    without._roll_out = lambda *args: episodes.extend(roll_out(*args)) or episodes  # type: ignore[method-assign]
     without.train()
     with_it = drop_in(tmp_path / "b", settings={**settings, "missing_eos_penalty": 5.0})
     with_it.train()

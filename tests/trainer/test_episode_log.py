@@ -30,7 +30,7 @@ def play(directory: Path, **arguments: Any) -> tuple[Any, list[list[Episode]]]:
     trainer = make_trainer(directory, **{"log_episodes": 4, **arguments})
     updates: list[list[Episode]] = []
     roll_out = trainer._roll_out
-    trainer._roll_out = lambda update: updates.append(roll_out(update)) or updates[-1]
+    trainer._roll_out = lambda *args: updates.append(roll_out(*args)) or updates[-1]
     trainer.train()
     return trainer, updates
 

@@ -88,7 +88,7 @@ def play(directory: Path, capsys: Any = None, **arguments: Any) -> Run:
     trainer = make_trainer(directory, **arguments)
     updates: list[list[Episode]] = []
     roll_out, sizes = trainer._roll_out, Sizes()
-    trainer._roll_out = lambda update: updates.append(roll_out(update)) or updates[-1]
+    trainer._roll_out = lambda *args: updates.append(roll_out(*args)) or updates[-1]
     trainer.learner.policy.module.register_forward_hook(sizes)
     if capsys is not None:
         capsys.readouterr()

@@ -186,8 +186,8 @@ class Responder:
         step = await self._record(request, flight, prompt, sample, params)
         flight.is_recording = True
         await self._store(step)
-        is_cut = session.spec.is_cut(params, len(prompt.ids), max_tokens=request.wishes.max_tokens)
-        if is_cut and step.stop_reason is StopReason.LENGTH:
+        max_tokens, is_cut = request.wishes.max_tokens, step.stop_reason is StopReason.LENGTH
+        if is_cut and session.spec.is_cut(params, len(prompt.ids), max_tokens=max_tokens):
             session.notes.cut = True
             await services.save(session)
         self._count(step, prompt)

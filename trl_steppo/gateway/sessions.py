@@ -177,8 +177,10 @@ class Session(EpisodeRecord[SessionStep]):
         raise RequestError(404, f"this session does not have {what}; it has {len(visible)}", param="step")
 
     def _position_of_answer(self, answer_id: str) -> int | None:
-        positions = (position for position, step in enumerate(self.steps) if step.answer.answer_id == answer_id)
-        return next(positions, None)
+        for position in reversed(range(len(self.steps))):  # it is mostly the last
+            if self.steps[position].answer.answer_id == answer_id:
+                return position
+        return None
 
     # -- budgets ------------------------------------------------------------------------------------------------------
 

@@ -91,6 +91,7 @@ def prepare_for_tries(model: PreTrainedModel) -> None:
 
 def forward_arguments(model: PreTrainedModel, segments: Sequence[Segment] | None) -> dict[str, object]:
     """The arguments of a model's backbone besides ids and positions; `segments` is `None` for plain causal rows."""
+    register_attention()  # a model that was pickled after a run names it
     if segments is None:
         return {}
     prepare_for_tries(model)

@@ -93,8 +93,7 @@ def _load(directory: Path, name: str) -> Run:
     if not is_finished:
         file = _last_checkpoint(directory) / "trainer_state.json"
     state = _read_json(file)
-    entries: list[JsonObject] = state.get("log_history") or []
-    history = [logs for logs in entries if "step" in logs]
+    history = [logs for logs in state.get("log_history") or [] if "step" in logs]
     if not any("episode" in logs for logs in history):
         raise DataError(
             f"{file} holds no update: the run ended before its first log; train longer, or set `logging_steps` to 1"
@@ -118,7 +117,7 @@ def _last_checkpoint(directory: Path) -> Path:
     return numbered[max(numbered)]
 
 
-def _read_json(file: Path) -> dict[str, object]:
+def _read_json(file: Path) -> JsonObject:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

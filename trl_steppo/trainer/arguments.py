@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
+import torch
 import transformers
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from ..errors import ConfigurationError
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 EvalDataset: TypeAlias = RowSource | dict[str, RowSource]
 """One dataset to evaluate on, or several by name."""
 
-Optimizers: TypeAlias = tuple[Optimizer | None, LambdaLR | None]
+Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 """An optimizer over policy and critic, and its schedule."""
 
 DataCollator: TypeAlias = Callable[[list[Any]], Mapping[str, Any]]

@@ -160,7 +160,7 @@ class TrainerCheckpoints:
     def save_settings(self, description: Mapping[str, object]) -> None:
         """Write the run's settings, with a description of what it trains on, into `output_dir`."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        settings = {**json.loads(self._args.to_json_string()), **description}
+        settings = {**self._args.to_dict(), **description}
         (self.output_dir / SETTINGS_FILE).write_text(json.dumps(settings, indent=2))
 
     def copy_folders(self, directory: Path) -> None:

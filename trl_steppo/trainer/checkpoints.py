@@ -147,7 +147,7 @@ def written_whole(
     with caught() as outcome:
         if is_writer:
             write_manifest(partial, manifest)
-            durable.publish(partial, directory)
+            durable.publish(partial, directory, replaces=True)
     fail_together(outcome)
 
 

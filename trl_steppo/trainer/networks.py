@@ -12,8 +12,6 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from ..compat.accelerate import forget_engine, is_fsdp2
@@ -223,7 +221,7 @@ def build_networks(
     policy: nn.Module,
     critic: nn.Module | None,
     *,
-    optimizers: tuple[Optimizer | None, LambdaLR | None],
+    optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None],
     decay_parameter_names: Callable[[nn.Module], list[str]],
 ) -> tuple[SavedNetwork, SavedNetwork | None]:
     """
@@ -384,7 +382,9 @@ def _no_shards(engine: str) -> ConfigurationError:
     )
 
 
-def make_optimizer(args: StepPOConfig, network: nn.Module, learning_rate: float, decays: set[str]) -> Optimizer:
+def make_optimizer(
+    args: StepPOConfig, network: nn.Module, learning_rate: float, decays: set[str]
+) -> torch.optim.Optimizer:
     """As `TrainingArguments` choose it, over the parameters that require a gradient."""
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     groups = [
@@ -392,17 +392,17 @@ def make_optimizer(args: StepPOConfig, network: nn.Module, learning_rate: float,
         {"params": [p for n, p in trained if n not in decays], "weight_decay": 0.0},
     ]
     optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-    optimizer: Optimizer = optimizer_class(
+    optimizer: torch.optim.Optimizer = optimizer_class(
         [group for group in groups if group["params"]], **{**kwargs, "lr": learning_rate}
     )
     return optimizer
 
 
-def make_scheduler(args: StepPOConfig, optimizer: Optimizer) -> LambdaLR:
+def make_scheduler(args: StepPOConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     """A schedule over the run's updates."""
     total = args.num_total_batches
     assert total is not None
-    scheduler: LambdaLR = transformers.get_scheduler(
+    scheduler: torch.optim.lr_scheduler.LambdaLR = transformers.get_scheduler(
         args.lr_scheduler_type,
         optimizer,
         num_warmup_steps=args.get_warmup_steps(total),

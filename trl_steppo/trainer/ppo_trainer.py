@@ -49,11 +49,12 @@ from .dataset_checks import check_eval_dataset
 from .distribution import Distribution, check_distribution
 from .episode_log import EpisodeLog
 from .evaluation import Evaluation
+from .inspection import Inspection
 from .metrics import add_age_metrics, add_correction_metrics
 from .model_card import model_card
 from .ppo_config import PPOConfig
-from .rollouts import Inspection, make_source, short_collections
-from .run_loop import RunLoop
+from .rollouts import RolloutSource, make_source
+from .run_loop import RunLoop, short_collections
 from .steppo_config import StepPOConfig
 from .update_record import RunRecord, UpdateRecord
 
@@ -217,7 +218,6 @@ class PPOTrainer(RunLoop):
         self.learner = parts.learner
         self.engine = parts.engine
         self.player = build_player(loaded, self.rows, parts)
-        self.rollouts = make_source(args, self.accelerator, self.rows, self.player, self.engine)
         self.evaluation = Evaluation(
             self.accelerator, self.player, self.engine, lambda: self._event("on_prediction_step")
         )
@@ -281,10 +281,11 @@ class PPOTrainer(RunLoop):
 
     def _train(self, resumed_from: Path | None) -> RunRecord:
         """All updates that are left, and all that is around them."""
+        rollouts = make_source(self.args, self.accelerator, self.rows, self.player, self.engine)
         with (
             self.learner.numerics.between_passes(),
             self.player.running(resumed_at=None if resumed_from is None else self.state.global_step),
-            closing(self.rollouts),  # when the sampler is closed, which ends what is still being played
+            closing(rollouts),  # when the sampler is closed, which ends what is still being played
             self.engine.running(self.state.global_step),
             self._saving_when_stopped(),
             self._running(resumed_from) as run,
@@ -292,7 +293,7 @@ class PPOTrainer(RunLoop):
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 self._heed_requests_to_stop()
                 with self._update(run) as update:
-                    episodes = self._roll_out(update)
+                    episodes = self._roll_out(update, rollouts)
                     rollout = self._collate(update, episodes)
                     if rollout is None:
                         self._skip(update, episodes)
@@ -304,11 +305,11 @@ class PPOTrainer(RunLoop):
         run.check_learned(self.state.global_step, self.progress.learned_updates)
         return run
 
-    def _roll_out(self, update: UpdateRecord) -> list[Episode]:
+    def _roll_out(self, update: UpdateRecord, rollouts: RolloutSource) -> list[Episode]:
         """Play (or read back) this update's episodes on this rank."""
         args = self.args
         with update.clock.measure("rollout_s"):
-            episodes = self.rollouts.take(update)
+            episodes = rollouts.take(update)
             if args.dump_episodes_dir is not None:
                 file = episode_file(args.dump_episodes_dir, update.index, self.accelerator.process_index)
                 together(partial(dump_episodes, file, episodes))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import transformers
 from transformers import Trainer, TrainerState
 
@@ -255,3 +257,21 @@ class RunLoop(_Base):
     def _event(self, name: str) -> None:
         """Tell the callbacks, who may change what happens next."""
         self.control = getattr(self.callback_handler, name)(self.args, self.state, self.control)
+
+
+@contextmanager
+def short_collections(device: torch.device) -> Iterator[None]:
+    """
+    Leave what exists already out of garbage collection. A full collection takes 0.3 s with all that torch and
+    transformers have loaded, longer than a rollout waits for environments that it takes to be quick.
+    """
+    if gc.get_freeze_count():  # the program does so by itself
+        yield
+        return
+    if device.type != "cpu":
+        gc.collect()  # a model that nobody uses any more may hold the device's memory
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,79 @@
+"""A look at the episodes of each update: how many can be trained on, and what the user may not expect."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+
+from ..batching import num_unique_tokens
+from ..learning.ranks import summed
+from ..types import Episode, StopReason
+from .metrics import add_episode_metrics
+from .steppo_config import StepPOConfig
+from .update_record import UpdateRecord
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_BUDGETS = (StopReason.MAX_INTERACTION_STEPS, StopReason.MAX_PROMPT_LENGTH)
+"""Budgets that cut episodes unless settings say otherwise."""
+
+
+class Inspection:
+    """
+    Looks at the episodes of each update: measures them, and warns of what the user may not expect.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The run's settings.
+        accelerator ([`~accelerate.Accelerator`]):
+            Knows the ranks.
+        eos_token_id (`int`, *optional*):
+            The tokenizer's.
+    """
+
+    def __init__(self, args: StepPOConfig, accelerator: Accelerator, *, eos_token_id: int | None) -> None:
+        self._args = args
+        self._accelerator = accelerator
+        self._eos_token_id = eos_token_id
+        self._warned: set[StopReason] = set()
+
+    def num_valid(self, update: UpdateRecord, episodes: Sequence[Episode]) -> int:
+        """
+        The number of episodes on all ranks that can be trained on. Collective: every rank must call this.
+
+        Args:
+            update ([`UpdateRecord`]):
+                Takes the metrics of the episodes.
+            episodes (`Sequence[Episode]`):
+                This rank's.
+        """
+        add_episode_metrics(update.means, episodes, eos_token_id=self._eos_token_id)
+        valid = [episode for episode in episodes if episode.valid]
+        update.logs["perf/unique_tokens"] = num_unique_tokens(valid)
+        errors = Counter(str(episode.error) for episode in episodes if not episode.valid)
+        for error, count in errors.most_common(3):
+            logger.warning(f"update {update.number}: {count} of {len(episodes)} episodes failed: {error}")
+        num_cut = [sum(episode.stop_reason is reason for episode in episodes) for reason in _DEFAULT_BUDGETS]
+        counts = torch.tensor([float(len(valid)), *map(float, num_cut)], device=self._accelerator.device)
+        num_valid, *num_cut = map(int, summed(counts).tolist())
+        for reason, count in zip(_DEFAULT_BUDGETS, num_cut, strict=True):
+            if count and reason not in self._warned:
+                self._warned.add(reason)
+                self._warn_of_cut(update, reason, count)
+        return num_valid
+
+    def _warn_of_cut(self, update: UpdateRecord, reason: StopReason, count: int) -> None:
+        """Warn, once for each, of episodes that end at a budget that nobody set."""
+        cures = {
+            StopReason.MAX_INTERACTION_STEPS: f"`max_interaction_steps` = {self._args.max_interaction_steps}. Raise "
+            "it if your episodes need more steps",
+            StopReason.MAX_PROMPT_LENGTH: "what the model's context leaves beside `response_length`. Set "
+            "`max_interaction_steps`, `max_prompt_length` or `max_episode_tokens` if they should end before",
+        }
+        is_set = reason is StopReason.MAX_PROMPT_LENGTH and self._args.max_prompt_length is not None
+        if self._accelerator.is_main_process and not is_set:
+            logger.warning(f"update {update.number}: {count} episodes were cut at {cures[reason]} (told once)")
