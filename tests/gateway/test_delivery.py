@@ -18,7 +18,7 @@ from tests.gateway.gateway_policy import Policy, echo, start
 from tests.gateway.session_client import USER, Client, hold, let_go, wait_until
 from trl_steppo.gateway import GatewayServer
 from trl_steppo.gateway.conversation import Answer
-from trl_steppo.gateway.delivery import Delivery
+from trl_steppo.gateway.delivery import ReplyResponse
 from trl_steppo.gateway.openai import CHAT_COMPLETIONS, ChatBody
 from trl_steppo.gateway.responder import Reply
 from trl_steppo.gateway.sampling import SamplerLoop
@@ -209,7 +209,7 @@ def test_a_client_that_goes_away_while_it_is_told_is_heard_of():
             if message.get("body") == b"first":
                 gone.set_result(None)
 
-        late = Delivery(
+        late = ReplyResponse(
             dialect,
             ChatBody.model_validate(body()),
             asked,

@@ -24,7 +24,7 @@ from ..types import JsonObject
 from . import anthropic, openai, responses
 from .bodies import B, dumps, read_body
 from .conversation import ModelRequest, RequestError, request_key, unauthorized
-from .delivery import HEARTBEAT_S, Delivery, gone_away, is_done, wait_for_reply, when_gone
+from .delivery import HEARTBEAT_S, ReplyResponse, gone_away, is_done, wait_for_reply, when_gone
 from .dialect import Dialect, ModelBody
 from .flights import Retry
 from .limits import BodyLimits
@@ -78,7 +78,7 @@ class _Routes:
                 await wait_for_reply(
                     asked, gone, begins_after_s=begins_after_s, is_held=lambda: self.gateway.port.is_paused
                 )
-                return Delivery(
+                return ReplyResponse(
                     dialect,
                     body,
                     asked,

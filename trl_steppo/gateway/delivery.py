@@ -89,7 +89,7 @@ async def wait_for_reply(
     asked.result()
 
 
-class Delivery(Response):
+class ReplyResponse(Response):
     """
     Sends a reply while its client is there, and notes whether the client was told to the end.
 

@@ -85,8 +85,9 @@ def _describe(operation: Operation, schemas: JsonObject) -> JsonObject:
     }
     if operation.body is not None:
         schema = operation.body.model_json_schema(ref_template=_REFERENCES)
-        schemas.update(schema.pop("$defs", {}))
-        schemas[operation.body.__name__] = schema
+        for name, part in {**schema.pop("$defs", {}), operation.body.__name__: schema}.items():
+            if schemas.setdefault(name, part) != part:
+                raise TypeError(f"two bodies of the gateway have a model that is called {name}; rename one of them")
         reference = {"$ref": _REFERENCES.format(model=operation.body.__name__)}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
     return described

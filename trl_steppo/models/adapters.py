@@ -17,7 +17,7 @@ from ..batching import StepBatch
 from ..errors import ConfigurationError
 from ..modes import evaluating
 from ..types import Model
-from .forward import EntropyMode, Scores
+from .forward import EntropyMode, LogprobsAndEntropy
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -206,8 +206,8 @@ class AdapterReference(nn.Module):
         self.reference_adapter = reference_adapter
         self._switched = partial(as_reference, model, policy_adapter)
 
-    def forward(self, rows: StepBatch, *, entropy: EntropyMode = "skip") -> Scores:
+    def forward(self, rows: StepBatch, *, entropy: EntropyMode = "skip") -> LogprobsAndEntropy:
         """See [`PolicyScorer.forward`]."""
         with self._switched(self.reference_adapter):
-            scores: Scores = self.scorer(rows, entropy=entropy)
+            scores: LogprobsAndEntropy = self.scorer(rows, entropy=entropy)
         return scores

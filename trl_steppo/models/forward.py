@@ -27,7 +27,7 @@ _CPU_TOKENS = 2_048  # of a forward pass without a gradient on a CPU; larger ten
 
 
 EntropyMode = Literal["skip", "track", "train"]
-Scores = tuple[torch.Tensor, torch.Tensor | None]
+LogprobsAndEntropy = tuple[torch.Tensor, torch.Tensor | None]
 """Log-probabilities, and entropies where they are asked for."""
 
 
@@ -68,7 +68,7 @@ class PolicyScorer(nn.Module):
                 "ranks gather together; leave it out of the adapter's targets, or use ZeRO-2"
             )
 
-    def forward(self, rows: StepBatch, *, entropy: EntropyMode = "skip") -> Scores:
+    def forward(self, rows: StepBatch, *, entropy: EntropyMode = "skip") -> LogprobsAndEntropy:
         """
         Compute the log-probability of each action token, and entropies where they are asked for.
 
@@ -94,7 +94,7 @@ class PolicyScorer(nn.Module):
 
     def _score(
         self, states: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
-    ) -> Scores:
+    ) -> LogprobsAndEntropy:
         size = max(1, LOGITS_ELEMENTS // self.model.config.get_text_config().vocab_size)
         head = output_head(self.model)
         temperatures = temperatures / self._logit_scale
@@ -116,7 +116,7 @@ class PolicyScorer(nn.Module):
         targets: torch.Tensor,
         temperatures: torch.Tensor,
         entropy: EntropyMode,
-    ) -> Scores:
+    ) -> LogprobsAndEntropy:
         """Log-probability of each target (M,) and, if asked for, the entropy (M,)."""
         # A sharded head is not called as a module: each call would communicate, and ranks have different numbers.
         if _is_plain(head) and is_sharded(head.weight):
@@ -154,7 +154,7 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: _Context, logits: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor, entropy: EntropyMode
-    ) -> Scores:
+    ) -> LogprobsAndEntropy:
         ctx.save_for_backward(logits, targets, temperatures)
         ctx.trains_entropy = entropy == "train"
         logprobs, entropies = _scores_of(logits, targets, temperatures, entropy)
@@ -191,7 +191,7 @@ class _HeadScores(torch.autograd.Function):
         temperatures: torch.Tensor,
         entropy: EntropyMode,
         size: int,
-    ) -> Scores:
+    ) -> LogprobsAndEntropy:
         logits = states.new_empty(min(size, len(states)), len(weight))
         keep = len(logits) == len(states)
         ctx.save_for_backward(states, weight, targets, temperatures, *([logits] if keep else []))
@@ -235,8 +235,8 @@ class _HeadScores(torch.autograd.Function):
         return states_grad, weight_grad, None, None, None, None
 
 
-_token_scores: Callable[..., Scores] = _TokenScores.apply
-_head_scores: Callable[..., Scores] = _HeadScores.apply
+_token_scores: Callable[..., LogprobsAndEntropy] = _TokenScores.apply
+_head_scores: Callable[..., LogprobsAndEntropy] = _HeadScores.apply
 
 
 def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
@@ -274,7 +274,7 @@ def _scores_of(
     entropy: EntropyMode,
     *,
     keep: bool = False,
-) -> Scores:
+) -> LogprobsAndEntropy:
     """Log-probabilities of the targets (M,) and entropies (M,); `keep` leaves log p in the place of the logits."""
     logprobs = logits.new_empty(len(logits))
     entropies = logits.new_empty(len(logits)) if entropy != "skip" else None

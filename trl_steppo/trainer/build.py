@@ -196,7 +196,7 @@ def _prepare_for_training(args: StepPOConfig, accelerator: Accelerator, models: 
 
 
 def choose_layout(args: StepPOConfig, models: Sequence[Model | None]) -> LayoutName:
-    """The layout of rows that saves the most and that all networks can take. Every rank must call this."""
+    """The layout of rows that saves the most and that all networks can take. Collective: every rank must call this."""
     if not args.prefix_sharing:
         return "rows"
     plain = [plain_model(model) for model in models if model is not None]
