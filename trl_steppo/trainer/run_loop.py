@@ -163,7 +163,7 @@ class RunLoop(_Base):
             raise
 
     def _heed_requests_to_stop(self) -> None:
-        """Raise a [`StopRequestedError`] on all ranks if one was asked to stop. Collective: every rank must call this."""
+        """Raise a [`StopRequestedError`] if a rank was asked to stop. Collective: every rank must call this."""
         if any(gather_objects([is_requested()])):
             raise StopRequestedError("the run was asked to stop")
 
