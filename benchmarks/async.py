@@ -37,8 +37,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import HotpotQAEnvironment, hotpotqa_dataset
+from trl_steppo.inference import counts_of
 from trl_steppo.rollout import EpisodeRequest
-from trl_steppo.trainer.engines import counts_of
 from trl_steppo.types import JsonObject
 
 LATENCIES = (0.0, 0.2, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,6 +166,14 @@ def test_every_stage_has_a_layer():
     assert {stage_of(path) for path in FILES} <= set(LAYER)
 
 
+def test_contributing_lists_the_layers():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    (line,) = re.findall(r"Imports point one way:\s(.*?)\. Stages", text, flags=re.DOTALL)
+    assert [set(layer.strip("`\n ").split()) for layer in line.split("←")] == [
+        layer - {"__init__"} for layer in LAYERS
+    ]
+
+
 def test_the_imports_of_a_known_file_are_found():
     """Of files whose imports are known."""
     objectives, learner = (PACKAGE / "learning" / name for name in ("objectives.py", "learner.py"))
@@ -282,6 +291,8 @@ def test_one_module_imports_the_experimental_ppo():
     [
         "import trl_steppo",
         "from trl_steppo import Step, Episode, StopReason",
+        "from trl_steppo import Engine, FixedEngine",
+        "import trl_steppo.inference",
         "import trl_steppo.environments",
         "import trl_steppo.types",
         "import trl_steppo.calls",

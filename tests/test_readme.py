@@ -11,9 +11,11 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_steppo import StepPOConfig
+from tests.trainer.tiny import Hash, make_config, message_rows
+from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.cli import main
+from trl_steppo.testing import byte_tokenizer, tiny_policy
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -134,6 +136,31 @@ def test_the_tests_of_the_page_about_testing_pass():
     assert len(tests) == 4
     for test in tests:
         test()
+
+
+def test_the_engine_of_the_page_about_engines_trains(tmp_path):
+    """It samples from the policy's own weights, so that its log-probabilities are the trainer's."""
+    names: dict[str, Any] = {}
+    (code,) = snippets(ROOT / "docs" / "engines.md")
+    exec(compile(code, "engines.md", "exec"), names)
+    policy = tiny_policy()
+    trainer = StepPOTrainer(
+        make_config(tmp_path, max_steps=2, top_p=0.9, top_k=100, rollout_correction="truncate", learning_rate=1e-2),
+        processing_class=byte_tokenizer(),
+        model=policy,
+        train_dataset=message_rows(),
+        eval_dataset=message_rows(2),
+        environment_factory=Hash,
+        engine=names["PlainEngine"](policy),
+    )
+    trainer.train()
+    updates = [logs for logs in trainer.state.log_history if "rollout/mismatch_kl" in logs]
+    assert len(updates) == 2
+    for logs in updates:
+        assert logs["rollout/mismatch_kl"] == pytest.approx(0.0, abs=1e-6)
+        assert logs["rollout/staleness"] == 0
+        assert logs["env/failed_episodes"] == 0
+    assert trainer.evaluate()["eval_failed_episodes"] == 0
 
 
 def commands(page: Path, program: str) -> list[list[str]]:

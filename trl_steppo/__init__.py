@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .names import lazy_names
 
 if TYPE_CHECKING:
-    from .trainer.engines import Engine, FixedEngine
+    from .inference import Engine, FixedEngine
     from .trainer.ppo_config import PPOConfig
     from .trainer.ppo_trainer import PPOTrainer
     from .trainer.steppo_config import StepPOConfig
@@ -36,8 +36,8 @@ __getattr__ = lazy_names(
         "PPOTrainer": ".trainer.ppo_trainer",
         "StepPOConfig": ".trainer.steppo_config",
         "StepPOTrainer": ".trainer.steppo_trainer",
-        "Engine": ".trainer.engines",
-        "FixedEngine": ".trainer.engines",
+        "Engine": ".inference",
+        "FixedEngine": ".inference",
         "Step": ".types",
         "Episode": ".types",
         "StopReason": ".types",

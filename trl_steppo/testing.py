@@ -9,8 +9,8 @@ import asyncio
 import inspect
 import json
 import random
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from .environments import Playable, make_playable
 from .environments.members import Tool
 from .episodes import EpisodeSpec
 from .errors import RolloutError
-from .inference.base import Counts, Sample, SamplingParams
+from .inference import Counts, Sample, SamplerEngine, SamplingParams
 from .rollout import (
     Agent,
     AgentPlayer,
@@ -248,7 +248,7 @@ class ScriptedSampler:
         return Sample(TokenIds(ids), tuple(logprobs), reason, self.policy_version)
 
 
-class ScriptedEngine:
+class ScriptedEngine(SamplerEngine):
     """
     Has a script say what a trainer's policy would: `StepPOTrainer(..., engine=ScriptedEngine(["yes", "no"]))`. The
     trainer trains on it as on anything that was sampled elsewhere.
@@ -260,22 +260,11 @@ class ScriptedEngine:
             The trainer's `processing_class`; a [`byte_tokenizer`] if not given.
     """
 
+    sampler: ScriptedSampler
+
     def __init__(self, script: Script | ScriptedSampler, *, tokenizer: Tokenizer | None = None) -> None:
-        self.sampler = script if isinstance(script, ScriptedSampler) else ScriptedSampler(script, tokenizer=tokenizer)
-
-    @contextmanager
-    def running(self, version: int) -> Iterator[None]:
-        """Context in which the sampler is asked; see [`~trainer.engines.Engine`]."""
-        self.take_weights(version)
-        yield
-
-    def sampling(self) -> AbstractContextManager[None]:
-        """Context of a rollout that the trainer waits for."""
-        return nullcontext()
-
-    def take_weights(self, version: int) -> None:
-        """Responses count as sampled after `version` updates from now on."""
-        self.sampler.policy_version = version
+        sampler = script if isinstance(script, ScriptedSampler) else ScriptedSampler(script, tokenizer=tokenizer)
+        super().__init__(sampler)
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------

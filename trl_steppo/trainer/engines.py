@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Generic, TypeVar
 
 import psutil
 import torch
@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from .. import durable
 from ..compat.transformers import as_saved
 from ..errors import CheckpointError, ConfigurationError
-from ..inference.base import Counts, Sampler, vocabulary_size
+from ..inference import Engine, SamplerEngine
+from ..inference.base import vocabulary_size
 from ..inference.local import LocalSampler
 from ..inference.vllm import VLLMSampler
 from ..inference.vllm_server import Weights
@@ -47,83 +48,6 @@ _SETTINGS_OF_ENGINES = (
 _NCCL_DTYPES = (torch.int8, torch.uint8, torch.int32, torch.int64)  # beside floating-point numbers
 
 
-@runtime_checkable
-class CountingSampler(Sampler, Protocol):
-    """A sampler that counts what it does. The trainer logs its counts as `perf/*` and `rollout/*`."""
-
-    @property
-    def counts(self) -> Counts:
-        """What it has done since it was made."""
-        ...
-
-
-def counts_of(sampler: Sampler) -> Counts:
-    """What a sampler has done until now; all 0 if it does not count."""
-    return sampler.counts if isinstance(sampler, CountingSampler) else Counts()
-
-
-@runtime_checkable
-class Engine(Protocol):
-    """
-    What samples for a trainer: the argument `engine=` of `StepPOTrainer`.
-
-    `version` is the number of updates that are in the policy's weights; samples tell it as `policy_version`. All ranks
-    call each method, in the same order. Without this argument, the run's settings choose an engine: [`InProcess`],
-    [`InWorker`] or [`InVLLM`].
-
-    Example:
-    ```python
-    class Remote:
-        def __init__(self, client): self.sampler = client  # a `Sampler`
-        def running(self, version): return self.sampler.connected()
-        def sampling(self): return nullcontext()
-        def take_weights(self, version): self.sampler.upload(policy.state_dict(), version)
-
-    StepPOTrainer(args, model=policy, engine=Remote(client), ...)
-    ```
-    """
-
-    @property
-    def sampler(self) -> Sampler:
-        """Continues prompts, within [`running`]; a [`CountingSampler`] has its counts logged."""
-        ...
-
-    def running(self, version: int) -> AbstractContextManager[None]:
-        """Context of a run, or of an evaluation outside of one; sampling starts with the policy's current weights."""
-        ...
-
-    def sampling(self) -> AbstractContextManager[None]:
-        """Context of a rollout that the trainer waits for."""
-        ...
-
-    def take_weights(self, version: int) -> None:
-        """Publish the policy's current weights to the sampler."""
-        ...
-
-
-class FixedEngine:
-    """
-    A sampler as an engine. It is there all the time and never takes weights: for tests, and for policies that are
-    updated elsewhere.
-
-    Args:
-        sampler ([`Sampler`]):
-            Continues prompts.
-    """
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
-
-    def running(self, version: int) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def sampling(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def take_weights(self, version: int) -> None:
-        pass
-
-
 def check_engine(args: StepPOConfig, engine: Engine | None) -> None:
     """
     Check the trainer's argument `engine`.
@@ -143,8 +67,8 @@ def check_engine(args: StepPOConfig, engine: Engine | None) -> None:
         missing = [name for name in ("sampler", "running", "sampling", "take_weights") if not hasattr(engine, name)]
         raise ConfigurationError(
             f"`engine` is a {type(engine).__name__}, which has no {' and no '.join(f'`{name}`' for name in missing)}; "
-            "pass an object with all that `trl_steppo.Engine` names. A sampler that takes no weights is wrapped: "
-            "`FixedEngine(sampler)`"
+            "pass an object with all that `trl_steppo.Engine` names. A sampler is wrapped: "
+            "`trl_steppo.inference.SamplerEngine(sampler)`, or `FixedEngine(sampler)` if it takes no weights"
         )
     reason = "`engine`, which samples instead of the engine that the settings choose"
     refuse_without_effect(args, _SETTINGS_OF_ENGINES, reason)
@@ -175,7 +99,7 @@ def make_engine(
     return InProcess(args, accelerator, policy, model)
 
 
-class InProcess:
+class InProcess(SamplerEngine):
     """
     Samples from the policy itself, between updates.
 
@@ -190,20 +114,18 @@ class InProcess:
             The policy's model.
     """
 
+    sampler: LocalSampler
+
     def __init__(self, args: StepPOConfig, accelerator: Accelerator, policy: Network, model: Model) -> None:
         with policy.whole():  # the sampler tries out how the model uses a cache
-            self.sampler = LocalSampler(
+            sampler = LocalSampler(
                 plain_model(model),
                 cache_tokens=args.rollout_cache_tokens,
                 allow_uncached=args.allow_uncached_sampling,
                 numerics=numerics_of(accelerator),
             )
+        super().__init__(sampler)
         self._policy = policy
-
-    @contextmanager
-    def running(self, version: int) -> Iterator[None]:
-        self.sampler.policy_version = version
-        yield
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -214,9 +136,6 @@ class InProcess:
         finally:
             self.sampler.reset_cache()
             give_back_memory(self.sampler.numerics.device)
-
-    def take_weights(self, version: int) -> None:
-        self.sampler.policy_version = version
 
 
 class _RemoteEngine(ABC, Generic[RemoteSampler]):

@@ -14,10 +14,9 @@ from transformers import TrainerState
 
 from ..compat.transformers import speed_metrics
 from ..errors import RolloutError
-from ..inference.base import Sampler
+from ..inference import Sampler, counts_of
 from ..learning.learner import Learner
 from ..learning.metrics import Means
-from .engines import counts_of
 from .metrics import with_free_names
 
 _LAST_VALUES = ("episode", "eps", "lr", "critic/lr")
