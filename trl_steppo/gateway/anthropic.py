@@ -46,7 +46,7 @@ class Thinking(Body):
 Block = Annotated[Part | ToolUse | ToolResult | Thinking, Field(discriminator="type")]
 
 
-class InputMessage(Body):
+class MessageParam(Body):
     """One message of a conversation."""
 
     role: Literal["user", "assistant"]
@@ -84,7 +84,7 @@ class MessagesBody(ModelBody):
     """`POST /v1/messages`."""
 
     model: str
-    messages: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[MessageParam], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
     system: Content | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -136,7 +136,7 @@ def _tool(tool: AnthropicTool) -> JsonObject:
     return {"type": "function", "function": {"name": tool.name, **described, "parameters": tool.input_schema}}
 
 
-def _messages(messages: list[InputMessage]) -> Iterator[Message]:
+def _messages(messages: list[MessageParam]) -> Iterator[Message]:
     names: dict[str, str] = {}
     for message in messages:
         if isinstance(message.content, str):

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when they are written and read. [`checkpoints`] says how."""
+"""The checkpoints of a run: saving, resuming, the best model. [`checkpoints`] has their format."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TrainerCheckpoints:
         networks (`tuple` of [`SavedNetwork`]):
             The networks: the policy, and the critic if there is one.
         rows ([`Rows`]):
-            The run's rows, which one that goes on must have, too.
+            The run's rows. A run that is resumed must have the same.
         adapters ([`PolicyAdapters`]):
             The policy's. The reference may change when a run is resumed.
 
@@ -277,7 +277,7 @@ class TrainerCheckpoints:
         return [(directory, policy), (directory / "critic", critic)]
 
     def _identity(self) -> dict[str, object]:
-        """What a checkpoint's run must have in common with this one."""
+        """What a checkpoint's run must have in common with this run."""
         return {
             "networks": {name: self._shapes(model) for name, model in self._models.items()},
             "train_dataset rows": self._rows.num_rows,

@@ -67,7 +67,7 @@ class Inspection:
         return num_valid
 
     def _warn_of_cut(self, update: UpdateRecord, reason: StopReason, count: int) -> None:
-        """Warn, once for each, of episodes that end at a budget that nobody set."""
+        """Warn, once for each budget, of episodes that end at a budget that is not set."""
         cures = {
             StopReason.MAX_INTERACTION_STEPS: f"`max_interaction_steps` = {self._args.max_interaction_steps}. Raise "
             "it if your episodes need more steps",

@@ -250,7 +250,7 @@ class EpisodePlayer:
 
         Args:
             resumed_at (`int`, *optional*):
-                The update that the run goes on with; what agents played for other updates than those that may have
+                The update that the run continues with; what agents played for other updates than those that may have
                 been begun by then is forgotten. `None`: it is a new one.
         """
         if self.agent is None:
@@ -274,7 +274,7 @@ class EpisodePlayer:
 
         template_kwargs: Any = self.args.chat_template_kwargs
         formats = ChatFormats(self.tokenizer, chat_template_kwargs=template_kwargs, end_token_ids=self._end_token_ids)
-        # The agents of another process are gone, so none of its sessions goes on.
+        # The agents of another process are gone, so its sessions are not continued.
         with closing(GatewayServer(formats, store=store, restores=False, context=self.context)) as self._server:
             try:
                 yield self._server.start()
@@ -394,7 +394,7 @@ def check_context(args: StepPOConfig, context: int | None, what: str) -> None:
         args ([`StepPOConfig`]):
             The run's settings.
         context (`int`, *optional*):
-            Most tokens of a prompt with its response; `None`: no bound is known.
+            Maximum number of tokens of a prompt with its response; `None`: no bound is known.
         what (`str`):
             Whose context it is.
 
@@ -419,7 +419,7 @@ def check_context(args: StepPOConfig, context: int | None, what: str) -> None:
 def _readable(episode: Episode, context: int | None) -> Episode:
     """
     An episode whose final state a critic can read: one that is longer than the context ends with the last response
-    instead, without what was observed behind it.
+    instead, without the observation after it.
     """
     final = episode.final_prompt_ids
     if context is None or final is None or len(final) <= context:

@@ -15,11 +15,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
 from ..compat.accelerate import find_fsdp
-from ..compat.transformers import (
-    TrainOutput,
-    save_policy,
-    source_of,
-)
+from ..compat.transformers import TrainOutput, save_policy, source_of
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..learning.estimators import reference_kl, token_penalties
 from ..learning.ranks import summed, together
@@ -177,7 +173,7 @@ class PPOTrainer(RunLoop):
         )
 
     def _set_up(self, given: Arguments) -> None:
-        """All arguments of both trainers, checked and put together."""
+        """Check the arguments, and build the parts of the trainer from them."""
         loaded = load(given)
         args = given.args
         assert args.device is not None  # sets the process group up
@@ -280,7 +276,7 @@ class PPOTrainer(RunLoop):
         return TrainOutput(self.state.global_step, mean_loss, run.speed(self.state.global_step))
 
     def _train(self, resumed_from: Path | None) -> RunRecord:
-        """All updates that are left, and all that is around them."""
+        """Make the remaining updates of a run."""
         rollouts = make_source(self.args, self.accelerator, self.rows, self.player, self.engine)
         with (
             self.learner.numerics.between_passes(),
@@ -301,12 +297,12 @@ class PPOTrainer(RunLoop):
                     scores = self._score(update, rollout)
                     credit = self._assign_credit(update, rollout, scores)
                     self._learn(update, episodes, rollout, scores, credit)
-            self._heed_requests_to_stop()  # during the last update, too, which nothing else may save
+            self._heed_requests_to_stop()  # also one made during the last update, which nothing else may save
         run.check_learned(self.state.global_step, self.progress.learned_updates)
         return run
 
     def _roll_out(self, update: UpdateRecord, rollouts: RolloutSource) -> list[Episode]:
-        """Play (or read back) this update's episodes on this rank."""
+        """Play this update's episodes on this rank, or read them."""
         args = self.args
         with update.clock.measure("rollout_s"):
             episodes = rollouts.take(update)
@@ -325,7 +321,7 @@ class PPOTrainer(RunLoop):
         return self.learner.prepare([episode for episode in episodes if episode.valid])
 
     def _skip(self, update: UpdateRecord, episodes: Sequence[Episode]) -> None:
-        """An update without a valid episode: nothing is learned. Too many of them end the run."""
+        """Learn nothing from an update without a valid episode. Too many such updates in a row end the run."""
         self.episode_log.failed(update.number, episodes)
         self.progress.failed_updates += 1
         error = next((episode.error for episode in episodes if not episode.valid), "on another rank")
@@ -454,7 +450,7 @@ class PPOTrainer(RunLoop):
             print_episodes(episodes, self.player.decode, "episodes played greedily")
 
     def _engine_running(self) -> AbstractContextManager[None]:
-        """Context of an evaluation: a run has started the engine; outside of one, the evaluation starts it."""
+        """Context of an evaluation. During a run the engine runs already; otherwise the evaluation starts it."""
         return nullcontext() if self.is_in_train else self.engine.running(self.state.global_step)
 
     def get_train_dataloader(self) -> NoReturn:
@@ -517,7 +513,7 @@ class PPOTrainer(RunLoop):
             )
         if not self.args.should_save:
             return
-        # Of a copy: merging and taking apart again would leave rounding errors behind.
+        # A copy is merged: merging in place and undoing it would leave rounding errors.
         model = copy.deepcopy(self.model)
         (model.merge_and_unload() if is_peft_model(model) else model).save_pretrained(output_dir)
         self.player.tokenizer.save_pretrained(output_dir)

@@ -194,7 +194,7 @@ class RunEnvironments:
             if period is not None and not is_over:
                 self._stages.append(stage)
                 return
-        if is_over or not self._is_shown(stage):  # nobody pays for what was played in a run that is over
+        if is_over or not self._is_shown(stage):  # episodes of a run that is over are not paid
             self._close_stage(stage)
 
     def remember(self, stage: Stage, episodes: Sequence[Episode]) -> None:

@@ -74,7 +74,7 @@ class RunLoop(_Base):
         raise NotImplementedError
 
     def _set_out(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        """The state of a run that begins, or goes on from the checkpoint that is returned."""
+        """Set the state of a run that begins or is resumed. Returns the checkpoint that it is resumed from."""
         args = self.args
         assert args.num_total_batches is not None
         self.is_in_train = True
@@ -93,7 +93,7 @@ class RunLoop(_Base):
         return resumed_from
 
     def _resume(self, resume_from_checkpoint: str | bool) -> Path:
-        """Everything as it was when the checkpoint was written; the random generators come last, in `_running`."""
+        """Load the state of a checkpoint, except for random generators, which `_running` loads last."""
         directory, self.progress = self.checkpoints.resume(resume_from_checkpoint)
         with reading(directory, "scaler.pt"):
             load_scaler(self, str(directory))
@@ -109,7 +109,7 @@ class RunLoop(_Base):
 
     @contextmanager
     def _as_before(self) -> Iterator[None]:
-        """What a run changes in this object and is no result of it is as before, however the run ends."""
+        """Restore the state of the trainer that is not a result of the run, however the run ends."""
         networks = [network.module for network in (self.learner.policy, self.learner.critic) if network is not None]
         try:
             with modes_kept(*networks):
@@ -120,7 +120,7 @@ class RunLoop(_Base):
 
     @contextmanager
     def _running(self, resumed_from: Path | None) -> Iterator[RunRecord]:
-        """Everything around the updates: callbacks, first and last evaluation, the state on disk."""
+        """Context of all updates: callbacks, the first and the last evaluation, the final state on disk."""
         args = self.args
         assert args.batch_size is not None
         run = RunRecord(self.state.global_step, args.batch_size)
@@ -148,7 +148,7 @@ class RunLoop(_Base):
 
     @contextmanager
     def _saving_when_stopped(self) -> Iterator[None]:
-        """A run that is asked to stop can go on from the update that was done last."""
+        """Save a run that is asked to stop, so that it can be resumed after the last complete update."""
         try:
             yield
         except StopRequestedError:
@@ -163,13 +163,13 @@ class RunLoop(_Base):
             raise
 
     def _heed_requests_to_stop(self) -> None:
-        """Raises a [`StopRequestedError`] on all ranks, where one of them was asked to stop."""
+        """Raise a [`StopRequestedError`] if a rank was asked to stop. Collective: every rank must call this."""
         if any(gather_objects([is_requested()])):
             raise StopRequestedError("the run was asked to stop")
 
     @contextmanager
     def _update(self, run: RunRecord) -> Iterator[UpdateRecord]:
-        """Everything around one update: metrics, callbacks, logging, evaluation, checkpoints."""
+        """Context of one update: metrics, callbacks, logging, evaluation, checkpoints."""
         args, progress = self.args, self.progress
         assert args.batch_size is not None
         generators = Generators.now()
@@ -192,22 +192,22 @@ class RunLoop(_Base):
             if ended_epoch:
                 self._event("on_epoch_end")
                 self._event("on_epoch_begin")
-        except StopRequestedError:  # what is broken off draws the same numbers when it is played again
+        except StopRequestedError:  # a resumed run plays this update again, with the same random numbers
             generators.restore()
             raise
         self._log_evaluate_save(update)
 
     def _count_epochs(self) -> bool:
-        """Bring `state.epoch` up to date; whether an epoch has ended."""
+        """Update `state.epoch`. Returns whether an epoch has ended."""
         before = math.floor(self.state.epoch or 0.0)
         if self.rows.num_rows is not None:
             self.state.epoch = self.progress.num_rows_played / self.rows.num_rows
-        else:  # of a run whose epochs have no end, as `Trainer` counts them
+        else:  # without a known length of an epoch, as `Trainer` counts
             self.state.epoch = self.state.global_step / self.state.max_steps
         return math.floor(self.state.epoch) > before
 
     def _log_evaluate_save(self, update: UpdateRecord) -> None:
-        """What the callbacks asked for."""
+        """Log, evaluate and save as the callbacks ask for."""
         self.progress.unlogged.append(update.finish())
         if self.control.should_log:
             self._log_averages()
@@ -223,13 +223,13 @@ class RunLoop(_Base):
             self._event("on_save")
 
     def _log_averages(self) -> None:
-        """Log the updates since the last log, if there are any."""
+        """Log the means over the updates since the last log, if there are any."""
         if self.progress.unlogged:
             self.log(averaged(self.progress.unlogged))
             self.progress.unlogged.clear()
 
     def _save_checkpoint(self, model: object, trial: object) -> None:
-        """All that `train(resume_from_checkpoint=...)` needs; see [`checkpoints`]."""
+        """Write all that `train(resume_from_checkpoint=...)` needs; see [`checkpoints`]."""
         name = self.hub_model_id or self.checkpoints.output_dir.name
         self.create_model_card(model_name=name.split("/")[-1])
         directory = self.checkpoints.save(self.state, self.progress, self._write_checkpoint)
@@ -255,21 +255,21 @@ class RunLoop(_Base):
         return update.index % max(1, args.num_total_batches // args.num_sample_generations) == 0
 
     def _event(self, name: str) -> None:
-        """Tell the callbacks, who may change what happens next."""
+        """Call the callbacks, which may change `control`."""
         self.control = getattr(self.callback_handler, name)(self.args, self.state, self.control)
 
 
 @contextmanager
 def short_collections(device: torch.device) -> Iterator[None]:
     """
-    Leave what exists already out of garbage collection. A full collection takes 0.3 s with all that torch and
-    transformers have loaded, longer than a rollout waits for environments that it takes to be quick.
+    Exclude existing objects from garbage collection. A full collection takes 0.3 s with all that torch and
+    transformers have loaded, which is longer than a rollout waits for quick environments.
     """
-    if gc.get_freeze_count():  # the program does so by itself
+    if gc.get_freeze_count():  # the program has done so
         yield
         return
     if device.type != "cpu":
-        gc.collect()  # a model that nobody uses any more may hold the device's memory
+        gc.collect()  # unused models may hold the device's memory
     gc.freeze()
     try:
         yield

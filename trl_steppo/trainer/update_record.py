@@ -41,7 +41,7 @@ class RunRecord:
         self._first_failure: str | None = None
 
     def num_updates(self, done: int) -> int:
-        """Updates of this run; `done`: of the whole run, with what was done before a resumption."""
+        """Updates of this call; `done`: all updates, also those before the run was resumed."""
         return done - self.first_update
 
     def episodes_per_s(self, done: int) -> float:
@@ -153,7 +153,7 @@ class UpdateRecord:
 
         Args:
             samples_ahead (`bool`):
-                Whether sampling goes on all the time, and takes none of this process's.
+                Whether rollouts are sampled during updates, outside of this process.
         """
         self._update_s = time.perf_counter() - self._start
         self._counts = counts = counts_of(self._sampler) - self._counts
@@ -203,7 +203,7 @@ def _derived(means: dict[str, float]) -> dict[str, float]:
 
 
 def averaged(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the updates since the last log; of running totals and learning rates the last value."""
+    """Means over updates; for running totals and learning rates the last value."""
     names = dict.fromkeys(name for logs in history for name in logs)
     averages = {}
     for name in names:
