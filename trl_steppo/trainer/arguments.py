@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from ..errors import ConfigurationError
+from ..inference import Engine
 from ..inference.base import vocabulary_size
 from ..models import add_adapter
 from ..rollout import Agent
@@ -27,7 +28,7 @@ from .dataset_checks import (
     check_no_dataset,
 )
 from .description import describe_task
-from .engines import Engine, check_engine
+from .engines import check_engine
 from .loading import Loader
 from .reward_models import RewardFuncs, load_reward_funcs
 from .run_environments import factories_of

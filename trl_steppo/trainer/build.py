@@ -17,6 +17,7 @@ from ..batching import LayoutName
 from ..compat.accelerate import is_fsdp2
 from ..compat.transformers import attention_of, enable_checkpointing
 from ..errors import ConfigurationError, DataError
+from ..inference import Engine
 from ..learning.learner import Learner
 from ..learning.metrics import Clock
 from ..models import (
@@ -44,7 +45,7 @@ from .arguments import Arguments, Loaded, datasets_of
 from .checkpointing import PolicyAdapters
 from .checks import check_apart, check_saved, check_trainable
 from .data_stream import Rows, column_names
-from .engines import Engine, make_engine
+from .engines import make_engine
 from .networks import SavedNetwork, build_networks, build_reference, hold_in_float32
 from .player import EpisodePlayer, RowCollator, check_context
 from .reward_models import RewardModel

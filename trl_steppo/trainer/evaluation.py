@@ -12,12 +12,12 @@ from datasets import IterableDataset
 from transformers import TrainerState
 
 from ..errors import DataError
+from ..inference import Engine
 from ..learning.metrics import Means
 from ..learning.ranks import gather_objects, together
 from ..rollout import EpisodeRequest
 from ..types import Episode
 from .data_stream import RowSource, check_same_order, checksum, first_rows, numbered_rows
-from .engines import Engine
 from .metrics import add_episode_metrics, with_free_names
 from .player import EpisodePlayer
 from .rollouts import Played, pay_together

@@ -16,6 +16,7 @@ from ..environments.base import Tools
 from ..environments.slots import Slots
 from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError, DataError
+from ..inference import Engine
 from ..inference.base import SamplingParams
 from ..rollout import (
     Agent,
@@ -33,7 +34,6 @@ from ..rollout import (
 from ..rollout.loops import run_coroutine
 from ..types import Episode, Row, StopReason, TokenIds, Tokenizer
 from .arguments import DataCollator
-from .engines import Engine
 from .rewards import Rewards
 from .run_environments import RunEnvironments
 from .steppo_config import StepPOConfig

@@ -10,13 +10,13 @@ from typing import Protocol
 from accelerate import Accelerator
 from transformers import TrainerState
 
+from ..inference import Engine
 from ..learning.metrics import Means
 from ..learning.ranks import together
 from ..models import gathered
 from ..rollout import Ahead, EpisodeRequest, episode_file, fail_beyond_float32, load_episodes
 from ..types import Episode
 from .data_stream import Rows
-from .engines import Engine
 from .player import EpisodePlayer
 from .steppo_config import StepPOConfig
 from .update_record import UpdateRecord

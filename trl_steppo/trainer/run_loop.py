@@ -23,6 +23,7 @@ from ..compat.transformers import (
     save_scaler_and_generators,
 )
 from ..compat.trl import ppo_bases
+from ..inference import Engine
 from ..inference.base import Sampler
 from ..learning.learner import Learner
 from ..learning.ranks import gather_objects
@@ -33,7 +34,6 @@ from .callbacks import close_progress_bars
 from .checkpointing import TrainerCheckpoints, save_state
 from .checkpoints import Progress, reading
 from .data_stream import Rows
-from .engines import Engine
 from .steppo_config import StepPOConfig
 from .update_record import Generators, RunRecord, UpdateRecord, averaged
 

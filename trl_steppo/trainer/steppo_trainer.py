@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..inference import Engine
 from ..rollout import Agent
 from ..types import Model, Tokenizer
 from .arguments import Arguments, DataCollator, EvalDataset, Optimizers
 from .data_stream import RowSource
 from .dataset_checks import EnvironmentFactories
-from .engines import Engine
 from .loading import name_of
 from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
