@@ -201,8 +201,8 @@ def prefix_keys(key: bytes, messages: Sequence[Message]) -> list[bytes]:
 
 def comparable(message: Message) -> list[object]:
     """
-    What of a message distinguishes it from others. Clients drop what the model thought, write ids of their own for
-    tool calls, and strip text at its ends; none of it makes another history.
+    The parts of a message that distinguish it from others. Clients drop what the model thought, write their own ids
+    for tool calls, and strip text at its ends. None of that makes another history.
     """
     calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls") or ()]
     content = message.get("content") or ""

@@ -23,13 +23,13 @@ class ModelBody(Body):
 
     @abstractmethod
     def request(self, limits: BodyLimits) -> ModelRequest:
-        """What is asked, in our own form; the arguments of tool calls are read within the same limits."""
+        """Translate the body into our own form. The arguments of tool calls are read within the same limits."""
 
 
 @dataclass(frozen=True)
 class Dialect(Generic[M]):
     """
-    One API to ask the model by. To add one, write a file that translates it, with an instance of this class in it, and
+    An API of language models that the gateway speaks. To add one, write a file that translates it, with an instance of this class in it, and
     add that instance to `app.DIALECTS`.
 
     Args:

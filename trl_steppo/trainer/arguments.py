@@ -49,7 +49,7 @@ DataCollator: TypeAlias = Callable[[list[Any]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a trainer; [`StepPOTrainer`] says what each of them is."""
+    """The arguments of a trainer, which [`StepPOTrainer`] describes."""
 
     args: StepPOConfig
     processing_class: Tokenizer | str | None
@@ -74,7 +74,7 @@ class Arguments:
 @dataclass(frozen=True)
 class Loaded:
     """
-    What a trainer is made of: its arguments, with what is given by its name.
+    The arguments of a trainer, with the models and tokenizers that were given by name loaded.
 
     Args:
         given ([`Arguments`]):
@@ -96,7 +96,7 @@ class Loaded:
 
 def load(given: Arguments) -> Loaded:
     """
-    Load what is given by its name.
+    Load the models and tokenizers that are given by name.
 
     Raises:
         ConfigurationError, DataError: If arguments do not fit together.
@@ -155,7 +155,7 @@ def _load(given: Arguments) -> Loaded:
 
 
 def _with_adapter(loaded: Loaded) -> Loaded:
-    """With `peft_config` on the policy, and with the adapter that is trained active."""
+    """Put `peft_config` on the policy, and make the adapter that is trained the active one."""
     args, peft_config = loaded.given.args, loaded.given.peft_config
     if peft_config is not None:
         transformers.set_seed(args.seed)  # a new adapter starts at random
@@ -168,7 +168,7 @@ def _with_adapter(loaded: Loaded) -> Loaded:
 
 
 class RowRules(TypedDict):
-    """What rows must fit; see [`~dataset_checks.check_dataset`]."""
+    """Rules for the rows of a dataset; see [`~dataset_checks.check_dataset`]."""
 
     vocabulary_size: int | None
     is_for_agent: bool
@@ -177,7 +177,7 @@ class RowRules(TypedDict):
 
 
 def row_rules(loaded: Loaded) -> RowRules:
-    """What the rows of a trainer must fit."""
+    """The rules for the rows of a trainer."""
     given = loaded.given
     return {
         "vocabulary_size": vocabulary_size(loaded.model),
@@ -221,7 +221,7 @@ def _is_empty(dataset: object) -> bool:
 
 
 def description(loaded: Loaded) -> dict[str, object]:
-    """What the run trains on, for the file of its settings."""
+    """Describe what the run trains on, for the file of its settings."""
     given = loaded.given
     return describe_task(
         model=loaded.model,

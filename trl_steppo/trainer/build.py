@@ -136,7 +136,7 @@ def build_parts(
 
 
 def _models(loaded: Loaded, accelerator: Accelerator) -> Models:
-    """The given models, and those that are made of the policy."""
+    """The given models, and the models that are made from the policy."""
     args, policy = loaded.given.args, loaded.model
     register_attention()  # a model that was pickled after a run names it
     adapters = PolicyAdapters(policy.active_adapter if is_peft_model(policy) else None, args.ref_adapter_name)
@@ -222,7 +222,7 @@ def choose_layout(args: StepPOConfig, models: Sequence[Model | None]) -> LayoutN
 
 
 def _reference(args: StepPOConfig, accelerator: Accelerator, models: Models, scorer: nn.Module) -> nn.Module | None:
-    """What gives the log-probabilities of the KL terms; `None` without such terms."""
+    """The network whose log-probabilities the KL terms compare with; `None` without such terms."""
     if not args.uses_reference:
         return None
     if models.reference is not None:
@@ -290,7 +290,7 @@ def build_player(loaded: Loaded, rows: Rows, parts: Parts) -> EpisodePlayer:
 
 
 def _check_agent(given: Arguments) -> None:
-    """Whether an agent can play, and what it brings itself."""
+    """Check that an agent can play, and that nothing is given that agents bring themselves."""
     from ..gateway import GatewayServer  # noqa: F401  (told now if its packages are missing)
 
     check_agent(given.agent)
@@ -303,7 +303,7 @@ def _check_agent(given: Arguments) -> None:
 
 
 def _check_columns(columns: Sequence[str], *, is_optional: bool) -> bool:
-    """Whether rows are token ids; raises where they are neither those nor prompts, unless that `is_optional`."""
+    """Whether rows are token ids. Raises if they are neither token ids nor prompts, unless prompts are optional."""
     if "input_ids" in columns:
         return True
     if "prompt" in columns or is_optional:
@@ -315,7 +315,7 @@ def _check_columns(columns: Sequence[str], *, is_optional: bool) -> bool:
 
 
 def _check_reward_source(environments: Sequence[object], rewards: Rewards) -> None:
-    """Whether there is anything that pays."""
+    """Check that there is anything that pays rewards."""
     names = ("step", "step_reward", "get_reward")
     pays = any(callable(getattr(environment, name, None)) for environment in environments for name in names)
     if not pays and not rewards:
@@ -326,6 +326,6 @@ def _check_reward_source(environments: Sequence[object], rewards: Rewards) -> No
 
 
 def _context(*models: nn.Module | None) -> int | None:
-    """The maximum number of tokens that all of these can read: each reads the policy's prompts and responses."""
+    """Maximum number of tokens that all of these models can read: all read the policy's prompts and responses."""
     lengths = (context_length(plain_model(model).config) for model in models if hasattr(model, "config"))
     return min((length for length in lengths if length is not None), default=None)

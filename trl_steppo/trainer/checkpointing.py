@@ -270,7 +270,7 @@ class TrainerCheckpoints:
             load_weights(model, directory if name == "policy" else directory / "critic")
 
     def _folders(self, directory: Path) -> list[tuple[Path, SavedNetwork]]:
-        """The folder of each optimizer and schedule; one that both networks share stands with the policy."""
+        """The folder of each optimizer and schedule; one that both networks share is in the folder of the policy."""
         policy, critic = self._networks
         if critic is None or critic.optimizer is policy.optimizer:
             return [(directory, policy)]
@@ -288,7 +288,7 @@ class TrainerCheckpoints:
         }
 
     def _shapes(self, model: Model) -> dict[str, list[int]]:
-        """Of a network's parameters, without those of a reference that was copied."""
+        """The shapes of a network's parameters, without those of a reference that was copied."""
         return {name: shape for name, shape in shapes(model).items() if self._adapters.copied not in name.split(".")}
 
 

@@ -78,7 +78,7 @@ def make_engine(
     args: StepPOConfig, accelerator: Accelerator, *, policy: Network, model: Model, twin: PreTrainedModel | None
 ) -> Engine:
     """
-    The engine that the run's settings choose.
+    Make the engine that the run's settings choose.
 
     Args:
         args ([`StepPOConfig`]):

@@ -177,7 +177,7 @@ def engine_dtype(accelerator: Accelerator) -> torch.dtype | None:
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """As engines do it: buffers, such as the frequencies of rotary positions, keep their type."""
+    """Cast parameters as engines do: buffers, such as the frequencies of rotary positions, keep their type."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -273,7 +273,7 @@ def build_networks(
 
 
 def _learning_rates(args: StepPOConfig) -> tuple[float, float]:
-    """Of the policy and of the critic."""
+    """The learning rates of the policy and of the critic."""
     return args.learning_rate, args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
 
 
@@ -283,7 +283,7 @@ def _build_shards(
     networks: list[nn.Module],
     decay_parameter_names: Callable[[nn.Module], list[str]],
 ) -> list[SavedNetwork]:
-    """Networks in FSDP2's shards, which go to the device by themselves: it need not hold all."""
+    """Put networks in FSDP2's shards, which go to the device by themselves: it need not hold all."""
     found: list[SavedNetwork] = []
     for network, learning_rate in zip(networks, _learning_rates(args), strict=False):
         shard(network, accelerator)
@@ -375,7 +375,7 @@ def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def _no_shards(engine: str) -> ConfigurationError:
-    """What says that a parameter is in shards is a name of the engine's own, which versions may change."""
+    """Check that no parameter is in shards. The name that tells it is the engine's own, which versions may change."""
     return ConfigurationError(
         f"none of the parameters that {engine} was given is known to be in shards: this version of it is not known "
         "here, and weights would be read and saved in parts; install one that the requirements name"
@@ -385,7 +385,7 @@ def _no_shards(engine: str) -> ConfigurationError:
 def make_optimizer(
     args: StepPOConfig, network: nn.Module, learning_rate: float, decays: set[str]
 ) -> torch.optim.Optimizer:
-    """As `TrainingArguments` choose it, over the parameters that require a gradient."""
+    """Make the optimizer that `TrainingArguments` choose, over the parameters that require a gradient."""
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for n, p in trained if n in decays], "weight_decay": args.weight_decay},
@@ -399,7 +399,7 @@ def make_optimizer(
 
 
 def make_scheduler(args: StepPOConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """A schedule over the run's updates."""
+    """Make the schedule of learning rates over the run's updates."""
     total = args.num_total_batches
     assert total is not None
     scheduler: torch.optim.lr_scheduler.LambdaLR = transformers.get_scheduler(
@@ -413,7 +413,7 @@ def make_scheduler(args: StepPOConfig, optimizer: torch.optim.Optimizer) -> torc
 
 
 def _check_optimizer(args: StepPOConfig, optimizer: object, policy: nn.Module, critic: nn.Module | None) -> None:
-    """One optimizer for two networks, as `PPOTrainer` has it."""
+    """Check a user's optimizer, one for two networks, as `PPOTrainer` has it."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigurationError(
             f"`optimizers` has a {type(optimizer).__name__}; pass a `torch.optim.Optimizer` and its scheduler, or None"

@@ -156,7 +156,7 @@ class EpisodePlayer:
     # -- episodes -----------------------------------------------------------------------------------------------------
 
     def prepare(self, requests: Sequence[EpisodeRequest]) -> list[EpisodeRequest]:
-        """Requests as [`play`] takes them: with the `input_ids` that `data_collator` makes, if there is one."""
+        """Prepare requests for [`play`]: with the `input_ids` that `data_collator` makes, if there is one."""
         return self._collate(requests) if self._collate is not None and requests else list(requests)
 
     def play(
@@ -317,7 +317,7 @@ class EpisodePlayer:
         return [fail_beyond_float32(episode) for episode in episodes]
 
     def _penalize_missing_eos(self, episode: Episode, penalty: float) -> Episode:
-        """The last response of an episode should end by itself: with the end of its turn, or else with EOS."""
+        """Penalize an episode whose last response ends neither its turn nor with EOS (`missing_eos_penalty`)."""
         if not episode.valid or (self._ends_turns and episode.steps[-1].stop_reason is StopReason.STOP):
             return episode
         if self.tokenizer.eos_token_id in episode.steps[-1].response_ids:
@@ -429,7 +429,7 @@ def _readable(episode: Episode, context: int | None) -> Episode:
 
 
 def _prefix(update: int) -> str:
-    """What the ids of an update's episodes begin with."""
+    """Prefix of the ids of an update's episodes."""
     return f"{update}/"
 
 

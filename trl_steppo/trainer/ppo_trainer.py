@@ -334,7 +334,7 @@ class PPOTrainer(RunLoop):
         self.learner.end_update()
 
     def _score(self, update: UpdateRecord, rollout: Rollout) -> Scores:
-        """Log-probabilities and values under the weights before the update."""
+        """Compute log-probabilities and values under the weights before the update."""
         args = self.args
         with update.clock.measure("forward_s"):
             scores = self.learner.evaluate(rollout)
@@ -351,7 +351,7 @@ class PPOTrainer(RunLoop):
         return scores
 
     def _assign_credit(self, update: UpdateRecord, rollout: Rollout, scores: Scores) -> Credit:
-        """Rewards and values to advantages and returns."""
+        """Turn rewards and values into advantages and returns."""
         args, batch = self.args, rollout.batch
         kl, penalties = reference_kl(args, rollout, scores), token_penalties(args, rollout, scores)
         if kl is not None:
@@ -454,22 +454,22 @@ class PPOTrainer(RunLoop):
         return nullcontext() if self.is_in_train else self.engine.running(self.state.global_step)
 
     def get_train_dataloader(self) -> NoReturn:
-        """Raises: rows are drawn from a seeded stream and played one by one (`self.rows`)."""
+        """Not supported: rows are drawn from a seeded stream and played one by one (`self.rows`)."""
         raise ConfigurationError("there is no data loader: rows are played one by one; see `trainer.rows`")
 
     def get_eval_dataloader(self, eval_dataset: object = None) -> NoReturn:
-        """Raises: evaluation plays the rows of `eval_dataset` one by one."""
+        """Not supported: evaluation plays the rows of `eval_dataset` one by one."""
         raise ConfigurationError("there is no data loader: rows are played one by one; see `trainer.eval_dataset`")
 
     def predict(self, test_dataset: object, ignore_keys: object = None, metric_key_prefix: str = "test") -> NoReturn:
-        """Raises: there are no labels to predict; `evaluate` plays any dataset."""
+        """Not supported: there are no labels to predict; `evaluate` plays any dataset."""
         raise ConfigurationError(
             f"there is nothing to predict; `evaluate(test_dataset, metric_key_prefix={metric_key_prefix!r})` plays it"
         )
 
     @contextmanager
     def null_ref_context(self) -> Iterator[None]:
-        """Within the block, a policy with adapters is the reference, as in `PPOTrainer`; another is left as it is."""
+        """Context in which a policy with adapters is the reference, as in TRL. Other policies stay as they are."""
         with (
             as_reference(self.model, self.policy_adapter, self._adapters.reference)
             if self.policy_adapter is not None

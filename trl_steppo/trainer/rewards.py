@@ -47,7 +47,7 @@ class Rewards:
         self._numerics = numerics
 
     def __bool__(self) -> bool:
-        """Whether anything pays."""
+        """Whether there is a reward function or a reward model."""
         return bool(self.funcs) or self.model is not None
 
     @property
@@ -72,7 +72,7 @@ class Rewards:
         trainer_state: TrainerState | None,
         log_metric: Callable[[str, float], object],
     ) -> list[Episode]:
-        """Episodes with what the functions pay; see [`~rollout.pay_episodes`]."""
+        """Add the rewards of the functions; see [`~rollout.pay_episodes`]."""
         if not self.funcs:
             return episodes
         return pay_episodes(
@@ -88,7 +88,7 @@ class Rewards:
         )
 
     def of_model(self, episodes: list[Episode]) -> list[Episode]:
-        """Episodes with what the model pays those that did not fail."""
+        """Add the rewards of the model to the episodes that did not fail."""
         if self.model is None:
             return episodes
         valid = [index for index, episode in enumerate(episodes) if episode.valid]

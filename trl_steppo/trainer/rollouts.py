@@ -29,7 +29,7 @@ class RolloutSource(Protocol):
     """Gives the episodes of one update after the other."""
 
     def take(self, update: UpdateRecord) -> list[Episode]:
-        """This rank's episodes of an update, with their rewards. Collective: every rank must call this."""
+        """Take this rank's episodes of an update, with their rewards. Collective: every rank must call this."""
         ...
 
     def close(self) -> None:
@@ -40,7 +40,7 @@ class RolloutSource(Protocol):
 def make_source(
     args: StepPOConfig, accelerator: Accelerator, rows: Rows, player: EpisodePlayer, engine: Engine
 ) -> RolloutSource:
-    """The source that the run's settings choose."""
+    """Make the source that the run's settings choose."""
     if args.replay_episodes_dir is not None:
         return ReplayedRollouts(args.replay_episodes_dir, accelerator.process_index)
     schedule = RowSchedule.of(args, accelerator, rows)
@@ -190,7 +190,7 @@ class ReplayedRollouts:
 
 def pay_together(player: EpisodePlayer, played: Played, state: TrainerState, means: Means) -> list[Episode]:
     """
-    Episodes with the rewards of reward functions and reward models. Collective: every rank must call this.
+    Add the rewards of reward functions and reward models to episodes. Collective: every rank must call this.
 
     Args:
         player ([`EpisodePlayer`]):

@@ -249,7 +249,7 @@ class RunEnvironments:
 
 def factories_of(environment_factory: EnvironmentFactories | None) -> dict[str | None, EnvironmentFactory]:
     """
-    The factories by the name that rows choose them by; a single one has none.
+    Environment factories by name. A single factory has the name `None`.
 
     Raises:
         ConfigurationError: If there is something else among them, or a name that no row can have.

@@ -149,7 +149,7 @@ class UpdateRecord:
 
     def stop(self, *, samples_ahead: bool) -> None:
         """
-        The weights are learned: stop counting. Tokens that are sampled from now on count towards the next update.
+        Stop counting when the weights are learned. Tokens that are sampled from now on count towards the next update.
 
         Args:
             samples_ahead (`bool`):
