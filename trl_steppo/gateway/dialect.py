@@ -29,8 +29,8 @@ class ModelBody(Body):
 @dataclass(frozen=True)
 class Dialect(Generic[M]):
     """
-    An API of language models that the gateway speaks. To add one, write a file that translates it, with an instance of this class in it, and
-    add that instance to `app.DIALECTS`.
+    An API of language models that the gateway speaks. To add one, write a file that translates it, with an instance of
+    this class in it, and add that instance to `app.DIALECTS`.
 
     Args:
         path (`str`):
