@@ -101,7 +101,7 @@ def write_directory(path: Path, text: str, **options: Any) -> None:
 
 def partial_file(path: Path) -> Path:
     """Where this process writes a file."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def read(path: Path) -> set[str]:

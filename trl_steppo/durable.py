@@ -41,7 +41,8 @@ def file(path: Path) -> Iterator[Path]:
     ...     partial.write_text(json.dumps(scores))
     ```
     """
-    partial = partial_of(path.with_name(f"{path.name}.{os.getpid()}"))  # several processes may write the same file
+    # Several processes may write the same file. A process that is killed leaves a hidden one.
+    partial = partial_of(path.with_name(f".{path.name}.{os.getpid()}"))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.unlink(missing_ok=True)
     try:
