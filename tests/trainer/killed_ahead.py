@@ -33,6 +33,14 @@ BATCH = 8
 UPDATE_S = 0.2  # about
 
 
+def command_of(process: psutil.Process) -> str:
+    """The command of a process; none of one that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 class Counts(TrainerCallback):
     """Tells another process how many updates are done."""
 
@@ -82,7 +90,7 @@ class Run:
         """The process that samples now."""
         if self.port is not None:
             return psutil.Process(self.server.pid)
-        found = [one for one in psutil.Process(self.trainer.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+        found = [one for one in psutil.Process(self.trainer.pid).children() if "spawn_main" in command_of(one)]
         self.samplers |= set(found)
         return found[0] if found else None
 
