@@ -178,25 +178,24 @@ def _by_episodes(
     baseline: GroupBaseline,
 ) -> Credit:
     """GRPO and RLOO: the return of each episode, compared with the other episodes of its dataset row."""
-    advantages = _episode_advantages(settings, rollout, scores, baseline)  # (N,)
+    rewards, _ = _step_rewards(settings, rollout, scores)
+    advantages = _episode_advantages(rewards, rollout, baseline)  # (N,)
     return Credit(broadcast_to_tokens(advantages, rollout.batch.action_mask), None, {})
 
 
 def _by_states(settings: CreditSettings, rollout: Rollout, scores: Scores, reduce: Reduce | None) -> Credit:
     """GiGPO: as GRPO, plus the return from each step on, compared with the other steps taken in its state."""
     batch = rollout.batch
-    step_returns = discounted_returns(*_step_rewards(settings, rollout, scores), gamma=settings.gamma)
+    rewards, mask = _step_rewards(settings, rollout, scores)
+    step_returns = discounted_returns(rewards, mask, gamma=settings.gamma)
     step_returns = from_episode_grid(step_returns, batch.episode_index, batch.step_index)
-    advantages = _episode_advantages(settings, rollout, scores, "grpo")
+    advantages = _episode_advantages(rewards, rollout, "grpo")
     advantages = advantages + gigpo_step_advantages(step_returns, state_index(rollout.episodes, step_returns.device))
     return Credit(broadcast_to_tokens(advantages, batch.action_mask), None, {})
 
 
-def _episode_advantages(
-    settings: CreditSettings, rollout: Rollout, scores: Scores, baseline: GroupBaseline
-) -> torch.Tensor:
+def _episode_advantages(rewards: torch.Tensor, rollout: Rollout, baseline: GroupBaseline) -> torch.Tensor:
     """Advantage (N,) of each step's episode."""
-    rewards, _ = _step_rewards(settings, rollout, scores)
     groups = group_index(rollout.episodes, rewards.device)
     return group_advantages(rewards.sum(-1), groups, baseline)[rollout.batch.episode_index]
 
