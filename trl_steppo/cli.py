@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .commands import Command, check, config, gateway, hotpotqa, memory, report
+from .commands import Command, check, config, gateway, hotpotqa, memory, recipes, report
 from .errors import StepPOError
 
 COMMANDS: dict[str, Command] = {
+    "recipes": recipes,
     "config": config,
     "memory": memory,
     "check": check,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,6 +22,7 @@ import yaml
 
 from trl_steppo.assets import ROOMS_POLICY, locate_model
 from trl_steppo.keeper import Keeper
+from trl_steppo.recipes import find_recipe
 from trl_steppo.types import JsonObject
 
 from .record import current_commit
@@ -30,7 +33,7 @@ LAUNCHER = ("-m", "accelerate.commands.launch", "--num_processes", "1")
 _SECONDS = "seconds.txt"  # written when a run is over, and well: its mark
 _COMMIT = "commit.txt"  # written when it starts: figures may be read under another
 _SETTINGS = "run.json"  # written when it starts: another run may be asked for under the same name
-_DEFAULT_CONFIGS = {"hotpotqa_steppo.py": "mini_wiki.yaml", "rooms_steppo.py": "rooms.yaml"}
+_DEFAULT_CONFIGS = {"hotpotqa_steppo.py": "mini_wiki", "rooms_steppo.py": "rooms"}
 _POLL_S = 0.2
 
 
@@ -133,8 +136,8 @@ def example_run(
 
 
 def settings_in(command: str) -> str:
-    """A run's command without the place it writes to, which comes last."""
-    return command.partition(" --output_dir ")[0]
+    """A run's command without the place it writes to, which comes last. Recipes were named by their paths before."""
+    return re.sub(r"\bexamples/configs/(\S+)\.yaml", r"\1", command.partition(" --output_dir ")[0])
 
 
 def play(
@@ -208,10 +211,11 @@ def refuse_other_runs(runs: Iterable[Run]) -> None:
 
 
 def under_current_names(inputs: Mapping[str, str] | None) -> dict[str, str] | None:
-    """The hashes that a run kept; the built-in policies, unchanged, had another directory in earlier versions."""
+    """The hashes that a run kept; policies and recipes, unchanged, had other directories in earlier versions."""
     if inputs is None:
         return None
-    return {name.replace("trl_steppo/models/", "trl_steppo/assets/"): value for name, value in inputs.items()}
+    moved = (("trl_steppo/models/", "trl_steppo/assets/"), ("examples/configs/", "trl_steppo/recipes/"))
+    return {functools.reduce(lambda name, move: name.replace(*move), moved, name): inputs[name] for name in inputs}
 
 
 def changed_inputs(before: Mapping[str, str] | None, now: Mapping[str, str]) -> list[str]:
@@ -259,7 +263,7 @@ def _mark_finished(run: Run, seconds: float) -> None:
 
 def _inputs_of(script: str, flags: Mapping[str, object]) -> tuple[Path, ...]:
     """What an example reads: its configuration, and the policy and the rows where these are local."""
-    config = Path(str(flags.get("config", EXAMPLES / "configs" / _DEFAULT_CONFIGS[script])))
+    config = find_recipe(str(flags.get("config", _DEFAULT_CONFIGS[script])))
     read = {**yaml.safe_load(config.read_text()), **flags}
     policy = locate_model(str(read["model_name_or_path"])) if "model_name_or_path" in read else ROOMS_POLICY
     local = (Path(path) for path in (policy, str(read.get("dataset_name", ""))) if path and Path(path).exists())
