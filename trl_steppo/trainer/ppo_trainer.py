@@ -47,6 +47,7 @@ from .episode_log import EpisodeLog
 from .evaluation import Evaluation
 from .inspection import Inspection
 from .metrics import add_age_metrics, add_correction_metrics
+from .metrics_file import METRICS_FILE, MetricsFile
 from .model_card import model_card
 from .ppo_config import PPOConfig
 from .rollouts import RolloutSource, make_source
@@ -225,6 +226,7 @@ class PPOTrainer(RunLoop):
             rows=self.rows,
             adapters=models.adapters,
         )
+        self.metrics_file = MetricsFile(self.checkpoints.output_dir / METRICS_FILE)
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode)
         self.progress = Progress(reference_adapter=models.adapters.copied)
         self._adapters = models.adapters

@@ -442,7 +442,7 @@ class StepPOConfig(PPOConfig):
         The settings under which [`StepPOTrainer`] does what TRL's `GRPOTrainer` does with its own: an update has as
         many prompts, each with as many episodes, and as many optimizer steps.
 
-        Every setting is copied, converted or refused; `docs/coming_from_grpo_trainer.md` has the table.
+        Every setting is copied, converted or refused; `docs/get_started/from_grpo_trainer.md` has the table.
 
         Args:
             args ([`~trl.GRPOConfig`]):
