@@ -268,4 +268,4 @@ def _is_there(name: str) -> bool:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put the tables into a page."""
-    return re.sub(r"<!-- table: (\w+) -->", lambda mark: TABLES[mark[1]]() if _is_there(mark[1]) else '', markdown)
+    return re.sub(r"<!-- table: (\w+) -->", lambda mark: TABLES[mark[1]]() if _is_there(mark[1]) else "", markdown)
