@@ -1,4 +1,4 @@
-"""Hook: what pages link to outside of `docs/`. Pictures are copied, sources are shown as pages, root files are included."""
+"""Hook: what pages link to outside of `docs/`: pictures are copied, sources shown as pages, root files included."""
 
 from __future__ import annotations
 

@@ -130,7 +130,8 @@ def _commands(parser: argparse.ArgumentParser, level: int, summary: str = "") ->
 
 
 def _argument(parser: argparse.ArgumentParser, action: argparse.Action) -> tuple[str, str, str]:
-    names = [name for name in action.option_strings if "-" not in name.lstrip("-")] or [action.metavar or action.dest]
+    options = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+    names = options or [str(action.metavar or action.dest)]
     value = "" if action.nargs == 0 or not action.option_strings else f" {action.metavar or action.dest.upper()}"
     choices = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
     default = action.default if action.nargs != 0 else None
