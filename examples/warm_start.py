@@ -94,4 +94,5 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+    parser = HfArgumentParser(Arguments)  # type: ignore[arg-type]  # a recipe is one of its own flags here
+    main(*parser.parse_args_into_dataclasses())

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from transformers import TrainingArguments
 from trl import TrlParser
@@ -18,6 +18,9 @@ from ..compat.argparse import groups_of
 from ..recipes import find_recipe
 from .grpo_settings import explain_unknown
 from .setting_groups import MEANINGS, SETTING_GROUPS
+
+if TYPE_CHECKING:
+    from ..compat.transformers import DataClass, DataClassType
 
 __all__ = ["StepPOParser"]
 
@@ -44,8 +47,8 @@ class StepPOParser(TrlParser):
             The dataclasses, e.g. `(ScriptArguments, StepPOConfig)`.
         default_config (`str` or `Path`, *optional*):
             The recipe that is read where `--config` is not given.
-        kwargs:
-            Further arguments of `argparse.ArgumentParser`, e.g. `description`.
+        prog (`str`, *optional*), description (`str`, *optional*), epilog (`str`, *optional*):
+            Name of the program, and text before and after the flags, as in `argparse.ArgumentParser`.
 
     Example:
     ```python
@@ -59,22 +62,29 @@ class StepPOParser(TrlParser):
     """
 
     def __init__(
-        self, dataclass_types: type | Iterable[type], *, default_config: str | Path | None = None, **kwargs: Any
+        self,
+        dataclass_types: type | Iterable[type],
+        *,
+        default_config: str | Path | None = None,
+        prog: str | None = None,
+        description: str | None = None,
+        epilog: str | None = None,
     ) -> None:
         types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
-        super().__init__(types, **kwargs)
+        of_transformers = cast("list[DataClassType]", types)  # its name for classes that are dataclasses
+        super().__init__(of_transformers, prog=prog, description=description, epilog=epilog)
         self.default_config = default_config
         self.add_argument("--help_all", action=_HelpAll, help="Show every flag.")
 
     # -- parsing ------------------------------------------------------------------------------------------------------
 
-    def parse_args_and_config(  # type: ignore[override]  # what it returns is a tuple of dataclasses upstream, too
+    def parse_args_and_config(
         self,
         args: Iterable[str] | None = None,
         return_remaining_strings: bool = False,
         fail_with_unknown_args: bool = True,
         separate_remaining_strings: bool = False,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[DataClass, ...]:
         """
         Parse the command line and the recipe that it names. Flags take precedence over the recipe's settings.
 
