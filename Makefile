@@ -1,7 +1,7 @@
 PYTHON ?= python
 OLDEST = tests/test_compat.py $(addprefix tests/,chat commands environments examples gateway inference learning models report rollout trainer)
 
-.PHONY: install install-newest install-oldest install-vllm format check test test-newest test-oldest test-slow test-vllm bench
+.PHONY: install install-newest install-oldest install-vllm format check test test-newest test-oldest test-slow test-vllm bench docs
 
 install:  ## this package with what its tests need, in the tested versions
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
@@ -48,3 +48,8 @@ bench:  ## every benchmark in its short form, figures to benchmarks/results/quic
 	for program in benchmarks/[a-z]*.py; do \
 		$(PYTHON) $$program --quick --json benchmarks/results/quick/$$(basename $$program .py).json || exit 1; \
 	done
+
+docs:  ## the documentation, as a site in site/; any warning is an error
+	@$(PYTHON) -c "import mkdocs, material, mkdocstrings" 2>/dev/null || \
+		{ echo 'the site needs: pip install -c constraints.txt -e ".[docs]"' && false; }
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

@@ -28,13 +28,18 @@ class _Parser(argparse.ArgumentParser):
         return super().add_argument(*names, *hyphenated, **settings)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; errors that name their cure are printed without a traceback."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command, with all subcommands; the reference page is made from it, too."""
     parser = _Parser(prog="trl-steppo", description="Step-level PPO for LLM agents.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         command.add_arguments(subparsers.add_parser(name, help=command.HELP))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; errors that name their cure are printed without a traceback."""
+    args = make_parser().parse_args(argv)
     try:
         COMMANDS[args.command].run(args)
     except (StepPOError, OSError, ValueError, TypeError) as error:  # transformers checks settings by the last two

@@ -85,3 +85,14 @@ def test_models_made_for_each_seed_are_one(tmp_path):
 
 def test_algorithms_are_those_of_the_table_of_estimators():
     assert {name: (ESTIMATORS[name].title, ESTIMATORS[name].usual_ratio) for name in ALGORITHMS} == ALGORITHMS
+
+
+def test_methods_are_named_by_hand(tmp_path):
+    """Also runs that their settings would tell apart, or would not."""
+    paths = [write_run(tmp_path / name, seed=seed, gamma=1.0 / seed) for name, seed in (("a", 2), ("b", 1), ("c", 2))]
+    names = {paths[0]: "mine", paths[1]: "mine"}
+    methods = group_runs(load_runs(paths), names)
+    assert {method.name: [run.name for run in method.runs] for method in methods} == {
+        "mine": ["b", "a"],
+        "StepPO": ["c"],
+    }

@@ -217,6 +217,16 @@ def test_the_command(tmp_path, capsys):
     assert "trainer_state.json" in capsys.readouterr().err
 
 
+def test_methods_named_on_the_command_line(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, seed=1, updates=2) for name in ("a", "b")]
+    output = str(tmp_path / "report.html")
+    assert main(["report", str(runs[0]), "--method", f"Mine=={runs[1]}", "--output", output]) == 1
+    assert main(["report", str(runs[0]), "--method", f"Mine={runs[1]}", "--output", output]) == 0
+    assert "<title>StepPO · Mine" in (tmp_path / "report.html").read_text()
+    assert main(["report", "--method", "Mine", "--output", output]) == 1
+    assert "--method Mine: write NAME=RUN,RUN" in capsys.readouterr().err
+
+
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=250)
 

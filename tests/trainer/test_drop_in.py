@@ -1,4 +1,4 @@
-"""What `PPOTrainer`'s arguments and a plain `PPOConfig` do here; `docs/ppo_trainer.md` has them in a table."""
+"""What arguments of `PPOTrainer` and a plain `PPOConfig` do; `docs/get_started/from_ppo_trainer.md` has a table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trl_steppo import PPOConfig, PPOTrainer, StepPOTrainer
 from trl_steppo.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "docs" / "ppo_trainer.md"
+TABLE = ROOT / "docs" / "get_started" / "from_ppo_trainer.md"
 DEFAULTS: dict[str, Any] = {"lr_scheduler_type": "linear", "gradient_checkpointing": True, "logging_steps": 10}
 """Where `PPOConfig` differs from the settings of other tests."""
 

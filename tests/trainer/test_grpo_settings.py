@@ -23,7 +23,7 @@ from trl_steppo.trainer.grpo_settings import COUNTERPARTS
 
 INHERITED = {f.name for f in fields(TrainingArguments)}
 OWN = {f.name: f for f in fields(GRPOConfig) if f.name not in INHERITED}
-PAGE = Path(__file__).parents[2] / "docs" / "coming_from_grpo_trainer.md"
+PAGE = Path(__file__).parents[2] / "docs" / "get_started" / "from_grpo_trainer.md"
 
 
 def grpo_config(directory: Path, **settings: Any) -> GRPOConfig:

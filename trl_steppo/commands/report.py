@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+
+from ..errors import ConfigurationError
 
 HELP = "runs as one HTML file: curves, final figures, episodes step by step"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run's output_dir")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's output_dir, finished or not")
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="NAME=RUN,RUN",
+        help="these runs are one method of this name; may be repeated",
+    )
     parser.add_argument("--output", default="report.html", metavar="FILE.html", help="plots lie beside it as PNG")
 
 
@@ -17,5 +27,20 @@ def run(args: argparse.Namespace) -> None:
     """Write the report, and print the names of its files."""
     from ..report import write_report
 
-    for path in write_report(args.runs, args.output):
+    methods = _named(args.method)
+    if not args.runs and not methods:
+        raise ConfigurationError("name at least one run's output_dir")
+    for path in write_report(args.runs, args.output, methods=methods):
         print(path)
+
+
+def _named(words: Sequence[str]) -> dict[str, list[str]]:
+    """The runs of each method, from `NAME=RUN,RUN`."""
+    methods: dict[str, list[str]] = {}
+    for word in words:
+        name, _, runs = word.partition("=")
+        members = [run for run in runs.split(",") if run]
+        if not name or not members:
+            raise ConfigurationError(f"--method {word}: write NAME=RUN,RUN, as in --method StepPO=runs/a,runs/b")
+        methods.setdefault(name, []).extend(members)
+    return methods

@@ -37,7 +37,7 @@ class Engine(Protocol):
 
     `version` is the number of updates that are in the policy's weights; samples tell it as `policy_version`. All ranks
     call each method, in the same order. Without this argument, the run's settings choose an engine of
-    `trl_steppo.trainer.engines`: `InProcess`, `InWorker` or `InVLLM`. `docs/engines.md` says how to write one.
+    `trl_steppo.trainer.engines`: `InProcess`, `InWorker` or `InVLLM`. `docs/guides/engines.md` says how to write one.
 
     Example:
     ```python

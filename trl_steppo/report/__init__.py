@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigurationError
 
 
-def write_report(directories: Sequence[str | Path], output: str | Path = "report.html") -> list[Path]:
+def write_report(
+    directories: Sequence[str | Path],
+    output: str | Path = "report.html",
+    *,
+    methods: Mapping[str, Sequence[str | Path]] | None = None,
+) -> list[Path]:
     """
     Write a report of runs as one self-contained HTML file, and its plots as PNGs in the same directory.
 
@@ -18,6 +23,9 @@ def write_report(directories: Sequence[str | Path], output: str | Path = "report
             up to its last checkpoint.
         output (`str | Path`, *optional*, defaults to `"report.html"`):
             The HTML file. The PNGs' names begin with its name.
+        methods (`Mapping[str, Sequence[str | Path]]`, *optional*):
+            The `output_dir`s of runs by the name of their method, for runs that their settings would name or group
+            otherwise. These need not be in `directories`.
 
     Returns:
         `list[Path]`: The written files, the HTML file first.
@@ -32,4 +40,4 @@ def write_report(directories: Sequence[str | Path], output: str | Path = "report
         raise ConfigurationError(
             f'a report needs the extra `report`: pip install "trl_steppo[report]" ({error})'
         ) from error
-    return write_page(directories, Path(output))
+    return write_page(directories, Path(output), methods or {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ _IGNORED = {
     *("seed", "data_seed", "output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "debug"),
     *("num_sample_generations", "log_episodes", "dump_episodes_dir", "resume_from_checkpoint", "local_rank"),
     *("do_train", "do_eval", "do_predict", "per_device_eval_batch_size", "skip_memory_metrics", "ddp_timeout"),
-    *("rollout_cache_tokens", "max_concurrent_episodes", "prefix_sharing", "max_tokens_per_micro_batch"),
+    *("versions", "rollout_cache_tokens", "max_concurrent_episodes", "prefix_sharing", "max_tokens_per_micro_batch"),
 }
 _IGNORED_PREFIXES = ("logging_", "log_level", "log_on", "save_", "eval_", "hub_", "trackio_", "dataloader_")
 
@@ -50,14 +50,32 @@ class Method:
     runs: tuple[Run, ...]
 
 
-def group_runs(runs: Sequence[Run]) -> list[Method]:
+def group_runs(runs: Sequence[Run], names: Mapping[Path, str] | None = None) -> list[Method]:
     """
     Group runs into methods, in the order of their first runs.
+
+    Args:
+        runs (`Sequence[Run]`):
+            The runs.
+        names (`Mapping[Path, str]`, *optional*):
+            Names of methods by the resolved directories of their runs. These are not grouped by their settings.
 
     Runs with equal settings and equal seeds cannot repeat each other: they differ in something that is not a setting.
     These, and runs without settings, are distinguished by the names of their directories, apart from a seed in the
     name.
     """
+    named: dict[str, list[Run]] = {}
+    unnamed: list[Run] = []
+    for run in runs:
+        name = (names or {}).get(run.directory.resolve())
+        (unnamed if name is None else named.setdefault(name, [])).append(run)
+    methods = [*(Method(name, _by_seed(members)) for name, members in named.items()), *_grouped(unnamed)]
+    position = {run.directory: index for index, run in enumerate(runs)}
+    return sorted(methods, key=lambda method: min(position[run.directory] for run in method.runs))
+
+
+def _grouped(runs: Sequence[Run]) -> list[Method]:
+    """Runs whose settings and directories tell to which methods they belong."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((_fingerprint(run), ""), []).append(run)
@@ -69,8 +87,11 @@ def group_runs(runs: Sequence[Run]) -> list[Method]:
             named.setdefault((fingerprint, _family(run.name) if needs_name else ""), []).append(run)
     members_of = list(named.values())
     names = _names(members_of, [family for _, family in named])
-    ordered = (tuple(sorted(members, key=lambda run: (run.seed or 0, run.name))) for members in members_of)
-    return [Method(name, members) for name, members in zip(names, ordered, strict=True)]
+    return [Method(name, _by_seed(members)) for name, members in zip(names, members_of, strict=True)]
+
+
+def _by_seed(members: Sequence[Run]) -> tuple[Run, ...]:
+    return tuple(sorted(members, key=lambda run: (run.seed or 0, run.name)))
 
 
 def differing_settings(methods: Sequence[Method]) -> dict[str, list[object]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +46,14 @@ class Column:
     last: int = _LAST
 
 
-def write_page(directories: Sequence[str | Path], output: Path) -> list[Path]:
+def write_page(
+    directories: Sequence[str | Path], output: Path, named: Mapping[str, Sequence[str | Path]]
+) -> list[Path]:
     """See [`write_report`][trl_steppo.report.write_report]."""
-    runs = load_runs(directories)
-    methods = group_runs(runs)
+    names = {Path(directory).resolve(): name for name, members in named.items() for directory in members}
+    given = {Path(directory).resolve() for directory in directories}
+    runs = load_runs([*directories, *(directory for directory in names if directory not in given)])
+    methods = group_runs(runs, names)
     charts = charts_of(methods)
     output.parent.mkdir(parents=True, exist_ok=True)
     curves = curves_of(charts, methods)

@@ -1,0 +1,26 @@
+"""The table of contents names pages that are still to be written; they appear when their files are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+
+Entry = str | dict[str, "str | list[Entry]"]
+
+
+def _written(entries: list[Entry], docs: Path) -> list[Entry]:
+    kept: list[Entry] = []
+    for entry in entries:
+        (title, target) = next(iter(entry.items())) if isinstance(entry, dict) else ("", entry)
+        if isinstance(target, list):
+            if inner := _written(target, docs):
+                kept.append({title: inner})
+        elif (docs / target).exists():
+            kept.append(entry)
+    return kept
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    config.nav = _written(config.nav or [], Path(config.docs_dir))
+    return config
