@@ -190,8 +190,9 @@ def _by_steps(
     if settings.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
     values, _ = to_episode_grid(scores.values, *index)
+    after = values.new_zeros(batch.num_episodes) if scores.bootstrap_values is None else scores.bootstrap_values
     advantages, returns = advantages_of(
-        rewards, values, mask, gamma=settings.gamma, lam=settings.lam, bootstrap_values=scores.bootstrap_values
+        rewards, values, mask, gamma=settings.gamma, lam=settings.lam, bootstrap_values=after
     )
     monte_carlo = discounted_returns(rewards, mask, gamma=settings.gamma)
     if whitens:
@@ -222,8 +223,9 @@ def _by_tokens(
     if settings.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
     values, _ = to_token_grid(scores.values, *index)
+    after = values.new_zeros(batch.num_episodes) if scores.bootstrap_values is None else scores.bootstrap_values
     advantages, returns = advantages_of(
-        rewards, values, mask, gamma=settings.gamma, lam=settings.lam, bootstrap_values=scores.bootstrap_values
+        rewards, values, mask, gamma=settings.gamma, lam=settings.lam, bootstrap_values=after
     )
     monte_carlo = discounted_returns(rewards, mask, gamma=settings.gamma)
     if whitens:

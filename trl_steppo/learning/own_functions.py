@@ -27,7 +27,7 @@ class AdvantageFunction(Protocol):
         *,
         gamma: float,
         lam: float,
-        bootstrap_values: torch.Tensor | None,
+        bootstrap_values: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -52,7 +52,7 @@ class PolicyLoss(Protocol):
         cliprange: float,
         cliprange_high: float | None,
         aggregation: Aggregation,
-        denominator: torch.Tensor | float | None,
+        denominator: float,
         weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]: ...
 
@@ -174,7 +174,7 @@ class OwnAdvantages:
         *,
         gamma: float,
         lam: float,
-        bootstrap_values: torch.Tensor | None,
+        bootstrap_values: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Call the function. It is not called on a rank without episodes."""
         if not len(rewards):
@@ -186,9 +186,7 @@ class OwnAdvantages:
                 f"`advantage_estimator`={name} returned {_described(result)}; return a tuple of two tensors, "
                 f"advantages and returns, each of the shape {tuple(mask.shape)} of the rewards"
             )
-        is_finite = _all_finite(mask, rewards, values)
-        if bootstrap_values is not None:
-            is_finite = is_finite and bool(bootstrap_values.isfinite().all())
+        is_finite = _all_finite(mask, rewards, values) and bool(bootstrap_values.isfinite().all())
         advantages, returns = (
             _checked(name, what, tensor, rewards, mask, is_finite)
             for what, tensor in zip(("advantages", "returns"), result, strict=True)
@@ -275,7 +273,7 @@ class OwnPolicyLoss:
         cliprange: float,
         cliprange_high: float | None,
         aggregation: Aggregation,
-        denominator: torch.Tensor | float | None,
+        denominator: float,
         weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """Call the function. It is not called for a micro-batch without an action to learn from."""
@@ -328,8 +326,8 @@ def _check_loss(
         )
     if _all_finite(action_mask, ratio, advantages) and not bool(loss.isfinite()):
         raise ConfigurationError(
-            f"`policy_loss_fn`={name} returned the loss {float(loss)}, where ratios (up to "
-            f"{float(ratio[action_mask].max()):.3g}) and advantages are finite numbers; what stands where "
+            f"`policy_loss_fn`={name} returned the loss {loss.item()}, where ratios (up to "
+            f"{ratio[action_mask].max().item():.3g}) and advantages are finite numbers; what stands where "
             "`action_mask` is `False` does not count, and no number may be divided by 0"
         )
 
