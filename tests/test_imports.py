@@ -80,6 +80,8 @@ INSIDE: dict[str, list[str]] = {
         "versions",
         "callbacks",
         "metrics_file",
+        "metric_table",
+        "figures",
         "metrics",
         "episode_log",
         "checkpoints",

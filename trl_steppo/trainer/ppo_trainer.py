@@ -426,12 +426,18 @@ class PPOTrainer(RunLoop):
         if not any(dataset is part for part in datasets_of(self.eval_dataset)):  # checked at construction
             check_eval_dataset(dataset, **self._row_rules)
         with self._engine_running():
-            measured = self.evaluation.measure(dataset, self.state)
+            measured = self.evaluation.measure(dataset, self.state, partial(self._log_evaluation, metric_key_prefix))
         result = {f"{metric_key_prefix}_{k}": v for k, v in measured.items() if k not in (ignore_keys or ())}
         self.log(result)
         self.progress.last_eval_step = self.state.global_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         return result
+
+    def _log_evaluation(self, prefix: str, episodes: Sequence[Episode]) -> None:
+        """Log an evaluation of a run, or of the trainer after it. An untrained one leaves an earlier run's files."""
+        if self.is_in_train or self.state.global_step > 0:
+            part = prefix.removeprefix("eval").removeprefix("_")
+            self.episode_log.evaluated(self.state.global_step, episodes, part=part)
 
     def generate_completions(self, sampling: bool = False) -> None:
         """
