@@ -40,6 +40,7 @@ LAYERS: list[set[str]] = [
     {"learning"},
     {"trainer"},
     {
+        "comparison",
         "report",
         "configs",
         "commands",
@@ -81,6 +82,8 @@ INSIDE: dict[str, list[str]] = {
         "versions",
         "callbacks",
         "metrics_file",
+        "metric_table",
+        "figures",
         "metrics",
         "episode_log",
         "checkpoints",
