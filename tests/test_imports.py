@@ -40,6 +40,7 @@ LAYERS: list[set[str]] = [
     {"learning"},
     {"trainer"},
     {
+        "comparison",
         "report",
         "configs",
         "commands",
