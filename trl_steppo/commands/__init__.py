@@ -10,6 +10,7 @@ The subcommands of `trl-steppo`. Each module declares the arguments of its comma
 | `try_out.py`, `playing.py` | one episode before any training: what is played, and what it shows |
 | `objects.py`, `speakers.py` | what a command line names; what responds instead of a local model |
 | `show.py` | recorded episodes in the terminal |
+| `compare.py` | arms x seeds of a training script |
 | `report.py` | runs as one HTML file |
 | `gateway.py` | a model served to agents |
 | `hotpotqa.py` | data sets prepared for training |
