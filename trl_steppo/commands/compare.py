@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, StepPOError
+from ..extras import install_command
 
 if TYPE_CHECKING:
     from ..comparison.plan import Arm, ArmRun
@@ -115,7 +116,7 @@ def _need_report() -> None:
     missing = [name for name in ("jinja2", "matplotlib", "scipy") if find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f'a comparison ends in a report, which needs the extra `report`: pip install "trl_steppo[report]" '
+            f"a comparison ends in a report, which needs the extra `report`: {install_command('report')} "
             f"({', '.join(missing)} cannot be imported)"
         )
 

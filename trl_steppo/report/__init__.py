@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigurationError
+from ..extras import install_command
 
 
 def write_report(
@@ -38,6 +39,6 @@ def write_report(
         from .page import write_page
     except ImportError as error:
         raise ConfigurationError(
-            f'a report needs the extra `report`: pip install "trl_steppo[report]" ({error})'
+            f"a report needs the extra `report`: {install_command('report')} ({error})"
         ) from error
     return write_page(directories, Path(output), methods or {})
