@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from ..comparison.plan import Arm, ArmRun
     from ..report.statistics import Estimate
 
-HELP = "arms x seeds of a training script, and their report"
+HELP = "train a script with several settings and seeds, and report on them"
+EXAMPLES = """\
+  trl-steppo compare train.py --seeds 1 2 3 --arm StepPO --arm PPO advantage_estimator=token_gae
+  trl-steppo compare train.py --seeds 1 2 --arm fast learning_rate=1e-4 --arm slow learning_rate=1e-5 --dry_run
+  trl-steppo compare train.py --seeds 1 2 --arm a --arm b gamma=0.9 --parallel 2 -- --total_episodes 512
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
