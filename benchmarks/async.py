@@ -136,6 +136,7 @@ def make_trainer(directory: str, latency_s: float, num_updates: int, **settings:
         gradient_checkpointing=False,
         max_tokens_per_micro_batch=8192,
         num_sample_generations=0,
+        log_episodes=0,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

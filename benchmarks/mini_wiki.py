@@ -40,7 +40,7 @@ class MiniWikiArguments(BenchmarkArguments):
 
 def run_of(method: str, seed: int, output_dir: Path, *, quick: bool) -> Run:
     """One run of the example."""
-    flags = {"seed": seed, "num_sample_generations": 0}
+    flags = {"seed": seed, "num_sample_generations": 0, "log_episodes": 0}
     switches = [*METHODS[method], *(QUICK if quick else [])]
     return example_run("hotpotqa_steppo.py", output_dir, flags, switches=switches, launcher=LAUNCHER)
 

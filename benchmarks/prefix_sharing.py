@@ -161,6 +161,7 @@ def update_once(work: Work, sharing: bool) -> Cost:
             bf16=False,
             report_to="none",
             num_sample_generations=0,
+            log_episodes=0,
             logging_steps=1,
             disable_tqdm=True,
             save_strategy="no",

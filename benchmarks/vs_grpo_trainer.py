@@ -181,6 +181,7 @@ def make_trainer(name: str, work: Work, output_dir: str) -> Any:
             response_length=RESPONSE_TOKENS,
             max_interaction_steps=responses,
             num_sample_generations=0,
+            log_episodes=0,
         )
         return StepPOTrainer(
             args=args, processing_class=tokenizer, model=model, train_dataset=data.train_dataset, **played

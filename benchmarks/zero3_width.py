@@ -39,6 +39,7 @@ SETTINGS = {
     "save_strategy": "no",
     "report_to": "none",
     "num_sample_generations": 0,
+    "log_episodes": 0,
     "use_cpu": True,
     "bf16": True,
     "dtype": "bfloat16",

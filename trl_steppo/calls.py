@@ -25,6 +25,7 @@ import queue
 import re
 import signal
 import sys
+import sysconfig
 import threading
 import traceback
 import weakref
@@ -289,6 +290,28 @@ def error_text(error: BaseException) -> str:
             return str(error)
     except Exception:
         return "(its message cannot be read)"
+
+
+_LIBRARIES = tuple(
+    {os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
+_OWN_CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+
+
+def users_place(error: BaseException) -> str | None:
+    """
+    The place in the user's code that raised an exception, or that called the library which raised it, as
+    `file:line`. Without a frame of the user's, the innermost frame of all; `None` without any frame.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _is_of_library(frame.filename)]
+    innermost = (own or frames)[-1:]
+    return f"{innermost[0].filename}:{innermost[0].lineno}" if innermost else None
+
+
+def _is_of_library(file: str) -> bool:
+    is_installed = "site-packages" in file or "dist-packages" in file
+    return is_installed or file.startswith(("<frozen ", _OWN_CODE, *_LIBRARIES))
 
 
 def as_error(error: BaseException) -> Exception:

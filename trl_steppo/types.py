@@ -287,6 +287,8 @@ class Episode:
             What the environment's `reset` returned, which stands at the end of the row's prompt.
         logged (`Mapping`, *optional*):
             What reward functions logged about the episode with `log_extra`, by column.
+        agent_output (`str`, *optional*):
+            The end of what the agent of the episode printed, where it was a command. `None`: it was something else.
         needs_reward (`bool`, *optional*, defaults to `False`):
             Whether the episode has no reward yet, because its environment gives none. Not recorded.
     """
@@ -305,6 +307,7 @@ class Episode:
     question: TextOrMessages | None = None
     reset_text: str | None = None
     logged: Mapping[str, Any] = field(default_factory=dict)
+    agent_output: str | None = None
     needs_reward: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:

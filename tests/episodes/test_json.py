@@ -22,7 +22,11 @@ def test_what_is_written():
 
 
 def test_what_is_read_equals_what_was_written():
-    for episode in (EPISODE, replace(EPISODE, steps=(replace(STEP, prompt_ids=TokenIds([9, 8])),))):
+    for episode in (
+        EPISODE,
+        replace(EPISODE, agent_output="done\n"),
+        replace(EPISODE, steps=(replace(STEP, prompt_ids=TokenIds([9, 8])),)),
+    ):
         assert episode_from_json(json.loads(json.dumps(episode_to_json(episode)))) == episode
 
 

@@ -31,6 +31,7 @@ def write_run(
     episodes: int = 4,
     logged_updates: int | None = None,
     texts: dict[str, str] | None = None,
+    evaluated: bool = False,
     without_settings: bool = False,
     **settings: Any,
 ) -> Path:
@@ -47,6 +48,11 @@ def write_run(
         rows = [row for i in range(episodes) for row in _episode(update, i, episodes, generator)]
         if update == 1:
             rows[0] |= texts or {}
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    if evaluated:
+        rows = [row for i in range(2) for row in _episode(updates, i, 2, generator)]
+        rows = [{**row, "advantage": None, "value": None, "agent_output": "done\n"} for row in rows]
+        path = directory / "episodes" / f"evaluation_{updates:05d}.parquet"
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
     return directory
 

@@ -165,6 +165,22 @@ def test_a_step_shows_what_the_update_made_of_it(page):
     WebDriverWait(page.browser, 20).until(lambda _: len(steps[1].find_elements(By.CSS_SELECTOR, "tbody tr")) == 4)
 
 
+def test_evaluations_are_a_part_of_their_own(browser, tmp_path):
+    run = write_run(tmp_path / "run", updates=2, evaluated=True)
+    page = Page(browser, write_report([run], tmp_path / "report.html")[0])
+    assert page.entries() == 10
+    page.choose("filter-part", "evaluation")
+    assert page.entries() == 2
+    assert "evaluation after update 2" in page.one("#panes .who").text
+    output = page.one("#panes .agent-s-output")
+    output.find_element(By.TAG_NAME, "summary").click()
+    assert output.find_element(By.TAG_NAME, "pre").text == "done"
+    page.choose("filter-part", "training")
+    assert page.entries() == 8
+    assert page.all("#panes .agent-s-output") == []
+    assert page.complaints() == []
+
+
 def test_a_real_run(browser, tmp_path):
     """From training to the page."""
     for name, settings in (("step", {}), ("token", TOKEN_PPO)):

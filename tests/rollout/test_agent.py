@@ -150,6 +150,16 @@ def test_an_agent_that_raises_fails_its_own_episode_only(server, chat):
     assert not any(key in str(episode) for key in keys for episode in episodes)
 
 
+def test_an_error_names_the_line_of_the_agent_and_not_of_the_library(server, chat):
+    def agent(row: Any, *, base_url: str, api_key: str) -> None:
+        httpx.get("nonsense://")
+
+    (episode,) = play(server, chat, agent)
+    line = agent.__code__.co_firstlineno + 1
+    assert episode.error.startswith("the agent: UnsupportedProtocol: ")
+    assert episode.error.endswith(f"({__file__}:{line})")
+
+
 @pytest.mark.parametrize("reward", [10**400, 1e300, 1e20, "1.0", 1j, [1.0], {}], ids=str)
 def test_a_reward_that_is_not_a_number_fails_its_own_episode_only(server, chat, reward):
     def agent(row, *, base_url, api_key):
@@ -357,6 +367,23 @@ def test_commands_play(server, chat, tmp_path, monkeypatch, as_text):
     assert [episode.episode_return for episode in episodes[:2]] == [2.5, 0.5]
     assert "exit status 1: out of [key]" in episodes[2].error
     assert "asked for nothing" in episodes[3].error
+
+
+def test_what_a_command_prints_is_in_its_episode(server, chat):
+    """Also when it succeeds, and when the episode is taken from the store."""
+    ask = "import os, urllib.request as r, json; r.urlopen(r.Request(os.environ['OPENAI_BASE_URL'] + "
+    ask += "'/chat/completions', json.dumps({'model': 'm', 'messages': [{'role': 'user', 'content': 'x'}]}).encode(), "
+    ask += "{'authorization': 'Bearer ' + os.environ['OPENAI_API_KEY']}))"
+    says = f"{ask}; import sys; print(os.environ['OPENAI_API_KEY']); sys.stderr.write('careful\\n'); print(1.5)"
+    settings: dict[str, Any] = {"id_prefix": "said/", "resumes": True}
+    (episode,) = play(server, chat, [sys.executable, "-c", says], **settings)
+    assert (episode.error, episode.episode_return) == (None, 1.5)
+    assert episode.agent_output == "[key]\n1.5\n[standard error]\ncareful\n"
+    assert play(server, chat, ["false"], **settings) == [episode]
+    (failed,) = play(server, chat, ["sh", "-c", "echo here; exit 3"])
+    assert failed.agent_output == "here\n"
+    (function,) = play(server, chat, good)
+    assert function.agent_output is None
 
 
 def test_a_command_may_write_a_lot_and_read_nothing(server, chat, monkeypatch):

@@ -77,7 +77,7 @@ def test_added_defaults_are_those_documented():
         "max_failed_updates": 3,
         "dump_episodes_dir": None,
         "replay_episodes_dir": None,
-        "log_episodes": 0,
+        "log_episodes": 4,
     }
     assert {name: default(ADDED[name]) for name in expected} == expected
 

@@ -20,8 +20,8 @@ from trl_steppo.rollout import dump_episodes, episode_file
 from trl_steppo.trainer.episode_log import SCHEMA, _text
 
 
-def logged(directory: Path, update: int = 1) -> list[dict[str, Any]]:
-    table = pq.read_table(directory / "episodes" / f"update_{update:05d}.parquet")
+def logged(directory: Path, update: int = 1, name: str = "") -> list[dict[str, Any]]:
+    table = pq.read_table(directory / "episodes" / f"{name or f'update_{update:05d}'}.parquet")
     assert table.schema.equals(SCHEMA)
     return table.to_pylist()
 
@@ -147,6 +147,55 @@ def test_failed_episodes_are_there(tmp_path):
         assert row["error"] == episode.error
         assert (row["score"] is None) is (row["advantage"] is None) is not episode.valid
         assert (row["step_index"] is None) is not episode.steps
+
+
+LEARNED = (
+    *("old_logprobs", "new_logprobs", "token_advantages", "value", "return", "raw_advantage", "advantage"),
+    "clipped_fraction",
+)
+"""Columns of what an update computes."""
+
+
+def test_evaluations_are_logged_as_updates_are(tmp_path):
+    rows = prompt_rows()
+    play(
+        tmp_path,
+        eval_dataset=[rows[5], rows[3], rows[4]],
+        log_episodes=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_on_start=True,
+    )
+    names = sorted(path.stem for path in (tmp_path / "episodes").iterdir())
+    assert names == ["evaluation_00000", "evaluation_00002", "update_00001", "update_00002"]
+    for update in (0, 2):
+        found = logged(tmp_path, name=f"evaluation_{update:05d}")
+        assert {row["update"] for row in found} == {update}
+        assert list(dict.fromkeys((row["dataset_row"], row["question"]) for row in found)) == [
+            (0, "row 5"),
+            (1, "row 3"),
+        ]
+        assert [row["observation"] for row in found] == ["go on"] * len(found)
+        assert {row[name] for row in found for name in LEARNED} == {None}
+    files = {update: tmp_path / "episodes" / f"update_{update:05d}.parquet" for update in (1, 2)}
+    run = Run(tmp_path, "evaluated", [{"step": 2}], {"log_episodes": 2}, files)
+    parts = [episode["part"] for episode in sample_episodes([Method("evaluated", (run,))], 10**6).episodes]
+    assert parts == ["evaluation"] * 2 + [""] * 4 + ["evaluation"] * 2
+
+
+def test_each_dataset_of_an_evaluation_has_a_file(tmp_path):
+    rows = prompt_rows()
+    trainer, _ = play(tmp_path, eval_dataset={"easy": [rows[0]], "a b": [rows[1]]}, max_steps=1)
+    trainer.evaluate()
+    trainer.evaluate([rows[0]], metric_key_prefix="test")
+    names = sorted(path.stem for path in (tmp_path / "episodes").glob("evaluation*"))
+    assert names == ["evaluation_00001_a_b", "evaluation_00001_easy", "evaluation_00001_test"]
+
+
+def test_an_evaluation_before_the_run_logs_nothing(tmp_path):
+    """It would overwrite what an earlier run in the same directory has logged."""
+    make_trainer(tmp_path, log_episodes=2, eval_dataset=prompt_rows()[:1]).evaluate()
+    assert not (tmp_path / "episodes").exists()
 
 
 class Broken(Hash):

@@ -134,6 +134,7 @@ TINY: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
     "num_sample_generations": 0,
+    "log_episodes": 0,
 }
 
 
@@ -145,7 +146,7 @@ def make_config(output_dir: Any, **settings: Any) -> StepPOConfig:
 
 def make_ppo_config(output_dir: Any, **settings: Any) -> PPOConfig:
     """The same as a plain `PPOConfig`, which has no steps."""
-    own = {name: value for name, value in TINY.items() if name != "max_interaction_steps"}
+    own = {name: value for name, value in TINY.items() if name not in ("max_interaction_steps", "log_episodes")}
     return PPOConfig(output_dir=str(output_dir), **{**own, **settings})
 
 

@@ -27,7 +27,7 @@ def plain_episode_json(episode: Episode) -> JsonObject:
     return {**known, **_states(episode, lambda ids, start: ids.tolist())}
 
 
-_OF_THE_TRAINER = ("question", "reset_text", "logged")
+_OF_THE_TRAINER = ("question", "reset_text", "logged", "agent_output")
 
 
 def _facts(episode: Episode) -> JsonObject:
@@ -44,6 +44,7 @@ def _facts(episode: Episode) -> JsonObject:
         "metrics": dict(episode.metrics),
         "reset_text": episode.reset_text,
         "logged": dict(episode.logged),
+        **({} if episode.agent_output is None else {"agent_output": episode.agent_output}),
     }
 
 
@@ -94,6 +95,7 @@ def episode_from_json(data: JsonObject) -> Episode:
         metrics=dict(data["metrics"]),
         reset_text=data.get("reset_text"),
         logged=dict(data.get("logged", {})),
+        agent_output=data.get("agent_output"),
         stop_reason=None if data["stop_reason"] is None else StopReason(data["stop_reason"]),
     )
 

@@ -63,6 +63,8 @@ class Notes:
             ends with the last response.
         error (`str`, *optional*):
             What broke.
+        agent_output (`str`, *optional*):
+            The end of what the agent printed, where it was a command.
     """
 
     rewards: dict[int, float] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class Notes:
     final_parent: int | None = None
     final_new_ids: list[int] | None = None
     error: str | None = None
+    agent_output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,7 @@ class EpisodeRecord(Generic[S]):
             error=error,
             metrics=dict(notes.metrics),
             stop_reason=reason,
+            agent_output=notes.agent_output,
         )
 
     def _final_prompt_ids(self, buffers: list[TokenIds], last: int) -> TokenIds:

@@ -32,6 +32,7 @@ class Ending(TypedDict, total=False):
     error: str | None
     out_of_time: bool
     terminated: bool
+    agent_output: str | None
 
 
 class Gateway:
@@ -179,6 +180,7 @@ class Gateway:
         error: str | None = None,
         out_of_time: bool = False,
         terminated: bool = False,
+        agent_output: str | None = None,
     ) -> None:
         """
         Finish a session, whose key is not valid any more. The first call decides how the episode ended. A later one
@@ -200,6 +202,8 @@ class Gateway:
             terminated (`bool`, *optional*, defaults to `False`):
                 Whether the agent's environment ended the episode. Without that, an episode whose last response was
                 cut at its length is truncated.
+            agent_output (`str`, *optional*):
+                What the agent printed.
         """
         async with session.ending:
             responder = self._responders.get(session.session_id)
@@ -217,6 +221,8 @@ class Gateway:
                 session.notes.observations[visible[-1]] = observation
             if error is not None:
                 session.notes.error = error
+            if agent_output is not None:
+                session.notes.agent_output = agent_output
             await self._services.save(session)
             if self._responders.pop(session.session_id, None) is not None:
                 self._forget(session)

@@ -32,8 +32,9 @@ _COLUMNS = (  # of the log that are read
     "error",
     *("score", "metrics", "step_index", "prompt", "prompt_tokens", "prompt_kept_tokens", "response", "observation"),
     *("response_stop_reason", "reward", "tokens", "rollout_logprobs", "old_logprobs", "new_logprobs", "value"),
-    *("return", "raw_advantage", "advantage", "clipped_fraction"),
+    *("return", "raw_advantage", "advantage", "clipped_fraction", "agent_output"),
 )
+_ADDED = ("agent_output",)  # columns that logs of older versions do not have
 _OLD_NAMES = {"stream_position": "row_index"}  # of columns, in logs of older versions
 
 
@@ -84,8 +85,10 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
     spent = 0
     is_full = False
     runs = [(index, run) for index, method in enumerate(methods) for run in method.runs]
-    for update in _spread(sorted({update for _, run in runs for update in run.episode_files})):
-        files = [(index, run, run.episode_files[update]) for index, run in runs if update in run.episode_files]
+    logged = [(index, run, place, file) for index, run in runs for place, file in logged_files(run).items()]
+    updates = _spread(sorted({update for _, _, (update, _), _ in logged}))
+    for place in sorted({place for _, _, place, _ in logged}, key=lambda place: (updates.index(place[0]), place[1])):
+        files = [(index, run, file) for index, run, its_place, file in logged if its_place == place]
         if is_full:
             sample.num_logged += sum(_readable(_num_episodes, file, sample) or 0 for _, _, file in files)
             continue
@@ -98,7 +101,8 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
             positions.setdefault(_question(rows), len(positions))
         for index, run, rows in sorted(episodes, key=lambda entry: positions[_question(entry[2])]):
             key = _question(rows)
-            episode, num_shortened = _for_viewer(index, run, rows, numbers.setdefault(key, len(numbers)))
+            question = numbers.setdefault(key, len(numbers))
+            episode, num_shortened = _for_viewer(index, run, place[1], rows, question)
             size = len(embedded_json(episode).encode())
             is_full = spent + size > max_bytes
             if is_full:
@@ -110,9 +114,26 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
                 prompts.append(rows[0]["prompt"] or "")
     sample.questions = _titles(prompts)
     sample.episodes.sort(
-        key=lambda episode: (episode["update"], episode["position"], episode["method"], episode["id"])
+        key=lambda episode: tuple(episode[name] for name in ("update", "part", "position", "method", "id"))
     )
     return sample
+
+
+def logged_files(run: Run) -> dict[tuple[int, str], Path]:
+    """
+    The logs of a run's episodes.
+
+    Returns:
+        `dict[tuple[int, str], Path]`: By update and part: `""` for what was trained on, `"evaluation"` for the
+        evaluation after the update, or `"evaluation NAME"` where there are several datasets.
+    """
+    files = {(update, ""): path for update, path in run.episode_files.items()}
+    if run.settings is None or run.settings.get("log_episodes"):
+        for path in sorted((run.directory / "episodes").glob("evaluation_*.parquet")):
+            number, _, name = path.stem.removeprefix("evaluation_").partition("_")
+            if number.isdecimal() and int(number) <= run.num_updates:  # an earlier run may have left further files
+                files[int(number), f"evaluation {name}".strip()] = path
+    return files
 
 
 def embedded_json(content: object) -> Markup:
@@ -168,10 +189,15 @@ def _read(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
         names = set(pq.read_schema(path).names)
         stored = {name: name if name in names else _OLD_NAMES.get(name, name) for name in columns}
+        added = [name for name in columns if name in _ADDED and name not in names]
+        stored = {name: column for name, column in stored.items() if name not in added}
         missing = sorted(name for name, column in stored.items() if column not in names)
         if not missing:
             present = list(stored.values())
-            return pq.read_table(path, columns=present).select(present).rename_columns(list(stored))
+            table = pq.read_table(path, columns=present).select(present).rename_columns(list(stored))
+            for name in added:
+                table = table.append_column(name, pa.nulls(len(table), pa.string()))
+            return table
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a log of episodes: {error}") from error
     raise DataError(f"{path} is not a log of episodes: it has no column {', '.join(missing)}")
@@ -195,7 +221,7 @@ def _spread(updates: Sequence[int]) -> list[int]:
     return list(order)
 
 
-def _for_viewer(method: int, run: Run, rows: Sequence[JsonObject], question: int) -> tuple[JsonObject, int]:
+def _for_viewer(method: int, run: Run, part: str, rows: Sequence[JsonObject], question: int) -> tuple[JsonObject, int]:
     first = rows[0]
     metrics = first["metrics"]
     shortened = [0]
@@ -236,6 +262,7 @@ def _for_viewer(method: int, run: Run, rows: Sequence[JsonObject], question: int
         "run": run.name,
         "seed": run.seed,
         "update": first["update"],
+        "part": part,
         "id": first["episode_id"],
         "position": first["stream_position"],
         "datasetRow": first["dataset_row"],
@@ -247,6 +274,7 @@ def _for_viewer(method: int, run: Run, rows: Sequence[JsonObject], question: int
         "truncated": first["truncated"],
         "error": None if first["error"] is None else text(first["error"]),
         "metrics": {name: _short(value) for name, value in metrics.items()},
+        "agentOutput": None if first["agent_output"] is None else text(first["agent_output"]),
         "steps": steps,
     }
     return episode, shortened[0]

@@ -16,7 +16,7 @@ _IGNORED = {
     *("seed", "data_seed", "output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "debug"),
     *("num_sample_generations", "log_episodes", "dump_episodes_dir", "resume_from_checkpoint", "local_rank"),
     *("do_train", "do_eval", "do_predict", "per_device_eval_batch_size", "skip_memory_metrics", "ddp_timeout"),
-    *("rollout_cache_tokens", "max_concurrent_episodes", "prefix_sharing", "max_tokens_per_micro_batch"),
+    *("versions", "rollout_cache_tokens", "max_concurrent_episodes", "prefix_sharing", "max_tokens_per_micro_batch"),
 }
 _IGNORED_PREFIXES = ("logging_", "log_level", "log_on", "save_", "eval_", "hub_", "trackio_", "dataloader_")
 

@@ -6,7 +6,7 @@
   if (!viewer) return;
 
   const find = (id) => document.getElementById(id);
-  const filters = { method: find("filter-method"), update: find("filter-update"), outcome: find("filter-outcome") };
+  const filters = { method: find("filter-method"), update: find("filter-update"), part: find("filter-part"), outcome: find("filter-outcome") };
   const compare = find("compare");
   const OUTCOMES = { right: "✓ right", wrong: "✗ wrong", failed: "⚠ failed" };
   const state = { shown: [], index: 0, beside: null };
@@ -31,6 +31,7 @@
   const matches = (episode) =>
     (filters.method.value === "" || episode.method === Number(filters.method.value)) &&
     (filters.update.value === "" || episode.update === Number(filters.update.value)) &&
+    (filters.part.value === "" || (episode.part || "training") === filters.part.value) &&
     (filters.outcome.value === "" || episode.outcome === filters.outcome.value) &&
     (compare.value === "" || counterparts(episode).length > 0);
 
@@ -40,7 +41,7 @@
     const distance = (other) =>
       Math.abs(other.update - episode.update) * 1000 + (other.seed === episode.seed ? 0 : 100) + Math.abs(other.generation - episode.generation);
     return data.episodes
-      .filter((other) => other.question === episode.question && other.method === method && other !== episode && episode.method !== method)
+      .filter((other) => other.question === episode.question && other.part === episode.part && other.method === method && other !== episode && episode.method !== method)
       .sort((a, b) => distance(a) - distance(b));
   }
 
@@ -59,11 +60,16 @@
     const methods = [...count("method")].sort((a, b) => a[0] - b[0]);
     options(filters.method, "all", methods.map(([m, n]) => [m, `${data.methods[m]} (${n})`]));
     options(filters.update, "all", [...count("update")].sort((a, b) => a[0] - b[0]).map(([u, n]) => [u, `${u} (${n})`]));
+    const parts = [...count("part")].sort();
+    options(filters.part, "all", parts.map(([part, n]) => [part || "training", `${part || "training"} (${n})`]));
+    filters.part.closest("label").hidden = parts.length < 2;
     const outcomes = count("outcome");
     options(filters.outcome, "all", Object.keys(OUTCOMES).map((name) => [name, `${name} (${outcomes.get(name) || 0})`]));
     options(compare, "nothing else", methods.map(([m]) => [m, data.methods[m]]));
     compare.closest("label").hidden = methods.length < 2;
   }
+
+  const when = (episode) => (episode.part ? `${episode.part} after update ${episode.update}` : `update ${episode.update}`);
 
   function refilter() {
     const current = state.shown[state.index];
@@ -77,7 +83,7 @@
         { type: "button", class: `entry ${episode.outcome}` },
         make("span", { class: "mark", "aria-hidden": "true" }, OUTCOMES[episode.outcome][0]),
         make("span", { class: "title" }, data.questions[episode.question]),
-        make("span", { class: "muted" }, `${episode.outcome} · update ${episode.update} · `, dot(episode.method), data.methods[episode.method]),
+        make("span", { class: "muted" }, `${episode.outcome} · ${when(episode)} · `, dot(episode.method), data.methods[episode.method]),
       );
       button.addEventListener("click", () => select(index));
       list.append(make("li", {}, button));
@@ -125,7 +131,7 @@
   function block(name, text, { open = true, note = "" } = {}) {
     const body = make("pre", { tabindex: "0", "aria-label": name }, text === "" ? make("span", { class: "muted" }, "(empty)") : text);
     const summary = make("summary", {}, name, note ? make("span", { class: "muted" }, ` ${note}`) : null);
-    return make("details", { open, class: `block ${name}` }, summary, body);
+    return make("details", { open, class: `block ${name.replace(/\W/g, '-')}` }, summary, body);
   }
 
   function response(step) {
@@ -198,7 +204,7 @@
 
   function drawEpisode(episode) {
     const metrics = Object.entries(episode.metrics).filter(([, value]) => value !== 0).map(([name, value]) => `${name} ${number(value)}`).join(" · ");
-    const where = [`update ${episode.update}`, episode.seed === null ? null : `seed ${episode.seed}`, episode.datasetRow === null ? `position ${episode.position}` : `row ${episode.datasetRow}`, episode.generation ? `generation ${episode.generation}` : null];
+    const where = [when(episode), episode.seed === null ? null : `seed ${episode.seed}`, episode.datasetRow === null ? `position ${episode.position}` : `row ${episode.datasetRow}`, episode.generation ? `generation ${episode.generation}` : null];
     return make(
       "section",
       { class: `episode ${episode.outcome}`, "aria-label": `Episode ${episode.id} of ${episode.run}`, "data-id": episode.id, "data-method": String(episode.method) },
@@ -215,12 +221,13 @@
       ),
       episode.error === null ? null : make("p", { class: "error" }, episode.error),
       ...episode.steps.map((step, i) => drawStep(step, i, episode.steps.length)),
+      episode.agentOutput ? block("agent's output", episode.agentOutput, { open: episode.error !== null }) : null,
     );
   }
 
   function chooser(others) {
     const choice = make("select", { id: "beside" });
-    others.forEach((other, i) => choice.append(make("option", { value: String(i) }, `update ${other.update}, ${other.run}, ${other.outcome}`)));
+    others.forEach((other, i) => choice.append(make("option", { value: String(i) }, `${when(other)}, ${other.run}, ${other.outcome}`)));
     choice.value = String(others.indexOf(state.beside));
     choice.addEventListener("change", () => {
       state.beside = others[Number(choice.value)];

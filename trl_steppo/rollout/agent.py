@@ -59,9 +59,11 @@ class _Ending(TypedDict, total=False):
     reward: float
     error: str
     out_of_time: bool
+    agent_output: str | None
 
 
 _ERROR_CHARACTERS = 2_000  # of what a failed process wrote that are shown
+_OUTPUT_CHARACTERS = 2**15  # of each stream of a process that the episode's record keeps
 _POLL_INTERVAL_S = 0.25  # between looks whether an agent hangs
 _CLEANUP_GRACE_S = 60.0  # to clean up after the episode is over, where the idle time is unlimited
 _TAIL_BYTES = 2**16  # of each of a process's streams that are kept
@@ -220,6 +222,7 @@ class AgentPlayer:
         task.add_done_callback(look_at)
         try:
             ending = await self._watch(task, session, key)
+            ending["agent_output"] = agent.printed(key)
             # Before the agent is cancelled, so that requests that it drops while it ends are no longer known here.
             await self._at_gateway(self.gateway.finish(session, **ending))
         finally:
@@ -294,6 +297,9 @@ class _AgentThread:
         if self._cancel is not None:
             self._cancel()
         self._thread.end()
+
+    def printed(self, key: str) -> None:
+        """Nothing: a function prints into the trainer's own streams, together with everything else."""
 
     def _run_async(self, awaitable: Awaitable[object]) -> object:
         async def run() -> object:
@@ -376,6 +382,15 @@ class _AgentProcess:
             tail = self.output.text(2).replace(key, "[key]")[-_ERROR_CHARACTERS:].strip()
             raise RuntimeError(f"exit status {code}: {tail}")
         return _reward(_last_number(self.output.text(1)))
+
+    def printed(self, key: str) -> str:
+        """The ends of both streams, standard error after a heading of its own; the key of the session is left out."""
+        texts = [self.output.text(fd).replace(key, "[key]") for fd in (1, 2)]
+        standard_output, standard_error = (text[-_OUTPUT_CHARACTERS:] for text in texts)
+        if not standard_error.strip():
+            return standard_output
+        line_end = "" if not standard_output or standard_output.endswith("\n") else "\n"
+        return f"{standard_output}{line_end}[standard error]\n{standard_error}"
 
     async def _drain(self) -> None:
         """Read what is still in the pipes, which a child that lives on may keep open."""

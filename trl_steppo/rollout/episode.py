@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
-from ..calls import CallTimeoutError, MainThreadNeededError, NewEnvironmentNeededError, error_text, within
+from ..calls import (
+    CallTimeoutError,
+    MainThreadNeededError,
+    NewEnvironmentNeededError,
+    error_text,
+    users_place,
+    within,
+)
 from ..chat import ChatFormat
 from ..environments.base import Outcome, Playable, Response
 from ..episodes import EpisodeRecord, EpisodeSpec, RecordedStep, as_messages
@@ -83,8 +89,8 @@ def failed_episode(spec: EpisodeSpec, episode_id: str, error: BaseException, *, 
 
 def describe(error: BaseException, stage: str) -> str:
     """One line that says what broke: the stage, the exception, and where in the user's code it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    place = users_place(error)
+    where = "" if place is None else f" ({place})"
     return f"{stage}: {type(error).__name__}: {error_text(error)}{where}"
 
 

@@ -1,4 +1,4 @@
-"""A few episodes of every update on disk, with all that the update computed for them, for `trl-steppo report`."""
+"""A few episodes of every update and every evaluation on disk, for `trl-steppo show` and `trl-steppo report`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("metrics", pa.string()),  # as JSON
         ("logged", pa.string()),  # values that reward functions logged with `log_extra`, as JSON
+        ("agent_output", pa.string()),  # the end of what a command agent printed; null: the agent is no command
         # The step; null in the one row of an episode that failed before its first step
         ("step_index", pa.int64()),
         ("prompt", pa.string()),  # its new part
@@ -67,9 +68,10 @@ SCHEMA = pa.schema(
 
 class EpisodeLog:
     """
-    Writes the first `log_episodes` episodes of each update on the first rank. `episodes/update_00012.parquet` in
-    `output_dir` holds those of the update that is logged as step 12, with one row per step. Runs with the same seed
-    log the same dataset rows.
+    Writes the first `log_episodes` episodes of each update and of each evaluation on the first rank.
+    `episodes/update_00012.parquet` in `output_dir` holds those of the update that is logged as step 12, with all that
+    the update computed for them, and `episodes/evaluation_00012.parquet` those of the evaluation after it. Both have
+    one row per step. Runs with the same seed log the same dataset rows.
 
     Args:
         args ([`StepPOConfig`]):
@@ -111,7 +113,7 @@ class EpisodeLog:
         yield
         new = self._logprobs(rollout, chosen)
         learned = (_learned_steps(self.args, rollout, index, scores, credit, old, new) for index in chosen)
-        self._write(update, logged, learned)
+        self._write(f"update_{update:05d}", update, logged, learned)
 
     def failed(self, update: int, episodes: Sequence[Episode]) -> None:
         """
@@ -119,16 +121,33 @@ class EpisodeLog:
         this.
         """
         if self.args.log_episodes:
-            self._write(update, self._logged(episodes), iter(()))
+            self._write(f"update_{update:05d}", update, self._logged(episodes), iter(()))
+
+    def evaluated(self, update: int, episodes: Sequence[Episode], *, part: str = "") -> None:
+        """
+        Log an evaluation. Collective: every rank must call this.
+
+        Args:
+            update (`int`):
+                Number of updates before the evaluation.
+            episodes (`Sequence[Episode]`):
+                All episodes that were played on this rank, including failed ones.
+            part (`str`, *optional*):
+                Name of the dataset, where there are several. It becomes a part of the file's name.
+        """
+        if self.args.log_episodes:
+            logged = self._logged(episodes)
+            nothing = ([{} for _ in episode.steps] for episode in logged if episode.valid)
+            self._write(evaluation_name(update, part), update, logged, nothing)
 
     def _logged(self, episodes: Sequence[Episode]) -> Sequence[Episode]:
         """The episodes of this rank that are logged."""
         return episodes[: self.args.log_episodes] if self.learner.accelerator.is_main_process else []
 
-    def _write(self, update: int, episodes: Sequence[Episode], learned: Iterator[list[_Columns]]) -> None:
-        """Write the file on the first rank. If that fails, all ranks fail, so that none waits for another."""
-        path = Path(str(self.args.output_dir)) / FOLDER / f"update_{update:05d}.parquet"
-        with caught() as found:
+    def _write(self, name: str, update: int, episodes: Sequence[Episode], learned: Iterator[list[_Columns]]) -> None:
+        """Write a file on the first rank. If that fails, all ranks fail, so that none waits for another."""
+        path = Path(str(self.args.output_dir)) / FOLDER / f"{name}.parquet"
+        with caught() as found, self.learner.clock.measure("log_episodes_s"):
             rows: list[_Columns] = []
             for episode in episodes:
                 of_steps = next(learned) if episode.valid else [{}] * len(episode.steps)
@@ -161,6 +180,7 @@ class EpisodeLog:
             "score": episode.episode_return if episode.valid else None,
             "metrics": json.dumps(dict(episode.metrics)),
             "logged": writable(json.dumps(dict(episode.logged), default=repr, ensure_ascii=False)),
+            "agent_output": None if episode.agent_output is None else writable(episode.agent_output),
         }
         if not episode.steps:
             return [of_episode]
@@ -186,6 +206,12 @@ class EpisodeLog:
             "tokens": [self.decode([token_id]) for token_id in step.response_ids],
             "rollout_logprobs": list(step.rollout_logprobs),
         }
+
+
+def evaluation_name(update: int, part: str = "") -> str:
+    """Name of the file of an evaluation's episodes, without its ending."""
+    plain = "".join(char if char.isalnum() or char in "-." else "_" for char in part)
+    return f"evaluation_{update:05d}" + (f"_{plain}" if plain else "")
 
 
 def _learned_steps(
@@ -249,5 +275,5 @@ def _text(observation: TextOrMessages) -> str:
 
 
 def _write(path: Path, rows: list[_Columns]) -> None:
-    with durable.file(path) as partial:
+    with durable.file(path, syncs=False) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)

@@ -46,7 +46,12 @@ class Evaluation:
         self._engine = engine
         self._on_episode = on_episode
 
-    def measure(self, dataset: RowSource, state: TrainerState) -> dict[str, float]:
+    def measure(
+        self,
+        dataset: RowSource,
+        state: TrainerState,
+        log: Callable[[Sequence[Episode]], None] = lambda episodes: None,
+    ) -> dict[str, float]:
         """
         Metrics of a dataset, each row of which is played once. Collective: every rank must call this.
 
@@ -55,6 +60,8 @@ class Evaluation:
                 The rows.
             state (`TrainerState`):
                 Shown to reward functions.
+            log (`Callable[[Sequence[Episode]], None]`, *optional*):
+                Called with this rank's episodes.
 
         Raises:
             DataError: If there are no rows, or a stream has another order on each rank.
@@ -69,7 +76,9 @@ class Evaluation:
         if num_rows == 0:  # on every rank
             raise DataError("`eval_dataset` has no rows")
         means, reward_means = Means(), Means()
-        add_episode_metrics(means, self._play(requests, "eval/", state, reward_means))
+        episodes = self._play(requests, "eval/", state, reward_means)
+        add_episode_metrics(means, episodes)
+        log(episodes)
         runtime = time.perf_counter() - start
         metrics = {
             name.removeprefix("env/").removeprefix("rollout/"): value

@@ -47,6 +47,7 @@ from .episode_log import EpisodeLog
 from .evaluation import Evaluation
 from .inspection import Inspection
 from .metrics import add_age_metrics, add_correction_metrics
+from .metrics_file import METRICS_FILE, MetricsFile
 from .model_card import model_card
 from .ppo_config import PPOConfig
 from .rollouts import RolloutSource, make_source
@@ -225,6 +226,7 @@ class PPOTrainer(RunLoop):
             rows=self.rows,
             adapters=models.adapters,
         )
+        self.metrics_file = MetricsFile(self.checkpoints.output_dir / METRICS_FILE)
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode)
         self.progress = Progress(reference_adapter=models.adapters.copied)
         self._adapters = models.adapters
@@ -424,12 +426,18 @@ class PPOTrainer(RunLoop):
         if not any(dataset is part for part in datasets_of(self.eval_dataset)):  # checked at construction
             check_eval_dataset(dataset, **self._row_rules)
         with self._engine_running():
-            measured = self.evaluation.measure(dataset, self.state)
+            measured = self.evaluation.measure(dataset, self.state, partial(self._log_evaluation, metric_key_prefix))
         result = {f"{metric_key_prefix}_{k}": v for k, v in measured.items() if k not in (ignore_keys or ())}
         self.log(result)
         self.progress.last_eval_step = self.state.global_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         return result
+
+    def _log_evaluation(self, prefix: str, episodes: Sequence[Episode]) -> None:
+        """Log an evaluation of a run, or of the trainer after it. An untrained one leaves an earlier run's files."""
+        if self.is_in_train or self.state.global_step > 0:
+            part = prefix.removeprefix("eval").removeprefix("_")
+            self.episode_log.evaluated(self.state.global_step, episodes, part=part)
 
     def generate_completions(self, sampling: bool = False) -> None:
         """

@@ -26,7 +26,7 @@ from ..compat.trl import ppo_bases
 from ..inference import Engine
 from ..inference.base import Sampler
 from ..learning.learner import Learner
-from ..learning.ranks import gather_objects
+from ..learning.ranks import gather_objects, together
 from ..modes import modes_kept
 from ..stopping import StopRequestedError, is_requested
 from ..types import Model
@@ -34,8 +34,10 @@ from .callbacks import close_progress_bars
 from .checkpointing import TrainerCheckpoints, save_state
 from .checkpoints import Progress, reading
 from .data_stream import Rows
+from .metrics_file import MetricsFile
 from .steppo_config import StepPOConfig
 from .update_record import Generators, RunRecord, UpdateRecord, averaged
+from .versions import versions
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -61,6 +63,7 @@ class RunLoop(_Base):
     learner: Learner
     engine: Engine
     checkpoints: TrainerCheckpoints
+    metrics_file: MetricsFile
     progress: Progress
     _description: dict[str, object]  # of what the run trains on
 
@@ -127,7 +130,9 @@ class RunLoop(_Base):
         if args.loss_aggregation is None:
             logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
         if args.should_save:
-            self.checkpoints.save_settings(self._description)
+            self.checkpoints.save_settings({**self._description, "versions": versions()})
+        is_writer, history = self.accelerator.is_main_process, self.state.log_history
+        together(lambda: self.metrics_file.restart(history) if is_writer else None)
         self._event("on_train_begin")
         if args.eval_on_start and resumed_from is None:
             self.evaluate()
@@ -145,6 +150,7 @@ class RunLoop(_Base):
         self._event("on_train_end")
         if args.should_save:
             self.state.save_to_json(str(self.checkpoints.output_dir / "trainer_state.json"))
+        together(self.metrics_file.check)
 
     @contextmanager
     def _saving_when_stopped(self) -> Iterator[None]:
@@ -163,8 +169,14 @@ class RunLoop(_Base):
             raise
 
     def _heed_requests_to_stop(self) -> None:
-        """Raise a [`StopRequestedError`] if a rank was asked to stop. Collective: every rank must call this."""
-        if any(gather_objects([is_requested()])):
+        """
+        Raise a [`StopRequestedError`] if a rank was asked to stop, and a [`CheckpointError`] if logs could not be
+        written. Collective: every rank must call this.
+        """
+        found = gather_objects([(is_requested(), self.metrics_file.failure is not None)])
+        if any(has_failed for _, has_failed in found):
+            together(self.metrics_file.check)
+        if any(is_stopped for is_stopped, _ in found):
             raise StopRequestedError("the run was asked to stop")
 
     @contextmanager
@@ -221,6 +233,22 @@ class RunLoop(_Base):
         if self.control.should_save:
             self._save_checkpoint(self.learner.policy.module, trial=None)
             self._event("on_save")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """
+        Log metrics, as `Trainer` does, and to `metrics.jsonl` in `output_dir`.
+
+        Args:
+            logs (`dict[str, float]`):
+                The metrics by name.
+            start_time (`float`, *optional*):
+                As in `Trainer`.
+        """
+        super().log(logs, start_time)
+        if self.accelerator.is_main_process:
+            self.metrics_file.append(self.state.log_history[-1])
+            if self.metrics_file.failure is not None and not self.is_in_train:
+                logger.warning(f"{self.metrics_file.path} lacks this evaluation: {self.metrics_file.failure}")
 
     def _log_averages(self) -> None:
         """Log the means over the updates since the last log, if there are any."""

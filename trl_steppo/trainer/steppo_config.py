@@ -137,10 +137,11 @@ class StepPOConfig(PPOConfig):
             Directory into which every episode played is written.
         replay_episodes_dir (`str`, *optional*):
             Directory of recorded episodes to train on instead of playing.
-        log_episodes (`int`, *optional*, defaults to `0`):
-            Number of episodes of each update, of the first rank, that are written to `episodes/` in `output_dir` as
-            parquet: their text, rewards, values, advantages, and log-probabilities before and after the update.
-            `trl-steppo report` shows them. The update is the same with and without.
+        log_episodes (`int`, *optional*, defaults to `4`):
+            Number of episodes of each update and of each evaluation, of the first rank, that are written to
+            `episodes/` in `output_dir` as parquet: their text and rewards, and of an update's also values,
+            advantages, and log-probabilities before and after the update. `trl-steppo show` prints them, and
+            `trl-steppo report` shows them. The update is the same with and without. 0: none are written.
 
         > Parameters that control batching
 
@@ -307,7 +308,8 @@ class StepPOConfig(PPOConfig):
         default=None, metadata={"help": "Directory of recorded episodes to train on instead of playing."}
     )
     log_episodes: int = field(
-        default=0, metadata={"help": "Number of episodes of each update that are written for `trl-steppo report`."}
+        default=4,
+        metadata={"help": "Episodes of each update and evaluation that are written for show and report. 0: none."},
     )
 
     # Batching
@@ -423,7 +425,7 @@ class StepPOConfig(PPOConfig):
     def from_ppo_config(cls, args: TrainingArguments) -> StepPOConfig:
         """
         The settings under which [`StepPOTrainer`] does what `PPOTrainer` does with a plain `PPOConfig`: token-level
-        GAE, ratios and averages.
+        GAE, ratios and averages. No episodes are logged, as a `PPOConfig` has no field that could turn that off.
 
         Args:
             args ([`PPOConfig`]):
@@ -432,7 +434,7 @@ class StepPOConfig(PPOConfig):
         known = {f.name for f in fields(cls) if f.init}  # a user's subclass may have more
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
         values["bf16"] = _bf16_of(args)
-        return cls(**values, advantage_estimator="token_gae", importance_sampling_level="token")
+        return cls(**values, advantage_estimator="token_gae", importance_sampling_level="token", log_episodes=0)
 
     @classmethod
     def from_grpo_config(cls, args: GRPOConfig, *, advantage_estimator: str = "grpo", **changes: Any) -> StepPOConfig:
@@ -488,6 +490,7 @@ class StepPOConfig(PPOConfig):
                 "save_strategy": "no",
                 "report_to": "none",
                 "num_sample_generations": 0,
+                "log_episodes": 0,
                 "disable_tqdm": True,
                 "logging_steps": 1,
                 "rollout_correction": self.correction,
