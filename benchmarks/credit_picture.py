@@ -3,10 +3,10 @@ The picture of the idea: the credit of tokens and the credit of steps, on one ep
 
     python benchmarks/credit_picture.py --json benchmarks/results/credit_picture.json
 
-Token-level PPO trains the built-in policy on the mini wiki for some updates, so that its critic knows something. Of the
-last update's episodes the first one is taken that was paid, has three steps, and was not cut. One critic values it: every
-token for the credit of tokens, and the last prompt token of each step for the credit of steps. Rewards, values, γ and λ
-are the same in both; `token_gae` and `step_gae` are the only difference.
+Token-level PPO trains the built-in policy on the mini wiki for some updates, so that its critic knows something. Of
+the last update's episodes the first one is taken that was paid, has three steps, and was not cut. One critic values
+it: every token for the credit of tokens, and the last prompt token of each step for the credit of steps. Rewards,
+values, γ and λ are the same in both; `token_gae` and `step_gae` are the only difference.
 
 `--redraw FILE` draws the episode of a record again, without a model.
 """
