@@ -198,7 +198,7 @@ def _plot_finals(axis: Axes, summaries: JsonObject, styles: Mapping[str, Style])
     axis.set_yticks(range(len(styles)), [style.name for style in styles.values()], fontsize=10)
     for label, style in zip(axis.get_yticklabels(), styles.values(), strict=True):
         label.set_color(style.colour)
-    axis.set(xlim=(0, 1), ylim=(len(styles) - 0.4, -0.6))
+    axis.set(xlim=(0, 1.03), ylim=(len(styles) - 0.4, -0.6))
     axis.set_title("At the end: ○ sampled, ● greedy", loc="left", fontsize=11, color=_INK)
 
 
