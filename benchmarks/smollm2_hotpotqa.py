@@ -35,7 +35,7 @@ METHODS = {
     "token_ppo": ["--advantage_estimator", "token_gae", "--importance_sampling_level", "token"],
 }
 CURVES = {
-    "valid_call_rate": "rewards/valid_calls",
+    "valid_call_rate": "rewards/valid_calls/mean",
     "exact_match": "env/exact_match",
     "f1": "env/f1",
     "steps": "env/episode_steps",

@@ -79,6 +79,8 @@ INSIDE: dict[str, list[str]] = {
         "versions",
         "callbacks",
         "metrics_file",
+        "metric_table",
+        "figures",
         "metrics",
         "episode_log",
         "checkpoints",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from site_links import INCLUDED
 
 Entry = str | dict[str, "str | list[Entry]"]
 
@@ -16,7 +17,7 @@ def _written(entries: list[Entry], docs: Path) -> list[Entry]:
         if isinstance(target, list):
             if inner := _written(target, docs):
                 kept.append({title: inner})
-        elif (docs / target).exists():
+        elif (docs / target).exists() or target in INCLUDED.values():
             kept.append(entry)
     return kept
 

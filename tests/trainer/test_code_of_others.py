@@ -198,7 +198,7 @@ def test_scores_named_like_the_trainers_own_metrics_do_not_mix_with_them(tmp_pat
     logs = train(tmp_path, environment_factory=Measures, reward_funcs=scores)
     assert all(update["env/reward"] < 10 for update in logs)
     assert all(update["env/truncated"] <= 1 for update in logs)
-    assert all(update["rewards/scores"] < 1 for update in logs)
+    assert all(update["rewards/scores/mean"] < 1 for update in logs)
 
 
 def test_one_response_of_many_calls_is_an_ordinary_episode(tmp_path):

@@ -141,7 +141,7 @@ def test_functions_read_what_environments_keep(tmp_path):
     trainer = make_trainer(tmp_path / "a", reward_funcs=[counts, counts_later], **settings)
     trainer.train()
     logs = trainer.state.log_history[0]
-    assert (logs["rewards/counts"], logs["rewards/counts_later"]) == (1.0, 1.0)
+    assert (logs["rewards/counts/mean"], logs["rewards/counts_later/mean"]) == (1.0, 1.0)
     trainer = make_trainer(tmp_path / "b", reward_funcs=looks_it_up, **settings)
     with pytest.raises(RolloutError, match=r"plain attributes"):
         trainer.train()

@@ -219,7 +219,7 @@ def check_template_kwargs(on: Run, off: Run) -> None:
 def check_reward_weights(on: Run, off: Run) -> None:
     for a, b in zip(on.updates[0], off.updates[0], strict=True):
         assert a.episode_return == pytest.approx(3 * b.episode_return)
-    assert on.logs[0]["rewards/reward_lengths"] == off.logs[0]["rewards/reward_lengths"]
+    assert on.logs[0]["rewards/reward_lengths/mean"] == off.logs[0]["rewards/reward_lengths/mean"]
 
 
 def check_cache(on: Run, off: Run) -> None:

@@ -147,8 +147,8 @@ def test_tools_and_reward_functions(tmp_path):
     assert seen["number"] == numbers
     assert [message["role"] for message in seen["completions"][0]] == ["assistant", "tool", "assistant"]
     assert seen["trainer_state"] is trainer.state
-    assert logs["rewards/by_number"] == pytest.approx(sum(numbers) / 8)
-    assert logs["rewards/sometimes"] == 1.0  # where it does not apply it says nothing
+    assert logs["rewards/by_number/mean"] == pytest.approx(sum(numbers) / 8)
+    assert logs["rewards/sometimes/mean"] == 1.0  # where it does not apply it says nothing
     assert logs["env/reward"] == pytest.approx(sum(n + 10 * (n % 2) for n in numbers) / 8)
     for episode, number in zip(load_episodes(episode_file(tmp_path / "episodes", 0, 0)), numbers, strict=True):
         assert [step.reward for step in episode.steps] == [0.0, number + 10 * (number % 2)]
@@ -307,7 +307,8 @@ def test_trainer_state_holds_the_documented_metrics(tmp_path):
         *("lr", "episode", "eps"),
     }
     ours = {
-        *("env/reward", "env/episode_steps", "env/truncated", "env/failed_episodes", "rewards/<lambda>"),
+        *("env/reward", "env/episode_steps", "env/truncated", "env/failed_episodes", "rewards/<lambda>/mean"),
+        *("rewards/<lambda>/std", "env/reward_std", "env/equal_rewards"),
         *("critic/explained_variance", "critic/explained_variance/step_0", "critic/lr", "critic/grad_norm"),
         *("critic/skipped_steps", "policy/skipped_steps", "policy/grad_norm", "loss/kl_avg"),
         *("rollout/response_tokens", "rollout/prompt_tokens", "rollout/length_stopped", "rollout/mismatch_kl"),
@@ -325,8 +326,16 @@ def test_trainer_state_holds_the_documented_metrics(tmp_path):
         *("perf/tokens_per_s", "perf/sampled_tokens", "perf/prefilled_tokens", "perf/tokens_forwarded"),
         *("perf/unique_tokens", "rollout/uncached_rows"),
     }
-    assert of_ppo_trainer | ours <= names
-    assert names - of_ppo_trainer - ours - {"epoch", "step"} <= {
+    of_grpo_trainer = {
+        *("loss", "kl", "reward", "reward_std", "entropy", "grad_norm", "learning_rate", "num_tokens"),
+        "clip_ratio/region_mean",
+        *(f"completions/{name}_length" for name in ("mean", "min", "max")),
+        *(f"completions/{name}_terminated_length" for name in ("mean", "min", "max")),
+        "completions/clipped_ratio",
+    }
+    expected = of_ppo_trainer | of_grpo_trainer | ours
+    assert expected <= names
+    assert names - expected - {"epoch", "step"} <= {
         f"critic/explained_variance/step_{number}" for number in range(1, 3)
     }
     numbers = training_logs(tmp_path)[-1]

@@ -107,7 +107,8 @@ class PolicyObjective:
         self.settings = settings
         self.network = network
         self.collator = StepRolloutCollator(layout=layout)
-        self.step_means: tuple[str, ...] = ("loss/policy_avg", *(("loss/kl_avg",) if settings.kl_loss_coef else ()))
+        with_kl = ("loss/kl_avg",) if settings.kl_loss_coef else ()
+        self.step_means: tuple[str, ...] = ("loss", "loss/policy_avg", *with_kl)
         self.tokens_forwarded = 0
         self._forward_pass = forward_pass
 
@@ -169,10 +170,12 @@ class PolicyObjective:
             kl = kl_estimate(logprobs, scores.ref_logprobs[rows], micro.action_mask, settings.kl_loss_estimator)
             kl_loss = aggregate(kl * shares, mask, aggregation, denominator=denominator)
             means.add("loss/kl_avg", kl_loss.detach(), 0.0)
+            means.add("kl", masked_sum(kl.detach(), mask), mask.sum())
             loss = loss + settings.kl_loss_coef * kl_loss
         if settings.entropy_coef:
             bonus = aggregate(entropy * shares, mask, aggregation, denominator=denominator)
             loss = loss - settings.entropy_coef * bonus
+        means.add("loss", loss.detach(), 0.0)  # with all of its terms
         _add_policy_metrics(means, sums, logprobs.detach(), old, entropy.detach(), micro, mask)
         return loss
 

@@ -18,7 +18,7 @@ from ..learning.ranks import gather_objects, together
 from ..rollout import EpisodeRequest
 from ..types import Episode
 from .data_stream import RowSource, check_same_order, checksum, first_rows, numbered_rows
-from .metrics import add_episode_metrics, with_free_names
+from .metrics import add_episode_metrics, with_free_names, with_names_in_trl
 from .player import EpisodePlayer
 from .rollouts import Played, pay_together
 
@@ -82,7 +82,7 @@ class Evaluation:
         runtime = time.perf_counter() - start
         metrics = {
             name.removeprefix("env/").removeprefix("rollout/"): value
-            for name, value in means.reduced().items()
+            for name, value in with_names_in_trl(means.reduced()).items()
             if name != "objective/scores"
         }
         metrics |= {"runtime": runtime, "samples_per_second": num_rows / runtime}

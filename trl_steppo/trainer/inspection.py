@@ -51,7 +51,11 @@ class Inspection:
             episodes (`Sequence[Episode]`):
                 This rank's.
         """
-        add_episode_metrics(update.means, episodes, eos_token_id=self._eos_token_id)
+        figures = add_episode_metrics(update.means, episodes, eos_token_id=self._eos_token_id)
+        update.num_tokens = figures.num_tokens
+        if figures.returns:
+            is_equal = figures.has_equal_rewards(compares_groups=self._args.estimator.compares_episodes)
+            update.logs["env/equal_rewards"] = float(is_equal)
         valid = [episode for episode in episodes if episode.valid]
         update.logs["perf/unique_tokens"] = num_unique_tokens(valid)
         errors = Counter(str(episode.error) for episode in episodes if not episode.valid)

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from ..batching import StepBatch
 from ..learning.metrics import Means
-from ..learning.ranks import gather_objects
 from ..losses import Level, importance_ratio
 from ..types import Episode, StopReason
+from .figures import EpisodeFigures, mean_and_std
 
 logger = logging.getLogger(__name__)
 
 _RESERVED = ("epoch", "step", "total_flos")  # names that `Trainer` adds to every log
+_FAILURES = ("unknown_tools", "wrong_arguments", "tool_errors", "tool_timeouts")  # of well-formed tool calls
+
+NAMES_IN_TRL = {
+    "reward": "env/reward",
+    "reward_std": "env/reward_std",
+    "entropy": "policy/entropy_avg",
+    "grad_norm": "policy/grad_norm",
+    "learning_rate": "lr",
+    "clip_ratio/region_mean": "policy/clipfrac_avg",
+    "completions/mean_length": "rollout/episode_response_tokens",
+    "tools/call_frequency": "env/tool_calls",
+}
+"""Metrics of this package that `GRPOTrainer` logs, too: by its names. They are logged under both names."""
+
+
+def with_names_in_trl(logs: Mapping[str, float]) -> dict[str, float]:
+    """Add metrics under the names that they have in `GRPOTrainer`; see [`NAMES_IN_TRL`]."""
+    return {**logs, **{name: logs[own] for name, own in NAMES_IN_TRL.items() if own in logs}}
 
 
 def with_free_names(logged: dict[str, float], own: dict[str, float]) -> dict[str, float]:
@@ -101,7 +119,7 @@ def add_correction_metrics(
         means.add(f"rollout/correction_ratio_p{percentile:02d}", float(ratio))
 
 
-_OWN_NAMES = frozenset({"failed_episodes", "reward", "episode_steps", "truncated"})
+_OWN_NAMES = frozenset({"failed_episodes", "reward", "reward_std", "equal_rewards", "episode_steps", "truncated"})
 """Names of metrics that are logged as `env/*` of every episode, whatever its environment measures."""
 
 
@@ -110,14 +128,17 @@ def _warn_of_name(name: str) -> None:
     logger.warning("the score %r of metrics() is left out: `env/%s` is logged already; rename it", name, name)
 
 
-def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_id: int | None = None) -> None:
+def add_episode_metrics(
+    means: Means, episodes: Sequence[Episode], *, eos_token_id: int | None = None
+) -> EpisodeFigures:
     """
     Add metrics of episodes. `env/*`: what happened in the environment, per episode. `rollout/*`: how the episode was
-    sampled. `objective/scores`, `val/num_eos_tokens`: as in `PPOTrainer`. Failed episodes count only in
-    `env/failed_episodes`. Collective: every rank must call this.
+    sampled. `objective/scores`, `val/num_eos_tokens`: as in `PPOTrainer`. `completions/*`, `rewards/*`, `tools/*`: as
+    in `GRPOTrainer`. Failed episodes count only in `env/failed_episodes`. Collective: every rank must call this.
+
+    Returns:
+        [`EpisodeFigures`]: Figures of the valid episodes of all ranks.
     """
-    totals: defaultdict[str, float] = defaultdict(float)
-    mentions: defaultdict[str, int] = defaultdict(int)
     valid = [episode for episode in episodes if episode.valid]
     means.add("env/failed_episodes", len(episodes) - len(valid), len(episodes))
     for episode in valid:
@@ -133,15 +154,36 @@ def add_episode_metrics(means: Means, episodes: Sequence[Episode], *, eos_token_
         means.add("rollout/length_stopped", cut, len(responses))
         if eos_token_id is not None:
             means.add("val/num_eos_tokens", sum(ids.tolist().count(eos_token_id) for ids in responses), 0.0)
-        for name, value in episode.metrics.items():
-            totals[name] += value
-            mentions[name] += 1
     if eos_token_id is not None:
         means.add("val/num_eos_tokens", 0.0)  # counted per rank, as in `PPOTrainer`
-    for name in sorted(set(gather_objects(list(totals)))):  # of all ranks, so that counts are equal
-        if name in _OWN_NAMES:  # a score of an environment or an agent, which must not be mixed with ours
-            _warn_of_name(name)
-        elif name.startswith("rewards/"):  # of episodes to which the reward function applies
-            means.add(name, totals[name], mentions[name])
+    figures = EpisodeFigures.of(valid).on_all_ranks()
+    if figures.returns:
+        for name, value in _of_all_ranks(figures):  # on each rank equally, so that the mean over ranks is the same
+            means.add(name, value)
+    return figures
+
+
+def _of_all_ranks(figures: EpisodeFigures) -> Iterator[tuple[str, float]]:
+    """Metrics of the valid episodes of all ranks together."""
+    if len(figures.returns) > 1:
+        yield "env/reward_std", statistics.stdev(figures.returns)
+    if figures.share_of_equal_groups is not None:
+        yield "frac_reward_zero_std", figures.share_of_equal_groups
+    yield "completions/min_length", min(figures.lengths)
+    yield "completions/max_length", max(figures.lengths)
+    yield "completions/clipped_ratio", sum(figures.are_cut) / len(figures.are_cut)
+    ended = [length for length, is_cut in zip(figures.lengths, figures.are_cut, strict=True) if not is_cut] or [0]
+    yield "completions/mean_terminated_length", statistics.fmean(ended)
+    yield "completions/min_terminated_length", min(ended)
+    yield "completions/max_terminated_length", max(ended)
+    for function, rewards in sorted(figures.function_rewards.items()):  # of episodes to which it applies
+        for name, value in mean_and_std(rewards):
+            yield f"{function}/{name}", value
+    for score, total in sorted(figures.totals.items()):
+        if score in _OWN_NAMES:  # a score of an environment or an agent, which must not be mixed with ours
+            _warn_of_name(score)
         else:  # a counter that an episode does not mention is 0
-            means.add(f"env/{name}", totals[name], len(valid))
+            yield f"env/{score}", total / len(figures.returns)
+    if (num_calls := figures.totals.get("tool_calls")) is not None:
+        num_failed = sum(figures.totals.get(name, 0.0) for name in _FAILURES)
+        yield "tools/failure_frequency", num_failed / num_calls if num_calls else 0.0

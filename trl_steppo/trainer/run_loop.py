@@ -197,6 +197,8 @@ class RunLoop(_Base):
                 self.engine.take_weights(self.state.global_step)
             progress.num_rows_played += args.batch_size // args.num_generations
             ended_epoch = self._count_epochs()
+            self.state.num_input_tokens_seen += update.num_tokens
+            update.logs["num_tokens"] = self.state.num_input_tokens_seen
             update.logs["episode"] = progress.num_rows_played * args.num_generations
             update.logs["eps"] = run.episodes_per_s(self.state.global_step)
             update.add_performance(num_epochs=args.num_ppo_epochs)

@@ -17,9 +17,9 @@ from ..errors import RolloutError
 from ..inference import Sampler, counts_of
 from ..learning.learner import Learner
 from ..learning.metrics import Means
-from .metrics import with_free_names
+from .metrics import with_free_names, with_names_in_trl
 
-_LAST_VALUES = ("episode", "eps", "lr", "critic/lr")
+_LAST_VALUES = ("episode", "eps", "lr", "learning_rate", "critic/lr", "num_tokens")
 """Metrics whose last value is logged, and not the mean over the updates since the last log."""
 
 
@@ -124,6 +124,8 @@ class UpdateRecord:
             Means over all ranks: the trainer's own, and those that reward functions log.
         logs (`dict[str, float]`):
             Metrics that are not means.
+        num_tokens (`int`):
+            Tokens of its episodes, on all ranks: those that were sampled, and those of first prompts.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class UpdateRecord:
         self.first_row = first_row
         self.means, self.reward_means = Means(), Means()
         self.logs: dict[str, float] = {}
+        self.num_tokens = 0
         self.clock = learner.clock
         self.clock.seconds.clear()
         self._learner, self._sampler = learner, sampler
@@ -190,7 +193,7 @@ class UpdateRecord:
 
     def finish(self) -> dict[str, float]:
         """All metrics of the update. Collective: every rank must call this."""
-        logs = self.logs | _derived(self.means.reduced())
+        logs = with_names_in_trl(self.logs | _derived(self.means.reduced()))
         return logs | with_free_names(self.reward_means.reduced(), logs)
 
 
