@@ -40,6 +40,7 @@ LAYERS: list[set[str]] = [
     {"learning"},
     {"trainer"},
     {
+        "comparison",
         "report",
         "configs",
         "commands",
@@ -56,6 +57,7 @@ INSIDE: dict[str, list[str]] = {
         "metrics",
         "update",
         "balancing",
+        "own_functions",
         "estimators",
         "settings",
         "network",
@@ -74,6 +76,7 @@ INSIDE: dict[str, list[str]] = {
         "loading",
         "reward_models",
         "rewards",
+        "sources",
         "description",
         "model_card",
         "versions",

@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import mean
 
 from common.record import BenchmarkArguments
-from common.runs import Run, changed_inputs, play, settings_in, under_current_names
+from common.runs import Run, play, under_current_names
+
+from trl_steppo.comparison.runs import changed_inputs, settings_in
 
 from .methods import GROUPS, METHODS
 from .runs import QUICK, Cell, Store, record_of, run_of

@@ -7,6 +7,7 @@ The subcommands of `trl-steppo`. Each module declares the arguments of its comma
 | `memory.py` | what a run needs of each GPU |
 | `memory_plan.py`, `shapes.py` | the estimate, and what of a model decides it |
 | `check.py`, `launch_file.py`, `trial.py` | a recipe, compared with its accelerate file and tried out |
+| `compare.py` | arms x seeds of a training script |
 | `report.py` | runs as one HTML file |
 | `gateway.py` | a model served to agents |
 | `hotpotqa.py` | data sets prepared for training |
