@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import importlib.util
 import inspect
 import json
 import re
@@ -17,6 +16,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 from site_docstrings import cell, entries_of
+
+if typing.TYPE_CHECKING:
+    from trl_steppo.trainer.metric_table import Metric
 
 Schema = dict[str, typing.Any]
 """A JSON schema, or a part of one."""
@@ -95,9 +97,14 @@ def metrics() -> str:
     stages = dict.fromkeys(metric.source for metric in METRICS)
     parts = []
     for stage in stages:
-        rows = [(f"`{m.name}`", m.unit, m.meaning) for m in METRICS if m.source == stage]
-        parts.append(f"## {stage[:1].upper()}{stage[1:]}\n\n{table(['metric', 'unit', 'meaning'], rows)}")
+        rows = [(f"`{m.name}`", m.unit, _meaning(m), plain(m.when) or "always") for m in METRICS if m.source == stage]
+        parts.append(f"## {stage[:1].upper()}{stage[1:]}\n\n{table(['metric', 'unit', 'meaning', 'when'], rows)}")
     return "\n\n".join(parts)
+
+
+def _meaning(metric: Metric) -> str:
+    same = f" The same as `{metric.same_as}`, under the name that `GRPOTrainer` has for it." if metric.same_as else ""
+    return plain(metric.meaning) + same
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -263,10 +270,6 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def _is_there(name: str) -> bool:
-    return name != "metrics" or importlib.util.find_spec("trl_steppo.trainer.metric_table") is not None
-
-
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put the tables into a page."""
-    return re.sub(r"<!-- table: (\w+) -->", lambda mark: TABLES[mark[1]]() if _is_there(mark[1]) else "", markdown)
+    return re.sub(r"<!-- table: (\w+) -->", lambda mark: TABLES[mark[1]](), markdown)
