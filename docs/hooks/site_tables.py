@@ -40,31 +40,29 @@ def code(value: object) -> str:
 
 
 def steppo_config() -> str:
-    """The fields of `StepPOConfig` by group, and those of transformers that it inherits."""
-    from transformers import TrainingArguments
-
+    """The fields of `StepPOConfig`, in the groups that `--help` has, and the rest of `TrainingArguments`."""
     from trl_steppo import StepPOConfig
+    from trl_steppo.trainer.setting_groups import MEANINGS, SETTING_GROUPS
 
-    fields = {field.name: field for field in dataclasses.fields(StepPOConfig) if field.init}
-    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
-    texts = {name: text for cls in reversed(StepPOConfig.__mro__) for name, text in _documented(cls)}
+    fields = {field.name: field for field in dataclasses.fields(StepPOConfig)}
+    texts = {name: text for cls in reversed(StepPOConfig.__mro__) for name, text in _documented(cls)} | MEANINGS
+    groups = {group.title: group.fields for group in SETTING_GROUPS}
+    in_groups = {name for names in groups.values() for name in names}
+    groups["Other settings of transformers"] = tuple(
+        name for name, f in fields.items() if f.init and name not in in_groups
+    )
     parts = []
-    for title, names in _groups(list(fields), theirs):
+    for title, names in groups.items():
         rows = [_setting(fields[name], texts.get(name)) for name in names]
         parts.append(f"## {title}\n\n{table(['setting', 'type', 'default', 'meaning'], rows)}")
     return "\n\n".join(parts)
 
 
-def _groups(names: list[str], theirs: set[str]) -> Iterator[tuple[str, list[str]]]:
-    own = [name for name in names if name not in theirs]
-    yield "Settings of StepPO", own
-    yield "Settings of transformers", [name for name in names if name in theirs]
-
-
 def _documented(cls: type) -> Iterator[tuple[str, str]]:
     if cls.__module__.startswith("trl_steppo.") and cls.__doc__:
         for names, _, text in entries_of(inspect.cleandoc(cls.__doc__), "Parameters"):
-            yield from ((name, text) for name in re.findall(r"\w+", names))
+            if len(found := re.findall(r"\w+", names)) <= 2:  # the help of each says more than one text for all
+                yield from ((name, text) for name in found)
 
 
 def _setting(field: dataclasses.Field[object], text: str | None) -> tuple[str, str, str, str]:

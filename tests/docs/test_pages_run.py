@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tests.docs.pages import DOCS, PAGES, ROOT, Command, code_blocks, commands, commands_of, name_of
 from tests.warm import run_script
+from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.cli import main
 
@@ -126,13 +128,36 @@ def _model() -> Any:
     return AutoModelForCausalLM.from_pretrained(MINI_WIKI_POLICY)
 
 
-NAMES: dict[str, Callable[[], dict[str, Any]]] = {}
+def _agents() -> dict[str, Any]:
+    openai = pytest.importorskip("openai")
+
+    async def my_agent(client: Any, question: str) -> str:
+        messages = [{"role": "user", "content": question}]
+        completion = await client.chat.completions.create(model="policy", messages=messages)
+        return str(completion.choices[0].message.content)
+
+    rows = [{"prompt": "?", "question": f"Who is {name}?", "answer": name} for name in "abcd"]
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "response_length": 8, "report_to": "none"}
+    return {
+        "AsyncOpenAI": openai.AsyncOpenAI,
+        "StepPOTrainer": StepPOTrainer,
+        "my_agent": my_agent,
+        "config": StepPOConfig(output_dir="runs/agents", use_cpu=True, **settings),
+        "tokenizer": _tokenizer(),
+        "model": _model(),
+        "rows": Dataset.from_list(rows),
+    }
+
+
+NAMES: dict[str, Callable[[], dict[str, Any]]] = {"guides/agents.md": _agents}
 """What a page leaves to its readers: names that its code uses and does not define."""
 
 CHANGES: dict[str, dict[str, str]] = {}
 """Text of a page's code that is changed, so that it is short, or because a page shows a part of a call only."""
 
-NOT_RUN_CODE: dict[tuple[str, str], str] = {}
+NOT_RUN_CODE: dict[tuple[str, str], str] = {
+    ("guides/agents.md", "sys.stdin"): "a program of its own, which tests/docs/test_pages_in_full.py starts",
+}
 """Blocks of code that are not run, by a page and a text in them, and the reasons."""
 
 
@@ -196,8 +221,30 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]
     return get
 
 
+class StopsEarly(TrainerCallback):
+    """Ends a training run after two updates."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= self.first + 2
+
+
+@pytest.fixture
+def trains_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python code that trains does so for two updates."""
+    train = StepPOTrainer.train
+
+    def briefly(self: StepPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        self.add_callback(StopsEarly())
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(StepPOTrainer, "train", briefly)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=name_of)
-def test_a_page_runs(page, tmp_path, monkeypatch, finished_run):
+def test_a_page_runs(page, tmp_path, monkeypatch, finished_run, trains_briefly):
     monkeypatch.chdir(tmp_path)
     for folder in ("examples", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
