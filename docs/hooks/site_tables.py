@@ -270,4 +270,4 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put the tables into a page."""
-    return re.sub(r"<!-- table: (\w+) -->", lambda mark: TABLES[mark[1]](), markdown)
+    return re.sub(r"^<!-- table: (\w+) -->$", lambda mark: TABLES[mark[1]](), markdown, flags=re.MULTILINE)

@@ -16,6 +16,7 @@ from tests.docs.pages import PAGES, ROOT, commands, name_of
 from trl_steppo import StepPOConfig
 from trl_steppo.cli import make_parser
 from trl_steppo.environments.hotpotqa import HotpotQARecipe
+from trl_steppo.recipes import find_recipe
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
 
@@ -94,6 +95,7 @@ def test_extras_and_targets_exist():
 
 def test_recipes_that_commands_name_can_be_read():
     for command in COMMANDS:
-        for flag, word in pairwise(command.words):
-            if flag == "--config" and word.endswith(".yaml") and word.startswith("examples/"):
-                assert yaml.safe_load((ROOT / word).read_text()), command
+        named = [word for flag, word in pairwise(command.words) if flag == "--config"]
+        named += command.words[2:3] if command.words[:2] == ("trl-steppo", "check") else []
+        for name in named:
+            assert yaml.safe_load(find_recipe(name).read_text()), command

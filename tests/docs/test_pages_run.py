@@ -37,6 +37,7 @@ NOT_RUN = {
     r".* --use_vllm true .*": "needs vLLM servers; `make test-vllm` trains with one",
     r"curl .*": "asks a gateway that is served; tests/gateway asks the same over HTTP",
     r"trl-steppo gateway .*": "serves until it is stopped; tests/commands/test_gateway.py serves",
+    r"trl-steppo check hotpotqa_.*": "plays a wide model for a minute; tests/commands checks a small one",
     r"trl-steppo hotpotqa prepare .*": "downloads a data set; tests/environments/hotpotqa prepares a small one",
     r"accelerate launch .*--num_processes [48] .*": "needs GPUs",
     r"accelerate launch --config_file \S+ \S+ \w+_cpu2\) .*": "two ranks, which tests/trainer plays",
