@@ -12,19 +12,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
-from command_line import parse_arguments
 from torch import Tensor
 
-from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo import StepPOConfig, StepPOParser, StepPOTrainer
 from trl_steppo.advantages import step_gae
 from trl_steppo.assets import locate_model
 from trl_steppo.environments.hotpotqa import HotpotQARecipe
 from trl_steppo.losses import Aggregation, aggregate
-
-RECIPE = Path(__file__).parent / "configs" / "mini_wiki.yaml"
 
 
 def length_adaptive_gae(
@@ -107,4 +103,5 @@ def main(own: OwnAlgorithm, recipe: HotpotQARecipe, training_args: StepPOConfig)
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((OwnAlgorithm, HotpotQARecipe, StepPOConfig), RECIPE))
+    parser = StepPOParser((OwnAlgorithm, HotpotQARecipe, StepPOConfig), default_config="mini_wiki")
+    main(*parser.parse_args_and_config())

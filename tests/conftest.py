@@ -37,7 +37,7 @@ PINNED_ONLY = (
     *(f"rollout/test_{name}.py" for name in ("agent", "ahead", "pacing")),
     *(f"trainer/test_{name}.py" for name in ("killed_ahead", "killed_rank", "metrics_file", "owned_processes")),
     *(f"test_{name}.py" for name in ("calls", "durable", "imports", "keeper", "names", "packaging", "typing")),
-    *(f"test_{name}.py" for name in ("readme", "types", "warm")),
+    *(f"test_{name}.py" for name in ("readme", "recipes", "types", "warm")),
 )
 
 # Tensors this small gain nothing from threads, and on a busy machine threads that wait for each other cost minutes.

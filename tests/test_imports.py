@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
         "keeper",
         "modes",
         "numerics",
+        "recipes",
         "stopping",
     },
     {"environments", "batching", "advantages", "losses"},
@@ -66,6 +67,8 @@ INSIDE: dict[str, list[str]] = {
     ],
     "trainer": [
         "grpo_settings",
+        "setting_groups",
+        "parser",
         "ppo_config",
         "config_checks",
         "steppo_config",

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .commands import Command, check, compare, config, gateway, hotpotqa, memory, report, show, try_out
+from .commands import Command, check, compare, config, gateway, hotpotqa, memory, recipes, report, show, try_out
 from .errors import StepPOError
 
 COMMANDS: dict[str, Command] = {
+    "recipes": recipes,
     "config": config,
     "memory": memory,
     "check": check,
