@@ -27,8 +27,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 # What is not worth repeating with other versions, as files or folders: it uses little of other libraries, or what
 # tests that are repeated use, too.
 PINNED_ONLY = (
-    *("benchmarks", "episodes", "inference/test_vllm.py"),
-    *(f"commands/test_{name}.py" for name in ("check", "config", "memory")),
+    *("benchmarks", "comparison", "episodes", "inference/test_vllm.py"),
+    *(f"commands/test_{name}.py" for name in ("check", "compare", "config", "memory", "show", "try_out")),
     *(f"report/test_{name}.py" for name in ("methods", "page", "statistics", "viewer")),
     *(f"gateway/test_{name}.py" for name in ("anthropic", "app", "bodies", "damaged_store", "delivery", "flights")),
     *(f"gateway/test_{name}.py" for name in ("formats", "hostile", "limits", "openai", "placement", "recorded_steps")),
@@ -38,7 +38,7 @@ PINNED_ONLY = (
     *(f"trainer/test_{name}.py" for name in ("metric_table", "owned_processes")),
     *(f"trainer/test_{name}.py" for name in ("diagnosis", "killed_ahead", "killed_rank", "metrics_file")),
     *(f"test_{name}.py" for name in ("calls", "durable", "imports", "keeper", "names", "packaging", "typing")),
-    *(f"test_{name}.py" for name in ("readme", "types", "warm")),
+    *(f"test_{name}.py" for name in ("readme", "recipes", "types", "warm")),
 )
 
 # Tensors this small gain nothing from threads, and on a busy machine threads that wait for each other cost minutes.

@@ -133,3 +133,32 @@ def test_the_keeper_imports_few_modules():
     code = f"import sys; exec(open({str(path)!r}).read(), {{'__name__': 'k'}}); print(len(sys.modules))"
     loaded = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
     assert int(loaded.stdout) < 60
+
+
+SLOW_TO_END = """
+import os, signal, sys, time
+from pathlib import Path
+here = Path(sys.argv[1])
+def end(number, frame):
+    (here / "interrupted").touch()
+    while not (here / "go").exists():
+        time.sleep(0.01)
+    sys.exit(3)
+signal.signal(signal.SIGINT, end)
+(here / "ready").touch()
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("launcher", [[], ["sh", "-c", '"$0" "$@" & wait'], ["sh", "-c", '"$0" "$@"; :']])
+def test_one_that_is_interrupted_takes_its_time(tmp_path, launcher):
+    """Also where a launcher, which started it, ends at once."""
+    keeper, process = start([*launcher, sys.executable, "-c", SLOW_TO_END, str(tmp_path)])
+    wait_for((tmp_path / "ready").exists)
+    keeper.interrupt()
+    wait_for((tmp_path / "interrupted").exists)
+    assert process.poll() is None
+    (tmp_path / "go").touch()
+    assert process.wait(20) == (3 if not launcher else -signal.SIGINT)
+    keeper.interrupt()  # it has ended: nothing happens
+    keeper.end()

@@ -7,13 +7,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .commands import Command, check, config, gateway, hotpotqa, memory, report
+from .commands import Command, check, compare, config, gateway, hotpotqa, memory, recipes, report, show, try_out
 from .errors import StepPOError
 
 COMMANDS: dict[str, Command] = {
+    "recipes": recipes,
     "config": config,
     "memory": memory,
     "check": check,
+    "try": try_out,
+    "show": show,
+    "compare": compare,
     "report": report,
     "gateway": gateway,
     "hotpotqa": hotpotqa,
@@ -39,13 +43,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; errors that name their cure are printed without a traceback."""
-    args = make_parser().parse_args(argv)
+    words, passed_on = _split(sys.argv[1:] if argv is None else argv)
+    args = make_parser().parse_args(words, argparse.Namespace(passed_on=passed_on))
     try:
         COMMANDS[args.command].run(args)
     except (StepPOError, OSError, ValueError, TypeError) as error:  # transformers checks settings by the last two
         print(f"trl-steppo {args.command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of the command, and those after `--`, which `compare` passes on to a script."""
+    if "--" not in words or words[0] != "compare":
+        return list(words), []
+    end = list(words).index("--")
+    return list(words[:end]), list(words[end + 1 :])
 
 
 if __name__ == "__main__":

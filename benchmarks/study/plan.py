@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import mean
 
 from common.record import BenchmarkArguments
-from common.runs import Run, changed_inputs, play, settings_in, under_current_names
+from common.runs import Run, command_under_current_names, play, under_current_names
+
+from trl_steppo.comparison.runs import changed_inputs, settings_in
 
 from .methods import GROUPS, METHODS
 from .runs import QUICK, Cell, Store, record_of, run_of
@@ -34,7 +36,9 @@ class StudyArguments(BenchmarkArguments):
         parallel (`int`, *optional*):
             Runs at a time, of one thread each. `None`: one for each core.
         results_dir (`str`, *optional*, defaults to `"benchmarks/results/step_vs_token"`):
-            Where a small file of each run is kept, and the figures. `--quick` writes to `quick` in `runs_dir`.
+            Where a small file of each run is kept. `--quick` writes to `quick` in `runs_dir`.
+        images_dir (`str`, *optional*, defaults to `"docs/images/step_vs_token"`):
+            Where the figures are drawn; those of `--quick` too go to `quick` in `runs_dir`.
         runs_dir (`str`, *optional*, defaults to `"runs/step_vs_token"`):
             Where the runs write.
     """
@@ -51,6 +55,7 @@ class StudyArguments(BenchmarkArguments):
     results_dir: str = field(
         default="benchmarks/results/step_vs_token", metadata={"help": "Where a file of each run is kept."}
     )
+    images_dir: str = field(default="docs/images/step_vs_token", metadata={"help": "Where the figures are drawn."})
     runs_dir: str = field(default="runs/step_vs_token", metadata={"help": "Where the runs write."})
 
 
@@ -144,7 +149,7 @@ def refuse_other_settings(planned: Iterable[tuple[Run, Cell, Store]]) -> None:
             continue
         kept = store.read(cell)
         changed = changed_inputs(under_current_names(kept.inputs), run.hashes())
-        if settings_in(kept.command) != settings_in(run.command) or changed:
+        if settings_in(command_under_current_names(kept.command)) != settings_in(run.command) or changed:
             raise SystemExit(
                 f"{store.path(cell)} was played with other settings than those of this study; remove it and "
                 f"{run.output_dir}, or name another --results_dir and --runs_dir\nthere: {kept.command}\n"

@@ -16,8 +16,8 @@ from tests.report.synthetic import EVIL, TOKEN_PPO, read_run, write_run
 from trl_steppo.cli import main
 from trl_steppo.report import write_report
 from trl_steppo.report.episodes import _COLUMNS, outcome, sample_episodes
+from trl_steppo.report.figures import final_figures
 from trl_steppo.report.methods import group_runs
-from trl_steppo.report.page import _table
 from trl_steppo.report.runs import load_runs
 from trl_steppo.trainer.episode_log import SCHEMA
 
@@ -95,10 +95,10 @@ def test_final_figures_are_taken_where_all_runs_have_come(tmp_path):
     """The exact match grows by 0.1 an update, and a bit that depends on the seed."""
     runs = [write_run(tmp_path / f"a{seed}", seed=seed, updates=updates) for seed, updates in ((1, 6), (2, 2), (3, 6))]
     methods = group_runs(load_runs(runs))
-    table = _table(methods)
-    row = dict(zip(table["columns"], table["rows"][0], strict=True))
+    table = final_figures(methods)
+    row = dict(zip(table.columns, table.rows[0], strict=True))
     assert 0.15 <= row["exact match, sampled"].low <= row["exact match, sampled"].high < 0.17, "of updates 1 and 2"
-    assert table["episodes"] == [16]
+    assert table.episodes == [16]
     page = write_report(runs, tmp_path / "report.html")[0].read_text()
     assert "StepPO: its runs have 2 to 6 updates. Its final figures are as of 2, where all of them have come" in page
     equal = write_report([runs[0], runs[2]], tmp_path / "equal.html")[0].read_text()

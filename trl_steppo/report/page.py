@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,6 +12,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from .episodes import Sample, embedded_json, sample_episodes
+from .figures import LAST, final_figures, number
 from .methods import Method, differing_settings, group_runs
 from .plots import (
     GRID,
@@ -26,24 +26,13 @@ from .plots import (
     panel_svg,
     phases_of,
     save_png,
-    score_metrics,
 )
 from .runs import Run, load_runs
-from .statistics import CONFIDENCE, estimate, final_values
+from .statistics import CONFIDENCE
 
 _MAX_BYTES = 4_800_000
 _MAX_EPISODE_BYTES = 2_500_000
-_LAST = 5  # updates over which a final figure is averaged
 _HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: the mean of the last values of a metric."""
-
-    title: str
-    metric: str
-    last: int = _LAST
 
 
 def write_page(
@@ -93,7 +82,7 @@ def _content(
             }
             for chart in charts
         ],
-        "table": _table(methods),
+        "table": final_figures(methods),
         "length_notes": _length_notes(methods),
         "settings": differing_settings(methods),
         "runs": runs,
@@ -101,7 +90,7 @@ def _content(
         "without_episodes": [run.name for run in runs if not run.episode_files],
         "has_intervals": any(len(method.runs) > 1 for method in methods),
         "confidence": CONFIDENCE,
-        "last": _LAST,
+        "last": LAST,
         "updates_per_point": max((curve.updates_per_point for curve in curves.values()), default=1),
         "colors": {"method": METHOD_COLORS, "phase": PHASE_COLORS, "ink": INK, "grid": GRID},
     }
@@ -117,7 +106,7 @@ def _render(page: dict[str, object], methods: Sequence[Method], sample: Sample) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
+    environment.filters["number"] = number
     data = {"methods": [m.name for m in methods], "questions": sample.questions, "episodes": sample.episodes}
     return environment.get_template("page.html.jinja").render(
         **page,
@@ -127,28 +116,6 @@ def _render(page: dict[str, object], methods: Sequence[Method], sample: Sample) 
         script=Markup(script),
         script_hash=digest,
     )
-
-
-def _table(methods: Sequence[Method]) -> dict[str, object]:
-    """Final figures of each method. Columns without any value are left out."""
-    metrics = {name for method in methods for run in method.runs for name in run.metrics}
-    score, sampled = score_metrics(metrics)
-    name = sampled.rsplit("/", 1)[-1].replace("_", " ")
-    columns = [
-        Column(f"{name}, greedy", score, last=1),
-        Column(f"{name}, sampled", sampled),
-        Column("steps", "env/episode_steps"),
-        Column("response tokens", "rollout/episode_response_tokens"),
-        Column("explained variance", "critic/explained_variance"),
-        Column("clipped", "policy/clipfrac_avg"),
-        Column("failed episodes", "env/failed_episodes"),
-        Column("seconds per update", "perf/update_s", last=0),
-    ]
-    columns = [column for column in columns if column.metric in metrics]
-    finals = [[final_values(method, column.metric, column.last) for column in columns] for method in methods]
-    rows = [[estimate(values) if values else None for values in of_method] for of_method in finals]
-    episodes = [min(run.num_updates * run.episodes_per_update for run in method.runs) for method in methods]
-    return {"columns": [column.title for column in columns], "rows": rows, "episodes": episodes}
 
 
 def _length_notes(methods: Sequence[Method]) -> list[str]:
@@ -162,9 +129,14 @@ def _length_notes(methods: Sequence[Method]) -> list[str]:
                 f"{lengths[0]}, where all of them have come; beyond, the curves are those of the longer "
                 "runs alone."
             )
-    unfinished = [run.name for method in methods for run in method.runs if not run.is_finished]
-    if unfinished:
-        notes.append(f"Not finished, and shown as of their last checkpoint: {', '.join(unfinished)}.")
+    runs = [run for method in methods for run in method.runs if not run.is_finished]
+    for title, is_running in (
+        ("Still going on", True),
+        ("Not finished, and shown as far as they were logged", False),
+    ):
+        named = [f"{run.name} (update {run.num_updates})" for run in runs if run.is_running is is_running]
+        if named:
+            notes.append(f"{title}: {', '.join(named)}.")
     return notes
 
 
@@ -180,12 +152,5 @@ def _summary(metric: str, methods: Sequence[Method], curves: Curves) -> str:
     for method in methods:
         curve = curves.get((method.name, metric))
         if curve is not None:
-            parts.append(f"{method.name} from {_number(curve.center[0])} to {_number(curve.center[-1])}")
+            parts.append(f"{method.name} from {number(curve.center[0])} to {number(curve.center[-1])}")
     return "; ".join(parts)
-
-
-def _number(value: float | None) -> str:
-    """A number with three digits."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
