@@ -21,6 +21,7 @@
 | `monitor.py`, `work.py` | metrics; a thread for what takes long, beside the event loop |
 | `connections.py` | silent and endless connections are closed |
 | `server.py` | a thread that serves |
+| `client.py` | a session's client, for agents: rewards and the end of the episode |
 
 Nothing here loads torch.
 """

@@ -167,7 +167,8 @@ class StepPOConfig(PPOConfig):
         use_rollout_worker (`bool`, *optional*, defaults to `False`):
             Whether the policy is sampled from in a process of its own with `max_staleness=0`, too.
         use_vllm (`bool`, *optional*, defaults to `False`):
-            Whether vLLM servers sample, with any `max_staleness`. Start them with `vllm serve`; the README says how.
+            Whether vLLM servers sample, with any `max_staleness`. Start them with `vllm serve`, as
+            `docs/guides/vllm.md` says.
         vllm_server_base_url (`str` or `list[str]`, *optional*):
             URL of the server, or of each of several that share the episodes. `None`: `"http://localhost:8000"`.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
