@@ -74,7 +74,7 @@ class _Overview(_Parser):
         return "\n".join(lines)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> _Parser:
     """The parser of the whole command, with all subcommands; the reference page is made from it, too."""
     parser = _Overview(prog="trl-steppo", description="step-level PPO for LLM agents, on top of Hugging Face TRL")
     parser.add_argument("--version", action="version", version=f"trl-steppo {__version__}", help="print the version")
