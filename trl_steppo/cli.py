@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import Command, check, compare, config, gateway, hotpotqa, memory, recipes, report, show, try_out
+from .commands import Command, check, compare, config, gateway, hotpotqa, init, memory, recipes, report, show, try_out
 from .compat.argparse import groups_of
 from .errors import StepPOError
 from .extras import missing_library
 from .recipes import closest
 
 COMMANDS: dict[str, Command] = {
+    "init": init,
     "recipes": recipes,
     "config": config,
     "memory": memory,
@@ -32,7 +33,7 @@ COMMANDS: dict[str, Command] = {
 
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Begin": ("recipes", "try"),
+    "Begin": ("init", "recipes", "try"),
     "Before a run": ("check", "memory", "config"),
     "Runs": ("compare", "show", "report"),
     "Serve and prepare": ("gateway", "hotpotqa"),
