@@ -13,6 +13,7 @@ import inspect
 import io
 import re
 import shutil
+import textwrap
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from tests.docs.pages import DOCS, PAGES, ROOT, Command, code_blocks, commands, commands_of, name_of
+from tests.docs.pages import DOCS, PAGES, ROOT, Command, code_blocks, commands, commands_of, name_of, snippets
 from tests.warm import run_script
 from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
@@ -102,7 +103,8 @@ def run_short(script: str, arguments: list[str], directory: Path) -> None:
         shutil.copytree(_RUNS[words] / "runs", directory / "runs", dirs_exist_ok=True)
         return
     given = [*arguments, *SHORT.get(script, ())]
-    done = run_script(ROOT / script, *given, cwd=directory, timeout=120, CUDA_VISIBLE_DEVICES="")
+    program = directory / script if (directory / script).exists() else ROOT / script
+    done = run_script(program, *given, cwd=directory, timeout=120, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
     _RUNS[words] = directory
 
@@ -113,6 +115,20 @@ def exit_code(arguments: list[str]) -> int:
         return main(arguments)
     except SystemExit as end:  # as `--help` does
         return int(end.code or 0)
+
+
+def _atlas() -> str:
+    """The program of the quickstart: the example of the page on environments, for one small update."""
+    code = snippets(DOCS / "guides" / "your_environment.md")[0]
+    code = code.replace("max_steps=15", "max_steps=1").replace(
+        "per_device_train_batch_size=64", "per_device_train_batch_size=4"
+    )
+    definitions, _, training = code.partition("trainer = ")
+    return f'{definitions}if __name__ == "__main__":\n{textwrap.indent("trainer = " + training, "    ")}'
+
+
+FILES: dict[str, dict[str, Callable[[], str]]] = {"get_started/quickstart.md": {"atlas.py": _atlas}}
+"""Files that readers of a page write, by their names."""
 
 
 # -- Python code ------------------------------------------------------------------------------------------------------
@@ -249,6 +265,8 @@ def test_a_page_runs(page, tmp_path, monkeypatch, finished_run, trains_briefly):
     monkeypatch.chdir(tmp_path)
     for folder in ("examples", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
+    for name, content in FILES.get(name_of(page), {}).items():
+        (tmp_path / name).write_text(content())
     names = NAMES.get(name_of(page), dict)()
     for part in runnable(page):
         if isinstance(part, str):
@@ -263,7 +281,7 @@ def test_each_reason_is_needed():
     assert not [pattern for pattern in NOT_RUN if not any(re.fullmatch(pattern, text) for text in texts)]
     pages = {name_of(page): page.read_text() for page in PAGES}
     assert not [place for place in NOT_RUN_CODE if place[1] not in pages[place[0]]]
-    assert not [name for name in NAMES if not (DOCS / name).is_file()]
+    assert not [name for name in (*NAMES, *FILES) if not (DOCS / name).is_file()]
     assert not [old for page, changes in CHANGES.items() for old in changes if old not in HUB.sub("", pages[page])]
 
 
