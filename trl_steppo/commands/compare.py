@@ -143,15 +143,15 @@ def _play(runs: Sequence[ArmRun], directory: Path, slots: Sequence[dict[str, str
 def _report(runs: Sequence[ArmRun], output: Path) -> None:
     """Write the report of all runs that have logged an update, and print the figures of their ends."""
     from ..report import write_report
-    from ..report.find import readable_runs
+    from ..report.find import gather
 
-    readable, _ = readable_runs([run.output_dir for run in runs])
-    if not readable:
-        return
     arms: dict[str, list[Path]] = {}
     for run in runs:
-        if run.output_dir in readable:
-            arms.setdefault(run.arm, []).append(run.output_dir)
+        arms.setdefault(run.arm, []).append(run.output_dir)
+    readable = gather([], arms, leaves_out=True)
+    if not readable.directories:
+        return
+    arms = {arm: [path for path in paths if path in readable.directories] for arm, paths in arms.items()}
     print_figures(arms)
     print(f"report: {write_report([], output, methods=arms)[0]}")
 
