@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         failed = _play(runs, directory, slots)
     except KeyboardInterrupt:
-        print("stopped; the same command again goes on from the last checkpoints, and plays no finished run again")
+        print(_how_to_go_on(runs))
         sys.exit(130)
     done = sum(run.is_finished for run in runs)
     print(f"{done} of {len(runs)} runs are finished, {(time.perf_counter() - start) / 60:.1f} min")
@@ -138,6 +138,21 @@ def _play(runs: Sequence[ArmRun], directory: Path, slots: Sequence[dict[str, str
             return play(runs, slots, screen.change)
     finally:
         lock.close()
+
+
+def _how_to_go_on(runs: Sequence[ArmRun]) -> str:
+    finished = sum(run.is_finished for run in runs)
+    begun = [run for run in runs if run.played_settings is not None and not run.is_finished]
+    saved = sum(run.checkpoint is not None for run in begun)
+    lines = [f"stopped; the same command again goes on: {finished} of {len(runs)} runs are finished"]
+    if saved:
+        lines.append(f"{saved} go on from their last checkpoints")
+    if saved < len(begun):
+        lines.append(
+            f"{len(begun) - saved} have no checkpoint and start again (with -- --save_strategy steps, a run that is "
+            "stopped saves one)"
+        )
+    return ", ".join(lines)
 
 
 def _report(runs: Sequence[ArmRun], output: Path) -> None:

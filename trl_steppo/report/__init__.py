@@ -20,7 +20,7 @@ def write_report(
 
     Args:
         directories (`Sequence[str | Path]`):
-            The `output_dir` of each run; directories that hold runs, as `trl-steppo compare` makes them; or patterns of
+            The `output_dir` of each run; directories that hold runs, as of `trl-steppo compare`; or patterns of
             such names. Runs that differ only in their seed are one method. A run in such a directory that has not
             logged an update yet is left out, and named in the report.
         output (`str | Path`, *optional*, defaults to `"report.html"`):

@@ -18,8 +18,6 @@ from .page import content_of, page_of, waiting_page
 
 HOST = "127.0.0.1"
 _PORT = 8642  # if it is free
-_LOOK_INTERVAL_S = 2.0  # between two looks at the files
-_REST = 4.0  # so many times as long as a page takes to make, none is made: the machine trains, too
 _FILES = (
     *("trainer_state.json", "steppo_config.json", "metrics.jsonl", "checkpoint-*/trainer_state.json"),
     *("episodes/*.parquet", "completions/*.parquet"),
@@ -35,8 +33,10 @@ class LivePage:
             As in [`write_report`][trl_steppo.report.write_report]. Runs that appear in them later are taken up.
         named (`Mapping[str, Sequence[str | Path]]`):
             Runs by the name of their method.
-        look_interval_s (`float`, *optional*):
+        look_interval_s (`float`, *optional*, defaults to `2.0`):
             Time between two looks at the files.
+        rest (`float`, *optional*, defaults to `4.0`):
+            After a page was made, so many times as long passes before the next look: the machine trains, too.
     """
 
     def __init__(
@@ -44,11 +44,13 @@ class LivePage:
         places: Sequence[str | Path],
         named: Mapping[str, Sequence[str | Path]],
         *,
-        look_interval_s: float = _LOOK_INTERVAL_S,
+        look_interval_s: float = 2.0,
+        rest: float = 4.0,
     ) -> None:
         self._places = list(places)
         self._named = dict(named)
         self._look_interval_s = look_interval_s
+        self._rest = rest
         self._lock = threading.Lock()
         self._looks_at = 0.0
         self._version = ""
@@ -66,7 +68,7 @@ class LivePage:
             if self._made is None or self._made[0] != version:
                 start = time.monotonic()
                 self._made = (version, self._made_or_last(version))
-                self._looks_at = time.monotonic() + max(self._look_interval_s, _REST * (time.monotonic() - start))
+                self._looks_at = time.monotonic() + max(self._look_interval_s, self._rest * (time.monotonic() - start))
             return self._made[1]
 
     def _look(self) -> str:

@@ -153,6 +153,7 @@ def _template(name: str) -> Template:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    environment.filters["code"] = _with_code
     return environment.get_template(name)
 
 
@@ -168,6 +169,12 @@ def _frame(version: str | None, *scripts: str) -> dict[str, object]:
         "scripts": [Markup(text) for text in texts],
         "script_sources": " ".join(f"'sha256-{digest}'" for digest in digests),
     }
+
+
+def _with_code(text: str) -> Markup:
+    """Text whose parts in backticks are code."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _length_notes(methods: Sequence[Method]) -> list[str]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..trainer.metric_table import Metric, find_metric
 from .methods import Method
-from .statistics import Curve, curve, metrics_of
+from .statistics import Curve, curve, metrics_of, series_of
 
 Curves = Mapping[tuple[str, str], Curve]
 """Curves by method name and metric. Metrics without a value are absent."""
@@ -204,7 +204,7 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
             tuple(Panel(_words(name), name) for name in staleness),
         ),
     ]
-    kept = [_with_data(chart, metrics) for chart in charts]
+    kept = [_without_zeros(_with_data(chart, metrics), metrics & _zeros(methods, metrics)) for chart in charts]
     time = Chart("time", "Time of an update", "Mean seconds of an update by phase.", (Panel("Seconds by phase", ""),))
     return [chart for chart in kept if chart.panels] + ([time] if "perf/update_s" in metrics else [])
 
@@ -416,6 +416,21 @@ def _draw_phases(ax: Axes, methods: Sequence[Method], colors: Sequence[str]) -> 
 
 def _with_data(chart: Chart, metrics: set[str]) -> Chart:
     return Chart(chart.slug, chart.title, chart.text, tuple(p for p in chart.panels if p.metric in metrics))
+
+
+def _zeros(methods: Sequence[Method], metrics: set[str]) -> set[str]:
+    """The metrics that are 0 in every run, at every update."""
+    runs = [run for method in methods for run in method.runs]
+    return {name for name in metrics if not any(any(series_of(run, name).values()) for run in runs)}
+
+
+def _without_zeros(chart: Chart, zeros: set[str]) -> Chart:
+    """The chart with its zeros in words. A score of 0 is drawn."""
+    absent = [panel.title.lower() for panel in chart.panels if panel.metric in zeros]
+    if chart.slug == "scores" or not absent or len(absent) == len(chart.panels):
+        return chart
+    panels = tuple(panel for panel in chart.panels if panel.metric not in zeros)
+    return Chart(chart.slug, chart.title, f"{chart.text} 0 throughout: {', '.join(absent)}.", panels)
 
 
 def _words(metric: str) -> str:
