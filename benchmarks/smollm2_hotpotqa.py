@@ -3,12 +3,12 @@ A real pretrained model on real questions, on a CPU: SmolLM2-135M-Instruct under
 the same seeds.
 
 Both are paid the answer's exact match and 0.2 times the share of valid calls (`valid_calls`). A run is
-`examples/hotpotqa_steppo.py` with `examples/configs/smollm2-135m-cpu.yaml`, in a process of its own; one that is
+`examples/hotpotqa_steppo.py` with the recipe `smollm2-135m-cpu`, in a process of its own; one that is
 already in `--runs_dir` is not repeated. `--quick` plays the built-in policy on the built-in wiki: that it runs.
 
     python examples/make_smollm2_policy.py --output_dir models/SmolLM2-135M-Instruct
     python examples/warm_start.py --model_name_or_path models/SmolLM2-135M-Instruct \\
-        --config examples/configs/smollm2-135m-cpu.yaml --output_dir models/SmolLM2-135M-warm
+        --config smollm2-135m-cpu --output_dir models/SmolLM2-135M-warm
     python benchmarks/smollm2_hotpotqa.py --rows ROWS.jsonl [--json FILE]
 """
 
@@ -23,7 +23,7 @@ from statistics import mean
 
 import numpy as np
 from common.record import BenchmarkArguments, parse_arguments, print_table, write_record
-from common.runs import EXAMPLES, Run, example_run, play, refuse_failures, updates_of
+from common.runs import Run, example_run, play, refuse_failures, updates_of
 from scipy.stats import bootstrap
 
 from trl_steppo import Episode
@@ -83,7 +83,7 @@ def run_of(method: str, seed: int, output_dir: Path, args: SmolLM2Arguments) -> 
     """One run of the example."""
     model, rows = ("mini_wiki", "mini_wiki") if args.quick else (args.model_dir, str(args.rows))
     flags = {
-        "config": EXAMPLES / "configs" / "smollm2-135m-cpu.yaml",
+        "config": "smollm2-135m-cpu",
         "model_name_or_path": model,
         "dataset_name": rows,
         "per_device_train_batch_size": args.episodes,

@@ -25,7 +25,7 @@ from trl_steppo.commands.memory_plan import Setting, plan
 from trl_steppo.commands.shapes import load_config, shape_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPE = EXAMPLES / "configs" / "hotpotqa_qwen2.5_3b_8gpu.yaml"
+RECIPE = "hotpotqa_qwen2.5_3b_8gpu"
 TOKENS = 2 * 96  # of two episodes of at most 96 tokens, one on each rank, with room to spare
 SETTINGS = {
     "total_episodes": 2,
@@ -79,7 +79,7 @@ def main(args: Zero3WidthArguments) -> None:
             "--config_file",
             str(CONFIGS / "zero3_cpu2.yaml"),
         ]
-        command += [str(EXAMPLES / "hotpotqa_steppo.py"), "--config", str(RECIPE)]
+        command += [str(EXAMPLES / "hotpotqa_steppo.py"), "--config", RECIPE]
         command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         imported = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True).stdout
         start = time.perf_counter()

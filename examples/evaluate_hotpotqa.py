@@ -27,11 +27,11 @@ from statistics import mean
 from typing import Any, TypeAlias
 
 import torch
-from command_line import parse_flags
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_steppo import StepPOParser
 from trl_steppo.assets import locate_model
 from trl_steppo.chat import ChatFormat, parse_hermes
 from trl_steppo.environments import make_playable
@@ -303,4 +303,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(Arguments))
+    main(*StepPOParser(Arguments).parse_args_and_config())

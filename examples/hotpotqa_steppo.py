@@ -3,29 +3,26 @@ Train an agent that searches a wiki step by step and answers questions.
 
     accelerate launch examples/hotpotqa_steppo.py
 
-trains the built-in policy on the built-in wiki, on a CPU, in minutes (`examples/configs/mini_wiki.yaml`). The same
+trains the built-in policy on the built-in wiki, on a CPU, in minutes (the recipe `mini_wiki`). The same
 with token-level PPO:
 
     accelerate launch examples/hotpotqa_steppo.py --advantage_estimator token_gae --importance_sampling_level token
 
 Any setting of `StepPOConfig` is a flag, and so is any field of `HotpotQARecipe`. For a model of your own, choose a
-recipe with `--config`.
+recipe with `--config`; `trl-steppo recipes` lists them.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
-from command_line import is_given, parse_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo import StepPOConfig, StepPOParser, StepPOTrainer
 from trl_steppo.assets import locate_model
 from trl_steppo.environments.hotpotqa import HotpotQARecipe
-
-RECIPES = Path(__file__).parent / "configs"
+from trl_steppo.recipes import recipe_names
 
 
 def main(recipe: HotpotQARecipe, training_args: StepPOConfig) -> None:
@@ -56,15 +53,16 @@ def main(recipe: HotpotQARecipe, training_args: StepPOConfig) -> None:
 
 def refuse_model_without_config(arguments: list[str]) -> None:
     """The built-in example's settings are for its own small model alone."""
-    if is_given("--model_name_or_path", arguments) and not is_given("--config", arguments):
-        built_in = ("mini_wiki", "rooms")
-        recipes = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml") if not path.name.startswith(built_in)))
+    flags = {argument.split("=")[0] for argument in arguments}
+    if "--model_name_or_path" in flags and "--config" not in flags:
+        recipes = ", ".join(name for name in recipe_names() if not name.startswith(("mini_wiki", "rooms")))
         raise SystemExit(
             "--model_name_or_path needs a --config: the learning rate of the built-in small model would destroy "
-            f"another one. Recipes for real models in {RECIPES.name}/: {recipes}"
+            f"another one. Recipes for real models: {recipes}"
         )
 
 
 if __name__ == "__main__":
     refuse_model_without_config(sys.argv[1:])
-    main(*parse_arguments((HotpotQARecipe, StepPOConfig), RECIPES / "mini_wiki.yaml"))
+    parser = StepPOParser((HotpotQARecipe, StepPOConfig), default_config="mini_wiki")
+    main(*parser.parse_args_and_config())

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import torch
-from command_line import parse_flags
 from small_policies import descend, small_config
 from tokenizers import pre_tokenizers, trainers
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
+from trl_steppo import StepPOParser
 from trl_steppo.chat import ChatFormat
 from trl_steppo.environments.hotpotqa import BM25Retriever, HotpotQAEnvironment, make_mini_wiki
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
@@ -284,4 +284,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(Arguments))
+    main(*StepPOParser(Arguments).parse_args_and_config())

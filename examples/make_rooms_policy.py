@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import torch
-from command_line import parse_flags
 from small_policies import descend, small_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -28,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+from trl_steppo import StepPOParser
 from trl_steppo.environments.rooms import (
     DOORS,
     MAX_ROOMS,
@@ -180,4 +180,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(Arguments))
+    main(*StepPOParser(Arguments).parse_args_and_config())

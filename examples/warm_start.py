@@ -2,7 +2,7 @@
 A short supervised warm start for a model that writes no valid tool calls and so gets no reward to learn from.
 
     python examples/warm_start.py --model_name_or_path models/SmolLM2-135M-Instruct \\
-        --config examples/configs/smollm2-135m-cpu.yaml --output_dir models/SmolLM2-135M-warm
+        --config smollm2-135m-cpu --output_dir models/SmolLM2-135M-warm
 
 It imitates right demonstrations on the built-in wiki, with the recipe's system prompt. They teach the form of a call,
 and nothing about the questions of the later training. A few steps suffice: a model that always writes valid calls
@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
-from command_line import parse_flags
 from make_mini_wiki_policy import Call, play
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    HfArgumentParser,
     Trainer,
     TrainingArguments,
 )
@@ -30,6 +29,7 @@ from trl_steppo.chat import ChatFormat
 from trl_steppo.environments.hotpotqa import BM25Retriever, HotpotQAEnvironment, make_mini_wiki
 from trl_steppo.environments.hotpotqa.data import SYSTEM_PROMPT
 from trl_steppo.environments.tools import make_playable
+from trl_steppo.recipes import find_recipe
 from trl_steppo.types import Tokenizer
 
 IGNORED = -100  # label of tokens that transformers leaves out of the loss
@@ -64,7 +64,7 @@ def demonstrations(tokenizer: Tokenizer, system_prompt: str, count: int, seed: i
 
 def main(args: Arguments) -> None:
     """Imitate demonstrations, and save the model."""
-    recipe = {} if args.config is None else yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    recipe = {} if args.config is None else yaml.safe_load(find_recipe(args.config).read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
     trainer = Trainer(
@@ -94,4 +94,5 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(Arguments))
+    parser = HfArgumentParser(Arguments)  # type: ignore[arg-type]  # a recipe is one of its own flags here
+    main(*parser.parse_args_into_dataclasses())

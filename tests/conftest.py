@@ -28,7 +28,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 # tests that are repeated use, too.
 PINNED_ONLY = (
     *("benchmarks", "comparison", "episodes", "inference/test_vllm.py"),
-    *(f"commands/test_{name}.py" for name in ("check", "compare", "config", "memory")),
+    *(f"commands/test_{name}.py" for name in ("check", "compare", "config", "memory", "show", "try_out")),
     *(f"report/test_{name}.py" for name in ("live", "methods", "page", "statistics", "viewer")),
     *(f"gateway/test_{name}.py" for name in ("anthropic", "app", "bodies", "damaged_store", "delivery", "flights")),
     *(f"gateway/test_{name}.py" for name in ("formats", "hostile", "limits", "openai", "placement", "recorded_steps")),
@@ -37,7 +37,7 @@ PINNED_ONLY = (
     *(f"rollout/test_{name}.py" for name in ("agent", "ahead", "pacing")),
     *(f"trainer/test_{name}.py" for name in ("killed_ahead", "killed_rank", "metrics_file", "owned_processes")),
     *(f"test_{name}.py" for name in ("calls", "durable", "imports", "keeper", "names", "packaging", "typing")),
-    *(f"test_{name}.py" for name in ("readme", "types", "warm")),
+    *(f"test_{name}.py" for name in ("readme", "recipes", "types", "warm")),
 )
 
 # Tensors this small gain nothing from threads, and on a busy machine threads that wait for each other cost minutes.

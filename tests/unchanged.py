@@ -26,8 +26,8 @@ from safetensors import safe_open
 
 HERE = Path(__file__).parent.parent
 COMMON = ["--total_episodes=128", "--per_device_train_batch_size=32", "--eval_strategy=no", "--eval_on_start=false"]
-GROUP = ["--config", "examples/configs/mini_wiki_group.yaml", "--num_generations=4"]
-SPLIT = ["--config", "examples/configs/mini_wiki.yaml", "--max_tokens_per_micro_batch=2048"]
+GROUP = ["--config", "{recipes}/mini_wiki_group.yaml", "--num_generations=4"]
+SPLIT = ["--config", "{recipes}/mini_wiki.yaml", "--max_tokens_per_micro_batch=2048"]
 TIMES = ("_s", "_runtime", "_per_second", "tokens_per_s", "overhead_fraction")
 """Ends of the names of metrics that are times."""
 
@@ -62,6 +62,9 @@ RUNS: dict[str, list[str]] = {
 BEFORE_ONLY = ("ahead", "interrupted")
 """Runs that others go on from."""
 
+RECIPES = ("trl_steppo/recipes", "examples/configs")
+"""Where a checkout has them, now and before."""
+
 RANKS = {"micro_batches_ddp": "ddp_cpu2.yaml", "micro_batches_zero3": "zero3_cpu2.yaml"}
 
 
@@ -76,7 +79,8 @@ def command(name: str, out: Path, package: Path, before: Path) -> list[str]:
             str(package / "trl_steppo/configs" / RANKS[name]),
         ]
     program = "train_openai_agent.py" if name == "agent" else "hotpotqa_steppo.py"
-    flags = [flag.format(before=before) for flag in [*COMMON, *RUNS[name]]]
+    recipes = next(path for path in RECIPES if (package / path).is_dir())
+    flags = [flag.format(before=before, recipes=recipes) for flag in [*COMMON, *RUNS[name]]]
     directories = [f"--output_dir={out / name}", f"--dump_episodes_dir={out / name / 'episodes'}"]
     return [*launch, f"examples/{program}", *flags, *directories]
 

@@ -8,6 +8,7 @@ from .names import lazy_names
 
 if TYPE_CHECKING:
     from .inference import Engine, FixedEngine
+    from .trainer.parser import StepPOParser
     from .trainer.ppo_config import PPOConfig
     from .trainer.ppo_trainer import PPOTrainer
     from .trainer.steppo_config import StepPOConfig
@@ -24,6 +25,7 @@ __all__ = [
     "PPOTrainer",
     "Step",
     "StepPOConfig",
+    "StepPOParser",
     "StepPOTrainer",
     "StopReason",
 ]
@@ -35,6 +37,7 @@ __getattr__ = lazy_names(
         "PPOConfig": ".trainer.ppo_config",
         "PPOTrainer": ".trainer.ppo_trainer",
         "StepPOConfig": ".trainer.steppo_config",
+        "StepPOParser": ".trainer.parser",
         "StepPOTrainer": ".trainer.steppo_trainer",
         "Engine": ".inference",
         "FixedEngine": ".inference",

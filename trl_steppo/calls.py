@@ -36,6 +36,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
+from .errors import StepPOError
 from .stopping import is_requested
 
 T = TypeVar("T")
@@ -301,10 +302,13 @@ _OWN_CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
 def users_place(error: BaseException) -> str | None:
     """
     The place in the user's code that raised an exception, or that called the library which raised it, as
-    `file:line`. Without a frame of the user's, the innermost frame of all; `None` without any frame.
+    `file:line`. Without a frame of the user's, the innermost frame of all; `None` without any frame, and for an error
+    of this package, whose message says what to do.
     """
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not _is_of_library(frame.filename)]
+    if not own and isinstance(error, StepPOError):
+        return None
     innermost = (own or frames)[-1:]
     return f"{innermost[0].filename}:{innermost[0].lineno}" if innermost else None
 

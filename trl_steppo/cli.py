@@ -7,13 +7,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .commands import Command, check, compare, config, gateway, hotpotqa, memory, report
+from .commands import Command, check, compare, config, gateway, hotpotqa, memory, recipes, report, show, try_out
 from .errors import StepPOError
 
 COMMANDS: dict[str, Command] = {
+    "recipes": recipes,
     "config": config,
     "memory": memory,
     "check": check,
+    "try": try_out,
+    "show": show,
     "compare": compare,
     "report": report,
     "gateway": gateway,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from trl_steppo.assets import ROOMS_POLICY, locate_model
 from trl_steppo.comparison.processes import State
 from trl_steppo.comparison.processes import play as play_processes
 from trl_steppo.comparison.runs import PlannedRun, changed_inputs
+from trl_steppo.recipes import find_recipe
 from trl_steppo.types import JsonObject
 
 from .record import current_commit
@@ -23,7 +26,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 LAUNCHER = ("-m", "accelerate.commands.launch", "--num_processes", "1")
 
 _COMMIT = "commit.txt"  # written when it starts: figures may be read under another
-_DEFAULT_CONFIGS = {"hotpotqa_steppo.py": "mini_wiki.yaml", "rooms_steppo.py": "rooms.yaml"}
+_DEFAULT_CONFIGS = {"hotpotqa_steppo.py": "mini_wiki", "rooms_steppo.py": "rooms"}
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,16 @@ def refuse_other_runs(runs: Iterable[Run]) -> None:
 
 
 def under_current_names(inputs: Mapping[str, str] | None) -> dict[str, str] | None:
-    """The hashes that a run kept; the built-in policies, unchanged, had another directory in earlier versions."""
+    """The hashes that a run kept; policies and recipes, unchanged, had other directories in earlier versions."""
     if inputs is None:
         return None
-    return {name.replace("trl_steppo/models/", "trl_steppo/assets/"): value for name, value in inputs.items()}
+    moved = (("trl_steppo/models/", "trl_steppo/assets/"), ("examples/configs/", "trl_steppo/recipes/"))
+    return {functools.reduce(lambda name, move: name.replace(*move), moved, name): inputs[name] for name in inputs}
+
+
+def command_under_current_names(command: str) -> str:
+    """The command of a run; recipes were named by their paths in earlier versions."""
+    return re.sub(r"\bexamples/configs/(\S+)\.yaml", r"\1", command)
 
 
 def refuse_failures(failed: Sequence[Run]) -> None:
@@ -168,7 +177,7 @@ def updates_of(history: Iterable[JsonObject]) -> list[JsonObject]:
 
 def _inputs_of(script: str, flags: Mapping[str, object]) -> tuple[Path, ...]:
     """What an example reads: its configuration, and the policy and the rows where these are local."""
-    config = Path(str(flags.get("config", EXAMPLES / "configs" / _DEFAULT_CONFIGS[script])))
+    config = find_recipe(str(flags.get("config", _DEFAULT_CONFIGS[script])))
     read = {**yaml.safe_load(config.read_text()), **flags}
     policy = locate_model(str(read["model_name_or_path"])) if "model_name_or_path" in read else ROOMS_POLICY
     local = (Path(path) for path in (policy, str(read.get("dataset_name", ""))) if path and Path(path).exists())

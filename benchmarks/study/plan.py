@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from common.record import BenchmarkArguments
-from common.runs import Run, play, under_current_names
+from common.runs import Run, command_under_current_names, play, under_current_names
 
 from trl_steppo.comparison.runs import changed_inputs, settings_in
 
@@ -146,7 +146,7 @@ def refuse_other_settings(planned: Iterable[tuple[Run, Cell, Store]]) -> None:
             continue
         kept = store.read(cell)
         changed = changed_inputs(under_current_names(kept.inputs), run.hashes())
-        if settings_in(kept.command) != settings_in(run.command) or changed:
+        if settings_in(command_under_current_names(kept.command)) != settings_in(run.command) or changed:
             raise SystemExit(
                 f"{store.path(cell)} was played with other settings than those of this study; remove it and "
                 f"{run.output_dir}, or name another --results_dir and --runs_dir\nthere: {kept.command}\n"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from common.runs import EXAMPLES, Run, example_run, updates_of
+from common.runs import Run, example_run, updates_of
 
 from trl_steppo import durable
 
@@ -92,7 +91,7 @@ def run_of(task: Task, cell: Cell, runs_dir: Path, extra: Flags) -> Run:
     with_critic = cell.method in WITH_CRITIC
     config = task.config if with_critic else task.group_config
     flags: dict[str, object] = {
-        "config": os.path.relpath(EXAMPLES / "configs" / str(config)),
+        "config": str(config),
         **task.flags,
         **EVERY_RUN,
         "learning_rate": cell.learning_rate,

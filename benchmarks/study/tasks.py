@@ -50,8 +50,8 @@ class Task:
 MINI_WIKI = Task(
     name="mini_wiki",
     script="hotpotqa_steppo.py",
-    config="mini_wiki.yaml",
-    group_config="mini_wiki_group.yaml",
+    config="mini_wiki",
+    group_config="mini_wiki_group",
     score="exact_match",
     flags={
         "model_name_or_path": "mini_wiki_thinking",
@@ -70,7 +70,7 @@ def rooms(num_rooms: int, num_words: int) -> Task:
     return Task(
         name=f"rooms_h{num_rooms}_l{num_words}",
         script="rooms_steppo.py",
-        config="rooms.yaml",
+        config="rooms",
         group_config=None,
         score="score",
         flags={"max_interaction_steps": num_rooms, "response_length": num_words},

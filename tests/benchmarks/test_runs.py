@@ -102,7 +102,7 @@ def test_a_finished_run_that_kept_no_settings_is_refused(run_in):
 
 
 def test_an_example_reads_its_configuration_and_its_policy(tmp_path):
-    own = {"config": "examples/configs/smollm2-135m-cpu.yaml", "model_name_or_path": str(tmp_path)}
+    own = {"config": "smollm2-135m-cpu", "model_name_or_path": str(tmp_path)}
     inputs = {
         (script, *flags): [str(path) for path in example_run(script, Path("runs/x"), flags).inputs]
         for script, flags in (("hotpotqa_steppo.py", {}), ("rooms_steppo.py", {}), ("hotpotqa_steppo.py", own))
@@ -112,12 +112,12 @@ def test_an_example_reads_its_configuration_and_its_policy(tmp_path):
         [str(Path(path).relative_to(root)) if path.startswith(str(root)) else path for path in paths]
         for paths in inputs.values()
     ] == [
-        ["examples/configs/mini_wiki.yaml", "trl_steppo/assets/mini_wiki"],
-        ["examples/configs/rooms.yaml", "trl_steppo/assets/rooms"],
-        ["examples/configs/smollm2-135m-cpu.yaml", str(tmp_path)],
+        ["trl_steppo/recipes/mini_wiki.yaml", "trl_steppo/assets/mini_wiki"],
+        ["trl_steppo/recipes/rooms.yaml", "trl_steppo/assets/rooms"],
+        ["trl_steppo/recipes/smollm2-135m-cpu.yaml", str(tmp_path)],
     ]
     assert list(example_run("rooms_steppo.py", Path("runs/x"), {}).hashes()) == [
-        "examples/configs/rooms.yaml",
+        "trl_steppo/recipes/rooms.yaml",
         "trl_steppo/assets/rooms",
     ]
 

@@ -27,9 +27,8 @@ from study.plots import draw
 from study.runs import Cell, Record, Store, record_of, run_of
 from study.summary import figures_of, summarize
 from study.tasks import MINI_WIKI, TASKS, rooms
-from trl import TrlParser
 
-from trl_steppo import StepPOConfig
+from trl_steppo import StepPOConfig, StepPOParser
 from trl_steppo.environments.hotpotqa import HotpotQARecipe
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +57,7 @@ def settings_of(method, task=MINI_WIKI):
     """The configuration that a run's flags make."""
     kinds = (HotpotQARecipe,) if task is MINI_WIKI else ()
     run = run_of(task, Cell(task.name, "result", method, 4e-4, 7), Path("runs"), {})
-    return TrlParser((*kinds, StepPOConfig)).parse_args_and_config(list(run.arguments[1:]))[-1]
+    return StepPOParser((*kinds, StepPOConfig)).parse_args_and_config(list(run.arguments[1:]))[-1]
 
 
 @pytest.mark.parametrize("method", METHODS)

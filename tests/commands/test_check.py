@@ -20,7 +20,10 @@ from trl_steppo.commands.config import CONFIGS
 from trl_steppo.commands.launch_file import check_launch
 from trl_steppo.environments.hotpotqa import HotpotQARecipe
 from trl_steppo.errors import ConfigurationError
+from trl_steppo.recipes import find_recipe, recipe_names
 from trl_steppo.trainer.steppo_config import StepPOConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +32,9 @@ def _offline(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-RECIPES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_check_passes_on_every_recipe(recipe, capsys):
-    assert main(["check", str(recipe), "--dataset_name", "mini_wiki"]) == 0, capsys.readouterr().err
+    assert main(["check", recipe, "--dataset_name", "mini_wiki"]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "without contradiction" in out
     (update,) = (line for line in out.splitlines() if line.startswith("one update: "))
@@ -123,8 +123,8 @@ def test_check_names_a_missing_file(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml")])
 def test_shipped_files_contradict_no_recipe(name, tmp_path):
-    for path in RECIPES:
-        own, _ = read_recipe(path)
+    for recipe in recipe_names():
+        own, _ = read_recipe(find_recipe(recipe))
         if ("zero" in name or "fsdp" in name) and own.get("critic_shares_base"):
             continue
         args = StepPOConfig(**own | {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False})
@@ -139,7 +139,7 @@ def test_check_describes_the_launch(tmp_path):
 
 def test_the_script_s_settings_are_known():
     help_text = subprocess.run(
-        [sys.executable, str(RECIPES[0].parents[1] / "hotpotqa_steppo.py"), "--help"],
+        [sys.executable, str(ROOT / "examples" / "hotpotqa_steppo.py"), "--help"],
         capture_output=True,
         text=True,
         timeout=100,

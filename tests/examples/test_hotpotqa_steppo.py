@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import TrlParser
 
 from tests.examples.scripts import load_script
 from tests.warm import run_script
+from trl_steppo import StepPOConfig, StepPOParser
 from trl_steppo.environments.hotpotqa import HotpotQARecipe
+from trl_steppo.recipes import find_recipe, recipe_names
 
 ROOT = Path(__file__).parents[2]
-with_default_config = load_script("command_line").with_default_config
 SCRIPT = ROOT / "examples" / "hotpotqa_steppo.py"
 REAL_ROWS = ROOT.parent / "shared" / "data" / "hotpotqa_distractor_60.jsonl"
 SHORT = ["--total_episodes", "8", "--per_device_train_batch_size", "4", "--num_mini_batches", "1"]
@@ -33,21 +33,9 @@ def read_history(output_dir):
     return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
 
 
-def test_without_flags_it_takes_the_built_in_recipe():
-    script = load_script("hotpotqa_steppo")
-    recipe = script.RECIPES / "mini_wiki.yaml"
-    assert with_default_config(["--seed", "3"], recipe) == [
-        "--config",
-        str(recipe),
-        "--seed",
-        "3",
-    ]
-    assert with_default_config(["--config", "my.yaml"], recipe) == ["--config", "my.yaml"]
-
-
 def test_a_model_without_a_recipe_is_refused():
     script = load_script("hotpotqa_steppo")
-    with pytest.raises(SystemExit, match=r"--config.*hotpotqa_qwen2\.5_0\.5b\.yaml"):
+    with pytest.raises(SystemExit, match=r"--config.*hotpotqa_qwen2\.5_0\.5b,"):
         script.refuse_model_without_config(["--model_name_or_path", "Qwen/Qwen2.5-3B-Instruct"])
 
 
@@ -75,15 +63,16 @@ def test_real_rows_load_and_play(tmp_path):
     assert all(logs["env/failed_episodes"] == 0 and logs["env/episode_steps"] >= 1 for logs in updates)
 
 
-COMPARISON = ("steppo.yaml", "token_ppo.yaml")
-RECIPES = sorted(path.name for path in (ROOT / "examples" / "configs").glob("*.yaml") if path.name != "rooms.yaml")
+COMPARISON = ("steppo", "token_ppo")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+def parsed(*arguments: str):
+    return StepPOParser((HotpotQARecipe, StepPOConfig)).parse_args_and_config(list(arguments))
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name != "rooms"])
 def test_every_recipe_is_a_valid_configuration(recipe):
-    script = load_script("hotpotqa_steppo")
-    parser = TrlParser((HotpotQARecipe, script.StepPOConfig))
-    script_args, training_args = parser.parse_args_and_config(["--config", str(script.RECIPES / recipe)])
+    script_args, training_args = parsed("--config", recipe)
     assert script_args.model_name_or_path
     assert training_args.output_dir.startswith("runs/")
     thinks = {"enable_thinking": True} if "qwen3_1.7b" in recipe else None
@@ -95,14 +84,8 @@ def test_every_recipe_is_a_valid_configuration(recipe):
         assert (training_args.max_tool_calls, training_args.max_prompt_length) == (4, 10240)
 
 
-def parsed(*arguments: str):
-    script = load_script("hotpotqa_steppo")
-    parser = TrlParser((HotpotQARecipe, script.StepPOConfig))
-    return parser.parse_args_and_config(list(arguments))
-
-
 def test_the_two_recipes_of_the_comparison_differ_in_the_method_alone():
-    files = [ROOT / "examples" / "configs" / name for name in COMPARISON]
+    files = [find_recipe(name) for name in COMPARISON]
     step, token = (yaml.safe_load(file.read_text()) for file in files)
     assert {name for name in step.keys() | token.keys() if step.get(name) != token.get(name)} == {
         *("output_dir", "advantage_estimator", "importance_sampling_level", "loss_aggregation", "cliprange")
@@ -118,11 +101,11 @@ def test_the_two_recipes_of_the_comparison_differ_in_the_method_alone():
 
 def test_the_recipes_of_the_comparison_can_be_compared():
     """There are ratios, they can be clipped, tokens far from the reward learn of it, and the report has episodes."""
-    (_, step), (_, token) = (parsed("--config", str(ROOT / "examples" / "configs" / name)) for name in COMPARISON)
+    (_, step), (_, token) = (parsed("--config", name) for name in COMPARISON)
     for settings in (step, token):
         assert settings.num_mini_batches * settings.num_ppo_epochs > 1
         assert settings.log_episodes == 8
         assert settings.lam == 1.0
     assert step.cliprange == pytest.approx(token.cliprange / 50)
-    _, undiscounted = parsed("--config", str(ROOT / "examples/configs/token_ppo.yaml"), "--gamma", "1", "--lam", "1")
+    _, undiscounted = parsed("--config", "token_ppo", "--gamma", "1", "--lam", "1")
     assert (undiscounted.gamma, undiscounted.lam, undiscounted.advantage_estimator) == (1.0, 1.0, "token_gae")

@@ -6,23 +6,19 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
-from tests.examples.scripts import load_script
 from tests.warm import run_script
+from trl_steppo import StepPOConfig, StepPOParser
 from trl_steppo.assets import ROOMS_POLICY
 from trl_steppo.environments.rooms import DOORS, RIGHT_DOOR, SIGNS, describe, respond, vocabulary
 
 ROOT = Path(__file__).parents[2]
-with_default_config = load_script("command_line").with_default_config
 
 
 def test_the_recipe_is_a_valid_configuration():
-    script = load_script("rooms_steppo")
-    parser = TrlParser((script.StepPOConfig,))
-    (args,) = parser.parse_args_and_config(with_default_config(["--max_interaction_steps", "3"], script.RECIPE))
+    parser = StepPOParser(StepPOConfig, default_config="rooms")
+    (args,) = parser.parse_args_and_config(["--max_interaction_steps", "3"])
     assert (args.max_interaction_steps, args.response_length, args.output_dir) == (3, 32, "runs/rooms")
-    assert with_default_config(["--config=my.yaml"], script.RECIPE) == ["--config=my.yaml"]
 
 
 def test_a_run_plays_the_game_that_is_asked_for(tmp_path):

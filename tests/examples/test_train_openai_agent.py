@@ -12,7 +12,6 @@ pytest.importorskip("starlette", reason="needs the extra `gateway`")
 pytest.importorskip("agents", reason="needs the extra `agents`")
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-from trl import TrlParser
 
 from tests.examples.scripts import load_script
 from trl_steppo.assets import MINI_WIKI_POLICY
@@ -25,7 +24,6 @@ from trl_steppo.testing import ScriptedSampler, tool_call
 from trl_steppo.types import StopReason
 
 ROOT = Path(__file__).parents[2]
-with_default_config = load_script("command_line").with_default_config
 TOKENIZER = AutoTokenizer.from_pretrained(MINI_WIKI_POLICY)
 
 
@@ -79,10 +77,9 @@ def test_an_agent_that_goes_wrong_has_not_failed(script):
 
 
 def test_the_recipe_is_a_valid_configuration(script):
-    parser = TrlParser((script.StepPOConfig,))
-    (args,) = parser.parse_args_and_config(with_default_config(["--seed", "3"], script.RECIPE))
+    parser = script.StepPOParser(script.StepPOConfig, default_config=script.RECIPE)
+    (args,) = parser.parse_args_and_config(["--seed", "3"])
     assert (args.seed, args.max_interaction_steps, args.output_dir) == (3, 5, "runs/mini_wiki_agent")
-    assert with_default_config(["--config=my.yaml"], script.RECIPE) == ["--config=my.yaml"]
 
 
 def test_three_updates_train_it(tmp_path):

@@ -28,12 +28,13 @@ def credit_of(
     *,
     penalties: torch.Tensor | None = None,
     bootstrap: Any = None,
+    config: StepPOConfig | None = None,
     **settings: Any,
 ) -> tuple[StepBatch, Credit]:
     """What `StepPOTrainer` does between scoring and learning."""
     if penalties is not None:
         settings["kl_coef"] = 1.0
-    config = make_config(tmp_path, **{"max_interaction_steps": 5, **settings})
+    config = config or make_config(tmp_path, **{"max_interaction_steps": 5, **settings})
     batch = StepRolloutCollator()(episodes)
     scores = Scores(
         old_logprobs=None if penalties is None else -penalties,

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from tests.examples.scripts import load_script
 from tests.trainer.tiny import Hash, make_classifier, make_model, make_trainer, prompt_rows
 from trl_steppo.trainer.networks import Fsdp2Network
 
@@ -61,6 +62,10 @@ def replay(directory: Path, settings: dict[str, Any], resume_from_checkpoint: st
     networks: dict[str, Any] = {"value_model": make_classifier(), "ref_model": make_model(5)}
     if settings.pop("lora", False):  # the critic has an adapter, too; the reference is the policy's base
         networks = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
+    if settings.pop("own_functions", False):
+        example = load_script("own_algorithm")
+        networks["advantage_estimator"] = example.length_adaptive_gae
+        networks["policy_loss_fn"] = example.soft_clipped_loss
     environment = Lopsided if settings.pop("lopsided", False) else Hash
     trainer = make_trainer(
         directory,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import typing
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -17,6 +16,7 @@ from tests.trainer.tiny import make_config
 from trl_steppo import PPOConfig, StepPOConfig
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.learning.estimators import ESTIMATORS
+from trl_steppo.recipes import RECIPES
 from trl_steppo.trainer import ppo_config
 
 CHANGED = {  # as the docstring of StepPOConfig says
@@ -495,9 +495,8 @@ def test_a_yaml_file_sets_all_fields(tmp_path):
 
 
 def test_the_shipped_config_parses(tmp_path):
-    recipes = Path(__file__).parents[2] / "examples" / "configs"
     own = {f.name for f in fields(StepPOConfig)}
-    for recipe in recipes.glob("*.yaml"):
+    for recipe in RECIPES.glob("*.yaml"):
         lines = [line for line in recipe.read_text().splitlines() if line.split(":")[0].strip() in own]
         file = tmp_path / recipe.name
         file.write_text("\n".join(lines))

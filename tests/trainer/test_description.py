@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from tests.trainer.tiny import Hash, make_model
+from trl_steppo.learning.estimators import ESTIMATORS
 from trl_steppo.trainer.description import describe_task
 
 ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
@@ -15,7 +16,8 @@ ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
 
 def described(**changes: Any) -> dict[str, Any]:
     given: dict[str, Any] = dict.fromkeys(("eval_dataset", "environment_factory", "tools", "reward_funcs"))
-    given |= {"model": None, "train_dataset": ROWS, "reward_model": None, "agent": None}
+    given |= {"model": None, "train_dataset": ROWS, "reward_model": None, "agent": None, "policy_loss_fn": None}
+    given["estimator"] = ESTIMATORS["step_gae"]
     return describe_task(**given | changes)
 
 

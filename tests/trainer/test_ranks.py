@@ -42,9 +42,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "token_ppo": {"advantage_estimator": "token_gae", "importance_sampling_level": "token"},
     "failures": {"loss_aggregation": "episode"},
+    "own_functions": {"own_functions": True},
     "uneven": {"max_steps": 10, "learning_rate": 0.03},
     "lora": {"lora": True},
 }
+RECORDINGS = {"failures": "failures", "own_functions": "failures", "uneven": "uneven"}
+"""By scenario; "plain" for all others."""
 SAVED: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1}
 
 
@@ -130,7 +133,7 @@ def runs(request, recorded, tmp_path_factory) -> Path:
     scenarios: dict[int, dict[str, Any]] = {1: {}, 2: {}}
     for name, settings in SCENARIOS.items():
         for ranks in (1, 2):
-            recording = recorded / (name if name in ("failures", "uneven") else "plain") / str(ranks)
+            recording = recorded / RECORDINGS.get(name, "plain") / str(ranks)
             scenarios[ranks][name] = {
                 **SETTINGS,
                 **settings,

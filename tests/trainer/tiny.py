@@ -154,7 +154,9 @@ def make_trainer(output_dir: Any, *, args: Any = None, model: Any = None, **argu
     """A trainer of the tiny model in the `Hash` environment; settings and arguments may be mixed."""
     of_trainer = ("ref_model", "reward_model", "train_dataset", "value_model", "eval_dataset", "callbacks")
     of_trainer += ("environment_factory", "tools", "reward_funcs", "data_collator", "optimizers", "peft_config")
-    of_trainer += ("agent", "reward_processing_classes", "engine")
+    of_trainer += ("agent", "reward_processing_classes", "engine", "policy_loss_fn")
+    if not isinstance(arguments.get("advantage_estimator", ""), str):  # a name is a setting
+        of_trainer += ("advantage_estimator",)
     given = {name: arguments.pop(name) for name in of_trainer if name in arguments}
     if not {"environment_factory", "tools", "reward_funcs", "reward_model", "agent"} & set(given):
         given["environment_factory"] = Hash

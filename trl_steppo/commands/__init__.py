@@ -7,6 +7,9 @@ The subcommands of `trl-steppo`. Each module declares the arguments of its comma
 | `memory.py` | what a run needs of each GPU |
 | `memory_plan.py`, `shapes.py` | the estimate, and what of a model decides it |
 | `check.py`, `launch_file.py`, `trial.py` | a recipe, compared with its accelerate file and tried out |
+| `try_out.py`, `playing.py` | one episode before any training: what is played, and what it shows |
+| `objects.py`, `speakers.py` | what a command line names; what responds instead of a local model |
+| `show.py` | recorded episodes in the terminal |
 | `compare.py` | arms x seeds of a training script |
 | `report.py` | runs as one HTML file |
 | `gateway.py` | a model served to agents |

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, DataError
+from ..recipes import find_recipe
 from ..types import JsonObject
 from .launch_file import check_launch, read_mapping
 
@@ -27,7 +28,7 @@ HELP = "a dry run of a recipe: its settings, and one small update"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("config", help="a YAML file of settings, as `--config` takes it")
+    parser.add_argument("config", help="a recipe: its name (`trl-steppo recipes` lists them), or a YAML file")
     parser.add_argument("--dataset_name", help="rows to play instead of the recipe's; `mini_wiki` is built in")
     parser.add_argument(
         "--config_file", help="the accelerate file it will be launched with: a shipped one's name, or a path"
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the findings, line by line."""
-    for line in check(Path(args.config), dataset_name=args.dataset_name, config_file=args.config_file):
+    for line in check(find_recipe(args.config), dataset_name=args.dataset_name, config_file=args.config_file):
         print(line)
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..errors import ConfigurationError
+from ..recipes import find_recipe, recipe_names
 from .runs import PlannedRun, changed_inputs
 
 _OURS = ("seed", "run_name", "output_dir", "resume_from_checkpoint")  # flags that the plan sets
@@ -207,4 +208,4 @@ def _configs(words: Sequence[str]) -> tuple[Path, ...]:
     """The files that the flags `--config` name."""
     given = [after for word, after in pairwise(words) if word == "--config"]
     given += [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    return tuple(Path(name) for name in given if Path(name).is_file())
+    return tuple(find_recipe(name) for name in given if Path(name).is_file() or name in recipe_names())

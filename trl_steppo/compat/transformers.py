@@ -16,6 +16,8 @@ from . import attribute, find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.hf_argparser import DataClass as DataClass
+    from transformers.hf_argparser import DataClassType as DataClassType
     from transformers.trainer_utils import SaveStrategy as SaveStrategy
     from transformers.trainer_utils import TrainOutput as TrainOutput
 

@@ -30,8 +30,8 @@ of one of these names with other parameters is a tool. All but `reset` are optio
 | `reset(**row)` | at the start, with every column of the row; may return text for the prompt's last user message |
 | `step(response)` | for each response, in the form that takes the whole response |
 | `step_reward()`, `done` | after each step, in the form with tools; `done` is an attribute, a property or a method |
-| `state_key()` | before each step is played, if the trainer compares states (`gigpo`): the state the response was \
-written in |
+| `state_key()` | before each step is played, if states are compared (`gigpo`) or recorded: the state the response \
+was written in |
 | `state_prompt(observation)` | after `reset` (with `""`) and each step: the whole prompt of the state, as text \
 or messages. It replaces the chat that grows from the row's prompt; `None` keeps that chat. Control tokens that are \
 spelled out in the prompt are tokenized as text: return messages, and the chat template writes the turns |

@@ -32,6 +32,7 @@ from ..calls import (
     error_text,
     is_lazy,
     thread_for,
+    users_place,
     why_unbindable,
 )
 from ..errors import ConfigurationError
@@ -498,6 +499,7 @@ class ToolPlayable(_EnvironmentCalls):
             raise
         except Exception as error:
             counts["tool_errors"] += 1
+            logger.debug("the tool %s failed: %s (%s)", name, error_text(error), users_place(error))
             return writable(f"Error: {name} failed: {type(error).__name__}: {error_text(error)}")
 
     async def _run(self, name: str, tool: Tool, arguments: JsonObject) -> Content:

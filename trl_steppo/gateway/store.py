@@ -230,6 +230,23 @@ class Store:
         return connection
 
 
+def read_sessions(path: Path) -> list[StoredSession]:
+    """
+    Read all sessions of a store that a gateway may have open, oldest first. Nothing is written.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is not a gateway's store.
+    """
+    _check_length(path)
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.text_factory = _text
+            _check_format(connection, path)
+            return list(_load(connection, "1", ()))
+    except (sqlite3.Error, OSError) as error:
+        raise CheckpointError(f"the gateway's store {path} cannot be read: {error}") from error
+
+
 def _text(data: bytes) -> str | bytes:
     try:
         return data.decode()

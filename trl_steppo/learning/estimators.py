@@ -1,8 +1,9 @@
 """Estimators: how each algorithm turns rewards and values into the weight of each action token.
 
 [`ESTIMATORS`] has one entry for each algorithm. StepPO and token-level PPO differ in this entry and in the importance
-ratio, and in nothing else. A new algorithm is a new entry: `ESTIMATORS["mine"] = Estimator(...)`, which configurations
-take from then on.
+ratio, and in nothing else. An algorithm of your own is a function, which [`StepPOTrainer`] takes as
+`advantage_estimator`; or an [`Estimator`]; or a new entry of the table, `ESTIMATORS["mine"] = Estimator(...)`, which
+configurations and command lines take by its name from then on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 
@@ -31,6 +32,15 @@ from ..advantages import (
 from ..losses import Aggregation, Level, kl_estimate
 from ..masked import Reduce, masked_whiten
 from ..types import Episode
+from .own_functions import (
+    AdvantageFunction,
+    OwnAdvantages,
+    OwnReturns,
+    ReturnFunction,
+    name_of_function,
+    takes_groups,
+    takes_values,
+)
 from .update import Credit, Rollout, Scores
 
 _MAX_LOGGED_STEPS = 16
@@ -93,12 +103,86 @@ class Estimator:
     discounts: bool = True
     whitens: bool = False
 
+    @classmethod
+    def over_steps(
+        cls, function: AdvantageFunction | ReturnFunction, *, title: str | None = None, whitens: bool = True
+    ) -> Estimator:
+        """
+        The algorithm of a function over the steps of each episode. KL penalties in the rewards, whitening, explained
+        variance and several ranks are those of `step_gae`.
+
+        Args:
+            function (`Callable`):
+                Called on a grid (E, S) of one row per episode. With a critic, it has the signature of
+                [`step_gae`][trl_steppo.advantages]: `(rewards, values, mask, *, gamma, lam, bootstrap_values)`, and
+                returns advantages and returns (the critic's targets). Without one, `(rewards, mask, *, gamma)`, as
+                [`discounted_returns`][trl_steppo.advantages], and returns advantages; with a parameter `group_index`
+                it is also given numbers (E,) that are equal for the episodes of one dataset row.
+            title (`str`, *optional*):
+                The algorithm's name. `None`: the function's.
+            whitens (`bool`, *optional*, defaults to `True`):
+                Whether the advantages are whitened afterwards, over the valid steps of all ranks.
+
+        Raises:
+            ConfigurationError: If the function has another signature; in an update, if its results have other shapes,
+                or are not finite.
+
+        Example:
+        ```python
+        >>> from trl_steppo.advantages import discounted_returns
+        >>> from trl_steppo.learning.estimators import Estimator
+        >>> Estimator.over_steps(discounted_returns, title="REINFORCE over steps").values is None
+        True
+        ```
+        """
+        return cls._of_function(function, "step", title, whitens)
+
+    @classmethod
+    def over_tokens(
+        cls, function: AdvantageFunction | ReturnFunction, *, title: str | None = None, whitens: bool = True
+    ) -> Estimator:
+        """
+        As [`over_steps`], over the action tokens (E, T) of each episode, in the place of
+        [`token_gae`][trl_steppo.advantages]. A step's reward stands on its last action token.
+        """
+        return cls._of_function(function, "token", title, whitens)
+
+    @classmethod
+    def _of_function(
+        cls, function: AdvantageFunction | ReturnFunction, level: Level, title: str | None, whitens: bool
+    ) -> Estimator:
+        has_values = takes_values(function)
+        assign: Assign
+        if has_values:
+            by = _by_steps if level == "step" else _by_tokens
+            assign = partial(by, advantages_of=OwnAdvantages(cast(AdvantageFunction, function)), whitens=whitens)
+        else:
+            assign = partial(
+                _by_own_returns, level=level, returns_of=OwnReturns(cast(ReturnFunction, function)), whitens=whitens
+            )
+        return cls(
+            title or name_of_function(function),
+            assign,
+            values=level if has_values else None,
+            aggregation=level,
+            compares_episodes=not has_values and takes_groups(function),
+            whitens=whitens,
+        )
+
 
 # -- with a critic ----------------------------------------------------------------------------------------------------
 
 
-def _by_steps(settings: CreditSettings, rollout: Rollout, scores: Scores, reduce: Reduce | None) -> Credit:
-    """Generalized advantage estimation over the steps of each episode."""
+def _by_steps(
+    settings: CreditSettings,
+    rollout: Rollout,
+    scores: Scores,
+    reduce: Reduce | None,
+    *,
+    advantages_of: AdvantageFunction = step_gae,
+    whitens: bool = True,
+) -> Credit:
+    """Generalized advantage estimation over the steps of each episode, or what a function has in its place."""
     assert scores.values is not None
     batch = rollout.batch
     index = (batch.episode_index, batch.step_index, batch.num_episodes)
@@ -106,21 +190,32 @@ def _by_steps(settings: CreditSettings, rollout: Rollout, scores: Scores, reduce
     if settings.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
     values, _ = to_episode_grid(scores.values, *index)
-    advantages, returns = step_gae(
-        rewards, values, mask, gamma=settings.gamma, lam=settings.lam, bootstrap_values=scores.bootstrap_values
+    after = values.new_zeros(batch.num_episodes) if scores.bootstrap_values is None else scores.bootstrap_values
+    advantages, returns = advantages_of(
+        rewards, values, mask, gamma=settings.gamma, lam=settings.lam, bootstrap_values=after
     )
     monte_carlo = discounted_returns(rewards, mask, gamma=settings.gamma)
-    whitened = from_episode_grid(masked_whiten(advantages, mask, reduce=reduce), *index[:2])
+    if whitens:
+        advantages = masked_whiten(advantages, mask, reduce=reduce)
+    of_steps = from_episode_grid(advantages, *index[:2])
     numbers = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     return Credit(
-        broadcast_to_tokens(whitened, batch.action_mask),
+        broadcast_to_tokens(of_steps, batch.action_mask),
         from_episode_grid(returns, *index[:2]),
         _explained_variance(values, monte_carlo, mask, numbers, settings.max_interaction_steps, reduce),
     )
 
 
-def _by_tokens(settings: CreditSettings, rollout: Rollout, scores: Scores, reduce: Reduce | None) -> Credit:
-    """Generalized advantage estimation over the action tokens of each episode."""
+def _by_tokens(
+    settings: CreditSettings,
+    rollout: Rollout,
+    scores: Scores,
+    reduce: Reduce | None,
+    *,
+    advantages_of: AdvantageFunction = token_gae,
+    whitens: bool = True,
+) -> Credit:
+    """Generalized advantage estimation over the action tokens of each episode, or what a function has in its place."""
     assert scores.values is not None
     batch = rollout.batch
     index = (batch.action_mask, batch.episode_index, batch.step_index, batch.num_episodes)
@@ -128,13 +223,16 @@ def _by_tokens(settings: CreditSettings, rollout: Rollout, scores: Scores, reduc
     if settings.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
     values, _ = to_token_grid(scores.values, *index)
-    advantages, returns = token_gae(
-        rewards, values, mask, gamma=settings.gamma, lam=settings.lam, bootstrap_values=scores.bootstrap_values
+    after = values.new_zeros(batch.num_episodes) if scores.bootstrap_values is None else scores.bootstrap_values
+    advantages, returns = advantages_of(
+        rewards, values, mask, gamma=settings.gamma, lam=settings.lam, bootstrap_values=after
     )
     monte_carlo = discounted_returns(rewards, mask, gamma=settings.gamma)
+    if whitens:
+        advantages = masked_whiten(advantages, mask, reduce=reduce)
     numbers, _ = to_token_grid(batch.step_index[:, None].expand_as(batch.action_mask), *index)
     return Credit(
-        from_token_grid(masked_whiten(advantages, mask, reduce=reduce), *index[:3]),
+        from_token_grid(advantages, *index[:3]),
         from_token_grid(returns, *index[:3]),
         _explained_variance(values, monte_carlo, mask, numbers, settings.max_interaction_steps, reduce),
     )
@@ -167,6 +265,33 @@ def _by_returns(settings: CreditSettings, rollout: Rollout, scores: Scores, redu
     rewards, mask = to_token_grid(_token_rewards(settings, rollout, scores), *index)
     advantages = discounted_returns(rewards, mask, gamma=settings.gamma)
     return Credit(from_token_grid(masked_whiten(advantages, mask, reduce=reduce), *index[:3]), None, {})
+
+
+def _by_own_returns(
+    settings: CreditSettings,
+    rollout: Rollout,
+    scores: Scores,
+    reduce: Reduce | None,
+    *,
+    level: Level,
+    returns_of: OwnReturns,
+    whitens: bool,
+) -> Credit:
+    """What a function makes of the rewards alone."""
+    batch = rollout.batch
+    of_tokens = (batch.action_mask, batch.episode_index, batch.step_index)
+    if level == "step":
+        rewards, mask = _step_rewards(settings, rollout, scores)
+    else:
+        rewards, mask = to_token_grid(_token_rewards(settings, rollout, scores), *of_tokens, batch.num_episodes)
+    groups = group_index(rollout.episodes, rewards.device)
+    advantages = returns_of(rewards, mask, gamma=settings.gamma, group_index=groups)
+    if whitens:
+        advantages = masked_whiten(advantages, mask, reduce=reduce)
+    if level == "token":
+        return Credit(from_token_grid(advantages, *of_tokens), None, {})
+    of_steps = from_episode_grid(advantages, batch.episode_index, batch.step_index)
+    return Credit(broadcast_to_tokens(of_steps, batch.action_mask), None, {})
 
 
 def _by_episodes(

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..batching import LayoutName, Part, StepBatch, StepRolloutCollator, micro_batches, mini_batches
+from ..losses import clipped_policy_loss
 from ..models import rows_at_once
 from ..modes import evaluating
 from ..types import Episode
@@ -18,6 +19,7 @@ from .balancing import lesson_of_all_ranks, own_lesson, own_share
 from .metrics import Clock, Means
 from .network import Network, end_update, numerics_of
 from .objectives import Objective, PolicyObjective, ValueObjective, rows_of
+from .own_functions import PolicyLoss
 from .ranks import all_agree, largest, summed
 from .settings import LearnerSettings
 from .update import Credit, Lesson, Rollout, Scores, Steps
@@ -45,6 +47,8 @@ class Learner:
         on_event (`Callable[[str], None]`, *optional*):
             Called with the name of each `TrainerCallback` event of an update: `on_substep_end` (after a backward pass
             that does not end its mini-batch), `on_pre_optimizer_step`, `on_optimizer_step`.
+        policy_loss ([`PolicyLoss`], *optional*):
+            The policy's loss, of ratios and advantages.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Learner:
         layout: LayoutName,
         clock: Clock,
         on_event: Callable[[str], None] = lambda name: None,
+        policy_loss: PolicyLoss = clipped_policy_loss,
     ) -> None:
         self.args = args
         self.accelerator = accelerator
@@ -67,7 +72,7 @@ class Learner:
         self.layout: LayoutName = layout
         self.clock = clock
         self.on_event = on_event
-        self.policy_objective = PolicyObjective(args, policy, layout, self._forward_pass)
+        self.policy_objective = PolicyObjective(args, policy, layout, self._forward_pass, policy_loss)
         self.value_objective = ValueObjective(args, critic, layout, self._forward_pass) if critic is not None else None
         # This rank's part of what all ranks do together, so that its count sums to 1.
         self._share: float = 1.0 / accelerator.num_processes

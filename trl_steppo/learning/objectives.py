@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +26,7 @@ from ..masked import masked_sum
 from ..models.forward import EntropyMode
 from .metrics import Means
 from .network import Network
+from .own_functions import PolicyLoss
 from .settings import LearnerSettings
 from .update import Lesson
 
@@ -85,8 +86,8 @@ def rows_of(steps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor | sli
 
 class PolicyObjective:
     """
-    PPO's clipped objective. Settings add a KL term, an entropy bonus, and weights that correct for the sampler's
-    numerics and age.
+    PPO's clipped objective, or another loss of ratios and advantages. Settings add a KL term, an entropy bonus, and
+    weights that correct for the sampler's numerics and age.
 
     Args:
         settings ([`LearnerSettings`]):
@@ -97,12 +98,19 @@ class PolicyObjective:
             How steps share their prefixes; see [`StepRolloutCollator`].
         forward_pass (`Callable`):
             Makes the context of one forward pass.
+        policy_loss ([`PolicyLoss`]):
+            The loss of ratios and advantages.
     """
 
     name: str = "policy"
 
     def __init__(
-        self, settings: LearnerSettings, network: Network, layout: LayoutName, forward_pass: ForwardPass
+        self,
+        settings: LearnerSettings,
+        network: Network,
+        layout: LayoutName,
+        forward_pass: ForwardPass,
+        policy_loss: PolicyLoss = clipped_policy_loss,
     ) -> None:
         self.settings = settings
         self.network = network
@@ -111,6 +119,7 @@ class PolicyObjective:
         self.step_means: tuple[str, ...] = ("loss", "loss/policy_avg", *with_kl)
         self.tokens_forwarded = 0
         self._forward_pass = forward_pass
+        self._policy_loss = policy_loss
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -154,7 +163,7 @@ class PolicyObjective:
         if aggregation == "episode":  # some of an episode's steps may be in another micro-batch
             aggregation, shares = "step", shares / micro.num_steps_of_episode[:, None]
             weights = shares if weights is None else shares * weights
-        loss, sums = clipped_policy_loss(
+        loss, sums = self._policy_loss(
             importance_ratio(logprobs, old, micro.action_mask, settings.importance_sampling_level),
             lesson.credit.advantages[rows],
             mask,
@@ -194,9 +203,13 @@ class PolicyObjective:
         )
 
 
+_NAMES_OF_SUMS = {"clipfrac_sum": "policy/clipfrac_avg", "ratio_sum": "val/ratio", "ratio_sq_sum": "val/ratio_sq"}
+"""Metrics of the statistics that losses return; those of others are named after themselves."""
+
+
 def _add_policy_metrics(
     means: Means,
-    sums: dict[str, torch.Tensor],
+    sums: Mapping[str, torch.Tensor],
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     entropy: torch.Tensor,
@@ -204,9 +217,9 @@ def _add_policy_metrics(
     mask: torch.Tensor,
 ) -> None:
     count = sums["num_tokens"]
-    means.add("policy/clipfrac_avg", sums["clipfrac_sum"], count)
-    means.add("val/ratio", sums["ratio_sum"], count)
-    means.add("val/ratio_sq", sums["ratio_sq_sum"], count)
+    for name, total in sums.items():
+        if name != "num_tokens":  # a loss of the user's own may have statistics of its own
+            means.add(_NAMES_OF_SUMS.get(name, f"policy/{name.removesuffix('_sum')}"), total, count)
     means.add("policy/approxkl_avg", 0.5 * masked_sum((logprobs - old_logprobs).square(), mask), count)
     means.add("policy/entropy_avg", masked_sum(entropy, mask), count)
     # E[exp(r) − 1 − r] with r = log π_old − log π_rollout: how far the sampler's numerics or weights are off.

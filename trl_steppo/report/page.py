@@ -188,9 +188,14 @@ def _length_notes(methods: Sequence[Method]) -> list[str]:
                 f"{lengths[0]}, where all of them have come; beyond, the curves are those of the longer "
                 "runs alone."
             )
-    unfinished = [run.name for method in methods for run in method.runs if not run.is_finished]
-    if unfinished:
-        notes.append(f"Not finished, and shown as of their last checkpoint: {', '.join(unfinished)}.")
+    runs = [run for method in methods for run in method.runs if not run.is_finished]
+    for title, is_running in (
+        ("Still going on", True),
+        ("Not finished, and shown as far as they were logged", False),
+    ):
+        named = [f"{run.name} (update {run.num_updates})" for run in runs if run.is_running is is_running]
+        if named:
+            notes.append(f"{title}: {', '.join(named)}.")
     return notes
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..trainer.metric_table import Metric, find_metric
 from .methods import Method
-from .statistics import Curve, curve, metrics_of, series_of
+from .statistics import Curve, curve, metrics_of
 
 Curves = Mapping[tuple[str, str], Curve]
 """Curves by method name and metric. Metrics without a value are absent."""
@@ -149,7 +149,7 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
             "Greedy is of the evaluation data.",
             tuple(
                 Panel(_words(name) + (", greedy" if name.startswith("eval_") else ""), name)
-                for name in _own_metrics(metrics - {score, sampled, "env/f1"})
+                for name in _own_metrics(methods, drawn={score, sampled, "env/f1"})
             ),
         ),
         Chart(
@@ -209,16 +209,25 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
     return [chart for chart in kept if chart.panels] + ([time] if "perf/update_s" in metrics else [])
 
 
-def _own_metrics(metrics: set[str]) -> list[str]:
+def _own_metrics(methods: Sequence[Method], drawn: set[str]) -> list[str]:
     """The metrics that only this task has: `env/*`, and names that no trainer logs; each with its evaluation's."""
-    own = [
-        name
-        for name in sorted(metrics)
-        if not name.startswith("eval_")
-        and ((entry := find_metric(name)) is None or entry.name in ("env/*", "log_metric/*"))
-    ]
+    own: set[str] = set()
+    for run in (run for method in methods for run in method.runs):
+        is_trl = str((run.settings or {}).get("trainer", "")).startswith("trl.")
+        own |= {name for name in run.metrics if _is_own(name) and not (is_trl and _is_of_trl(name))}
     evaluations = {name: f"eval_{name.removeprefix('env/')}" for name in own}
-    return [of for name in own for of in (name, evaluations[name]) if of in metrics]
+    logged = metrics_of(methods) - drawn
+    return [of for name in sorted(own) for of in (name, evaluations[name]) if of in logged]
+
+
+def _is_own(name: str) -> bool:
+    entry = find_metric(name)
+    return entry is None or entry.name in ("env/*", "log_metric/*")
+
+
+def _is_of_trl(name: str) -> bool:
+    """Whether a trainer of TRL logs a metric of this name of its own accord."""
+    return "/" in name or name in ("step_time", "total_flos", "train_loss")
 
 
 def _is_reward(name: str) -> bool:
@@ -421,7 +430,7 @@ def _with_data(chart: Chart, metrics: set[str]) -> Chart:
 def _zeros(methods: Sequence[Method], metrics: set[str]) -> set[str]:
     """The metrics that are 0 in every run, at every update."""
     runs = [run for method in methods for run in method.runs]
-    return {name for name in metrics if not any(any(series_of(run, name).values()) for run in runs)}
+    return {name for name in metrics if not any(any(run.series(name).values()) for run in runs)}
 
 
 def _without_zeros(chart: Chart, zeros: set[str]) -> Chart:

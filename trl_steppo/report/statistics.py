@@ -9,19 +9,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ..trainer.metric_table import METRICS
 from .methods import Method
-from .runs import Run
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2_000
 _MAX_POINTS = 120  # of a curve
-
-OTHER_NAMES: dict[str, list[str]] = {"objective/scores": ["reward"]}
-"""Under which names other trainers log a metric, by its name here."""
-for _metric in METRICS:
-    if _metric.same_as:
-        OTHER_NAMES.setdefault(_metric.same_as, []).append(_metric.name)
 
 
 @dataclass(frozen=True)
@@ -67,15 +59,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def metrics_of(methods: Sequence[Method]) -> set[str]:
-    """The names of the metrics that a method's runs have logged, here or under another trainer's name."""
-    logged = {name for method in methods for run in method.runs for name in run.metrics}
-    return logged | {name for name, others in OTHER_NAMES.items() if not logged.isdisjoint(others)}
-
-
-def series_of(run: Run, metric: str) -> dict[int, float]:
-    """A metric of a run by update, also where its trainer logs it under another name."""
-    names = [metric, *OTHER_NAMES.get(metric, ())]
-    return next((series for name in names if (series := run.series(name))), {})
+    """The names of the metrics that the methods' runs have logged."""
+    return {name for method in methods for run in method.runs for name in run.metrics}
 
 
 def final_values(method: Method, metric: str, last: int) -> list[float]:
@@ -90,7 +75,7 @@ def final_values(method: Method, metric: str, last: int) -> list[float]:
         last (`int`):
             Number of values to average; 0 means all.
     """
-    series = [of_run for of_run in (series_of(run, metric) for run in method.runs) if of_run]
+    series = [of_run for of_run in (run.series(metric) for run in method.runs) if of_run]
     end = min((max(of_run) for of_run in series), default=0)
     values = ([of_run[step] for step in sorted(of_run) if step <= end][-last:] for of_run in series)
     return [sum(of_run) / len(of_run) for of_run in values if of_run]
@@ -98,7 +83,7 @@ def final_values(method: Method, metric: str, last: int) -> list[float]:
 
 def curve(method: Method, metric: str) -> Curve | None:
     """A metric of a method's runs over the episodes played; `None` if no run has it."""
-    series = [series_of(run, metric) for run in method.runs]
+    series = [run.series(metric) for run in method.runs]
     steps = sorted({step for of_run in series for step in of_run})
     if not steps:
         return None

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from ..errors import ConfigurationError
 from ..inference import Engine
 from ..inference.base import vocabulary_size
+from ..learning.estimators import Estimator
+from ..learning.own_functions import AdvantageFunction, PolicyLoss, ReturnFunction, check_policy_loss
 from ..models import add_adapter
 from ..rollout import Agent
 from ..rollout.rewards import RewardFunc
@@ -69,6 +71,8 @@ class Arguments:
     reward_processing_classes: Tokenizer | Sequence[Tokenizer | None] | None = None
     agent: Agent | None = None
     engine: Engine | None = None
+    advantage_estimator: str | Estimator | AdvantageFunction | ReturnFunction | None = None
+    policy_loss_fn: PolicyLoss | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Loaded:
 
     Args:
         given ([`Arguments`]):
-            The arguments as they are.
+            The arguments as they are; `args` with the estimator that was given.
         model, ref_model, value_model, reward_model, tokenizer:
             The arguments as models and a tokenizer; `model` with its new adapter.
         reward_funcs (`list`):
@@ -101,6 +105,10 @@ def load(given: Arguments) -> Loaded:
     Raises:
         ConfigurationError, DataError: If arguments do not fit together.
     """
+    if given.advantage_estimator is not None:
+        given = replace(given, args=given.args.with_estimator(given.advantage_estimator))
+    if given.policy_loss_fn is not None:
+        check_policy_loss(given.policy_loss_fn)
     args = given.args
     refuse_unsupported(args)
     check_engine(args, given.engine)
@@ -232,4 +240,6 @@ def description(loaded: Loaded) -> dict[str, object]:
         reward_funcs=loaded.reward_funcs,
         reward_model=loaded.reward_model,
         agent=given.agent,
+        estimator=given.args.estimator,
+        policy_loss_fn=given.policy_loss_fn,
     )

@@ -20,6 +20,8 @@ from ..errors import ConfigurationError, DataError
 from ..inference import Engine
 from ..learning.learner import Learner
 from ..learning.metrics import Clock
+from ..learning.own_functions import OwnPolicyLoss
+from ..losses import clipped_policy_loss
 from ..models import (
     AdapterReference,
     Critic,
@@ -128,7 +130,17 @@ def build_parts(
         optimizers=loaded.given.optimizers,
         decay_parameter_names=decay_parameter_names,
     )
-    learner = Learner(args, accelerator, *networks, reference, layout, Clock(), on_event)
+    policy_loss = loaded.given.policy_loss_fn
+    learner = Learner(
+        args,
+        accelerator,
+        *networks,
+        reference,
+        layout,
+        Clock(),
+        on_event,
+        clipped_policy_loss if policy_loss in (None, clipped_policy_loss) else OwnPolicyLoss(policy_loss),
+    )
     engine = loaded.given.engine
     if engine is None:  # last: what a model's attention can take is settled by now
         engine = make_engine(args, accelerator, policy=networks[0], model=models.policy, twin=models.twin)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from accelerate import Accelerator
 from transformers import TrainerState
@@ -78,6 +79,9 @@ class TrainerCheckpoints:
             The run's rows. A run that is resumed must have the same.
         adapters ([`PolicyAdapters`]):
             The policy's. The reference may change when a run is resumed.
+        functions (`dict[str, str | None]`, *optional*):
+            By argument of the trainer, a user's functions that an update is made with, by which a run is told from
+            another.
 
     Attributes:
         saved_update (`int`, *optional*):
@@ -93,6 +97,7 @@ class TrainerCheckpoints:
         networks: tuple[SavedNetwork, SavedNetwork | None],
         rows: Rows,
         adapters: PolicyAdapters,
+        functions: Mapping[str, str | None] = MappingProxyType({}),
     ) -> None:
         self.saved_update: int | None = None
         self._args = args
@@ -101,6 +106,7 @@ class TrainerCheckpoints:
         self._networks = networks
         self._rows = rows
         self._adapters = adapters
+        self._functions = functions
 
     @property
     def output_dir(self) -> Path:
@@ -285,6 +291,7 @@ class TrainerCheckpoints:
             "order of the stream": self._rows.order,
             "optimizer": type(innermost(self._networks[0].optimizer)).__name__,
             "ranks of the shards": self._accelerator.num_processes if self._in_shards else None,
+            **self._functions,
         }
 
     def _shapes(self, model: Model) -> dict[str, list[int]]:

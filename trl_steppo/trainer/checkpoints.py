@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 SHARDS = "shards"  # folder of the files that the ranks of a DeepSpeed engine write
+FUNCTIONS = ("advantage_estimator", "policy_loss_fn")  # arguments of the trainer that are part of the identity
 _FORMAT = 1
 _BLOCK = 64 * 2**20  # number of bytes that one thread hashes at a time
 _PIECE = 2**20  # number of bytes that it reads at a time
@@ -398,6 +399,12 @@ def _check_identity(directory: Path, saved: JsonObject, now: JsonObject) -> None
                 f"{directory} holds the shards of {saved.get(name) or 'no'} DeepSpeed ranks, and "
                 f"this run has {now.get(name) or 'none'}: resume with as many, or start a new run from its weights "
                 f"(`model_name_or_path` {directory}, and {directory / 'critic'} as `value_model`)"
+            )
+        if name in FUNCTIONS:
+            raise CheckpointError(
+                f"{directory} was written with `{name}`={saved.get(name) or 'not given'}, and this run has "
+                f"{now.get(name) or 'it not given'}; pass the function as it was then (what is in brackets is a hash "
+                "of its code, without comments), or start a new run from its weights"
             )
         raise CheckpointError(
             f"{directory} was written with `{name}`={saved.get(name)!r}, and this run has {now.get(name)!r}: it would "

@@ -8,11 +8,15 @@ from functools import partial
 from torch import nn
 
 from ..compat.transformers import source_of
+from ..learning.estimators import ESTIMATORS, Estimator
 from ..types import Model
 from .data_stream import RowSource, SizedRows, checksum
+from .sources import source_hash
+from .steppo_config import StepPOConfig
 
 _NAMES = ("__qualname__", "__name__")  # attributes of callables with their name, the best first
 _PLAIN = (str, int, float, bool, type(None))
+_BUILT_IN = tuple(ESTIMATORS.values())
 
 
 def describe_task(
@@ -25,6 +29,8 @@ def describe_task(
     reward_funcs: Sequence[Callable[..., object]] | None,
     reward_model: nn.Module | None,
     agent: Callable[..., object] | str | Sequence[str] | None,
+    estimator: Estimator,
+    policy_loss_fn: Callable[..., object] | None,
 ) -> dict[str, object]:
     """
     Describe what a run trains on. The description is the same for runs that train on the same.
@@ -35,8 +41,10 @@ def describe_task(
         train_dataset, eval_dataset (`Dataset`, `Sequence[dict]` or `dict` of them):
             Described by their number of rows, with a checksum of the first and the last.
         environment_factory, tools, reward_funcs, agent:
-            As the trainer takes them; described by their names. Plain values that a `partial` gives an environment are
-            listed one by one, as in `environment_top_k`.
+            As the trainer takes them; described by their names, and by a hash of their sources. Plain values that a
+            `partial` gives an environment are listed one by one, as in `environment_top_k`.
+        estimator ([`Estimator`]), policy_loss_fn (`Callable`, *optional*):
+            What an update is made with; described by a hash of its source, the loss also by its name.
 
     Returns:
         `dict[str, object]`: The description by subject; `None` for subjects that a run does not have.
@@ -55,8 +63,43 @@ def describe_task(
         "evaluation_data": _describe_rows(eval_dataset),
         "environment": ", ".join(_name_of(player) for player in players) or None,
         **{f"environment_{name}": value for name, value in settings.items() if isinstance(value, _PLAIN)},
+        "environment_source": source_hash(*players),
         "reward": ", ".join(part for part in (scorers, _model_name(reward_model)) if part) or None,
+        "reward_source": source_hash(*(reward_funcs or ())),
+        "advantage_estimator_source": _estimator_source(estimator),
+        "policy_loss_fn": None if policy_loss_fn is None else _name_of(policy_loss_fn),
+        "policy_loss_fn_source": None if policy_loss_fn is None else source_hash(policy_loss_fn),
     }
+
+
+def describe_trainer(kind: type) -> dict[str, object]:
+    """The name of a trainer's class, and a hash of its source where it is a user's."""
+    return {"trainer": kind.__name__, "trainer_source": source_hash(kind)}
+
+
+def own_functions(args: StepPOConfig, task: Mapping[str, object]) -> dict[str, str | None]:
+    """
+    A user's functions that an update is made with, in words, by the names of the trainer's arguments.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The run's settings, with the name of its estimator.
+        task (`dict`):
+            Its description by [`describe_task`].
+    """
+    names = {
+        "advantage_estimator": None if task["advantage_estimator_source"] is None else args.advantage_estimator,
+        "policy_loss_fn": task["policy_loss_fn"],
+    }
+    return {
+        argument: None if name is None else f"{name} ({task[f'{argument}_source'] or 'without source'})"
+        for argument, name in names.items()
+    }
+
+
+def _estimator_source(estimator: Estimator) -> str | None:
+    """A hash of an estimator's source and of what it says of itself; `None` for those of the package."""
+    return None if estimator in _BUILT_IN else source_hash(estimator)
 
 
 def _model_name(model: Model | nn.Module | None) -> str | None:

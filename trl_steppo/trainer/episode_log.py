@@ -137,8 +137,8 @@ class EpisodeLog:
         """
         if self.args.log_episodes:
             logged = self._logged(episodes)
-            nothing = ([{} for _ in episode.steps] for episode in logged if episode.valid)
-            self._write(evaluation_name(update, part), update, logged, nothing)
+            nothing: list[list[_Columns]] = [[{} for _ in episode.steps] for episode in logged if episode.valid]
+            self._write(evaluation_name(update, part), update, logged, iter(nothing))
 
     def _logged(self, episodes: Sequence[Episode]) -> Sequence[Episode]:
         """The episodes of this rank that are logged."""

@@ -42,6 +42,7 @@ from .checkpoints import Progress
 from .checks import warn_of_waiting
 from .data_stream import RowSource, check_same_order, make_rows
 from .dataset_checks import check_eval_dataset
+from .description import describe_trainer, own_functions
 from .distribution import Distribution, check_distribution
 from .episode_log import EpisodeLog
 from .evaluation import Evaluation
@@ -176,7 +177,7 @@ class PPOTrainer(RunLoop):
     def _set_up(self, given: Arguments) -> None:
         """Check the arguments, and build the parts of the trainer from them."""
         loaded = load(given)
-        args = given.args
+        given, args = loaded.given, loaded.given.args
         assert args.device is not None  # sets the process group up
         args.world_size = PartialState().num_processes  # a field of `PPOConfig`, which DeepSpeed's set-up reads
         Trainer.__init__(
@@ -218,6 +219,7 @@ class PPOTrainer(RunLoop):
         self.evaluation = Evaluation(
             self.accelerator, self.player, self.engine, lambda: self._event("on_prediction_step")
         )
+        task = description(loaded)
         self.checkpoints = TrainerCheckpoints(
             args,
             self.accelerator,
@@ -225,6 +227,7 @@ class PPOTrainer(RunLoop):
             networks=parts.networks,
             rows=self.rows,
             adapters=models.adapters,
+            functions=own_functions(args, task),
         )
         self.metrics_file = MetricsFile(self.checkpoints.output_dir / METRICS_FILE)
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode)
@@ -232,7 +235,7 @@ class PPOTrainer(RunLoop):
         self._adapters = models.adapters
         self._inspection = Inspection(args, self.accelerator, eos_token_id=self.player.tokenizer.eos_token_id)
         self._row_rules = row_rules(loaded)
-        self._description = description(loaded)
+        self._description = {**describe_trainer(type(self)), **task}
 
     # -- the story ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import transformers
 from transformers import TrainingArguments
 
+from ..advantages import step_gae, token_gae
 from ..compat.transformers import json_fields
 from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
 from ..learning.estimators import ESTIMATORS, Estimator
+from ..learning.own_functions import AdvantageFunction, ReturnFunction, name_of_function
 from .config_checks import check_choices, check_combinations, check_ranges
 from .grpo_settings import converted, names_unknown_settings
 from .ppo_config import PPOConfig, accelerator_has_bf16
@@ -38,7 +41,8 @@ class StepPOConfig(PPOConfig):
         advantage_estimator (`str`, *optional*, defaults to `"step_gae"`):
             `"step_gae"` (StepPO: GAE over steps), `"token_gae"` (PPO: GAE over action tokens), or a baseline without a
             critic: `"grpo"`, `"rloo"`, `"gigpo"` (they compare the `num_generations` episodes of a row),
-            `"reinforce_plus_plus"`; or an entry of your own in `trl_steppo.learning.estimators.ESTIMATORS`.
+            `"reinforce_plus_plus"`; or an entry of your own in `trl_steppo.learning.estimators.ESTIMATORS`. Functions
+            are given to [`StepPOTrainer`] instead.
         importance_sampling_level (`str`, *optional*, defaults to `"step"`):
             `"step"` (one ratio for a whole response: the geometric mean of its tokens' ratios) or `"token"`.
         loss_aggregation (`str`, *optional*):
@@ -163,7 +167,8 @@ class StepPOConfig(PPOConfig):
         use_rollout_worker (`bool`, *optional*, defaults to `False`):
             Whether the policy is sampled from in a process of its own with `max_staleness=0`, too.
         use_vllm (`bool`, *optional*, defaults to `False`):
-            Whether vLLM servers sample, with any `max_staleness`. Start them with `vllm serve`; the README says how.
+            Whether vLLM servers sample, with any `max_staleness`. Start them with `vllm serve`, as
+            `docs/guides/vllm.md` says.
         vllm_server_base_url (`str` or `list[str]`, *optional*):
             URL of the server, or of each of several that share the episodes. `None`: `"http://localhost:8000"`.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
@@ -357,8 +362,41 @@ class StepPOConfig(PPOConfig):
 
     @property
     def estimator(self) -> Estimator:
-        """The estimator that `advantage_estimator` names."""
-        return ESTIMATORS[self.advantage_estimator]
+        """The estimator that `advantage_estimator` names, or the trainer was given."""
+        own: _OwnEstimator | None = vars(self).get("_own_estimator")
+        return ESTIMATORS[self.advantage_estimator] if own is None else own.get()
+
+    def with_estimator(self, given: str | Estimator | AdvantageFunction | ReturnFunction) -> StepPOConfig:
+        """
+        A copy of these settings with another estimator: the trainer's argument `advantage_estimator`.
+
+        Args:
+            given (`str`, [`Estimator`] or `Callable`):
+                A name in `ESTIMATORS`, an estimator, or a function, which becomes [`Estimator.over_steps`].
+
+        Raises:
+            ConfigurationError: If these settings name another estimator already, or do not fit to this one.
+        """
+        if not isinstance(given, str | Estimator) and not callable(given):
+            raise ConfigurationError(
+                f"`advantage_estimator` is {given!r:.100}; pass a name out of {tuple(ESTIMATORS)}, an `Estimator`, or "
+                "a function with the signature of `trl_steppo.advantages.step_gae`"
+            )
+        name, own = _named(given)
+        if self.advantage_estimator != type(self).__dataclass_fields__["advantage_estimator"].default:
+            hint = " (which a plain PPOConfig stands for)" if self.advantage_estimator == "token_gae" else ""
+            raise ConfigurationError(
+                f"`advantage_estimator` is given twice: {self.advantage_estimator!r} in `args`{hint}, and {name!r} to "
+                "the trainer; leave out one of them"
+            )
+        changed = copy.copy(self)
+        changed.advantage_estimator = name
+        if own is None:
+            check_choices(changed, StepPOConfig)
+        else:
+            vars(changed)["_own_estimator"] = _OwnEstimator(name, own)
+        check_combinations(changed)
+        return changed
 
     @property
     def uses_critic(self) -> bool:
@@ -478,8 +516,11 @@ class StepPOConfig(PPOConfig):
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         defaults = {f.name: f.default for f in fields(self)}
+        own: _OwnEstimator | None = vars(self).get("_own_estimator")
+        if own is not None:
+            values["advantage_estimator"] = defaults["advantage_estimator"]
         rows = max(2, math.ceil(self.num_mini_batches / self.num_generations))
-        return type(self)(
+        trial = type(self)(
             **{
                 **values,
                 **{name: defaults[name] for name in _LEFT_OUT_OF_TRIALS},
@@ -496,6 +537,46 @@ class StepPOConfig(PPOConfig):
                 "rollout_correction": self.correction,
             }
         )
+        return trial if own is None else trial.with_estimator(own.get())
+
+
+class _OwnEstimator:
+    """
+    An estimator that was given to a trainer, which its settings keep. Copies of the settings share it. It is not
+    pickled with them: a function may not be importable where they are read.
+    """
+
+    def __init__(self, name: str, estimator: Estimator | None = None) -> None:
+        self._name = name
+        self._estimator = estimator
+
+    def get(self) -> Estimator:
+        if self._estimator is None:
+            raise ConfigurationError(
+                f"`advantage_estimator`={self._name!r} was given to the trainer that wrote these settings; make new "
+                "settings, and give it to the new trainer, too"
+            )
+        return self._estimator
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _OwnEstimator:
+        return self
+
+    def __reduce__(self) -> tuple[type[_OwnEstimator], tuple[str]]:
+        return type(self), (self._name,)
+
+
+def _named(given: str | Estimator | AdvantageFunction | ReturnFunction) -> tuple[str, Estimator | None]:
+    """The name of an estimator, and the estimator itself if it is not one of the table."""
+    if isinstance(given, str):
+        return given, None
+    if not isinstance(given, Estimator):
+        if given in (step_gae, token_gae):
+            return name_of_function(given), None
+        given = Estimator.over_steps(given)
+    known = next((name for name, entry in ESTIMATORS.items() if entry == given), None)
+    if known is not None:
+        return known, None
+    return (f"own {given.title}" if given.title in ESTIMATORS else given.title), given
 
 
 _LEFT_OUT_OF_TRIALS = (

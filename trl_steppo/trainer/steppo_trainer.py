@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..inference import Engine
+from ..learning.estimators import Estimator
+from ..learning.own_functions import AdvantageFunction, PolicyLoss, ReturnFunction
 from ..rollout import Agent
 from ..types import Model, Tokenizer
 from .arguments import Arguments, DataCollator, EvalDataset, Optimizers
@@ -85,6 +87,16 @@ class StepPOTrainer(PPOTrainer):
         engine ([`Engine`], *optional*):
             What samples for the run, instead of the engine that the run's settings choose. Set `rollout_correction`
             where its log-probabilities differ from the policy's.
+        advantage_estimator (`str`, [`Estimator`] or `Callable`, *optional*):
+            How credit is assigned, instead of the setting of that name. A function has the signature of
+            [`~advantages.step_gae`], `(rewards, values, mask, *, gamma, lam, bootstrap_values)`, and returns
+            advantages and returns over steps; or without a critic `(rewards, mask, *, gamma)`, and returns advantages.
+            KL penalties, whitening, explained variance and ranks stay as they are. For all else, such as tokens in the
+            place of steps, make an [`Estimator`]: see [`Estimator.over_steps`] and [`Estimator.over_tokens`].
+        policy_loss_fn (`Callable`, *optional*):
+            The policy's loss, in the place of [`~losses.clipped_policy_loss`] and with its signature: `(ratio,
+            advantages, action_mask, *, cliprange, cliprange_high, aggregation, denominator, weights)`. It returns the
+            loss and a `dict` of sums over action tokens; each `NAME_sum` is logged as its mean `policy/NAME`.
 
     Raises:
         ConfigurationError, DataError: If arguments or settings do not fit together; the message names them and the
@@ -139,6 +151,8 @@ class StepPOTrainer(PPOTrainer):
         reward_processing_classes: Tokenizer | Sequence[Tokenizer | None] | None = None,
         agent: Agent | None = None,
         engine: Engine | None = None,
+        advantage_estimator: str | Estimator | AdvantageFunction | ReturnFunction | None = None,
+        policy_loss_fn: PolicyLoss | None = None,
     ) -> None:
         if args is None:
             args = StepPOConfig(f"{name_of(model)}-StepPO")
@@ -162,5 +176,7 @@ class StepPOTrainer(PPOTrainer):
                 reward_processing_classes=reward_processing_classes,
                 agent=agent,
                 engine=engine,
+                advantage_estimator=advantage_estimator,
+                policy_loss_fn=policy_loss_fn,
             )
         )

@@ -1,0 +1,250 @@
+"""A trainer with functions of a user's own: what it learns, writes down and refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from tests.examples.scripts import load_script
+from tests.trainer.tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, prompt_rows, same, weights
+from tests.warm import run_script
+from trl_steppo import StepPOTrainer
+from trl_steppo.advantages import discounted_returns, step_gae
+from trl_steppo.errors import CheckpointError, ConfigurationError
+from trl_steppo.learning.estimators import ESTIMATORS, Estimator
+from trl_steppo.losses import clipped_policy_loss
+from trl_steppo.trainer.sources import source_hash
+
+ROOT = Path(__file__).parents[2]
+example = load_script("own_algorithm")
+SAVING: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+
+
+def settings_of(trainer: StepPOTrainer) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(str(trainer.args.output_dir), "steppo_config.json").read_text())
+    return content
+
+
+def plain_gae(rewards: Tensor, values: Tensor, mask: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    return step_gae(rewards, values, mask, **settings)
+
+
+def plain_loss(ratio: Tensor, advantages: Tensor, mask: Tensor, **settings: Any) -> Any:
+    return clipped_policy_loss(ratio, advantages, mask, **settings)
+
+
+def trained(directory: Path, **arguments: Any) -> StepPOTrainer:
+    trainer = make_trainer(directory, **{"max_steps": 2, **arguments})
+    trainer.train()
+    return trainer
+
+
+def test_functions_that_do_what_step_ppo_does_learn_what_it_learns(tmp_path):
+    common: dict[str, Any] = {"num_mini_batches": 2, "num_ppo_epochs": 2, "per_device_train_batch_size": 4}
+    common |= {"gradient_accumulation_steps": 2, "lam": 0.9, "loss_aggregation": "episode"}
+    expected = trained(tmp_path / "a", **common)
+    found = trained(tmp_path / "b", advantage_estimator=plain_gae, policy_loss_fn=plain_loss, **common)
+    assert same(weights(found.model), weights(expected.model))
+    assert same(weights(found.value_model), weights(expected.value_model))
+    names = [{*logs} for logs in expected.state.log_history]
+    assert [{*logs} for logs in found.state.log_history] == names
+
+
+def test_other_functions_learn_something_else_and_are_written_down(tmp_path):
+    expected = trained(tmp_path / "a")
+    own: dict[str, Any] = {"advantage_estimator": example.length_adaptive_gae}
+    own["policy_loss_fn"] = example.soft_clipped_loss
+    found = trained(tmp_path / "b", log_episodes=2, **own)
+    assert not same(weights(found.model), weights(expected.model))
+    first = found.state.log_history[0]
+    assert 0 <= first["policy/faded"] <= 1
+    assert "policy/clipfrac_avg" not in first
+    settings = settings_of(found)
+    assert settings["advantage_estimator"] == "length_adaptive_gae"
+    assert settings["policy_loss_fn"] == "soft_clipped_loss"
+    assert settings["policy_loss_fn_source"] == source_hash(example.soft_clipped_loss)
+    assert re.fullmatch("[0-9a-f]{12}", settings["advantage_estimator_source"])
+    assert (settings["trainer"], settings["trainer_source"]) == ("StepPOTrainer", None)
+    plain = settings_of(expected)
+    assert plain["advantage_estimator_source"] is plain["policy_loss_fn"] is plain["policy_loss_fn_source"] is None
+
+
+def test_a_subclass_of_the_trainer_is_written_down(tmp_path):
+    class Mine(StepPOTrainer):
+        def _assign_credit(self, *given: Any) -> Any:
+            return super()._assign_credit(*given)
+
+    trainer = Mine(
+        args=make_config(tmp_path, max_steps=1),
+        processing_class=TOKENIZER,
+        model=make_model(),
+        train_dataset=prompt_rows(),
+        environment_factory=Hash,
+    )
+    trainer.train()
+    settings = settings_of(trainer)
+    assert (settings["trainer"], settings["trainer_source"]) == ("Mine", source_hash(Mine))
+
+
+@pytest.mark.parametrize("given", ["grpo", ESTIMATORS["grpo"]], ids=["name", "entry"])
+def test_a_name_or_an_entry_is_as_the_setting(tmp_path, given):
+    args = make_config(tmp_path, num_generations=2)
+    trainer = make_trainer(tmp_path, args=args, advantage_estimator=given, value_model=None)
+    if isinstance(given, str):  # which `make_trainer` takes for a setting
+        trainer = make_trainer(tmp_path, num_generations=2, advantage_estimator=given)
+    assert trainer.args.advantage_estimator == "grpo"
+    assert trainer.value_model is None
+    assert args.advantage_estimator == "step_gae", "the user's own settings stay as they are"
+
+
+def test_it_works_without_a_critic_and_with_adapters(tmp_path):
+    peft_config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = trained(tmp_path, advantage_estimator=discounted_returns, peft_config=peft_config)
+    assert trainer.value_model is None
+    assert "loss/value_avg" not in trainer.state.log_history[0]
+
+
+def test_settings_with_a_function_are_copied_pickled_and_tried(tmp_path):
+    args = make_config(tmp_path).with_estimator(lambda rewards, mask, *, gamma: rewards)
+    assert copy.copy(args).estimator is copy.deepcopy(args).estimator is args.estimator
+    assert not args.for_trial().uses_critic
+    again = pickle.loads(pickle.dumps(args))
+    assert again.advantage_estimator == "<lambda>"
+    with pytest.raises(ConfigurationError, match="`advantage_estimator`='<lambda>' was given to the trainer"):
+        again.estimator  # noqa: B018
+
+
+def test_a_checkpoint_of_other_functions_is_refused(tmp_path):
+    own: dict[str, Any] = {"advantage_estimator": plain_gae, "policy_loss_fn": plain_loss}
+    trained(tmp_path, **{**SAVING, "max_steps": 1}, **own)
+
+    def refused(**arguments: Any) -> str:
+        with pytest.raises(CheckpointError) as found:
+            make_trainer(tmp_path, **SAVING, **arguments).train(resume_from_checkpoint=True)
+        return str(found.value)
+
+    message = refused(policy_loss_fn=plain_loss)
+    assert re.search(r"with `advantage_estimator`=plain_gae \(\w{12}\), and this run has it not given; pass", message)
+    message = refused(advantage_estimator=plain_gae, policy_loss_fn=example.soft_clipped_loss)
+    assert re.search(r"`policy_loss_fn`=plain_loss \(\w{12}\), and this run has soft_clipped_loss \(\w{12}\)", message)
+    assert "start a new run from its weights" in message
+    resumed = make_trainer(tmp_path, **SAVING, **own)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+
+
+def test_a_run_without_functions_cannot_be_resumed_with_one(tmp_path):
+    trained(tmp_path, **{**SAVING, "max_steps": 1})
+    trainer = make_trainer(tmp_path, **SAVING, advantage_estimator=plain_gae)
+    with pytest.raises(CheckpointError, match="`advantage_estimator`=not given, and this run has plain_gae"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_estimator_is_given_once(tmp_path):
+    args = make_config(tmp_path, advantage_estimator="token_gae")
+    with pytest.raises(ConfigurationError, match="given twice: 'token_gae' in `args`"):
+        make_trainer(tmp_path, args=args, advantage_estimator=plain_gae)
+
+
+# -- hashes of sources ------------------------------------------------------------------------------------------------
+
+
+def helper(x: float) -> float:
+    return 2 * x
+
+
+def uses_helper(x: float) -> float:
+    return helper(x)
+
+
+def made(alpha: float, seed: int = 0) -> Any:
+    def function(x: float) -> float:
+        return alpha * x + 0 * seed
+
+    return function
+
+
+class Scored:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, x: float) -> float:
+        return self.weight * x
+
+
+class MoreScored(Scored):
+    """The same, by another name."""
+
+
+def defined(body: str, directory: Path) -> Any:
+    """A function out of a file of its own."""
+    file = directory / f"code_{abs(hash(body))}.py"
+    file.write_text(body)
+    space: dict[str, Any] = {"__name__": "code"}
+    exec(compile(body, str(file), "exec"), space)
+    return space["f"]
+
+
+def test_a_hash_is_that_of_what_the_code_does(tmp_path):
+    plain = "def f(x):\n    return x + 1\n"
+    noted = 'def f(x):\n    """Adds."""\n    # one\n    return (x +\n            1)\n'
+    other = "def f(x):\n    return x + 2\n"
+    hashes = [source_hash(defined(body, tmp_path)) for body in (plain, noted, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert None not in hashes
+
+
+def test_a_hash_covers_what_a_function_uses():
+    assert source_hash(uses_helper) != source_hash(helper)
+    assert source_hash(made(0.1)) == source_hash(made(0.1)) != source_hash(made(0.2))
+    assert source_hash(made(0.1, seed=1)) == source_hash(made(0.1, seed=2)), "which repetitions of a run differ in"
+    assert source_hash(partial(helper, x=1.0)) != source_hash(partial(helper, x=2.0))
+    assert source_hash(Scored(1.0)) != source_hash(Scored(2.0))
+    assert source_hash(Scored) != source_hash(MoreScored)
+    assert source_hash(Scored(1.0).__call__) is not None
+    estimators = [Estimator.over_steps(plain_gae, whitens=whitens) for whitens in (True, False)]
+    assert source_hash(estimators[0]) != source_hash(estimators[1])
+
+
+def test_what_is_installed_or_built_in_has_no_hash():
+    assert source_hash(step_gae, torch.sum, len, LoraConfig, json.dumps, partial(step_gae)) is None
+    assert source_hash() is source_hash(print) is None
+
+
+def test_a_command_is_known_by_its_scripts(tmp_path):
+    script = tmp_path / "agent.py"
+    script.write_text("print(1)")
+    first = source_hash(f"python {script} --fast")
+    assert first == source_hash(["python", str(script)]) is not None
+    script.write_text("print(2)")
+    assert source_hash(f"python {script}") != first
+    assert source_hash("my-agent --fast") is None
+
+
+# -- the example ------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_trains_with_both_functions(tmp_path):
+    flags = ["--total_episodes", "8", "--per_device_train_batch_size", "4", "--num_mini_batches", "2"]
+    flags += ["--critic_warmup_updates", "0"]
+    own = ["--alpha", "0.5", "--soft_clip", "true", "--eval_on_start", "false", "--eval_strategy", "no"]
+    script = ROOT / "examples" / "own_algorithm.py"
+    done = run_script(
+        script, *flags, *own, "--output_dir", str(tmp_path), cwd=ROOT, timeout=240, CUDA_VISIBLE_DEVICES=""
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [logs["episode"] for logs in history if "episode" in logs] == [4, 8]
+    assert all(logs["policy/faded"] >= 0 for logs in history if "episode" in logs)
+    settings = json.loads((tmp_path / "steppo_config.json").read_text())
+    assert settings["advantage_estimator"] == "length_adaptive_gae"

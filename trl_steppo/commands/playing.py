@@ -1,0 +1,234 @@
+"""Plays a few episodes without a trainer, and says what training would suffer from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from ..chat import ChatFormat
+from ..environments import Playable, make_playable
+from ..environments.members import Tool
+from ..episodes import EpisodeSpec
+from ..inference import Sampler, SamplingParams
+from ..rollout import (
+    Agent,
+    AgentPlayer,
+    EnvironmentPlayer,
+    EpisodeRequest,
+    Stage,
+    fail_if_unpaid,
+    pay_episodes,
+    play_episodes,
+)
+from ..rollout.rewards import RewardFunc, check_reward_funcs
+from ..types import Episode, EpisodeLimits, Row, StopReason, Tokenizer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """
+    What is played.
+
+    Args:
+        sampler ([`Sampler`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            What says the responses.
+        rows (`Sequence[Mapping]`):
+            The rows, each of which is played `num_generations` times.
+        environment_factory (`Callable[[], object]`, *optional*), tools (`Sequence[Callable]`, *optional*):
+            The world. Without both, an episode is one response.
+        agent (`Callable`, `str` or `Sequence[str]`, *optional*):
+            Plays instead, through a gateway.
+        reward_funcs (`Sequence[Callable]`, *optional*):
+            Pay the episodes afterwards.
+        limits ([`EpisodeLimits`]), sampling ([`SamplingParams`]), seed (`int`):
+            As in training.
+        chat_template_kwargs (`dict`, *optional*), end_token_ids (`Sequence[int]`, *optional*):
+            See [`ChatFormat`].
+        tool_timeout_s (`float`, *optional*, defaults to `60.0`):
+            Maximum number of seconds of a tool call, and between two requests of an agent.
+    """
+
+    sampler: Sampler
+    tokenizer: Tokenizer
+    rows: Sequence[Row]
+    num_generations: int = 1
+    environment_factory: Callable[[], object] | None = None
+    tools: Sequence[Tool] = ()
+    agent: Agent | None = None
+    reward_funcs: Sequence[RewardFunc] = ()
+    limits: EpisodeLimits = field(default_factory=EpisodeLimits)
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(512))
+    seed: int = 0
+    chat_template_kwargs: dict[str, object] | None = None
+    end_token_ids: Sequence[int] = ()
+    tool_timeout_s: float | None = 60.0
+
+    @property
+    def requests(self) -> list[EpisodeRequest]:
+        """The episodes to play."""
+        numbers = range(self.num_generations)
+        return [EpisodeRequest(row, place, number, place) for place, row in enumerate(self.rows) for number in numbers]
+
+    @property
+    def spec(self) -> EpisodeSpec:
+        """The settings of all episodes."""
+        return EpisodeSpec(self.limits, self.sampling, run_seed=self.seed)
+
+    def chat(self, tools: Sequence[object] = ()) -> ChatFormat:
+        """The chat format that shows these tools."""
+        return ChatFormat(
+            self.tokenizer,
+            tools=list(tools) or None,  # type: ignore[arg-type]
+            chat_template_kwargs=self.chat_template_kwargs,
+            multi_turn=self.agent is not None or self.environment_factory is not None or bool(tools),
+            end_token_ids=self.end_token_ids,
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """
+    What was played.
+
+    Args:
+        episodes (`list[Episode]`):
+            The episodes, in the order of the requests.
+        tool_names (`list[str]`):
+            The tools that the policy could call; of an agent they are not known.
+    """
+
+    episodes: list[Episode]
+    tool_names: list[str]
+
+
+def play(setup: Setup) -> Trial:
+    """
+    Play episodes as a trainer would.
+
+    Raises:
+        ConfigurationError: The environment, the tools, the agent or a reward function cannot be used.
+        SamplerError, RolloutError: The policy does not answer; a reward function failed.
+    """
+    columns = dict.fromkeys(name for row in setup.rows for name in row)
+    check_reward_funcs(setup.reward_funcs, columns, has_environments=setup.environment_factory is not None)
+    return _play_agent(setup, setup.agent) if setup.agent is not None else _play_environment(setup)
+
+
+def _play_environment(setup: Setup) -> Trial:
+    def make(row: Row) -> Playable | None:
+        environment = None if setup.environment_factory is None else setup.environment_factory()
+        if environment is None and not setup.tools:
+            return None
+        return make_playable(environment, setup.tools, tool_timeout_s=setup.tool_timeout_s)
+
+    with closing(Stage(make, close_timeout_s=setup.tool_timeout_s)) as stage:
+        example = stage.run(_example(stage, setup.rows[0]))
+        chat = setup.chat(example.tools if example is not None else ())
+        player = EnvironmentPlayer(
+            stage, setup.sampler, setup.spec, chat, make_timeout_s=setup.tool_timeout_s, holds=True
+        )
+        episodes = play_episodes(setup.requests, player)
+        held = [stage.held(episode.episode_id) for episode in episodes]
+        environments = held if setup.environment_factory is not None else None
+        paid = _paid(setup, episodes, chat, environments)
+    return Trial(paid, [tool["function"]["name"] for tool in chat.tools])
+
+
+async def _example(stage: Stage, row: Row) -> Playable | None:
+    """An environment that rests on the stage until an episode needs it."""
+    place = await stage.take(row, None)
+    await stage.give_back(place, is_well=True, name="the first")
+    return place.playable
+
+
+def _play_agent(setup: Setup, agent: Agent) -> Trial:
+    from ..gateway import GatewayServer
+    from ..gateway.tokens import ChatFormats
+
+    formats = ChatFormats(
+        setup.tokenizer, chat_template_kwargs=setup.chat_template_kwargs, end_token_ids=setup.end_token_ids
+    )
+    with closing(GatewayServer(formats).start()) as server:
+        player = AgentPlayer(
+            agent,
+            server,
+            setup.sampler,
+            setup.spec,
+            idle_s=setup.tool_timeout_s,
+            needs_reward=not setup.reward_funcs,
+        )
+        episodes = play_episodes(setup.requests, player)
+    return Trial(_paid(setup, episodes, setup.chat(), None), [])
+
+
+def _paid(
+    setup: Setup, episodes: list[Episode], chat: ChatFormat, environments: Sequence[Playable | None] | None
+) -> list[Episode]:
+    rows = [request.row for request in setup.requests]
+    if setup.reward_funcs:
+        extra = {"trainer_state": None}
+        episodes = pay_episodes(
+            setup.reward_funcs, None, episodes, rows, chat=chat, extra=extra, environments=environments
+        )
+    return [fail_if_unpaid(episode) for episode in episodes]
+
+
+# -- what training would suffer from ----------------------------------------------------------------------------------
+
+
+def advice(setup: Setup, trial: Trial) -> list[str]:
+    """What training on such episodes would suffer from, and what to do about it."""
+    valid = [episode for episode in trial.episodes if episode.valid]
+    return [*_about_responses(setup, valid), *_about_calls(trial, valid), *_about_rewards(setup, valid)]
+
+
+def _about_responses(setup: Setup, episodes: Sequence[Episode]) -> Iterator[str]:
+    steps = [step for episode in episodes for step in episode.steps]
+    num_cut = sum(step.stop_reason is StopReason.LENGTH for step in steps)
+    if steps and num_cut == len(steps):
+        yield (
+            f"every response was cut at {setup.sampling.max_new_tokens} tokens, so that none is complete: raise "
+            "`--response_length`, or ask for shorter responses in the prompt"
+        )
+    elif num_cut:
+        yield f"{num_cut} of {len(steps)} responses were cut at their length (`--response_length`)"
+    for reason, cure in (
+        (StopReason.MAX_PROMPT_LENGTH, "prompts outgrow what the model can read; shorten what tools return"),
+        (StopReason.MAX_INTERACTION_STEPS, "raise `--max_interaction_steps` if the task needs more steps"),
+    ):
+        count = sum(episode.stop_reason is reason for episode in episodes)
+        if count:
+            yield f"{count} of {len(episodes)} episodes were cut at `{reason.value}`: {cure}"
+
+
+def _about_calls(trial: Trial, episodes: Sequence[Episode]) -> Iterator[str]:
+    if not trial.tool_names or not episodes:
+        return
+    num_calls = sum(episode.metrics.get("tool_calls", 0.0) for episode in episodes)
+    wrong = {
+        name: sum(episode.metrics.get(name, 0.0) for episode in episodes)
+        for name in ("malformed_tool_calls", "unknown_tools", "wrong_arguments")
+    }
+    if num_calls <= wrong["unknown_tools"] + wrong["wrong_arguments"]:
+        named = ", ".join(f"{name} {count:g}" for name, count in wrong.items() if count)
+        yield (
+            f"no response called one of the tools ({', '.join(trial.tool_names)}{f'; {named}' if named else ''}): "
+            "where that never happens there is nothing to learn from. Say in the prompt when to call which tool, take "
+            "a model that was trained on tools, or show it some demonstrations first"
+        )
+
+
+def _about_rewards(setup: Setup, episodes: Sequence[Episode]) -> Iterator[str]:
+    if setup.num_generations == 1:
+        if episodes and all(episode.episode_return == 0.0 for episode in episodes):
+            yield "the reward is 0: `--episodes 8` shows whether it ever differs, which is what is learned from"
+        return
+    for place in range(len(setup.rows)):
+        group = [episode.episode_return for episode in episodes if episode.stream_position == place]
+        if len(group) > 1 and len(set(group)) == 1:
+            temperature = " (temperature 0 plays the same episode again)" if setup.sampling.temperature == 0 else ""
+            yield (
+                f"row {place}: all {len(group)} episodes have the reward {group[0]:.4g}, so that a group of them "
+                f"trains nothing{temperature}: take easier rows, or rewards with steps in between"
+            )

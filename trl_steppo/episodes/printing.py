@@ -1,0 +1,287 @@
+"""Episodes in the terminal: what was read, written, answered and paid, one step a block."""
+
+from __future__ import annotations
+
+import json
+import linecache
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from ..types import Episode, JsonObject, Message, Step, StopReason, TextOrMessages, TokenIds, num_shared
+from .observation import as_messages
+
+Decode = Callable[[TokenIds], str]
+
+_MAX_CHARACTERS = 1_500  # of one text, unless all of it is wanted
+_PLACE = re.compile(r"\((?P<file>[^()]+):(?P<line>\d+)\)$")
+
+
+@dataclass(frozen=True)
+class ShownStep:
+    """
+    One step as it is printed.
+
+    Args:
+        read (`str`, *optional*):
+            The text that is new in its prompt. `None`: the observation of the step before says it.
+        wrote (`str`):
+            The response.
+        observed (`str`):
+            What the response was answered.
+        reward (`float`, *optional*):
+            What it was paid; `None` if that is not known.
+        notes (`Sequence[str]`, *optional*):
+            Further facts, such as the number of tokens.
+    """
+
+    read: str | None
+    wrote: str
+    observed: str
+    reward: float | None
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ShownEpisode:
+    """
+    One episode as it is printed.
+
+    Args:
+        title (`str`):
+            What it is called.
+        steps (`Sequence[ShownStep]`):
+            Its steps, in order.
+        ending (`str`):
+            How it ended.
+        score (`float`, *optional*):
+            The sum of its rewards; `None` if it failed.
+        metrics (`Mapping[str, float]`, *optional*):
+            Counters, scores, and the rewards of reward functions as `rewards/{name}`.
+        error (`str`, *optional*):
+            What broke.
+        logged (`Mapping[str, object]`, *optional*):
+            What reward functions logged about it.
+        agent_output (`str`, *optional*):
+            The end of what its agent printed.
+        name (`str`, *optional*):
+            A name to choose it by.
+    """
+
+    title: str
+    steps: Sequence[ShownStep]
+    ending: str
+    score: float | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+    logged: Mapping[str, object] = field(default_factory=dict)
+    agent_output: str | None = None
+    name: str = ""
+
+
+def shown_episode(episode: Episode, decode: Decode, *, title: str | None = None, counts: bool = True) -> ShownEpisode:
+    """
+    Make an episode readable.
+
+    Args:
+        episode ([`Episode`]):
+            The episode.
+        decode (`Callable[[TokenIds], str]`):
+            Converts token ids to text.
+        title (`str`, *optional*):
+            What it is called; by default its id.
+        counts (`bool`, *optional*, defaults to `True`):
+            Whether its numbers of tokens mean anything.
+    """
+    steps = []
+    before: Step | None = None
+    for step in episode.steps:
+        steps.append(_shown_step(step, before, decode, counts=counts))
+        before = step
+    return ShownEpisode(
+        title or f"episode {episode.episode_id}",
+        steps,
+        ending_of(episode.stop_reason.value if episode.stop_reason else None, truncated=episode.truncated),
+        episode.episode_return if episode.valid else None,
+        episode.metrics,
+        episode.error,
+        episode.logged,
+        episode.agent_output,
+        name=episode.episode_id,
+    )
+
+
+def _shown_step(step: Step, before: Step | None, decode: Decode, *, counts: bool) -> ShownStep:
+    notes = [f"{len(step.response_ids)} tokens"] if counts else []
+    if step.stop_reason is StopReason.LENGTH:
+        notes.append("cut at its length")
+    known = [] if before is None else [*before.prompt_ids, *before.response_ids]
+    prompt = step.prompt_ids.tolist()
+    kept = num_shared(known, prompt)
+    continues = before is not None and kept == len(known)
+    if before is not None and not continues:
+        notes.append(f"its prompt was rewritten after {kept} tokens" if kept and counts else "its prompt is a new one")
+    # What continues is the observation as the chat template shows it, which stands above already.
+    is_said = continues and before is not None and bool(before.observation)
+    read = None if is_said else decode(step.prompt_ids[kept:] if continues else step.prompt_ids)
+    return ShownStep(read, decode(step.response_ids), observation_text(step.observation), step.reward, notes)
+
+
+def shown_rows(rows: Sequence[JsonObject], *, title: str | None = None) -> ShownEpisode:
+    """
+    Make the rows that a run has logged of one episode readable (`episodes/update_00012.parquet`).
+
+    Args:
+        rows (`Sequence[dict]`):
+            Its rows, one a step; one in all if it failed before its first step.
+        title (`str`, *optional*):
+            What it is called; by default its id.
+    """
+    first = rows[0]
+    steps = []
+    before: JsonObject | None = None
+    for row in rows:
+        if row["step_index"] is not None:
+            steps.append(_step_of_row(row, before))
+            before = row
+    return ShownEpisode(
+        title or f"episode {first['episode_id']}",
+        steps,
+        ending_of(first["stop_reason"], truncated=bool(first["truncated"])),
+        first["score"],
+        json.loads(first["metrics"] or "{}"),
+        first["error"],
+        json.loads(first.get("logged") or "{}"),
+        first.get("agent_output"),
+        name=first["episode_id"],
+    )
+
+
+def _step_of_row(row: JsonObject, before: JsonObject | None) -> ShownStep:
+    notes = [f"{len(row['tokens'])} tokens"]
+    if row["response_stop_reason"] == StopReason.LENGTH.value:
+        notes.append("cut at its length")
+    known = 0 if before is None else before["prompt_tokens"] + len(before["tokens"])
+    kept = row["prompt_kept_tokens"]
+    if before is not None and kept != known:
+        notes.append(f"its prompt was rewritten after {kept} tokens")
+    for name in ("value", "return", "advantage"):
+        if row.get(name) is not None:
+            notes.append(f"{name} {row[name]:.3g}")
+    if row.get("clipped_fraction"):
+        notes.append(f"{100 * row['clipped_fraction']:.0f} % clipped")
+    is_said = before is not None and kept == known and bool(before["observation"])
+    read = None if is_said else row["prompt"]
+    return ShownStep(read, row["response"] or "", row["observation"] or "", row["reward"], notes)
+
+
+def observation_text(observation: TextOrMessages) -> str:
+    """An observation as text; of several messages, or one that is not the user's, each with its role."""
+    if isinstance(observation, str):
+        return observation
+    messages = as_messages(observation)
+    if len(messages) == 1 and messages[0].get("role") == "user":
+        return _content(messages[0])
+    return "\n".join(f"{_speaker(message)}: {_content(message)}" for message in messages)
+
+
+def _speaker(message: Message) -> str:
+    name = message.get("name")
+    return f"{message.get('role', '?')} {name}" if name else str(message.get("role", "?"))
+
+
+def _content(message: Message) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=repr)
+
+
+_ENDINGS = {
+    "environment": "its environment, or a response without a tool call, ended it",
+    "response_length": "its last response was cut at `response_length` (truncated)",
+    "error": "it failed",
+}
+
+
+def ending_of(stop_reason: str | None, *, truncated: bool) -> str:
+    """How an episode ended, in words."""
+    if stop_reason in _ENDINGS:
+        return _ENDINGS[stop_reason]
+    return f"`{stop_reason}` cut it{' (truncated)' if truncated else ''}" if stop_reason else "it is not over"
+
+
+# -- on the terminal --------------------------------------------------------------------------------------------------
+
+
+def print_episode(episode: ShownEpisode, console: Console, *, whole: bool = False) -> None:
+    """
+    Print an episode: a block for each step, then rewards, metrics, how it ended, and what its agent printed.
+
+    Args:
+        episode ([`ShownEpisode`]):
+            The episode.
+        console ([`~rich.console.Console`]):
+            Where to.
+        whole (`bool`, *optional*, defaults to `False`):
+            Whether long texts are printed with their middle.
+    """
+    console.print(Rule(Text(episode.title, style="bold"), align="left", characters="━"))
+    for number, step in enumerate(episode.steps, start=1):
+        facts = [*step.notes, *([] if step.reward is None else [f"reward {step.reward:.4g}"])]
+        head = Text.assemble((f"step {number}", "bold"), (f"  {' · '.join(facts)}" if facts else "", "dim"))
+        console.print(Rule(head, align="left", style="dim"))
+        table = _grid()
+        if step.read is not None:
+            table.add_row("read", _text(step.read, "dim", whole=whole))
+        table.add_row("wrote", _text(step.wrote, "green", whole=whole))
+        if step.observed:
+            table.add_row("observed", _text(step.observed, "cyan", whole=whole))
+        console.print(table)
+    console.print(Rule(style="dim"))
+    console.print(_summary(episode, whole=whole))
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", min_width=8, no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _summary(episode: ShownEpisode, *, whole: bool) -> Table:
+    table = _grid()
+    if episode.score is not None:
+        parts = {name: value for name, value in episode.metrics.items() if name.startswith("rewards/")}
+        named = ", ".join(f"{name.removeprefix('rewards/')} {value:.4g}" for name, value in parts.items())
+        amount = Text(f"{episode.score:.4g}", style="bold green" if episode.score > 0 else "bold yellow")
+        table.add_row("reward", Text.assemble(amount, f"  ({named})" if named else ""))
+    others = {name: value for name, value in episode.metrics.items() if value and not name.startswith("rewards/")}
+    if others:
+        table.add_row("metrics", Text(" · ".join(f"{name} {value:.4g}" for name, value in others.items())))
+    if episode.logged:
+        table.add_row("logged", Text(" · ".join(f"{name}: {value}" for name, value in episode.logged.items())))
+    table.add_row("ended", Text(episode.ending))
+    if episode.error is not None:
+        table.add_row("error", Text(_with_source(episode.error), style="bold red"))
+    if episode.agent_output:
+        table.add_row("printed", _text(episode.agent_output, "magenta", whole=whole))
+    return table
+
+
+def _with_source(error: str) -> str:
+    """An error, with the line of code that it names."""
+    place = _PLACE.search(error)
+    line = "" if place is None else linecache.getline(place["file"], int(place["line"])).strip()
+    return f"{error}\n    {line}" if line else error
+
+
+def _text(text: str, style: str, *, whole: bool) -> Text:
+    """Text without markup, and without its middle if it is long."""
+    if not whole and len(text) > _MAX_CHARACTERS:
+        half = _MAX_CHARACTERS // 2
+        text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
+    return Text(text.strip("\n") or "(nothing)", style=style)
