@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, StepPOError
+from ..extras import install_command
 
 if TYPE_CHECKING:
     from ..comparison.plan import Arm, ArmRun
     from ..report.statistics import Estimate
 
-HELP = "arms x seeds of a training script, and their report"
+HELP = "train a script with several settings and seeds, and report on them"
+EXAMPLES = """\
+  trl-steppo compare train.py --seeds 1 2 3 --arm StepPO --arm PPO advantage_estimator=token_gae
+  trl-steppo compare train.py --seeds 1 2 --arm fast learning_rate=1e-4 --arm slow learning_rate=1e-5 --dry_run
+  trl-steppo compare train.py --seeds 1 2 --arm a --arm b gamma=0.9 --parallel 2 -- --total_episodes 512
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +121,7 @@ def _need_report() -> None:
     missing = [name for name in ("jinja2", "matplotlib", "scipy") if find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f'a comparison ends in a report, which needs the extra `report`: pip install "trl_steppo[report]" '
+            f"a comparison ends in a report, which needs the extra `report`: {install_command('report')} "
             f"({', '.join(missing)} cannot be imported)"
         )
 

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 
 from ..errors import ConfigurationError
 
-HELP = "runs as one HTML file: curves, final figures, episodes step by step"
+HELP = "write runs as one HTML file: curves, final figures, episodes step by step"
+EXAMPLES = """\
+  trl-steppo report runs/mini_wiki
+  trl-steppo report runs/a runs/b --output comparison.html
+  trl-steppo report --method StepPO=runs/a1,runs/a2 --method GRPO=runs/b1,runs/b2
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ConfigurationError
+from ..extras import install_command
 
 
 def write_report(
@@ -73,5 +74,5 @@ def _needing_the_extra() -> Iterator[None]:
         yield
     except ImportError as error:
         raise ConfigurationError(
-            f'a report needs the extra `report`: pip install "trl_steppo[report]" ({error})'
+            f"a report needs the extra `report`: {install_command('report')} ({error})"
         ) from error
