@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import importlib.util
 import inspect
 import json
 import re
@@ -17,6 +16,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 from site_docstrings import cell, entries_of
+
+if typing.TYPE_CHECKING:
+    from trl_steppo.trainer.metric_table import Metric
 
 Schema = dict[str, typing.Any]
 """A JSON schema, or a part of one."""
@@ -38,31 +40,29 @@ def code(value: object) -> str:
 
 
 def steppo_config() -> str:
-    """The fields of `StepPOConfig` by group, and those of transformers that it inherits."""
-    from transformers import TrainingArguments
-
+    """The fields of `StepPOConfig`, in the groups that `--help` has, and the rest of `TrainingArguments`."""
     from trl_steppo import StepPOConfig
+    from trl_steppo.trainer.setting_groups import MEANINGS, SETTING_GROUPS
 
-    fields = {field.name: field for field in dataclasses.fields(StepPOConfig) if field.init}
-    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
-    texts = {name: text for cls in reversed(StepPOConfig.__mro__) for name, text in _documented(cls)}
+    fields = {field.name: field for field in dataclasses.fields(StepPOConfig)}
+    texts = {name: text for cls in reversed(StepPOConfig.__mro__) for name, text in _documented(cls)} | MEANINGS
+    groups = {group.title: group.fields for group in SETTING_GROUPS}
+    in_groups = {name for names in groups.values() for name in names}
+    groups["Other settings of transformers"] = tuple(
+        name for name, f in fields.items() if f.init and name not in in_groups
+    )
     parts = []
-    for title, names in _groups(list(fields), theirs):
+    for title, names in groups.items():
         rows = [_setting(fields[name], texts.get(name)) for name in names]
         parts.append(f"## {title}\n\n{table(['setting', 'type', 'default', 'meaning'], rows)}")
     return "\n\n".join(parts)
 
 
-def _groups(names: list[str], theirs: set[str]) -> Iterator[tuple[str, list[str]]]:
-    own = [name for name in names if name not in theirs]
-    yield "Settings of StepPO", own
-    yield "Settings of transformers", [name for name in names if name in theirs]
-
-
 def _documented(cls: type) -> Iterator[tuple[str, str]]:
     if cls.__module__.startswith("trl_steppo.") and cls.__doc__:
         for names, _, text in entries_of(inspect.cleandoc(cls.__doc__), "Parameters"):
-            yield from ((name, text) for name in re.findall(r"\w+", names))
+            if len(found := re.findall(r"\w+", names)) <= 2:  # the help of each says more than one text for all
+                yield from ((name, text) for name in found)
 
 
 def _setting(field: dataclasses.Field[object], text: str | None) -> tuple[str, str, str, str]:
@@ -95,9 +95,14 @@ def metrics() -> str:
     stages = dict.fromkeys(metric.source for metric in METRICS)
     parts = []
     for stage in stages:
-        rows = [(f"`{m.name}`", m.unit, m.meaning) for m in METRICS if m.source == stage]
-        parts.append(f"## {stage[:1].upper()}{stage[1:]}\n\n{table(['metric', 'unit', 'meaning'], rows)}")
+        rows = [(f"`{m.name}`", m.unit, _meaning(m), plain(m.when) or "always") for m in METRICS if m.source == stage]
+        parts.append(f"## {stage[:1].upper()}{stage[1:]}\n\n{table(['metric', 'unit', 'meaning', 'when'], rows)}")
     return "\n\n".join(parts)
+
+
+def _meaning(metric: Metric) -> str:
+    same = f" The same as `{metric.same_as}`, under the name that `GRPOTrainer` has for it." if metric.same_as else ""
+    return plain(metric.meaning) + same
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -263,10 +268,6 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def _is_there(name: str) -> bool:
-    return name != "metrics" or importlib.util.find_spec("trl_steppo.trainer.metric_table") is not None
-
-
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put the tables into a page."""
-    return re.sub(r"<!-- table: (\w+) -->", lambda mark: TABLES[mark[1]]() if _is_there(mark[1]) else "", markdown)
+    return re.sub(r"^<!-- table: (\w+) -->$", lambda mark: TABLES[mark[1]](), markdown, flags=re.MULTILINE)

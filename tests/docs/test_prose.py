@@ -1,0 +1,52 @@
+"""Pages are short, and so are their sentences."""
+
+import pytest
+
+from tests.docs.pages import PAGES, mean_sentence_length, name_of, num_words, sentences
+
+MAX_LINES = 250
+MAX_MEAN_WORDS = 20.0
+
+TOO_LONG: dict[str, int] = {"README.md": 705}
+"""Lines of pages that have more; they may only get fewer."""
+
+TOO_WORDY: dict[str, float] = {"README.md": 24.0, "guides/report.md": 21.0, "results/gateway.md": 43.0}
+"""Mean sentence lengths of pages that have more; they may only get less."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_is_short(page):
+    text, name = page.read_text(), name_of(page)
+    assert len(text.splitlines()) <= TOO_LONG.get(name, MAX_LINES)
+    longest = sorted(sentences(text), key=num_words)[-3:]
+    assert mean_sentence_length(text) <= TOO_WORDY.get(name, MAX_MEAN_WORDS), f"the longest sentences: {longest}"
+
+
+def test_exceptions_are_pages():
+    assert {*TOO_LONG, *TOO_WORDY} <= {name_of(page) for page in PAGES}
+
+
+def test_prose_is_told_from_the_rest():
+    text = """---
+title: x
+---
+# A heading. With a sentence.
+
+One sentence, e.g. this one. Two `code. Code` words! ![A picture. Here.](a.png)
+
+| a table. | of. |
+|---|---|
+
+- A [list. Of](links.md) things
+- that end without a point
+
+```python
+print("Not. This.")
+```
+
+::: some.object
+    options: {a: 1}
+"""
+    assert [num_words(sentence) for sentence in sentences(text)] == [5, 3, 2, 2, 5]
+    assert mean_sentence_length(text) == 17 / 5
+    assert mean_sentence_length("# Only a heading") == 0.0
