@@ -13,6 +13,7 @@ import inspect
 import io
 import re
 import shutil
+import textwrap
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from tests.docs.pages import DOCS, PAGES, ROOT, Command, code_blocks, commands, commands_of, name_of
+from tests.docs.pages import DOCS, PAGES, ROOT, Command, code_blocks, commands, commands_of, name_of, snippets
 from tests.warm import run_script
 from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
@@ -45,6 +46,7 @@ NOT_RUN = {
     r"python examples/(make_smollm2_policy|warm_start).py .*": "needs a package of 100 MB; tests/examples",
     r".* --dataset_name (ROWS.jsonl|data/hotpotqa).*": "needs a data set that is not here; tests/examples",
     r"python benchmarks/.*": "takes minutes or hours; tests/benchmarks runs it in short",
+    r"python atlas.py": "trains for half a minute; guides/your_environment.md has its code, and runs for two updates",
 }
 """Patterns of commands that are not run, and the reasons."""
 
@@ -153,6 +155,17 @@ def _agents() -> dict[str, Any]:
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {"guides/agents.md": _agents}
 """What a page leaves to its readers: names that its code uses and does not define."""
 
+
+def _atlas() -> dict[str, str]:
+    (code,) = (code for code in snippets(DOCS / "guides" / "your_environment.md") if "class Atlas" in code)
+    definitions, assignment, training = code.partition("trainer = ")
+    guarded = textwrap.indent(assignment + training, "    ")
+    return {"atlas.py": f'{definitions}\nif __name__ == "__main__":\n{guarded}'}
+
+
+FILES: dict[str, Callable[[], dict[str, str]]] = {"get_started/quickstart.md": _atlas}
+"""What a page asks its readers to write into files."""
+
 CHANGES: dict[str, dict[str, str]] = {}
 """Text of a page's code that is changed, so that it is short, or because a page shows a part of a call only."""
 
@@ -250,6 +263,8 @@ def test_a_page_runs(page, tmp_path, monkeypatch, finished_run, trains_briefly):
     for folder in ("examples", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     names = NAMES.get(name_of(page), dict)()
+    for file, content in FILES.get(name_of(page), dict)().items():
+        (tmp_path / file).write_text(content)
     for part in runnable(page):
         if isinstance(part, str):
             run_code(changed(name_of(page), part), names, name_of(page))
@@ -263,7 +278,7 @@ def test_each_reason_is_needed():
     assert not [pattern for pattern in NOT_RUN if not any(re.fullmatch(pattern, text) for text in texts)]
     pages = {name_of(page): page.read_text() for page in PAGES}
     assert not [place for place in NOT_RUN_CODE if place[1] not in pages[place[0]]]
-    assert not [name for name in NAMES if not (DOCS / name).is_file()]
+    assert not [name for name in (*NAMES, *FILES) if not (DOCS / name).is_file()]
     assert not [old for page, changes in CHANGES.items() for old in changes if old not in HUB.sub("", pages[page])]
 
 
