@@ -201,6 +201,31 @@ class Lock:
         self._descriptor = -1
 
 
+def is_held(path: Path) -> bool:
+    """
+    Whether a lock is held by a process that is alive. A killed one leaves the file behind.
+
+    Args:
+        path (`Path`):
+            The lock's file. It is only read: taking the lock would keep a process away that starts just now. The
+            holder on another machine is taken for alive.
+    """
+    try:
+        words = path.read_text().split()
+        process, machine = int(words[1]), words[3]
+    except (OSError, ValueError, IndexError):
+        return False
+    if machine != platform.node() or os.name == "nt":  # where signal 0 would end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
 _OPEN: set[int] = set()  # descriptors of this process's locks
 
 

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from ..calls import CallTimeoutError, within
 from ..errors import ConfigurationError, DataError, RolloutError
+from ..extras import install_command
 from ..types import StopReason, TokenIds
 from .base import Counts, Sample, SamplingParams, check_request
 from .vllm_server import FIRST_VERSION, AnswerError, Sending, VLLMServer, Weights
@@ -95,7 +96,7 @@ class VLLMSampler:
             import aiohttp  # noqa: F401
         except ImportError as error:
             raise ConfigurationError(
-                '`use_vllm` is set, but aiohttp is not installed: pip install "trl-steppo[vllm]"'
+                f"`use_vllm` is set, but aiohttp is not installed: {install_command('vllm')}"
             ) from error
         self.timeout_s = timeout_s
         self.vocabulary_size = vocabulary_size

@@ -17,8 +17,27 @@ _IGNORED = {
     *("num_sample_generations", "log_episodes", "dump_episodes_dir", "resume_from_checkpoint", "local_rank"),
     *("do_train", "do_eval", "do_predict", "per_device_eval_batch_size", "skip_memory_metrics", "ddp_timeout"),
     *("versions", "rollout_cache_tokens", "max_concurrent_episodes", "prefix_sharing", "max_tokens_per_micro_batch"),
+    *("tracing", "local_rollout_forward_batch_size", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "use_cpu", "no_cuda", "torch_empty_cache_steps"),
+    *("log_completions", "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
+    *("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_server_host", "vllm_server_port"),
 }
-_IGNORED_PREFIXES = ("logging_", "log_level", "log_on", "save_", "eval_", "hub_", "trackio_", "dataloader_")
+_IGNORED_PREFIXES = (
+    *("logging_", "log_level", "log_on", "save_", "eval_", "hub_", "trackio_", "dataloader_", "environment_seed"),
+)
+_BUDGETS = ("total_episodes", "max_steps", "num_train_epochs", "num_total_batches")
+_DERIVED = (
+    *("world_size", "local_batch_size", "micro_batch_size", "mini_batch_size", "local_mini_batch_size"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+)
+"""Sizes that say how an update is divided; `batch_size` says what is learned from."""
+_FIRST = (
+    *("model", "advantage_estimator", "policy_loss_fn", "learning_rate", "gamma", "lam", "cliprange", "kl_coef"),
+    *("kl_loss_coef", "beta", "loss_type", "num_generations", "max_staleness", "environment", "reward", "data"),
+)
+"""Settings that people compare, which name methods before others do."""
+_LAST = ("batch_size", *_BUDGETS)
+_MAX_NAMED = 3  # settings in a method's name
 
 ALGORITHMS = {
     "step_gae": ("StepPO", "step"),
@@ -32,6 +51,9 @@ ALGORITHMS = {
 Title and usual ratio of estimators, as in [`ESTIMATORS`][trl_steppo.learning.estimators], which loads torch. Other
 estimators are shown by their names.
 """
+
+_TRL = "trl."
+_TRAINERS = ("StepPOTrainer", "PPOTrainer")  # whose settings say all
 
 
 @dataclass(frozen=True)
@@ -60,9 +82,9 @@ def group_runs(runs: Sequence[Run], names: Mapping[Path, str] | None = None) -> 
         names (`Mapping[Path, str]`, *optional*):
             Names of methods by the resolved directories of their runs. These are not grouped by their settings.
 
-    Runs with equal settings and equal seeds cannot repeat each other: they differ in something that is not a setting.
-    These, and runs without settings, are distinguished by the names of their directories, apart from a seed in the
-    name.
+    Runs of one `run_name`, if it was set, and of equal settings, are one method. Those with equal seeds cannot repeat
+    each other: they differ in something that is not a setting. These, and runs without settings, are distinguished by
+    the names of their directories, apart from a seed in the name.
     """
     named: dict[str, list[Run]] = {}
     unnamed: list[Run] = []
@@ -78,15 +100,23 @@ def _grouped(runs: Sequence[Run]) -> list[Method]:
     """Runs whose settings and directories tell to which methods they belong."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((_fingerprint(run), ""), []).append(run)
-    named: dict[tuple[str, str], list[Run]] = {}
-    for (fingerprint, _), members in groups.items():
+        groups.setdefault((_run_name(run), _fingerprint(run)), []).append(run)
+    split: dict[tuple[str, str, Path | None], list[Run]] = {}
+    for (title, fingerprint), members in groups.items():
         seeds = [run.seed for run in members]
         for run in members:
             needs_name = None in seeds or len(set(seeds)) < len(seeds)
-            named.setdefault((fingerprint, _family(run.name) if needs_name else ""), []).append(run)
-    members_of = list(named.values())
-    names = _names(members_of, [family for _, family in named])
+            family = _family_of(run) if needs_name else None
+            split.setdefault((title, fingerprint, family), []).append(run)
+    members_of = list(split.values())
+    families = [family for _, _, family in split]
+    named = list(dict.fromkeys(family for family in families if family is not None))
+    short = dict(zip(named, short_names(named), strict=True))
+    names = _names(
+        members_of,
+        [title or _algorithm(members[0]) for (title, _, _), members in zip(split, members_of, strict=True)],
+        ["" if family is None else short[family] for family in families],
+    )
     return [Method(name, _by_seed(members)) for name, members in zip(names, members_of, strict=True)]
 
 
@@ -95,10 +125,20 @@ def _by_seed(members: Sequence[Run]) -> tuple[Run, ...]:
 
 
 def differing_settings(methods: Sequence[Method]) -> dict[str, list[object]]:
-    """The settings in which methods differ, with the value of each method."""
+    """
+    The settings in which methods differ, with the value of each method. Between runs of different libraries, only
+    settings that both have are compared.
+    """
     settings = [relevant(method.runs[0]) for method in methods]
+    known = [set(method.runs[0].settings or {}) for method in methods if method.runs[0].settings]
+    shared = set.intersection(*known) if known else set()
+    libraries = {_is_trl(method.runs[0]) for method in methods}
     names = dict.fromkeys(name for of_method in settings for name in of_method)
-    values = {name: [of_method.get(name) for of_method in settings] for name in names}
+    values = {
+        name: [of_method.get(name) for of_method in settings]
+        for name in names
+        if len(libraries) == 1 or name in shared or name in ("advantage_estimator", "trainer")
+    }
     if "model" in values:
         values["model"] = _short_models(values["model"])
     return {name: by_method for name, by_method in values.items() if len(set(map(repr, by_method))) > 1}
@@ -113,10 +153,14 @@ def _short_models(models: Sequence[str | None]) -> list[str | None]:
 
 def relevant(run: Run) -> JsonObject:
     """The settings that may change what is learned."""
+    settings = run.settings or {}
+    ignored = {*_IGNORED, *(_DERIVED if settings.get("batch_size") else ())}
+    if settings.get("trainer") in _TRAINERS:
+        ignored.add("trainer")
     return {
         name: value
-        for name, value in (run.settings or {}).items()
-        if value is not None and name not in _IGNORED and not name.startswith(_IGNORED_PREFIXES)
+        for name, value in settings.items()
+        if value is not None and name not in ignored and not name.startswith(_IGNORED_PREFIXES)
     }
 
 
@@ -127,27 +171,91 @@ def _fingerprint(run: Run) -> str:
     return json.dumps(settings, sort_keys=True, default=repr)
 
 
-def _family(name: str) -> str:
-    """A directory's name without its seed."""
-    return re.sub(r"[-_.]?seed[-_.=]?\d+", "", name, flags=re.IGNORECASE) or name
+# -- names ------------------------------------------------------------------------------------------------------------
 
 
-def _names(groups: Sequence[Sequence[Run]], families: Sequence[str]) -> list[str]:
-    """The name of each method: its algorithm, and the settings that distinguish methods of the same algorithm."""
-    algorithms = [_algorithm(group[0]) for group in groups]
+def _run_name(run: Run) -> str:
+    """The `run_name` that a user has given, without its seed; transformers may set it to `output_dir`."""
+    settings = run.settings or {}
+    name = settings.get("run_name")
+    return "" if not name or name == settings.get("output_dir") else _family(str(name), run.seed)
+
+
+def _family(name: str, seed: int | None = None) -> str:
+    """A name or path without its seed, as in `run_seed3`, `run-s3` or `run/3`; `seed`: the run's, if it is known."""
+    first, *others = name.split("/")
+    parts = [_without_seed(first, seed), *(_without_seed(part, seed) for part in others)]
+    return "/".join(parts[:1] + [part for part in parts[1:] if part]) or name
+
+
+def _without_seed(part: str, seed: int | None) -> str:
+    def without(found: re.Match[str]) -> str:
+        return "" if seed is None or int(found[1]) == seed else found[0]
+
+    short = re.sub(r"[-_. ]?seed[-_.= ]?\d+", "", part, flags=re.IGNORECASE)
+    short = re.sub(r"(?:^|[-_. ])s[-_.=]?(\d+)(?![^-_. ])", without, short, flags=re.IGNORECASE)
+    short = re.sub(r"^(\d+)$", without, short)
+    return short if short == part else short.lstrip("-_. ")
+
+
+def _family_of(run: Run) -> Path:
+    """A run's directory without its seed."""
+    return Path(_family(str(run.directory), run.seed))
+
+
+def _names(groups: Sequence[Sequence[Run]], titles: Sequence[str], families: Sequence[str]) -> list[str]:
+    """
+    The name of each method: its title, which is its algorithm or its `run_name`, and the fewest settings that
+    distinguish it from the methods of the same title.
+    """
     names = []
-    for index, (algorithm, family) in enumerate(zip(algorithms, families, strict=True)):
-        same = [i for i, other in enumerate(algorithms) if other == algorithm]
-        differing = differing_settings([Method("", tuple(groups[i])) for i in same])
-        details = [f"{setting}={values[same.index(index)]}" for setting, values in differing.items()]
-        names.append(", ".join(part for part in (algorithm, *details, family) if part))
-    return names
+    for index, (title, family) in enumerate(zip(titles, families, strict=True)):
+        same = [i for i, other in enumerate(titles) if other == title]
+        details = _details([Method("", tuple(groups[i])) for i in same])[same.index(index)]
+        names.append(", ".join(part for part in (title, *details, family) if part))
+    return [name if names.count(name) == 1 else f"{name} ({groups[i][0].name})" for i, name in enumerate(names)]
+
+
+def _details(methods: Sequence[Method]) -> list[list[str]]:
+    """The few settings that distinguish methods, in words, for each of them."""
+    differing = differing_settings(methods)
+    chosen: list[str] = []
+    classes = [""] * len(methods)
+    for name in sorted(differing, key=_rank):
+        finer = [f"{seen}, {value!r}" for seen, value in zip(classes, differing[name], strict=True)]
+        if len(set(finer)) > len(set(classes)) and len(chosen) < _MAX_NAMED:
+            chosen.append(name)
+            classes = finer
+    return [[_in_words(name, differing[name][index]) for name in chosen] for index in range(len(methods))]
+
+
+def _rank(name: str) -> tuple[int, int]:
+    """Which settings come first in names: those that people compare; hashes and budgets come last."""
+    if name in _FIRST:
+        return 0, _FIRST.index(name)
+    return (3, _LAST.index(name)) if name in _LAST else (2 if name.endswith("_source") else 1, 0)
+
+
+def _in_words(name: str, value: object) -> str:
+    if name.endswith("_source"):
+        return f"{name.removesuffix('_source')} {str(value)[:6]}"
+    return f"{name}={value}"
 
 
 def _algorithm(run: Run) -> str:
-    """The usual name of a run's algorithm, or that of its estimator; empty without settings."""
+    """The usual name of a run's algorithm, with a user's own loss and trainer; empty without settings."""
     settings = run.settings or {}
+    trainer = str(settings.get("trainer") or "")
+    if trainer.startswith(_TRL):
+        return f"{trainer.removeprefix(_TRL)} (TRL)".strip()
     estimator = str(settings.get("advantage_estimator") or "")
     title, usual_ratio = ALGORITHMS.get(estimator, (estimator, None))
     level = settings.get("importance_sampling_level")
-    return title if usual_ratio in (None, level) else f"{title}, {level} ratio"
+    parts = [title] if usual_ratio in (None, level) else [f"{title}, {level} ratio"]
+    parts += [str(settings["policy_loss_fn"])] if settings.get("policy_loss_fn") else []
+    parts += [trainer] if trainer and trainer not in _TRAINERS else []
+    return ", ".join(part for part in parts if part)
+
+
+def _is_trl(run: Run) -> bool:
+    return str((run.settings or {}).get("trainer")).startswith(_TRL)

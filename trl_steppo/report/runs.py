@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..durable import is_held
 from ..errors import DataError
 from ..types import JsonObject
+from .files import last_checkpoint, read_json, read_lines
+from .trl_runs import as_our_history, completion_files, trainer_and_settings
+
+LOCK_FILE = "_run.lock"  # as the trainer names it
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,10 @@ class Run:
         episode_files (`dict[int, Path]`, *optional*):
             Its logged episodes, by update.
         is_finished (`bool`, *optional*, defaults to `True`):
-            Whether it ended regularly. If not, its history is that of its last checkpoint.
+            Whether it ended regularly. If not, its history is what it has logged so far (`metrics.jsonl`), or else
+            that of its last checkpoint.
+        is_running (`bool`, *optional*, defaults to `False`):
+            Whether it is going on, on this machine.
     """
 
     directory: Path
@@ -38,6 +46,7 @@ class Run:
     settings: JsonObject | None = None
     episode_files: dict[int, Path] = field(default_factory=dict)
     is_finished: bool = True
+    is_running: bool = False
 
     @property
     def seed(self) -> int | None:
@@ -88,53 +97,69 @@ def load_runs(directories: Sequence[str | Path]) -> list[Run]:
 
 
 def _load(directory: Path, name: str) -> Run:
-    file = directory / "trainer_state.json"
-    is_finished = file.is_file()
-    if not is_finished:
-        file = _last_checkpoint(directory) / "trainer_state.json"
-    state = _read_json(file)
-    history = [logs for logs in state.get("log_history") or [] if "step" in logs]
+    checkpoint = last_checkpoint(directory)
+    settings_file = directory / "steppo_config.json"
+    settings = read_json(settings_file) if settings_file.is_file() else None
+    history, is_finished, source = _history(directory, checkpoint)
+    if not any("episode" in logs for logs in history) and any("reward" in logs for logs in history):
+        settings = {**trainer_and_settings(directory, checkpoint), **(settings or {})}
+        history = as_our_history(history, settings)
     if not any("episode" in logs for logs in history):
         raise DataError(
-            f"{file} holds no update: the run ended before its first log; train longer, or set `logging_steps` to 1"
+            f"{source} holds no update: the run ended before its first log; train longer, or set `logging_steps` to 1"
         )
-    settings_file = directory / "steppo_config.json"
-    settings = _read_json(settings_file) if settings_file.is_file() else None
-    run = Run(directory, name, history, settings, is_finished=is_finished)
-    run.episode_files.update(_episode_files(run))
+    is_running = not is_finished and is_held(directory / LOCK_FILE)
+    run = Run(directory, name, history, settings, is_finished=is_finished, is_running=is_running)
+    run.episode_files.update(_episode_files(run) or completion_files(directory, run.num_updates))
     return run
 
 
-def _last_checkpoint(directory: Path) -> Path:
-    """The newest checkpoint of an unfinished run."""
-    paths = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
-    numbered = {int(number): path for path in paths if (number := path.name.removeprefix("checkpoint-")).isdecimal()}
-    if not numbered:
+def _history(directory: Path, checkpoint: Path | None) -> tuple[list[JsonObject], bool, Path]:
+    """
+    The logs of a run, whether it is finished, and the file that they are from.
+
+    A run writes `metrics.jsonl` while it goes on, and `trainer_state.json` when it ends. One that goes on may find the
+    latter of an earlier run in its directory.
+    """
+    state_file, metrics_file = directory / "trainer_state.json", directory / "metrics.jsonl"
+    logged = _with_steps(read_lines(metrics_file)) if metrics_file.is_file() else []
+    if state_file.is_file():
+        history = _with_steps(read_json(state_file).get("log_history") or [])
+        if not logged or _as_text(logged[: len(history)]) == _as_text(history):
+            return (logged or history), True, state_file
+    if logged:
+        return logged, False, metrics_file
+    if checkpoint is None:
         raise DataError(
-            f"{directory} has no trainer_state.json, so it is not the `output_dir` of a finished run, and no "
-            "checkpoint; a run writes the one when it ends, and the other every `save_steps` updates"
+            f"{directory} has no trainer_state.json, so it is not the `output_dir` of a finished run; no checkpoint; "
+            "and no metrics.jsonl with a log of a run that goes on"
         )
-    return numbered[max(numbered)]
+    state_file = checkpoint / "trainer_state.json"
+    state = read_json(state_file)
+    # The last checkpoint of TRL's trainers is all that they write; ours write more when they end.
+    is_ours = (directory / "steppo_config.json").is_file()
+    is_last = bool(state.get("global_step")) and state.get("global_step") == state.get("max_steps")
+    return _with_steps(state.get("log_history") or []), is_last and not is_ours, state_file
 
 
-def _read_json(file: Path) -> JsonObject:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{file} holds a {type(content).__name__}; a run writes a mapping there")
-    return content
+def _as_text(history: Sequence[JsonObject]) -> str:
+    return json.dumps(history, sort_keys=True, default=str)
 
 
-def _episode_files(run: Run) -> Iterator[tuple[int, Path]]:
+def _with_steps(history: Sequence[JsonObject]) -> list[JsonObject]:
+    return [logs for logs in history if "step" in logs]
+
+
+def _episode_files(run: Run) -> dict[int, Path]:
     """The logs of this run's episodes. An earlier run in the same directory may have left further files."""
     if run.settings is not None and not run.settings.get("log_episodes"):
-        return
+        return {}
+    files = {}
     for path in sorted((run.directory / "episodes").glob("update_*.parquet")):
         number = path.stem.removeprefix("update_")
         if number.isdecimal() and int(number) <= run.num_updates:
-            yield int(number), path
+            files[int(number)] = path
+    return files
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
