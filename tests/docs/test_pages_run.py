@@ -35,6 +35,8 @@ NOT_RUN = {
     r"(python -m )?pytest .*": "tests of their own",
     r"(vllm serve|\.venv-vllm/bin/python) .*": "serves with vLLM, which `make test-vllm` does",
     r".* --use_vllm true .*": "needs vLLM servers; `make test-vllm` trains with one",
+    r".* --endpoint .*": "asks an API; tests/commands/test_try_out.py asks one of its own",
+    r"trl-steppo show runs/.*": "reads a run, which takes longer to make; tests/commands/test_show.py reads one",
     r"curl .*": "asks a gateway that is served; tests/gateway asks the same over HTTP",
     r"trl-steppo gateway .*": "serves until it is stopped; tests/commands/test_gateway.py serves",
     r"trl-steppo check hotpotqa_.*": "plays a wide model for a minute; tests/commands checks a small one",
@@ -252,6 +254,8 @@ def test_a_page_runs(page, tmp_path, monkeypatch, finished_run, trains_briefly):
     names = NAMES.get(name_of(page), dict)()
     for part in runnable(page):
         if isinstance(part, str):
+            if match := re.match(r"# (\w+\.py)\n", part):  # a file, which commands of the page name
+                (tmp_path / match[1]).write_text(part)
             run_code(changed(name_of(page), part), names, name_of(page))
         else:
             run_command(part, tmp_path, finished_run)
