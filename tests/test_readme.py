@@ -1,9 +1,8 @@
-"""What the README and the pages of docs/ tell readers to run."""
+"""What the README shows, and that it is short; tests/docs/ has what it shares with the pages of docs/."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,10 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.trainer.tiny import Hash, make_config, message_rows
 from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
-from trl_steppo.cli import main
-from trl_steppo.testing import byte_tokenizer, tiny_policy
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def snippets(page: Path) -> list[str]:
@@ -27,8 +22,6 @@ def snippets(page: Path) -> list[str]:
 
 
 SNIPPETS = snippets(ROOT / "README.md")
-
-COMMANDS = ("hotpotqa", "prepare", "check", "memory", "config", "report", "gateway")
 
 
 def run_snippet(containing: str, names: dict[str, Any], **changes: str) -> dict[str, Any]:
@@ -156,72 +149,3 @@ def test_an_agent_of_ones_own_runs(tmp_path):
     trainer.train()
     (failed,) = (logs["env/failed_episodes"] for logs in trainer.state.log_history if "env/failed_episodes" in logs)
     assert failed == 0
-
-
-def test_the_tests_of_the_page_about_testing_pass():
-    """Its snippets are one file."""
-    names: dict[str, Any] = {}
-    exec(compile("\n".join(snippets(ROOT / "docs" / "guides" / "testing.md")), "testing.md", "exec"), names)
-    tests = [function for name, function in names.items() if name.startswith("test_")]
-    assert len(tests) == 4
-    for test in tests:
-        test()
-
-
-def test_the_engine_of_the_page_about_engines_trains(tmp_path):
-    """It samples from the policy's own weights, so that its log-probabilities are the trainer's."""
-    names: dict[str, Any] = {}
-    (code,) = snippets(ROOT / "docs" / "guides" / "engines.md")
-    exec(compile(code, "engines.md", "exec"), names)
-    policy = tiny_policy()
-    trainer = StepPOTrainer(
-        make_config(tmp_path, max_steps=2, top_p=0.9, top_k=100, rollout_correction="truncate", learning_rate=1e-2),
-        processing_class=byte_tokenizer(),
-        model=policy,
-        train_dataset=message_rows(),
-        eval_dataset=message_rows(2),
-        environment_factory=Hash,
-        engine=names["PlainEngine"](policy),
-    )
-    trainer.train()
-    updates = [logs for logs in trainer.state.log_history if "rollout/mismatch_kl" in logs]
-    assert len(updates) == 2
-    for logs in updates:
-        assert logs["rollout/mismatch_kl"] == pytest.approx(0.0, abs=1e-6)
-        assert logs["rollout/staleness"] == 0
-        assert logs["env/failed_episodes"] == 0
-    assert trainer.evaluate()["eval_failed_episodes"] == 0
-
-
-def commands(page: Path, program: str) -> list[list[str]]:
-    """The words of each command of a page's shell blocks that begins with a program's name."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_flags_of_the_command_exist(page, capsys):
-    for words in commands(page, "trl-steppo "):
-        subcommand = [word for word in words[1:3] if word in COMMANDS]
-        with pytest.raises(SystemExit):
-            main([*subcommand, "--help"])
-        known = set(re.findall(r"--[a-z0-9_]+", capsys.readouterr().out))
-        assert {word for word in words if word.startswith("--")} <= known, words
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_that_commands_name_exist(page):
-    text = re.sub(r"--json \S+", "", page.read_text())  # what they will write
-    for path in re.findall(r"(?<![\w/])(?:examples|benchmarks)/(?!test_)[\w./-]+\.(?:py|yaml|json)\b", text):
-        assert (ROOT / path).is_file(), path
-
-
-def test_links_lead_to_files():
-    """Or to pages that the site is to have: `make docs` refuses those that are not there."""
-    planned = re.findall(r"\S+\.md$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
-    pages = {ROOT.resolve() / "docs" / page for page in planned}
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
-            path = (page.parent / target).resolve()
-            assert path.exists() or path in pages, target
