@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--max_interaction_steps", type=int, help=f"most steps ({_MAX_INTERACTION_STEPS})")
     judge.add_argument("--tool_timeout_s", type=float, default=60.0, help="most seconds of a tool call")
     judge.add_argument("--dtype", default="auto", help="type of the local model's weights")
-    judge.add_argument("--seed", type=int, default=0)
+    judge.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--whole", action="store_true", help="print long texts with their middle")
 
 
