@@ -21,7 +21,7 @@ from common.record import BenchmarkArguments, parse_arguments, print_table, writ
 from common.runs import Run, play, refuse_failures
 from study.methods import Flags
 from study.plan import chosen_rates, refuse_other_settings
-from study.plots import plot_task
+from study.plots import Style, plot_task
 from study.runs import QUICK, Cell, Store, record_of, run_of
 from study.summary import shown, summarize
 from study.tasks import MINI_WIKI
@@ -33,6 +33,13 @@ SETTINGS: dict[str, Flags] = {
     for correction in ("truncate", "none")
 }
 
+_COLOURS = {1: "#1a7f37", 2: "#9a6700", 4: "#cf222e"}
+STYLES = {SYNCHRONOUS: Style("synchronous", "#0969da")}
+for staleness, colour in _COLOURS.items():
+    age = f"{staleness} update{'s' if staleness > 1 else ''} old"
+    STYLES[f"staleness {staleness}, truncate"] = Style(age, colour)
+    STYLES[f"staleness {staleness}, none"] = Style(f"{age}, no correction", colour, is_main=False, is_dashed=True)
+
 
 @dataclass
 class StalenessArguments(BenchmarkArguments):
@@ -43,7 +50,9 @@ class StalenessArguments(BenchmarkArguments):
         parallel (`int`, *optional*, defaults to `1`):
             Runs at a time, each of which has two processes of one thread.
         results_dir (`str`, *optional*, defaults to `"benchmarks/results/staleness"`):
-            Where a small file of each run is kept, and the figure.
+            Where a small file of each run is kept.
+        images_dir (`str`, *optional*, defaults to `"docs/images"`):
+            Where the figure is drawn; not with `--quick`.
         runs_dir (`str`, *optional*, defaults to `"runs/staleness"`):
             Where the runs write.
     """
@@ -51,6 +60,7 @@ class StalenessArguments(BenchmarkArguments):
     num_seeds: int = field(default=4, metadata={"help": "Seeds of each setting."})
     parallel: int = field(default=1, metadata={"help": "Runs at a time, of two processes each."})
     results_dir: str = field(default="benchmarks/results/staleness", metadata={"help": "Where results are kept."})
+    images_dir: str = field(default="docs/images", metadata={"help": "Where the figure is drawn."})
     runs_dir: str = field(default="runs/staleness", metadata={"help": "Where the runs write."})
 
 
@@ -113,7 +123,7 @@ def main(args: StalenessArguments) -> None:
     found = {name: {**asdict(found), "staleness": ages[name]} for name, found in summaries.items()}
     figures = {"summaries": found, "curves": curves}
     if not args.quick:
-        plot_task(Path(args.results_dir) / "staleness.png", "StepPO on the mini wiki", figures)
+        plot_task(Path(args.images_dir) / "staleness.png", figures, STYLES, {})
     write_record(args.json, {**figures, "seeds": len(cells), "learning_rate": rate})
     refuse_failures(failed)
 

@@ -36,6 +36,7 @@ def in_short(args: StudyArguments) -> StudyArguments:
         tasks=["mini_wiki"],
         methods=["steppo", "token_ppo"],
         results_dir=str(directory / "results"),
+        images_dir=str(directory / "images"),
         runs_dir=str(directory),
     )
 
@@ -57,7 +58,7 @@ def main(args: StudyArguments) -> None:
         failed = run_study(args, store)
         rates = {task.name: chosen_rates(task, store) for task in chain(*TASKS.values())}
     figures = gather(store, rates)
-    draw(figures, store.root)
+    draw(figures, Path(args.images_dir))
     write_record(args.json, {**figures.get("mini_wiki", {}), "tasks": figures, "rates": rates})
     refuse_failures(failed)
 

@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
         "assets",
         "types",
         "errors",
+        "extras",
         "masked",
         "names",
         "durable",
@@ -66,6 +67,7 @@ INSIDE: dict[str, list[str]] = {
         "learner",
     ],
     "trainer": [
+        "terminal",
         "grpo_settings",
         "setting_groups",
         "parser",
@@ -83,9 +85,12 @@ INSIDE: dict[str, list[str]] = {
         "description",
         "model_card",
         "versions",
-        "callbacks",
         "metrics_file",
         "metric_table",
+        "notebook",
+        "callbacks",
+        "closing",
+        "trackers",
         "figures",
         "metrics",
         "episode_log",
@@ -97,6 +102,7 @@ INSIDE: dict[str, list[str]] = {
         "arguments",
         "player",
         "update_record",
+        "diagnosis",
         "inspection",
         "build",
         "rollouts",
@@ -124,7 +130,7 @@ DOCUMENTED = {
 INHERITED = {  # private names of our own that another file defines
     "steppo_trainer.py": {"_set_up"},
     "ppo_trainer.py": {"_as_before", "_event", "_running", "_saving_when_stopped", "_set_out", "_shows_samples"}
-    | {"_heed_requests_to_stop", "_update"},
+    | {"_heed_requests_to_stop", "_update", "_new_run", "_say", "_write"},
 }
 
 

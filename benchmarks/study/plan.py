@@ -36,7 +36,9 @@ class StudyArguments(BenchmarkArguments):
         parallel (`int`, *optional*):
             Runs at a time, of one thread each. `None`: one for each core.
         results_dir (`str`, *optional*, defaults to `"benchmarks/results/step_vs_token"`):
-            Where a small file of each run is kept, and the figures. `--quick` writes to `quick` in `runs_dir`.
+            Where a small file of each run is kept. `--quick` writes to `quick` in `runs_dir`.
+        images_dir (`str`, *optional*, defaults to `"docs/images/step_vs_token"`):
+            Where the figures are drawn; those of `--quick` too go to `quick` in `runs_dir`.
         runs_dir (`str`, *optional*, defaults to `"runs/step_vs_token"`):
             Where the runs write.
     """
@@ -53,6 +55,7 @@ class StudyArguments(BenchmarkArguments):
     results_dir: str = field(
         default="benchmarks/results/step_vs_token", metadata={"help": "Where a file of each run is kept."}
     )
+    images_dir: str = field(default="docs/images/step_vs_token", metadata={"help": "Where the figures are drawn."})
     runs_dir: str = field(default="runs/step_vs_token", metadata={"help": "Where the runs write."})
 
 

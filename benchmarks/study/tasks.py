@@ -83,7 +83,10 @@ def rooms(num_rooms: int, num_words: int) -> Task:
 # One axis at a time
 ROOMS_BY_STEPS = {steps: rooms(steps, 32) for steps in (3, 6, 12)}
 ROOMS_BY_TOKENS = {tokens: rooms(6, tokens) for tokens in (8, 32, 128)}
-ROOMS_AXES = {"steps of an episode (H), L = 32": ROOMS_BY_STEPS, "tokens of a response (L), H = 6": ROOMS_BY_TOKENS}
+ROOMS_AXES = {
+    "steps of an episode (responses of 32 tokens)": ROOMS_BY_STEPS,
+    "tokens of a response (episodes of 6 steps)": ROOMS_BY_TOKENS,
+}
 TASKS = {
     "mini_wiki": [MINI_WIKI],
     "rooms": list({task.name: task for axis in ROOMS_AXES.values() for task in axis.values()}.values()),

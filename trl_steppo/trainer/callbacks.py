@@ -1,17 +1,19 @@
-"""Output of a run on the terminal: a progress bar with one line for each log, and tables of sampled episodes."""
+"""Output of a run on the terminal or in a notebook: progress, one line for each log, and tables of episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from ..types import Episode, TokenIds
+from ..types import Episode, TextOrMessages, TokenIds
+from .metric_table import find_metric
 
-_SHORT_NAMES = {  # of the metrics in a summary line
+_SHORT_NAMES = {  # of the metrics in a line
     "env/exact_match": "em",
     "env/reward": "reward",
     "env/episode_steps": "steps",
@@ -22,7 +24,23 @@ _SHORT_NAMES = {  # of the metrics in a summary line
     "perf/rollout_s": "rollout_s",
     "perf/train_s": "train_s",
 }
-_MAX_CELL_LENGTH = 400
+_EVALUATED = ("exact_match", "reward", "episode_steps", "failed_episodes")  # in the line of an evaluation
+_NUM_SCORES = 4  # of the environment, in the line of an evaluation
+_MIN_WIDTH = 120  # of a table, where the terminal's is not known
+_MAX_COLUMN = 20  # of a column that is not one of these
+_TEXTS = ("read", "wrote")
+
+
+# -- callbacks --------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """A callback that writes lines where it shows the progress of a run."""
+
+    def say(self, text: str) -> None:
+        """Write text."""
+        ...
 
 
 class StepPOProgressCallback(ProgressCallback):
@@ -36,15 +54,48 @@ class StepPOProgressCallback(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        if "train_runtime" in logs:  # the run's times, after its last line
-            return
-        line = summary_line(state.global_step, logs)
+        if state.is_world_process_zero and (line := summary_line(state.global_step, logs or {})):
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        """Write text above the progress bar."""
         if self.training_bar is not None:
-            self.training_bar.write(line)
+            self.training_bar.write(text)
         else:
-            print(line)
+            print(text, flush=True)
+
+
+class StepPOPrinterCallback(PrinterCallback):
+    """The same lines without a progress bar (`disable_tqdm`)."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        if state.is_world_process_zero and (line := summary_line(state.global_step, logs or {})):
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        """Print text."""
+        print(text, flush=True)
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Put this package's callbacks in the place of those with which transformers shows the progress of a trainer."""
+    if trainer.pop_callback(PrinterCallback) is not None:
+        trainer.add_callback(StepPOPrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(StepPOProgressCallback)
+    if any(type(callback).__name__ == "NotebookProgressCallback" for callback in trainer.callback_handler.callbacks):
+        from ..compat.notebook import NotebookProgressCallback  # needs IPython, as the next line
+        from .notebook import StepPONotebookCallback
+
+        trainer.remove_callback(NotebookProgressCallback)
+        trainer.add_callback(StepPONotebookCallback)
 
 
 def close_progress_bars(callbacks: Sequence[object]) -> None:
@@ -58,24 +109,62 @@ def close_progress_bars(callbacks: Sequence[object]) -> None:
                     setattr(callback, name, None)
 
 
-def summary_line(update: int, logs: dict[str, float]) -> str:
-    """The essential metrics of one log, in one line."""
+# -- lines ------------------------------------------------------------------------------------------------------------
+
+
+def summary_line(update: int, logs: Mapping[str, float]) -> str:
+    """The essential metrics of one log, in one line; empty for the times of a whole run, which its summary has."""
+    if "train_runtime" in logs:
+        return ""
     if any(name.startswith("eval_") for name in logs):
-        shown = {
-            name.removeprefix("eval_"): value
-            for name, value in logs.items()
-            if name.startswith("eval_") and name not in ("eval_runtime", "eval_samples_per_second")
-        }
-        head = "evaluation"
-    else:
-        shown = {short: logs[name] for name, short in _SHORT_NAMES.items() if name in logs}
-        head = f"{logs.get('episode', 0):.0f} episodes"
-    return f"update {update} | {head} | " + "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
+        head, shown = "evaluation", dict(_of_evaluation(logs))
+    elif "episode" in logs:
+        head = f"{logs['episode']:,.0f} episodes"
+        shown = {short: logs[name] for name, short in _SHORT_NAMES.items() if _is_told(name, logs)}
+    else:  # what a user logs
+        head, shown = "", {name: value for name, value in logs.items() if name != "epoch"}
+    parts = [f"update {update}", head, "  ".join(_shown(name, value) for name, value in shown.items())]
+    return " | ".join(part for part in parts if part)
 
 
-def print_episodes(episodes: Sequence[Episode], decode: Callable[[TokenIds], str], title: str) -> None:
+def _shown(name: str, value: object) -> str:
+    if not isinstance(value, int | float):
+        return f"{name} {value}"
+    return f"{name} {100 * value:.3g}%" if name.endswith("failed") else f"{name} {value:.3g}"
+
+
+def _of_evaluation(logs: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """The essential metrics of each dataset, and some scores of its environment."""
+    marker = "episode_steps"  # every evaluation has it
+    for name in logs:
+        if not name.endswith(marker):
+            continue
+        prefix = name.removesuffix(marker)
+        of_dataset = {key.removeprefix(prefix): value for key, value in logs.items() if key.startswith(prefix)}
+        dataset = prefix.removeprefix("eval_")  # empty unless there are several
+        scores = [key for key in of_dataset if _is_score(key) and key not in _EVALUATED][:_NUM_SCORES]
+        for key in [*_EVALUATED, *scores]:
+            if _is_told(key, of_dataset):
+                yield f"{dataset}{_SHORT_NAMES.get(f'env/{key}', key)}", of_dataset[key]
+
+
+def _is_told(name: str, logs: Mapping[str, float]) -> bool:
+    """Whether a metric is in the line. Failed episodes are where there are any."""
+    return name in logs and (not name.endswith("failed_episodes") or logs[name] > 0)
+
+
+def _is_score(name: str) -> bool:
+    """Whether a metric of an evaluation is one that the environment measured."""
+    patterns = [getattr(find_metric(prefix + name), "name", "") for prefix in ("env/", "rollout/", "", "eval_")]
+    return patterns == ["env/*", "", "", "eval_*"]
+
+
+# -- tables of episodes -----------------------------------------------------------------------------------------------
+
+
+def episode_table(episodes: Sequence[Episode], decode: Callable[[TokenIds], str], title: str) -> str:
     """
-    Print a table of episodes with one row per step. Values that reward functions logged have columns of their own.
+    A table of episodes with one line a step, as wide as the terminal.
 
     Args:
         episodes (`Sequence[Episode]`):
@@ -84,31 +173,69 @@ def print_episodes(episodes: Sequence[Episode], decode: Callable[[TokenIds], str
             Converts token ids to text.
         title (`str`):
             Title of the table.
+
+    Returns:
+        `str`: The table, for the terminal. It has the columns of [`episode_columns`].
     """
-    table = Table(title=title, show_lines=True)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, _MIN_WIDTH))
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), expand=True)
+    columns = episode_columns(episodes, decode)
+    for name, values in columns.items():
+        longest = min(_MAX_COLUMN, max(map(len, [name, *map(_cell, values)])))
+        is_text = name in _TEXTS
+        table.add_column(
+            Text(name), no_wrap=True, ratio=1 if is_text else None, min_width=None if is_text else longest
+        )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(_cell(value)) for value in row))
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def episode_columns(episodes: Sequence[Episode], decode: Callable[[TokenIds], str]) -> dict[str, list[object]]:
+    """
+    The columns of a table of episodes, with one row for each step.
+
+    Args:
+        episodes (`Sequence[Episode]`):
+            The episodes.
+        decode (`Callable`):
+            Converts token ids to text.
+
+    Returns:
+        `dict[str, list]`: `episode`, `step`, `read` (the question, or what the response before was answered),
+        `wrote`, `reward`, and a column for each name that reward functions logged, with values in last rows.
+    """
     logged = dict.fromkeys(name for episode in episodes for name in episode.logged)
-    for column in ("episode", "step", "read", "wrote", "reward", *logged):
-        table.add_column(Text(column))
+    columns: dict[str, list[object]] = {name: [] for name in ("episode", "step", "read", "wrote", "reward", *logged)}
     for episode in episodes:
-        seen = 0
+        before: TextOrMessages | None = episode.question
         for step in episode.steps:
-            read = decode(step.prompt_ids[seen:])
-            table.add_row(
-                episode.episode_id if step.step_index == 0 else "",
-                str(step.step_index),
-                _cell(read),
-                _cell(decode(step.response_ids)),
-                f"{step.reward:.3g}",
-                *(_cell(str(episode.logged.get(name, ""))) for name in (logged if step is episode.steps[-1] else ())),
-            )
-            seen = len(step.prompt_ids) + len(step.response_ids)
+            read = decode(step.prompt_ids) if before is None else _text(before)
+            is_last = step is episode.steps[-1]
+            values = [episode.episode_id, step.step_index, read, decode(step.response_ids), step.reward]
+            _add(columns, [*values, *(episode.logged.get(name) if is_last else None for name in logged)])
+            before = step.observation
         if episode.error is not None:
-            table.add_row(episode.episode_id, "", "", _cell(episode.error), "failed")
-    Console().print(table)
+            _add(columns, [episode.episode_id, None, "failed", episode.error, None, *(None for _ in logged)])
+    return columns
 
 
-def _cell(text: str) -> Text:
-    """Text without markup, and without its middle if it is long."""
-    if len(text) > _MAX_CELL_LENGTH:
-        text = f"{text[: _MAX_CELL_LENGTH // 2]} ... {text[-_MAX_CELL_LENGTH // 2 :]}"
-    return Text(text.strip())
+def _add(columns: dict[str, list[object]], row: Sequence[object]) -> None:
+    for values, value in zip(columns.values(), row, strict=True):
+        values.append(value)
+
+
+def _text(text: TextOrMessages) -> str:
+    """The text of a question or an observation: of several messages, that of the last one."""
+    return text if isinstance(text, str) else str(text[-1].get("content", "")) if text else ""
+
+
+def _cell(value: object) -> str:
+    """A value in one line."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
 
 from ..batching import num_unique_tokens
 from ..learning.ranks import summed
-from ..types import Episode, StopReason
+from ..types import Episode, StopReason, TokenIds
+from .diagnosis import EqualRewards
 from .metrics import add_episode_metrics
 from .steppo_config import StepPOConfig
 from .update_record import UpdateRecord
@@ -33,10 +34,20 @@ class Inspection:
             Knows the ranks.
         eos_token_id (`int`, *optional*):
             The tokenizer's.
+        decode (`Callable[[TokenIds], str]`):
+            Converts token ids to text.
     """
 
-    def __init__(self, args: StepPOConfig, accelerator: Accelerator, *, eos_token_id: int | None) -> None:
+    def __init__(
+        self,
+        args: StepPOConfig,
+        accelerator: Accelerator,
+        *,
+        eos_token_id: int | None,
+        decode: Callable[[TokenIds], str],
+    ) -> None:
         self._args = args
+        self._equal_rewards = EqualRewards(args, decode)
         self._accelerator = accelerator
         self._eos_token_id = eos_token_id
         self._warned: set[StopReason] = set()
@@ -54,8 +65,11 @@ class Inspection:
         figures = add_episode_metrics(update.means, episodes, eos_token_id=self._eos_token_id)
         update.num_tokens = figures.num_tokens
         if figures.returns:
-            is_equal = figures.has_equal_rewards(compares_groups=self._args.estimator.compares_episodes)
+            is_equal = figures.has_equal_rewards(compares_groups=self._equal_rewards.compares_groups)
             update.logs["env/equal_rewards"] = float(is_equal)
+            warning = self._equal_rewards.warning(update.state, episodes, figures)
+            if warning is not None and self._accelerator.is_main_process:
+                logger.warning(warning)
         valid = [episode for episode in episodes if episode.valid]
         update.logs["perf/unique_tokens"] = num_unique_tokens(valid)
         errors = Counter(str(episode.error) for episode in episodes if not episode.valid)

@@ -14,6 +14,7 @@ from ..compat.transformers import source_of
 from ..errors import ConfigurationError
 from ..models import plain_model
 from ..types import Tokenizer
+from .terminal import notice
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,6 +68,7 @@ class Loader:
         if not self._num_loaded:
             transformers.set_seed(self._seed)
         self._num_loaded += 1
+        notice(f"loading {given}")
         with _naming(argument, given, "a model"):
             model: PreTrainedModel = kind.from_pretrained(given, **{"dtype": "float32", **labels, **self._init_kwargs})
         return model

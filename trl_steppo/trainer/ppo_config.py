@@ -39,7 +39,8 @@ class PPOConfig(_Base):
         local_rollout_forward_batch_size (`int`, *optional*, defaults to `64`):
             Number of rows of one forward pass without gradients, on each rank.
         num_sample_generations (`int`, *optional*, defaults to `10`):
-            How many times during the run a table of sample responses is printed. 0: never.
+            How many times during the run, at most, a table of three episodes is printed, and sent to wandb and
+            trackio. 0: never.
         response_length (`int`, *optional*, defaults to `53`):
             Maximum number of tokens of a response.
         stop_token (`str`, *optional*):

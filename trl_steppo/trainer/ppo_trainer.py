@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from accelerate import PartialState
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..compat.accelerate import find_fsdp
 from ..compat.transformers import TrainOutput, save_policy, source_of
@@ -36,7 +36,7 @@ from .arguments import (
     row_rules,
 )
 from .build import build_parts, build_player, freeze_reward_models
-from .callbacks import StepPOProgressCallback, print_episodes
+from .callbacks import episode_columns, episode_table, show_progress
 from .checkpointing import TrainerCheckpoints, alone_in
 from .checkpoints import Progress
 from .checks import warn_of_waiting
@@ -54,6 +54,7 @@ from .ppo_config import PPOConfig
 from .rollouts import RolloutSource, make_source
 from .run_loop import RunLoop, short_collections
 from .steppo_config import StepPOConfig
+from .trackers import log_table
 from .update_record import RunRecord, UpdateRecord
 
 if TYPE_CHECKING:
@@ -195,9 +196,7 @@ class PPOTrainer(RunLoop):
         find_fsdp(self.accelerator)
         check_distribution(args, Distribution.from_accelerator(self.accelerator), given.optimizers)
         warn_of_waiting(args, self.accelerator)
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(StepPOProgressCallback)
+        show_progress(self)
         self.rows = make_rows(given.train_dataset, seed=args.seed if args.data_seed is None else args.data_seed)
         check_same_order(self.rows.order, "train_dataset")
         derive_sizes(args, self.accelerator.num_processes, self.rows)
@@ -233,7 +232,8 @@ class PPOTrainer(RunLoop):
         self.episode_log = EpisodeLog(args, self.learner, self.player.decode)
         self.progress = Progress(reference_adapter=models.adapters.copied)
         self._adapters = models.adapters
-        self._inspection = Inspection(args, self.accelerator, eos_token_id=self.player.tokenizer.eos_token_id)
+        eos_token_id = self.player.tokenizer.eos_token_id
+        self._inspection = Inspection(args, self.accelerator, eos_token_id=eos_token_id, decode=self.player.decode)
         self._row_rules = row_rules(loaded)
         self._description = {**describe_trainer(type(self)), **task}
 
@@ -288,8 +288,8 @@ class PPOTrainer(RunLoop):
             self.player.running(resumed_at=None if resumed_from is None else self.state.global_step),
             closing(rollouts),  # when the sampler is closed, which ends what is still being played
             self.engine.running(self.state.global_step),
-            self._saving_when_stopped(),
-            self._running(resumed_from) as run,
+            self._saving_when_stopped(run := self._new_run()),
+            self._running(run, resumed_from),
         ):
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 self._heed_requests_to_stop()
@@ -314,8 +314,8 @@ class PPOTrainer(RunLoop):
             if args.dump_episodes_dir is not None:
                 file = episode_file(args.dump_episodes_dir, update.index, self.accelerator.process_index)
                 together(partial(dump_episodes, file, episodes))
-        if self._shows_samples(update) and self.eval_dataset is None and self.accelerator.is_main_process:
-            print_episodes(episodes[:_NUM_SHOWN], self.player.decode, f"episodes sampled in update {update.number}")
+        if self._shows_samples(update) and self.eval_dataset is None:
+            self._show(episodes[:_NUM_SHOWN], f"episodes sampled in update {update.number}")
         return episodes
 
     def _collate(self, update: UpdateRecord, episodes: Sequence[Episode]) -> Rollout | None:
@@ -428,6 +428,9 @@ class PPOTrainer(RunLoop):
             return metrics
         if not any(dataset is part for part in datasets_of(self.eval_dataset)):  # checked at construction
             check_eval_dataset(dataset, **self._row_rules)
+        count = f"{len(dataset)} rows" if isinstance(dataset, Sized) else "a stream"
+        name = metric_key_prefix.removeprefix("eval").removeprefix("_")
+        self._say(f"update {self.state.global_step} | evaluating {count}{' of ' * bool(name)}{name}")
         with self._engine_running():
             measured = self.evaluation.measure(dataset, self.state, partial(self._log_evaluation, metric_key_prefix))
         result = {f"{metric_key_prefix}_{k}": v for k, v in measured.items() if k not in (ignore_keys or ())}
@@ -457,8 +460,17 @@ class PPOTrainer(RunLoop):
             dataset = next(iter(dataset.values()))
         with self._engine_running():
             episodes = self.evaluation.examples(dataset, _NUM_SHOWN if sampling else None, self.state)
-        if self.accelerator.is_main_process:
-            print_episodes(episodes, self.player.decode, "episodes played greedily")
+        self._show(episodes, "episodes played greedily")
+
+    def _show(self, episodes: Sequence[Episode], title: str) -> None:
+        """Print a table of episodes on the first rank. During a run it goes to trackers, too."""
+        if not self.accelerator.is_main_process:
+            return
+        self._write(episode_table(episodes, self.player.decode, title))
+        if self.is_in_train:
+            columns = episode_columns(episodes, self.player.decode)
+            updates: list[object] = [self.state.global_step] * len(columns["episode"])
+            log_table(self.args.report_to or (), "completions", {"update": updates, **columns})
 
     def _engine_running(self) -> AbstractContextManager[None]:
         """Context of an evaluation. During a run the engine runs already; otherwise the evaluation starts it."""

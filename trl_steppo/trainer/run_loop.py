@@ -30,12 +30,15 @@ from ..learning.ranks import gather_objects, together
 from ..modes import modes_kept
 from ..stopping import StopRequestedError, is_requested
 from ..types import Model
-from .callbacks import close_progress_bars
+from .callbacks import Speaker, close_progress_bars
 from .checkpointing import TrainerCheckpoints, save_state
 from .checkpoints import Progress, reading
+from .closing import closing_summary
 from .data_stream import Rows
+from .episode_log import FOLDER
 from .metrics_file import MetricsFile
 from .steppo_config import StepPOConfig
+from .terminal import is_quiet
 from .update_record import Generators, RunRecord, UpdateRecord, averaged
 from .versions import versions
 
@@ -93,6 +96,7 @@ class RunLoop(_Base):
         self.state.train_batch_size = args.per_device_train_batch_size
         self.state.compute_steps(args, args.num_total_batches)
         self.control.should_training_stop = False
+        self._say(self._opening())
         return resumed_from
 
     def _resume(self, resume_from_checkpoint: str | bool) -> Path:
@@ -121,12 +125,15 @@ class RunLoop(_Base):
             self.is_in_train = False
             close_progress_bars(self.callback_handler.callbacks)
 
+    def _new_run(self) -> RunRecord:
+        """The record of a call of `train()`, whose time begins."""
+        assert self.args.batch_size is not None
+        return RunRecord(self.state.global_step, self.args.batch_size)
+
     @contextmanager
-    def _running(self, resumed_from: Path | None) -> Iterator[RunRecord]:
+    def _running(self, run: RunRecord, resumed_from: Path | None) -> Iterator[None]:
         """Context of all updates: callbacks, the first and the last evaluation, the final state on disk."""
         args = self.args
-        assert args.batch_size is not None
-        run = RunRecord(self.state.global_step, args.batch_size)
         if args.loss_aggregation is None:
             logger.info(f"the loss averages over {args.aggregation}s (`loss_aggregation`)")
         if args.should_save:
@@ -140,7 +147,7 @@ class RunLoop(_Base):
         if resumed_from is not None:
             with reading(resumed_from, "rng_state.pth"):
                 load_generators(self, str(resumed_from))
-        yield run
+        yield
         self._log_averages()
         if args.eval_strategy != "no" and self.progress.last_eval_step != self.state.global_step:
             self.evaluate()
@@ -151,9 +158,10 @@ class RunLoop(_Base):
         if args.should_save:
             self.state.save_to_json(str(self.checkpoints.output_dir / "trainer_state.json"))
         together(self.metrics_file.check)
+        self._say(self._closing(run, is_stopped=False))
 
     @contextmanager
-    def _saving_when_stopped(self) -> Iterator[None]:
+    def _saving_when_stopped(self, run: RunRecord) -> Iterator[None]:
         """Save a run that is asked to stop, so that it can be resumed after the last complete update."""
         try:
             yield
@@ -166,6 +174,7 @@ class RunLoop(_Base):
                 self._save_checkpoint(self.learner.policy.module, trial=None)
                 words = f"it was saved as checkpoint-{update}"
             logger.warning(f"the run was asked to stop, and ends after update {update}; {words}")
+            self._say(self._closing(run, is_stopped=True))
             raise
 
     def _heed_requests_to_stop(self) -> None:
@@ -282,7 +291,59 @@ class RunLoop(_Base):
         if args.num_sample_generations <= 0:
             return False
         assert args.num_total_batches is not None
-        return update.index % max(1, args.num_total_batches // args.num_sample_generations) == 0
+        return update.index % math.ceil(args.num_total_batches / args.num_sample_generations) == 0
+
+    # -- what is said -------------------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        """Write a line about the run on the first rank, unless the log level asks for errors only."""
+        if self.accelerator.is_main_process and not is_quiet():
+            self._write(text)
+
+    def _write(self, text: str) -> None:
+        """Write text where this process shows its progress."""
+        speakers = [callback.say for callback in self.callback_handler.callbacks if isinstance(callback, Speaker)]
+        (speakers[0] if speakers else print)(text)
+
+    def _opening(self) -> str:
+        """A line on what the run is going to do."""
+        args, done, all_updates = self.args, self.state.global_step, self.state.max_steps
+        from_where = f", of which {done} are done" if done else ""
+        return (
+            f"{all_updates} updates of {args.batch_size} episodes{from_where}; metrics are in {self.metrics_file.path}"
+        )
+
+    def _closing(self, run: RunRecord, *, is_stopped: bool) -> str:
+        """The summary at the end of a run."""
+        args, step = self.args, self.state.global_step
+        metric = args.metric_for_best_model or self._reward_of_evaluations()
+        return closing_summary(
+            self.state.log_history,
+            title=f"the run {'was stopped' if is_stopped else 'ended'} after update {step} of {self.state.max_steps}",
+            seconds=run.seconds,
+            best_metric=metric if metric.startswith("eval_") else f"eval_{metric}",
+            lower_is_better=args.metric_for_best_model is not None and args.greater_is_better is False,
+            places=self._places(is_stopped=is_stopped),
+        )
+
+    def _reward_of_evaluations(self) -> str:
+        """The reward of the first evaluation dataset."""
+        names = (name for logs in self.state.log_history for name in logs)
+        return next((name for name in names if name.startswith("eval_") and name.endswith("reward")), "eval_reward")
+
+    def _places(self, *, is_stopped: bool) -> dict[str, str]:
+        """Where the results of the run lie, and what can be done with them."""
+        directory = self.checkpoints.output_dir
+        saved, episodes = self.checkpoints.saved_update, directory / FOLDER
+        places = {
+            "model": "" if is_stopped else f"`trainer.save_model()` writes it to {directory}",
+            "checkpoint": "" if saved is None else f"{directory / f'checkpoint-{saved}'}",
+            "go on": "`train(resume_from_checkpoint=True)`" if is_stopped and saved is not None else "",
+            "metrics": f"{self.metrics_file.path}",
+            "episodes": f"{episodes}" if self.args.log_episodes and episodes.is_dir() else "",
+            "report": f"trl-steppo report {directory}",
+        }
+        return {what: place for what, place in places.items() if place}
 
     def _event(self, name: str) -> None:
         """Call the callbacks, which may change `control`."""

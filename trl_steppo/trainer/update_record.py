@@ -40,18 +40,23 @@ class RunRecord:
         self._start = time.monotonic()
         self._first_failure: str | None = None
 
+    @property
+    def seconds(self) -> float:
+        """Time since it began."""
+        return time.monotonic() - self._start
+
     def num_updates(self, done: int) -> int:
         """Updates of this call; `done`: all updates, also those before the run was resumed."""
         return done - self.first_update
 
     def episodes_per_s(self, done: int) -> float:
         """Episodes that were played per second, after so many updates."""
-        return self.num_updates(done) * self._batch_size / (time.monotonic() - self._start)
+        return self.num_updates(done) * self._batch_size / self.seconds
 
     def speed(self, done: int) -> dict[str, float]:
         """The runtime, as `Trainer` logs it, after so many updates."""
         # It takes the beginning by the wall clock, which may have been set since.
-        began = time.time() - (time.monotonic() - self._start)
+        began = time.time() - self.seconds
         num_updates = self.num_updates(done)
         metrics: dict[str, float] = speed_metrics("train", began, num_updates * self._batch_size, num_updates)
         return metrics
