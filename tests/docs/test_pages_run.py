@@ -48,6 +48,7 @@ NOT_RUN = {
     r"python examples/evaluate_hotpotqa.py .*": "needs the whole data sets; tests/examples evaluates on small ones",
     r"python examples/(make_smollm2_policy|warm_start).py .*": "needs a package of 100 MB; tests/examples",
     r".* --dataset_name (ROWS.jsonl|data/hotpotqa).*": "needs a data set that is not here; tests/examples",
+    r"accelerate launch examples/own_algorithm.py.*": "tests/trainer/test_own_algorithm.py runs it in short",
     r"python benchmarks/.*": "takes minutes or hours; tests/benchmarks runs it in short",
     r"python atlas.py": "trains for half a minute; guides/your_environment.md has its code, and runs for two updates",
 }
