@@ -122,20 +122,6 @@ def exit_code(arguments: list[str]) -> int:
         return int(end.code or 0)
 
 
-def _atlas() -> str:
-    """The program of the quickstart: the example of the page on environments, for one small update."""
-    code = snippets(DOCS / "guides" / "your_environment.md")[0]
-    code = code.replace("max_steps=15", "max_steps=1").replace(
-        "per_device_train_batch_size=64", "per_device_train_batch_size=4"
-    )
-    definitions, _, training = code.partition("trainer = ")
-    return f'{definitions}if __name__ == "__main__":\n{textwrap.indent("trainer = " + training, "    ")}'
-
-
-FILES: dict[str, dict[str, Callable[[], str]]] = {"get_started/quickstart.md": {"atlas.py": _atlas}}
-"""Files that readers of a page write, by their names."""
-
-
 # -- Python code ------------------------------------------------------------------------------------------------------
 
 HUB = re.compile(r'"(Qwen|HuggingFaceTB|meta-llama)/[\w.-]+"')
@@ -181,10 +167,14 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {"guides/agents.md": _agents}
 
 
 def _atlas() -> dict[str, str]:
-    (code,) = (code for code in snippets(DOCS / "guides" / "your_environment.md") if "class Atlas" in code)
-    definitions, assignment, training = code.partition("trainer = ")
-    guarded = textwrap.indent(assignment + training, "    ")
-    return {"atlas.py": f'{definitions}\nif __name__ == "__main__":\n{guarded}'}
+    """The program of the quickstart: the example of the page on environments, for one small update."""
+    code = snippets(DOCS / "guides" / "your_environment.md")[0]
+    code = code.replace("max_steps=15", "max_steps=1").replace(
+        "per_device_train_batch_size=64", "per_device_train_batch_size=4"
+    )
+    definitions, _, training = code.partition("trainer = ")
+    guarded = textwrap.indent("trainer = " + training, "    ")
+    return {"atlas.py": f'{definitions}if __name__ == "__main__":\n{guarded}'}
 
 
 FILES: dict[str, Callable[[], dict[str, str]]] = {"get_started/quickstart.md": _atlas}
@@ -286,8 +276,6 @@ def test_a_page_runs(page, tmp_path, monkeypatch, finished_run, trains_briefly):
     monkeypatch.chdir(tmp_path)
     for folder in ("examples", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    for name, content in FILES.get(name_of(page), {}).items():
-        (tmp_path / name).write_text(content())
     names = NAMES.get(name_of(page), dict)()
     for file, content in FILES.get(name_of(page), dict)().items():
         (tmp_path / file).write_text(content)
