@@ -4,7 +4,7 @@ Greedy exact match, F1, steps and tool errors of a model on sets of HotpotQA row
     python examples/evaluate_hotpotqa.py --model_name_or_path runs/mini_wiki --datasets mini_wiki --output_dir runs/e
 
 It evaluates a base model, a trained one, or a model behind an OpenAI-compatible server (this needs
-`pip install "trl-steppo[openai]"`; the key is read from OPENAI_API_KEY):
+`pip install -e ".[openai]"`; the key is read from OPENAI_API_KEY):
 
     python examples/evaluate_hotpotqa.py --base_url URL --model_name_or_path NAME --datasets ROWS.jsonl --output_dir D
 
@@ -38,6 +38,7 @@ from trl_steppo.environments import make_playable
 from trl_steppo.environments.base import MISTAKES, Playable, Response
 from trl_steppo.environments.hotpotqa import EnvironmentArguments, HotpotQAData, hotpotqa_dataset
 from trl_steppo.episodes import EpisodeSpec, as_messages
+from trl_steppo.extras import install_command
 from trl_steppo.inference.base import SamplingParams
 from trl_steppo.inference.local import LocalSampler
 from trl_steppo.models import end_token_ids
@@ -143,7 +144,7 @@ class ServedModel:
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
-            raise SystemExit('--base_url needs the client: pip install "trl-steppo[openai]"') from error
+            raise SystemExit(f"--base_url needs the client: {install_command('openai')}") from error
         self.args = args
         kwargs = read_template_kwargs(args)
         self.extra_body = (

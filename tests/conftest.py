@@ -29,16 +29,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 PINNED_ONLY = (
     *("benchmarks", "comparison", "episodes", "inference/test_vllm.py"),
     *(f"commands/test_{name}.py" for name in ("check", "compare", "config", "memory", "show", "try_out")),
-    *(f"report/test_{name}.py" for name in ("methods", "page", "statistics", "viewer")),
+    *(f"report/test_{name}.py" for name in ("live", "methods", "page", "statistics", "viewer")),
     *(f"gateway/test_{name}.py" for name in ("anthropic", "app", "bodies", "damaged_store", "delivery", "flights")),
     *(f"gateway/test_{name}.py" for name in ("formats", "hostile", "limits", "openai", "placement", "recorded_steps")),
     *(f"gateway/test_{name}.py" for name in ("recorded_store", "responses", "retries", "robustness", "sessions")),
-    *(f"gateway/test_{name}.py" for name in ("store", "wishes")),
+    *(f"gateway/test_{name}.py" for name in ("client", "hints", "store", "wishes")),
     *(f"rollout/test_{name}.py" for name in ("agent", "ahead", "pacing")),
     *(f"trainer/test_{name}.py" for name in ("metric_table", "owned_processes")),
     *(f"trainer/test_{name}.py" for name in ("diagnosis", "killed_ahead", "killed_rank", "metrics_file")),
     *(f"test_{name}.py" for name in ("calls", "durable", "imports", "keeper", "names", "packaging", "typing")),
-    *(f"test_{name}.py" for name in ("readme", "recipes", "types", "warm")),
+    *(f"test_{name}.py" for name in ("extras", "readme", "recipes", "types", "warm")),
 )
 
 # Tensors this small gain nothing from threads, and on a busy machine threads that wait for each other cost minutes.

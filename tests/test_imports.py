@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
         "assets",
         "types",
         "errors",
+        "extras",
         "masked",
         "names",
         "durable",

@@ -161,7 +161,7 @@ def test_recipes_bring_rows_and_a_model(run):
     assert out.startswith("recipe mini_wiki · mini_wiki, greedy\ntools: answer, search\n")
     assert out.count("━") > 100
     assert "row 1" in out
-    assert "f1" in out
+    assert "num_searches 1" in out
 
 
 def test_rows_of_files(code, tmp_path):

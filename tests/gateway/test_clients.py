@@ -306,6 +306,7 @@ def train(name: str, directory: Path, *, updates: int, episodes: int) -> None:
         report_to="none",
         disable_tqdm=True,
         num_sample_generations=0,
+        log_episodes=0,
         dump_episodes_dir=str(directory / "episodes"),
     )
     trainer = StepPOTrainer(

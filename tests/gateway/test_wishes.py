@@ -34,7 +34,12 @@ def test_the_runs_own_sampling_holds_and_the_client_is_told_once(client, policy)
         ("/v1/chat/completions", {"presence_penalty": 0.1}, "presence_penalty"),
         ("/v1/chat/completions", {"frequency_penalty": -0.1}, "frequency_penalty"),
         ("/v1/chat/completions", {"logit_bias": {"5": 1.0}}, "logit_bias"),
-        ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
+        ("/v1/chat/completions", {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        (
+            "/v1/responses",
+            {"input": "x", "messages": None, "text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}},
+            "text.format",
+        ),
         ("/v1/chat/completions", {"no_such_field": 1}, "no_such_field"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0"),
         ("/v1/responses", {"input": "x", "messages": None, "previous_response_id": "resp_1"}, "previous_response_id"),

@@ -14,6 +14,7 @@ import pytest
 
 from tests.report.synthetic import EVIL, TOKEN_PPO, read_run, write_run
 from trl_steppo.cli import main
+from trl_steppo.extras import install_command
 from trl_steppo.report import write_report
 from trl_steppo.report.episodes import _COLUMNS, outcome, sample_episodes
 from trl_steppo.report.figures import final_figures
@@ -254,4 +255,4 @@ sys.exit(main(["report", sys.argv[1]]))
 """
     done = run_python(code, str(run))
     assert done.returncode == 1
-    assert 'pip install "trl_steppo[report]"' in done.stderr
+    assert install_command("report") in done.stderr

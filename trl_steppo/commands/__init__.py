@@ -28,6 +28,9 @@ class Command(Protocol):
     """A module that implements a subcommand."""
 
     HELP: str
+    """What it does, in a few words."""
+    EXAMPLES: str
+    """Commands to begin with, one a line, each indented by two spaces."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the command's arguments."""

@@ -23,15 +23,26 @@ from .launch_file import check_launch, read_mapping
 if TYPE_CHECKING:
     from ..environments.hotpotqa import HotpotQAData, HotpotQARecipe
 
-HELP = "a dry run of a recipe: its settings, and one small update"
+HELP = "try out a recipe without a GPU: its settings, rows and environment, one small update"
+EXAMPLES = """\
+  trl-steppo check mini_wiki
+  trl-steppo check hotpotqa_qwen3_4b --config_file zero3
+  trl-steppo check my_recipe.yaml --dataset_name mini_wiki
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("config", help="a recipe: its name (`trl-steppo recipes` lists them), or a YAML file")
-    parser.add_argument("--dataset_name", help="rows to play instead of the recipe's; `mini_wiki` is built in")
     parser.add_argument(
-        "--config_file", help="the accelerate file it will be launched with: a shipped one's name, or a path"
+        "config", metavar="RECIPE", help="a recipe: its name (`trl-steppo recipes` lists them), or a YAML file"
+    )
+    parser.add_argument(
+        "--dataset_name", metavar="NAME", help="rows to play instead of the recipe's; `mini_wiki` is built in"
+    )
+    parser.add_argument(
+        "--config_file",
+        metavar="NAME",
+        help="the accelerate file of its launch: its name (`trl-steppo config` lists them), or a path",
     )
 
 

@@ -6,8 +6,14 @@ import argparse
 from pathlib import Path
 
 from ..errors import ConfigurationError
+from ..recipes import closest
 
-HELP = "where an accelerate configuration lies that is shipped with the package"
+HELP = "files for `accelerate launch` that come with the package"
+EXAMPLES = """\
+  trl-steppo config
+  trl-steppo config zero3
+  accelerate launch --config_file "$(trl-steppo config zero3)" examples/hotpotqa_steppo.py --config RECIPE
+"""
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """The directory of the shipped files."""
@@ -15,7 +21,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("name", nargs="?", help="its name; left out, all names are listed")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="a file, whose path is printed; left out, all are listed"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,7 +35,8 @@ def run(args: argparse.Namespace) -> None:
     elif args.name in shipped_names():
         print(shipped_file(args.name))
     else:
-        raise ConfigurationError(f"there is no {args.name!r}; choose one of {', '.join(shipped_names())}")
+        near = closest(args.name, shipped_names())
+        raise ConfigurationError(f"there is no {args.name!r}{near}\nThe files are {', '.join(shipped_names())}.")
 
 
 def shipped_names() -> list[str]:

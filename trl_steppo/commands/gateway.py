@@ -17,20 +17,43 @@ from ..assets import locate_model
 from ..errors import ConfigurationError
 
 HELP = "serve a model to agents over the OpenAI and Anthropic APIs, and record what it says"
+EXAMPLES = """\
+  trl-steppo gateway --model mini_wiki
+  trl-steppo gateway --model Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16 --port 8001 --directory runs/served
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--model", required=True, help="`mini_wiki` (built in), a directory, or a name on the hub")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; by default this machine's own")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--directory", default="runs/gateway", help="where sessions are kept, and the admin's key")
-    parser.add_argument("--dtype", default="auto", help="the weights' type: auto, float32, bfloat16")
-    parser.add_argument("--response_length", type=int, default=512, help="most tokens of one response")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--max_interaction_steps", type=int, default=5, help="most steps of a session")
     parser.add_argument(
-        "--idle_s", type=float, default=3600.0, help="seconds without a request after which a session is finished"
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; by default this machine's own"
+    )
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (8000)")
+    parser.add_argument(
+        "--directory",
+        default="runs/gateway",
+        metavar="DIR",
+        help="where sessions are kept, and the admin's key (runs/gateway)",
+    )
+    parser.add_argument(
+        "--dtype", default="auto", metavar="TYPE", help="the weights' type: auto, float32, bfloat16 (auto)"
+    )
+    parser.add_argument(
+        "--response_length", type=int, default=512, metavar="N", help="most tokens of one response (512)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="of sampling, where a request does not say (1)"
+    )
+    parser.add_argument(
+        "--max_interaction_steps", type=int, default=5, metavar="N", help="most steps of a session (5)"
+    )
+    parser.add_argument(
+        "--idle_s",
+        type=float,
+        default=3600.0,
+        metavar="S",
+        help="seconds without a request after which a session is finished",
     )
     parser.add_argument(
         "--allow_uncached_sampling",

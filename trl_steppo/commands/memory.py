@@ -12,32 +12,52 @@ from .shapes import load_config, shape_of
 if TYPE_CHECKING:
     from rich.table import Table
 
-HELP = "what a run needs of each GPU's memory, from the model's shape alone"
+HELP = "the memory that a run needs on each GPU, from the model's shape alone"
+EXAMPLES = """\
+  trl-steppo memory Qwen2.5-3B
+  trl-steppo memory Qwen3-4B --engine zero3 --gpus 4 8 --details
+  trl-steppo memory Qwen/Qwen2.5-7B-Instruct --gpus 1 --lora_rank 32 --weights bfloat16
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", help="Qwen2.5-3B, Qwen3-1.7B, Qwen3-4B (built in), a directory, or a name on the hub")
     kinds = get_args(LaunchKind)
-    parser.add_argument("--engine", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument(
-        "--weights", choices=["float32", "bfloat16"], default="float32", help="what they are loaded as"
+        "model", metavar="MODEL", help="Qwen2.5-3B, Qwen3-1.7B, Qwen3-4B (built in), a directory, or a name on the hub"
     )
-    parser.add_argument("--no_bf16", dest="bf16", action="store_false", help="no mixed precision")
-    parser.add_argument("--no_critic", dest="critic", action="store_false", help="an estimator without a critic")
-    parser.add_argument("--reference", action="store_true", help="with a KL term")
-    parser.add_argument("--lora_rank", type=int, default=0, help="adapters on all linear layers; 0: none")
-    parser.add_argument("--critic_shares_base", action="store_true")
-    parser.add_argument("--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false")
-    parser.add_argument("--micro_batch_tokens", type=int, default=16_384, help="max_tokens_per_micro_batch")
-    parser.add_argument("--cache_tokens", type=int, default=262_144, help="rollout_cache_tokens")
-    parser.add_argument("--concurrent_episodes", type=int, default=64)
     parser.add_argument(
+        "--engine",
+        nargs="+",
+        choices=kinds,
+        default=kinds,
+        metavar="ENGINE",
+        help=f"{', '.join(kinds)}; by default all",
+    )
+    parser.add_argument(
+        "--gpus", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help="numbers of GPUs (1 2 4 8)"
+    )
+    of_run = parser.add_argument_group("the run")
+    of_run.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="type of loaded weights")
+    of_run.add_argument("--no_bf16", dest="bf16", action="store_false", help="no mixed precision")
+    of_run.add_argument("--no_critic", dest="critic", action="store_false", help="an estimator without a critic")
+    of_run.add_argument("--reference", action="store_true", help="a KL term, and so a reference model")
+    of_run.add_argument("--lora_rank", type=int, default=0, metavar="R", help="adapters on all linear layers; 0: none")
+    of_run.add_argument("--critic_shares_base", action="store_true", help="one base model for both adapters")
+    of_run.add_argument(
+        "--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false", help="keep activations"
+    )
+    for flag, default, setting in (
+        ("--micro_batch_tokens", 16_384, "max_tokens_per_micro_batch"),
+        ("--cache_tokens", 262_144, "rollout_cache_tokens"),
+        ("--concurrent_episodes", 64, "max_concurrent_episodes"),
+    ):
+        of_run.add_argument(flag, type=int, default=default, metavar="N", help=f"the run's {setting} ({default})")
+    of_run.add_argument(
         "--samples_in",
         choices=("trainer", "worker", "vllm"),
         default="trainer",
-        help="what samples: the trainer, a process beside it (max_staleness), servers on other GPUs (use_vllm)",
+        help="what samples: the trainer, a process of its own (max_staleness), servers on other GPUs (use_vllm)",
     )
     parser.add_argument("--details", action="store_true", help="a table for each engine, by what the memory is for")
 

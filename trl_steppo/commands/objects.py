@@ -54,11 +54,17 @@ def _load_file(path: Path) -> ModuleType:
         raise ConfigurationError(f"there is no file {path}; give its path, as seen from {Path.cwd()}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
-    assert spec.loader is not None
+    loader = spec.loader
+    assert loader is not None
     _first_in_path(str(path.parent.resolve()))  # what the file imports from beside it
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses and pickle look it up there
-    return _loaded(str(path), lambda: spec.loader.exec_module(module) or module)  # type: ignore[union-attr]
+
+    def load() -> ModuleType:
+        loader.exec_module(module)
+        return module
+
+    return _loaded(str(path), load)
 
 
 def _load_module(name: str) -> ModuleType:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ..chat import ChatFormat
 from ..environments import Playable, make_playable
+from ..environments.base import Tools
 from ..environments.members import Tool
 from ..episodes import EpisodeSpec
 from ..inference import Sampler, SamplingParams
@@ -75,11 +76,11 @@ class Setup:
         """The settings of all episodes."""
         return EpisodeSpec(self.limits, self.sampling, run_seed=self.seed)
 
-    def chat(self, tools: Sequence[object] = ()) -> ChatFormat:
+    def chat(self, tools: Tools = ()) -> ChatFormat:
         """The chat format that shows these tools."""
         return ChatFormat(
             self.tokenizer,
-            tools=list(tools) or None,  # type: ignore[arg-type]
+            tools=tools or None,
             chat_template_kwargs=self.chat_template_kwargs,
             multi_turn=self.agent is not None or self.environment_factory is not None or bool(tools),
             end_token_ids=self.end_token_ids,

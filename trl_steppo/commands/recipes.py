@@ -6,12 +6,19 @@ import argparse
 
 from ..recipes import find_recipe, read_header, recipe_names
 
-HELP = "the recipes that come with the package: what, model, GPUs"
+HELP = "list the recipes that come with the package: what, model, GPUs"
+EXAMPLES = """\
+  trl-steppo recipes
+  trl-steppo recipes mini_wiki
+  accelerate launch examples/hotpotqa_steppo.py --config mini_wiki --seed 2
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("name", nargs="?", help="a recipe, whose file is printed; left out, all are listed")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="a recipe, whose file is printed; left out, all are listed"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

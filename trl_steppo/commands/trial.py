@@ -61,7 +61,7 @@ def one_update(
     The policy searches, then answers. In every other episode, of a batch as of a group, it gives the row's answer, so
     that rewards differ and there is something to learn.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PrinterCallback
 
     from ..inference.local import LocalSampler
     from ..testing import ScriptedEngine, tool_call
@@ -89,6 +89,7 @@ def one_update(
         reward_funcs=recipe.reward_functions(),
         engine=ScriptedEngine(respond, tokenizer=tokenizer),
     )
+    trainer.remove_callback(PrinterCallback)  # what it would print is in the line below
     trainer.train()
     logs: dict[str, float] = {}
     for entry in trainer.state.log_history:

@@ -8,15 +8,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, RolloutError
 from ..types import EpisodeLimits, JsonObject, Row
 from .objects import Kind, is_object_name, kind_of, load_object, load_rows, parse_row
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..inference import Sampler
+    from ..rollout import Agent
     from ..types import Tokenizer
     from .playing import Setup, Trial
     from .speakers import Speaker
@@ -74,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--max_interaction_steps", type=int, help=f"most steps ({_MAX_INTERACTION_STEPS})")
     judge.add_argument("--tool_timeout_s", type=float, default=60.0, help="most seconds of a tool call")
     judge.add_argument("--dtype", default="auto", help="type of the local model's weights")
-    judge.add_argument("--seed", type=int, default=0)
+    judge.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--whole", action="store_true", help="print long texts with their middle")
 
 
@@ -85,7 +88,7 @@ class _Played:
     title: str
     environment_factory: Callable[[], object] | None = None
     tools: list[Callable[..., object]] = field(default_factory=list)
-    agent: Any = None
+    agent: Agent | None = None
     reward_funcs: list[Callable[..., object]] = field(default_factory=list)
     rows: Callable[[int], list[Row]] | None = None
     model: str | None = None
@@ -160,15 +163,15 @@ def _function(name: str) -> Callable[..., object]:
 def _agent_or_recipe(what: list[str], kind: Kind | None) -> _Played:
     from ..recipes import find_recipe, recipe_names
 
-    first = what[0]
-    if kind == "agent" or (first not in recipe_names() and not first.endswith((".yaml", ".yml", ".py"))):
-        command = what[0] if len(what) == 1 else what
-        words = first.split()
-        if kind == "agent" or (words and shutil.which(words[0])):
-            from ..rollout import check_agent
+    first, words = what[0], what[0].split()
+    is_file = len(words) == 1 and first.endswith((".yaml", ".yml", ".py"))
+    is_command = bool(words) and first not in recipe_names() and not is_file and shutil.which(words[0]) is not None
+    if kind == "agent" or is_command:
+        from ..rollout import check_agent
 
-            check_agent(command)
-            return _Played(f"agent {' '.join(what)}", agent=command)
+        command = first if len(what) == 1 else what
+        check_agent(command)
+        return _Played(f"agent {' '.join(what)}", agent=command)
     if first.endswith(".py"):
         raise ConfigurationError(
             f'which object of {first}? Name it: `{first}:NAME`. An agent that is a command: `"python {first}"`'
@@ -268,7 +271,7 @@ def _setup(
     context = None
     sampler: Sampler
     if speaker is None:
-        name: str = args.model or played.model
+        name = str(args.model or played.model)
         sampler, tokenizer, end_token_ids, context = _local_model(name, args.dtype, length)
         who = f"{name}, {how}"
     else:
@@ -316,8 +319,8 @@ def _local_model(name: str, dtype: str, length: int) -> tuple[Sampler, Tokenizer
     kind = dtype if dtype == "auto" else getattr(torch, dtype, None)
     if kind != "auto" and not isinstance(kind, torch.dtype):
         raise ConfigurationError(f"`--dtype` is {dtype!r}; it is auto, or a type of torch such as bfloat16")
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
+    torch.nn.Module.to(model.eval(), "cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(path)
     return LocalSampler(model, allow_uncached=True), tokenizer, tuple(stored_end_token_ids(path)), context
 
@@ -367,13 +370,21 @@ def _print(args: argparse.Namespace, title: str, setup: Setup, trial: Trial, spe
     decode = speaker.decode if speaker is not None else lambda ids: str(setup.tokenizer.decode(list(ids)))
     for episode in trial.episodes:
         of = f", episode {episode.generation_index + 1} of {args.episodes}" if args.episodes > 1 else ""
+        error = None if episode.error is None else _near(episode.error)
         shown = shown_episode(
-            episode,
+            replace(episode, error=error),
             decode,
             title=f"row {episode.stream_position}{of}",
             counts=speaker is None,
         )
         print_episode(shown, console, whole=args.whole)
+    rewards = [episode.episode_return for episode in trial.episodes if episode.valid]
+    if len(rewards) > 1:
+        mean = sum(rewards) / len(rewards)
+        console.print(
+            f"{len(trial.episodes)} episodes: reward {mean:.3g} on average, from {min(rewards):.3g} to "
+            f"{max(rewards):.3g}"
+        )
 
 
 def _print_notes(notes: Sequence[str]) -> None:
@@ -382,4 +393,9 @@ def _print_notes(notes: Sequence[str]) -> None:
 
     console = Console(highlight=False)
     for note in notes:
-        console.print(Text.assemble(("! ", "bold yellow"), note))
+        console.print(Text.assemble(("! ", "bold yellow"), _near(note)))
+
+
+def _near(text: str) -> str:
+    """A text with files as they are seen from the working directory."""
+    return text.replace(os.path.join(os.getcwd(), ""), "")

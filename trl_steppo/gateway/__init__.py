@@ -21,6 +21,7 @@
 | `monitor.py`, `work.py` | metrics; a thread for what takes long, beside the event loop |
 | `connections.py` | silent and endless connections are closed |
 | `server.py` | a thread that serves |
+| `client.py` | a session's client, for agents: rewards and the end of the episode |
 
 Nothing here loads torch.
 """
@@ -30,6 +31,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+from ..extras import missing_library
 from ..names import lazy_names
 
 if TYPE_CHECKING:
@@ -49,9 +51,7 @@ def __getattr__(name: str) -> object:
     try:
         return _find(name)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
-            raise ModuleNotFoundError(
-                f'the gateway needs `{error.name}`, which is not installed: pip install "trl-steppo[gateway]"',
-                name=error.name,
-            ) from error
-        raise
+        missing = missing_library(error)
+        if missing is None:
+            raise
+        raise ModuleNotFoundError(f"the gateway {missing}", name=error.name) from error

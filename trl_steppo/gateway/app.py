@@ -66,7 +66,7 @@ class _Routes:
         """The handler of one API."""
 
         async def handle(request: Request) -> Response:
-            session = self.gateway.session_of(_key(request))
+            session = await self._session(request)
             raw = await self._read(request)
             gone = when_gone(request)
             try:
@@ -108,12 +108,19 @@ class _Routes:
             await is_done(working, gone)
         return await working
 
+    async def _session(self, request: Request) -> Session:
+        """The running session of a request's key."""
+        try:
+            return self.gateway.session_of(_key(request))
+        except RequestError as error:
+            raise await self.gateway.refusal(_key(request), error) from None
+
     async def models(self, request: Request) -> Response:
-        self.gateway.session_of(_key(request))
+        await self._session(request)
         return _json({"object": "list", "data": [self._model(self.gateway.model_name)]})
 
     async def one_model(self, request: Request) -> Response:
-        self.gateway.session_of(_key(request))
+        await self._session(request)
         return _json(self._model(request.path_params["model"]))
 
     def _model(self, name: str) -> JsonObject:
@@ -129,9 +136,9 @@ class _Routes:
         return _json({"id": session.session_id, "api_key": key, "base_url": f"{base}/v1"}, status=201)
 
     async def reward(self, request: Request) -> Response:
-        turn = self._own_session(request).turn
+        turn = (await self._own_session(request)).turn
         body = await self._body(request, RewardBody, turn)
-        session = self._own_session(request)  # which may be over by now
+        session = await self._own_session(request)  # which may be over by now
         index = await self.gateway.set_reward(
             session, body.reward, step=body.step_name, state_key=body.state_key, observation=body.observation
         )
@@ -166,13 +173,16 @@ class _Routes:
         await self.gateway.collect(session, keep=False)
         return _json({"id": session.session_id, "removed": True})
 
-    def _own_session(self, request: Request) -> Session:
+    async def _own_session(self, request: Request) -> Session:
         """The session in the path, for its own key and the admin's. `current` is the session of the key."""
         key, session_id = _key(request), request.path_params["session_id"]
         try:
             session = self.gateway.session_of(key)
         except RequestError:
-            self.gateway.check_admin(key)
+            try:
+                self.gateway.check_admin(key)
+            except RequestError as error:
+                raise await self.gateway.refusal(key, error) from None
             return self.gateway.find(session_id)
         if session_id not in ("current", session.session_id):
             raise unauthorized()
@@ -180,7 +190,7 @@ class _Routes:
 
     async def _own_session_even_if_over(self, request: Request) -> Session:
         try:
-            return self._own_session(request)
+            return await self._own_session(request)
         except RequestError:
             session = await self.gateway.finished_session_of(_key(request))
             if session is None or request.path_params["session_id"] not in ("current", session.session_id):
@@ -261,13 +271,19 @@ def make_app(
         return Response(described, media_type="application/json")
 
     table = [
-        Route(_starlette_path(op.path), _watched(gateway, op.path, handler), methods=[op.method])
+        Route(_starlette_path(path), _watched(gateway, op.path, handler), methods=[op.method])
         for op, handler in operations
+        for path in _paths(op.path)
     ]
     return Starlette(
         routes=[*table, Route("/openapi.json", openapi)],
         exception_handlers={HTTPException: _on_http_error},
     )
+
+
+def _paths(path: str) -> tuple[str, ...]:
+    """Where an operation is found: clients' base URLs lack `/v1`, or have one that the client adds again."""
+    return (path, path.removeprefix("/v1"), f"/v1{path}") if path.startswith("/v1/") else (path,)
 
 
 def _starlette_path(path: str) -> str:
@@ -313,7 +329,7 @@ def _json(data: object, *, status: int = 200) -> Response:
 
 
 def _error(request: Request, error: RequestError) -> Response:
-    dialect = next((api for api in DIALECTS if api.path == request.url.path), openai.CHAT_COMPLETIONS)
+    dialect = next((api for api in DIALECTS if request.url.path in _paths(api.path)), openai.CHAT_COMPLETIONS)
     response = _json(dialect.error(error), status=error.status)
     if error.retry_after_s is not None:
         response.headers["retry-after"] = str(math.ceil(error.retry_after_s))
@@ -325,7 +341,14 @@ def _error(request: Request, error: RequestError) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """Answer to a path or a method that does not exist."""
     assert isinstance(error, HTTPException)
-    response = _error(request, RequestError(error.status_code, error.detail))
+    message = error.detail
+    if error.status_code == 404:
+        base = str(request.base_url).rstrip("/")
+        message = (
+            f"there is nothing at {request.url.path[:200]!r}. The `base_url` of OpenAI's clients is {base}/v1, that "
+            f"of Anthropic's {base}; sessions are at {base}/sessions, and {base}/openapi.json lists all paths"
+        )
+    response = _error(request, RequestError(error.status_code, message))
     response.headers.update(error.headers or {})
     return response
 

@@ -132,6 +132,20 @@ def arguments_of(text: str, param: str, limits: BodyLimits) -> JsonObject:
     return arguments
 
 
+def check_form(form: str, param: str) -> None:
+    """
+    Refuse the form of response that a client could not rely on: it would leave the schema to the API, so that the
+    policy never reads it, and read the response without checking it.
+    """
+    if form == "json_schema":
+        raise RequestError(
+            400,
+            f"`{param}`: 'json_schema' is not kept here: the policy samples freely, and does not see the schema. Say "
+            "in the prompt what the response should be, and ask for 'json_object'; or offer a tool that takes it",
+            param=param,
+        )
+
+
 def call_message(content: str, calls: list[tuple[str, JsonObject]]) -> Message:
     """An assistant's message with tool calls, in our own form."""
     message: Message = {"role": "assistant", "content": content}

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..types import StopReason
-from .conversation import Answer, unauthorized
+from .conversation import Answer
 from .placement import Placement
-from .sessions import Delivery, Session, budget_error, key_digest
+from .sessions import Delivery, Session, SessionEnd, budget_error, key_digest
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,9 @@ class Flights:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if task.cancelled():  # by this class, and not the one who waits
-                raise (unauthorized() if self._session.is_over else budget_error(self._session)) from None
+                if self._session.is_over:
+                    raise SessionEnd.of(self._session).refusal() from None
+                raise budget_error(self._session) from None
             raise
         finally:
             flight.num_waiting -= 1

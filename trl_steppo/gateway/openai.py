@@ -17,6 +17,7 @@ from .bodies import (
     OpenAIOptions,
     arguments_of,
     call_message,
+    check_form,
     dumps,
     event,
     text_of,
@@ -94,9 +95,10 @@ class StreamOptions(Body):
 
 
 class ResponseFormat(Body):
-    """Only text: a grammar would change what is sampled."""
+    """What the response should be. It is text: a grammar would change what is sampled."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: FiniteObject | None = None
 
 
 class NamedFunction(Body):
@@ -156,7 +158,10 @@ class ChatBody(_Sampling, OpenAIOptions):
     def request(self, limits: BodyLimits) -> ModelRequest:
         """What is asked, in our own form."""
         tools = () if self.tool_choice == "none" else self.tools or ()
+        form = "text" if self.response_format is None else self.response_format.type
+        check_form(form, "response_format")
         ignored = {
+            "response_format": form == "json_object",
             "tool_choice": self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice),
             "parallel_tool_calls": self.parallel_tool_calls is False,
             "reasoning_effort": self.reasoning_effort is not None,

@@ -18,6 +18,7 @@ from .bodies import (
     OpenAIOptions,
     arguments_of,
     call_message,
+    check_form,
     dumps,
     event,
     text_of,
@@ -101,9 +102,13 @@ class ResponseTool(Body):
 
 
 class TextFormat(Body):
-    """Only text: a grammar would change what is sampled."""
+    """What the response should be. It is text: a grammar would change what is sampled."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[FiniteObject | None, Field(alias="schema")] = None
+    strict: bool | None = None
 
 
 class TextOptions(Body):
@@ -143,7 +148,10 @@ class ResponsesBody(ModelBody, OpenAIOptions):
     def request(self, limits: BodyLimits) -> ModelRequest:
         """What is asked, in our own form."""
         tools = () if self.tool_choice == "none" else self.tools or ()
+        form = "text" if self.text is None or self.text.format is None else self.text.format.type
+        check_form(form, "text.format")
         ignored = {
+            "text.format": form == "json_object",
             "tool_choice": self.tool_choice == "required" or isinstance(self.tool_choice, ResponseToolChoice),
             "parallel_tool_calls": self.parallel_tool_calls is False,
             "reasoning": bool(self.reasoning),

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import TypedDict
 
@@ -16,11 +17,13 @@ from .flights import Retry, end_by_time
 from .monitor import Monitor
 from .responder import Reply, Responder, Services
 from .sampling import SamplingPort
-from .sessions import Delivery, Session, key_digest
+from .sessions import Delivery, Session, SessionEnd, key_digest
 from .store import Store, StoredSession, report_damage, written
 from .stored import notes_from_json, notes_to_json, spec_from_json, spec_to_json, step_from_json
 from .tokens import ChatFormats
 from .work import Worker
+
+_MAX_ENDED = 4096  # sessions whose end is remembered
 
 
 class Ending(TypedDict, total=False):
@@ -80,6 +83,7 @@ class Gateway:
         self._admin_digest = None if admin_key is None else key_digest(admin_key)
         self._responders: dict[str, Responder] = {}
         self._by_digest: dict[str, Session] = {}
+        self._ended: OrderedDict[str, SessionEnd] = OrderedDict()  # by digest: the store may forget sessions
         self.monitor.watch(num_sessions=lambda: len(self._responders), is_paused=lambda: self.port.is_paused)
 
     async def respond(self, session: Session, request: ModelRequest, retry: Retry) -> Reply:
@@ -90,7 +94,7 @@ class Gateway:
             RequestError: The request cannot be answered as it is; the episode is over; the sampler failed.
         """
         if session.is_over:  # since its key was checked
-            raise unauthorized()
+            raise SessionEnd.of(session).refusal()
         return await self._responders[session.session_id].respond(request, retry)
 
     # -- keys ---------------------------------------------------------------------------------------------------------
@@ -115,6 +119,14 @@ class Gateway:
         if not session.ended_early:  # requests after the end do not count as activity
             session.last_active = time.monotonic()
         return session
+
+    async def refusal(self, key: str | None, error: RequestError) -> RequestError:
+        """What the owner of a refused key is told: how its session ended, if it had one; else `error`."""
+        end = self._ended.get(key_digest(key or ""))
+        if end is None and key:
+            session = await self.finished_session_of(key)
+            end = None if session is None else SessionEnd.of(session)
+        return error if end is None else end.refusal()
 
     async def finished_session_of(self, key: str | None) -> Session | None:
         """The finished session that had this key, from the store."""
@@ -209,6 +221,7 @@ class Gateway:
             responder = self._responders.get(session.session_id)
             if not session.is_over:
                 session.is_over = True  # no request begins from here on
+                session.notes.ended = time.time()
                 flights = [] if responder is None else await responder.flights.land()
                 session.notes.terminated = terminated
                 if out_of_time:
@@ -279,6 +292,9 @@ class Gateway:
     def _forget(self, session: Session) -> None:
         """Remove what is in memory of a finished session, and count how it ended."""
         self._by_digest.pop(session.digest, None)
+        self._ended[session.digest] = SessionEnd.of(session)
+        if len(self._ended) > _MAX_ENDED:
+            self._ended.popitem(last=False)
         self.port.release(session.session_id)
         num_left_out = len(session.steps) - len(session.visible())
         self.monitor.undelivered.inc(num_left_out - session.deliveries.count(Delivery.UNANSWERED))

@@ -14,6 +14,8 @@ from ..episodes import EpisodeRecord, EpisodeSpec, Notes, RecordedStep
 from ..types import Episode, StopReason, TextOrMessages
 from .conversation import Answer, RequestError
 
+_MAX_SHOWN = 300  # characters of an error that a client is told
+
 
 def key_digest(key: str) -> str:
     """Digest of a key that is kept: enough to recognize the key, not enough to use it."""
@@ -77,9 +79,12 @@ class SessionNotes(Notes):
     Args:
         created (`float`):
             When the session was opened, in seconds since 1970.
+        ended (`float`, *optional*):
+            When it was finished.
     """
 
     created: float = field(default_factory=time.time)
+    ended: float | None = None
 
 
 class Session(EpisodeRecord[SessionStep]):
@@ -281,3 +286,46 @@ def budget_error(session: Session) -> RequestError:
         f"this episode is over ({reason}): no further step is sampled; end the agent's run",
         code="episode_over",
     )
+
+
+@dataclass(frozen=True)
+class SessionEnd:
+    """
+    What the owner of a finished session's key is told.
+
+    Args:
+        how (`str`):
+            How it ended.
+        num_steps (`int`):
+            Its number of steps.
+        at (`float`, *optional*):
+            When, in seconds since 1970.
+    """
+
+    how: str
+    num_steps: int
+    at: float | None
+
+    @classmethod
+    def of(cls, session: Session) -> SessionEnd:
+        """The end of a finished session."""
+        notes, reason = session.notes, session.end_reason()
+        how = f"`{reason.value}` ended it"
+        if reason is StopReason.ERROR:
+            how = f"it failed: {notes.error or 'it had no step'}"
+        elif reason is StopReason.ENVIRONMENT:
+            how = "it was finished"
+        return cls(how[:_MAX_SHOWN], len(session.visible()), notes.ended)
+
+    def refusal(self) -> RequestError:
+        """The answer to a request with the session's key."""
+        when = ""
+        if self.at is not None:
+            ago_s = max(0.0, time.time() - self.at)
+            when = f" since {time.strftime('%H:%M:%S', time.localtime(self.at))} ({ago_s:.0f} s ago)"
+        return RequestError(
+            401,
+            f"the session of this key is over{when}, with {self.num_steps} steps: {self.how}. Nothing more is sampled "
+            "or paid in it; end the agent's run",
+            code="session_over",
+        )

@@ -154,8 +154,8 @@ def notes_to_json(notes: SessionNotes, deliveries: Sequence[Delivery]) -> JsonOb
     untold = [position for position, delivery in enumerate(deliveries) if delivery.is_untold]
     unanswered = [position for position, delivery in enumerate(deliveries) if delivery is Delivery.UNANSWERED]
     data = {**asdict(notes), "undelivered": untold, "unanswered": unanswered}
-    output = {} if notes.agent_output is None else {"agent_output": notes.agent_output}
-    return {**{name: data[name] for name in _NOTES_FIELDS}, **output}
+    later = {name: data[name] for name in ("ended", "agent_output") if data[name] is not None}
+    return {**{name: data[name] for name in _NOTES_FIELDS}, **later}
 
 
 def notes_from_json(data: JsonObject, *, num_steps: int) -> tuple[SessionNotes, list[Delivery]]:

@@ -8,6 +8,9 @@ from ..episodes import EpisodeSpec
 from ..inference.base import MIN_TEMPERATURE, SamplingParams
 from .conversation import ModelRequest, RequestError, Wishes
 
+_JSON_IS_ASKED_FOR = "the response is sampled freely: it is JSON only if the prompt has the policy write it"
+_WHY_IGNORED = {name: f"{name} is not used: {_JSON_IS_ASKED_FOR}" for name in ("response_format", "text.format")}
+
 
 def check_wishes(spec: EpisodeSpec, wishes: Wishes) -> None:
     """Raise a `RequestError` for settings that could not be sampled, or not be scored exactly in training."""
@@ -29,7 +32,7 @@ def check_wishes(spec: EpisodeSpec, wishes: Wishes) -> None:
 def unmet_wishes(spec: EpisodeSpec, request: ModelRequest) -> dict[str, str]:
     """What a client is told of the settings that do not hold, by the name of their field."""
     wishes, sampling = request.wishes, spec.sampling
-    unmet = {name: f"{name} is not used" for name in request.ignored}
+    unmet = {name: _WHY_IGNORED.get(name, f"{name} is not used") for name in request.ignored}
     if wishes.max_tokens is not None and wishes.max_tokens > sampling.max_new_tokens:
         unmet["max_tokens"] = f"a response has at most {sampling.max_new_tokens} tokens"
     if spec.training:

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from ..calls import CallTimeoutError, within
 from ..errors import ConfigurationError, DataError, RolloutError
+from ..extras import install_command
 from ..types import StopReason, TokenIds
 from .base import Counts, Sample, SamplingParams, check_request
 from .vllm_server import FIRST_VERSION, AnswerError, Sending, VLLMServer, Weights
@@ -95,7 +96,7 @@ class VLLMSampler:
             import aiohttp  # noqa: F401
         except ImportError as error:
             raise ConfigurationError(
-                '`use_vllm` is set, but aiohttp is not installed: pip install "trl-steppo[vllm]"'
+                f"`use_vllm` is set, but aiohttp is not installed: {install_command('vllm')}"
             ) from error
         self.timeout_s = timeout_s
         self.vocabulary_size = vocabulary_size
@@ -105,7 +106,8 @@ class VLLMSampler:
         self.retry_s = retry_s
         self.counts = Counts()
         self.num_retries = 0  # requests that were asked again
-        self._servers = [VLLMServer(url.rstrip("/"), silent_s, join) for url in urls]
+        # With `/v1`, as clients of the OpenAI API write it, every request would be answered with a 404.
+        self._servers = [VLLMServer(url.rstrip("/").removesuffix("/v1"), silent_s, join) for url in urls]
         self._homes: dict[str, VLLMServer] = {}
         self._weights: Weights | None = None
         self._adapter_before: Weights | None = None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..batching import StepBatch
 from ..errors import ConfigurationError
+from ..extras import install_command
 from ..modes import evaluating
 from ..types import Model
 from .forward import EntropyMode, LogprobsAndEntropy
@@ -57,7 +58,7 @@ def add_adapter(model: Model, peft_config: object, *, name: str = "default") -> 
         from peft import PeftConfig, get_peft_model
     except ImportError as error:
         raise ConfigurationError(
-            '`peft_config` is set, but peft is not installed: pip install "trl-steppo[peft]"'
+            f"`peft_config` is set, but peft is not installed: {install_command('peft')}"
         ) from error
     if not isinstance(peft_config, PeftConfig):
         raise ConfigurationError(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigurationError, DataError
+from ...extras import install_command
 from .retrieval import INDEX, Passage, check_index, check_num_passages
 
 _VECTORS = "vectors.faiss"
@@ -153,6 +154,6 @@ def _import() -> tuple[Any, Any]:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ConfigurationError(
-            f'dense retrieval needs the extra `dense`: pip install "trl-steppo[dense]" ({error})'
+            f"dense retrieval needs the extra `dense`: {install_command('dense')} ({error})"
         ) from error
     return faiss, SentenceTransformer

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from ...errors import ConfigurationError
+from ...extras import install_command
 from .data import MINI_WIKI, SYSTEM_PROMPT, HotpotQAData, hotpotqa_dataset
 from .environment import HotpotQAEnvironment
 from .retrieval import Retriever
@@ -97,8 +99,12 @@ class HotpotQARecipe(EnvironmentArguments):
         """The adapter of the policy, if there is one."""
         if not self.use_peft:
             return None
-        from peft import LoraConfig
-
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ConfigurationError(
+                f"`use_peft` is set, but peft is not installed: {install_command('peft')}"
+            ) from error
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
