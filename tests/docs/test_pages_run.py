@@ -36,6 +36,9 @@ NOT_RUN = {
     r"(python -m )?pytest .*": "tests of their own",
     r"(vllm serve|\.venv-vllm/bin/python) .*": "serves with vLLM, which `make test-vllm` does",
     r".* --use_vllm true .*": "needs vLLM servers; `make test-vllm` trains with one",
+    r"trl-steppo try .*my_agent.*": "a model of the hub; tests/commands/test_try_out.py tries agents",
+    r".* --endpoint .*": "asks an API; tests/commands/test_try_out.py asks one of its own",
+    r"trl-steppo show runs/.*": "reads a run, which takes longer to make; tests/commands/test_show.py reads one",
     r"curl .*": "asks a gateway that is served; tests/gateway asks the same over HTTP",
     r"trl-steppo gateway .*": "serves until it is stopped; tests/commands/test_gateway.py serves",
     r"trl-steppo check hotpotqa_.*": "plays a wide model for a minute; tests/commands checks a small one",
@@ -45,6 +48,7 @@ NOT_RUN = {
     r"python examples/evaluate_hotpotqa.py .*": "needs the whole data sets; tests/examples evaluates on small ones",
     r"python examples/(make_smollm2_policy|warm_start).py .*": "needs a package of 100 MB; tests/examples",
     r".* --dataset_name (ROWS.jsonl|data/hotpotqa).*": "needs a data set that is not here; tests/examples",
+    r"accelerate launch examples/own_algorithm.py.*": "tests/trainer/test_own_algorithm.py runs it in short",
     r"python benchmarks/.*": "takes minutes or hours; tests/benchmarks runs it in short",
     r"python atlas.py": "trains for half a minute; guides/your_environment.md has its code, and runs for two updates",
 }
@@ -156,7 +160,12 @@ def _agents() -> dict[str, Any]:
 
     rows = [{"prompt": "?", "question": f"Who is {name}?", "answer": name} for name in "abcd"]
     settings = {"max_steps": 1, "per_device_train_batch_size": 4, "response_length": 8, "report_to": "none"}
+
+    def play_game(row: Any, base_url: str, api_key: str) -> list[Any]:
+        return []
+
     return {
+        "play_game": play_game,
         "AsyncOpenAI": openai.AsyncOpenAI,
         "StepPOTrainer": StepPOTrainer,
         "my_agent": my_agent,
@@ -284,6 +293,8 @@ def test_a_page_runs(page, tmp_path, monkeypatch, finished_run, trains_briefly):
         (tmp_path / file).write_text(content)
     for part in runnable(page):
         if isinstance(part, str):
+            if match := re.match(r"# (\w+\.py)\n", part):  # a file, which commands of the page name
+                (tmp_path / match[1]).write_text(part)
             run_code(changed(name_of(page), part), names, name_of(page))
         else:
             run_command(part, tmp_path, finished_run)
