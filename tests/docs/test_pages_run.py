@@ -36,6 +36,9 @@ NOT_RUN = {
     r"(python -m )?pytest .*": "tests of their own",
     r"(vllm serve|\.venv-vllm/bin/python) .*": "serves with vLLM, which `make test-vllm` does",
     r".* --use_vllm true .*": "needs vLLM servers; `make test-vllm` trains with one",
+    r"trl-steppo try .*my_agent.*": "a model of the hub; tests/commands/test_try_out.py tries agents",
+    r".* --endpoint .*": "asks an API; tests/commands/test_try_out.py asks one of its own",
+    r"trl-steppo show runs/.*": "reads a run, which takes longer to make; tests/commands/test_show.py reads one",
     r"curl .*": "asks a gateway that is served; tests/gateway asks the same over HTTP",
     r"trl-steppo gateway .*": "serves until it is stopped; tests/commands/test_gateway.py serves",
     r"trl-steppo check hotpotqa_.*": "plays a wide model for a minute; tests/commands checks a small one",
@@ -104,7 +107,8 @@ def run_short(script: str, arguments: list[str], directory: Path) -> None:
         shutil.copytree(_RUNS[words] / "runs", directory / "runs", dirs_exist_ok=True)
         return
     given = [*arguments, *SHORT.get(script, ())]
-    done = run_script(ROOT / script, *given, cwd=directory, timeout=120, CUDA_VISIBLE_DEVICES="")
+    program = directory / script if (directory / script).exists() else ROOT / script
+    done = run_script(program, *given, cwd=directory, timeout=120, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
     _RUNS[words] = directory
 
@@ -115,6 +119,20 @@ def exit_code(arguments: list[str]) -> int:
         return main(arguments)
     except SystemExit as end:  # as `--help` does
         return int(end.code or 0)
+
+
+def _atlas() -> str:
+    """The program of the quickstart: the example of the page on environments, for one small update."""
+    code = snippets(DOCS / "guides" / "your_environment.md")[0]
+    code = code.replace("max_steps=15", "max_steps=1").replace(
+        "per_device_train_batch_size=64", "per_device_train_batch_size=4"
+    )
+    definitions, _, training = code.partition("trainer = ")
+    return f'{definitions}if __name__ == "__main__":\n{textwrap.indent("trainer = " + training, "    ")}'
+
+
+FILES: dict[str, dict[str, Callable[[], str]]] = {"get_started/quickstart.md": {"atlas.py": _atlas}}
+"""Files that readers of a page write, by their names."""
 
 
 # -- Python code ------------------------------------------------------------------------------------------------------
@@ -141,7 +159,12 @@ def _agents() -> dict[str, Any]:
 
     rows = [{"prompt": "?", "question": f"Who is {name}?", "answer": name} for name in "abcd"]
     settings = {"max_steps": 1, "per_device_train_batch_size": 4, "response_length": 8, "report_to": "none"}
+
+    def play_game(row: Any, base_url: str, api_key: str) -> list[Any]:
+        return []
+
     return {
+        "play_game": play_game,
         "AsyncOpenAI": openai.AsyncOpenAI,
         "StepPOTrainer": StepPOTrainer,
         "my_agent": my_agent,
@@ -262,11 +285,15 @@ def test_a_page_runs(page, tmp_path, monkeypatch, finished_run, trains_briefly):
     monkeypatch.chdir(tmp_path)
     for folder in ("examples", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
+    for name, content in FILES.get(name_of(page), {}).items():
+        (tmp_path / name).write_text(content())
     names = NAMES.get(name_of(page), dict)()
     for file, content in FILES.get(name_of(page), dict)().items():
         (tmp_path / file).write_text(content)
     for part in runnable(page):
         if isinstance(part, str):
+            if match := re.match(r"# (\w+\.py)\n", part):  # a file, which commands of the page name
+                (tmp_path / match[1]).write_text(part)
             run_code(changed(name_of(page), part), names, name_of(page))
         else:
             run_command(part, tmp_path, finished_run)

@@ -335,4 +335,4 @@ def _shown_session(session: Session, decode: Callable[[TokenIds], str] | None) -
 
 
 def _ending(session: Session, shown: ShownEpisode) -> str:
-    return shown.ending if session.is_over or session.ended_early else "it is not over"
+    return shown.ending if session.is_over or session.ended_early else "not yet"

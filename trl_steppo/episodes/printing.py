@@ -201,9 +201,9 @@ def _content(message: Message) -> str:
 
 
 _ENDINGS = {
-    "environment": "its environment, or a response without a tool call, ended it",
-    "response_length": "its last response was cut at `response_length` (truncated)",
-    "error": "it failed",
+    "environment": "by its environment, or by a response without a tool call",
+    "response_length": "at `response_length`, where its last response was cut (truncated)",
+    "error": "with an error",
 }
 
 
@@ -211,7 +211,7 @@ def ending_of(stop_reason: str | None, *, truncated: bool) -> str:
     """How an episode ended, in words."""
     if stop_reason in _ENDINGS:
         return _ENDINGS[stop_reason]
-    return f"`{stop_reason}` cut it{' (truncated)' if truncated else ''}" if stop_reason else "it is not over"
+    return f"at `{stop_reason}`{' (truncated)' if truncated else ''}" if stop_reason else "not yet"
 
 
 # -- on the terminal --------------------------------------------------------------------------------------------------
