@@ -154,20 +154,27 @@ def shown_rows(rows: Sequence[JsonObject], *, title: str | None = None) -> Shown
         steps,
         ending_of(first["stop_reason"], truncated=bool(first["truncated"])),
         first["score"],
-        json.loads(first["metrics"] or "{}"),
+        _object(first["metrics"]),
         first["error"],
-        json.loads(first.get("logged") or "{}"),
+        _object(first.get("logged")),
         first.get("agent_output"),
         name=first["episode_id"],
     )
 
 
+def _object(value: JsonObject | str | None) -> JsonObject:
+    """A mapping, which logs hold as JSON."""
+    found: JsonObject = json.loads(value or "{}") if isinstance(value, str | None) else value
+    return found
+
+
 def _step_of_row(row: JsonObject, before: JsonObject | None) -> ShownStep:
-    notes = [f"{len(row['tokens'])} tokens"]
+    notes = [f"{len(row['tokens'])} tokens"] if row["tokens"] else []
     if row["response_stop_reason"] == StopReason.LENGTH.value:
         notes.append("cut at its length")
-    known = 0 if before is None else before["prompt_tokens"] + len(before["tokens"])
-    kept = row["prompt_kept_tokens"]
+    kept, known = row["prompt_kept_tokens"], None  # of TRL's tables, nothing is known of tokens
+    if before is not None and before["prompt_tokens"] is not None:
+        known = before["prompt_tokens"] + len(before["tokens"])
     if before is not None and kept != known:
         notes.append(f"its prompt was rewritten after {kept} tokens")
     for name in ("value", "return", "advantage"):
