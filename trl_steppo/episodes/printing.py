@@ -356,7 +356,7 @@ def episode_columns(episodes: Sequence[Episode], decode: Decode) -> dict[str, li
             is_last = step is episode.steps[-1]
             values = [episode.episode_id, step.step_index, read, decode(step.response_ids), step.reward]
             _add(columns, [*values, *(episode.logged.get(name) if is_last else None for name in logged)])
-            before = observation_text(step.observation)
+            before = " ".join(map(_content, as_messages(step.observation)))
         if episode.error is not None:
             _add(columns, [episode.episode_id, None, "failed", episode.error, None, *(None for _ in logged)])
     return columns
