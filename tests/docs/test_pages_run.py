@@ -50,7 +50,6 @@ NOT_RUN = {
     r".* --dataset_name (ROWS.jsonl|data/hotpotqa).*": "needs a data set that is not here; tests/examples",
     r"accelerate launch examples/own_algorithm.py.*": "tests/trainer/test_own_algorithm.py runs it in short",
     r"python benchmarks/.*": "takes minutes or hours; tests/benchmarks runs it in short",
-    r"python atlas.py": "trains for half a minute; guides/your_environment.md has its code, and runs for two updates",
 }
 """Patterns of commands that are not run, and the reasons."""
 
@@ -122,6 +121,20 @@ def exit_code(arguments: list[str]) -> int:
         return int(end.code or 0)
 
 
+def _atlas() -> str:
+    """The program of the quickstart: the example of the page on environments, for one small update."""
+    code = snippets(DOCS / "guides" / "your_environment.md")[0]
+    code = code.replace("max_steps=15", "max_steps=1").replace(
+        "per_device_train_batch_size=64", "per_device_train_batch_size=4"
+    )
+    definitions, _, training = code.partition("trainer = ")
+    return f'{definitions}if __name__ == "__main__":\n{textwrap.indent("trainer = " + training, "    ")}'
+
+
+FILES: dict[str, dict[str, Callable[[], str]]] = {"get_started/quickstart.md": {"atlas.py": _atlas}}
+"""Files that readers of a page write, by their names."""
+
+
 # -- Python code ------------------------------------------------------------------------------------------------------
 
 HUB = re.compile(r'"(Qwen|HuggingFaceTB|meta-llama)/[\w.-]+"')
@@ -165,26 +178,12 @@ def _agents() -> dict[str, Any]:
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {"guides/agents.md": _agents}
 """What a page leaves to its readers: names that its code uses and does not define."""
 
-
-def _atlas() -> dict[str, str]:
-    """The program of the quickstart: the example of the page on environments, for one small update."""
-    code = snippets(DOCS / "guides" / "your_environment.md")[0]
-    code = code.replace("max_steps=15", "max_steps=1").replace(
-        "per_device_train_batch_size=64", "per_device_train_batch_size=4"
-    )
-    definitions, _, training = code.partition("trainer = ")
-    guarded = textwrap.indent("trainer = " + training, "    ")
-    return {"atlas.py": f'{definitions}if __name__ == "__main__":\n{guarded}'}
-
-
-FILES: dict[str, Callable[[], dict[str, str]]] = {"get_started/quickstart.md": _atlas}
-"""What a page asks its readers to write into files."""
-
 CHANGES: dict[str, dict[str, str]] = {}
 """Text of a page's code that is changed, so that it is short, or because a page shows a part of a call only."""
 
 NOT_RUN_CODE: dict[tuple[str, str], str] = {
     ("guides/agents.md", "sys.stdin"): "a program of its own, which tests/docs/test_pages_in_full.py starts",
+    ("guides/notebooks.md", "runs/notebook/metrics.jsonl"): "a cell of examples/notebook.ipynb, which its test runs",
 }
 """Blocks of code that are not run, by a page and a text in them, and the reasons."""
 
@@ -276,9 +275,9 @@ def test_a_page_runs(page, tmp_path, monkeypatch, finished_run, trains_briefly):
     monkeypatch.chdir(tmp_path)
     for folder in ("examples", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
+    for name, content in FILES.get(name_of(page), {}).items():
+        (tmp_path / name).write_text(content())
     names = NAMES.get(name_of(page), dict)()
-    for file, content in FILES.get(name_of(page), dict)().items():
-        (tmp_path / file).write_text(content)
     for part in runnable(page):
         if isinstance(part, str):
             if match := re.match(r"# (\w+\.py)\n", part):  # a file, which commands of the page name
