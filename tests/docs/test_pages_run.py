@@ -183,6 +183,7 @@ CHANGES: dict[str, dict[str, str]] = {}
 
 NOT_RUN_CODE: dict[tuple[str, str], str] = {
     ("guides/agents.md", "sys.stdin"): "a program of its own, which tests/docs/test_pages_in_full.py starts",
+    ("guides/notebooks.md", "runs/notebook/metrics.jsonl"): "a cell of examples/notebook.ipynb, which its test runs",
 }
 """Blocks of code that are not run, by a page and a text in them, and the reasons."""
 
