@@ -131,7 +131,7 @@ def test_ctrl_c_has_runs_save_and_says_how_to_go_on(tmp_path, monkeypatch):
     assert process.returncode == 130
     assert busy == 1, "two comparisons in one directory"
     assert "a, seed 1: stopped after" in printed
-    assert "the same command again goes on from the last checkpoints" in printed
+    assert "again goes on: 0 of 2 runs are finished, 1 go on from their last checkpoints\n" in printed
     assert starts(tmp_path) == {"a seed_1": ["from 0"]}
     monkeypatch.setattr(compare, "_report", lambda runs, output: None)
     (tmp_path / "a" / "seed_2").mkdir()

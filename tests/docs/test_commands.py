@@ -1,4 +1,4 @@
-"""The flags, files, extras and targets that commands of the README and of docs/ name exist."""
+"""The flags, files, recipes, extras and targets that the README and docs/ name exist."""
 
 from __future__ import annotations
 
@@ -99,3 +99,11 @@ def test_recipes_that_commands_name_can_be_read():
         named += command.words[2:3] if command.words[:2] == ("trl-steppo", "check") else []
         for name in named:
             assert yaml.safe_load(find_recipe(name).read_text()), command
+
+
+def test_links_of_root_files_lead_to_files():
+    """Those of docs/ are checked in the built site."""
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text()
+        targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)|(?:src|srcset)=\"(?!https?:)([^\"]+)\"", text)
+        assert not [target for pair in targets for target in pair if target and not (ROOT / target).exists()], name

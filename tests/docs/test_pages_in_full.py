@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from tests.docs.pages import DOCS, snippets
+from tests.docs.pages import DOCS, code_blocks, commands_of, snippets
 from tests.trainer.tiny import Hash, make_config, message_rows
 from trl_steppo import StepPOTrainer
+from trl_steppo.cli import main
 from trl_steppo.testing import byte_tokenizer, play_agent, tiny_policy
 
 
@@ -58,3 +60,19 @@ def test_the_program_of_the_page_about_agents_is_an_agent(tmp_path):
     (episode,) = play_agent(command, ["It is Paris."], [row])
     assert episode.error is None
     assert episode.episode_return == 1.0
+
+
+def test_the_page_about_one_episode_shows_what_its_commands_print(tmp_path, monkeypatch, capsys):
+    """Those that a script answers, which every version prints alike."""
+    page = DOCS / "guides" / "one_episode.md"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "phone_book.py").write_text(snippets(page)[0])
+    blocks = code_blocks(page.read_text())
+    shown = [(code, after) for (_, code), (kind, after) in pairwise(blocks) if "--say" in code and kind == "text"]
+    assert len(shown) == 2
+    for code, after in shown:
+        (command,) = commands_of("one_episode.md", code)
+        assert main(list(command.arguments)) == 0
+        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert printed == after.splitlines()

@@ -13,6 +13,7 @@ import inspect
 import io
 import re
 import shutil
+import textwrap
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from tests.docs.pages import DOCS, PAGES, ROOT, Command, code_blocks, commands, commands_of, name_of
+from tests.docs.pages import DOCS, PAGES, ROOT, Command, code_blocks, commands, commands_of, name_of, snippets
 from tests.warm import run_script
 from trl_steppo import StepPOConfig, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
@@ -35,7 +36,12 @@ NOT_RUN = {
     r"(python -m )?pytest .*": "tests of their own",
     r"(vllm serve|\.venv-vllm/bin/python) .*": "serves with vLLM, which `make test-vllm` does",
     r".* --use_vllm true .*": "needs vLLM servers; `make test-vllm` trains with one",
+    r"trl-steppo try .*my_agent.*": "a model of the hub; tests/commands/test_try_out.py tries agents",
+    r".* --endpoint .*": "asks an API; tests/commands/test_try_out.py asks one of its own",
+    r"trl-steppo show runs/.*": "reads a run, which takes longer to make; tests/commands/test_show.py reads one",
     r"curl .*": "asks a gateway that is served; tests/gateway asks the same over HTTP",
+    r"trl-steppo compare .*": "trains several runs; tests/commands/test_compare.py compares, slowly with real ones",
+    r"trl-steppo report --watch .*": "serves until it is stopped; tests/report/test_live.py asks it",
     r"trl-steppo gateway .*": "serves until it is stopped; tests/commands/test_gateway.py serves",
     r"trl-steppo check hotpotqa_.*": "plays a wide model for a minute; tests/commands checks a small one",
     r"trl-steppo hotpotqa prepare .*": "downloads a data set; tests/environments/hotpotqa prepares a small one",
@@ -44,6 +50,7 @@ NOT_RUN = {
     r"python examples/evaluate_hotpotqa.py .*": "needs the whole data sets; tests/examples evaluates on small ones",
     r"python examples/(make_smollm2_policy|warm_start).py .*": "needs a package of 100 MB; tests/examples",
     r".* --dataset_name (ROWS.jsonl|data/hotpotqa).*": "needs a data set that is not here; tests/examples",
+    r"accelerate launch examples/own_algorithm.py.*": "tests/trainer/test_own_algorithm.py runs it in short",
     r"python benchmarks/.*": "takes minutes or hours; tests/benchmarks runs it in short",
 }
 """Patterns of commands that are not run, and the reasons."""
@@ -102,7 +109,8 @@ def run_short(script: str, arguments: list[str], directory: Path) -> None:
         shutil.copytree(_RUNS[words] / "runs", directory / "runs", dirs_exist_ok=True)
         return
     given = [*arguments, *SHORT.get(script, ())]
-    done = run_script(ROOT / script, *given, cwd=directory, timeout=120, CUDA_VISIBLE_DEVICES="")
+    program = directory / script if (directory / script).exists() else ROOT / script
+    done = run_script(program, *given, cwd=directory, timeout=120, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
     _RUNS[words] = directory
 
@@ -113,6 +121,20 @@ def exit_code(arguments: list[str]) -> int:
         return main(arguments)
     except SystemExit as end:  # as `--help` does
         return int(end.code or 0)
+
+
+def _atlas() -> str:
+    """The program of the quickstart: the example of the page on environments, for one small update."""
+    code = snippets(DOCS / "guides" / "your_environment.md")[0]
+    code = code.replace("max_steps=15", "max_steps=1").replace(
+        "per_device_train_batch_size=64", "per_device_train_batch_size=4"
+    )
+    definitions, _, training = code.partition("trainer = ")
+    return f'{definitions}if __name__ == "__main__":\n{textwrap.indent("trainer = " + training, "    ")}'
+
+
+FILES: dict[str, dict[str, Callable[[], str]]] = {"get_started/quickstart.md": {"atlas.py": _atlas}}
+"""Files that readers of a page write, by their names."""
 
 
 # -- Python code ------------------------------------------------------------------------------------------------------
@@ -139,7 +161,12 @@ def _agents() -> dict[str, Any]:
 
     rows = [{"prompt": "?", "question": f"Who is {name}?", "answer": name} for name in "abcd"]
     settings = {"max_steps": 1, "per_device_train_batch_size": 4, "response_length": 8, "report_to": "none"}
+
+    def play_game(row: Any, base_url: str, api_key: str) -> list[Any]:
+        return []
+
     return {
+        "play_game": play_game,
         "AsyncOpenAI": openai.AsyncOpenAI,
         "StepPOTrainer": StepPOTrainer,
         "my_agent": my_agent,
@@ -158,6 +185,7 @@ CHANGES: dict[str, dict[str, str]] = {}
 
 NOT_RUN_CODE: dict[tuple[str, str], str] = {
     ("guides/agents.md", "sys.stdin"): "a program of its own, which tests/docs/test_pages_in_full.py starts",
+    ("guides/notebooks.md", "runs/notebook/metrics.jsonl"): "a cell of examples/notebook.ipynb, which its test runs",
 }
 """Blocks of code that are not run, by a page and a text in them, and the reasons."""
 
@@ -249,9 +277,13 @@ def test_a_page_runs(page, tmp_path, monkeypatch, finished_run, trains_briefly):
     monkeypatch.chdir(tmp_path)
     for folder in ("examples", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
+    for name, content in FILES.get(name_of(page), {}).items():
+        (tmp_path / name).write_text(content())
     names = NAMES.get(name_of(page), dict)()
     for part in runnable(page):
         if isinstance(part, str):
+            if match := re.match(r"# (\w+\.py)\n", part):  # a file, which commands of the page name
+                (tmp_path / match[1]).write_text(part)
             run_code(changed(name_of(page), part), names, name_of(page))
         else:
             run_command(part, tmp_path, finished_run)
@@ -263,7 +295,7 @@ def test_each_reason_is_needed():
     assert not [pattern for pattern in NOT_RUN if not any(re.fullmatch(pattern, text) for text in texts)]
     pages = {name_of(page): page.read_text() for page in PAGES}
     assert not [place for place in NOT_RUN_CODE if place[1] not in pages[place[0]]]
-    assert not [name for name in NAMES if not (DOCS / name).is_file()]
+    assert not [name for name in (*NAMES, *FILES) if not (DOCS / name).is_file()]
     assert not [old for page, changes in CHANGES.items() for old in changes if old not in HUB.sub("", pages[page])]
 
 

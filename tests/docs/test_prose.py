@@ -7,10 +7,10 @@ from tests.docs.pages import PAGES, mean_sentence_length, name_of, num_words, se
 MAX_LINES = 250
 MAX_MEAN_WORDS = 20.0
 
-TOO_LONG: dict[str, int] = {"README.md": 705}
+TOO_LONG: dict[str, int] = {}
 """Lines of pages that have more; they may only get fewer."""
 
-TOO_WORDY: dict[str, float] = {"README.md": 24.0, "guides/report.md": 21.0, "results/gateway.md": 43.0}
+TOO_WORDY: dict[str, float] = {"guides/report.md": 21.0}
 """Mean sentence lengths of pages that have more; they may only get less."""
 
 

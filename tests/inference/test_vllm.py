@@ -124,6 +124,12 @@ def test_a_response_is_what_the_server_sampled_with_the_version_of_its_weights(s
     assert (stopped.token_ids.tolist(), stopped.stop_reason) == ([3, 4], StopReason.STOP)
 
 
+def test_an_address_may_be_that_of_the_openai_api(serve, connect):
+    server = serve()
+    sampler = connect(SimpleNamespace(url=f"{server.url}/v1/"))
+    assert ask(sampler, 1)[0].token_ids.tolist() == [3, 4, 5, 6]
+
+
 def test_tokens_are_counted_and_those_in_the_cache_are_not_prefilled(serve, connect):
     server = serve()
     sampler = connect(server)

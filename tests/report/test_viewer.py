@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -16,7 +21,9 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from tests.report.synthetic import EVIL, TOKEN_PPO, write_run
 from tests.trainer.tiny import make_trainer
+from trl_steppo.report import page as page_module
 from trl_steppo.report import write_report
+from trl_steppo.report.live import LivePage, LiveServer
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -42,11 +49,11 @@ def browser(tmp_path_factory) -> Iterator[Chrome]:
 class Page:
     """The viewer as a reader sees it."""
 
-    def __init__(self, browser: Chrome, path: Path) -> None:
+    def __init__(self, browser: Chrome, path: Path | str) -> None:
         self.browser = browser
         browser.get_log("performance")
         browser.get_log("browser")
-        browser.get(path.as_uri())
+        browser.get(path if isinstance(path, str) else path.as_uri())
 
     def all(self, selector: str) -> list[Any]:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
@@ -193,3 +200,46 @@ def test_a_real_run(browser, tmp_path):
     rows = {pane.find_element(By.TAG_NAME, "h3").text for pane in page.all("#panes .episode")}
     assert len(rows) == 1
     assert page.complaints() == []
+
+
+def test_a_live_page_keeps_the_readers_place(browser, tmp_path, monkeypatch):
+    """It is loaded again when a run has logged an update: filters, the chosen episode and the section stay."""
+    monkeypatch.setattr("trl_steppo.report.page.charts_of", lambda methods: [])
+    monkeypatch.setattr("trl_steppo.report.page._frame", quickly(page_module._frame))
+    write_run(tmp_path / "a", updates=3, **TOKEN_PPO)
+    server = LiveServer(LivePage([tmp_path], {}, look_interval_s=0.0, rest=0.0), port=0)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        page = Page(browser, server.url)
+        first = browser.find_element(By.TAG_NAME, "html").get_attribute("data-version")
+        page.choose("filter-outcome", "right")
+        page.one("#next").click()
+        chosen = page.one("#panes .episode").get_attribute("data-id")
+        browser.execute_script("document.getElementById('about').scrollIntoView()")
+        about = browser.execute_script("return document.getElementById('about').getBoundingClientRect().top")
+        write_run(tmp_path / "b", seed=2, updates=2)
+        waiting = WebDriverWait(browser, 30, ignored_exceptions=[StaleElementReferenceException])
+        waiting.until(lambda _: page.one("html").get_attribute("data-version") != first)
+        waiting.until(lambda _: page.position == "3 of 10")
+        assert page.one("#filter-outcome").get_property("value") == "right"
+        assert page.one("#panes .episode").get_attribute("data-id") == chosen
+        top = browser.execute_script("return document.getElementById('about').getBoundingClientRect().top")
+        assert top == pytest.approx(about, abs=2)
+        assert page.complaints() == []
+    finally:
+        server.shutdown()
+        server.server_close()
+    waiting.until(lambda _: page.one("#live").text.startswith("not live"))
+
+
+def quickly(frame: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Pages whose script asks often, and does not wait for the reader."""
+
+    def of_version(version: str | None, *scripts: str) -> dict[str, Any]:
+        texts = [str(text) for text in frame(version, *scripts)["scripts"]]
+        texts[-1] = texts[-1].replace("POLL_MS = 2000", "POLL_MS = 50").replace("PAUSE_MS = 1500", "PAUSE_MS = 0")
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        sources = " ".join(f"'sha256-{digest}'" for digest in digests)
+        return frame(version, *scripts) | {"scripts": [Markup(text) for text in texts], "script_sources": sources}
+
+    return of_version

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         failed = _play(runs, directory, slots)
     except KeyboardInterrupt:
-        print("stopped; the same command again goes on from the last checkpoints, and plays no finished run again")
+        print(_how_to_go_on(runs))
         sys.exit(130)
     done = sum(run.is_finished for run in runs)
     print(f"{done} of {len(runs)} runs are finished, {(time.perf_counter() - start) / 60:.1f} min")
@@ -146,18 +146,33 @@ def _play(runs: Sequence[ArmRun], directory: Path, slots: Sequence[dict[str, str
         lock.close()
 
 
+def _how_to_go_on(runs: Sequence[ArmRun]) -> str:
+    finished = sum(run.is_finished for run in runs)
+    begun = [run for run in runs if run.played_settings is not None and not run.is_finished]
+    saved = sum(run.checkpoint is not None for run in begun)
+    lines = [f"stopped; the same command again goes on: {finished} of {len(runs)} runs are finished"]
+    if saved:
+        lines.append(f"{saved} go on from their last checkpoints")
+    if saved < len(begun):
+        lines.append(
+            f"{len(begun) - saved} have no checkpoint and start again (with -- --save_strategy steps, a run that is "
+            "stopped saves one)"
+        )
+    return ", ".join(lines)
+
+
 def _report(runs: Sequence[ArmRun], output: Path) -> None:
     """Write the report of all runs that have logged an update, and print the figures of their ends."""
     from ..report import write_report
-    from ..report.find import readable_runs
+    from ..report.find import gather
 
-    readable, _ = readable_runs([run.output_dir for run in runs])
-    if not readable:
-        return
     arms: dict[str, list[Path]] = {}
     for run in runs:
-        if run.output_dir in readable:
-            arms.setdefault(run.arm, []).append(run.output_dir)
+        arms.setdefault(run.arm, []).append(run.output_dir)
+    readable = gather([], arms, leaves_out=True)
+    if not readable.directories:
+        return
+    arms = {arm: [path for path in paths if path in readable.directories] for arm, paths in arms.items()}
     print_figures(arms)
     print(f"report: {write_report([], output, methods=arms)[0]}")
 

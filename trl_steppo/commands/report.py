@@ -17,7 +17,7 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's output_dir, finished or not")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's output_dir, or a directory that holds runs")
     parser.add_argument(
         "--method",
         action="append",
@@ -25,16 +25,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=RUN,RUN",
         help="these runs are one method of this name; may be repeated",
     )
-    parser.add_argument("--output", default="report.html", metavar="FILE.html", help="plots lie beside it as PNG")
+    parser.add_argument("--output", default="report.html", metavar="FILE.html", help="plots lie next to it as PNG")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="write no file: serve the page on this machine, and renew it as runs go on",
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="of --watch; 0 takes any free one (default: 8642)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the report, and print the names of its files."""
-    from ..report import write_report
+    """Write the report, and print the names of its files; or serve it."""
+    from ..report import serve_report, write_report
 
     methods = _named(args.method)
     if not args.runs and not methods:
         raise ConfigurationError("name at least one run's output_dir")
+    if args.watch:
+        serve_report(args.runs, methods=methods, port=args.port)
+        return
+    if args.port is not None:
+        raise ConfigurationError("--port has an effect with --watch only")
     for path in write_report(args.runs, args.output, methods=methods):
         print(path)
 

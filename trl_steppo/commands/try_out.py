@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError, RolloutError
@@ -370,13 +370,21 @@ def _print(args: argparse.Namespace, title: str, setup: Setup, trial: Trial, spe
     decode = speaker.decode if speaker is not None else lambda ids: str(setup.tokenizer.decode(list(ids)))
     for episode in trial.episodes:
         of = f", episode {episode.generation_index + 1} of {args.episodes}" if args.episodes > 1 else ""
+        error = None if episode.error is None else _near(episode.error)
         shown = shown_episode(
-            episode,
+            replace(episode, error=error),
             decode,
             title=f"row {episode.stream_position}{of}",
             counts=speaker is None,
         )
         print_episode(shown, console, whole=args.whole)
+    rewards = [episode.episode_return for episode in trial.episodes if episode.valid]
+    if len(rewards) > 1:
+        mean = sum(rewards) / len(rewards)
+        console.print(
+            f"{len(trial.episodes)} episodes: reward {mean:.3g} on average, from {min(rewards):.3g} to "
+            f"{max(rewards):.3g}"
+        )
 
 
 def _print_notes(notes: Sequence[str]) -> None:
@@ -385,4 +393,9 @@ def _print_notes(notes: Sequence[str]) -> None:
 
     console = Console(highlight=False)
     for note in notes:
-        console.print(Text.assemble(("! ", "bold yellow"), note))
+        console.print(Text.assemble(("! ", "bold yellow"), _near(note)))
+
+
+def _near(text: str) -> str:
+    """A text with files as they are seen from the working directory."""
+    return text.replace(os.path.join(os.getcwd(), ""), "")

@@ -55,8 +55,8 @@ class PlannedRun:
 
     @property
     def has_trained(self) -> bool:
-        """Whether its trainer has written its end."""
-        return (self.output_dir / "trainer_state.json").is_file()
+        """Whether a trainer has written its end there, or, as those of TRL do, a last checkpoint."""
+        return (self.output_dir / "trainer_state.json").is_file() or self.checkpoint is not None
 
     @property
     def checkpoint(self) -> Path | None:

@@ -106,7 +106,8 @@ class VLLMSampler:
         self.retry_s = retry_s
         self.counts = Counts()
         self.num_retries = 0  # requests that were asked again
-        self._servers = [VLLMServer(url.rstrip("/"), silent_s, join) for url in urls]
+        # With `/v1`, as clients of the OpenAI API write it, every request would be answered with a 404.
+        self._servers = [VLLMServer(url.rstrip("/").removesuffix("/v1"), silent_s, join) for url in urls]
         self._homes: dict[str, VLLMServer] = {}
         self._weights: Weights | None = None
         self._adapter_before: Weights | None = None

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -18,6 +19,7 @@ from ..errors import DataError
 from ..types import JsonObject, num_shared
 from .methods import Method
 from .runs import Run
+from .trl_runs import completions, is_of_trl
 
 T = TypeVar("T")
 
@@ -90,10 +92,14 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
     for place in sorted({place for _, _, place, _ in logged}, key=lambda place: (updates.index(place[0]), place[1])):
         files = [(index, run, file) for index, run, its_place, file in logged if its_place == place]
         if is_full:
-            sample.num_logged += sum(_readable(_num_episodes, file, sample) or 0 for _, _, file in files)
+            sample.num_logged += sum(
+                _readable(partial(_num_episodes, run), file, sample) or 0 for _, run, file in files
+            )
             continue
         episodes = [
-            (index, run, rows) for index, run, file in files for rows in _readable(_episodes, file, sample) or []
+            (index, run, rows)
+            for index, run, file in files
+            for rows in _readable(partial(_episodes, run), file, sample) or []
         ]
         sample.num_logged += len(episodes)
         positions: dict[Question, int] = {}
@@ -163,8 +169,10 @@ def _readable(read: Callable[[Path], T], file: Path, sample: Sample) -> T | None
         return None
 
 
-def _episodes(path: Path) -> list[list[JsonObject]]:
+def _episodes(run: Run, path: Path) -> list[list[JsonObject]]:
     """The rows of each episode in a file."""
+    if is_of_trl(path):
+        return completions(path, run.reward_names, (run.settings or {}).get("reward_weights"))
     by_id: dict[str, list[JsonObject]] = {}
     for row in _read(path, _COLUMNS).to_pylist():
         by_id.setdefault(row["episode_id"], []).append(row | {"metrics": _metrics(path, row)})
@@ -181,7 +189,9 @@ def _metrics(path: Path, row: JsonObject) -> dict[str, float]:
     return metrics
 
 
-def _num_episodes(path: Path) -> int:
+def _num_episodes(run: Run, path: Path) -> int:
+    if is_of_trl(path):
+        return len(_episodes(run, path))
     return len(_read(path, ["episode_id"])["episode_id"].unique())
 
 

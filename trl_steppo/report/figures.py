@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .methods import Method
 from .plots import score_metrics
-from .statistics import Estimate, estimate, final_values
+from .statistics import Estimate, estimate, final_values, metrics_of
 
 LAST = 5
 """Number of logged updates over which a final figure is averaged."""
@@ -43,7 +43,7 @@ class Figures:
 
 def final_figures(methods: Sequence[Method]) -> Figures:
     """The final figures of each method. Columns without any value are left out."""
-    metrics = {name for method in methods for run in method.runs for name in run.metrics}
+    metrics = metrics_of(methods)
     score, sampled = score_metrics(metrics)
     name = sampled.rsplit("/", 1)[-1].replace("_", " ")
     columns = [

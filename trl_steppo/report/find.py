@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from ..errors import DataError
@@ -12,6 +14,63 @@ from .runs import load_runs
 
 _MARKS = ("trainer_state.json", "metrics.jsonl", "steppo_config.json")  # what a run writes to its `output_dir`
 _MAX_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """
+    Runs that can be read.
+
+    Args:
+        directories (`list[Path]`):
+            Their directories.
+        names (`dict[Path, str]`):
+            Names of methods, by the resolved directories of their runs.
+        notes (`list[str]`):
+            Why other runs cannot be read.
+    """
+
+    directories: list[Path]
+    names: dict[Path, str]
+    notes: list[str]
+
+
+def gather(
+    places: Sequence[str | Path], named: Mapping[str, Sequence[str | Path]], *, leaves_out: bool = False
+) -> Gathered:
+    """
+    Find runs, and leave out those that have logged nothing yet, or are damaged.
+
+    Args:
+        places (`Sequence[str | Path]`):
+            See [`find_runs`].
+        named (`Mapping[str, Sequence[str | Path]]`):
+            More of them, by the name of their method.
+        leaves_out (`bool`, *optional*, defaults to `False`):
+            Whether what was named itself may be left out. Otherwise only what was found within a place is.
+
+    Raises:
+        DataError: If none can be read, or one that was named cannot.
+    """
+    found = {name: find_runs(members) for name, members in named.items()}
+    names = {path.resolve(): name for name, paths in found.items() for path in paths}
+    directories = find_runs(places)
+    known = {path.resolve() for path in directories}
+    directories += [path for paths in found.values() for path in paths if path.resolve() not in known]
+    given = {str(Path(place)) for place in (*places, *chain(*named.values()))}
+    kept, notes, errors = [], [], []
+    for directory in directories:
+        try:
+            load_runs([directory])
+            kept.append(directory)
+        except DataError as error:
+            if not leaves_out and str(directory) in given:
+                raise
+            errors.append(error)
+            notes.append(str(error))
+    if not kept and errors and not leaves_out:
+        raise errors[0]
+    return Gathered(kept, names, notes)
 
 
 def find_runs(places: Sequence[str | Path]) -> list[Path]:
@@ -29,18 +88,6 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
         for path in paths:
             found.update(dict.fromkeys(list(_runs_in(path, _MAX_DEPTH)) or [path]))
     return list(found)
-
-
-def readable_runs(directories: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The runs that can be read, and why the others cannot: they have logged nothing yet, or are damaged."""
-    readable, reasons = [], []
-    for directory in directories:
-        try:
-            load_runs([directory])
-            readable.append(directory)
-        except DataError as error:
-            reasons.append(str(error))
-    return readable, reasons
 
 
 def _runs_in(directory: Path, depth: int) -> Iterator[Path]:

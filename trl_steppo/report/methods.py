@@ -247,7 +247,7 @@ def _algorithm(run: Run) -> str:
     settings = run.settings or {}
     trainer = str(settings.get("trainer") or "")
     if trainer.startswith(_TRL):
-        return f"{trainer.removeprefix(_TRL)} (TRL)".strip()
+        return f"{trainer.removeprefix(_TRL)} (TRL)" if trainer != _TRL else "TRL"
     estimator = str(settings.get("advantage_estimator") or "")
     title, usual_ratio = ALGORITHMS.get(estimator, (estimator, None))
     level = settings.get("importance_sampling_level")

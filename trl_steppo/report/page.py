@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from .. import __version__
 from .episodes import Sample, embedded_json, sample_episodes
 from .figures import LAST, final_figures, number
+from .find import Gathered, gather
 from .methods import Method, differing_settings, group_runs
 from .plots import (
     GRID,
@@ -35,35 +37,66 @@ _MAX_EPISODE_BYTES = 2_500_000
 _HERE = Path(__file__).parent
 
 
-def write_page(
-    directories: Sequence[str | Path], output: Path, named: Mapping[str, Sequence[str | Path]]
-) -> list[Path]:
+@dataclass(frozen=True)
+class Content:
+    """
+    What a page is made of.
+
+    Args:
+        runs (`Sequence[Run]`), methods (`Sequence[Method]`), charts (`Sequence[Chart]`), curves (`Curves`):
+            The runs, and what is made of them.
+        notes (`Sequence[str]`, *optional*):
+            Which runs were left out, and why.
+    """
+
+    runs: Sequence[Run]
+    methods: Sequence[Method]
+    charts: Sequence[Chart]
+    curves: Curves
+    notes: Sequence[str] = ()
+
+
+def write_page(places: Sequence[str | Path], output: Path, named: Mapping[str, Sequence[str | Path]]) -> list[Path]:
     """See [`write_report`][trl_steppo.report.write_report]."""
-    names = {Path(directory).resolve(): name for name, members in named.items() for directory in members}
-    given = {Path(directory).resolve() for directory in directories}
-    runs = load_runs([*directories, *(directory for directory in names if directory not in given)])
-    methods = group_runs(runs, names)
-    charts = charts_of(methods)
+    content = content_of(gather(places, named))
     output.parent.mkdir(parents=True, exist_ok=True)
-    curves = curves_of(charts, methods)
-    page = _content(runs, methods, charts, curves)
-    room = min(_MAX_EPISODE_BYTES, _MAX_BYTES - len(_render(page, methods, Sample()).encode()))
-    sample = sample_episodes(methods, max_bytes=room)
-    output.write_text(_render(page, methods, sample), encoding="utf-8")
+    output.write_text(page_of(content), encoding="utf-8")
     written = [output]
-    for chart in charts:
+    for chart in content.charts:
         path = output.with_name(f"{output.stem}_{chart.slug}.png")
-        save_png(chart, methods, curves, path)
+        save_png(chart, content.methods, content.curves, path)
         written.append(path)
     return written
 
 
-def _content(
-    runs: Sequence[Run], methods: Sequence[Method], charts: Sequence[Chart], curves: Curves
-) -> dict[str, object]:
+def content_of(gathered: Gathered) -> Content:
+    """Read runs, and compute their curves."""
+    runs = load_runs(gathered.directories)
+    methods = group_runs(runs, gathered.names)
+    charts = charts_of(methods)
+    return Content(runs, methods, charts, curves_of(charts, methods), gathered.notes)
+
+
+def page_of(content: Content, version: str | None = None) -> str:
+    """
+    The page as HTML.
+
+    Args:
+        content ([`Content`]):
+            What is on it.
+        version (`str`, *optional*):
+            Of a page that renews itself: it asks its server for `/version`, and is loaded again when that differs.
+    """
+    page = _described(content) | {"version": version}
+    room = min(_MAX_EPISODE_BYTES, _MAX_BYTES - len(_render(page, content.methods, Sample()).encode()))
+    return _render(page, content.methods, sample_episodes(content.methods, max_bytes=room))
+
+
+def _described(content: Content) -> dict[str, object]:
     """The content of the page, without the episodes."""
+    methods, curves = content.methods, content.curves
     return {
-        "version": __version__,
+        "package_version": __version__,
         "methods": methods,
         "charts": [
             {
@@ -73,32 +106,45 @@ def _content(
                 "panels": [
                     {
                         "title": panel.title,
+                        "unit": panel.unit,
                         "metric": panel.metric,
+                        "meaning": panel.meaning,
                         "svg": Markup(panel_svg(panel, methods, curves)),
                         "summary": _summary(panel.metric, methods, curves),
                     }
                     for panel in chart.panels
                 ],
             }
-            for chart in charts
+            for chart in content.charts
         ],
         "table": final_figures(methods),
-        "length_notes": _length_notes(methods),
+        "length_notes": [*_length_notes(methods), *(f"Left out: {note}" for note in content.notes)],
         "settings": differing_settings(methods),
-        "runs": runs,
-        "without_settings": [run.name for run in runs if run.settings is None],
-        "without_episodes": [run.name for run in runs if not run.episode_files],
+        "runs": content.runs,
+        "without_settings": [run.name for run in content.runs if run.settings is None],
+        "without_episodes": [run.name for run in content.runs if not run.episode_files],
         "has_intervals": any(len(method.runs) > 1 for method in methods),
         "confidence": CONFIDENCE,
         "last": LAST,
         "updates_per_point": max((curve.updates_per_point for curve in curves.values()), default=1),
-        "colors": {"method": METHOD_COLORS, "phase": PHASE_COLORS, "ink": INK, "grid": GRID},
     }
 
 
+def waiting_page(message: str, version: str) -> str:
+    """The page before any run has logged an update."""
+    return _template("waiting.html.jinja").render(message=message, **_frame(version))
+
+
 def _render(page: dict[str, object], methods: Sequence[Method], sample: Sample) -> str:
-    script = (_HERE / "viewer.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    version = page["version"]
+    assert version is None or isinstance(version, str)
+    data = {"methods": [m.name for m in methods], "questions": sample.questions, "episodes": sample.episodes}
+    return _template("page.html.jinja").render(
+        **page | _frame(version, "viewer.js"), sample=sample, data=embedded_json(data)
+    )
+
+
+def _template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -107,15 +153,28 @@ def _render(page: dict[str, object], methods: Sequence[Method], sample: Sample) 
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    data = {"methods": [m.name for m in methods], "questions": sample.questions, "episodes": sample.episodes}
-    return environment.get_template("page.html.jinja").render(
-        **page,
-        sample=sample,
-        data=embedded_json(data),
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=digest,
-    )
+    environment.filters["code"] = _with_code
+    return environment.get_template(name)
+
+
+def _frame(version: str | None, *scripts: str) -> dict[str, object]:
+    """What every page has: its colors, its style, its scripts, and their hashes, without which no script runs."""
+    names = [*scripts, *(() if version is None else ("live.js",))]
+    texts = [(_HERE / name).read_text(encoding="utf-8") for name in names]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+    return {
+        "version": version,
+        "colors": {"method": METHOD_COLORS, "phase": PHASE_COLORS, "ink": INK, "grid": GRID},
+        "style": Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        "scripts": [Markup(text) for text in texts],
+        "script_sources": " ".join(f"'sha256-{digest}'" for digest in digests),
+    }
+
+
+def _with_code(text: str) -> Markup:
+    """Text whose parts in backticks are code."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _length_notes(methods: Sequence[Method]) -> list[str]:

@@ -14,8 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..trainer.metric_table import Metric, find_metric
 from .methods import Method
-from .statistics import Curve, curve
+from .statistics import Curve, curve, metrics_of
 
 Curves = Mapping[tuple[str, str], Curve]
 """Curves by method name and metric. Metrics without a value are absent."""
@@ -42,6 +43,18 @@ PHASE_COLORS = (
 INK = ("#3d4650", "#c3ccd6")
 GRID = ("#e3e7ec", "#333c46")
 _LINES = ("-", "--", ":", "-.")
+_MAX_LABELED = len(METHOD_COLORS)  # methods whose curves have their names at their ends
+_MAX_LABEL_CHARS = 18
+_LABEL_HEIGHT = 0.085  # of a panel, for one name
+_WITHOUT_SIGNAL = {
+    "env/equal_rewards": "Updates without differing rewards",
+    "frac_reward_zero_std": "Rows whose episodes have equal rewards",
+}
+_USES_OF_TOOLS = (
+    *("env/tool_calls", "env/malformed_tool_calls", "env/unknown_tools", "env/wrong_arguments", "env/tool_errors"),
+    *("env/tool_timeouts", "env/refused_tool_calls", "env/escaped_special_tokens", "env/branches"),
+    *("env/rewritten_histories", "env/undelivered_steps", "tools/failure_frequency"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,19 @@ class Panel:
 
     title: str
     metric: str
+
+    @property
+    def unit(self) -> str:
+        """The metric's unit; empty if it has none, or if that is said by the title."""
+        entry = _entry(self.metric)
+        unit = entry.unit if entry is not None else ""
+        return "" if unit.rstrip("s") in self.title.lower() else unit
+
+    @property
+    def meaning(self) -> str:
+        """What the metric is; empty for metrics of an own environment."""
+        entry = _entry(self.metric)
+        return entry.meaning if entry is not None and "*" not in entry.name else ""
 
 
 @dataclass(frozen=True)
@@ -82,13 +108,15 @@ class Chart:
 
 def charts_of(methods: Sequence[Method]) -> list[Chart]:
     """The charts for which the runs have data."""
-    metrics = {name for method in methods for run in method.runs for name in run.metrics}
+    metrics = metrics_of(methods)
+    nonzero = {
+        name for method in methods for run in method.runs for name in run.metrics if any(run.series(name).values())
+    }
     by_step = sorted(
         (name for name in metrics if re.fullmatch(r"critic/explained_variance/step_\d+", name)),
         key=lambda name: int(name.rsplit("_", 1)[1]),
     )
-    is_stale = any(any(run.series("rollout/staleness").values()) for method in methods for run in method.runs)
-    staleness = sorted(name for name in metrics if "staleness" in name) if is_stale else []
+    staleness = sorted(name for name in metrics if "staleness" in name) if "rollout/staleness" in nonzero else []
     score, sampled = score_metrics(metrics)
     charts = [
         Chart(
@@ -101,6 +129,27 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
                 Panel(f"{_words(sampled)}, sampled", sampled),
                 Panel("Reward of an episode, sampled", "env/reward" if sampled != "env/reward" else ""),
                 Panel("F1, sampled", "env/f1"),
+            ),
+        ),
+        Chart(
+            "rewards",
+            "Rewards",
+            "What each reward function returned, before its weight; and how much the returns of an update's episodes "
+            "differ, without which there is nothing to learn.",
+            (
+                *(Panel(_name_of_reward(name), name) for name in sorted(metrics) if _is_reward(name)),
+                Panel("Spread of the returns", "env/reward_std"),
+                *(Panel(title, name) for name, title in _WITHOUT_SIGNAL.items() if name in nonzero),
+            ),
+        ),
+        Chart(
+            "environment",
+            "Environment",
+            "What the environment, the agent and reward functions measure of an episode, under their own names. "
+            "Greedy is of the evaluation data.",
+            tuple(
+                Panel(_words(name) + (", greedy" if name.startswith("eval_") else ""), name)
+                for name in _own_metrics(methods, drawn={score, sampled, "env/f1"})
             ),
         ),
         Chart(
@@ -145,6 +194,7 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
                 Panel("Episodes that a budget cut", "env/truncated"),
                 Panel("Responses that the length cut", "rollout/length_stopped"),
                 Panel("Episodes that failed", "env/failed_episodes"),
+                *(Panel(_words(name), name) for name in _USES_OF_TOOLS if name in nonzero),
             ),
         ),
         Chart(
@@ -154,9 +204,47 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
             tuple(Panel(_words(name), name) for name in staleness),
         ),
     ]
-    kept = [_with_data(chart, metrics) for chart in charts]
+    kept = [_without_zeros(_with_data(chart, metrics), metrics & _zeros(methods, metrics)) for chart in charts]
     time = Chart("time", "Time of an update", "Mean seconds of an update by phase.", (Panel("Seconds by phase", ""),))
     return [chart for chart in kept if chart.panels] + ([time] if "perf/update_s" in metrics else [])
+
+
+def _own_metrics(methods: Sequence[Method], drawn: set[str]) -> list[str]:
+    """The metrics that only this task has: `env/*`, and names that no trainer logs; each with its evaluation's."""
+    own: set[str] = set()
+    for run in (run for method in methods for run in method.runs):
+        is_trl = str((run.settings or {}).get("trainer", "")).startswith("trl.")
+        own |= {name for name in run.metrics if _is_own(name) and not (is_trl and _is_of_trl(name))}
+    evaluations = {name: f"eval_{name.removeprefix('env/')}" for name in own}
+    logged = metrics_of(methods) - drawn
+    return [of for name in sorted(own) for of in (name, evaluations[name]) if of in logged]
+
+
+def _is_own(name: str) -> bool:
+    entry = find_metric(name)
+    return entry is None or entry.name in ("env/*", "log_metric/*")
+
+
+def _is_of_trl(name: str) -> bool:
+    """Whether a trainer of TRL logs a metric of this name of its own accord."""
+    return "/" in name or name in ("step_time", "total_flos", "train_loss")
+
+
+def _is_reward(name: str) -> bool:
+    return re.fullmatch(r"rewards/.+/mean", name) is not None
+
+
+def _name_of_reward(name: str) -> str:
+    return name.removeprefix("rewards/").removesuffix("/mean")
+
+
+def _entry(metric: str) -> Metric | None:
+    """A metric's entry in the table. What an evaluation logs is as in training."""
+    if metric.startswith("eval_"):
+        name = metric.removeprefix("eval_")
+        found = (find_metric(f"{group}/{name}") for group in ("env", "rollout"))
+        return next((entry for entry in found if entry is not None and "*" not in entry.name), None)
+    return find_metric(metric) if metric else None
 
 
 def score_metrics(metrics: set[str]) -> tuple[str, str]:
@@ -209,7 +297,7 @@ def save_png(chart: Chart, methods: Sequence[Method], curves: Curves, path: Path
             ax.set_title(panel.title, loc="left")
         for ax in axes[len(chart.panels) :]:
             ax.set_visible(False)
-        if chart.slug != "time":
+        if chart.slug != "time" and len(methods) > _MAX_LABELED:
             handles, labels = axes[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=4)
         figure.savefig(path, dpi=130, metadata={"Software": None})
@@ -287,6 +375,7 @@ def _draw(
 
 
 def _draw_curves(ax: Axes, panel: Panel, methods: Sequence[Method], curves: Curves, colors: Sequence[str]) -> None:
+    ends: list[tuple[float, str, str]] = []
     for index, method in enumerate(methods):
         values = curves.get((method.name, panel.metric))
         color, line = colors[index % len(colors)], _LINES[index // len(colors) % len(_LINES)]
@@ -295,9 +384,27 @@ def _draw_curves(ax: Axes, panel: Panel, methods: Sequence[Method], curves: Curv
             continue
         marker = "o" if len(values.episodes) < 15 else None
         draw_curve(ax, values, color, 0.18, linestyle=line, marker=marker, markersize=3, label=method.name)
+        ends.append((float(values.center[-1]), method.name, color))
     ax.set_xlabel("episodes")
     ax.margins(x=0.02)
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+    if 1 < len(methods) <= _MAX_LABELED:
+        _label_ends(ax, ends)
+
+
+def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write the names of curves at their ends, above each other where they meet."""
+    low, high = ax.get_ylim()
+    ordered = sorted(ends)
+    heights = [(value - low) / (high - low) for value, _, _ in ordered]
+    for index in range(1, len(heights)):
+        heights[index] = max(heights[index], heights[index - 1] + _LABEL_HEIGHT)
+    for index in range(len(heights) - 1, -1, -1):  # back into the panel from the top
+        highest = 1.0 if index == len(heights) - 1 else heights[index + 1] - _LABEL_HEIGHT
+        heights[index] = min(heights[index], highest)
+    for (_, name, color), height in zip(ordered, heights, strict=True):
+        text = name if len(name) <= _MAX_LABEL_CHARS else f"{name[: _MAX_LABEL_CHARS - 1]}…"
+        ax.text(1.02, height, text, color=color, fontsize=8, va="center", transform=ax.transAxes)
 
 
 def _draw_phases(ax: Axes, methods: Sequence[Method], colors: Sequence[str]) -> None:
@@ -318,6 +425,21 @@ def _draw_phases(ax: Axes, methods: Sequence[Method], colors: Sequence[str]) -> 
 
 def _with_data(chart: Chart, metrics: set[str]) -> Chart:
     return Chart(chart.slug, chart.title, chart.text, tuple(p for p in chart.panels if p.metric in metrics))
+
+
+def _zeros(methods: Sequence[Method], metrics: set[str]) -> set[str]:
+    """The metrics that are 0 in every run, at every update."""
+    runs = [run for method in methods for run in method.runs]
+    return {name for name in metrics if not any(any(run.series(name).values()) for run in runs)}
+
+
+def _without_zeros(chart: Chart, zeros: set[str]) -> Chart:
+    """The chart with its zeros in words. A score of 0 is drawn."""
+    absent = [panel.title.lower() for panel in chart.panels if panel.metric in zeros]
+    if chart.slug == "scores" or not absent or len(absent) == len(chart.panels):
+        return chart
+    panels = tuple(panel for panel in chart.panels if panel.metric not in zeros)
+    return Chart(chart.slug, chart.title, f"{chart.text} 0 throughout: {', '.join(absent)}.", panels)
 
 
 def _words(metric: str) -> str:

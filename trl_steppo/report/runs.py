@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,12 @@ class Run:
     def metrics(self) -> set[str]:
         """The names of the metrics that it logged."""
         return {name for logs in self.history for name in logs}
+
+    @property
+    def reward_names(self) -> list[str]:
+        """The names of its reward functions, as far as their rewards are logged."""
+        names = dict.fromkeys(name for logs in self.history for name in logs)
+        return [found[1] for name in names if (found := re.fullmatch("rewards/(.+)/mean", name))]
 
     @property
     def num_updates(self) -> int:

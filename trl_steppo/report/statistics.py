@@ -58,6 +58,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(interquartile_mean(row)), low, high)
 
 
+def metrics_of(methods: Sequence[Method]) -> set[str]:
+    """The names of the metrics that the methods' runs have logged."""
+    return {name for method in methods for run in method.runs for name in run.metrics}
+
+
 def final_values(method: Method, metric: str, last: int) -> list[float]:
     """
     The mean of the last values of each run that has the metric, up to the last update that all of these runs reached.

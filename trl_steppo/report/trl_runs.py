@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import DataError
 from ..types import JsonObject
 from .files import read_arguments
 
+_FOLDER = "completions"  # in `output_dir`
 _OUR_NAMES = {
     "reward": "env/reward",
     "reward_std": "env/reward_std",
@@ -77,8 +85,124 @@ def trainer_and_settings(directory: Path, checkpoint: Path | None) -> JsonObject
 def completion_files(directory: Path, last_step: int) -> dict[int, Path]:
     """The tables of completions (`log_completions`) of a run, by step."""
     files = {}
-    for path in sorted((directory / "completions").glob("completions_*.parquet")):
+    for path in sorted((directory / _FOLDER).glob("completions_*.parquet")):
         number = path.stem.removeprefix("completions_")
         if number.isdecimal() and int(number) <= last_step:
             files[int(number)] = path
     return files
+
+
+# -- completions ------------------------------------------------------------------------------------------------------
+
+_TOOL_ANSWER = re.compile(r"\n?user\n(<tool_response>.*?</tool_response>)\nassistant\n", re.DOTALL)
+"""Between two responses of an episode, in the text of templates as Qwen's, which TRL writes without special tokens."""
+
+
+def is_of_trl(path: Path) -> bool:
+    """Whether a log of episodes is a table of completions."""
+    return path.parent.name == _FOLDER
+
+
+def completions(path: Path, reward_names: Sequence[str], weights: Sequence[float] | None) -> list[list[JsonObject]]:
+    """
+    The episodes of one of TRL's tables of completions, in the columns of our logs of episodes.
+
+    What TRL does not write is `None`: values, log-probabilities, how a response and an episode ended. A completion is
+    divided into steps where its messages, or the marks of tool results in its text, show them; the advantage is that
+    of the episode.
+
+    Args:
+        path (`Path`):
+            The table.
+        reward_names (`Sequence[str]`):
+            Names of the reward functions; other columns are what `log_extra` has added.
+        weights (`Sequence[float]`, *optional*):
+            Their weights. `None`: 1 each.
+    """
+    try:
+        table = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is not a table of completions: {error}") from error
+    columns = set(table[0]) if table else set()
+    if table and not {"step", "prompt", "completion", "advantage"} <= columns:
+        raise DataError(f"{path} is not a table of completions: its columns are {sorted(columns)}")
+    rewarded = [name for name in reward_names if name in columns]
+    weight_of = dict(zip(reward_names, weights or (), strict=False))
+    positions: dict[str, int] = {}
+    generations: dict[str, int] = {}
+    episodes = []
+    for index, row in enumerate(table):
+        prompt = _text(row["prompt"])
+        generations[prompt] = generations.get(prompt, -1) + 1
+        rewards = {name: float(row[name]) for name in rewarded if row[name] is not None and math.isfinite(row[name])}
+        shared = {
+            "update": row["step"],
+            "episode_id": f"{row['step']}/{index}",
+            "stream_position": positions.setdefault(prompt, len(positions)),
+            "generation_index": generations[prompt],
+            "score": sum(weight_of.get(name, 1.0) * reward for name, reward in rewards.items()),
+            "metrics": rewards,
+            "truncated": False,
+        }
+        steps = _steps(row["completion"])
+        episodes.append(
+            [
+                {
+                    **dict.fromkeys(_UNKNOWN),
+                    **shared,
+                    "step_index": number,
+                    "prompt": prompt if number == 0 else steps[number - 1][1],
+                    "response": response,
+                    "observation": observation,
+                    "reward": shared["score"] if number == len(steps) - 1 else 0.0,
+                    "tokens": [],
+                    "advantage": row["advantage"],
+                }
+                for number, (response, observation) in enumerate(steps)
+            ]
+        )
+    return episodes
+
+
+_UNKNOWN = (
+    *("dataset_row", "stop_reason", "error", "prompt_tokens", "prompt_kept_tokens", "response_stop_reason"),
+    *("rollout_logprobs", "old_logprobs", "new_logprobs", "value", "return", "raw_advantage", "clipped_fraction"),
+    "agent_output",
+)
+
+
+def _steps(completion: object) -> list[tuple[str, str]]:
+    """The responses of a completion, each with what answered it."""
+    if not isinstance(completion, list):
+        parts = _TOOL_ANSWER.split(str(completion))
+        return list(zip(parts[::2], [*parts[1::2], ""], strict=True))
+    steps: list[tuple[str, str]] = []
+    for message in completion:
+        if message.get("role") == "assistant":
+            calls = [f"<tool_call>\n{_shown(call)}\n</tool_call>" for call in message.get("tool_calls") or ()]
+            steps.append(("\n".join(part for part in (_content(message), *calls) if part), ""))
+        elif steps:
+            response, before = steps[-1]
+            steps[-1] = (response, "\n".join(part for part in (before, _content(message)) if part))
+    return steps or [("", "")]
+
+
+def _text(prompt: object) -> str:
+    """A prompt as text."""
+    return "\n".join(map(_content, prompt)) if isinstance(prompt, list) else str(prompt)
+
+
+def _content(message: JsonObject) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(block.get("text") or "") for block in content)
+    return str(content or "")
+
+
+def _shown(call: JsonObject) -> str:
+    """A call as JSON. A table has all keys of all calls' arguments, with nulls where a call has none."""
+    function = call.get("function") or call
+    arguments = function.get("arguments")
+    if isinstance(arguments, dict):
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+    return json.dumps({"name": function.get("name"), "arguments": arguments}, default=str)

@@ -275,4 +275,40 @@
 
   fillFilters();
   refilter();
+
+  // -- the place of a reader, for a page that is loaded again ---------------------------------------------------------
+
+  const key = (episode) => `${episode.run} ${episode.update} ${episode.id}`;
+  const methodOf = (select) => (select.value === "" ? null : data.methods[Number(select.value)]);
+
+  function choose(select, value) {
+    if ([...select.options].some((option) => option.value === value)) select.value = value;
+  }
+
+  window.steppoViewer = {
+    place() {
+      const episode = state.shown[state.index];
+      return {
+        method: methodOf(filters.method),
+        compare: methodOf(compare),
+        update: filters.update.value,
+        outcome: filters.outcome.value,
+        episode: episode ? key(episode) : null,
+        beside: state.beside ? key(state.beside) : null,
+      };
+    },
+    goTo(place) {
+      if (place.method !== null) choose(filters.method, String(data.methods.indexOf(place.method)));
+      if (place.compare !== null) choose(compare, String(data.methods.indexOf(place.compare)));
+      choose(filters.update, place.update);
+      choose(filters.outcome, place.outcome);
+      refilter();
+      const index = state.shown.findIndex((episode) => key(episode) === place.episode);
+      if (index >= 0) select(index);
+      const beside = data.episodes.find((episode) => key(episode) === place.beside);
+      if (index < 0 || !beside || compare.value === "") return;
+      state.beside = beside;
+      draw();
+    },
+  };
 })();
