@@ -328,7 +328,8 @@ def _read_stores(files: Sequence[Path], tokenizer: str | None) -> Recorded:
     decode = None if name is None else _decoder(files[0].parent, name)[0]
     note = "" if decode is not None else "prompts are recorded as token ids: `--tokenizer NAME` makes them text"
     shown = [_shown_session(session, decode) for session in sessions]
-    return Recorded(f"{files[0].parent}, {len(sessions)} sessions", shown, note)
+    count = f"{len(sessions)} session{'' if len(sessions) == 1 else 's'}"
+    return Recorded(f"{files[0].parent}, {count}", shown, note)
 
 
 def _shown_session(session: Session, decode: Callable[[TokenIds], str] | None) -> ShownEpisode:
