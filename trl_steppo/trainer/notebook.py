@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..compat.notebook import NotebookProgressCallback
@@ -48,7 +49,12 @@ class StepPONotebookCallback(NotebookProgressCallback):
             self.training_tracker.display()
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         """Nothing: the evaluation was logged."""
 
