@@ -41,15 +41,6 @@ def test_its_first_commands_are_these():
     assert second == f'{prefix} ".[dev]" && make test'
 
 
-def test_its_links_lead_to_files():
-    """Or to pages that the site is to have: `make docs` refuses those that are not there."""
-    pages = {f"docs/{page}" for page in re.findall(r"\S+\.md$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)}
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)|\b(?:src|srcset)=\"([^\"]+)\"", README)
-    assert len(targets) > 10
-    for target in map("".join, targets):
-        assert (ROOT / target).exists() or target in pages, target
-
-
 # -- its code ---------------------------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,8 @@ NOT_RUN = {
     r".* --endpoint .*": "asks an API; tests/commands/test_try_out.py asks one of its own",
     r"trl-steppo show runs/.*": "reads a run, which takes longer to make; tests/commands/test_show.py reads one",
     r"curl .*": "asks a gateway that is served; tests/gateway asks the same over HTTP",
+    r"trl-steppo compare .*": "trains several runs; tests/commands/test_compare.py compares, slowly with real ones",
+    r"trl-steppo report --watch .*": "serves until it is stopped; tests/report/test_live.py asks it",
     r"trl-steppo gateway .*": "serves until it is stopped; tests/commands/test_gateway.py serves",
     r"trl-steppo check hotpotqa_.*": "plays a wide model for a minute; tests/commands checks a small one",
     r"trl-steppo hotpotqa prepare .*": "downloads a data set; tests/environments/hotpotqa prepares a small one",
