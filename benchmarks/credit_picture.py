@@ -35,6 +35,7 @@ from trl_steppo.types import Episode
 
 GAMMA, LAM = 0.99, 0.95
 NUM_STEPS = 3
+_TOKENIZER = AutoTokenizer.from_pretrained(MINI_WIKI_THINKING_POLICY)
 
 
 @dataclass
@@ -116,7 +117,7 @@ def train(args: CreditArguments, output_dir: Path) -> tuple[StepPOTrainer, list[
             dump_episodes_dir=str(dump),
             seed=args.seed + 1,
         ),
-        processing_class=AutoTokenizer.from_pretrained(MINI_WIKI_THINKING_POLICY),
+        processing_class=_TOKENIZER,
         model=AutoModelForCausalLM.from_pretrained(MINI_WIKI_THINKING_POLICY),
         train_dataset=rows,
         environment_factory=partial(HotpotQAEnvironment, retriever, top_k=1),
@@ -141,7 +142,6 @@ def credit_of(trainer: StepPOTrainer, episode: Episode) -> Credited:
         of_tokens.flatten()[None], values.flatten()[None], mask.flatten()[None], gamma=GAMMA, lam=LAM
     )
     by_tokens = by_tokens.view_as(values)
-    decode = trainer.processing_class.decode
     lengths = [len(step.response_ids) for step in episode.steps]
 
     def rows(grid: torch.Tensor) -> list[list[float]]:
@@ -149,13 +149,18 @@ def credit_of(trainer: StepPOTrainer, episode: Episode) -> Credited:
 
     return Credited(
         question=_text(episode.question),
-        responses=[decode(step.response_ids.tolist()) for step in episode.steps],
-        tokens=[[decode([token]) for token in step.response_ids] for step in episode.steps],
+        responses=[_decoded(step.response_ids.tolist()) for step in episode.steps],
+        tokens=[[_decoded([token]) for token in step.response_ids] for step in episode.steps],
         rewards=rewards[0].tolist(),
         values=rows(values),
         by_tokens=rows(by_tokens),
         by_steps=by_steps[0].tolist(),
     )
+
+
+def _decoded(ids: list[int]) -> str:
+    """The text of token ids."""
+    return str(_TOKENIZER.decode(ids))
 
 
 def _text(question: object) -> str:

@@ -22,6 +22,7 @@ from trl_steppo import StepPOConfig, StepPOParser, StepPOTrainer
 from trl_steppo.assets import MINI_WIKI_POLICY
 from trl_steppo.environments.hotpotqa import SYSTEM_PROMPT, exact_match, hotpotqa_dataset
 from trl_steppo.environments.hotpotqa.environment import format_passages
+from trl_steppo.gateway.client import AsyncSession
 from trl_steppo.types import Row
 
 RECIPE = Path(__file__).with_suffix(".yaml")
@@ -64,16 +65,18 @@ AGENT = Agent(
 # -- its training -----------------------------------------------------------------------------------------------------
 
 
-async def play(row: Row, *, base_url: str, api_key: str) -> float:
-    """One episode: the agent's answer to the row's question, scored."""
+async def play(row: Row, *, base_url: str, api_key: str) -> None:
+    """One episode: the agent's answer to the row's question, scored. The score is the reward, and a metric."""
+    score = 0.0
     async with AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
         config = RunConfig(model_provider=OpenAIProvider(openai_client=client), tracing_disabled=True)
         try:
             # The trainer's `max_interaction_steps` ends a run that goes on for too long.
             result = await Runner.run(AGENT, row["question"], run_config=config, max_turns=sys.maxsize)
+            score = exact_match(str(result.final_output), row["answer"])
         except ModelBehaviorError:  # it called an unknown tool: a wrong answer, not a broken agent
-            return 0.0
-    return exact_match(str(result.final_output), row["answer"])
+            pass
+    await AsyncSession(base_url, api_key).finish(score, metrics={"exact_match": score})
 
 
 def main(training_args: StepPOConfig) -> None:

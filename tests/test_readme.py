@@ -41,13 +41,6 @@ def test_its_first_commands_are_these():
     assert second == f'{prefix} ".[dev]" && make test'
 
 
-def test_its_links_lead_to_files():
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)|\b(?:src|srcset)=\"([^\"]+)\"", README)
-    assert len(targets) > 10
-    for target in map("".join, targets):
-        assert (ROOT / target).exists(), target
-
-
 # -- its code ---------------------------------------------------------------------------------------------------------
 
 

@@ -66,8 +66,8 @@ def plot_credit(
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=colour)
         _strip(axis, ink, faint, background)
     label = {"fontsize": 9.5, "color": ink, "textcoords": "offset points"}
-    for start, credit in zip(starts, by_steps, strict=True):
-        axes[1].annotate(f"{credit:.2f}", (start, credit), xytext=(0, 3), **label)
+    for start, height in zip(starts, by_steps, strict=True):
+        axes[1].annotate(f"{height:.2f}", (start, height), xytext=(0, 3), **label)
     first, last = by_tokens[0][0], by_tokens[-1][-1]
     end = starts[-1] + lengths[-1]
     axes[0].annotate(f"first token: {first:.2f}", (starts[0], max(by_tokens[0][:12])), xytext=(0, 3), **label)

@@ -76,12 +76,14 @@ def _setting(field: dataclasses.Field[object], text: str | None) -> tuple[str, s
 
 def _type_name(kind: object) -> str:
     name = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
-    return re.sub(r"\b(?:typing|\w+(?:\.\w+)+)\.", "", name).replace(" | ", " or ")
+    name = re.sub(r"\b(?:typing|\w+(?:\.\w+)+)\.", "", name)
+    name = re.sub(r"Literal\[([^\]]*)\]", lambda choices: choices[1].replace("'", '"').replace(", ", " or "), name)
+    return name.replace(" | ", " or ")
 
 
 def plain(text: str) -> str:
     """Text that is no markdown, so that it shows as it is written; what stands in backticks stays code."""
-    parts = re.split(r"(`[^`]*`)", text)
+    parts = re.split(r"(`[^`]*`)", re.sub(r"\[`~?([\w.]+)`\]", r"`\1`", text))
     return "".join(part if part.startswith("`") else re.sub(r"([*_<\[\]])", r"\\\1", part) for part in parts)
 
 
@@ -119,13 +121,15 @@ def _commands(parser: argparse.ArgumentParser, level: int, summary: str = "") ->
     formatter = argparse.HelpFormatter(prog=parser.prog, width=100)
     formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups)
     text = (parser.description or summary).strip()
-    text = text if text.endswith((".", ":", "")) else f"{text}."
-    usage = formatter.format_help().strip().removeprefix("usage: ")
+    text = text[:1].upper() + text[1:].removesuffix(".") + "."
+    usage = formatter.format_help().strip().removeprefix("usage: ").replace("\n" + " " * len("usage: "), "\n")
     yield f"{'#' * level} {parser.prog}\n\n{plain(text)}\n\n```text\n{usage}\n```"
     subcommands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     shown = [action for action in parser._actions if action not in subcommands and action.help != argparse.SUPPRESS]
     if rows := [_argument(parser, action) for action in shown if action.dest != "help"]:
-        yield table(["argument", "meaning", "default"], rows)
+        has_defaults = any(default for *_, default in rows)
+        head = ["argument", "meaning", *(["default"] if has_defaults else [])]
+        yield table(head, [row[: len(head)] for row in rows])
     if parser.epilog:
         yield f"```text\n{parser.epilog.strip()}\n```"
     for action in subcommands:

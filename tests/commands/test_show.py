@@ -8,6 +8,8 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.report.synthetic import write_run
@@ -60,6 +62,27 @@ def test_episodes_are_chosen(show, tmp_path):
     assert "episode 1/5-0, dataset row 5" in show(run, "--episode", "2")
     assert show(run, "--episode", "2") == show(run, "--episode", "1/5-0")
     assert "1 of 4 episodes; `--episodes N` prints more" in show(run, "--episodes", 1)
+
+
+def test_completions_of_trl(show, tmp_path):
+    """As GRPOTrainer writes them with `log_completions`; a conversation is divided into steps."""
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    messages = [called, {"role": "tool", "content": "seven"}, {"role": "assistant", "content": "It is seven."}]
+    rows = [
+        {"step": 3, "prompt": "What?", "completion": messages, "is_right": 1.0, "advantage": 0.5},
+        {"step": 3, "prompt": "What?", "completion": messages[2:], "is_right": 0.0, "advantage": -0.5},
+    ]
+    path = tmp_path / "grpo" / "completions" / "completions_00003.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    out = show(tmp_path / "grpo")
+    assert out.startswith("grpo, step 3\n")
+    assert 'read      What?\nwrote     <tool_call>\n          {"name": "f", "arguments": {"a": 1}}' in out
+    assert "observed  seven\n" in out
+    assert "step 2  advantage 0.5 · reward 1" in out
+    assert "wrote     It is seven." in out
+    assert "metrics   is_right 1" in out
+    assert show(path) == out
 
 
 def make_dump(directory: Path) -> None:

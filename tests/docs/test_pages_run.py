@@ -40,6 +40,8 @@ NOT_RUN = {
     r".* --endpoint .*": "asks an API; tests/commands/test_try_out.py asks one of its own",
     r"trl-steppo show runs/.*": "reads a run, which takes longer to make; tests/commands/test_show.py reads one",
     r"curl .*": "asks a gateway that is served; tests/gateway asks the same over HTTP",
+    r"trl-steppo compare .*": "trains several runs; tests/commands/test_compare.py compares, slowly with real ones",
+    r"trl-steppo report --watch .*": "serves until it is stopped; tests/report/test_live.py asks it",
     r"trl-steppo gateway .*": "serves until it is stopped; tests/commands/test_gateway.py serves",
     r"trl-steppo check hotpotqa_.*": "plays a wide model for a minute; tests/commands checks a small one",
     r"trl-steppo hotpotqa prepare .*": "downloads a data set; tests/environments/hotpotqa prepares a small one",
@@ -50,7 +52,6 @@ NOT_RUN = {
     r".* --dataset_name (ROWS.jsonl|data/hotpotqa).*": "needs a data set that is not here; tests/examples",
     r"accelerate launch examples/own_algorithm.py.*": "tests/trainer/test_own_algorithm.py runs it in short",
     r"python benchmarks/.*": "takes minutes or hours; tests/benchmarks runs it in short",
-    r"python atlas.py": "trains for half a minute; guides/your_environment.md has its code, and runs for two updates",
 }
 """Patterns of commands that are not run, and the reasons."""
 
@@ -179,22 +180,12 @@ def _agents() -> dict[str, Any]:
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {"guides/agents.md": _agents}
 """What a page leaves to its readers: names that its code uses and does not define."""
 
-
-def _atlas() -> dict[str, str]:
-    (code,) = (code for code in snippets(DOCS / "guides" / "your_environment.md") if "class Atlas" in code)
-    definitions, assignment, training = code.partition("trainer = ")
-    guarded = textwrap.indent(assignment + training, "    ")
-    return {"atlas.py": f'{definitions}\nif __name__ == "__main__":\n{guarded}'}
-
-
-FILES: dict[str, Callable[[], dict[str, str]]] = {"get_started/quickstart.md": _atlas}
-"""What a page asks its readers to write into files."""
-
 CHANGES: dict[str, dict[str, str]] = {}
 """Text of a page's code that is changed, so that it is short, or because a page shows a part of a call only."""
 
 NOT_RUN_CODE: dict[tuple[str, str], str] = {
     ("guides/agents.md", "sys.stdin"): "a program of its own, which tests/docs/test_pages_in_full.py starts",
+    ("guides/notebooks.md", "runs/notebook/metrics.jsonl"): "a cell of examples/notebook.ipynb, which its test runs",
 }
 """Blocks of code that are not run, by a page and a text in them, and the reasons."""
 
@@ -289,8 +280,6 @@ def test_a_page_runs(page, tmp_path, monkeypatch, finished_run, trains_briefly):
     for name, content in FILES.get(name_of(page), {}).items():
         (tmp_path / name).write_text(content())
     names = NAMES.get(name_of(page), dict)()
-    for file, content in FILES.get(name_of(page), dict)().items():
-        (tmp_path / file).write_text(content)
     for part in runnable(page):
         if isinstance(part, str):
             if match := re.match(r"# (\w+\.py)\n", part):  # a file, which commands of the page name

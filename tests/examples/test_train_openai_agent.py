@@ -61,6 +61,7 @@ def test_the_agent_searches_answers_and_is_scored(script):
     episodes = play(script, knows_every_other_answer(script.DATA.train_dataset))
     assert [episode.error for episode in episodes] == [None] * 4
     assert [episode.episode_return for episode in episodes] == [1.0, 0.0, 1.0, 0.0]
+    assert [episode.metrics["exact_match"] for episode in episodes] == [1.0, 0.0, 1.0, 0.0]
     assert all(len(episode.steps) == 2 and episode.terminated for episode in episodes)
     for episode in episodes:
         assert episode.steps[0].observation == [{"role": "tool", "name": "search", "content": "No results."}]

@@ -10,9 +10,10 @@ import pytest
 from transformers import PrinterCallback, TrainerCallback
 
 from tests.trainer.tiny import make_episode, make_trainer, prompt_rows
+from trl_steppo.episodes.printing import episode_table
 from trl_steppo.stopping import StopRequestedError
 from trl_steppo.trainer import trackers
-from trl_steppo.trainer.callbacks import StepPOPrinterCallback, episode_table, summary_line
+from trl_steppo.trainer.callbacks import StepPOPrinterCallback, summary_line
 from trl_steppo.trainer.closing import closing_summary
 
 EVALUATED: dict[str, Any] = {"eval_dataset": prompt_rows(3), "eval_strategy": "steps", "eval_steps": 2}

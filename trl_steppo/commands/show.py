@@ -24,6 +24,7 @@ Print recorded episodes step by step. WHAT is
 
   runs/mini_wiki                        a run's output_dir, finished or not: its last logged update
   runs/mini_wiki/episodes/FILE.parquet  one log of episodes
+  runs/grpo                             a run of TRL's GRPOTrainer with `log_completions`, or one of its tables
   dumped/                               a directory that `dump_episodes_dir` named, or one file of it
   runs/gateway/                         a gateway's directory, or its file sessions.sqlite
 
@@ -162,7 +163,9 @@ def read(path: Path, *, update: int | None = None, evaluation: bool = False, tok
     logged = [*path.glob("update_*.parquet"), *path.glob("evaluation_*.parquet")]
     folder = path if logged else path / "episodes"
     if folder.is_dir():
-        return _read_log(_log_of(folder, update, evaluation=evaluation))
+        return _read_log(_log_of(folder, "evaluation" if evaluation else "update", update))
+    if (path / "completions").is_dir():
+        return _read_log(_log_of(path / "completions", "completions", update))
     dumped = sorted(path.glob(_DUMPED)) or sorted(_dump_of_run(path).glob(_DUMPED))
     if dumped:
         return _read_dump(_of_update(dumped, update), tokenizer)
@@ -175,17 +178,16 @@ def read(path: Path, *, update: int | None = None, evaluation: bool = False, tok
     )
 
 
-def _log_of(folder: Path, update: int | None, *, evaluation: bool) -> Path:
+def _log_of(folder: Path, kind: str, update: int | None) -> Path:
     """The log of an update, or of the last one."""
-    kind = "evaluation" if evaluation else "update"
     numbered: dict[int, Path] = {}
     for path in sorted(folder.glob(f"{kind}_*.parquet")):
         number = path.stem.split("_")[1]
         if number.isdecimal():
             numbered.setdefault(int(number), path)
     if not numbered:
-        other = "" if evaluation or not list(folder.glob("evaluation_*.parquet")) else "; `--evaluation` shows those"
-        raise DataError(f"{folder} has no log of an {kind}{other}")
+        has_others = kind == "update" and any(folder.glob("evaluation_*.parquet"))
+        raise DataError(f"{folder} has no log of an {kind}{'; `--evaluation` shows those' if has_others else ''}")
     if update is None:
         return numbered[max(numbered)]
     if update not in numbered:
@@ -198,7 +200,12 @@ def _read_log(path: Path) -> Recorded:
     import pyarrow.parquet as pq
 
     from ..episodes.printing import shown_rows
+    from ..report.trl_runs import completions, is_of_trl
 
+    if is_of_trl(path):
+        tables = completions(path, *_rewards_of_run(path.parent.parent, path))
+        title = f"{path.parent.parent.name}, step {tables[0][0]['update']}" if tables else str(path)
+        return Recorded(title, [shown_rows(of_episode) for of_episode in tables])
     try:
         rows: list[JsonObject] = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as error:
@@ -217,6 +224,22 @@ def _read_log(path: Path) -> Recorded:
         place = "" if number is None else f", dataset row {number}"
         episodes.append(shown_rows(of_episode, title=f"episode {name}{place}"))
     return Recorded(f"{path.parent.parent.name or path.parent.name}, {kind} {update}", episodes)
+
+
+def _rewards_of_run(directory: Path, table: Path) -> tuple[list[str], Sequence[float] | None]:
+    """Names and weights of the reward functions of one of TRL's runs; from the table alone if the run has no log."""
+    import pyarrow.parquet as pq
+    import pyarrow.types as kinds
+
+    from ..report.runs import load_runs
+
+    try:
+        (run,) = load_runs([directory])
+        return run.reward_names, (run.settings or {}).get("reward_weights")
+    except DataError:
+        schema = pq.read_schema(table)
+        numbers = [field.name for field in schema if kinds.is_floating(field.type)]
+        return [name for name in numbers if name != "advantage"], None
 
 
 # -- token ids --------------------------------------------------------------------------------------------------------
@@ -305,7 +328,8 @@ def _read_stores(files: Sequence[Path], tokenizer: str | None) -> Recorded:
     decode = None if name is None else _decoder(files[0].parent, name)[0]
     note = "" if decode is not None else "prompts are recorded as token ids: `--tokenizer NAME` makes them text"
     shown = [_shown_session(session, decode) for session in sessions]
-    return Recorded(f"{files[0].parent}, {len(sessions)} sessions", shown, note)
+    count = f"{len(sessions)} session{'' if len(sessions) == 1 else 's'}"
+    return Recorded(f"{files[0].parent}, {count}", shown, note)
 
 
 def _shown_session(session: Session, decode: Callable[[TokenIds], str] | None) -> ShownEpisode:

@@ -253,7 +253,7 @@ class Endpoint(Speaker):
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
+            said = _message(error.read().decode(errors="replace"))
             if error.code in (408, 429) or error.code >= 500:
                 raise RuntimeError(f"{url} answered {error.code}: {said}") from error
             raise ConfigurationError(f"{url} answered {error.code}: {said}{self._hint(error.code)}") from error
@@ -262,11 +262,19 @@ class Endpoint(Speaker):
         return answer if isinstance(answer, dict) else {"answer": answer}
 
     def _hint(self, status: int) -> str:
-        if status in (401, 403):
+        if status in (401, 403) and not self._api_key:
             return ". Name the environment variable that has the key: `--api_key_env NAME`"
         if status == 404 and not self.base_url.endswith("/v1"):
             return f". Most addresses end in /v1: `--endpoint {self.base_url}/v1`"
         return ""
+
+
+def _message(refusal: str) -> str:
+    """What an API's refusal says."""
+    try:
+        return str(json.loads(refusal)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return refusal[:500]
 
 
 def _hermes(function: JsonObject) -> str:

@@ -19,6 +19,9 @@ from .observation import as_messages
 Decode = Callable[[TokenIds], str]
 
 _MAX_CHARACTERS = 1_500  # of one text, unless all of it is wanted
+_MIN_WIDTH = 120  # of a table, where the terminal's is not known
+_MAX_COLUMN = 20  # of a table's column that is not one of these
+_TEXTS = ("read", "wrote")
 _PLACE = re.compile(r"\((?P<file>[^()]+):(?P<line>\d+)\)$")
 
 
@@ -154,20 +157,27 @@ def shown_rows(rows: Sequence[JsonObject], *, title: str | None = None) -> Shown
         steps,
         ending_of(first["stop_reason"], truncated=bool(first["truncated"])),
         first["score"],
-        json.loads(first["metrics"] or "{}"),
+        _object(first["metrics"]),
         first["error"],
-        json.loads(first.get("logged") or "{}"),
+        _object(first.get("logged")),
         first.get("agent_output"),
         name=first["episode_id"],
     )
 
 
+def _object(value: JsonObject | str | None) -> JsonObject:
+    """A mapping, which logs hold as JSON."""
+    found: JsonObject = json.loads(value or "{}") if isinstance(value, str | None) else value
+    return found
+
+
 def _step_of_row(row: JsonObject, before: JsonObject | None) -> ShownStep:
-    notes = [f"{len(row['tokens'])} tokens"]
+    notes = [f"{len(row['tokens'])} tokens"] if row["tokens"] else []
     if row["response_stop_reason"] == StopReason.LENGTH.value:
         notes.append("cut at its length")
-    known = 0 if before is None else before["prompt_tokens"] + len(before["tokens"])
-    kept = row["prompt_kept_tokens"]
+    kept, known = row["prompt_kept_tokens"], None  # of TRL's tables, nothing is known of tokens
+    if before is not None and before["prompt_tokens"] is not None:
+        known = before["prompt_tokens"] + len(before["tokens"])
     if before is not None and kept != known:
         notes.append(f"its prompt was rewritten after {kept} tokens")
     for name in ("value", "return", "advantage"):
@@ -285,3 +295,85 @@ def _text(text: str, style: str, *, whole: bool) -> Text:
         half = _MAX_CHARACTERS // 2
         text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
     return Text(text.strip("\n") or "(nothing)", style=style)
+
+
+# -- in tables --------------------------------------------------------------------------------------------------------
+
+
+def episode_table(episodes: Sequence[Episode], decode: Decode, title: str) -> str:
+    """
+    A table of episodes with one line a step, as wide as the terminal.
+
+    Args:
+        episodes (`Sequence[Episode]`):
+            The episodes.
+        decode (`Callable`):
+            Converts token ids to text.
+        title (`str`):
+            Title of the table.
+
+    Returns:
+        `str`: The table, for the terminal. It has the columns of [`episode_columns`].
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, _MIN_WIDTH))
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), expand=True)
+    columns = episode_columns(episodes, decode)
+    for name, values in columns.items():
+        longest = min(_MAX_COLUMN, max(map(len, [name, *map(_cell, values)])))
+        is_text = name in _TEXTS
+        table.add_column(
+            Text(name), no_wrap=True, ratio=1 if is_text else None, min_width=None if is_text else longest
+        )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(_cell(value)) for value in row))
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def episode_columns(episodes: Sequence[Episode], decode: Decode) -> dict[str, list[object]]:
+    """
+    The columns of a table of episodes, with one row for each step.
+
+    Args:
+        episodes (`Sequence[Episode]`):
+            The episodes.
+        decode (`Callable`):
+            Converts token ids to text.
+
+    Returns:
+        `dict[str, list]`: `episode`, `step`, `read` (the question, or what the response before was answered),
+        `wrote`, `reward`, and a column for each name that reward functions logged, with values in last rows.
+    """
+    logged = dict.fromkeys(name for episode in episodes for name in episode.logged)
+    columns: dict[str, list[object]] = {name: [] for name in ("episode", "step", "read", "wrote", "reward", *logged)}
+    for episode in episodes:
+        before = _task(episode.question)
+        for step in episode.steps:
+            read = decode(step.prompt_ids) if before is None else before
+            is_last = step is episode.steps[-1]
+            values = [episode.episode_id, step.step_index, read, decode(step.response_ids), step.reward]
+            _add(columns, [*values, *(episode.logged.get(name) if is_last else None for name in logged)])
+            before = " ".join(map(_content, as_messages(step.observation)))
+        if episode.error is not None:
+            _add(columns, [episode.episode_id, None, "failed", episode.error, None, *(None for _ in logged)])
+    return columns
+
+
+def _task(question: TextOrMessages | None) -> str | None:
+    """A dataset row's question; of messages, the last one."""
+    return question if question is None or isinstance(question, str) else _content(as_messages(question)[-1])
+
+
+def _add(columns: dict[str, list[object]], row: Sequence[object]) -> None:
+    for values, value in zip(columns.values(), row, strict=True):
+        values.append(value)
+
+
+def _cell(value: object) -> str:
+    """A value in one line."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split())

@@ -1,16 +1,12 @@
-"""Output of a run on the terminal or in a notebook: progress, one line for each log, and tables of episodes."""
+"""Progress of a run on the terminal or in a notebook, with one line for each log."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from ..types import Episode, TextOrMessages, TokenIds
 from .metric_table import find_metric
 
 _SHORT_NAMES = {  # of the metrics in a line
@@ -26,9 +22,6 @@ _SHORT_NAMES = {  # of the metrics in a line
 }
 _EVALUATED = ("exact_match", "reward", "episode_steps", "failed_episodes")  # in the line of an evaluation
 _NUM_SCORES = 4  # of the environment, in the line of an evaluation
-_MIN_WIDTH = 120  # of a table, where the terminal's is not known
-_MAX_COLUMN = 20  # of a column that is not one of these
-_TEXTS = ("read", "wrote")
 
 
 # -- callbacks --------------------------------------------------------------------------------------------------------
@@ -157,85 +150,3 @@ def _is_score(name: str) -> bool:
     """Whether a metric of an evaluation is one that the environment measured."""
     patterns = [getattr(find_metric(prefix + name), "name", "") for prefix in ("env/", "rollout/", "", "eval_")]
     return patterns == ["env/*", "", "", "eval_*"]
-
-
-# -- tables of episodes -----------------------------------------------------------------------------------------------
-
-
-def episode_table(episodes: Sequence[Episode], decode: Callable[[TokenIds], str], title: str) -> str:
-    """
-    A table of episodes with one line a step, as wide as the terminal.
-
-    Args:
-        episodes (`Sequence[Episode]`):
-            The episodes.
-        decode (`Callable`):
-            Converts token ids to text.
-        title (`str`):
-            Title of the table.
-
-    Returns:
-        `str`: The table, for the terminal. It has the columns of [`episode_columns`].
-    """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, _MIN_WIDTH))
-    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), expand=True)
-    columns = episode_columns(episodes, decode)
-    for name, values in columns.items():
-        longest = min(_MAX_COLUMN, max(map(len, [name, *map(_cell, values)])))
-        is_text = name in _TEXTS
-        table.add_column(
-            Text(name), no_wrap=True, ratio=1 if is_text else None, min_width=None if is_text else longest
-        )
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*(Text(_cell(value)) for value in row))
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def episode_columns(episodes: Sequence[Episode], decode: Callable[[TokenIds], str]) -> dict[str, list[object]]:
-    """
-    The columns of a table of episodes, with one row for each step.
-
-    Args:
-        episodes (`Sequence[Episode]`):
-            The episodes.
-        decode (`Callable`):
-            Converts token ids to text.
-
-    Returns:
-        `dict[str, list]`: `episode`, `step`, `read` (the question, or what the response before was answered),
-        `wrote`, `reward`, and a column for each name that reward functions logged, with values in last rows.
-    """
-    logged = dict.fromkeys(name for episode in episodes for name in episode.logged)
-    columns: dict[str, list[object]] = {name: [] for name in ("episode", "step", "read", "wrote", "reward", *logged)}
-    for episode in episodes:
-        before: TextOrMessages | None = episode.question
-        for step in episode.steps:
-            read = decode(step.prompt_ids) if before is None else _text(before)
-            is_last = step is episode.steps[-1]
-            values = [episode.episode_id, step.step_index, read, decode(step.response_ids), step.reward]
-            _add(columns, [*values, *(episode.logged.get(name) if is_last else None for name in logged)])
-            before = step.observation
-        if episode.error is not None:
-            _add(columns, [episode.episode_id, None, "failed", episode.error, None, *(None for _ in logged)])
-    return columns
-
-
-def _add(columns: dict[str, list[object]], row: Sequence[object]) -> None:
-    for values, value in zip(columns.values(), row, strict=True):
-        values.append(value)
-
-
-def _text(text: TextOrMessages) -> str:
-    """The text of a question or an observation: of several messages, that of the last one."""
-    return text if isinstance(text, str) else str(text[-1].get("content", "")) if text else ""
-
-
-def _cell(value: object) -> str:
-    """A value in one line."""
-    if value is None:
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split())

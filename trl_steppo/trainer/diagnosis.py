@@ -16,7 +16,7 @@ PATIENCE = 3
 
 _MAX_SHOWN = 300  # characters of a response
 _OFTEN = 0.5  # share of responses or episodes from which on something is worth a look
-_PAGE = 'docs/guides/reading_metrics.md, "The reward is 0"'
+_PAGE = 'docs/guides/troubleshooting.md, "Reward is 0"'
 
 
 class EqualRewards:

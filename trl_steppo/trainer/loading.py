@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from ..assets import POLICIES
 from ..compat.transformers import source_of
 from ..errors import ConfigurationError
 from ..models import plain_model
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _CAUSAL = ("model", "ref_model")
 _TOKENIZER_ARGUMENTS = ("revision", "trust_remote_code")  # arguments of models that their tokenizers take, too
+
+_BUILT_IN = {directory: name for name, directory in POLICIES.items()}
 
 T = TypeVar("T")
 
@@ -68,7 +71,7 @@ class Loader:
         if not self._num_loaded:
             transformers.set_seed(self._seed)
         self._num_loaded += 1
-        notice(f"loading {given}")
+        notice(f"loading {_BUILT_IN.get(given, given)}")
         with _naming(argument, given, "a model"):
             model: PreTrainedModel = kind.from_pretrained(given, **{"dtype": "float32", **labels, **self._init_kwargs})
         return model

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from .. import tracing
 from ..compat.accelerate import find_fsdp
 from ..compat.transformers import TrainOutput, save_policy, source_of
+from ..episodes.printing import episode_columns, episode_table
 from ..errors import ConfigurationError, DataError, RolloutError
 from ..learning.estimators import reference_kl, token_penalties
 from ..learning.ranks import summed, together
@@ -37,7 +38,7 @@ from .arguments import (
     row_rules,
 )
 from .build import build_parts, build_player, freeze_reward_models
-from .callbacks import episode_columns, episode_table, show_progress
+from .callbacks import show_progress
 from .checkpointing import TrainerCheckpoints, alone_in
 from .checkpoints import Progress
 from .checks import warn_of_waiting

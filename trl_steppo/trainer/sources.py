@@ -82,10 +82,11 @@ def _of_function(function: Callable[..., object], seen: set[int]) -> Iterator[st
 
 def _of_class(cls: type) -> Iterator[str]:
     """The class and its bases, as far as they are a user's."""
-    for base in cls.__mro__:
-        source = _source(base) if _is_users(base) else None
-        if source is not None:
-            yield source
+    for base in filter(_is_users, cls.__mro__):
+        source = _source(base)
+        # Of a class in a notebook, the source of its methods is known.
+        sources = [_source(part) for part in vars(base).values() if inspect.isfunction(part)]
+        yield from filter(None, sources if source is None else [source])
 
 
 def _values(values: Mapping[str, object], seen: set[int]) -> Iterator[str]:
@@ -120,6 +121,8 @@ def _is_users(given: Callable[..., object] | type) -> bool:
         file = Path(inspect.getsourcefile(given) or "")
     except TypeError:  # it is built in
         return False
+    except OSError:  # a class that was defined in a notebook
+        return True
     return not any(file.is_relative_to(folder) for folder in _LIBRARIES)
 
 
