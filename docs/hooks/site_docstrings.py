@@ -14,7 +14,7 @@ TEXTS = {"Returns": "Returns", "Yields": "Yields", "Raises": "Raises", "Example"
 """Sections of plain text, and their titles."""
 
 _SECTION = re.compile(rf"({'|'.join([*LISTS, *TEXTS])}):\s*")
-_ENTRY = re.compile(r"(?P<names>[^:]*?\w)(?: \((?P<type>.*)\))?(?::(?: (?P<text>.*))?)?")
+_ENTRY = re.compile(r"(?P<names>[\w*][\w*, ]*)(?: \((?P<type>.*)\))?(?::(?: (?P<text>.*))?)?")
 _REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?:\[[\w.]+\])?(?!\()")
 
 
