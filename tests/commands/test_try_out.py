@@ -59,6 +59,10 @@ def is_right(completions, answer, **kwargs):
     return [float(messages[-1]["content"] == right) for messages, right in zip(completions, answer)]
 
 
+def is_long(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
 def agent(row, *, base_url, api_key):
     import json, urllib.request
     body = {"model": "m", "messages": [{"role": "user", "content": row["question"]}]}
@@ -153,6 +157,17 @@ def test_what_training_would_suffer_from(code, run):
     _, out, _ = run(f"{code}:PhoneBook", "--row", ADA, "--model", "mini_wiki", "--response_length", "2")
     assert "environment PhoneBook · mini_wiki, greedy" in out
     assert "! every response was cut at 2 tokens" in out
+
+
+def test_a_text_prompt_hides_the_tools(code, run, tmp_path):
+    """As in training; a text on the command line is a message."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Twice 21?", "answer": "42"}))
+    words = ("--say", "42", "--reward_funcs", f"{code}:is_long")
+    _, out, _ = run(f"{code}:double", "--dataset", str(tmp_path / "rows.jsonl"), *words)
+    assert "read      Twice 21?" in out
+    assert "! `prompt` is text" in out
+    _, out, _ = run(f"{code}:double", "--row", '{"prompt": "Twice 21?"}', *words)
+    assert ("read      user: Twice 21?" in out, "`prompt` is text" in out) == (True, False)
 
 
 def test_recipes_bring_rows_and_a_model(run):

@@ -181,7 +181,20 @@ def _paid(
 def advice(setup: Setup, trial: Trial) -> list[str]:
     """What training on such episodes would suffer from, and what to do about it."""
     valid = [episode for episode in trial.episodes if episode.valid]
-    return [*_about_responses(setup, valid), *_about_calls(trial, valid), *_about_rewards(setup, valid)]
+    return [
+        *_about_prompts(setup, trial),
+        *_about_responses(setup, valid),
+        *_about_calls(trial, valid),
+        *_about_rewards(setup, valid),
+    ]
+
+
+def _about_prompts(setup: Setup, trial: Trial) -> Iterator[str]:
+    if trial.tool_names and any(isinstance(row.get("prompt"), str) for row in setup.rows):
+        yield (
+            "`prompt` is text, which is read without the chat template, so that the model is not told of the tools: "
+            'give messages, as in [{"role": "user", "content": "..."}]'
+        )
 
 
 def _about_responses(setup: Setup, episodes: Sequence[Episode]) -> Iterator[str]:

@@ -15,7 +15,6 @@ import json
 import sys
 import urllib.error
 import urllib.request
-from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -92,9 +91,8 @@ class Speaker:
         self._start, self._end = (self.tokenizer.convert_tokens_to_ids(token) for token in (_START, END_OF_TURN))
         self._said: OrderedDict[str, Message] = OrderedDict()
 
-    @abstractmethod
     async def reply(self, conversation: Conversation, params: SamplingParams) -> Reply:
-        """Say the next response."""
+        """Say the next response. Each kind of speaker has its own."""
         raise NotImplementedError
 
     async def sample(

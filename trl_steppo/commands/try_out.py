@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--say", nargs="+", metavar="TEXT", help="the response of each step; `name(argument=value)` calls a tool"
     )
     rows = parser.add_argument_group("rows")
-    rows.add_argument("--row", action="append", metavar="JSON", help="a row of the dataset; may be repeated")
+    rows.add_argument(
+        "--row", action="append", metavar="JSON", help="a row; text as `prompt` is a user's message; may be repeated"
+    )
     rows.add_argument("--dataset", metavar="FILE", help=".json, .jsonl, .csv, .parquet, or `file.py:NAME`")
     rows.add_argument("--rows", type=int, default=1, help="how many of the dataset's first rows are played")
     rows.add_argument("--episodes", type=int, default=1, help="episodes of each row")
@@ -215,7 +217,7 @@ def _rows(args: argparse.Namespace, played: _Played) -> list[Row]:
     if args.row:
         return [_as_row(row) for row in map(parse_row, args.row)]
     if args.dataset:
-        return [_as_row(row) for row in load_rows(args.dataset, args.rows)]
+        return load_rows(args.dataset, args.rows)
     if played.rows is not None:
         return played.rows(args.rows)
     if played.environment_factory is None and played.agent is None:
@@ -224,7 +226,7 @@ def _rows(args: argparse.Namespace, played: _Played) -> list[Row]:
 
 
 def _as_row(row: Row) -> Row:
-    """A row whose prompt is messages, as chat models read them, if it is text."""
+    """A row of the command line: a text stands for a message of the user."""
     prompt = row.get("prompt")
     return {**row, "prompt": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else row
 

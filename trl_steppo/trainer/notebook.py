@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -25,9 +24,11 @@ _COLUMNS = {
 class StepPONotebookCallback(NotebookProgressCallback):
     """transformers' table in notebooks, with the columns of this package instead of the loss."""
 
-    def on_train_begin(self, args: TrainingArguments, *positional: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Begin the table. It has a column for evaluations if there are any."""
-        super().on_train_begin(args, *positional, **kwargs)
+        super().on_train_begin(args, state, control, **kwargs)
         evaluates = args.eval_strategy != "no" or args.eval_on_start
         columns = [name for name in _COLUMNS if evaluates or name != "Eval reward"]
         assert self.training_tracker is not None
@@ -39,7 +40,7 @@ class StepPONotebookCallback(NotebookProgressCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Add a row, or the evaluation to the row of its update."""
         logs = logs or {}
@@ -47,7 +48,14 @@ class StepPONotebookCallback(NotebookProgressCallback):
             _write(self.training_tracker.inner_table, {**logs, "step": state.global_step})
             self.training_tracker.display()
 
-    def on_evaluate(self, *positional: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Nothing: the evaluation was logged."""
 
     def say(self, text: str) -> None:
