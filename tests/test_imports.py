@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
         "numerics",
         "recipes",
         "stopping",
+        "tracing",
     },
     {"environments", "batching", "advantages", "losses"},
     {"models"},

@@ -36,6 +36,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
+from . import tracing
 from .errors import StepPOError
 from .stopping import is_requested
 
@@ -101,7 +102,8 @@ async def call(
     if inspect.iscoroutinefunction(function):
         return await within(_contained(lambda: function(*args, **kwargs), convert), timeout_s, what)
     try:
-        result = await thread.run(lambda: _taken(function(*args, **kwargs), convert), timeout_s, what)
+        run = tracing.carried(lambda: _taken(function(*args, **kwargs), convert))
+        result = await thread.run(run, timeout_s, what)
     except Exception as error:
         if not isinstance(thread, MainThread):
             raise_if_main_thread_needed(error, what)

@@ -12,6 +12,7 @@ EXTRA_OF = {
     **dict.fromkeys(("matplotlib", "jinja2", "scipy"), "report"),
     **dict.fromkeys(("starlette", "uvicorn", "httptools", "uvloop", "pydantic", "prometheus_client"), "gateway"),
     **dict.fromkeys(("sentence_transformers", "faiss"), "dense"),
+    "opentelemetry": "tracing",
     "peft": "peft",
     "deepspeed": "deepspeed",
     "openai": "openai",

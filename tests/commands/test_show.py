@@ -85,6 +85,15 @@ def test_completions_of_trl(show, tmp_path):
     assert show(path) == out
 
 
+def test_what_a_model_wrote_commands_no_terminal(show, tmp_path):
+    evil = "\x1b]0;title\x07 \x1b[2J\x9b31m [bold]x[/bold]"
+    run = write_run(tmp_path / "run", texts={"response": evil, "observation": evil, "prompt": evil}, updates=1)
+    for words in ((), ("--list",)):
+        out = show(run, *words)
+        assert not set(out) & set("\x1b\x07\x9b")
+    assert r"\x1b]0;title\x07 \x1b[2J\x9b31m [bold]x[/bold]" in show(run)
+
+
 def make_dump(directory: Path) -> None:
     answered = step("2 + 2?<|im_start|>assistant\n", "4<|im_end|>", 1.0, observation="right")
     again = step("2 + 2?<|im_start|>assistant\n4<|im_end|>right", "thanks", step_index=1)

@@ -20,6 +20,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from tests.report.synthetic import EVIL, TOKEN_PPO, write_run
+from tests.report.test_trl_runs import grpo, write_trl_run
 from tests.trainer.tiny import make_trainer
 from trl_steppo.report import page as page_module
 from trl_steppo.report import write_report
@@ -199,6 +200,35 @@ def test_a_real_run(browser, tmp_path):
     assert len(page.all("#panes .episode")) == 2
     rows = {pane.find_element(By.TAG_NAME, "h3").text for pane in page.all("#panes .episode")}
     assert len(rows) == 1
+    assert page.complaints() == []
+
+
+def test_twelve_runs_of_four_arms_two_of_them_trls(browser, tmp_path, monkeypatch):
+    """All names are there, in the table, at the curves and in the filter; the figures are on the screen."""
+    every = page_module.charts_of
+    monkeypatch.setattr("trl_steppo.report.page.charts_of", lambda methods: every(methods)[:1])
+    ours = {"StepPO": {}, "StepPO, wide": {"gamma": 0.9, "cliprange": 0.3, "kl_coef": 0.1, "whiten_rewards": True}}
+    theirs = {"TRL's GRPO": {}, "Dr. GRPO": {"loss_type": "dr_grpo", "scale_rewards": "none"}}
+    arms = {
+        name: [write_run(tmp_path / name / str(seed), seed=seed, updates=3, **settings) for seed in (1, 2, 3)]
+        for name, settings in ours.items()
+    }
+    for name, settings in theirs.items():
+        arms[name] = [
+            write_trl_run(tmp_path / name / str(seed), grpo(tmp_path / name, seed=seed, **settings))
+            for seed in (1, 2, 3)
+        ]
+    page = Page(browser, write_report([], tmp_path / "report.html", methods=arms)[0])
+    rows = [row.text for row in page.all("#figures tbody:first-of-type th")][:4]
+    assert rows == list(arms)
+    assert page.one("h1").text == "Report of 12 runs"
+    assert {text.text for text in page.all("#scores svg text")} >= set(arms)
+    assert {option.text.partition(" (")[0] for option in page.all("#filter-method option")} >= set(ours)
+    for width in (1280, 390):
+        browser.set_window_size(width, 900)
+        figures = page.all("#figures tbody tr:last-child td")[:2]
+        assert all(0 < figure.rect["x"] < width for figure in figures), "beside the names"
+    browser.set_window_size(1400, 1000)
     assert page.complaints() == []
 
 

@@ -78,6 +78,7 @@ def test_added_defaults_are_those_documented():
         "dump_episodes_dir": None,
         "replay_episodes_dir": None,
         "log_episodes": 4,
+        "tracing": False,
     }
     assert {name: default(ADDED[name]) for name in expected} == expected
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from tests.trainer.spans import exporter
 from tests.trainer.tiny import (
     TOKENIZER,
     Endless,
@@ -245,6 +246,12 @@ def check_log_episodes(on: Run, off: Run) -> None:
     assert same(on.critic, off.critic)
 
 
+def check_tracing(on: Run, off: Run) -> None:
+    names = [span.name for span in exporter().get_finished_spans()]
+    assert names.count("update") == len(on.updates), "the other run has none"
+    assert same(on.policy, off.policy)
+
+
 def check_prefix_sharing(on: Run, off: Run) -> None:
     """The setting under test is `False`: more tokens are forwarded, to the same end."""
     assert on.tokens_trained > 1.3 * off.tokens_trained
@@ -394,6 +401,7 @@ EFFECTS: dict[str, Effect] = {
     "missing_eos_penalty": Effect(5.0, check_eos_penalty, {"response_length": 60, "total_episodes": 8}),
     "dump_episodes_dir": Effect("DIRECTORY", check_dump),
     "log_episodes": Effect(3, check_log_episodes),
+    "tracing": Effect(True, check_tracing),
     "total_episodes": Effect(24, check_total_episodes),
     "num_sample_generations": Effect(2, check_samples),
     # The update
@@ -577,6 +585,8 @@ def test_setting_has_its_effect(tmp_path, tmp_path_factory, capsys, name):
             found["replay_episodes_dir"] = distorted(tmp_path_factory.getbasetemp() / "distorted")
         if found.get("dump_episodes_dir") == "DIRECTORY":
             found["dump_episodes_dir"] = str(tmp_path / "dumped")
+        if found.get("tracing"):
+            exporter().clear()
         return found
 
     if repr(effect.both) not in _without:

@@ -117,12 +117,14 @@ def _print_list(episodes: Sequence[ShownEpisode], console: Console) -> None:
     """One line an episode: number, id, steps, reward, and the last response or what broke."""
     from rich.text import Text
 
+    from ..episodes.printing import visible
+
     width = max(len(episode.name) for episode in episodes)
     for number, episode in enumerate(episodes, start=1):
         last = " ".join(episode.steps[-1].wrote.split()) if episode.steps else ""
         steps = f"{len(episode.steps)} step{'' if len(episode.steps) == 1 else 's'}"
         score = "failed" if episode.score is None else f"reward {episode.score:.3g}"
-        line = Text(f"{number:3}  {episode.name:{width}}  {steps:>8}  {score:12}  {episode.error or last}")
+        line = Text(visible(f"{number:3}  {episode.name:{width}}  {steps:>8}  {score:12}  {episode.error or last}"))
         line.truncate(console.width, overflow="ellipsis")
         console.print(line)
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import TypeVar
 
+from .. import tracing
 from ..calls import (
     CallThread,
     CallTimeoutError,
@@ -478,15 +479,28 @@ class ToolPlayable(_EnvironmentCalls):
     async def _answer(self, tool_call: JsonObject, counts: Counter[str]) -> Content:
         """The tool's result, or an error for the model to read. Raises only for a result that is not text."""
         name = tool_call["name"]
+        with tracing.span(
+            f"execute_tool {name}",
+            gen_ai__operation__name="execute_tool",
+            gen_ai__tool__name=name,
+            gen_ai__tool__type="function",
+            gen_ai__tool__call__id=tool_call["id"],
+        ) as span:
+            return await self._answer_within(span, tool_call, counts)
+
+    async def _answer_within(self, span: tracing.Span, tool_call: JsonObject, counts: Counter[str]) -> Content:
+        name = tool_call["name"]
         tool = self._methods.get(name) or self._functions.get(name)
         if tool is None:
             counts["unknown_tools"] += 1
+            span.fail("unknown_tool")
             return f"Error: unknown tool {name!r}; available: {', '.join(self._schemas)}"
         schema = self._schemas[name]
         try:
             arguments = read_arguments(tool, signature_of(tool), schema, tool_call["arguments"])
         except WrongArgumentsError as problem:
             counts["wrong_arguments"] += 1
+            span.fail(f"wrong_arguments: {problem}")
             return f"Error: wrong arguments for {name}: {problem}; expected {_usage(schema)}"
         try:
             return await self._run(name, tool, arguments)
@@ -494,11 +508,13 @@ class ToolPlayable(_EnvironmentCalls):
             raise MediaError(f"the tool `{name}` returned {error}") from error
         except CallTimeoutError:
             counts["tool_timeouts"] += 1
+            span.fail(f"timeout: after {self._tool_timeout_s:g} s")
             return f"Error: {name} took longer than {self._tool_timeout_s:g} s and was given up"
         except MainThreadNeededError:
             raise
         except Exception as error:
             counts["tool_errors"] += 1
+            span.fail(f"{type(error).__name__}: {error_text(error)}")
             logger.debug("the tool %s failed: %s (%s)", name, error_text(error), users_place(error))
             return writable(f"Error: {name} failed: {type(error).__name__}: {error_text(error)}")
 

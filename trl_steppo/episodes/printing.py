@@ -22,6 +22,7 @@ _MAX_CHARACTERS = 1_500  # of one text, unless all of it is wanted
 _MIN_WIDTH = 120  # of a table, where the terminal's is not known
 _MAX_COLUMN = 20  # of a table's column that is not one of these
 _TEXTS = ("read", "wrote")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PLACE = re.compile(r"\((?P<file>[^()]+):(?P<line>\d+)\)$")
 
 
@@ -239,7 +240,7 @@ def print_episode(episode: ShownEpisode, console: Console, *, whole: bool = Fals
         whole (`bool`, *optional*, defaults to `False`):
             Whether long texts are printed with their middle.
     """
-    console.print(Rule(Text(episode.title, style="bold"), align="left", characters="━"))
+    console.print(Rule(Text(visible(episode.title), style="bold"), align="left", characters="━"))
     for number, step in enumerate(episode.steps, start=1):
         facts = [*step.notes, *([] if step.reward is None else [f"reward {step.reward:.4g}"])]
         head = Text.assemble((f"step {number}", "bold"), (f"  {' · '.join(facts)}" if facts else "", "dim"))
@@ -271,12 +272,13 @@ def _summary(episode: ShownEpisode, *, whole: bool) -> Table:
         table.add_row("reward", Text.assemble(amount, f"  ({named})" if named else ""))
     others = {name: value for name, value in episode.metrics.items() if value and not name.startswith("rewards/")}
     if others:
-        table.add_row("metrics", Text(" · ".join(f"{name} {value:.4g}" for name, value in others.items())))
+        table.add_row("metrics", Text(visible(" · ".join(f"{name} {value:.4g}" for name, value in others.items()))))
     if episode.logged:
-        table.add_row("logged", Text(" · ".join(f"{name}: {value}" for name, value in episode.logged.items())))
+        logged = " · ".join(f"{name}: {value}" for name, value in episode.logged.items())
+        table.add_row("logged", Text(visible(logged)))
     table.add_row("ended", Text(episode.ending))
     if episode.error is not None:
-        table.add_row("error", Text(_with_source(episode.error), style="bold red"))
+        table.add_row("error", Text(visible(_with_source(episode.error)), style="bold red"))
     if episode.agent_output:
         table.add_row("printed", _text(episode.agent_output, "magenta", whole=whole))
     return table
@@ -294,7 +296,15 @@ def _text(text: str, style: str, *, whole: bool) -> Text:
     if not whole and len(text) > _MAX_CHARACTERS:
         half = _MAX_CHARACTERS // 2
         text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
-    return Text(text.strip("\n") or "(nothing)", style=style)
+    return Text(visible(text.strip("\n")) or "(nothing)", style=style)
+
+
+def visible(text: str) -> str:
+    """
+    A text whose control characters are written out, as in `\\x1b`: a terminal would obey those that a model wrote.
+    Ends of lines and tabs stay.
+    """
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 # -- in tables --------------------------------------------------------------------------------------------------------
@@ -327,7 +337,7 @@ def episode_table(episodes: Sequence[Episode], decode: Decode, title: str) -> st
             Text(name), no_wrap=True, ratio=1 if is_text else None, min_width=None if is_text else longest
         )
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(Text(_cell(value)) for value in row))
+        table.add_row(*(Text(visible(_cell(value))) for value in row))
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

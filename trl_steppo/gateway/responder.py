@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from .. import tracing
 from ..errors import ConfigurationError, DataError
-from ..inference.base import Sample, SamplingParams
+from ..inference.base import Sample, SamplingParams, note_sample, sampling_span
 from ..types import StopReason, num_shared
 from .conversation import Answer, ModelRequest, RequestError, context_error
 from .flights import Flight, Flights, Retry
@@ -182,10 +183,11 @@ class Responder:
             stop_token_ids=prompt.placement.chat.stop_token_ids,
             context=services.context,
         )
-        sample = await self._sample(prompt.ids, params, flight.seed_index)
-        step = await self._record(request, flight, prompt, sample, params)
-        flight.is_recording = True
-        await self._store(step)
+        with tracing.span("step", within=session.session_id, steppo__step_index=len(session.steps)):
+            sample = await self._sample(prompt.ids, params, flight.seed_index)
+            step = await self._record(request, flight, prompt, sample, params)
+            flight.is_recording = True
+            await self._store(step)
         max_tokens, is_cut = request.wishes.max_tokens, step.stop_reason is StopReason.LENGTH
         if is_cut and session.spec.is_cut(params, len(prompt.ids), max_tokens=max_tokens):
             session.notes.cut = True
@@ -197,7 +199,10 @@ class Responder:
         session, monitor = self.session, self._services.monitor
         order = session.spec.order(seed_index)
         try:
-            sample = await self._services.port.sample(prompt_ids, params, session_id=session.session_id, order=order)
+            with sampling_span(session.session_id, len(prompt_ids), params) as span:
+                port = self._services.port
+                sample = await port.sample(prompt_ids, params, session_id=session.session_id, order=order)
+                note_sample(span, sample)
         except RequestError:
             raise
         except (ConfigurationError, DataError) as error:  # more than the sampler can take

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .. import tracing
 from ..errors import ConfigurationError, DataError
 from ..types import StopReason, TokenIds
 
@@ -203,3 +204,31 @@ class Pacer(Protocol):
     async def quiet(self) -> None:
         """Return when no episode is away, or after a grace period."""
         ...
+
+
+# -- traces -----------------------------------------------------------------------------------------------------------
+
+
+def sampling_span(episode_id: str, prompt_tokens: int, params: SamplingParams) -> AbstractContextManager[tracing.Span]:
+    """Context of the span of one response; see [`tracing`]."""
+    return tracing.span(
+        "chat policy",
+        gen_ai__operation__name="chat",
+        gen_ai__provider__name="trl_steppo",
+        gen_ai__request__model="policy",
+        gen_ai__conversation__id=episode_id,
+        gen_ai__request__max_tokens=params.max_new_tokens,
+        gen_ai__request__temperature=params.temperature,
+        gen_ai__request__top_p=params.top_p,
+        gen_ai__request__top_k=params.top_k or None,
+        gen_ai__usage__input_tokens=prompt_tokens,
+    )
+
+
+def note_sample(span: tracing.Span, sample: Sample) -> None:
+    """Add what was sampled to its span."""
+    span.set(
+        gen_ai__usage__output_tokens=len(sample.token_ids),
+        gen_ai__response__finish_reasons=[sample.stop_reason.value],
+        steppo__policy_version=sample.policy_version,
+    )

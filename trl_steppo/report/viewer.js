@@ -278,7 +278,7 @@
 
   // -- the place of a reader, for a page that is loaded again ---------------------------------------------------------
 
-  const key = (episode) => `${episode.run} ${episode.update} ${episode.id}`;
+  const key = (episode) => `${episode.run} ${episode.part} ${episode.update} ${episode.id}`;
   const methodOf = (select) => (select.value === "" ? null : data.methods[Number(select.value)]);
 
   function choose(select, value) {
@@ -292,6 +292,7 @@
         method: methodOf(filters.method),
         compare: methodOf(compare),
         update: filters.update.value,
+        part: filters.part.value,
         outcome: filters.outcome.value,
         episode: episode ? key(episode) : null,
         beside: state.beside ? key(state.beside) : null,
@@ -301,6 +302,7 @@
       if (place.method !== null) choose(filters.method, String(data.methods.indexOf(place.method)));
       if (place.compare !== null) choose(compare, String(data.methods.indexOf(place.compare)));
       choose(filters.update, place.update);
+      choose(filters.part, place.part);
       choose(filters.outcome, place.outcome);
       refilter();
       const index = state.shown.findIndex((episode) => key(episode) === place.episode);

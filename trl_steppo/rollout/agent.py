@@ -28,6 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
+from .. import tracing
 from ..calls import DaemonThread, is_lazy, look_at
 from ..episodes import EpisodeSpec
 from ..errors import ConfigurationError, SamplerError
@@ -217,6 +218,10 @@ class AgentPlayer:
         if kept is not None:
             return kept
         session, key = await self._at_gateway(self.gateway.open_session(spec, name=name))
+        with tracing.shared(session.session_id):  # for the gateway's thread
+            return await self._play(request, name, session, key)
+
+    async def _play(self, request: EpisodeRequest, name: str, session: Session, key: str) -> Episode:
         agent = _AgentThread(self.agent) if callable(self.agent) else _AgentProcess(self.agent)
         task = asyncio.ensure_future(agent.start(request.row, self.server, session.session_id, key))
         task.add_done_callback(look_at)
@@ -290,7 +295,7 @@ class _AgentThread:
             result = self._agent(row, base_url=server.base_url, api_key=key)
             return _reward(self._run_async(result) if inspect.isawaitable(result) else result)
 
-        return await self._thread.run(run, None, "the agent")
+        return await self._thread.run(tracing.carried(run), None, "the agent")
 
     async def end(self) -> None:
         """Cancel an async agent. A thread that hangs is left running; its key is no longer valid."""
@@ -361,6 +366,7 @@ class _AgentProcess:
             "ANTHROPIC_BASE_URL": server.origin,
             "ANTHROPIC_API_KEY": key,
             "STEPPO_SESSION_URL": f"{server.origin}/sessions/{session_id}",
+            **tracing.environment(),
         }
         self._keeper = Keeper(self._words)
         with self._keeper.starting() as descriptor:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
+from .. import tracing
 from ..calls import (
     CallTimeoutError,
     MainThreadNeededError,
@@ -22,7 +23,7 @@ from ..chat import ChatFormat
 from ..environments.base import Outcome, Playable, Response
 from ..episodes import EpisodeRecord, EpisodeSpec, RecordedStep, as_messages
 from ..errors import ConfigurationError, DataError, SamplerError
-from ..inference.base import Pacer, Sample, Sampler, SamplingParams
+from ..inference.base import Pacer, Sample, Sampler, SamplingParams, note_sample, sampling_span
 from ..types import Episode, Row, StopReason, TextOrMessages, TokenIds
 from .rows import EMPTY_PROMPT, own
 
@@ -163,7 +164,8 @@ class _Play:
             params = self._next_params()
             if isinstance(params, StopReason):
                 return params
-            is_over, budget = await self._play_step(params)
+            with tracing.span("step", steppo__step_index=len(self.record.steps)):
+                is_over, budget = await self._play_step(params)
             if is_over or budget is not None:
                 return budget
 
@@ -204,8 +206,12 @@ class _Play:
         record = self.record
         order = record.spec.order(len(record.steps))
         try:
-            with self.pacer.at_sampler() if self.pacer is not None else nullcontext():
+            with (
+                sampling_span(record.episode_id, len(self.prompt_ids), params) as span,
+                self.pacer.at_sampler() if self.pacer is not None else nullcontext(),
+            ):
                 sample = await self.sampler.sample(self.prompt_ids, params, episode_id=record.episode_id, order=order)
+                note_sample(span, sample)
         except (ConfigurationError, DataError):  # this request can never be answered
             raise
         except Exception as error:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
+from .. import tracing
 from ..calls import MainThreadNeededError, NewEnvironmentNeededError
 from ..environments.slots import Slots
 from ..episodes import EpisodeSpec
@@ -118,6 +119,7 @@ def play_episodes(
         ConfigurationError: An environment or a tool works in the main thread only, which has no time for it.
     """
     pacer = EpisodePacer(grace_s=grace_s)
+    name = f"rollout {id(pacer)}"  # episodes may be played in another thread than this
     num_players = min(max_concurrent_episodes or len(requests), len(requests))
     results: dict[int, Episode] = {}
     waiting = iter(enumerate(requests))
@@ -128,7 +130,7 @@ def play_episodes(
             for index, request in waiting:
                 turn = slots.of("episode", priority=request.stream_position) if slots is not None else nullcontext()
                 async with turn:
-                    results[index] = await _despite_accidents(player, request, pacer)
+                    results[index] = await _despite_accidents(player, request, pacer, within=name)
                 if on_episode is not None:
                     on_episode()
         finally:
@@ -149,11 +151,12 @@ def play_episodes(
         finally:
             player.sampler.pace(None)
 
-    player.run(play_all(), pacer)
+    with tracing.shared(name):
+        player.run(play_all(), pacer)
     return [results[index] for index in range(len(requests))]
 
 
-async def _despite_accidents(player: Player, request: EpisodeRequest, pacer: Pacer) -> Episode:
+async def _despite_accidents(player: Player, request: EpisodeRequest, pacer: Pacer, *, within: str) -> Episode:
     """
     Play a request again, from its beginning, where the sampler failed, unless that itself has given up; and once where
     its environment turned out to need the main thread. Each attempt has a row of its own: what an environment or an
@@ -164,7 +167,7 @@ async def _despite_accidents(player: Player, request: EpisodeRequest, pacer: Pac
     while True:
         attempt = replace(request, row=own_row(request.row))  # the last attempt may have changed its row
         try:
-            episode = await player.play(attempt, pacer)
+            episode = await _traced(player, attempt, pacer, within)
             return replace(episode, question=question_of(request.row))
         except NewEnvironmentNeededError:  # the old one is closed, and a new one never needs another
             continue
@@ -179,3 +182,22 @@ async def _despite_accidents(player: Player, request: EpisodeRequest, pacer: Pac
             if num_accidents == _MAX_ATTEMPTS or has_given_up:
                 raise
             logger.warning("%s; it is played again", error)
+
+
+async def _traced(player: Player, request: EpisodeRequest, pacer: Pacer, within: str) -> Episode:
+    """Play an episode, in a span of its own."""
+    with tracing.span("episode", within=within) as span:
+        episode = await player.play(request, pacer)
+        span.set(
+            gen_ai__conversation__id=episode.episode_id,
+            steppo__stream_position=request.stream_position,
+            steppo__generation_index=request.generation_index,
+            steppo__dataset_row=request.dataset_row,
+            steppo__num_steps=len(episode.steps),
+            steppo__reward=episode.episode_return if episode.valid else None,  # before reward functions
+            steppo__truncated=episode.truncated,
+            steppo__stop_reason=None if episode.stop_reason is None else episode.stop_reason.value,
+        )
+        if episode.error is not None:
+            span.fail(episode.error)
+        return episode

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
+from .. import tracing
 from ..errors import ConfigurationError
 from ..inference import Engine
 from ..inference.base import vocabulary_size
@@ -111,6 +112,8 @@ def load(given: Arguments) -> Loaded:
         check_policy_loss(given.policy_loss_fn)
     args = given.args
     refuse_unsupported(args)
+    if args.tracing:
+        tracing.check_available()
     check_engine(args, given.engine)
     check_kinds(
         processing_class=given.processing_class,

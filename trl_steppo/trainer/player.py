@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerState
 
+from .. import tracing
 from ..calls import call_and_wait, error_text
 from ..chat import ChatFormat
 from ..environments.base import Tools
@@ -189,6 +190,22 @@ class EpisodePlayer:
         """
         if not requests:
             return []
+        with tracing.span(
+            "evaluation" if update is None else "rollout",
+            steppo__update=None if update is None else update + 1,  # as it is logged
+            steppo__num_episodes=len(requests),
+        ):
+            return self._play(requests, greedy=greedy, update=update, id_prefix=id_prefix, on_episode=on_episode)
+
+    def _play(
+        self,
+        requests: Sequence[EpisodeRequest],
+        *,
+        greedy: bool,
+        update: int | None,
+        id_prefix: str,
+        on_episode: Callable[[], None] | None,
+    ) -> list[Episode]:
         sampling = replace(self._sampling, temperature=0.0, top_p=1.0, top_k=0) if greedy else self._sampling
         spec = EpisodeSpec(self.limits, sampling, run_seed=self.args.seed)
         prefix = id_prefix if update is None else _prefix(update)

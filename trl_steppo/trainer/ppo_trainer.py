@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from accelerate import PartialState
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from .. import tracing
 from ..compat.accelerate import find_fsdp
 from ..compat.transformers import TrainOutput, save_policy, source_of
 from ..episodes.printing import episode_columns, episode_table
@@ -275,7 +276,13 @@ class PPOTrainer(RunLoop):
         if self.state.global_step > 0 and not resume_from_checkpoint:
             raise ConfigurationError("`train()` was called before, and its schedules have ended; make a new trainer")
         holds_directory = alone_in(self.checkpoints.output_dir, is_writer=self.accelerator.is_main_process)
-        with listening(), holds_directory, self._as_before(), short_collections(self.accelerator.device):
+        with (
+            listening(),
+            holds_directory,
+            self._as_before(),
+            short_collections(self.accelerator.device),
+            tracing.recording(self.args.tracing),
+        ):
             run = self._train(self._set_out(resume_from_checkpoint or None))
         losses = [logs["loss/policy_avg"] for logs in self.state.log_history if "loss/policy_avg" in logs]
         mean_loss = sum(losses) / len(losses) if losses else float("nan")
@@ -432,7 +439,7 @@ class PPOTrainer(RunLoop):
         count = f"{len(dataset)} rows" if isinstance(dataset, Sized) else "a stream"
         name = metric_key_prefix.removeprefix("eval").removeprefix("_")
         self._say(f"update {self.state.global_step} | evaluating {count}{' of ' * bool(name)}{name}")
-        with self._engine_running():
+        with self._engine_running(), tracing.recording(self.args.tracing):
             measured = self.evaluation.measure(dataset, self.state, partial(self._log_evaluation, metric_key_prefix))
         result = {f"{metric_key_prefix}_{k}": v for k, v in measured.items() if k not in (ignore_keys or ())}
         self.log(result)

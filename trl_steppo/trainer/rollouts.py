@@ -10,6 +10,7 @@ from typing import Protocol
 from accelerate import Accelerator
 from transformers import TrainerState
 
+from .. import tracing
 from ..inference import Engine
 from ..learning.metrics import Means
 from ..learning.ranks import together
@@ -161,7 +162,7 @@ class RolloutsAhead:
     def _prepare(self, index: int) -> Callable[[], Played]:
         assert self._update is not None
         requests = self._player.prepare(self._schedule.requests(self._update, index))
-        return lambda: (requests, self._player.play(requests, update=index))
+        return tracing.carried(lambda: (requests, self._player.play(requests, update=index)))
 
 
 class ReplayedRollouts:

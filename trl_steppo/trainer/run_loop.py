@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import Trainer, TrainerState
 
+from .. import tracing
 from ..compat.transformers import (
     SaveStrategy,
     load_callback_states,
@@ -199,7 +200,8 @@ class RunLoop(_Base):
         )
         try:
             self._event("on_step_begin")
-            yield update
+            with tracing.span("update", steppo__update=update.number):
+                yield update
             update.stop(samples_ahead=args.max_staleness > 0)
             self.state.global_step += 1
             with update.clock.measure("sync_s"):

@@ -99,7 +99,7 @@ SETTING_GROUPS: tuple[SettingGroup, ...] = (
         (
             *("output_dir", "run_name", "report_to", "logging_steps", "log_episodes", "num_sample_generations"),
             *("eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps", "save_total_limit"),
-            *("resume_from_checkpoint", "push_to_hub"),
+            *("resume_from_checkpoint", "push_to_hub", "tracing"),
         ),
     ),
     SettingGroup(

@@ -147,6 +147,10 @@ class StepPOConfig(PPOConfig):
             advantages, and log-probabilities before and after the update. `trl-steppo show` prints them, and
             `trl-steppo report` shows them. The update is the same with and without. 0: none are written.
 
+        tracing (`bool`, *optional*, defaults to `False`):
+            Whether OpenTelemetry spans of updates, rollouts, episodes, steps, responses and tool calls are recorded by
+            the program's tracer provider. Needs the extra `tracing`, and a provider before the trainer is made.
+
         > Parameters that control batching
 
         prefix_sharing (`bool`, *optional*, defaults to `True`):
@@ -315,6 +319,10 @@ class StepPOConfig(PPOConfig):
     log_episodes: int = field(
         default=4,
         metadata={"help": "Episodes of each update and evaluation that are written for show and report. 0: none."},
+    )
+
+    tracing: bool = field(
+        default=False, metadata={"help": "Record OpenTelemetry spans of updates, episodes, steps and tool calls."}
     )
 
     # Batching
@@ -581,7 +589,7 @@ def _named(given: str | Estimator | AdvantageFunction | ReturnFunction) -> tuple
 
 _LEFT_OUT_OF_TRIALS = (
     *("total_episodes", "gradient_accumulation_steps", "logging_strategy"),
-    *("eval_on_start", "load_best_model_at_end", "push_to_hub", "deepspeed"),
+    *("eval_on_start", "load_best_model_at_end", "push_to_hub", "deepspeed", "tracing"),
     *("max_staleness", "use_rollout_worker", "use_vllm", "rollout_cache_tokens", "allow_uncached_sampling"),
     *("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir", "vllm_weight_transfer"),
 )
