@@ -45,9 +45,13 @@ def options_of_script(path: Path) -> set[str]:
 def test_flags_exist():
     wrong = []
     for command in COMMANDS:
-        asked = {word.partition("=")[0] for word in command.words if word.startswith("--")}
         if command.words[:1] == ("trl-steppo",):
-            known = options(make_parser(), command.words[1:])
+            own = command.words[: command.words.index("--")] if "--" in command.words else command.words
+            asked = {word.partition("=")[0] for word in own if word.startswith("--")}
+            known = options(make_parser(), own[1:])
+            if scripts := [word for word in own if word.endswith(".py")]:  # what follows is the script's
+                asked |= {word for word in command.words[len(own) + 1 :] if word.startswith("--")}
+                known |= options_of_script(ROOT / scripts[0]) if (ROOT / scripts[0]).exists() else asked
         elif any(re.match(r"(examples|benchmarks)/\S+\.py$", word) for word in command.words):
             script = command.arguments[0]
             asked = {word for word in command.arguments if word.startswith("--")}

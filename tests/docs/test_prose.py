@@ -7,23 +7,13 @@ from tests.docs.pages import PAGES, mean_sentence_length, name_of, num_words, se
 MAX_LINES = 250
 MAX_MEAN_WORDS = 20.0
 
-TOO_LONG: dict[str, int] = {}
-"""Lines of pages that have more; they may only get fewer."""
-
-TOO_WORDY: dict[str, float] = {"guides/report.md": 21.0}
-"""Mean sentence lengths of pages that have more; they may only get less."""
-
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_is_short(page):
-    text, name = page.read_text(), name_of(page)
-    assert len(text.splitlines()) <= TOO_LONG.get(name, MAX_LINES)
+    text = page.read_text()
+    assert len(text.splitlines()) <= MAX_LINES
     longest = sorted(sentences(text), key=num_words)[-3:]
-    assert mean_sentence_length(text) <= TOO_WORDY.get(name, MAX_MEAN_WORDS), f"the longest sentences: {longest}"
-
-
-def test_exceptions_are_pages():
-    assert {*TOO_LONG, *TOO_WORDY} <= {name_of(page) for page in PAGES}
+    assert mean_sentence_length(text) <= MAX_MEAN_WORDS, f"the longest sentences: {longest}"
 
 
 def test_prose_is_told_from_the_rest():
