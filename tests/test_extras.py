@@ -17,7 +17,11 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_extra_of_the_table_installs_its_modules():
     text = (ROOT / "pyproject.toml").read_text()
-    names = {"faiss": "faiss-cpu", "sentence_transformers": "sentence-transformers"}
+    names = {
+        "faiss": "faiss-cpu",
+        "sentence_transformers": "sentence-transformers",
+        "opentelemetry": "opentelemetry-api",
+    }
     for module, extra in EXTRA_OF.items():
         (line,) = (line for line in text.splitlines() if line.startswith(f"{extra} = ["))
         assert f'"{names.get(module, module)}>=' in line
