@@ -18,7 +18,7 @@ from common.record import BenchmarkArguments, parse_arguments, write_record
 from common.runs import EXAMPLES
 
 WIDTH = 1280
-FIGURES_HEIGHT, EPISODES_HEIGHT = 900, 1250
+FIGURES_HEIGHT, EPISODES_HEIGHT = 1180, 1250
 
 
 @dataclass

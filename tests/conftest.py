@@ -28,7 +28,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 # tests that are repeated use, too.
 PINNED_ONLY = (
     *("benchmarks", "comparison", "episodes", "inference/test_vllm.py"),
-    *(f"commands/test_{name}.py" for name in ("check", "compare", "config", "memory", "show", "try_out")),
+    *(f"commands/test_{name}.py" for name in ("check", "cli", "compare", "config", "memory", "show", "try_out")),
     *(f"report/test_{name}.py" for name in ("live", "methods", "page", "plots", "statistics", "viewer")),
     *(f"gateway/test_{name}.py" for name in ("anthropic", "app", "bodies", "damaged_store", "delivery", "flights")),
     *(f"gateway/test_{name}.py" for name in ("formats", "hostile", "limits", "openai", "placement", "recorded_steps")),

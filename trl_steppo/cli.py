@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import Command, check, compare, config, gateway, hotpotqa, memory, recipes, report, show, try_out
+from .commands import Command, check, compare, config, gateway, hotpotqa, init, memory, recipes, report, show, try_out
 from .compat.argparse import groups_of
 from .errors import StepPOError
 from .extras import missing_library
 from .recipes import closest
 
 COMMANDS: dict[str, Command] = {
+    "init": init,
     "recipes": recipes,
     "config": config,
     "memory": memory,
@@ -32,7 +33,7 @@ COMMANDS: dict[str, Command] = {
 
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Begin": ("recipes", "try"),
+    "Begin": ("init", "recipes", "try"),
     "Before a run": ("check", "memory", "config"),
     "Runs": ("compare", "show", "report"),
     "Serve and prepare": ("gateway", "hotpotqa"),
@@ -74,7 +75,7 @@ class _Overview(_Parser):
         return "\n".join(lines)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> _Parser:
     """The parser of the whole command, with all subcommands; the reference page is made from it, too."""
     parser = _Overview(prog="trl-steppo", description="step-level PPO for LLM agents, on top of Hugging Face TRL")
     parser.add_argument("--version", action="version", version=f"trl-steppo {__version__}", help="print the version")

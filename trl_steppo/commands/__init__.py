@@ -3,6 +3,8 @@ The subcommands of `trl-steppo`. Each module declares the arguments of its comma
 
 | file | what it is |
 |---|---|
+| `init.py`, `project/` | a folder to begin a project with, and its files |
+| `recipes.py` | the recipes that come with the package |
 | `config.py` | where the shipped accelerate files are |
 | `memory.py` | what a run needs of each GPU |
 | `memory_plan.py`, `shapes.py` | the estimate, and what of a model decides it |
