@@ -37,6 +37,7 @@ PINNED_ONLY = (
     *(f"rollout/test_{name}.py" for name in ("agent", "ahead", "pacing")),
     *(f"trainer/test_{name}.py" for name in ("metric_table", "owned_processes")),
     *(f"trainer/test_{name}.py" for name in ("diagnosis", "killed_ahead", "killed_rank", "metrics_file")),
+    *("learning/test_own_functions.py", "trainer/test_own_algorithm.py"),
     *(f"test_{name}.py" for name in ("calls", "durable", "imports", "keeper", "names", "packaging", "typing")),
     *(f"test_{name}.py" for name in ("extras", "readme", "recipes", "types", "warm")),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,11 @@ def test_every_recipe_says_what_it_is_and_the_command_lists_them(capsys):
         assert all(part in line for part in (header.model, header.gpus, header.summary))
     assert main(["recipes", "rooms"]) == 0
     assert capsys.readouterr().out == (RECIPES / "rooms.yaml").read_text()
+
+
+def test_the_page_lists_them_as_they_are():
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "recipes.md").read_text()
+    for name in recipe_names():
+        header = read_header(name)
+        assert f"| `{name}` | {header.model} | {header.gpus} | {header.summary} |\n" in page
+    assert page.count("\n| `") == len(recipe_names())

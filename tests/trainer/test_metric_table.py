@@ -51,7 +51,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "tokens": {"advantage_estimator": "token_gae", "importance_sampling_level": "token"},
     "groups": {"advantage_estimator": "gigpo", "num_generations": 4, "log_episodes": 0},
     "tools": {"environment_factory": Look, "train_dataset": message_rows(), "engine": scripted(look)},
-    "ahead": {"max_staleness": 1, "max_steps": 2},
 }
 
 
