@@ -6,8 +6,10 @@ import argparse
 from dataclasses import fields
 from typing import TYPE_CHECKING, get_args
 
+from ..errors import ConfigurationError
+from ..recipes import closest
 from .memory_plan import GIB, RESERVED, LaunchKind, Plan, Setting, plan
-from .shapes import load_config, shape_of
+from .shapes import SHAPES, load_config, shape_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,7 +69,14 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shape = shape_of(load_config(args.model))
+    try:
+        shape = shape_of(load_config(args.model))
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(
+            f"the configuration of {args.model!r} cannot be loaded{closest(args.model, SHAPES) or '.'} "
+            f"Built in are {', '.join(SHAPES)}. ({reason})"
+        ) from error
     settings = {field.name: getattr(args, field.name) for field in fields(Setting) if hasattr(args, field.name)}
     console = Console()
     table = Table(

@@ -33,7 +33,7 @@ def flags_of(script: Path) -> set[str]:
     if missing:
         raise ConfigurationError(
             f"{script} does not take {', '.join(f'--{name}' for name in missing)}; parse its flags with "
-            "`TrlParser((StepPOConfig,))`, as in docs/guides/compare.md"
+            "`StepPOParser(StepPOConfig)`, as in docs/guides/compare.md"
         )
     return flags
 
