@@ -40,7 +40,6 @@ NOT_RUN = {
     r"trl-steppo try .*my_agent.*": "a model of the hub; tests/commands/test_try_out.py tries agents",
     r".* --endpoint .*": "asks an API; tests/commands/test_try_out.py asks one of its own",
     r"trl-steppo show runs/.*": "reads a run, which takes longer to make; tests/commands/test_show.py reads one",
-    r".* --config my_recipe.yaml .*": "needs a recipe of the reader's own",
     r"curl .*": "asks a gateway that is served; tests/gateway asks the same over HTTP",
     r"trl-steppo compare .*": "trains several runs; tests/commands/test_compare.py compares, slowly with real ones",
     r"trl-steppo report --watch .*": "serves until it is stopped; tests/report/test_live.py asks it",
