@@ -79,6 +79,8 @@ def _command(page: str, line: str, words: list[str]) -> Command:
     while words and (match := re.fullmatch(r"(\w+)=(.*)", words[0], flags=re.DOTALL)):
         variables.append((match[1], match[2]))
         words = words[1:]
+    if ">" in words:
+        words = words[: words.index(">")]
     return Command(page, line, tuple(words), tuple(variables))
 
 

@@ -101,7 +101,7 @@ def test_recipes_that_commands_name_can_be_read():
     for command in COMMANDS:
         named = [word for flag, word in pairwise(command.words) if flag == "--config"]
         named += command.words[2:3] if command.words[:2] == ("trl-steppo", "check") else []
-        for name in named:
+        for name in {*named} - {"my_recipe.yaml"}:
             assert yaml.safe_load(find_recipe(name).read_text()), command
 
 

@@ -97,6 +97,8 @@ def test_no_link_is_broken(site, pages):
 
 def test_nothing_is_loaded_from_the_network(site, pages):
     assert not [(page, url) for page, parsed in pages.items() for url in parsed.loads if urlsplit(url).netloc]
+    # For these diagrams the theme would load a library.
+    assert not [page for page in pages if 'class="mermaid"' in (site / page).read_text()]
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import )[\"']?https?:", sheet.read_text()), sheet
 
@@ -135,15 +137,15 @@ def test_generated_tables_have_what_the_code_has(site, page, texts):
 
 
 @pytest.mark.parametrize(
-    ("query", "page"),
+    ("query", "fitting"),
     [
-        ("reward is 0", "guides/troubleshooting.html"),
-        ("resume", "guides/checkpoints.html"),
-        ("vLLM", "guides/vllm.html"),
-        ("own loss", "guides/your_algorithm.html"),
+        ("reward is 0", ("guides/troubleshooting.html", "guides/reading_metrics.html")),
+        ("resume", ("guides/checkpoints.html",)),
+        ("vLLM", ("guides/vllm.html",)),
+        ("own loss", ("guides/your_algorithm.html",)),
     ],
 )
-def test_the_search_finds_the_page_first(index, query, page):
+def test_the_search_finds_a_fitting_page_first(index, query, fitting):
     found = index.search(query)
     most = max(len(result["match_data"].metadata) for result in found)
 
@@ -153,4 +155,4 @@ def test_the_search_finds_the_page_first(index, query, page):
         return float(result["score"]) * (2 if is_page else 1)
 
     pages = [result["ref"].partition("#")[0] for result in sorted(found, key=score, reverse=True)]
-    assert pages[0] == page, list(dict.fromkeys(pages))[:5]
+    assert pages[0] in fitting, list(dict.fromkeys(pages))[:5]

@@ -125,6 +125,8 @@ def test_a_taken_port_is_named(tmp_path, serve, capsys):
         LiveServer(LivePage([tmp_path], {}), port=taken)
     assert main(["report", str(tmp_path), "--port", "1"]) == 1
     assert "--port has an effect with --watch only" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--watch", "--output", "a.html"]) == 1
+    assert "--output a.html has no effect with --watch" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_the_command_at_once(tmp_path):

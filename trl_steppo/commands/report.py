@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=RUN,RUN",
         help="these runs are one method of this name; may be repeated",
     )
-    parser.add_argument("--output", default="report.html", metavar="FILE.html", help="plots lie next to it as PNG")
+    parser.add_argument("--output", metavar="FILE.html", help="plots lie next to it as PNG (default: report.html)")
     parser.add_argument(
         "--watch",
         action="store_true",
@@ -42,11 +42,13 @@ def run(args: argparse.Namespace) -> None:
     if not args.runs and not methods:
         raise ConfigurationError("name at least one run's output_dir")
     if args.watch:
+        if args.output is not None:
+            raise ConfigurationError(f"--output {args.output} has no effect with --watch, which writes no file")
         serve_report(args.runs, methods=methods, port=args.port)
         return
     if args.port is not None:
         raise ConfigurationError("--port has an effect with --watch only")
-    for path in write_report(args.runs, args.output, methods=methods):
+    for path in write_report(args.runs, args.output or "report.html", methods=methods):
         print(path)
 
 
