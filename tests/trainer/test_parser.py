@@ -98,6 +98,14 @@ def test_an_unknown_setting_of_a_recipe_is_told_with_one_that_is_like_it(tmp_pat
     assert "- `num_player`: did you mean `num_players`?" in refusal(capsys, "--config", str(recipe))
 
 
+def test_the_help_stays_short_on_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = StepPOParser(StepPOConfig).format_help().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 80
+    assert "  --lam                          Lambda of GAE. [1.0]" in lines
+
+
 def test_the_help_shows_what_is_ours_in_groups_and_each_flag_once(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     parser = StepPOParser((HotpotQARecipe, MyConfig), default_config="mini_wiki")

@@ -228,12 +228,16 @@ def _line_of(action: argparse.Action, width: int, *, is_whole: bool) -> str:
     text = MEANINGS.get(action.dest, text if is_whole else _first_sentence(text))
     if action.choices is not None and action.dest not in MEANINGS and not _names_all(text, action.choices):
         text += f" {{{', '.join(map(str, action.choices))}}}"
+    is_narrow = width < _WIDTH and not is_whole  # a line a flag, so that the help stays short
+    end = ""
     if action.required:
-        text += " [required]"
+        end = " [required]"
     elif action.default is not None and action.default != argparse.SUPPRESS and action.default != []:
         default = getattr(action.default, "value", action.default)  # of an enumeration
-        text += f" [{textwrap.shorten(str(default), 40, placeholder=' ...')}]"
-    return _line(flag, text, width)
+        end = f" [{textwrap.shorten(str(default), 20 if is_narrow else 40, placeholder=' ...')}]"
+    if is_narrow:
+        text = textwrap.shorten(text, max(width - _FLAG_WIDTH - 2 - len(end), 20), placeholder=" ...")
+    return _line(flag, text + end, width)
 
 
 def _line(flag: str, text: str, width: int) -> str:
