@@ -57,7 +57,7 @@ class EqualRewards:
         if self._is_over:
             return None
         is_equal = figures.has_equal_rewards(compares_groups=self.compares_groups)
-        if not is_equal or _pays_steps(episodes) or _have_differed(state):
+        if not is_equal or figures.pays_steps or _have_differed(state):
             self._is_over = True
             return None
         self._rewards += figures.returns
@@ -116,11 +116,6 @@ class EqualRewards:
             if counts[reason.value] > _OFTEN * num:
                 yield f"{counts[reason.value]} of {num} episodes were cut at `{reason.value}` (`env/truncated`)"
         yield "read what was played: `trl-steppo show` prints episodes, `trl-steppo try` plays one with its rewards"
-
-
-def _pays_steps(episodes: Sequence[Episode]) -> bool:
-    """Whether steps before the last ones are paid: their rewards may differ where returns are equal."""
-    return any(step.reward for episode in episodes for step in episode.steps[:-1])
 
 
 def _have_differed(state: TrainerState) -> bool:
