@@ -14,7 +14,7 @@ _SHORT_NAMES = {  # of the metrics in a line
     "env/reward": "reward",
     "env/episode_steps": "steps",
     "env/failed_episodes": "failed",
-    "policy/approxkl_avg": "kl",
+    "policy/approxkl_avg": "approx_kl",  # `kl` is the metric of the KL from the reference, as in TRL
     "policy/entropy_avg": "entropy",
     "critic/explained_variance": "explained_var",
     "perf/rollout_s": "rollout_s",
