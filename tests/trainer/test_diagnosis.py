@@ -51,7 +51,7 @@ def train(directory: Any, caplog: pytest.LogCaptureFixture, **arguments: Any) ->
 
 
 def test_rewards_of_0_are_told_once(tmp_path, caplog):
-    warnings, logs = train(tmp_path, caplog, environment_factory=Unpaid)
+    warnings, logs = train(tmp_path, caplog, environment_factory=Unpaid, log_episodes=1)
     (text,) = warnings
     assert text.startswith(
         "updates 1 to 3: all 24 rewards are 0, so there is nothing to learn from.\nThe last response: "
