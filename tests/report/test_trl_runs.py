@@ -19,6 +19,8 @@ from trl_steppo.report.files import read_arguments
 from trl_steppo.report.methods import differing_settings, group_runs
 from trl_steppo.report.runs import load_runs
 from trl_steppo.report.trl_runs import completions
+from trl_steppo.report.trl_settings import EQUAL, RENAMED, as_our_settings
+from trl_steppo.trainer.grpo_settings import COUNTERPARTS, converted
 
 HERE: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "per_device_train_batch_size": 8}
 
@@ -60,6 +62,31 @@ def test_runs_are_known_by_the_class_of_their_settings(tmp_path):
         ("StepPO", ["ours"]),
     ]
     assert "loss_type" not in differing_settings(methods), "ours has none"
+
+
+def test_settings_of_both_libraries_are_compared_by_our_names(tmp_path):
+    """Those that change what is learned; equal ones, and those of one library, are left out."""
+    args = grpo(tmp_path, max_completion_length=64, gradient_accumulation_steps=2, epsilon=0.1)
+    same = {"batch_size": 16, "kl_loss_coef": 0.0, "per_device_train_batch_size": 16, "accelerator_config": {"a": 1}}
+    ours = write_run(tmp_path / "ours", response_length=128, cliprange=0.2, gamma=0.9, trainer="StepPOTrainer", **same)
+    methods = group_runs(load_runs([write_trl_run(tmp_path / "theirs", args), ours]))
+    assert differing_settings(methods) == {
+        "advantage_estimator": ["grpo", "step_gae"],
+        "importance_sampling_level": ["token", "step"],
+        "response_length": [64, 128],
+        "cliprange": [0.1, 0.2],
+    }
+
+
+def test_counterparts_of_settings_are_those_of_the_conversion(tmp_path):
+    fields = {name: counterpart.field for name, counterpart in COUNTERPARTS.items() if counterpart.field}
+    of_memory = {"ds3_gather_for_generation": "ds3_gather_for_generation"}
+    assert {**RENAMED, **dict(zip(EQUAL, EQUAL, strict=True)), **of_memory} == fields
+    args = grpo(tmp_path, gradient_accumulation_steps=2, steps_per_generation=4, max_steps=9, warmup_steps=3, top_k=5)
+    found = as_our_settings({**vars(args), "trainer": "trl.GRPO"})
+    expected = converted(args, advantage_estimator="grpo")
+    apart = {"advantage_estimator": "grpo", "batch_size": 32}
+    assert found == {name: expected[name] for name in found if name not in apart} | apart
 
 
 def test_our_names_stand_beside_trls(tmp_path):

@@ -148,6 +148,23 @@ def test_tables_go_to_trackers_that_have_tables(tmp_path, monkeypatch):
     assert len(set(table["episode"])) == 3
 
 
+def test_a_tracker_that_fails_is_told_once_and_does_not_end_the_run(monkeypatch, caplog):
+    asked: list[str] = []
+
+    def import_module(name: str) -> Any:
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(trackers, "import_module", import_module)
+    monkeypatch.setattr(trackers, "_warned", set())
+    with caplog.at_level(logging.WARNING, logger="trl_steppo"):
+        for _ in range(2):
+            trackers.log_table(["wandb", "trackio"], "completions", {"update": [1]})
+    assert asked == ["wandb", "trackio"] * 2
+    assert caplog.text.count("no network") == 2
+    assert "'completions' could not be logged to trackio: ConnectionError: no network" in caplog.text
+
+
 def test_callbacks_replace_those_of_transformers(tmp_path):
     kinds = [type(callback) for callback in make_trainer(tmp_path).callback_handler.callbacks]
     assert StepPOPrinterCallback in kinds

@@ -136,10 +136,13 @@ def _history(directory: Path, checkpoint: Path | None) -> tuple[list[JsonObject]
             return (logged or history), True, state_file
     if logged:
         return logged, False, metrics_file
+    if not directory.is_dir():
+        raise DataError(f"there is no directory {str(directory)!r}; name a run's output_dir, or a directory of runs")
     if checkpoint is None:
         raise DataError(
             f"{directory} has no trainer_state.json, so it is not the `output_dir` of a finished run; no checkpoint; "
-            "and no metrics.jsonl with a log of a run that goes on"
+            "and no metrics.jsonl with a log of a run that goes on. TRL's trainers write their state with each "
+            "checkpoint (`save_steps`) and at `trainer.save_state()`; before that, a run of theirs cannot be read"
         )
     state_file = checkpoint / "trainer_state.json"
     state = read_json(state_file)

@@ -58,7 +58,7 @@ class EqualRewards:
         if self._is_over:
             return None
         is_equal = figures.has_equal_rewards(compares_groups=self.compares_groups)
-        if not is_equal or _pays_steps(episodes) or _have_differed(state):
+        if not is_equal or figures.pays_steps or _have_differed(state):
             self._is_over = True
             return None
         self._rewards += figures.returns
@@ -120,11 +120,6 @@ class EqualRewards:
         if not args.log_episodes:
             show = "`log_episodes` writes episodes for `trl-steppo show`"
         yield f"read what was played: {show}, `trl-steppo try` plays one with its rewards"
-
-
-def _pays_steps(episodes: Sequence[Episode]) -> bool:
-    """Whether steps before the last ones are paid: their rewards may differ where returns are equal."""
-    return any(step.reward for episode in episodes for step in episode.steps[:-1])
 
 
 def _have_differed(state: TrainerState) -> bool:
