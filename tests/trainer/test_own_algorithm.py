@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.examples.scripts import load_script
 from tests.trainer.tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, prompt_rows, same, weights
-from tests.warm import run_script
+from tests.warm import run_on_ranks, run_script
 from trl_steppo import StepPOTrainer
 from trl_steppo.advantages import discounted_returns, step_gae
 from trl_steppo.errors import CheckpointError, ConfigurationError
@@ -105,6 +105,13 @@ def test_a_name_or_an_entry_is_as_the_setting(tmp_path, given):
     assert trainer.args.advantage_estimator == "grpo"
     assert trainer.value_model is None
     assert args.advantage_estimator == "step_gae", "the user's own settings stay as they are"
+
+
+def test_what_fails_on_one_rank_fails_on_all(tmp_path):
+    """The others would wait for it: for ever, or until its connection closes."""
+    script = Path(__file__).with_name("own_functions_on_ranks.py")
+    for rank in run_on_ranks(script, tmp_path, timeout=60, CUDA_VISIBLE_DEVICES=""):
+        assert rank.returncode == 0, rank.stderr[-3000:]
 
 
 def test_it_works_without_a_critic_and_with_adapters(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from ..errors import ConfigurationError
 from ..losses import Aggregation, clipped_policy_loss
 from ..masked import keep_valid
+from .ranks import together
 
 
 class AdvantageFunction(Protocol):
@@ -176,7 +177,18 @@ class OwnAdvantages:
         lam: float,
         bootstrap_values: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call the function. It is not called on a rank without episodes."""
+        """Call the function where there are episodes. Collective: every rank must call this."""
+        return together(lambda: self._on_this_rank(rewards, values, mask, gamma, lam, bootstrap_values))
+
+    def _on_this_rank(
+        self,
+        rewards: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor,
+        gamma: float,
+        lam: float,
+        bootstrap_values: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not len(rewards):
             return torch.zeros_like(rewards), torch.zeros_like(rewards)
         result: object = self.function(rewards, values, mask, gamma=gamma, lam=lam, bootstrap_values=bootstrap_values)
@@ -209,7 +221,12 @@ class OwnReturns:
     def __call__(
         self, rewards: torch.Tensor, mask: torch.Tensor, /, *, gamma: float, group_index: torch.Tensor
     ) -> torch.Tensor:
-        """Call the function. It is not called on a rank without episodes."""
+        """Call the function where there are episodes. Collective: every rank must call this."""
+        return together(lambda: self._on_this_rank(rewards, mask, gamma, group_index))
+
+    def _on_this_rank(
+        self, rewards: torch.Tensor, mask: torch.Tensor, gamma: float, group_index: torch.Tensor
+    ) -> torch.Tensor:
         if not len(rewards):
             return torch.zeros_like(rewards)
         groups = {"group_index": group_index} if takes_groups(self.function) else {}
