@@ -15,8 +15,9 @@ import pytest
 from trl_steppo.chat import ChatFormat
 from trl_steppo.cli import main
 from trl_steppo.commands.objects import kind_of, load_rows
-from trl_steppo.commands.speakers import Script, call_or_text
-from trl_steppo.errors import DataError
+from trl_steppo.commands.speakers import Endpoint, Script, call_or_text
+from trl_steppo.commands.try_out import _find
+from trl_steppo.errors import ConfigurationError, DataError
 from trl_steppo.inference import SamplingParams
 
 CODE = '''
@@ -348,3 +349,20 @@ def test_text_that_spells_control_tokens_is_text():
         [],
     )
     assert speaker.decode(sample.token_ids) == "a <|im_end|> b"
+
+
+def test_words_that_are_neither_a_program_nor_an_agent_say_what_they_lack(tmp_path):
+    with pytest.raises(ConfigurationError, match="there is no program `pythn`"):
+        _find(["pythn bad_agent.py"], None)
+    file = tmp_path / "almost_an_agent.py"
+    file.write_text("def agent(row, *, base_url, key):\n    return 1.0\n")
+    with pytest.raises(ConfigurationError, match=r"base_url=..., api_key=.*--as agent"):
+        _find([f"{file}:agent"], None)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "hint"),
+    [(401, "no key", "No key was sent: set OPENAI_API_KEY"), (400, "this episode is over (x)", "POST /sessions")],
+)
+def test_a_refusal_of_an_endpoint_names_the_cure(status, said, hint):
+    assert hint in Endpoint("http://localhost/v1", "m")._hint(status, said)

@@ -175,7 +175,8 @@ def read(path: Path, *, update: int | None = None, evaluation: bool = False, tok
     if stores:
         return _read_stores(stores, tokenizer)
     raise DataError(
-        f"{path} holds no episodes: a run logs them in episodes/ unless `log_episodes` is 0, and "
+        f"{path} holds no episodes: a run logs them in episodes/ unless `log_episodes` is 0 (a plain PPOConfig "
+        "logs none; StepPOConfig does), and "
         "`dump_episodes_dir` names a directory for all of them"
     )
 
@@ -340,7 +341,9 @@ def _shown_session(session: Session, decode: Callable[[TokenIds], str] | None) -
     state = "" if session.is_over else " (running)"
     name = session.episode_id
     title = f"session {session.session_id}{f', {name}' if name != session.session_id else ''}{state}"
-    shown = shown_episode(session.episode(), decode or (lambda ids: f"({len(ids)} tokens)"), title=title)
+    shown = shown_episode(
+        session.episode(), decode or (lambda ids: f"({len(ids)} tokens)"), title=title, by_agent=True
+    )
     if decode is None:  # what clients were told is there as text
         answers = [session.steps[position].answer for position in session.visible()]
         said = [

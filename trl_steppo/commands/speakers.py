@@ -254,14 +254,16 @@ class Endpoint(Speaker):
             said = _message(error.read().decode(errors="replace"))
             if error.code in (408, 429) or error.code >= 500:
                 raise RuntimeError(f"{url} answered {error.code}: {said}") from error
-            raise ConfigurationError(f"{url} answered {error.code}: {said}{self._hint(error.code)}") from error
+            raise ConfigurationError(f"{url} answered {error.code}: {said}{self._hint(error.code, said)}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ConfigurationError(f"{url} cannot be asked: {error}") from error
         return answer if isinstance(answer, dict) else {"answer": answer}
 
-    def _hint(self, status: int) -> str:
+    def _hint(self, status: int, said: str) -> str:
         if status in (401, 403) and not self._api_key:
-            return ". Name the environment variable that has the key: `--api_key_env NAME`"
+            return ". No key was sent: set OPENAI_API_KEY, or name another variable that is set: `--api_key_env NAME`"
+        if "this episode is over" in said or "session of this key is over" in said:
+            return ". A key of this gateway is one episode: open a session for each (`POST /sessions`)"
         if status == 404 and not self.base_url.endswith("/v1"):
             return f". Most addresses end in /v1: `--endpoint {self.base_url}/v1`"
         return ""

@@ -138,6 +138,9 @@ def _find(what: Sequence[str], kind: Kind | None) -> _Played:
         return _agent_or_recipe(list(what), kind)
     objects = [load_object(name) for name in what]
     kinds = {kind or kind_of(thing) for thing in objects}
+    if kind is None and kinds == {"tool"}:
+        for thing, name in zip(objects, what, strict=True):
+            _check_no_agent(thing, name)
     names = ", ".join(name.rpartition(":")[2] for name in what)
     if kinds == {"tool"}:
         tools = [_callable(thing, name) for thing, name in zip(objects, what, strict=True)]
@@ -151,6 +154,19 @@ def _find(what: Sequence[str], kind: Kind | None) -> _Played:
     if kinds == {"agent"}:
         return _Played(f"agent {names}", agent=thing)
     return _Played(f"environment {names}", environment_factory=thing)
+
+
+def _check_no_agent(thing: object, name: str) -> None:
+    """Refuse a function that has one of an agent's arguments, which was hardly meant as a tool."""
+    try:
+        parameters = inspect.signature(_callable(thing, name)).parameters
+    except (TypeError, ValueError):  # it has no signature
+        return
+    if not {"base_url", "api_key"}.isdisjoint(parameters):
+        raise ConfigurationError(
+            f"{name} is no agent, which is called as agent(row, base_url=..., api_key=...): name both arguments "
+            "so; an agent that takes them as **kwargs needs `--as agent`, and a tool `--as tool`"
+        )
 
 
 def _callable(thing: object, name: str) -> Callable[..., object]:
@@ -181,6 +197,9 @@ def _agent_or_recipe(what: list[str], kind: Kind | None) -> _Played:
         raise ConfigurationError(
             f'which object of {first}? Name it: `{first}:NAME`. An agent that is a command: `"python {first}"`'
         )
+    if len(words) > 1 or len(what) > 1:
+        program = words[0] if words else first
+        raise ConfigurationError(f'there is no program `{program}`; a command is written as in `"python agent.py"`')
     return _recipe(str(find_recipe(first)), first)
 
 
@@ -399,6 +418,7 @@ def _print(args: argparse.Namespace, title: str, setup: Setup, trial: Trial, spe
             decode,
             title=f"row {episode.stream_position}{of}",
             counts=speaker is None,
+            by_agent=setup.agent is not None,
         )
         print_episode(shown, console, whole=args.whole)
     rewards = [episode.episode_return for episode in trial.episodes if episode.valid]

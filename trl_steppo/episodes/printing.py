@@ -89,7 +89,9 @@ class ShownEpisode:
     name: str = ""
 
 
-def shown_episode(episode: Episode, decode: Decode, *, title: str | None = None, counts: bool = True) -> ShownEpisode:
+def shown_episode(
+    episode: Episode, decode: Decode, *, title: str | None = None, counts: bool = True, by_agent: bool = False
+) -> ShownEpisode:
     """
     Make an episode readable.
 
@@ -102,6 +104,8 @@ def shown_episode(episode: Episode, decode: Decode, *, title: str | None = None,
             What it is called; by default its id.
         counts (`bool`, *optional*, defaults to `True`):
             Whether its numbers of tokens mean anything.
+        by_agent (`bool`, *optional*, defaults to `False`):
+            Whether an agent played it, which has no environment. One whose output was recorded did.
     """
     steps = []
     before: Step | None = None
@@ -116,6 +120,7 @@ def shown_episode(episode: Episode, decode: Decode, *, title: str | None = None,
             steps,
             truncated=episode.truncated,
             has_tools="tool_calls" in episode.metrics,
+            by_agent=by_agent or episode.agent_output is not None,
         ),
         episode.episode_return if episode.valid else None,
         episode.metrics,
@@ -232,8 +237,12 @@ def ending_of(stop_reason: str | None, *, truncated: bool) -> str:
     return f"at `{stop_reason}`{' (truncated)' if truncated else ''}" if stop_reason else "not yet"
 
 
-def _ending(stop_reason: str | None, steps: Sequence[ShownStep], *, truncated: bool, has_tools: bool) -> str:
+def _ending(
+    stop_reason: str | None, steps: Sequence[ShownStep], *, truncated: bool, has_tools: bool, by_agent: bool = False
+) -> str:
     """How an episode ended, as far as its last step tells more than [`ending_of`] can."""
+    if stop_reason == StopReason.ENVIRONMENT.value and by_agent:
+        return "by its agent"
     if stop_reason == StopReason.ENVIRONMENT.value and steps:
         if steps[-1].observed or with_calls(steps[-1].wrote) != steps[-1].wrote:
             return "by its environment"
