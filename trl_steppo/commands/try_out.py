@@ -193,13 +193,13 @@ def _agent_or_recipe(what: list[str], kind: Kind | None) -> _Played:
         command = first if len(what) == 1 else what
         check_agent(command)
         return _Played(f"agent {' '.join(what)}", agent=command)
+    if len(words) > 1 or len(what) > 1:
+        program = words[0] if words else first
+        raise ConfigurationError(f'there is no program `{program}`; a command is written as in `"python agent.py"`')
     if first.endswith(".py"):
         raise ConfigurationError(
             f'which object of {first}? Name it: `{first}:NAME`. An agent that is a command: `"python {first}"`'
         )
-    if len(words) > 1 or len(what) > 1:
-        program = words[0] if words else first
-        raise ConfigurationError(f'there is no program `{program}`; a command is written as in `"python agent.py"`')
     return _recipe(str(find_recipe(first)), first)
 
 
