@@ -52,11 +52,12 @@ def train(directory: Any, caplog: pytest.LogCaptureFixture, **arguments: Any) ->
 
 
 def test_rewards_of_0_are_told_once(tmp_path, caplog):
-    warnings, logs = train(tmp_path, caplog, environment_factory=Unpaid)
+    warnings, logs = train(tmp_path, caplog, environment_factory=Unpaid, log_episodes=1)
     (text,) = warnings
     assert text.startswith(
         "updates 1 to 3: all 24 rewards are 0, so there is nothing to learn from.\nThe last response: "
     )
+    assert f"`trl-steppo show {tmp_path}" in text
     assert "8 of 8 responses were cut at `response_length` = 6 (`rollout/length_stopped`)" in text
     assert text.endswith('See docs/guides/troubleshooting.md, "Reward is 0".')
     assert {(update["env/reward_std"], update["env/equal_rewards"]) for update in logs} == {(0.0, 1.0)}

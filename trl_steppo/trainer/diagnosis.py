@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -115,7 +116,10 @@ class EqualRewards:
         for reason in (StopReason.MAX_INTERACTION_STEPS, StopReason.MAX_PROMPT_LENGTH, StopReason.MAX_EPISODE_TOKENS):
             if counts[reason.value] > _OFTEN * num:
                 yield f"{counts[reason.value]} of {num} episodes were cut at `{reason.value}` (`env/truncated`)"
-        yield "read what was played: `trl-steppo show` prints episodes, `trl-steppo try` plays one with its rewards"
+        show = f"`trl-steppo show {shlex.quote(str(args.output_dir))}` prints episodes"
+        if not args.log_episodes:
+            show = "`log_episodes` writes episodes for `trl-steppo show`"
+        yield f"read what was played: {show}, `trl-steppo try` plays one with its rewards"
 
 
 def _have_differed(state: TrainerState) -> bool:
