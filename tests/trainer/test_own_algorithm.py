@@ -141,7 +141,7 @@ def test_a_checkpoint_of_other_functions_is_refused(tmp_path):
         return str(found.value)
 
     message = refused(policy_loss_fn=plain_loss)
-    assert re.search(r"with `advantage_estimator`=plain_gae \(\w{12}\), and this run has it not given; pass", message)
+    assert re.search(r"with `advantage_estimator`=plain_gae \(\w{12}\), and this run has none; pass", message)
     message = refused(advantage_estimator=plain_gae, policy_loss_fn=example.soft_clipped_loss)
     assert re.search(r"`policy_loss_fn`=plain_loss \(\w{12}\), and this run has soft_clipped_loss \(\w{12}\)", message)
     assert "start a new run from its weights" in message
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_other_functions_is_refused(tmp_path):
 def test_a_run_without_functions_cannot_be_resumed_with_one(tmp_path):
     trained(tmp_path, **{**SAVING, "max_steps": 1})
     trainer = make_trainer(tmp_path, **SAVING, advantage_estimator=plain_gae)
-    with pytest.raises(CheckpointError, match="`advantage_estimator`=not given, and this run has plain_gae"):
+    with pytest.raises(CheckpointError, match="was written without `advantage_estimator`, and this run has plain_gae"):
         trainer.train(resume_from_checkpoint=True)
 
 

@@ -67,8 +67,8 @@ def name_of_function(function: Callable[..., object]) -> str:
 
 # -- signatures -------------------------------------------------------------------------------------------------------
 
-_WITH_VALUES = "(rewards, values, mask, *, gamma, lam, bootstrap_values) -> (advantages, returns)"
-_WITHOUT_VALUES = "(rewards, mask, *, gamma) -> advantages"
+_WITH_VALUES = "(rewards, values, step_mask, *, gamma, lam, bootstrap_values) -> (advantages, returns)"
+_WITHOUT_VALUES = "(rewards, step_mask, *, gamma) -> advantages"
 _POLICY_LOSS = "(ratio, advantages, action_mask, *, cliprange, cliprange_high, aggregation, denominator, weights)"
 _POSITIONS = {"rewards": 0, "values": 1, "ratio": 0, "advantages": 1}
 
@@ -249,8 +249,8 @@ def _checked(
         episode, step = (int(index) for index in (mask & ~result.isfinite()).nonzero()[0])
         raise ConfigurationError(
             f"`advantage_estimator`={name} returned {float(result[episode, step])} as {what} at [{episode}, {step}], "
-            f"where rewards and values are finite numbers; divide by no number that may be 0 (the row has "
-            f"{int(mask[episode].sum())} valid places)"
+            f"where rewards and values are finite numbers; the usual cause is a division by 0 (this row's "
+            f"mask has {int(mask[episode].sum())} times `True`)"
         )
     return keep_valid(result.detach().to(rewards), mask)
 
