@@ -10,6 +10,7 @@ import re
 import zipfile
 from pathlib import Path
 from typing import cast
+from urllib.parse import unquote
 
 from ..errors import DataError
 from ..types import JsonObject
@@ -58,7 +59,7 @@ def episode_logs(folder: Path, last_update: float = math.inf) -> dict[tuple[int,
     for path in sorted(folder.glob("*.parquet")):
         if found := re.fullmatch(r"(update|completions|evaluation)_(\d+)(?:_(.*))?", path.stem):
             kind, number, name = found[1], int(found[2]), found[3]
-            part = f"evaluation {name or ''}".strip() if kind == "evaluation" else ""
+            part = f"evaluation {unquote(name or '')}".strip() if kind == "evaluation" else ""
             if number <= last_update and (part or not name):
                 logs[number, part] = path
     return logs
