@@ -62,7 +62,7 @@ class ShownEpisode:
         steps (`Sequence[ShownStep]`):
             Its steps, in order.
         ending (`str`):
-            How it ended.
+            How it ended; empty if that is not known.
         score (`float`, *optional*):
             The sum of its rewards; `None` if it failed.
         metrics (`Mapping[str, float]`, *optional*):
@@ -156,7 +156,7 @@ def shown_rows(rows: Sequence[JsonObject], *, title: str | None = None) -> Shown
     return ShownEpisode(
         title or f"episode {first['episode_id']}",
         steps,
-        ending_of(first["stop_reason"], truncated=bool(first["truncated"])),
+        ending_of(first["stop_reason"], truncated=bool(first["truncated"])) if first["stop_reason"] else "",
         first["score"],
         _object(first["metrics"]),
         first["error"],
@@ -276,7 +276,8 @@ def _summary(episode: ShownEpisode, *, whole: bool) -> Table:
     if episode.logged:
         logged = " · ".join(f"{name}: {value}" for name, value in episode.logged.items())
         table.add_row("logged", Text(visible(logged)))
-    table.add_row("ended", Text(episode.ending))
+    if episode.ending:
+        table.add_row("ended", Text(episode.ending))
     if episode.error is not None:
         table.add_row("error", Text(visible(_with_source(episode.error)), style="bold red"))
     if episode.agent_output:
