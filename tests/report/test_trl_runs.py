@@ -19,9 +19,10 @@ from trl_steppo.report.episodes import sample_episodes
 from trl_steppo.report.files import read_arguments
 from trl_steppo.report.methods import differing_settings, group_runs
 from trl_steppo.report.runs import load_runs
-from trl_steppo.report.trl_runs import completions
+from trl_steppo.report.trl_runs import _OUR_NAMES, as_our_history, completions
 from trl_steppo.report.trl_settings import EQUAL, RENAMED, as_our_settings
 from trl_steppo.trainer.grpo_settings import COUNTERPARTS, converted
+from trl_steppo.trainer.metric_table import METRICS
 
 HERE: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "per_device_train_batch_size": 8}
 
@@ -96,6 +97,23 @@ def test_our_names_stand_beside_trls(tmp_path):
     assert run.series("policy/entropy_avg") == dict.fromkeys(range(1, 5), 2.0)
     assert run.series("perf/update_s")[4] == 3.0
     assert (run.is_finished, run.num_updates, run.seed) == (True, 4, 42)
+
+
+def test_names_that_we_log_with_trls_meaning_are_those_that_repeat_ours():
+    """A metric of TRL's that is ours under another name says so in the table; all others would be other quantities."""
+    ours = {metric.name: metric.same_as for metric in METRICS if metric.name in _OUR_NAMES}
+    assert ours == {name: _OUR_NAMES[name] for name in ours}
+
+
+def test_what_differs_from_ours_is_not_shown_as_ours(tmp_path):
+    different = {"loss": 0.5, "kl": 0.1, "completions/clipped_ratio": 0.2}
+    history = [logs(1, **different, reward_std=0.3)]
+    (run,) = load_runs([write_trl_run(tmp_path, grpo(tmp_path), 1, log_history=history)])
+    assert not {"loss/policy_avg", "objective/kl", "env/truncated"} & run.metrics
+    assert set(different) <= run.metrics
+    assert run.series("env/reward_std") == {1: 0.3}
+    (of_groups,) = as_our_history(history, {"trainer": "trl.AsyncGRPO"})
+    assert "env/reward_std" not in of_groups
 
 
 @pytest.mark.parametrize(

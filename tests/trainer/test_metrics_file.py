@@ -67,14 +67,23 @@ def test_a_new_run_replaces_an_earlier_ones(tmp_path):
     assert [logs["step"] for logs in lines(tmp_path)] == [1, 1]
 
 
-def test_an_evaluation_alone_is_added(tmp_path):
+def test_an_evaluation_after_a_run_is_added(tmp_path):
     trainer = make_trainer(tmp_path, eval_dataset=prompt_rows(2), max_steps=1)
     trainer.train()
     metrics = trainer.evaluate()
     assert lines(tmp_path)[-1]["eval_reward"] == metrics["eval_reward"]
-    other = make_trainer(tmp_path, eval_dataset=prompt_rows(2))
-    other.evaluate()
-    assert len(lines(tmp_path)) == 4
+
+
+def test_an_untrained_trainer_leaves_the_metrics_of_an_earlier_run(tmp_path):
+    """Its evaluation would be the one that reports compare the earlier run's with."""
+    make_trainer(tmp_path, max_steps=1).train()
+    earlier = lines(tmp_path)
+    trainer = make_trainer(tmp_path, eval_dataset=prompt_rows(2), max_steps=1)
+    trainer.evaluate()
+    assert lines(tmp_path) == earlier
+    trainer.train()
+    assert "eval_reward" in lines(tmp_path)[0]
+    assert lines(tmp_path) == log_history(tmp_path)
 
 
 def full_disk(path: Path, lines_that_fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +108,9 @@ def test_a_full_disk_ends_the_run_with_a_cure(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_alone_goes_on_without_a_file(tmp_path, monkeypatch, caplog):
-    trainer = make_trainer(tmp_path, eval_dataset=prompt_rows(2))
+    trainer = make_trainer(tmp_path, eval_dataset=prompt_rows(2), max_steps=1)
+    trainer.train()
     full_disk(tmp_path / "metrics.jsonl", 0, monkeypatch)
-    (tmp_path / "metrics.jsonl").touch()
     with caplog.at_level(logging.WARNING, logger="transformers"):
         assert "eval_reward" in trainer.evaluate()
     assert "No space left" in caplog.text

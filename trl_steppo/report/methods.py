@@ -247,6 +247,8 @@ def _rank(name: str) -> tuple[int, int]:
 def _in_words(name: str, value: object) -> str:
     if name.endswith("_source"):
         return f"{name.removesuffix('_source')} {str(value)[:6]}"
+    for function in ("advantage_estimator_", "policy_loss_fn_"):  # a value that a `partial` gives it
+        name = name.removeprefix(function)
     return f"{name}={value}"
 
 

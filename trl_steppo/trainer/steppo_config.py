@@ -16,7 +16,7 @@ from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
 from ..learning.estimators import ESTIMATORS, Estimator
 from ..learning.own_functions import AdvantageFunction, ReturnFunction, name_of_function
-from .config_checks import check_choices, check_combinations, check_ranges
+from .config_checks import check_choices, check_combinations, check_ranges, step_aside
 from .grpo_settings import converted, names_unknown_settings
 from .ppo_config import PPOConfig, accelerator_has_bf16
 
@@ -403,6 +403,7 @@ class StepPOConfig(PPOConfig):
             check_choices(changed, StepPOConfig)
         else:
             vars(changed)["_own_estimator"] = _OwnEstimator(name, own)
+        step_aside(changed, "advantage_estimator")
         check_combinations(changed)
         return changed
 
