@@ -142,7 +142,7 @@ def test_a_store_says_what_clients_were_told(show, tmp_path):
         (["run", "--evaluation"], "no log of an evaluation"),
         (["run", "--episode", "x"], "there is no episode 'x'; there are 4: 1/4-0"),
         (["run", "--episodes", "0"], "`--episodes` is 0"),
-        (["no.txt"], "is no record of episodes"),
+        (["no.txt"], "is not a record of episodes"),
         (["no.parquet"], "cannot be read"),
         (["no.sqlite"], "cannot be read"),
         (["dumped", "--update", "7"], "no episodes of update 7; it has 1 to 2"),

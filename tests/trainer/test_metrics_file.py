@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from tests.trainer.tiny import make_trainer, prompt_rows
 from trl_steppo import __version__
 from trl_steppo.errors import CheckpointError
+from trl_steppo.report.runs import load_runs
 from trl_steppo.trainer.metrics_file import MetricsFile
 from trl_steppo.trainer.versions import versions
 
@@ -60,11 +61,19 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path):
     assert lines(tmp_path) == log_history(tmp_path)
 
 
-def test_a_new_run_replaces_an_earlier_ones(tmp_path):
-    for steps in (2, 1):
-        make_trainer(tmp_path, max_steps=steps).train()
+def test_a_new_run_sets_an_earlier_ones_aside(tmp_path, caplog):
+    earlier = [{"step": 1, "env/reward": 5.0}]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(earlier[0]) + "\n")
+    (tmp_path / "metrics.1.jsonl").write_text("older")
+    with caplog.at_level(logging.WARNING, logger="trl_steppo"):
+        make_trainer(tmp_path, max_steps=1).train()
+    assert f"are now in {tmp_path / 'metrics.2.jsonl'}" in caplog.text
+    assert (tmp_path / "metrics.1.jsonl").read_text() == "older"
+    assert [json.loads(line) for line in (tmp_path / "metrics.2.jsonl").read_text().splitlines()] == earlier
     assert lines(tmp_path) == log_history(tmp_path)
     assert [logs["step"] for logs in lines(tmp_path)] == [1, 1]
+    (run,) = load_runs([tmp_path])
+    assert [logs["step"] for logs in run.history] == [1, 1]
 
 
 def test_an_evaluation_after_a_run_is_added(tmp_path):

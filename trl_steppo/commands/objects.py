@@ -56,7 +56,7 @@ def _load_file(path: Path) -> ModuleType:
     assert spec is not None
     loader = spec.loader
     assert loader is not None
-    _first_in_path(str(path.parent.resolve()))  # what the file imports from beside it
+    _first_in_path(str(path.parent.resolve()))  # what the file imports from its own directory
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses and pickle look it up there
 
@@ -179,4 +179,4 @@ def _rows_of_file(path: Path, count: int) -> Sequence[Row]:
                 return content
     except (OSError, ValueError, StopIteration) as error:
         raise DataError(f"cannot read rows from {path}: {error}") from error
-    raise DataError(f"{path} is no dataset that can be read here; give a .json, .jsonl, .csv or .parquet file")
+    raise DataError(f"{path} is not a dataset that can be read here; give a .json, .jsonl, .csv or .parquet file")

@@ -157,7 +157,7 @@ def read(path: Path, *, update: int | None = None, evaluation: bool = False, tok
             return _read_dump([path], tokenizer)
         if path.suffix == ".sqlite":
             return _read_stores([path], tokenizer)
-        raise DataError(f"{path} is no record of episodes; they are .parquet, .jsonl or .sqlite files")
+        raise DataError(f"{path} is not a record of episodes; they are .parquet, .jsonl or .sqlite files")
     if not path.is_dir():
         raise DataError(
             f"there is no {path}; give a run's output_dir, a dump, a log of episodes, or a gateway's store"
@@ -289,7 +289,7 @@ def _decoder(place: Path, name: str | None) -> tuple[Callable[[TokenIds], str], 
     """What makes text of token ids, and a note if it cannot be had."""
     found = name or next(_tokenizers(place), None)
     if found is None:
-        missing = "there is no tokenizer beside it, so token ids are shown: give the model's, `--tokenizer NAME`"
+        missing = "there is no tokenizer next to it, so token ids are shown: give the model's, `--tokenizer NAME`"
         return lambda ids: " ".join(map(str, ids)), missing
     import transformers
     from transformers import AutoTokenizer

@@ -224,7 +224,7 @@ class Endpoint(Speaker):
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ConfigurationError(
-                f"{self.base_url} answered {json.dumps(answer)[:300]}, which is no chat completion; is it an "
+                f"{self.base_url} answered {json.dumps(answer)[:300]}, which is not a chat completion; is it an "
                 "OpenAI-compatible API?"
             ) from error
         said: Message = {"role": "assistant", "content": message.get("content")}

@@ -91,7 +91,7 @@ class Session:
             The session's key.
 
     Raises:
-        ConfigurationError: The address is no URL, or the key is empty.
+        ConfigurationError: The address is not a URL, or the key is empty.
 
     Example:
     ```python

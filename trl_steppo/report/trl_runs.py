@@ -1,4 +1,4 @@
-"""Reads runs of TRL's online trainers (GRPO, RLOO, AsyncGRPO, ...), so that they stand beside ours in a report."""
+"""Reads runs of TRL's online trainers (GRPO, RLOO, AsyncGRPO, ...), so that they stand next to ours in a report."""
 
 from __future__ import annotations
 

@@ -145,6 +145,8 @@ class RunLoop(_Base):
         if args.should_save:
             self.checkpoints.save_settings({**self._description, "versions": versions()})
         is_writer, history = self.accelerator.is_main_process, self.state.log_history
+        if resumed_from is None and (kept := together(self.metrics_file.set_aside if is_writer else lambda: None)):
+            logger.warning(f"the metrics of the earlier run in `output_dir` are now in {kept}")
         together(lambda: self.metrics_file.restart(history) if is_writer else None)
         self._event("on_train_begin")
         if args.eval_on_start and resumed_from is None:
