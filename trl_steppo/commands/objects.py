@@ -52,6 +52,8 @@ def load_object(text: str) -> object:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigurationError(f"there is no file {path}; give its path, as seen from {Path.cwd()}")
+    if known := sys.modules.get(path.stem):
+        return _same(known, path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     loader = spec.loader
@@ -61,10 +63,25 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[path.stem] = module  # dataclasses and pickle look it up there
 
     def load() -> ModuleType:
-        loader.exec_module(module)
+        try:
+            loader.exec_module(module)
+        except BaseException:
+            sys.modules.pop(path.stem, None)
+            raise
         return module
 
     return _loaded(str(path), load)
+
+
+def _same(known: ModuleType, path: Path) -> ModuleType:
+    """A module that is loaded already, if it is that of the file. Another one is in use, and must not be replaced."""
+    file = getattr(known, "__file__", None)
+    if file is not None and Path(file).resolve() == path.resolve():
+        return known
+    raise ConfigurationError(
+        f"{path} has the name of a module that is loaded already, `{path.stem}` ({file or 'built into Python'}); "
+        "rename your file"
+    )
 
 
 def _load_module(name: str) -> ModuleType:
