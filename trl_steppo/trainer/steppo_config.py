@@ -394,9 +394,8 @@ class StepPOConfig(PPOConfig):
                 "a function with the signature of `trl_steppo.advantages.step_gae`"
             )
         name = _named(given)
-        default = type(self).__dataclass_fields__["advantage_estimator"].default
-        is_set = self.advantage_estimator != default and not isinstance(self.advantage_estimator, _ImpliedName)
-        if is_set and self.advantage_estimator != name:
+        is_implied = isinstance(self.advantage_estimator, _ImpliedName)
+        if not is_implied and self.advantage_estimator not in (_default(StepPOConfig, "advantage_estimator"), name):
             raise ConfigurationError(
                 f"`advantage_estimator` is given twice: {self.advantage_estimator!r} in `args`, and {name!r} to the "
                 "trainer; leave out one of them"
@@ -404,6 +403,8 @@ class StepPOConfig(PPOConfig):
         changed = copy.copy(self)
         changed.advantage_estimator = name
         check_choices(changed, StepPOConfig, but=_any_value(changed))
+        if is_implied and not changed.uses_critic and self.lam == _default(PPOConfig, "lam"):
+            changed.lam = _default(StepPOConfig, "lam")  # a plain `PPOConfig` has it, which means nothing here
         check_combinations(changed)
         return changed
 
@@ -581,6 +582,10 @@ class _OwnName(_ImpliedName):
 
     def __reduce__(self) -> tuple[type[_OwnName], tuple[str]]:
         return type(self), (str(self),)
+
+
+def _default(config_class: type[PPOConfig], name: str) -> Any:
+    return config_class.__dataclass_fields__[name].default
 
 
 def _any_value(args: StepPOConfig) -> tuple[str, ...]:
