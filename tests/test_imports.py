@@ -71,10 +71,10 @@ INSIDE: dict[str, list[str]] = {
         "terminal",
         "grpo_settings",
         "setting_groups",
-        "parser",
         "ppo_config",
         "config_checks",
         "steppo_config",
+        "parser",
         "distribution",
         "checks",
         "data_stream",
@@ -131,7 +131,7 @@ DOCUMENTED = {
 INHERITED = {  # private names of our own that another file defines
     "steppo_trainer.py": {"_set_up"},
     "ppo_trainer.py": {"_as_before", "_event", "_running", "_saving_when_stopped", "_set_out", "_shows_samples"}
-    | {"_heed_requests_to_stop", "_update", "_new_run", "_say", "_write"},
+    | {"_heed_requests_to_stop", "_update", "_new_run", "_say", "_write", "_writes_logs"},
 }
 
 

@@ -326,7 +326,7 @@ def as_error(error: BaseException) -> Exception:
         return error
     wrapped = RuntimeError(f"{type(error).__name__}: {error_text(error)}")
     wrapped.__cause__ = error
-    return wrapped
+    return wrapped.with_traceback(error.__traceback__)  # for the place in the user's code
 
 
 # -- waiting ----------------------------------------------------------------------------------------------------------

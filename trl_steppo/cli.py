@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from . import __version__
@@ -113,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse(args.command, unknown)
     try:
         COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        _silence_stdout()
+        return 1
     except (StepPOError, OSError, ValueError, TypeError) as error:  # transformers checks settings by the last two
         print(f"trl-steppo {args.command}: {error}", file=sys.stderr)
         return 1
@@ -123,6 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"trl-steppo {args.command}: {missing}", file=sys.stderr)
         return 1
     return 0
+
+
+def _silence_stdout() -> None:
+    """Let Python write what is left of the output to nowhere when it ends."""
+    with suppress(OSError, ValueError):  # not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _with_underscores(word: str) -> str:

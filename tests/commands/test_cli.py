@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import subprocess
 import sys
 
@@ -126,3 +127,14 @@ def test_a_library_that_is_missing_is_one_line_with_its_extra(module, line):
     assert install_command(EXTRA_OF[module]) in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_read_enough_ends_the_command_quietly(monkeypatch, capsys):
+    def run(args: argparse.Namespace) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(COMMANDS["recipes"], "run", run)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.StringIO())  # has no file whose end would be the tests' own
+        assert main(["recipes"]) == 1
+    assert capsys.readouterr().err == ""

@@ -45,6 +45,11 @@ class Broken(PhoneBook):
         return self.score
 
 
+class Needs:
+    def reset(self, gold, *, level, hint="", **row):
+        pass
+
+
 def double(number: int) -> int:
     """
     Double a number.
@@ -148,6 +153,15 @@ def test_what_breaks_is_shown_with_its_line(code, run):
     assert (status, f"! the tool look_up failed: 'Bob' ({code}:{line})" in out) == (0, True)
 
 
+def test_a_row_that_reset_needs_is_asked_for(code, run):
+    status, _, err = run(f"{code}:Needs", "--say", "x")
+    assert status == 1
+    assert '`Needs.reset` needs `gold`, `level`: give the row with `--row \'{"gold"' in err
+    assert "or `--dataset FILE`" in err
+    status, _, err = run(f"{code}:Needs", "--row", '{"gold": "x", "prompt": "?"}', "--say", "x")
+    assert (status, "`Needs.reset` needs `level`:" in err) == (1, True)
+
+
 def test_what_training_would_suffer_from(code, run):
     _, out, _ = run(f"{code}:PhoneBook", "--row", ADA, "--say", "I do not know.", "--episodes", "2")
     assert "! no response called one of the tools (look_up)" in out
@@ -197,7 +211,7 @@ def test_rows_of_files(code, tmp_path):
     ("words", "said"),
     [
         (["nothing.py:x", "--say", "a"], "there is no file nothing.py"),
-        (["CODE:nobody", "--say", "a"], "has no `nobody`; it defines PhoneBook, Broken, double"),
+        (["CODE:nobody", "--say", "a"], "has no `nobody`; it defines PhoneBook, Broken, Needs, double"),
         (["CODE", "--say", "a"], "which object of"),
         (["CODE:PhoneBook"], "nobody responds: give `--model NAME`"),
         (["CODE:PhoneBook", "--say", "a", "--human"], "`--human` and `--say` all say who responds"),

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from trl_steppo.comparison import progress
 from trl_steppo.comparison.flags import flags_of, refuse_unknown
-from trl_steppo.comparison.plan import Arm, differences_of, parse_arm, plan_runs, refuse_others
+from trl_steppo.comparison.plan import Arm, differences_of, note_former_script, parse_arm, plan_runs, refuse_others
+from trl_steppo.comparison.processes import State, play
 from trl_steppo.comparison.progress import Progress, progress_of
+from trl_steppo.comparison.runs import PlannedRun
 from trl_steppo.comparison.slots import slots_of
 from trl_steppo.errors import ConfigurationError
 
@@ -131,6 +134,40 @@ def test_a_run_of_other_settings_in_its_place_is_named(tmp_path):
         refuse_others([planned(tmp_path / "c")])
 
 
+def test_runs_of_a_changed_script_are_named_and_stay(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("1")
+    first, second = plan_runs(str(script), [Arm("a", {})], [1, 2], tmp_path)
+    first.prepare()
+    first.mark_finished(1.0)
+    assert note_former_script([first, second]) is None
+    script.write_text("2")
+    refuse_others([first, second])
+    note = note_former_script([first, second])
+    assert note is not None
+    assert "train.py has changed since" in note
+    assert f"\n  {first.output_dir}\n" in note
+    assert str(second.output_dir) not in note
+
+
+def test_a_run_that_goes_on_with_a_changed_script_is_named_ever_after(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("1")
+    (run,) = plan_runs(str(script), [Arm("a", {})], [1], tmp_path)
+    run.prepare()
+    script.write_text("2")
+    assert not run.has_former_script, "it has no checkpoint, and starts again"
+    (run.output_dir / "checkpoint-3").mkdir()
+    (run.output_dir / "checkpoint-3" / "trainer_state.json").touch()
+    run.prepare()
+    assert run.has_former_script
+
+
+def test_a_recipe_is_an_input(tmp_path):
+    assert [path.name for path in planned(tmp_path, config="mini_wiki").inputs] == ["train.py", "mini_wiki.yaml"]
+    assert [path.name for path in planned(tmp_path, config="unknown").inputs] == ["train.py"]
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -163,3 +200,24 @@ def test_progress_of_other_trainers_is_that_of_their_last_checkpoint(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "checkpoint-5" / "trainer_state.json").write_text('{"log_history": [{"step": 5, "reward": 0.5}]}')
     assert progress_of(tmp_path) == Progress(5, 0.5)
+
+
+def test_progress_survives_a_checkpoint_that_is_deleted_meanwhile(tmp_path, monkeypatch):
+    """As by `save_total_limit`: it is listed, and gone when it is read."""
+    monkeypatch.setattr(progress, "last_checkpoint", lambda directory: directory / "checkpoint-5")
+    assert progress_of(tmp_path) is None
+
+
+def test_an_error_of_what_shows_runs_does_not_end_them(tmp_path, caplog):
+    arguments = (str(SCRIPT), "--seed", "1", "--output_dir")
+    run = PlannedRun((*arguments, str(tmp_path / "a")), tmp_path / "a")
+    seen = []
+
+    def fail(run, state):
+        seen.append(state)
+        raise FileNotFoundError("gone")
+
+    assert play([run], [{}], fail) == []
+    assert seen == [State.RUNNING, State.FINISHED]
+    assert run.is_finished
+    assert "showing that failed" in caplog.text

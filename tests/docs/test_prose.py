@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.docs.pages import PAGES, mean_sentence_length, name_of, num_words, sentences
+from tests.docs.pages import PAGES, code_blocks, mean_sentence_length, name_of, num_words, sentences
 
 MAX_LINES = 250
 MAX_MEAN_WORDS = 20.0
@@ -14,6 +14,13 @@ def test_a_page_is_short(page):
     assert len(text.splitlines()) <= MAX_LINES
     longest = sorted(sentences(text), key=num_words)[-3:]
     assert mean_sentence_length(text) <= MAX_MEAN_WORDS, f"the longest sentences: {longest}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_code_block_of_a_page_is_closed(page):
+    text = page.read_text()
+    num_fences = sum(line.lstrip().startswith("```") for line in text.splitlines())
+    assert num_fences == 2 * len(code_blocks(text))
 
 
 def test_prose_is_told_from_the_rest():

@@ -18,6 +18,8 @@ from tests.report.synthetic import TOKEN_PPO, write_run
 from trl_steppo.cli import main
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.report import page as page_module
+from trl_steppo.report import runs as runs_module
+from trl_steppo.report.files import read_json
 from trl_steppo.report.live import LivePage, LiveServer
 
 
@@ -70,6 +72,15 @@ def test_the_page_is_made_again_only_where_something_changed(tmp_path, serve, pl
     assert get(server, "version") != versions[0]
     get(server)
     assert len(made) == 2
+
+
+def test_a_page_reads_each_run_once(tmp_path, serve, plain, monkeypatch):
+    for name in "ab":
+        write_run(tmp_path / name, episodes=0, updates=2)
+    read = []
+    monkeypatch.setattr(runs_module, "read_json", lambda file: read.append(file) or read_json(file))
+    assert "Report of 2 runs" in get(serve(tmp_path))
+    assert len(read) == len(set(read)) == 4, "settings and state of two runs"
 
 
 def test_runs_that_appear_later_are_taken_up(tmp_path, serve, plain):

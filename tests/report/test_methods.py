@@ -121,6 +121,19 @@ def test_two_codes_of_one_name_are_two_methods(tmp_path, name):
     assert list(found.values()) == [["a_s1", "a_s2"], ["b_s1", "b_s2"]]
 
 
+def test_values_of_own_functions_are_named_before_their_hashes(tmp_path):
+    paths = [
+        write_run(
+            tmp_path / f"n{n}",
+            advantage_estimator="n_step",
+            advantage_estimator_n=n,
+            advantage_estimator_source=f"{n}" * 12,
+        )
+        for n in (2, 3)
+    ]
+    assert list(grouped(*paths)) == ["n_step, n=2", "n_step, n=3"]
+
+
 def test_names_have_the_few_settings_that_matter(tmp_path):
     """Ten fields differ: one is enough. A grid of three takes three; what is derived, or is a budget, is no name."""
     many: dict[str, float] = {f"option_{number}": 1 for number in range(10)}

@@ -215,7 +215,7 @@ def test_the_command(tmp_path, capsys):
     assert printed[0] == str(tmp_path / "out" / "page.html")
     assert all(Path(path).is_file() for path in printed)
     assert main(["report", str(tmp_path / "b")]) == 1
-    assert "trainer_state.json" in capsys.readouterr().err
+    assert f"there is no directory '{tmp_path / 'b'}'" in capsys.readouterr().err
 
 
 def test_methods_named_on_the_command_line(tmp_path, capsys):

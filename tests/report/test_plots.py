@@ -43,6 +43,16 @@ def test_what_every_run_logs_is_no_metric_of_its_environment(tmp_path):
     assert "env/tool_errors" in [panel.metric for panel in found["steps"].panels]
 
 
+def test_the_policys_loss_is_that_of_trls_trainers(tmp_path):
+    drawn = [
+        {panel.metric for panel in charts(tmp_path / name, **more)["policy"].panels}
+        for name, more in (("new", {"loss": 0.5}), ("old", {}))
+    ]
+    assert "loss" in drawn[0]
+    assert "loss/policy_avg" not in drawn[0]
+    assert "loss/policy_avg" in drawn[1]
+
+
 def test_a_panel_says_what_its_metric_is():
     assert Panel("Entropy of a token", "policy/entropy_avg").unit == "nats"
     assert Panel("Tokens of a response", "rollout/response_tokens").unit == "", "the title says it"

@@ -24,8 +24,11 @@ def test_a_run(tmp_path):
 
 
 def test_a_directory_that_is_no_run(tmp_path):
-    with pytest.raises(DataError, match=r"nothing has no trainer_state\.json"):
+    with pytest.raises(DataError, match=r"there is no directory '.*/nothing'"):
         write_report([tmp_path / "nothing"], tmp_path / "report.html")
+    (tmp_path / "begun").mkdir()
+    with pytest.raises(DataError, match=r"begun has no trainer_state\.json.*TRL's trainers .* each checkpoint"):
+        write_report([tmp_path / "begun"], tmp_path / "report.html")
 
 
 def test_a_run_that_was_stopped_is_read_up_to_its_last_checkpoint(tmp_path):

@@ -18,7 +18,10 @@ from trl_steppo.errors import DataError
 from trl_steppo.report.files import read_arguments
 from trl_steppo.report.methods import differing_settings, group_runs
 from trl_steppo.report.runs import load_runs
-from trl_steppo.report.trl_runs import completions
+from trl_steppo.report.trl_runs import _OUR_NAMES, as_our_history, completions
+from trl_steppo.report.trl_settings import EQUAL, RENAMED, as_our_settings
+from trl_steppo.trainer.grpo_settings import COUNTERPARTS, converted
+from trl_steppo.trainer.metric_table import METRICS
 
 HERE: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "per_device_train_batch_size": 8}
 
@@ -62,12 +65,54 @@ def test_runs_are_known_by_the_class_of_their_settings(tmp_path):
     assert "loss_type" not in differing_settings(methods), "ours has none"
 
 
+def test_settings_of_both_libraries_are_compared_by_our_names(tmp_path):
+    """Those that change what is learned; equal ones, and those of one library, are left out."""
+    args = grpo(tmp_path, max_completion_length=64, gradient_accumulation_steps=2, epsilon=0.1)
+    same = {"batch_size": 16, "kl_loss_coef": 0.0, "per_device_train_batch_size": 16, "accelerator_config": {"a": 1}}
+    ours = write_run(tmp_path / "ours", response_length=128, cliprange=0.2, gamma=0.9, trainer="StepPOTrainer", **same)
+    methods = group_runs(load_runs([write_trl_run(tmp_path / "theirs", args), ours]))
+    assert differing_settings(methods) == {
+        "advantage_estimator": ["grpo", "step_gae"],
+        "importance_sampling_level": ["token", "step"],
+        "response_length": [64, 128],
+        "cliprange": [0.1, 0.2],
+    }
+
+
+def test_counterparts_of_settings_are_those_of_the_conversion(tmp_path):
+    fields = {name: counterpart.field for name, counterpart in COUNTERPARTS.items() if counterpart.field}
+    of_memory = {"ds3_gather_for_generation": "ds3_gather_for_generation"}
+    assert {**RENAMED, **dict(zip(EQUAL, EQUAL, strict=True)), **of_memory} == fields
+    args = grpo(tmp_path, gradient_accumulation_steps=2, steps_per_generation=4, max_steps=9, warmup_steps=3, top_k=5)
+    found = as_our_settings({**vars(args), "trainer": "trl.GRPO"})
+    expected = converted(args, advantage_estimator="grpo")
+    apart = {"advantage_estimator": "grpo", "batch_size": 32}
+    assert found == {name: expected[name] for name in found if name not in apart} | apart
+
+
 def test_our_names_stand_beside_trls(tmp_path):
     (run,) = load_runs([write_trl_run(tmp_path, grpo(tmp_path))])
     assert run.series("env/reward") == run.series("reward") == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4})
     assert run.series("policy/entropy_avg") == dict.fromkeys(range(1, 5), 2.0)
     assert run.series("perf/update_s")[4] == 3.0
     assert (run.is_finished, run.num_updates, run.seed) == (True, 4, 42)
+
+
+def test_names_that_we_log_with_trls_meaning_are_those_that_repeat_ours():
+    """A metric of TRL's that is ours under another name says so in the table; all others would be other quantities."""
+    ours = {metric.name: metric.same_as for metric in METRICS if metric.name in _OUR_NAMES}
+    assert ours == {name: _OUR_NAMES[name] for name in ours}
+
+
+def test_what_differs_from_ours_is_not_shown_as_ours(tmp_path):
+    different = {"loss": 0.5, "kl": 0.1, "completions/clipped_ratio": 0.2}
+    history = [logs(1, **different, reward_std=0.3)]
+    (run,) = load_runs([write_trl_run(tmp_path, grpo(tmp_path), 1, log_history=history)])
+    assert not {"loss/policy_avg", "objective/kl", "env/truncated"} & run.metrics
+    assert set(different) <= run.metrics
+    assert run.series("env/reward_std") == {1: 0.3}
+    (of_groups,) = as_our_history(history, {"trainer": "trl.AsyncGRPO"})
+    assert "env/reward_std" not in of_groups
 
 
 @pytest.mark.parametrize(

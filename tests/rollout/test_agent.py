@@ -145,6 +145,7 @@ def test_an_agent_that_raises_fails_its_own_episode_only(server, chat):
     assert "OSError: broken with [key]" in episodes[1].error
     assert len(episodes[1].steps) == 1
     assert "SystemExit: 3" in episodes[2].error
+    assert f"{__file__}:" in episodes[2].error
     assert "finite number" in episodes[3].error
     assert "neither returned nor posted a reward" in episodes[4].error
     assert not any(key in str(episode) for key in keys for episode in episodes)
@@ -298,9 +299,10 @@ def post(base_url: str, api_key: str, what: str, body: Any) -> int:
     return httpx.post(url, json=body, headers={"authorization": f"Bearer {api_key}"}, timeout=20).status_code
 
 
-@pytest.mark.parametrize("how", ["lingers", "raises", "returns"])
-def test_what_an_agent_does_after_finishing_changes_nothing(server, chat, how):
-    """What it does behind that costs it nothing; what it returns is still the reward."""
+@pytest.mark.parametrize("how", ["lingers", "raises", "returns", "repeats"])
+def test_what_an_agent_does_after_finishing_changes_nothing(server, chat, caplog, monkeypatch, how):
+    """The episode is paid. The log says once what went wrong, and the record keeps an error."""
+    monkeypatch.setattr("trl_steppo.rollout.agent._told", set())
     release = threading.Event()
 
     def agent(row, *, base_url, api_key):
@@ -309,15 +311,66 @@ def test_what_an_agent_does_after_finishing_changes_nothing(server, chat, how):
         if how == "lingers":
             release.wait(30)
         if how == "raises":
-            raise OSError("a temporary directory is gone already")
-        return 3.0
+            raise OSError(f"a temporary directory of {api_key} is gone already")
+        return {"returns": 3.0, "repeats": 2.0}[how]
 
     start = time.monotonic()
-    (episode,) = play(server, chat, agent, idle_s=3.0)
+    (episode, _) = play(server, chat, agent, idle_s=3.0, rows=2)
     release.set()
     assert time.monotonic() - start < 30
     assert (episode.error, episode.terminated) == (None, True)
-    assert [step.reward for step in episode.steps] == [3.0 if how == "returns" else 2.0]
+    assert [step.reward for step in episode.steps] == [2.0]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if how == "raises":
+        assert episode.agent_output.startswith("[standard error]\n")
+        assert episode.agent_output.endswith("OSError: a temporary directory of [key] is gone already\n")
+        assert len(told) == 1
+        assert "OSError: a temporary directory of [key] is gone already" in told[0]
+        assert f"{__file__}:" in told[0]
+    else:
+        assert episode.agent_output is None
+        assert ["3, which is ignored" in text for text in told] == [True] * (how == "returns")
+
+
+def test_a_reward_of_0_that_was_posted_stays_and_a_missing_one_is_taken(server, chat):
+    def agent(row, *, base_url, api_key):
+        ask(base_url, api_key)
+        assert post(base_url, api_key, "finish", {} if row["index"] else {"reward": 0.0}) == 200
+        return 0.25
+
+    episodes = play(server, chat, agent, rows=2)
+    assert [episode.episode_return for episode in episodes] == [0.0, 0.25]
+
+
+ASKS = """
+import json, os, sys, urllib.request
+body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}]}).encode()
+headers = {"x-api-key": os.environ["OPENAI_API_KEY"], "content-type": "application/json"}
+url = os.environ["OPENAI_BASE_URL"] + "/chat/completions"
+urllib.request.urlopen(urllib.request.Request(url, body, headers)).read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "reward", "error"),
+    [
+        ("print(1 == 1)", 1.0, None),
+        ("print(1 == 2)", 0.0, None),
+        ("print('the answer'); print()", None, "the last line that it printed is not a number: 'the answer'"),
+        ("pass", None, "the agent neither returned nor posted a reward"),
+        ("{}['anser']", None, "the agent: exit status 1: KeyError: 'anser'\nTraceback"),
+        ("sys.exit(3)", None, "the agent: exit status 3, and it printed nothing"),
+        ("print('here'); sys.exit(3)", None, "the agent: exit status 3, and the last line that it printed is 'here'"),
+    ],
+)
+def test_how_a_command_ends(server, chat, ending, reward, error):
+    (episode,) = play(server, chat, [sys.executable, "-S", "-c", f"{ASKS}\n{ending}"])
+    assert (episode.valid, episode.error is None) == (error is None, error is None)
+    if error is None:
+        assert episode.episode_return == reward
+    else:
+        assert error in episode.error
+        assert "rollout/agent.py" not in episode.error
 
 
 def test_an_agent_that_asks_for_more_than_its_budget_is_cut(server, chat):

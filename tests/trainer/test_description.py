@@ -7,9 +7,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from tests.trainer.tiny import Hash, make_model
-from trl_steppo.learning.estimators import ESTIMATORS
-from trl_steppo.trainer.description import describe_task
+from tests.trainer.tiny import Hash, make_config, make_model
+from trl_steppo.learning.estimators import ESTIMATORS, Estimator
+from trl_steppo.trainer.description import describe_task, own_functions
 
 ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
 
@@ -55,6 +55,19 @@ def test_an_environment_with_its_plain_settings():
     found = described(environment_factory=made)
     assert (found["environment"], found["environment_top_k"], found["environment_state"]) == ("Hash", 3, "chat")
     assert "environment_index" not in found
+
+
+def test_own_functions_with_their_plain_settings(tmp_path):
+    def n_step(rewards, step_mask, *, gamma, n, seed=0):
+        return rewards
+
+    estimator = Estimator.over_steps(partial(n_step, n=2, seed=3))
+    found = described(estimator=estimator, policy_loss_fn=partial(score, tau=1.5))
+    assert (found["advantage_estimator_n"], found["policy_loss_fn_tau"]) == (2, 1.5)
+    assert "advantage_estimator_seed" not in found
+    words = own_functions(make_config(tmp_path).with_estimator(estimator), found)
+    assert str(words["advantage_estimator"]).startswith("n_step n=2 (")
+    assert str(words["policy_loss_fn"]).startswith("score tau=1.5 (")
 
 
 def test_who_plays_and_who_scores():

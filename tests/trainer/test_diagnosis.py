@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.tiny import END, Endless, Hash, Look, call, make_trainer, message_rows, scripted
+from tests.trainer.tiny import END, Endless, Hash, Look, call, make_episode, make_trainer, message_rows, scripted
+from trl_steppo.trainer import figures
 from trl_steppo.trainer.diagnosis import PATIENCE
 from trl_steppo.trainer.figures import EpisodeFigures
 
@@ -51,11 +52,12 @@ def train(directory: Any, caplog: pytest.LogCaptureFixture, **arguments: Any) ->
 
 
 def test_rewards_of_0_are_told_once(tmp_path, caplog):
-    warnings, logs = train(tmp_path, caplog, environment_factory=Unpaid)
+    warnings, logs = train(tmp_path, caplog, environment_factory=Unpaid, log_episodes=1)
     (text,) = warnings
     assert text.startswith(
         "updates 1 to 3: all 24 rewards are 0, so there is nothing to learn from.\nThe last response: "
     )
+    assert f"`trl-steppo show {tmp_path}" in text
     assert "8 of 8 responses were cut at `response_length` = 6 (`rollout/length_stopped`)" in text
     assert text.endswith('See docs/guides/troubleshooting.md, "Reward is 0".')
     assert {(update["env/reward_std"], update["env/equal_rewards"]) for update in logs} == {(0.0, 1.0)}
@@ -111,9 +113,16 @@ def test_a_run_that_learned_before_it_was_resumed_is_fine(tmp_path, caplog):
     assert "nothing to learn from" not in caplog.text
 
 
+def test_steps_that_another_rank_pays_count(monkeypatch):
+    own, others = (EpisodeFigures.of([make_episode("a", rewards)]) for rewards in ([0.0, 1.0], [1.0, 0.0]))
+    assert (own.pays_steps, others.pays_steps) == (False, True)
+    monkeypatch.setattr(figures, "gather_objects", lambda items: [*items, others])
+    assert own.on_all_ranks().pays_steps
+
+
 def test_groups_of_one_are_no_groups():
-    figures = EpisodeFigures(returns=[0.0, 1.0, 1.0], groups=[[0.0], [1.0, 1.0]])
-    assert figures.share_of_equal_groups == 1.0
-    assert figures.has_equal_rewards(compares_groups=True)
-    assert not figures.has_equal_rewards(compares_groups=False)
+    found = EpisodeFigures(returns=[0.0, 1.0, 1.0], groups=[[0.0], [1.0, 1.0]])
+    assert found.share_of_equal_groups == 1.0
+    assert found.has_equal_rewards(compares_groups=True)
+    assert not found.has_equal_rewards(compares_groups=False)
     assert EpisodeFigures(returns=[0.0, 1.0], groups=[[0.0], [1.0]]).share_of_equal_groups is None

@@ -13,7 +13,7 @@ import pytest
 from tests.trainer.tiny import TOKENIZER, Hash, make_classifier, make_trainer, mixed_episodes, prompt_rows
 from trl_steppo import Episode, StepPOConfig
 from trl_steppo.errors import CheckpointError, RolloutError
-from trl_steppo.report.episodes import sample_episodes
+from trl_steppo.report.episodes import logged_files, sample_episodes
 from trl_steppo.report.methods import Method
 from trl_steppo.report.runs import Run
 from trl_steppo.rollout import dump_episodes, episode_file
@@ -185,11 +185,14 @@ def test_evaluations_are_logged_as_updates_are(tmp_path):
 
 def test_each_dataset_of_an_evaluation_has_a_file(tmp_path):
     rows = prompt_rows()
-    trainer, _ = play(tmp_path, eval_dataset={"easy": [rows[0]], "a b": [rows[1]]}, max_steps=1)
+    trainer, _ = play(tmp_path, eval_dataset={"easy": [rows[0]], "a b": [rows[1]], "a_b": [rows[2]]}, max_steps=1)
     trainer.evaluate()
     trainer.evaluate([rows[0]], metric_key_prefix="test")
     names = sorted(path.stem for path in (tmp_path / "episodes").glob("evaluation*"))
-    assert names == ["evaluation_00001_a_b", "evaluation_00001_easy", "evaluation_00001_test"]
+    assert names == [f"evaluation_00001_{part}" for part in ("a%20b", "a_b", "easy", "test")]
+    run = Run(tmp_path, "evaluated", [{"step": 1}], {"log_episodes": 2}, {})
+    parts = ["evaluation a b", "evaluation a_b", "evaluation easy", "evaluation test"]
+    assert sorted(part for _, part in logged_files(run)) == parts
 
 
 def test_an_evaluation_before_the_run_logs_nothing(tmp_path):

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from tests.trainer.tiny import make_trainer, prompt_rows
 from trl_steppo import __version__
 from trl_steppo.errors import CheckpointError
+from trl_steppo.report.runs import load_runs
 from trl_steppo.trainer.metrics_file import MetricsFile
 from trl_steppo.trainer.versions import versions
 
@@ -60,21 +61,38 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path):
     assert lines(tmp_path) == log_history(tmp_path)
 
 
-def test_a_new_run_replaces_an_earlier_ones(tmp_path):
-    for steps in (2, 1):
-        make_trainer(tmp_path, max_steps=steps).train()
+def test_a_new_run_sets_an_earlier_ones_aside(tmp_path, caplog):
+    earlier = [{"step": 1, "env/reward": 5.0}]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(earlier[0]) + "\n")
+    (tmp_path / "metrics.1.jsonl").write_text("older")
+    with caplog.at_level(logging.WARNING, logger="trl_steppo"):
+        make_trainer(tmp_path, max_steps=1).train()
+    assert f"are now in {tmp_path / 'metrics.2.jsonl'}" in caplog.text
+    assert (tmp_path / "metrics.1.jsonl").read_text() == "older"
+    assert [json.loads(line) for line in (tmp_path / "metrics.2.jsonl").read_text().splitlines()] == earlier
     assert lines(tmp_path) == log_history(tmp_path)
     assert [logs["step"] for logs in lines(tmp_path)] == [1, 1]
+    (run,) = load_runs([tmp_path])
+    assert [logs["step"] for logs in run.history] == [1, 1]
 
 
-def test_an_evaluation_alone_is_added(tmp_path):
+def test_an_evaluation_after_a_run_is_added(tmp_path):
     trainer = make_trainer(tmp_path, eval_dataset=prompt_rows(2), max_steps=1)
     trainer.train()
     metrics = trainer.evaluate()
     assert lines(tmp_path)[-1]["eval_reward"] == metrics["eval_reward"]
-    other = make_trainer(tmp_path, eval_dataset=prompt_rows(2))
-    other.evaluate()
-    assert len(lines(tmp_path)) == 4
+
+
+def test_an_untrained_trainer_leaves_the_metrics_of_an_earlier_run(tmp_path):
+    """Its evaluation would be the one that reports compare the earlier run's with."""
+    make_trainer(tmp_path, max_steps=1).train()
+    earlier = lines(tmp_path)
+    trainer = make_trainer(tmp_path, eval_dataset=prompt_rows(2), max_steps=1)
+    trainer.evaluate()
+    assert lines(tmp_path) == earlier
+    trainer.train()
+    assert "eval_reward" in lines(tmp_path)[0]
+    assert lines(tmp_path) == log_history(tmp_path)
 
 
 def full_disk(path: Path, lines_that_fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +117,9 @@ def test_a_full_disk_ends_the_run_with_a_cure(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_alone_goes_on_without_a_file(tmp_path, monkeypatch, caplog):
-    trainer = make_trainer(tmp_path, eval_dataset=prompt_rows(2))
+    trainer = make_trainer(tmp_path, eval_dataset=prompt_rows(2), max_steps=1)
+    trainer.train()
     full_disk(tmp_path / "metrics.jsonl", 0, monkeypatch)
-    (tmp_path / "metrics.jsonl").touch()
     with caplog.at_level(logging.WARNING, logger="transformers"):
         assert "eval_reward" in trainer.evaluate()
     assert "No space left" in caplog.text

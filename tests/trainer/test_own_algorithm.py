@@ -22,7 +22,7 @@ from trl import GRPOConfig
 
 from tests.examples.scripts import load_script
 from tests.trainer.tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, prompt_rows, same, weights
-from tests.warm import run_script
+from tests.warm import run_on_ranks, run_script
 from trl_steppo import PPOConfig, StepPOConfig, StepPOTrainer
 from trl_steppo.advantages import discounted_returns, step_gae
 from trl_steppo.errors import CheckpointError, ConfigurationError
@@ -112,6 +112,13 @@ def test_a_name_or_an_entry_is_as_the_setting(tmp_path, given):
     assert args.advantage_estimator == "step_gae", "the user's own settings stay as they are"
 
 
+def test_what_fails_on_one_rank_fails_on_all(tmp_path):
+    """The others would wait for it: for ever, or until its connection closes."""
+    script = Path(__file__).with_name("own_functions_on_ranks.py")
+    for rank in run_on_ranks(script, tmp_path, timeout=60, CUDA_VISIBLE_DEVICES=""):
+        assert rank.returncode == 0, rank.stderr[-3000:]
+
+
 def test_it_works_without_a_critic_and_with_adapters(tmp_path):
     peft_config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = trained(tmp_path, advantage_estimator=discounted_returns, peft_config=peft_config)
@@ -139,7 +146,7 @@ def test_a_checkpoint_of_other_functions_is_refused(tmp_path):
         return str(found.value)
 
     message = refused(policy_loss_fn=plain_loss)
-    assert re.search(r"with `advantage_estimator`=plain_gae \(\w{12}\), and this run has it not given; pass", message)
+    assert re.search(r"with `advantage_estimator`=plain_gae \(\w{12}\), and this run has none; pass", message)
     message = refused(advantage_estimator=plain_gae, policy_loss_fn=example.soft_clipped_loss)
     assert re.search(r"`policy_loss_fn`=plain_loss \(\w{12}\), and this run has soft_clipped_loss \(\w{12}\)", message)
     assert "start a new run from its weights" in message
@@ -151,7 +158,7 @@ def test_a_checkpoint_of_other_functions_is_refused(tmp_path):
 def test_a_run_without_functions_cannot_be_resumed_with_one(tmp_path):
     trained(tmp_path, **{**SAVING, "max_steps": 1})
     trainer = make_trainer(tmp_path, **SAVING, advantage_estimator=plain_gae)
-    with pytest.raises(CheckpointError, match="`advantage_estimator`=not given, and this run has plain_gae"):
+    with pytest.raises(CheckpointError, match="was written without `advantage_estimator`, and this run has plain_gae"):
         trainer.train(resume_from_checkpoint=True)
 
 

@@ -10,6 +10,8 @@ from trl import TrlParser
 
 from trl_steppo import PPOConfig, StepPOConfig, StepPOParser
 from trl_steppo.environments.hotpotqa import HotpotQARecipe
+from trl_steppo.errors import ConfigurationError
+from trl_steppo.trainer import terminal
 from trl_steppo.trainer.setting_groups import MEANINGS, SETTING_GROUPS, group_of
 
 OF_TRANSFORMERS = {f.name for f in fields(TrainingArguments)}
@@ -69,6 +71,67 @@ def test_one_dataclass_is_enough_and_what_remains_can_be_had(tmp_path):
         ["--speed", "3"],
         ["--sound", "on"],
     )
+
+
+RECIPE = """
+output_dir: runs/x
+total_episodes: 64
+critic_learning_rate: 0.1
+vf_coef: 1.0
+lam: 0.9
+gamma: 0.9
+num_generations: 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    path = tmp_path / "mine.yaml"
+    path.write_text(RECIPE)
+    monkeypatch.setattr(terminal, "is_quiet", lambda: False)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "left_out", "found"),
+    [
+        ("--max_steps 2", "total_episodes", {"max_steps": 2, "total_episodes": None}),
+        ("--num_train_epochs 2", "total_episodes", {"num_train_epochs": 2, "total_episodes": None}),
+        ("--max_steps -1", "", {"max_steps": -1, "total_episodes": 64}),
+        (
+            "--advantage_estimator rloo",
+            "critic_learning_rate, vf_coef, lam",
+            {"critic_learning_rate": None, "vf_coef": 0.1, "lam": 1.0},
+        ),
+    ],
+)
+def test_what_a_flag_makes_void_in_a_recipe_steps_aside(flags, left_out, found, recipe, capsys):
+    (args,) = StepPOParser(StepPOConfig, default_config=recipe).parse_args_and_config(flags.split())
+    assert {name: getattr(args, name) for name in found} == found
+    output = capsys.readouterr().out
+    assert output.startswith(f"Left out of the recipe: {left_out} (no effect with `") if left_out else not output
+
+
+def test_what_a_user_sets_does_not_step_aside(recipe, capsys):
+    given = ["--config", str(recipe), "--advantage_estimator", "rloo", "--vf_coef", "2"]
+    assert "error: `vf_coef`=2.0 has no effect together with" in refusal(capsys, *given, kinds=StepPOConfig)
+    recipe.write_text(RECIPE + "advantage_estimator: rloo\n")  # a recipe that contradicts itself
+    assert "`critic_learning_rate`=0.1, " in refusal(
+        capsys, "--config", str(recipe), "--seed", "3", kinds=StepPOConfig
+    )
+
+
+def test_a_function_without_a_critic_leaves_out_the_critic_of_a_recipe(recipe, capsys):
+    def to_the_end(rewards, step_mask, *, gamma):
+        return rewards.flip(1).cumsum(1).flip(1) * step_mask
+
+    (args,) = StepPOParser(StepPOConfig, default_config=recipe).parse_args_and_config([])
+    found = args.with_estimator(to_the_end)
+    assert (found.vf_coef, found.lam, args.vf_coef) == (0.1, 1.0, 1.0)
+    assert "Left out of the recipe: critic_learning_rate, vf_coef, lam (no eff" in capsys.readouterr().out
+    (args,) = StepPOParser(StepPOConfig, default_config=recipe).parse_args_and_config(["--vf_coef", "1"])
+    with pytest.raises(ConfigurationError, match=r"^`vf_coef`=1\.0 has no effect"):
+        args.with_estimator(to_the_end)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from transformers import PrinterCallback, TrainerCallback
 
 from tests.trainer.tiny import make_episode, make_trainer, prompt_rows
-from trl_steppo.episodes.printing import episode_table
+from trl_steppo.episodes.printing import episode_table, shown_episode, with_calls
 from trl_steppo.stopping import StopRequestedError
+from trl_steppo.testing import step, tool_call
 from trl_steppo.trainer import trackers
 from trl_steppo.trainer.callbacks import StepPOPrinterCallback, summary_line
 from trl_steppo.trainer.closing import closing_summary
@@ -146,7 +148,68 @@ def test_tables_go_to_trackers_that_have_tables(tmp_path, monkeypatch):
     assert len(set(table["episode"])) == 3
 
 
+def test_a_tracker_that_fails_is_told_once_and_does_not_end_the_run(monkeypatch, caplog):
+    asked: list[str] = []
+
+    def import_module(name: str) -> Any:
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(trackers, "import_module", import_module)
+    monkeypatch.setattr(trackers, "_warned", set())
+    with caplog.at_level(logging.WARNING, logger="trl_steppo"):
+        for _ in range(2):
+            trackers.log_table(["wandb", "trackio"], "completions", {"update": [1]})
+    assert asked == ["wandb", "trackio"] * 2
+    assert caplog.text.count("no network") == 2
+    assert "'completions' could not be logged to trackio: ConnectionError: no network" in caplog.text
+
+
 def test_callbacks_replace_those_of_transformers(tmp_path):
     kinds = [type(callback) for callback in make_trainer(tmp_path).callback_handler.callbacks]
     assert StepPOPrinterCallback in kinds
     assert PrinterCallback not in kinds
+
+
+def test_several_reward_functions_are_in_the_line():
+    logs = {"episode": 8, "env/reward": 1.0, "env/episode_steps": 2.0, "rewards/is_short/mean": 0.25}
+    assert summary_line(1, logs) == "update 1 | 8 episodes | reward 1  steps 2"
+    logs["rewards/is_right/mean"] = 0.75
+    assert summary_line(1, logs) == "update 1 | 8 episodes | reward 1  is_short 0.25  is_right 0.75  steps 2"
+    many = summary_line(1, {**logs, **{f"rewards/f{number}/mean": 0.0 for number in range(9)}})
+    assert many.endswith("is_short 0.25  is_right 0.75  f0 0  f1 0  steps 2")
+
+
+def test_the_policys_own_kl_has_another_name_than_that_of_the_reference():
+    assert summary_line(1, {"episode": 8, "policy/approxkl_avg": 0.5, "kl": 9.0}).endswith("| approx_kl 0.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        (tool_call("search", query='Elis "E"', k=2, deep=True), 'search(query="Elis \\"E\\"", k=2, deep=True)'),
+        ("so: " + tool_call("a") + tool_call("b", x=["y"]), "so: a()b(x=['y'])"),
+        ('<tool_call>{"name": "a", "arguments": {"not a name": 1}}</tool_call>', 'a({"not a name": 1})'),
+        ('<tool_call>{"name": </tool_call>', '<tool_call>{"name": </tool_call>'),
+        ('<tool_call>{"arguments": {}}</tool_call>', '<tool_call>{"arguments": {}}</tool_call>'),
+    ],
+)
+def test_calls_are_written_as_say_takes_them(text, shown):
+    assert with_calls(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("response", "observation", "metrics", "ending"),
+    [
+        ("up", "You are there.", {}, "by its environment"),
+        (tool_call("answer", text="1"), "", {"tool_calls": 1.0}, "by its environment"),
+        ("I give up.", "", {"tool_calls": 1.0}, "by a response without a tool call"),
+        ("up", "", {}, "by its environment, or by a response without a tool call"),
+    ],
+)
+def test_what_ended_an_episode_is_said_where_it_is_known(response, observation, metrics, ending):
+    texts = {1: "prompt", 2: response}
+    last = replace(step([1], [2]), observation=observation)
+    played = replace(make_episode("a", [1.0]), steps=(last,), metrics=metrics)
+    assert shown_episode(played, lambda ids: "".join(texts.get(i, "") for i in ids)).ending == ending

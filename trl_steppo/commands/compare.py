@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Play the runs that are not finished, write the report, and print the table of final figures."""
-    from ..comparison.plan import names_of_flags, parse_arm, plan_runs, refuse_others
+    from ..comparison.plan import names_of_flags, note_former_script, parse_arm, plan_runs, refuse_others
     from ..comparison.slots import slots_of, usable_gpus
 
     directory = Path(args.output_dir or Path("runs") / Path(args.script).stem)
@@ -80,6 +80,9 @@ def run(args: argparse.Namespace) -> None:
     _check_settings(args.script, arms, names_of_flags(args.passed_on))
     slots = slots_of(len(runs), parallel=args.parallel, gpus=usable_gpus())
     refuse_others(runs)
+    warning = note_former_script(runs)
+    if warning is not None:
+        print(warning, file=sys.stderr)
     if args.dry_run:
         _print_commands(runs, slots)
         return
@@ -170,9 +173,10 @@ def _report(runs: Sequence[ArmRun], output: Path) -> None:
     for run in runs:
         arms.setdefault(run.arm, []).append(run.output_dir)
     readable = gather([], arms, leaves_out=True)
-    if not readable.directories:
+    if not readable.runs:
         return
-    arms = {arm: [path for path in paths if path in readable.directories] for arm, paths in arms.items()}
+    directories = {run.directory for run in readable.runs}
+    arms = {arm: [path for path in paths if path in directories] for arm, paths in arms.items()}
     print_figures(arms)
     print(f"report: {write_report([], output, methods=arms)[0]}")
 

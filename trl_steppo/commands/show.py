@@ -117,11 +117,11 @@ def _print_list(episodes: Sequence[ShownEpisode], console: Console) -> None:
     """One line an episode: number, id, steps, reward, and the last response or what broke."""
     from rich.text import Text
 
-    from ..episodes.printing import visible
+    from ..episodes.printing import visible, with_calls
 
     width = max(len(episode.name) for episode in episodes)
     for number, episode in enumerate(episodes, start=1):
-        last = " ".join(episode.steps[-1].wrote.split()) if episode.steps else ""
+        last = " ".join(with_calls(episode.steps[-1].wrote).split()) if episode.steps else ""
         steps = f"{len(episode.steps)} step{'' if len(episode.steps) == 1 else 's'}"
         score = "failed" if episode.score is None else f"reward {episode.score:.3g}"
         line = Text(visible(f"{number:3}  {episode.name:{width}}  {steps:>8}  {score:12}  {episode.error or last}"))
@@ -335,7 +335,7 @@ def _read_stores(files: Sequence[Path], tokenizer: str | None) -> Recorded:
 
 
 def _shown_session(session: Session, decode: Callable[[TokenIds], str] | None) -> ShownEpisode:
-    from ..episodes.printing import shown_episode
+    from ..episodes.printing import shown_episode, written_call
 
     state = "" if session.is_over else " (running)"
     name = session.episode_id
@@ -350,7 +350,7 @@ def _shown_session(session: Session, decode: Callable[[TokenIds], str] | None) -
                     [
                         *([f"(thought) {answer.reasoning}"] if answer.reasoning else []),
                         *([answer.text] if answer.text else []),
-                        *(f"{call['name']}({json.dumps(call['arguments'])})" for call in answer.tool_calls),
+                        *(written_call(call["name"], call["arguments"]) for call in answer.tool_calls),
                     ]
                 ),
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import json
 import logging
 import os
 import shutil
@@ -110,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
         )
     rows = _rows(args, played)
     speaker = _speaker(args, played)
+    _check_rows(rows, played.environment_factory)
     from .playing import advice, play
 
     setup, about = _setup(args, played, rows, speaker)
@@ -223,6 +226,24 @@ def _rows(args: argparse.Namespace, played: _Played) -> list[Row]:
     if played.environment_factory is None and played.agent is None:
         raise ConfigurationError('there is no prompt: give `--row \'{"prompt": "..."}\'` or `--dataset FILE`')
     return [{}]  # an environment's `reset` may say it all
+
+
+def _check_rows(rows: Sequence[Row], environment: object) -> None:
+    """Refuse rows without what `reset` of an environment's class needs."""
+    reset = getattr(environment, "reset", None) if inspect.isclass(environment) else None
+    if not inspect.isfunction(reset):
+        return
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    _, *parameters = inspect.signature(reset).parameters.values()
+    needed = [p.name for p in parameters if p.kind in named and p.default is inspect.Parameter.empty]
+    for row in rows:
+        missing = [name for name in needed if name not in row]
+        if missing:
+            example = json.dumps(dict.fromkeys(missing, "..."))
+            raise ConfigurationError(
+                f"`{reset.__qualname__}` needs {', '.join(f'`{name}`' for name in missing)}: give the row with "
+                f"`--row '{example}'` or `--dataset FILE`"
+            )
 
 
 def _as_row(row: Row) -> Row:

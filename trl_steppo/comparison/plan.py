@@ -7,12 +7,13 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 from ..errors import ConfigurationError
-from ..recipes import find_recipe, recipe_names
+from ..recipes import find_recipe
 from .runs import PlannedRun, changed_inputs
 
 _OURS = ("seed", "run_name", "output_dir", "resume_from_checkpoint")  # flags that the plan sets
@@ -46,6 +47,19 @@ class ArmRun(PlannedRun):
 
     arm: str = field(kw_only=True)
     seed: int = field(kw_only=True)
+
+    @property
+    def script(self) -> Path:
+        """The script that it starts."""
+        return Path(self.arguments[0])
+
+    @property
+    def has_former_script(self) -> bool:
+        """Whether its directory holds what another version of the script made: all of a run, or a checkpoint."""
+        name = self.name_of(self.script)
+        then = (self.played_hashes or {}).get(name)
+        changed = then is not None and then != self.hashes()[name]
+        return changed and (self.is_finished or self.checkpoint is not None)
 
     @property
     def label(self) -> str:
@@ -136,7 +150,7 @@ def plan_runs(
                 *("--output_dir", str(directory / arm.name / f"seed_{seed}")),
             ),
             output_dir=directory / arm.name / f"seed_{seed}",
-            inputs=_configs((*first, *flags, *arm.words)),
+            inputs=(Path(script), *_configs((*first, *flags, *arm.words))),
             launcher=tuple(launcher),
             goes_on=True,
             arm=arm.name,
@@ -147,7 +161,7 @@ def plan_runs(
     ]
 
 
-def refuse_others(runs: Iterable[PlannedRun]) -> None:
+def refuse_others(runs: Iterable[ArmRun]) -> None:
     """
     Raise if a run's directory holds what this run is not: a run of other settings that is finished or has a
     checkpoint, or files that no comparison has written.
@@ -168,15 +182,28 @@ def refuse_others(runs: Iterable[PlannedRun]) -> None:
             )
 
 
-def differences_of(run: PlannedRun) -> list[str]:
-    """In what a run differs from the one in its directory, in words."""
+def note_former_script(runs: Iterable[ArmRun]) -> str | None:
+    """A warning that some runs were made by an earlier version of the script; `None` if none was."""
+    former = [run for run in runs if run.has_former_script]
+    if not former:
+        return None
+    directories = "\n".join(f"  {run.output_dir}" for run in former)
+    return (
+        f"warning: {former[0].script} has changed since these runs began. Their results stay, and stand next to those "
+        f"of the changed script:\n{directories}\nTo play them again, remove these directories."
+    )
+
+
+def differences_of(run: ArmRun) -> list[str]:
+    """In what a run differs from the one in its directory, in words. A script that has changed does not count."""
     there, here = _by_flag(run.played_settings or ""), _by_flag(run.settings)
     changed = [
         f"{name} is {there.get(name, 'not set')} there, and {here.get(name, 'not set')} here"
         for name in dict.fromkeys([*there, *here])
         if there.get(name) != here.get(name)
     ]
-    return changed + [f"{name} has changed since" for name in changed_inputs(run.played_hashes, run.hashes())]
+    inputs = changed_inputs(run.played_hashes, run.hashes())
+    return changed + [f"{name} has changed since" for name in inputs if name != run.name_of(run.script)]
 
 
 def _by_flag(command: str) -> dict[str, str]:
@@ -208,4 +235,8 @@ def _configs(words: Sequence[str]) -> tuple[Path, ...]:
     """The files that the flags `--config` name."""
     given = [after for word, after in pairwise(words) if word == "--config"]
     given += [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    return tuple(find_recipe(name) for name in given if Path(name).is_file() or name in recipe_names())
+    found = []
+    for name in given:
+        with suppress(ConfigurationError):  # which the script raises, too
+            found.append(find_recipe(name))
+    return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from typing import TypeVar
 
 from ..keeper import Keeper
 from .runs import LOG, PlannedRun
+
+logger = logging.getLogger(__name__)
 
 RunT = TypeVar("RunT", bound=PlannedRun)
 
@@ -52,7 +55,8 @@ def play(
         slots (`Sequence[Mapping[str, str]]`):
             One entry for each run that may play at a time: what it finds in its environment.
         on_change (`Callable`, *optional*):
-            Called with a run and its new state; also with runs that were finished before.
+            Called with a run and its new state; also with runs that were finished before. An error that it raises
+            is logged, and the runs go on.
 
     Returns:
         `list[PlannedRun]`: The runs that failed. Their logs say why.
@@ -61,6 +65,13 @@ def play(
         KeyboardInterrupt: After SIGINT, when all runs have ended.
         SystemExit: After SIGTERM, with the status 143.
     """
+
+    def tell(run: RunT, state: State) -> None:
+        try:
+            on_change(run, state)
+        except Exception:
+            logger.exception("%s is %s, and showing that failed; the runs go on", run.output_dir, state.value)
+
     waiting = deque(runs)
     free = deque(slots)
     playing: dict[RunT, _Process] = {}
@@ -71,10 +82,10 @@ def play(
                 while waiting and free and not signals:
                     run = waiting.popleft()
                     if run.is_finished:
-                        on_change(run, State.FINISHED)
+                        tell(run, State.FINISHED)
                     else:
                         playing[run] = _start(run, free.popleft())
-                        on_change(run, State.RUNNING)
+                        tell(run, State.RUNNING)
                 for run, process in list(playing.items()):
                     state = process.heed(len(signals))
                     if state is State.FINISHED:
@@ -85,7 +96,7 @@ def play(
                         free.append(process.slot)
                         del playing[run]
                     if state is not None:
-                        on_change(run, state)
+                        tell(run, state)
                 if playing:
                     time.sleep(_POLL_INTERVAL_S)
         finally:

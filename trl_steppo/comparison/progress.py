@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import DataError
+from ..report.files import last_checkpoint, read_json
 from ..types import JsonObject
 
 _TAIL_BYTES = 65_536  # of the log, which hold its last lines
@@ -35,12 +37,15 @@ def _last_logs(output_dir: Path) -> list[JsonObject]:
     lines = _last_lines(output_dir / "metrics.jsonl")
     if lines:
         return [logs for logs in map(_parsed, lines) if logs]
-    # Other trainers write nothing before the end, besides their checkpoints.
-    states = [*output_dir.glob("checkpoint-*/trainer_state.json"), output_dir / "trainer_state.json"]
-    written = [path for path in states if path.is_file()]
-    state = _parsed(max(written, key=os.path.getmtime).read_text()) if written else {}
-    history: list[JsonObject] = state.get("log_history") or []
-    return history
+    # Other trainers write nothing before the end, besides their checkpoints, which they also delete.
+    checkpoint = last_checkpoint(output_dir)
+    for place in (output_dir, *(() if checkpoint is None else (checkpoint,))):
+        try:
+            history: list[JsonObject] = read_json(place / "trainer_state.json").get("log_history") or []
+        except DataError:
+            continue
+        return history
+    return []
 
 
 def _last_lines(file: Path) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from .. import durable
+from ..report.files import last_checkpoint
 from ..types import JsonObject
 
 LOG = "log.txt"
@@ -61,13 +62,7 @@ class PlannedRun:
     @property
     def checkpoint(self) -> Path | None:
         """The last checkpoint in its directory."""
-        states = self.output_dir.glob("checkpoint-*/trainer_state.json")
-        numbers = {path.parent.name.removeprefix("checkpoint-"): path.parent for path in states}
-        return max(
-            (path for number, path in numbers.items() if number.isdecimal()),
-            key=lambda path: int(path.name.removeprefix("checkpoint-")),
-            default=None,
-        )
+        return last_checkpoint(self.output_dir)
 
     @property
     def words(self) -> list[str]:
@@ -117,10 +112,13 @@ class PlannedRun:
 
     def prepare(self) -> None:
         """Make its directory ready for its start. What an earlier process left is removed, unless it goes on."""
-        if not self.goes_on or self.checkpoint is None:
+        continues = self.goes_on and self.checkpoint is not None
+        if not continues:
             shutil.rmtree(self.output_dir, ignore_errors=True)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "trainer_state.json").unlink(missing_ok=True)
+        if continues and self.played_settings is not None:
+            return  # it keeps the hashes of what it began with
         kept = {"settings": self.settings, "inputs": self.hashes()}
         with durable.file(self.output_dir / _SETTINGS) as partial:
             partial.write_text(json.dumps(kept, indent=2) + "\n")

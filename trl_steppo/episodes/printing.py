@@ -23,6 +23,7 @@ _MIN_WIDTH = 120  # of a table, where the terminal's is not known
 _MAX_COLUMN = 20  # of a table's column that is not one of these
 _TEXTS = ("read", "wrote")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # as Hermes writes calls
 _PLACE = re.compile(r"\((?P<file>[^()]+):(?P<line>\d+)\)$")
 
 
@@ -110,7 +111,12 @@ def shown_episode(episode: Episode, decode: Decode, *, title: str | None = None,
     return ShownEpisode(
         title or f"episode {episode.episode_id}",
         steps,
-        ending_of(episode.stop_reason.value if episode.stop_reason else None, truncated=episode.truncated),
+        _ending(
+            episode.stop_reason.value if episode.stop_reason else None,
+            steps,
+            truncated=episode.truncated,
+            has_tools="tool_calls" in episode.metrics,
+        ),
         episode.episode_return if episode.valid else None,
         episode.metrics,
         episode.error,
@@ -153,12 +159,13 @@ def shown_rows(rows: Sequence[JsonObject], *, title: str | None = None) -> Shown
         if row["step_index"] is not None:
             steps.append(_step_of_row(row, before))
             before = row
+    metrics = _object(first["metrics"])
     return ShownEpisode(
         title or f"episode {first['episode_id']}",
         steps,
-        ending_of(first["stop_reason"], truncated=bool(first["truncated"])),
+        _ending(first["stop_reason"], steps, truncated=bool(first["truncated"]), has_tools="tool_calls" in metrics),
         first["score"],
-        _object(first["metrics"]),
+        metrics,
         first["error"],
         _object(first.get("logged")),
         first.get("agent_output"),
@@ -223,6 +230,57 @@ def ending_of(stop_reason: str | None, *, truncated: bool) -> str:
     if stop_reason in _ENDINGS:
         return _ENDINGS[stop_reason]
     return f"at `{stop_reason}`{' (truncated)' if truncated else ''}" if stop_reason else "not yet"
+
+
+def _ending(stop_reason: str | None, steps: Sequence[ShownStep], *, truncated: bool, has_tools: bool) -> str:
+    """How an episode ended, as far as its last step tells more than [`ending_of`] can."""
+    if stop_reason == StopReason.ENVIRONMENT.value and steps:
+        if steps[-1].observed or with_calls(steps[-1].wrote) != steps[-1].wrote:
+            return "by its environment"
+        if has_tools:
+            return "by a response without a tool call"
+    return ending_of(stop_reason, truncated=truncated)
+
+
+# -- calls of tools ---------------------------------------------------------------------------------------------------
+
+
+def written_call(name: str, arguments: object) -> str:
+    """
+    A call as `trl-steppo try --say` takes it.
+
+    Args:
+        name (`str`):
+            The tool.
+        arguments (`object`):
+            Its arguments by name. Anything else is written as JSON.
+
+    Example:
+    ```python
+    >>> print(written_call("look_up", {"name": "Ada", "page": 2}))
+    look_up(name="Ada", page=2)
+    ```
+    """
+    if not isinstance(arguments, dict) or not all(str(key).isidentifier() for key in arguments):
+        return f"{name}({json.dumps(arguments, ensure_ascii=False, default=repr)})"
+    texts = (
+        f"{key}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)}"
+        for key, value in arguments.items()
+    )
+    return f"{name}({', '.join(texts)})"
+
+
+def with_calls(text: str) -> str:
+    """A response whose calls of tools, where Hermes' form can be read, are as [`written_call`] writes them."""
+    return _CALL.sub(_call_of, text)
+
+
+def _call_of(match: re.Match[str]) -> str:
+    try:
+        call = json.loads(match[1])
+        return written_call(call["name"], call.get("arguments", {})) if isinstance(call["name"], str) else match[0]
+    except (ValueError, KeyError, RecursionError):
+        return match[0]
 
 
 # -- on the terminal --------------------------------------------------------------------------------------------------
@@ -330,6 +388,7 @@ def episode_table(episodes: Sequence[Episode], decode: Decode, title: str) -> st
         console = Console(width=max(console.width, _MIN_WIDTH))
     table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), expand=True)
     columns = episode_columns(episodes, decode)
+    columns["wrote"] = [with_calls(str(text)) for text in columns["wrote"]]
     for name, values in columns.items():
         longest = min(_MAX_COLUMN, max(map(len, [name, *map(_cell, values)])))
         is_text = name in _TEXTS

@@ -228,6 +228,7 @@ class Gateway:
                     end_by_time(session, flights)
             if reward is not None:
                 session.notes.final_reward = reward
+                session.has_final_reward = True
             session.notes.metrics |= metrics or {}
             visible = session.visible()
             if observation is not None and visible:

@@ -123,6 +123,7 @@ class Session(EpisodeRecord[SessionStep]):
         self.digest = digest
         self.is_over = is_over
         self.sampler_error: Exception | None = None  # of the last request, if the sampler failed
+        self.has_final_reward = False  # whether a call that finished it named a reward
         self.ending = asyncio.Lock()
         self.turn = asyncio.Lock()  # of its work outside of the event loop
         self.deliveries: list[Delivery] = []  # of each step

@@ -62,7 +62,8 @@ Assign = Callable[[CreditSettings, Rollout, Scores, Reduce | None], Credit]
 """
 Pure function from a rollout's rewards and values to credit. The rollout has valid episodes only; on some ranks it may
 have none. The last argument sums statistics over ranks, as in [`masked_moments`][trl_steppo.masked]; `None`: there is
-one rank. Every rank must call it equally often, whatever the steps are.
+one rank. Every rank must call it equally often, whatever the steps are. For this reason, what may fail on one rank
+alone runs in [`together`][trl_steppo.learning.ranks], as the functions of [`Estimator.over_steps`] do.
 """
 
 

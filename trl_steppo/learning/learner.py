@@ -20,7 +20,7 @@ from .metrics import Clock, Means
 from .network import Network, end_update, numerics_of
 from .objectives import Objective, PolicyObjective, ValueObjective, rows_of
 from .own_functions import PolicyLoss
-from .ranks import all_agree, largest, summed
+from .ranks import all_agree, largest, summed, together
 from .settings import LearnerSettings
 from .update import Credit, Lesson, Rollout, Scores, Steps
 
@@ -220,6 +220,8 @@ class Learner:
                 agree=lambda is_norm_finite: all_agree(is_finite and is_norm_finite),
                 before=lambda: self.on_event("on_pre_optimizer_step"),
             )
+        if norm is None:  # on all ranks
+            together(objective.check)
         self.on_event("on_optimizer_step")
         if norm is not None:
             self.steps_taken += 1

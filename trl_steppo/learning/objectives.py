@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..models.forward import EntropyMode
 from .metrics import Means
 from .network import Network
 from .own_functions import PolicyLoss
+from .ranks import caught
 from .settings import LearnerSettings
 from .update import Lesson
 
@@ -72,7 +74,15 @@ class Objective(Protocol):
                 The [`count`] of the mini-batch, over all ranks.
             means ([`Means`]):
                 Metrics are added to it.
+
+        Returns:
+            `torch.Tensor`: 0-d. It is nan if a function of the user's own failed, so that this rank makes as many
+            passes as the others, and no rank takes the step. [`check`] then raises the error.
         """
+        ...
+
+    def check(self) -> None:
+        """Raise the error of a function of the user's own in [`loss`], if there was one."""
         ...
 
 
@@ -120,6 +130,7 @@ class PolicyObjective:
         self.tokens_forwarded = 0
         self._forward_pass = forward_pass
         self._policy_loss = policy_loss
+        self._failure: Exception | None = None
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -163,16 +174,26 @@ class PolicyObjective:
         if aggregation == "episode":  # some of an episode's steps may be in another micro-batch
             aggregation, shares = "step", shares / micro.num_steps_of_episode[:, None]
             weights = shares if weights is None else shares * weights
-        loss, sums = self._policy_loss(
-            importance_ratio(logprobs, old, micro.action_mask, settings.importance_sampling_level),
-            lesson.credit.advantages[rows],
-            mask,
-            cliprange=settings.cliprange,
-            cliprange_high=settings.cliprange_high,
-            weights=weights,
-            aggregation=aggregation,
-            denominator=denominator,
-        )
+        ratio = importance_ratio(logprobs, old, micro.action_mask, settings.importance_sampling_level)
+
+        def result_of(policy_loss: PolicyLoss) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+            return policy_loss(
+                ratio,
+                lesson.credit.advantages[rows],
+                mask,
+                cliprange=settings.cliprange,
+                cliprange_high=settings.cliprange_high,
+                weights=weights,
+                aggregation=aggregation,
+                denominator=denominator,
+            )
+
+        with caught() as found:
+            loss, sums = result_of(self._policy_loss)
+        if found.error is not None:
+            self._failure = self._failure or found.error
+            loss, sums = result_of(clipped_policy_loss)
+            loss = loss * math.nan
         means.add("loss/policy_avg", loss.detach(), 0.0)
         if settings.kl_loss_coef:
             assert scores.ref_logprobs is not None
@@ -187,6 +208,11 @@ class PolicyObjective:
         means.add("loss", loss.detach(), 0.0)  # with all of its terms
         _add_policy_metrics(means, sums, logprobs.detach(), old, entropy.detach(), micro, mask)
         return loss
+
+    def check(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def _correction_weights(self, micro: StepBatch, old_logprobs: torch.Tensor) -> torch.Tensor | None:
         """Weights (N, A) that correct for the sampler's numerics and age; `None` without a correction."""
@@ -325,6 +351,9 @@ class ValueObjective:
         means.add("loss/value_avg", loss.detach(), 0.0)
         means.add("val/clipfrac_avg", sums["clipfrac_sum"], sums["num_values"])
         return self.settings.vf_coef * loss
+
+    def check(self) -> None:
+        pass  # its loss is no function of the user's own
 
     def _values(self, micro: StepBatch, positions: torch.Tensor) -> torch.Tensor:
         with self._forward_pass():

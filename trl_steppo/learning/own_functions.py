@@ -13,6 +13,7 @@ import torch
 from ..errors import ConfigurationError
 from ..losses import Aggregation, clipped_policy_loss
 from ..masked import keep_valid
+from .ranks import together
 
 
 class AdvantageFunction(Protocol):
@@ -66,8 +67,8 @@ def name_of_function(function: Callable[..., object]) -> str:
 
 # -- signatures -------------------------------------------------------------------------------------------------------
 
-_WITH_VALUES = "(rewards, values, mask, *, gamma, lam, bootstrap_values) -> (advantages, returns)"
-_WITHOUT_VALUES = "(rewards, mask, *, gamma) -> advantages"
+_WITH_VALUES = "(rewards, values, step_mask, *, gamma, lam, bootstrap_values) -> (advantages, returns)"
+_WITHOUT_VALUES = "(rewards, step_mask, *, gamma) -> advantages"
 _POLICY_LOSS = "(ratio, advantages, action_mask, *, cliprange, cliprange_high, aggregation, denominator, weights)"
 _POSITIONS = {"rewards": 0, "values": 1, "ratio": 0, "advantages": 1}
 
@@ -176,7 +177,18 @@ class OwnAdvantages:
         lam: float,
         bootstrap_values: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call the function. It is not called on a rank without episodes."""
+        """Call the function where there are episodes. Collective: every rank must call this."""
+        return together(lambda: self._on_this_rank(rewards, values, mask, gamma, lam, bootstrap_values))
+
+    def _on_this_rank(
+        self,
+        rewards: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor,
+        gamma: float,
+        lam: float,
+        bootstrap_values: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not len(rewards):
             return torch.zeros_like(rewards), torch.zeros_like(rewards)
         result: object = self.function(rewards, values, mask, gamma=gamma, lam=lam, bootstrap_values=bootstrap_values)
@@ -209,7 +221,12 @@ class OwnReturns:
     def __call__(
         self, rewards: torch.Tensor, mask: torch.Tensor, /, *, gamma: float, group_index: torch.Tensor
     ) -> torch.Tensor:
-        """Call the function. It is not called on a rank without episodes."""
+        """Call the function where there are episodes. Collective: every rank must call this."""
+        return together(lambda: self._on_this_rank(rewards, mask, gamma, group_index))
+
+    def _on_this_rank(
+        self, rewards: torch.Tensor, mask: torch.Tensor, gamma: float, group_index: torch.Tensor
+    ) -> torch.Tensor:
         if not len(rewards):
             return torch.zeros_like(rewards)
         groups = {"group_index": group_index} if takes_groups(self.function) else {}
@@ -232,8 +249,8 @@ def _checked(
         episode, step = (int(index) for index in (mask & ~result.isfinite()).nonzero()[0])
         raise ConfigurationError(
             f"`advantage_estimator`={name} returned {float(result[episode, step])} as {what} at [{episode}, {step}], "
-            f"where rewards and values are finite numbers; divide by no number that may be 0 (the row has "
-            f"{int(mask[episode].sum())} valid places)"
+            f"where rewards and values are finite numbers; the usual cause is a division by 0 (this row's "
+            f"mask has {int(mask[episode].sum())} times `True`)"
         )
     return keep_valid(result.detach().to(rewards), mask)
 

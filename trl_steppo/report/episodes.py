@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -138,7 +139,7 @@ def logged_files(run: Run) -> dict[tuple[int, str], Path]:
         for path in sorted((run.directory / "episodes").glob("evaluation_*.parquet")):
             number, _, name = path.stem.removeprefix("evaluation_").partition("_")
             if number.isdecimal() and int(number) <= run.num_updates:  # an earlier run may have left further files
-                files[int(number), f"evaluation {name}".strip()] = path
+                files[int(number), f"evaluation {unquote(name)}".strip()] = path
     return files
 
 

@@ -50,7 +50,7 @@ def final_figures(methods: Sequence[Method]) -> Figures:
         Column(f"{name}, greedy", score, last=1),
         Column(f"{name}, sampled", sampled),
         Column("steps", "env/episode_steps"),
-        Column("response tokens", "rollout/episode_response_tokens"),
+        Column("response tokens an episode", "rollout/episode_response_tokens"),
         Column("explained variance", "critic/explained_variance"),
         Column("clipped", "policy/clipfrac_avg"),
         Column("failed episodes", "env/failed_episodes"),

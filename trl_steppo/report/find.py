@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..errors import DataError
-from .runs import load_runs
+from .runs import Run, load_run, told_apart
 
 _MARKS = ("trainer_state.json", "metrics.jsonl", "steppo_config.json")  # what a run writes to its `output_dir`
 _MAX_DEPTH = 4
@@ -19,18 +19,18 @@ _MAX_DEPTH = 4
 @dataclass(frozen=True)
 class Gathered:
     """
-    Runs that can be read.
+    Runs that could be read.
 
     Args:
-        directories (`list[Path]`):
-            Their directories.
+        runs (`list[Run]`):
+            The runs.
         names (`dict[Path, str]`):
             Names of methods, by the resolved directories of their runs.
         notes (`list[str]`):
-            Why other runs cannot be read.
+            Why other runs could not be read.
     """
 
-    directories: list[Path]
+    runs: list[Run]
     names: dict[Path, str]
     notes: list[str]
 
@@ -39,7 +39,7 @@ def gather(
     places: Sequence[str | Path], named: Mapping[str, Sequence[str | Path]], *, leaves_out: bool = False
 ) -> Gathered:
     """
-    Find runs, and leave out those that have logged nothing yet, or are damaged.
+    Find and read runs, and leave out those that have logged nothing yet, or are damaged.
 
     Args:
         places (`Sequence[str | Path]`):
@@ -50,7 +50,7 @@ def gather(
             Whether what was named itself may be left out. Otherwise only what was found within a place is.
 
     Raises:
-        DataError: If none can be read, or one that was named cannot.
+        DataError: If none can be read, or one that was named cannot, or one is named twice.
     """
     found = {name: find_runs(members) for name, members in named.items()}
     names = {path.resolve(): name for name, paths in found.items() for path in paths}
@@ -58,11 +58,12 @@ def gather(
     known = {path.resolve() for path in directories}
     directories += [path for paths in found.values() for path in paths if path.resolve() not in known]
     given = {str(Path(place)) for place in (*places, *chain(*named.values()))}
-    kept, notes, errors = [], [], []
+    kept: list[Run] = []
+    notes: list[str] = []
+    errors: list[DataError] = []
     for directory in directories:
         try:
-            load_runs([directory])
-            kept.append(directory)
+            kept.append(load_run(directory))
         except DataError as error:
             if not leaves_out and str(directory) in given:
                 raise
@@ -70,7 +71,7 @@ def gather(
             notes.append(str(error))
     if not kept and errors and not leaves_out:
         raise errors[0]
-    return Gathered(kept, names, notes)
+    return Gathered(told_apart(kept), names, notes)
 
 
 def find_runs(places: Sequence[str | Path]) -> list[Path]:

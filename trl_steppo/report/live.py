@@ -93,7 +93,7 @@ class LivePage:
 
     def _make(self, version: str) -> str:
         gathered = gather(self._places, self._named, leaves_out=True)
-        if gathered.directories:
+        if gathered.runs:
             return page_of(content_of(gathered), version)
         return waiting_page("No run has logged an update yet. " + " ".join(gathered.notes), version)
 

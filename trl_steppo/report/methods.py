@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..types import JsonObject
 from .runs import Run, short_names
+from .trl_settings import as_our_settings
 
 # Settings that do not change what is learned: what is written and shown, and what saves memory
 _IGNORED = {
@@ -126,22 +127,29 @@ def _by_seed(members: Sequence[Run]) -> tuple[Run, ...]:
 
 def differing_settings(methods: Sequence[Method]) -> dict[str, list[object]]:
     """
-    The settings in which methods differ, with the value of each method. Between runs of different libraries, only
-    settings that both have are compared.
+    The settings in which methods differ, with the value of each method. Between runs of different libraries, those of
+    TRL are by our names, and only settings that both have are compared.
     """
     settings = [relevant(method.runs[0]) for method in methods]
-    known = [set(method.runs[0].settings or {}) for method in methods if method.runs[0].settings]
-    shared = set.intersection(*known) if known else set()
-    libraries = {_is_trl(method.runs[0]) for method in methods}
+    of_trl = [_is_trl(method.runs[0]) for method in methods]
+    if len(set(of_trl)) == 2:
+        settings = _comparable(methods)
     names = dict.fromkeys(name for of_method in settings for name in of_method)
-    values = {
-        name: [of_method.get(name) for of_method in settings]
-        for name in names
-        if len(libraries) == 1 or name in shared or name in ("advantage_estimator", "trainer")
-    }
+    values = {name: [of_method.get(name) for of_method in settings] for name in names}
     if "model" in values:
         values["model"] = _short_models(values["model"])
     return {name: by_method for name, by_method in values.items() if len(set(map(repr, by_method))) > 1}
+
+
+def _comparable(methods: Sequence[Method]) -> list[JsonObject]:
+    """The settings of methods of both libraries, by our names: those that a run of each kind has."""
+    runs = [method.runs[0] for method in methods]
+    theirs = {run.name: as_our_settings(run.settings or {}) for run in runs if _is_trl(run)}
+    ours = {run.name: run.settings or {} for run in runs if not _is_trl(run)}
+    shared = set().union(*theirs.values()) & set().union(*ours.values())
+    given = [{**theirs, **ours}[run.name] for run in runs]
+    order = dict.fromkeys(name for of_run in given for name in of_run if name in shared)
+    return [{name: of_run[name] for name in order if of_run.get(name) is not None} for of_run in given]
 
 
 def _short_models(models: Sequence[str | None]) -> list[str | None]:
@@ -239,6 +247,8 @@ def _rank(name: str) -> tuple[int, int]:
 def _in_words(name: str, value: object) -> str:
     if name.endswith("_source"):
         return f"{name.removesuffix('_source')} {str(value)[:6]}"
+    for function in ("advantage_estimator_", "policy_loss_fn_"):  # a value that a `partial` gives it
+        name = name.removeprefix(function)
     return f"{name}={value}"
 
 

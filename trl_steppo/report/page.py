@@ -29,7 +29,7 @@ from .plots import (
     phases_of,
     save_png,
 )
-from .runs import Run, load_runs
+from .runs import Run
 from .statistics import CONFIDENCE
 
 _MAX_BYTES = 4_800_000
@@ -70,8 +70,8 @@ def write_page(places: Sequence[str | Path], output: Path, named: Mapping[str, S
 
 
 def content_of(gathered: Gathered) -> Content:
-    """Read runs, and compute their curves."""
-    runs = load_runs(gathered.directories)
+    """Group runs, and compute their curves."""
+    runs = gathered.runs
     methods = group_runs(runs, gathered.names)
     charts = charts_of(methods)
     return Content(runs, methods, charts, curves_of(charts, methods), gathered.notes)

@@ -162,7 +162,8 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
                 Panel("Mean ratio", "val/ratio"),
                 Panel("Approximate KL, old to new", "policy/approxkl_avg"),
                 Panel("Entropy of a token", "policy/entropy_avg"),
-                Panel("Policy loss", "loss/policy_avg"),
+                # Runs of earlier versions logged its clipped part alone.
+                Panel("Policy loss", "loss" if "loss" in metrics else "loss/policy_avg"),
                 Panel("Gradient norm", "policy/grad_norm"),
             ),
         ),
@@ -193,6 +194,7 @@ def charts_of(methods: Sequence[Method]) -> list[Chart]:
                 Panel("Response tokens of an episode", "rollout/episode_response_tokens"),
                 Panel("Episodes that a budget cut", "env/truncated"),
                 Panel("Responses that the length cut", "rollout/length_stopped"),
+                Panel("Episodes whose last response was cut", "completions/clipped_ratio"),
                 Panel("Episodes that failed", "env/failed_episodes"),
                 *(Panel(_words(name), name) for name in _USES_OF_TOOLS if name in nonzero),
             ),

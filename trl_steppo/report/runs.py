@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..durable import is_held
@@ -94,16 +94,36 @@ def load_runs(directories: Sequence[str | Path]) -> list[Run]:
     Raises:
         DataError: If one of them is not a run that logged an update, or is named twice.
     """
-    paths = [Path(directory) for directory in directories]
-    resolved = [path.resolve() for path in paths]
-    for path in resolved:
-        if resolved.count(path) > 1:
-            raise DataError(f"{path} is named {resolved.count(path)} times; name every run once")
-    names = short_names(resolved)
-    return [_load(path, name) for path, name in zip(paths, names, strict=True)]
+    _refuse_repeated([Path(directory).resolve() for directory in directories])
+    return told_apart([load_run(directory) for directory in directories])
 
 
-def _load(directory: Path, name: str) -> Run:
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """
+    The runs with names that are different from each other.
+
+    Raises:
+        DataError: If one of them is there twice.
+    """
+    resolved = [run.directory.resolve() for run in runs]
+    _refuse_repeated(resolved)
+    return [replace(run, name=name) for run, name in zip(runs, short_names(resolved), strict=True)]
+
+
+def _refuse_repeated(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if paths.count(path) > 1:
+            raise DataError(f"{path} is named {paths.count(path)} times; name every run once")
+
+
+def load_run(directory: str | Path) -> Run:
+    """
+    Read one run, whose name is that of its directory.
+
+    Raises:
+        DataError: If it is not a run that logged an update.
+    """
+    directory = Path(directory)
     checkpoint = last_checkpoint(directory)
     settings_file = directory / "steppo_config.json"
     settings = read_json(settings_file) if settings_file.is_file() else None
@@ -116,7 +136,7 @@ def _load(directory: Path, name: str) -> Run:
             f"{source} holds no update: the run ended before its first log; train longer, or set `logging_steps` to 1"
         )
     is_running = not is_finished and is_held(directory / LOCK_FILE)
-    run = Run(directory, name, history, settings, is_finished=is_finished, is_running=is_running)
+    run = Run(directory, directory.resolve().name, history, settings, is_finished=is_finished, is_running=is_running)
     run.episode_files.update(_episode_files(run) or completion_files(directory, run.num_updates))
     return run
 
@@ -136,10 +156,13 @@ def _history(directory: Path, checkpoint: Path | None) -> tuple[list[JsonObject]
             return (logged or history), True, state_file
     if logged:
         return logged, False, metrics_file
+    if not directory.is_dir():
+        raise DataError(f"there is no directory {str(directory)!r}; name a run's output_dir, or a directory of runs")
     if checkpoint is None:
         raise DataError(
             f"{directory} has no trainer_state.json, so it is not the `output_dir` of a finished run; no checkpoint; "
-            "and no metrics.jsonl with a log of a run that goes on"
+            "and no metrics.jsonl with a log of a run that goes on. TRL's trainers write their state with each "
+            "checkpoint (`save_steps`) and at `trainer.save_state()`; before that, a run of theirs cannot be read"
         )
     state_file = checkpoint / "trainer_state.json"
     state = read_json(state_file)

@@ -21,17 +21,20 @@ _OUR_NAMES = {
     "reward_std": "env/reward_std",
     "entropy": "policy/entropy_avg",
     "learning_rate": "lr",
-    "loss": "loss/policy_avg",
     "grad_norm": "policy/grad_norm",
-    "kl": "objective/kl",
     "ratio": "val/ratio",
     "clip_ratio/region_mean": "policy/clipfrac_avg",
     "completions/mean_length": "rollout/episode_response_tokens",
-    "completions/clipped_ratio": "env/truncated",
     "step_time": "perf/update_s",
     "perf/step_s": "perf/update_s",
 }
-"""Names of metrics that mean the same, by TRL's names."""
+"""
+Names of metrics that mean the same, by TRL's names. Those that our runs log under TRL's name and meaning need none:
+`loss` has the KL term, unlike `loss/policy_avg`; `kl` is per token, unlike `objective/kl`; and
+`completions/clipped_ratio` counts cut responses, unlike `env/truncated`.
+"""
+_OF_GROUPS = {"trl.AsyncGRPO": {"reward_std"}}
+"""What a trainer measures within each group of episodes, where others measure it over all of them."""
 
 
 def as_our_history(history: Sequence[JsonObject], arguments: JsonObject) -> list[JsonObject]:
@@ -45,9 +48,10 @@ def as_our_history(history: Sequence[JsonObject], arguments: JsonObject) -> list
             The trainer's arguments, from which the episodes of a step are computed.
     """
     per_step = _episodes_per_step(arguments)
+    same = {name for name in _OUR_NAMES if name not in _OF_GROUPS.get(arguments.get("trainer", ""), ())}
     logs = []
     for given in history:
-        ours = {ours: given[theirs] for theirs, ours in _OUR_NAMES.items() if theirs in given}
+        ours = {ours: given[theirs] for theirs, ours in _OUR_NAMES.items() if theirs in given and theirs in same}
         if "reward" in given:
             ours["episode"] = given["step"] * given.get("batch/samples_per_step", per_step)
         logs.append({**ours, **given})

@@ -7,7 +7,7 @@ An agent is one of
 - a command, as text or a list: a process for each episode, which reads the row from its standard input, as JSON, and
   finds the address and its key in the environment (`OPENAI_BASE_URL`, `OPENAI_API_KEY`, `ANTHROPIC_BASE_URL`,
   `ANTHROPIC_API_KEY`, `STEPPO_SESSION_URL`), which is the trainer's without the variables of its launcher. If the last
-  line that it writes to its standard output is a number, that is the reward.
+  line that it writes to its standard output is a number, that is the reward; `True` and `False` are 1 and 0.
 
 Each runs in a thread or a process of its own: an agent that raises, dies or hangs fails its own episode only. A
 process ends with its episode, and with the trainer, whatever ended the trainer: the process and all that it started
@@ -23,15 +23,16 @@ import logging
 import os
 import shlex
 import shutil
+import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 from .. import tracing
 from ..calls import DaemonThread, is_lazy, look_at
 from ..episodes import EpisodeSpec
-from ..errors import ConfigurationError, SamplerError
+from ..errors import ConfigurationError, SamplerError, StepPOError
 from ..finite import as_reward
 from ..gateway.sampling import SamplerLoop
 from ..gateway.sessions import Session
@@ -54,6 +55,27 @@ _Reward = float | TypeError | ValueError | None
 """What an agent gave as its reward; an error says what is wrong with it."""
 
 
+class _ExitError(StepPOError):
+    """A command ended with another status than 0."""
+
+
+class _Running(Protocol):
+    """An agent that plays an episode."""
+
+    async def start(self, row: Row, server: GatewayServer, session_id: str, key: str) -> _Reward:
+        """Play it, and return its reward."""
+
+    async def end(self) -> None:
+        """End the agent, if it still runs."""
+
+    def printed(self, key: str) -> str | None:
+        """What it printed, without the key of the session."""
+
+    @property
+    def unread_reward(self) -> str | None:
+        """What stands where its reward was expected, and is no number."""
+
+
 class _Ending(TypedDict, total=False):
     """How the session of an agent is finished; see [`~gateway.Gateway.finish`]."""
 
@@ -65,6 +87,8 @@ class _Ending(TypedDict, total=False):
 
 _ERROR_CHARACTERS = 2_000  # of what a failed process wrote that are shown
 _OUTPUT_CHARACTERS = 2**15  # of each stream of a process that the episode's record keeps
+_SHOWN_CHARACTERS = 200  # of a line that is quoted
+_ERROR_HEADING = "[standard error]\n"
 _POLL_INTERVAL_S = 0.25  # between looks whether an agent hangs
 _CLEANUP_GRACE_S = 60.0  # to clean up after the episode is over, where the idle time is unlimited
 _TAIL_BYTES = 2**16  # of each of a process's streams that are kept
@@ -222,12 +246,12 @@ class AgentPlayer:
             return await self._play(request, name, session, key)
 
     async def _play(self, request: EpisodeRequest, name: str, session: Session, key: str) -> Episode:
-        agent = _AgentThread(self.agent) if callable(self.agent) else _AgentProcess(self.agent)
+        agent: _Running = _AgentThread(self.agent) if callable(self.agent) else _AgentProcess(self.agent)
         task = asyncio.ensure_future(agent.start(request.row, self.server, session.session_id, key))
         task.add_done_callback(look_at)
         try:
-            ending = await self._watch(task, session, key)
-            ending["agent_output"] = agent.printed(key)
+            ending = await self._watch(task, agent, session, key)
+            ending.setdefault("agent_output", agent.printed(key))
             # Before the agent is cancelled, so that requests that it drops while it ends are no longer known here.
             await self._at_gateway(self.gateway.finish(session, **ending))
         finally:
@@ -238,7 +262,7 @@ class AgentPlayer:
             raise SamplerError(f"episode {name}: {episode.error}") from session.sampler_error
         return episode
 
-    async def _watch(self, task: asyncio.Future[_Reward], session: Session, key: str) -> _Ending:
+    async def _watch(self, task: asyncio.Future[_Reward], agent: _Running, session: Session, key: str) -> _Ending:
         """Wait for the agent, as long as it may take, and say how its session is to be finished."""
         while True:
             max_episode_s = self.spec.limits.max_episode_s
@@ -249,9 +273,12 @@ class AgentPlayer:
             if task.done():
                 error = task.exception()
                 if error is None:
-                    return self._ending(session, task.result())
-                # An agent is told of a used-up budget by an error, which it may not catch.
-                return {} if is_over else {"error": describe(error, "the agent").replace(key, "[key]")}
+                    return self._ending(session, task.result(), agent, key)
+                what = f"the agent: {error}" if isinstance(error, _ExitError) else describe(error, "the agent")
+                what = what.replace(key, "[key]")
+                if session.ended_early:  # an agent is told of a used-up budget by an error, which it may not catch
+                    return {}
+                return _kept_error(error, agent, key, what) if is_over else {"error": what}
             if remaining is not None and remaining <= 0:
                 return {"out_of_time": True}
             patience_s = _CLEANUP_GRACE_S if is_over and self.idle_s is None else self.idle_s
@@ -260,18 +287,58 @@ class AgentPlayer:
                     return {}
                 return {"error": f"the agent asked for nothing in {patience_s:g} s, and was given up"}
 
-    def _ending(self, session: Session, reward: _Reward) -> _Ending:
+    def _ending(self, session: Session, reward: _Reward, agent: _Running, key: str) -> _Ending:
         """How the session of an agent that ended by itself is to be finished."""
         if isinstance(reward, Exception):
             return {"error": f"{reward}; a reward is a finite number, or None"}
         if reward is None:
             has_reward = bool(session.notes.rewards) or session.is_over or session.ended_early
             missing = self.needs_reward and not has_reward
-            return {"error": "the agent neither returned nor posted a reward"} if missing else {}
+            return {"error": _why_unpaid(agent).replace(key, "[key]")} if missing else {}
+        if session.has_final_reward:
+            posted = session.notes.final_reward
+            if reward != posted:
+                _warn_once(
+                    "reward",
+                    f"an agent finished its episode with the reward {posted:g} and then returned {reward:g}, which is "
+                    "ignored; give the reward once",
+                )
+            return {}
         return {"reward": reward}
 
     async def _at_gateway(self, coroutine: Coroutine[object, None, T]) -> T:
         return await asyncio.wrap_future(self.server.submit(coroutine))
+
+
+def _kept_error(error: BaseException, agent: _Running, key: str, what: str) -> _Ending:
+    """Keep the error of an agent that has finished its episode before: the episode is paid, and stays good."""
+    _warn_once(
+        "error",
+        f"an agent failed after it had finished its episode, which counts as it was finished: {what}. The "
+        "`agent_output` of the episode has the error",
+    )
+    if agent.printed(key) is not None:
+        return {}
+    lines = "".join(traceback.format_exception(error)).replace(key, "[key]")
+    return {"agent_output": f"{_ERROR_HEADING}{lines[-_ERROR_CHARACTERS:]}"}
+
+
+def _why_unpaid(agent: _Running) -> str:
+    if agent.unread_reward is None:
+        return "the agent neither returned nor posted a reward"
+    return (
+        f"the agent posted no reward, and the last line that it printed is not a number: {agent.unread_reward!r:.200}"
+    )
+
+
+_told: set[str] = set()
+
+
+def _warn_once(kind: str, message: str) -> None:
+    """Warn, the first time only: thousands of episodes may have the same fault."""
+    if kind not in _told:
+        _told.add(kind)
+        logger.warning(f"{message} (told once)")
 
 
 def _reward(value: object) -> _Reward:
@@ -284,6 +351,8 @@ def _reward(value: object) -> _Reward:
 
 class _AgentThread:
     """An agent in a thread, with an event loop of its own if it is async."""
+
+    unread_reward: str | None = None
 
     def __init__(self, agent: Callable[..., object]) -> None:
         self._agent = agent
@@ -385,8 +454,7 @@ class _AgentProcess:
         await self._drain()
         code = self._process.get_returncode()
         if code:
-            tail = self.output.text(2).replace(key, "[key]")[-_ERROR_CHARACTERS:].strip()
-            raise RuntimeError(f"exit status {code}: {tail}")
+            raise _ExitError(_exit_text(code, self.output))
         return _reward(_last_number(self.output.text(1)))
 
     def printed(self, key: str) -> str:
@@ -396,7 +464,13 @@ class _AgentProcess:
         if not standard_error.strip():
             return standard_output
         line_end = "" if not standard_output or standard_output.endswith("\n") else "\n"
-        return f"{standard_output}{line_end}[standard error]\n{standard_error}"
+        return f"{standard_output}{line_end}{_ERROR_HEADING}{standard_error}"
+
+    @property
+    def unread_reward(self) -> str | None:
+        """The last line that was printed, if it is no number."""
+        line = _last_line(self.output.text(1))
+        return None if line is None or _last_number(line) is not None else line[:_SHOWN_CHARACTERS]
 
     async def _drain(self) -> None:
         """Read what is still in the pipes, which a child that lives on may keep open."""
@@ -415,10 +489,30 @@ class _AgentProcess:
         self._process.close()
 
 
+def _exit_text(code: int, output: _Output) -> str:
+    """Why a command failed: the last line that it wrote to its standard error, which is the exception of a Python
+    program, and then everything before it."""
+    text = output.text(2)[-_ERROR_CHARACTERS:].strip()
+    last = _last_line(text)
+    if last is not None:
+        return f"exit status {code}: {last}" + (f"\n{text}" if "\n" in text else "")
+    printed = _last_line(output.text(1))
+    if printed is not None:
+        return f"exit status {code}, and the last line that it printed is {printed[:_SHOWN_CHARACTERS]!r}"
+    return f"exit status {code}, and it printed nothing"
+
+
+def _last_line(text: str) -> str | None:
+    """The last line that is not empty; `None` if there is none."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
+
+
 def _last_number(text: str) -> float | None:
-    """The number on the last line that is not empty; `None` if there is no such line, or no number on it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """The number on the last line that is not empty, of which True is 1 and False 0; `None` if there is none."""
+    line = _last_line(text)
+    if line in ("True", "False"):
+        return float(line == "True")
     try:
-        return float(lines[-1]) if lines else None
+        return None if line is None else float(line)
     except ValueError:
         return None

@@ -14,13 +14,14 @@ _SHORT_NAMES = {  # of the metrics in a line
     "env/reward": "reward",
     "env/episode_steps": "steps",
     "env/failed_episodes": "failed",
-    "policy/approxkl_avg": "kl",
+    "policy/approxkl_avg": "approx_kl",  # `kl` is the metric of the KL from the reference, as in TRL
     "policy/entropy_avg": "entropy",
     "critic/explained_variance": "explained_var",
     "perf/rollout_s": "rollout_s",
     "perf/train_s": "train_s",
 }
 _EVALUATED = ("exact_match", "reward", "episode_steps", "failed_episodes")  # in the line of an evaluation
+_NUM_REWARD_FUNCTIONS = 4  # in the line of an update
 _NUM_SCORES = 4  # of the environment, in the line of an evaluation
 
 
@@ -113,11 +114,26 @@ def summary_line(update: int, logs: Mapping[str, float]) -> str:
         head, shown = "evaluation", dict(_of_evaluation(logs))
     elif "episode" in logs:
         head = f"{logs['episode']:,.0f} episodes"
-        shown = {short: logs[name] for name, short in _SHORT_NAMES.items() if _is_told(name, logs)}
+        shown = {}
+        for name, short in _SHORT_NAMES.items():
+            if _is_told(name, logs):
+                shown[short] = logs[name]
+            if name == "env/reward":
+                shown |= _of_reward_functions(logs)
     else:  # what a user logs
         head, shown = "", {name: value for name, value in logs.items() if name != "epoch"}
     parts = [f"update {update}", head, "  ".join(_shown(name, value) for name, value in shown.items())]
     return " | ".join(part for part in parts if part)
+
+
+def _of_reward_functions(logs: Mapping[str, float]) -> dict[str, float]:
+    """The means of the first reward functions, where there are several: of one, the reward says it all."""
+    means = {
+        name.removeprefix("rewards/").removesuffix("/mean"): value
+        for name, value in logs.items()
+        if name.startswith("rewards/") and name.endswith("/mean")
+    }
+    return dict(list(means.items())[:_NUM_REWARD_FUNCTIONS]) if len(means) > 1 else {}
 
 
 def _shown(name: str, value: object) -> str:

@@ -401,10 +401,10 @@ def _check_identity(directory: Path, saved: JsonObject, now: JsonObject) -> None
                 f"(`model_name_or_path` {directory}, and {directory / 'critic'} as `value_model`)"
             )
         if name in FUNCTIONS:
+            was = f"with `{name}`={saved[name]}" if saved.get(name) else f"without `{name}`"
             raise CheckpointError(
-                f"{directory} was written with `{name}`={saved.get(name) or 'not given'}, and this run has "
-                f"{now.get(name) or 'it not given'}; pass the function as it was then (what is in brackets is a hash "
-                "of its code, without comments), or start a new run from its weights"
+                f"{directory} was written {was}, and this run has {now.get(name) or 'none'}; pass the function as it "
+                "was then, or start a new run from its weights (in brackets: a hash of its code and its values)"
             )
         raise CheckpointError(
             f"{directory} was written with `{name}`={saved.get(name)!r}, and this run has {now.get(name)!r}: it would "

@@ -89,8 +89,8 @@ def check_models(
     """Raise a `ConfigurationError` for models that are missing, of the wrong kind, given twice, or without effect."""
     if value_model is not None and value_model is reward_model:
         raise ConfigurationError(
-            "`value_model` is the `reward_model` itself, which must not be trained; load it twice, or leave "
-            "`value_model` out to have a critic built"
+            "`value_model` is the `reward_model` itself, which must not be trained; load it twice, or "
+            "pass None as `value_model` to have a critic built"
         )
     if ref_model is not None and plain_model(ref_model) is plain_model(model):
         raise ConfigurationError(

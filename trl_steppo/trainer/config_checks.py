@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 from ..errors import ConfigurationError
 from ..finite import LARGEST, shown
 from ..inference.base import MIN_TEMPERATURE
+from .terminal import notice
 
 if TYPE_CHECKING:
     from .steppo_config import StepPOConfig
@@ -139,11 +140,38 @@ def _literals(config_class: type) -> dict[str, tuple[object, ...]]:
 # -- several settings together ----------------------------------------------------------------------------------------
 
 
+class SupersededSettingError(ConfigurationError):
+    """
+    Settings that another one makes void.
+
+    Args:
+        message (`str`):
+            What is wrong, and the cure.
+        names (`Sequence[str]`):
+            The settings. Those that a recipe has set may step aside.
+        reason (`str`):
+            What makes them void. It names the other settings, each as in `` `gamma`=0.9 ``.
+    """
+
+    def __init__(self, message: str, names: Sequence[str], reason: str) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+        self.reason = reason
+
+
 def check_combinations(args: StepPOConfig) -> None:
     """Raise a `ConfigurationError` for settings that cannot be together, or that have no effect together."""
     contradiction = next(_contradictions(args), None)
     if contradiction is not None:
         raise ConfigurationError(contradiction)
+    if args.max_steps > 0 and args.total_episodes is not None:
+        both = f"`max_steps`={args.max_steps} and `total_episodes`={args.total_episodes}"
+        raise SupersededSettingError(
+            f"{both} both say how long to train; set one, and the other, which a configuration file may have set, to "
+            "None (`max_steps` to -1)",
+            ("max_steps", "total_episodes"),
+            both,
+        )
     for reason, names in _without_effect(args):
         refuse_without_effect(args, names, reason)
 
@@ -161,14 +189,52 @@ def refuse_without_effect(args: StepPOConfig, names: Sequence[str], reason: str)
             What makes them void: another setting, or an argument of the trainer.
     """
     defaults = {f.name: f.default for f in fields(args)}
-    void = [name for name in names if getattr(args, name) != defaults[name]]
+    void = _changed(args, names)
     if void:
         settings = ", ".join(f"`{name}`={getattr(args, name)!r}" for name in void)
         cure = ", ".join(f"`{name}` to {defaults[name]!r}" for name in void)
-        raise ConfigurationError(
+        raise SupersededSettingError(
             f"{settings} {'has' if len(void) == 1 else 'have'} no effect together with {reason}; remove one or the "
-            f"other, or set what a configuration file may have set to its default ({cure})"
+            f"other, or set what a configuration file may have set to its default ({cure})",
+            void,
+            reason,
         )
+
+
+def mark_of_recipe(args: StepPOConfig, names: Iterable[str]) -> None:
+    """Note which settings a recipe has set, and no flag: they are defaults of the recipe's author."""
+    vars(args)["_of_recipe"] = frozenset(names)
+
+
+def step_aside(args: StepPOConfig, chosen: str) -> None:
+    """
+    Set settings that only a recipe has set to their defaults, where they have no effect with a setting that was chosen
+    since. A line on the terminal names them.
+
+    Args:
+        args ([`StepPOConfig`]):
+            The settings, which are changed.
+        chosen (`str`):
+            Name of the setting that was chosen.
+    """
+    of_recipe: frozenset[str] = vars(args).get("_of_recipe", frozenset())
+    for reason, names in _without_effect(args):
+        void = [name for name in _changed(args, names) if name in of_recipe]
+        if void and f"`{chosen}`" in reason:
+            for name in void:
+                setattr(args, name, type(args).__dataclass_fields__[name].default)
+            say_superseded(void, reason)
+
+
+def say_superseded(names: Sequence[str], reason: str) -> None:
+    """Say which settings of a recipe step aside."""
+    notice(f"Left out of the recipe: {', '.join(names)} (no effect with {reason})")
+
+
+def _changed(args: StepPOConfig, names: Sequence[str]) -> list[str]:
+    """Those of some settings that are not at their defaults."""
+    defaults = {f.name: f.default for f in fields(args)}
+    return [name for name in names if getattr(args, name) != defaults[name]]
 
 
 def _contradictions(args: StepPOConfig) -> Iterator[str]:
@@ -192,11 +258,6 @@ def _contradictions(args: StepPOConfig) -> Iterator[str]:
         )
     if args.stop_token is not None and args.stop_token_id is not None:
         yield f"`stop_token`={args.stop_token!r} and `stop_token_id`={args.stop_token_id} are both set; set one"
-    if args.max_steps > 0 and args.total_episodes is not None:
-        yield (
-            f"`max_steps`={args.max_steps} and `total_episodes`={args.total_episodes} both say how long to train; "
-            "set one, and the other, which a configuration file may have set, to None (`max_steps` to -1)"
-        )
     if args.dump_episodes_dir is not None and args.dump_episodes_dir == args.replay_episodes_dir:
         yield (
             f"`dump_episodes_dir` and `replay_episodes_dir` are both {args.dump_episodes_dir!r}; a run would "

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..compat.transformers import source_of
 from ..learning.estimators import Estimator, is_built_in
+from ..learning.own_functions import OwnAdvantages, OwnReturns
 from ..types import Model
 from .data_stream import RowSource, SizedRows, checksum
 from .sources import source_hash
@@ -43,7 +44,8 @@ def describe_task(
             As the trainer takes them; described by their names, and by a hash of their sources. Plain values that a
             `partial` gives an environment are listed one by one, as in `environment_top_k`.
         estimator ([`Estimator`]), policy_loss_fn (`Callable`, *optional*):
-            What an update is made with; described by a hash of its source, the loss also by its name.
+            What an update is made with; described by a hash of its source, the loss also by its name. Plain values
+            that a `partial` gives them are listed, as in `advantage_estimator_alpha`.
 
     Returns:
         `dict[str, object]`: The description by subject; `None` for subjects that a run does not have.
@@ -66,7 +68,9 @@ def describe_task(
         "reward": ", ".join(part for part in (scorers, _model_name(reward_model)) if part) or None,
         "reward_source": source_hash(*(reward_funcs or ())),
         "advantage_estimator_source": _estimator_source(estimator),
+        **_plain_settings("advantage_estimator", _function_of(estimator)),
         "policy_loss_fn": None if policy_loss_fn is None else _name_of(policy_loss_fn),
+        **_plain_settings("policy_loss_fn", policy_loss_fn),
         "policy_loss_fn_source": None if policy_loss_fn is None else source_hash(policy_loss_fn),
     }
 
@@ -92,8 +96,33 @@ def own_functions(args: StepPOConfig, task: Mapping[str, object]) -> dict[str, s
     }
     return {
         argument: None if name is None else f"{name} ({task[f'{argument}_source'] or 'without source'})"
-        for argument, name in names.items()
+        for argument, name in ((key, _with_settings(key, name, task)) for key, name in names.items())
     }
+
+
+def _with_settings(argument: str, name: object, task: Mapping[str, object]) -> str | None:
+    """A function's name with the plain values that a `partial` gives it, as in `n_step n=2`."""
+    if name is None:
+        return None
+    prefix = f"{argument}_"
+    found = {key.removeprefix(prefix): value for key, value in task.items() if key.startswith(prefix)}
+    return " ".join([str(name), *(f"{key}={value}" for key, value in found.items() if key != "source")])
+
+
+def _plain_settings(argument: str, function: object) -> dict[str, object]:
+    """Plain values that a `partial` gives a user's function, as in `advantage_estimator_n`, without seeds."""
+    settings = function.keywords if isinstance(function, partial) else {}
+    return {
+        f"{argument}_{name}": value
+        for name, value in settings.items()
+        if isinstance(value, _PLAIN) and "seed" not in name.lower()
+    }
+
+
+def _function_of(estimator: Estimator) -> object:
+    """The user's function of an [`Estimator.over_steps`]; `None` for other estimators."""
+    parts = estimator.assign.keywords.values() if isinstance(estimator.assign, partial) else ()
+    return next((part.function for part in parts if isinstance(part, OwnAdvantages | OwnReturns)), None)
 
 
 def _estimator_source(estimator: Estimator) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -57,7 +58,7 @@ class EqualRewards:
         if self._is_over:
             return None
         is_equal = figures.has_equal_rewards(compares_groups=self.compares_groups)
-        if not is_equal or _pays_steps(episodes) or _have_differed(state):
+        if not is_equal or figures.pays_steps or _have_differed(state):
             self._is_over = True
             return None
         self._rewards += figures.returns
@@ -115,12 +116,10 @@ class EqualRewards:
         for reason in (StopReason.MAX_INTERACTION_STEPS, StopReason.MAX_PROMPT_LENGTH, StopReason.MAX_EPISODE_TOKENS):
             if counts[reason.value] > _OFTEN * num:
                 yield f"{counts[reason.value]} of {num} episodes were cut at `{reason.value}` (`env/truncated`)"
-        yield "read what was played: `trl-steppo show` prints episodes, `trl-steppo try` plays one with its rewards"
-
-
-def _pays_steps(episodes: Sequence[Episode]) -> bool:
-    """Whether steps before the last ones are paid: their rewards may differ where returns are equal."""
-    return any(step.reward for episode in episodes for step in episode.steps[:-1])
+        show = f"`trl-steppo show {shlex.quote(str(args.output_dir))}` prints episodes"
+        if not args.log_episodes:
+            show = "`log_episodes` writes episodes for `trl-steppo show`"
+        yield f"read what was played: {show}, `trl-steppo try` plays one with its rewards"
 
 
 def _have_differed(state: TrainerState) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -209,9 +210,8 @@ class EpisodeLog:
 
 
 def evaluation_name(update: int, part: str = "") -> str:
-    """Name of the file of an evaluation's episodes, without its ending."""
-    plain = "".join(char if char.isalnum() or char in "-." else "_" for char in part)
-    return f"evaluation_{update:05d}" + (f"_{plain}" if plain else "")
+    """Name of the file of an evaluation's episodes, without its ending. Each part has its own, with any characters."""
+    return f"evaluation_{update:05d}" + (f"_{quote(part, safe='')}" if part else "")
 
 
 def _learned_steps(

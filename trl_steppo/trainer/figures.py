@@ -33,6 +33,8 @@ class EpisodeFigures:
             Sums of what environments and agents measured, by name.
         function_rewards (`dict[str, list[float]]`):
             Rewards of each reward function, of the episodes to which it applies.
+        pays_steps (`bool`):
+            Whether steps before the last ones are paid: their rewards may differ where returns are equal.
     """
 
     returns: list[float] = field(default_factory=list)
@@ -42,6 +44,7 @@ class EpisodeFigures:
     num_tokens: int = 0
     totals: dict[str, float] = field(default_factory=dict)
     function_rewards: dict[str, list[float]] = field(default_factory=dict)
+    pays_steps: bool = False
 
     @classmethod
     def of(cls, episodes: Sequence[Episode]) -> EpisodeFigures:
@@ -65,6 +68,7 @@ class EpisodeFigures:
             num_tokens=sum(lengths) + sum(len(e.steps[0].prompt_ids) for e in episodes if e.steps),
             totals=dict(totals),
             function_rewards=dict(rewards),
+            pays_steps=any(step.reward for episode in episodes for step in episode.steps[:-1]),
         )
 
     def on_all_ranks(self) -> EpisodeFigures:
@@ -76,6 +80,7 @@ class EpisodeFigures:
             whole.lengths += part.lengths
             whole.are_cut += part.are_cut
             whole.num_tokens += part.num_tokens
+            whole.pays_steps |= part.pays_steps
             for name, total in part.totals.items():
                 whole.totals[name] = whole.totals.get(name, 0.0) + total
             for name, rewards in part.function_rewards.items():

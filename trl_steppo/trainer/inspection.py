@@ -94,4 +94,5 @@ class Inspection:
         }
         is_set = reason is StopReason.MAX_PROMPT_LENGTH and self._args.max_prompt_length is not None
         if self._accelerator.is_main_process and not is_set:
-            logger.warning(f"update {update.number}: {count} episodes were cut at {cures[reason]} (told once)")
+            what = "1 episode was" if count == 1 else f"{count} episodes were"
+            logger.warning(f"update {update.number}: {what} cut at {cures[reason]} (told once)")

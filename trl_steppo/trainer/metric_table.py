@@ -308,7 +308,12 @@ METRICS: tuple[Metric, ...] = (
     ),
     # The policy's update
     Metric("loss", "", "The policy's whole loss, with its KL term and its entropy bonus.", "policy"),
-    Metric("loss/policy_avg", "", "PPO's clipped loss. Its size says little: see the ratios instead.", "policy"),
+    Metric(
+        "loss/policy_avg",
+        "",
+        "The policy's loss without KL and entropy terms. Its size says little: see the ratios instead.",
+        "policy",
+    ),
     Metric(
         "loss/kl_avg",
         "nats",

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 from .. import durable
@@ -35,11 +36,11 @@ class MetricsFile:
 
     def restart(self, history: Sequence[Mapping[str, object]]) -> None:
         """
-        Begin the file of a run, in place of the one that is there.
+        Begin the file of a run that is resumed, in place of the one that is there.
 
         Args:
             history (`Sequence[Mapping[str, object]]`):
-                The logs so far. For a run that is resumed, those of its checkpoint: later lines are cut off.
+                The logs of its checkpoint: later lines are cut off. A new run has none, and calls [`set_aside`] first.
 
         Raises:
             CheckpointError: If it cannot be written.
@@ -48,6 +49,25 @@ class MetricsFile:
         try:
             with durable.file(self.path) as partial:
                 partial.write_bytes(b"".join(map(_line, history)))
+        except OSError as error:
+            raise _error(self.path, error) from error
+
+    def set_aside(self) -> Path | None:
+        """
+        Keep the file of an earlier run under the next free name, such as `metrics.1.jsonl`.
+
+        Returns:
+            `Path`: The new name; `None` if there was nothing to keep.
+
+        Raises:
+            CheckpointError: If it cannot be renamed.
+        """
+        try:
+            if not self.path.is_file() or not self.path.stat().st_size:
+                return None
+            names = (self.path.with_suffix(f".{number}{self.path.suffix}") for number in count(1))
+            kept = next(path for path in names if not path.exists())
+            return self.path.rename(kept)
         except OSError as error:
             raise _error(self.path, error) from error
 

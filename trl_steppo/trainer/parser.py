@@ -16,8 +16,10 @@ from trl import TrlParser
 
 from ..compat.argparse import groups_of
 from ..recipes import find_recipe
+from .config_checks import SupersededSettingError, mark_of_recipe, say_superseded
 from .grpo_settings import explain_unknown
 from .setting_groups import MEANINGS, SETTING_GROUPS
+from .steppo_config import StepPOConfig
 
 if TYPE_CHECKING:
     from ..compat.transformers import DataClass, DataClassType
@@ -27,6 +29,8 @@ __all__ = ["StepPOParser"]
 _WIDTH = 120  # of the help where nothing says how wide the terminal is
 _FLAG_WIDTH = 31  # of the column of flags
 _TITLES_OF_ARGPARSE = ("options", "optional arguments", "positional arguments")
+_LENGTHS = ("max_steps", "total_episodes")  # either says how long to train, in the place of `num_train_epochs`
+_NOT_GIVEN = object()
 _OF_TRANSFORMERS = {field.name for field in fields(TrainingArguments)}
 
 
@@ -37,6 +41,8 @@ class StepPOParser(TrlParser):
     It is TRL's parser with these differences:
 
     - `--config` takes the name of a recipe that comes with the package, or the path of a YAML file.
+    - A setting of the recipe steps aside where a flag makes it void: those of a critic with
+      `--advantage_estimator grpo`, `total_episodes` with `--max_steps`. A line on the terminal names it.
     - `--help` shows the settings of the script and of this package in groups, one line each. `--help_all` shows all
       settings, with all that is said of them.
     - An unknown flag or setting is an error that names similar ones, and the counterparts of settings of `GRPOConfig`.
@@ -74,6 +80,10 @@ class StepPOParser(TrlParser):
         of_transformers = cast("list[DataClassType]", types)  # its name for classes that are dataclasses
         super().__init__(of_transformers, prog=prog, description=description, epilog=epilog)
         self.default_config = default_config
+        self._flags: list[str] = []
+        self._recipe: dict[str, object] = {}
+        self._given: set[str] = set()  # names of the settings that the command line gives
+        self._superseded: dict[str, object] = {}  # settings of the recipe that step aside, and their defaults
         self.add_argument("--help_all", action=_HelpAll, help="Show every flag.")
 
     # -- parsing ------------------------------------------------------------------------------------------------------
@@ -104,14 +114,26 @@ class StepPOParser(TrlParser):
         Raises:
             SystemExit: If the command line or the recipe is wrong. The reason is on stderr.
         """
-        given = list(sys.argv[1:] if args is None else args)
+        self._recipe, self._given, self._superseded = {}, set(), {}
         try:
-            # Both lists, so that unknown names are explained together.
-            *parsed, of_recipe, of_line = super().parse_args_and_config(
-                self._with_recipe(given), return_remaining_strings=True, separate_remaining_strings=True
-            )
-        except ValueError as error:  # what dataclasses and transformers raise about a value
+            config, self._flags = self._split(sys.argv[1:] if args is None else args)
+        except ValueError as error:  # there is no such recipe
             self.error(str(error))
+        while True:
+            try:
+                # Both lists, so that unknown names are explained together.
+                *parsed, of_recipe, of_line = super().parse_args_and_config(
+                    [*config, *self._flags], return_remaining_strings=True, separate_remaining_strings=True
+                )
+                break
+            except SupersededSettingError as error:
+                if not self._step_aside(error.names, error.reason):
+                    self.error(str(error))
+            except ValueError as error:  # what dataclasses and transformers raise about a value
+                self.error(str(error))
+        for one in parsed:
+            if isinstance(one, StepPOConfig):
+                mark_of_recipe(one, self._recipe.keys() - self._given - self._superseded.keys())
         if return_remaining_strings:
             return (*parsed, of_recipe, of_line) if separate_remaining_strings else (*parsed, of_recipe + of_line)
         unknown = [*(of_recipe if fail_with_unknown_args else []), *of_line]
@@ -119,8 +141,41 @@ class StepPOParser(TrlParser):
             self.error(self._explain(unknown))
         return tuple(parsed)
 
-    def _with_recipe(self, given: Sequence[str]) -> list[str]:
-        """The command line with the path of its recipe, or of the default one, after `--config`."""
+    def set_defaults_with_config(self, **recipe: object) -> list[str]:
+        """Take the settings of a recipe as defaults, without those that step aside; return unknown ones as flags."""
+        remaining: list[str] = super().set_defaults_with_config(**recipe)
+        self._recipe = recipe
+        self._given = self._names_of_flags()
+        if "num_train_epochs" in self._given and not self._given & {*_LENGTHS}:  # which would take precedence
+            self._step_aside(_LENGTHS, "`num_train_epochs`")
+        super().set_defaults_with_config(**self._superseded)
+        return remaining
+
+    def _names_of_flags(self) -> set[str]:
+        """Names of the settings that the command line gives."""
+        names = [
+            action.dest for _, actions in groups_of(self) for action in actions if action.dest != argparse.SUPPRESS
+        ]
+        found, _ = self.parse_known_args(self._flags, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
+        return {name for name, value in vars(found).items() if value is not _NOT_GIVEN}
+
+    def _step_aside(self, names: Iterable[str], reason: str) -> bool:
+        """Leave out settings that only the recipe has, for a reason that names a flag; whether there are any."""
+        fields_of = {field.name: field for kind in self.dataclass_types for field in fields(kind)}
+        void = [
+            name
+            for name in names
+            if name in self._recipe.keys() - self._given - self._superseded.keys()
+            and self._recipe[name] != fields_of[name].default
+        ]
+        if not void or not any(f"`{name}`" in reason for name in self._given):
+            return False
+        self._superseded |= {name: fields_of[name].default for name in void}
+        say_superseded(void, reason)
+        return True
+
+    def _split(self, given: Iterable[str]) -> tuple[list[str], list[str]]:
+        """`--config` with the path of the recipe, or of the default one; and all other arguments."""
         rest: list[str] = []
         recipe: str | Path | None = self.default_config
         arguments = iter(given)
@@ -132,7 +187,7 @@ class StepPOParser(TrlParser):
                 self.error("`--config` needs the name of a recipe, or the path of a YAML file")
             else:
                 recipe = value
-        return rest if recipe is None else ["--config", str(find_recipe(recipe)), *rest]
+        return [] if recipe is None else ["--config", str(find_recipe(recipe))], rest
 
     def _explain(self, unknown: Sequence[str]) -> str:
         """What to write instead of unknown flags, one a line."""

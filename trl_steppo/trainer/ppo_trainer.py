@@ -448,8 +448,8 @@ class PPOTrainer(RunLoop):
         return result
 
     def _log_evaluation(self, prefix: str, episodes: Sequence[Episode]) -> None:
-        """Log an evaluation of a run, or of the trainer after it. An untrained one leaves an earlier run's files."""
-        if self.is_in_train or self.state.global_step > 0:
+        """Log an evaluation of a run, or of the trainer after it."""
+        if self._writes_logs:
             part = prefix.removeprefix("eval").removeprefix("_")
             self.episode_log.evaluated(self.state.global_step, episodes, part=part)
 

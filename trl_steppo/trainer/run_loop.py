@@ -115,6 +115,11 @@ class RunLoop(_Base):
         logger.info(f"going on from {directory}, after update {self.state.global_step}")
         return directory
 
+    @property
+    def _writes_logs(self) -> bool:
+        """Whether `output_dir` is this trainer's. An untrained one leaves the files of an earlier run as they are."""
+        return self.is_in_train or self.state.global_step > 0
+
     @contextmanager
     def _as_before(self) -> Iterator[None]:
         """Restore the state of the trainer that is not a result of the run, however the run ends."""
@@ -140,6 +145,8 @@ class RunLoop(_Base):
         if args.should_save:
             self.checkpoints.save_settings({**self._description, "versions": versions()})
         is_writer, history = self.accelerator.is_main_process, self.state.log_history
+        if resumed_from is None and (kept := together(self.metrics_file.set_aside if is_writer else lambda: None)):
+            logger.warning(f"the metrics of the earlier run in `output_dir` are now in {kept}")
         together(lambda: self.metrics_file.restart(history) if is_writer else None)
         self._event("on_train_begin")
         if args.eval_on_start and resumed_from is None:
@@ -249,7 +256,8 @@ class RunLoop(_Base):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
-        Log metrics, as `Trainer` does, and to `metrics.jsonl` in `output_dir`.
+        Log metrics, as `Trainer` does, and to `metrics.jsonl` in `output_dir`. What is logged before `train()` goes
+        into that file when training begins.
 
         Args:
             logs (`dict[str, float]`):
@@ -258,7 +266,7 @@ class RunLoop(_Base):
                 As in `Trainer`.
         """
         super().log(logs, start_time)
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and self._writes_logs:
             self.metrics_file.append(self.state.log_history[-1])
             if self.metrics_file.failure is not None and not self.is_in_train:
                 logger.warning(f"{self.metrics_file.path} lacks this evaluation: {self.metrics_file.failure}")

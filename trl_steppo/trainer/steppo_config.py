@@ -16,7 +16,7 @@ from ..environments.tools import MAX_TOOL_CALLS
 from ..errors import ConfigurationError
 from ..learning.estimators import ESTIMATORS, Estimator
 from ..learning.own_functions import AdvantageFunction, ReturnFunction, name_of_function
-from .config_checks import check_choices, check_combinations, check_ranges
+from .config_checks import check_choices, check_combinations, check_ranges, step_aside
 from .grpo_settings import converted, names_unknown_settings
 from .ppo_config import PPOConfig, accelerator_has_bf16
 
@@ -405,6 +405,7 @@ class StepPOConfig(PPOConfig):
         check_choices(changed, StepPOConfig, but=_any_value(changed))
         if is_implied and not changed.uses_critic and self.lam == _default(PPOConfig, "lam"):
             changed.lam = _default(StepPOConfig, "lam")  # a plain `PPOConfig` has it, which means nothing here
+        step_aside(changed, "advantage_estimator")
         check_combinations(changed)
         return changed
 
