@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
         "calls",
         "compat",
         "finite",
+        "http_json",
         "keeper",
         "modes",
         "numerics",
@@ -325,6 +326,14 @@ def test_light_imports_load_no_torch(statement):
     code = f"import sys; {statement}; found = {heavy} & set(sys.modules); sys.exit(str(found) if found else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_one_function_makes_text_for_the_terminal():
+    """`plain` writes control characters out; a terminal would obey them."""
+    users = {str(path.relative_to(PACKAGE)) for path in FILES if any(name == "rich.text" for name, _ in imports(path))}
+    assert users == {"episodes/printing.py"}
+    nodes = ast.walk(ast.parse((PACKAGE / "episodes" / "printing.py").read_text()))
+    assert sum(isinstance(node, ast.Call) and ast.unparse(node.func) == "Text" for node in nodes) == 1
 
 
 def test_names_resolve_and_unknown_ones_do_not():

@@ -88,7 +88,7 @@ def token_gae(
     Generalized advantage estimation from action token to action token, across step boundaries (arXiv 1506.02438).
 
     The equations are those of [`step_gae`] with t counting the action tokens of an episode. A masked place, wherever
-    it stands in the row, is no time step: it neither discounts nor bootstraps, and what stands there does not matter.
+    it stands in the row, is not a time step: it neither discounts nor bootstraps, and its content does not matter.
 
     Args:
         rewards (`torch.Tensor` of shape `(E, T)`):
@@ -123,7 +123,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor
         rewards (`torch.Tensor` of shape `(E, S)` or `(E, T)`):
             Reward of each step or action token.
         mask (`torch.Tensor` of the same shape):
-            `True` for steps or action tokens; a masked place is no time step.
+            `True` for steps or action tokens; a masked place is not a time step.
         gamma (`float`):
             Discount, in [0, 1].
 

@@ -120,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence_stdout()
         return 1
     except (StepPOError, OSError, ValueError, TypeError) as error:  # transformers checks settings by the last two
-        print(f"trl-steppo {args.command}: {error}", file=sys.stderr)
+        from .episodes.printing import visible  # an error may quote what a model or a server wrote
+
+        print(visible(f"trl-steppo {args.command}: {error}"), file=sys.stderr)
         return 1
     except ImportError as error:
         missing = missing_library(error)

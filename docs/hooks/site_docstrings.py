@@ -131,7 +131,7 @@ class HuggingFaceDocstrings(griffe.Extension):
 
     Args:
         pages (`list[str]`):
-            Paths of the modules and objects that are on pages of the site; cross references to others are no links.
+            Paths of the modules and objects that are on pages of the site; other cross references stay text.
     """
 
     def __init__(self, pages: list[str]) -> None:

@@ -147,6 +147,8 @@ def test_a_table_on_a_terminal(tmp_path):
     runs[3].output_dir.mkdir(parents=True)
     (runs[3].output_dir / "metrics.jsonl").write_text('{"step": 7, "env/reward": 0.625}\n')
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=14, color_system=None)
+    runs[2].output_dir.mkdir(parents=True)
+    (runs[2].output_dir / "log.txt").write_text("it says \x1b]0;title\x07")
     with Screen(runs, console) as screen:
         screen.change(runs[0], State.FINISHED)
         for run in runs[2:4]:
@@ -158,6 +160,7 @@ def test_a_table_on_a_terminal(tmp_path):
     assert re.search(r"steppo │ +2 │ failed", last)
     assert "and 8 waiting, 1 finished" in last
     assert "steppo, seed 2 failed; the end of" in shown
+    assert r"it says \x1b]0;title\x07" in shown
 
 
 @pytest.mark.slow

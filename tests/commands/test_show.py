@@ -49,6 +49,19 @@ def test_a_run_s_last_update(show, tmp_path):
     assert "printed   done" in show(run, "--evaluation")
 
 
+def test_an_earlier_run_in_the_same_directory_is_not_shown(show, tmp_path):
+    run = write_run(tmp_path / "run", updates=1, logged_updates=3, evaluated=True)
+    evaluation = run / "episodes" / "evaluation_00001.parquet"
+    shutil.copy(evaluation, evaluation.with_name("evaluation_00003.parquet"))
+    for place in (run, run / "episodes"):
+        assert show(place).startswith("run, update 1\n")
+        assert show(place, "--evaluation").startswith("run, evaluation after update 1\n")
+    assert "no log of update 3; it has 1" in show(run, "--update", 3)
+    for file in ("trainer_state.json", "steppo_config.json"):
+        (run / file).unlink()  # logs without their run
+    assert show(run).startswith("run, update 3\n")
+
+
 def test_episodes_are_chosen(show, tmp_path):
     run = write_run(tmp_path / "run", updates=2)
     listed = show(run, "--list").splitlines()
@@ -142,7 +155,7 @@ def test_a_store_says_what_clients_were_told(show, tmp_path):
         (["run", "--evaluation"], "no log of an evaluation"),
         (["run", "--episode", "x"], "there is no episode 'x'; there are 4: 1/4-0"),
         (["run", "--episodes", "0"], "`--episodes` is 0"),
-        (["no.txt"], "is no record of episodes"),
+        (["no.txt"], "is not a record of episodes"),
         (["no.parquet"], "cannot be read"),
         (["no.sqlite"], "cannot be read"),
         (["dumped", "--update", "7"], "no episodes of update 7; it has 1 to 2"),

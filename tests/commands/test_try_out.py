@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, ClassVar
@@ -14,9 +16,9 @@ import pytest
 
 from trl_steppo.chat import ChatFormat
 from trl_steppo.cli import main
-from trl_steppo.commands.objects import kind_of, load_rows
+from trl_steppo.commands.objects import kind_of, load_object, load_rows
 from trl_steppo.commands.speakers import Script, call_or_text
-from trl_steppo.errors import DataError
+from trl_steppo.errors import ConfigurationError, DataError
 from trl_steppo.inference import SamplingParams
 
 CODE = '''
@@ -90,7 +92,8 @@ CALL = 'look_up(name="Ada")'
 
 
 @pytest.fixture
-def code(tmp_path) -> str:
+def code(tmp_path, monkeypatch) -> str:
+    monkeypatch.delitem(sys.modules, "phones", raising=False)  # of another test
     path = tmp_path / "phones.py"
     path.write_text(CODE)
     return str(path)
@@ -236,6 +239,46 @@ def test_code_that_cannot_be_loaded(tmp_path, run):
     assert f"ModuleNotFoundError: No module named 'no_such_module_anywhere' ({path}:1)" in err
 
 
+def test_a_file_replaces_no_module(tmp_path, run, code, monkeypatch):
+    path = tmp_path / "types.py"
+    path.write_text(CODE)
+    status, _, err = run(f"{path}:PhoneBook", "--say", "a")
+    assert (status, sys.modules["types"]) == (1, types)
+    assert f"{path} has the name of a module that is loaded already, `types` ({types.__file__})" in err
+    book = load_object(f"{code}:PhoneBook")
+    assert load_object(f"{code}:PhoneBook") is book
+    assert type(pickle.loads(pickle.dumps(book()))) is book
+    other = tmp_path / "other" / "phones.py"
+    other.parent.mkdir()
+    other.write_text(CODE)
+    with pytest.raises(ConfigurationError, match="loaded already, `phones`"):
+        load_object(f"{other}:PhoneBook")
+
+
+def test_a_file_that_could_not_be_loaded_is_loaded_again(tmp_path):
+    path = tmp_path / "mended_code.py"
+    path.write_text("x = 1 / 0")
+    with pytest.raises(ConfigurationError, match="ZeroDivisionError"):
+        load_object(f"{path}:x")
+    path.write_text("x = 1  # mended")
+    assert load_object(f"{path}:x") == 1
+
+
+def test_what_tools_and_servers_say_commands_no_terminal(tmp_path, run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "evil_tools", raising=False)
+    path = tmp_path / "evil_tools.py"
+    path.write_text(CODE.replace("return self.book[name]", "raise OSError(f'\\x1b[2J {name}')"))
+    status, out, _ = run(f"{path}:PhoneBook", "--row", ADA, "--say", CALL, "so")
+    assert (status, "\x1b" in out) == (0, False)
+    assert r"! the tool look_up failed: \x1b[2J Ada" in out
+    monkeypatch.setattr("builtins.input", lambda prompt: "so")
+    row = json.dumps({"person": "\x1b[2J", "number": "1"})
+    status, _, err = run(f"{path}:PhoneBook", "--row", row, "--human", "--max_interaction_steps", "1")
+    assert (status, err) == (0, "user: What is \\x1b[2J's number?\n")
+    _, _, err = run("\x1b[2J", "--say", "a")
+    assert "\x1b" not in err
+
+
 def test_what_an_object_is():
     namespace: dict[str, Any] = {}
     exec(CODE, namespace)
@@ -311,6 +354,8 @@ def endpoint() -> Iterator[str]:
 
 
 def test_an_endpoint_responds(code, run, endpoint, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # not for this machine
+    monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("MY_KEY", "sk-mine")
     words = ("--endpoint_model", "new", "--api_key_env", "MY_KEY", "--response_length", "99")
     status, out, _ = run(f"{code}:PhoneBook", "--row", ADA, "--endpoint", f"{endpoint}/v1", *words)

@@ -41,7 +41,7 @@ def test_an_arm_is_a_name_and_settings():
     [
         (["lr=1"], "an arm begins with its name"),
         (["../a"], "an arm begins with its name"),
-        (["a", "gamma"], "arm a: 'gamma' is no setting; write key=value"),
+        (["a", "gamma"], "arm a: 'gamma' is not a setting; write key=value"),
         (["a", "gamma=1", "gamma=2"], "arm a: `gamma` is set twice"),
     ],
 )

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
 
 from tests.gateway.session_client import USER
+from trl_steppo.commands.speakers import Conversation, Endpoint
 from trl_steppo.errors import ConfigurationError
 from trl_steppo.gateway.client import AsyncSession, Session, SessionError, SessionInfo
+from trl_steppo.inference import SamplingParams
 
 
 def test_an_agent_pays_its_steps_and_ends_its_episode(client):
@@ -105,13 +108,51 @@ class Flaky(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def flaky(monkeypatch) -> Iterator[str]:
     monkeypatch.setattr("trl_steppo.gateway.client._FIRST_PAUSE_S", 0.001)
-    server = http.server.HTTPServer(("127.0.0.1", 0), Flaky)
+    with serving(Flaky) as url:
+        yield url
+
+
+class Redirects(http.server.BaseHTTPRequestHandler):
+    """Sends every request elsewhere, on the same server, and notes what came."""
+
+    seen: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.seen.append(self.path)
+        self.send_response(302)
+        self.send_header("location", f"http://localhost:{self.server.server_port}/stolen")  # type: ignore[attr-defined]
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = http.server.HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def test_a_key_goes_to_one_address():
+    """The clients of agents and of `trl-steppo try` follow no redirect."""
+    Redirects.seen.clear()
+    endpoint_error = r"chat/completions answered 302: a redirect from .* to http://localhost:\d+/stolen, which is not"
+    with serving(Redirects) as url:
+        for call in (Session(url, "sk-1").info, Session(url, "sk-1").finish):
+            with pytest.raises(SessionError, match=r"HTTP 302: a redirect from .* to http://localhost") as refused:
+                call()
+            assert refused.value.status == 302
+        with pytest.raises(ConfigurationError, match=endpoint_error):
+            asyncio.run(Endpoint(url, "m", api_key="sk-2").reply(Conversation([], [], ()), SamplingParams(9)))
+    assert Redirects.seen == ["/sessions/current", "/sessions/current/finish", "/v1/chat/completions"]
 
 
 def test_what_may_pass_is_tried_again(flaky, monkeypatch):

@@ -154,7 +154,7 @@ async def waits(rewards: Tensor, mask: Tensor, *, gamma: float) -> Any: ...
     ("given", "message"),
     [
         (missing_keyword, r"`advantage_estimator`=missing_keyword\(.*\) cannot be called as .*unexpected keyword"),
-        (swapped, "its parameter `rewards` is the 2., and must be the 1."),
+        (swapped, "its parameter `rewards` is number 2 and must be number 1"),
         (one_more, "group_index"),
         (waits, "`advantage_estimator`=waits is async"),
         (7, r"`advantage_estimator` is 7; pass a name out of \('step_gae'"),

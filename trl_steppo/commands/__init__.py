@@ -8,7 +8,7 @@ The subcommands of `trl-steppo`. Each module declares the arguments of its comma
 | `config.py` | where the shipped accelerate files are |
 | `memory.py` | what a run needs of each GPU |
 | `memory_plan.py`, `shapes.py` | the estimate, and what of a model decides it |
-| `check.py`, `launch_file.py`, `trial.py` | a recipe, compared with its accelerate file and tried out |
+| `check.py`, `launch_file.py`, `trial_update.py` | a recipe, compared with its accelerate file and tried out |
 | `try_out.py`, `playing.py` | one episode before any training: what is played, and what it shows |
 | `objects.py`, `speakers.py` | what a command line names; what responds instead of a local model |
 | `show.py` | recorded episodes in the terminal |

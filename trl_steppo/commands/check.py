@@ -72,7 +72,7 @@ def check(path: Path, *, dataset_name: str | None = None, config_file: str | Non
     """
     from ..environments.hotpotqa import HotpotQARecipe
     from ..trainer.steppo_config import StepPOConfig
-    from .trial import load_tokenizer, one_update, small_config
+    from .trial_update import load_tokenizer, one_update, small_config
 
     settings, script = read_recipe(path)
     with tempfile.TemporaryDirectory() as directory:

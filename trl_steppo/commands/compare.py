@@ -186,8 +186,8 @@ def print_figures(arms: Mapping[str, Sequence[Path]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
+    from ..episodes.printing import plain
     from ..report.figures import final_figures, number
     from ..report.methods import group_runs
     from ..report.runs import load_runs
@@ -210,9 +210,9 @@ def print_figures(arms: Mapping[str, Sequence[Path]]) -> None:
         if index and width > console.width:
             columns = columns[:index]
             break
-        table.add_column(Text(title), justify="right" if index else "left", overflow="fold")
+        table.add_column(plain(title), justify="right" if index else "left", overflow="fold")
     for cells in zip(*(column[1:] for column in columns), strict=True):
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(plain, cells))
     console.print(table)
 
 

@@ -52,19 +52,36 @@ def load_object(text: str) -> object:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigurationError(f"there is no file {path}; give its path, as seen from {Path.cwd()}")
+    if known := sys.modules.get(path.stem):
+        return _same(known, path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     loader = spec.loader
     assert loader is not None
-    _first_in_path(str(path.parent.resolve()))  # what the file imports from beside it
+    _first_in_path(str(path.parent.resolve()))  # what the file imports from its own directory
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses and pickle look it up there
 
     def load() -> ModuleType:
-        loader.exec_module(module)
+        try:
+            loader.exec_module(module)
+        except BaseException:
+            sys.modules.pop(path.stem, None)
+            raise
         return module
 
     return _loaded(str(path), load)
+
+
+def _same(known: ModuleType, path: Path) -> ModuleType:
+    """A module that is loaded already, if it is that of the file. Another one is in use, and must not be replaced."""
+    file = getattr(known, "__file__", None)
+    if file is not None and Path(file).resolve() == path.resolve():
+        return known
+    raise ConfigurationError(
+        f"{path} has the name of a module that is loaded already, `{path.stem}` ({file or 'built into Python'}); "
+        "rename your file"
+    )
 
 
 def _load_module(name: str) -> ModuleType:
@@ -179,4 +196,4 @@ def _rows_of_file(path: Path, count: int) -> Sequence[Row]:
                 return content
     except (OSError, ValueError, StopIteration) as error:
         raise DataError(f"cannot read rows from {path}: {error}") from error
-    raise DataError(f"{path} is no dataset that can be read here; give a .json, .jsonl, .csv or .parquet file")
+    raise DataError(f"{path} is not a dataset that can be read here; give a .json, .jsonl, .csv or .parquet file")

@@ -76,26 +76,25 @@ class Recorded:
 def run(args: argparse.Namespace) -> None:
     """Print what was recorded."""
     from rich.console import Console
-    from rich.text import Text
 
-    from ..episodes.printing import print_episode
+    from ..episodes.printing import noted, plain, print_episode
 
     if args.episodes < 1:
         raise DataError(f"`--episodes` is {args.episodes}; give at least 1")
     found = read(Path(args.what), update=args.update, evaluation=args.evaluation, tokenizer=args.tokenizer)
     episodes = _chosen(found, args.episode, failed=args.failed)
     console = Console(highlight=False)
-    console.print(Text(found.title, style="bold"))
+    console.print(plain(found.title, "bold"))
     if args.list:
         _print_list(episodes, console)
         return
     for episode in episodes[: args.episodes]:
         print_episode(episode, console, whole=args.whole)
     if found.note:
-        console.print(Text.assemble(("! ", "bold yellow"), found.note))
+        console.print(noted(found.note))
     if len(episodes) > args.episodes:
         rest = f"{args.episodes} of {len(episodes)} episodes; `--episodes N` prints more, `--list` a line of each"
-        console.print(Text(rest, style="dim"))
+        console.print(plain(rest, "dim"))
 
 
 def _chosen(found: Recorded, name: str | None, *, failed: bool) -> list[ShownEpisode]:
@@ -115,16 +114,14 @@ def _chosen(found: Recorded, name: str | None, *, failed: bool) -> list[ShownEpi
 
 def _print_list(episodes: Sequence[ShownEpisode], console: Console) -> None:
     """One line an episode: number, id, steps, reward, and the last response or what broke."""
-    from rich.text import Text
-
-    from ..episodes.printing import visible, with_calls
+    from ..episodes.printing import plain, with_calls
 
     width = max(len(episode.name) for episode in episodes)
     for number, episode in enumerate(episodes, start=1):
         last = " ".join(with_calls(episode.steps[-1].wrote).split()) if episode.steps else ""
         steps = f"{len(episode.steps)} step{'' if len(episode.steps) == 1 else 's'}"
         score = "failed" if episode.score is None else f"reward {episode.score:.3g}"
-        line = Text(visible(f"{number:3}  {episode.name:{width}}  {steps:>8}  {score:12}  {episode.error or last}"))
+        line = plain(f"{number:3}  {episode.name:{width}}  {steps:>8}  {score:12}  {episode.error or last}")
         line.truncate(console.width, overflow="ellipsis")
         console.print(line)
 
@@ -157,17 +154,13 @@ def read(path: Path, *, update: int | None = None, evaluation: bool = False, tok
             return _read_dump([path], tokenizer)
         if path.suffix == ".sqlite":
             return _read_stores([path], tokenizer)
-        raise DataError(f"{path} is no record of episodes; they are .parquet, .jsonl or .sqlite files")
+        raise DataError(f"{path} is not a record of episodes; they are .parquet, .jsonl or .sqlite files")
     if not path.is_dir():
         raise DataError(
             f"there is no {path}; give a run's output_dir, a dump, a log of episodes, or a gateway's store"
         )
-    logged = [*path.glob("update_*.parquet"), *path.glob("evaluation_*.parquet")]
-    folder = path if logged else path / "episodes"
-    if folder.is_dir():
-        return _read_log(_log_of(folder, "evaluation" if evaluation else "update", update))
-    if (path / "completions").is_dir():
-        return _read_log(_log_of(path / "completions", "completions", update))
+    if logs := _logs(path):
+        return _read_log(_log_of(logs, path, evaluation=evaluation, update=update))
     dumped = sorted(path.glob(_DUMPED)) or sorted(_dump_of_run(path).glob(_DUMPED))
     if dumped:
         return _read_dump(_of_update(dumped, update), tokenizer)
@@ -180,20 +173,32 @@ def read(path: Path, *, update: int | None = None, evaluation: bool = False, tok
     )
 
 
-def _log_of(folder: Path, kind: str, update: int | None) -> Path:
+def _logs(path: Path) -> dict[tuple[int, str], Path]:
+    """The logs of a run's episodes, by update and part. `path` is its directory, or the folder of its logs."""
+    from ..report.files import FOLDERS_OF_LOGS, episode_logs
+    from ..report.runs import load_runs, logged_files
+
+    try:
+        (run,) = load_runs([path.parent if path.name in FOLDERS_OF_LOGS else path])
+        return logged_files(run)
+    except DataError:  # logs without their run, or of one whose first update goes on
+        folders = (path, *(path / name for name in FOLDERS_OF_LOGS))
+        return next((logs for folder in folders if (logs := episode_logs(folder))), {})
+
+
+def _log_of(logs: dict[tuple[int, str], Path], path: Path, *, evaluation: bool, update: int | None) -> Path:
     """The log of an update, or of the last one."""
+    kind = "evaluation" if evaluation else "update"
     numbered: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"{kind}_*.parquet")):
-        number = path.stem.split("_")[1]
-        if number.isdecimal():
-            numbered.setdefault(int(number), path)
+    for (number, part), file in sorted(logs.items()):
+        if part.startswith("evaluation") == evaluation:
+            numbered.setdefault(number, file)
     if not numbered:
-        has_others = kind == "update" and any(folder.glob("evaluation_*.parquet"))
-        raise DataError(f"{folder} has no log of an {kind}{'; `--evaluation` shows those' if has_others else ''}")
+        raise DataError(f"{path} has no log of an {kind}{'' if evaluation else '; `--evaluation` shows those'}")
     if update is None:
         return numbered[max(numbered)]
     if update not in numbered:
-        raise DataError(f"{folder} has no log of {kind} {update}; it has {', '.join(map(str, numbered))}")
+        raise DataError(f"{path} has no log of {kind} {update}; it has {', '.join(map(str, numbered))}")
     return numbered[update]
 
 
@@ -289,7 +294,7 @@ def _decoder(place: Path, name: str | None) -> tuple[Callable[[TokenIds], str], 
     """What makes text of token ids, and a note if it cannot be had."""
     found = name or next(_tokenizers(place), None)
     if found is None:
-        missing = "there is no tokenizer beside it, so token ids are shown: give the model's, `--tokenizer NAME`"
+        missing = "there is no tokenizer next to it, so token ids are shown: give the model's, `--tokenizer NAME`"
         return lambda ids: " ".join(map(str, ids)), missing
     import transformers
     from transformers import AutoTokenizer

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import http.client
 import json
 import sys
-import urllib.error
-import urllib.request
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ..episodes.printing import visible
 from ..errors import ConfigurationError
+from ..http_json import RequestError, request_json
 from ..inference.base import Sample, SamplingParams
 from ..testing import END_OF_TURN, byte_tokenizer, tool_call
 from ..types import JsonObject, Message, StopReason, TokenIds, Tokenizer
@@ -224,7 +223,7 @@ class Endpoint(Speaker):
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ConfigurationError(
-                f"{self.base_url} answered {json.dumps(answer)[:300]}, which is no chat completion; is it an "
+                f"{self.base_url} answered {json.dumps(answer)[:300]}, which is not a chat completion; is it an "
                 "OpenAI-compatible API?"
             ) from error
         said: Message = {"role": "assistant", "content": message.get("content")}
@@ -242,22 +241,16 @@ class Endpoint(Speaker):
             raise
 
     def _post(self, body: JsonObject) -> JsonObject:
-        headers = {"content-type": "application/json"}
-        if self._api_key:
-            headers["authorization"] = f"Bearer {self._api_key}"
         url = f"{self.base_url}/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-                answer = json.load(response)
-        except urllib.error.HTTPError as error:
-            said = _message(error.read().decode(errors="replace"))
-            if error.code in (408, 429) or error.code >= 500:
-                raise RuntimeError(f"{url} answered {error.code}: {said}") from error
-            raise ConfigurationError(f"{url} answered {error.code}: {said}{self._hint(error.code)}") from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ConfigurationError(f"{url} cannot be asked: {error}") from error
-        return answer if isinstance(answer, dict) else {"answer": answer}
+            return request_json(url, body, api_key=self._api_key, timeout_s=_TIMEOUT_S)
+        except RequestError as error:
+            if error.status is None:
+                raise ConfigurationError(f"{url} cannot be asked: {error}") from error
+            said = f"{url} answered {error.status}: {_message(error.body)}"
+            if error.may_pass:
+                raise RuntimeError(said) from error
+            raise ConfigurationError(f"{said}{self._hint(error.status)}") from error
 
     def _hint(self, status: int) -> str:
         if status in (401, 403) and not self._api_key:
@@ -297,7 +290,7 @@ class Person(Speaker):
         seen = self._num_seen.get(episode, 0)
         self._num_seen[episode] = len(conversation.messages) + 1  # with the answer that is given now
         for message in conversation.messages[seen:]:
-            print(f"{message['role']}: {message.get('content') or ''}", file=sys.stderr)
+            print(visible(f"{message['role']}: {message.get('content') or ''}"), file=sys.stderr)
         tools = f" (tools: {', '.join(conversation.tool_names)})" if conversation.tools else ""
         try:
             text = await asyncio.to_thread(input, f"your response{tools}> ")

@@ -374,20 +374,19 @@ def _failures_of_tools() -> Iterator[list[str]]:
 
 def _print(args: argparse.Namespace, title: str, setup: Setup, trial: Trial, speaker: Speaker | None) -> None:
     from rich.console import Console
-    from rich.text import Text
 
-    from ..episodes.printing import print_episode, shown_episode
+    from ..episodes.printing import plain, print_episode, shown_episode
 
     console = Console(highlight=False)
-    console.print(Text(title, style="bold"))
+    console.print(plain(title, "bold"))
     if trial.tool_names:
-        console.print(Text(f"tools: {', '.join(trial.tool_names)}", style="dim"))
+        console.print(plain(f"tools: {', '.join(trial.tool_names)}", "dim"))
     if speaker is not None and args.endpoint:
         console.print(
-            Text(
+            plain(
                 "approximate: prompts are messages, which the endpoint renders with its own template; there are no "
                 "token ids and no log-probabilities, and limits in tokens of prompts are not checked",
-                style="dim",
+                "dim",
             )
         )
     decode = speaker.decode if speaker is not None else lambda ids: str(setup.tokenizer.decode(list(ids)))
@@ -412,11 +411,12 @@ def _print(args: argparse.Namespace, title: str, setup: Setup, trial: Trial, spe
 
 def _print_notes(notes: Sequence[str]) -> None:
     from rich.console import Console
-    from rich.text import Text
+
+    from ..episodes.printing import noted
 
     console = Console(highlight=False)
     for note in notes:
-        console.print(Text.assemble(("! ", "bold yellow"), _near(note)))
+        console.print(noted(_near(note)))
 
 
 def _near(text: str) -> str:

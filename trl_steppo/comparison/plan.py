@@ -82,7 +82,7 @@ def parse_arm(words: Sequence[str]) -> Arm:
         key, sign, value = assignment.partition("=")
         key = key.lstrip("-").replace("-", "_")
         if not sign or not key:
-            raise ConfigurationError(f"arm {name}: {assignment!r} is no setting; write key=value")
+            raise ConfigurationError(f"arm {name}: {assignment!r} is not a setting; write key=value")
         if key in settings:
             raise ConfigurationError(f"arm {name}: `{key}` is set twice")
         settings[key] = _values(value)

@@ -9,8 +9,8 @@ from types import TracebackType
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
+from ..episodes.printing import plain
 from .plan import ArmRun
 from .processes import State
 from .progress import progress_of
@@ -70,7 +70,7 @@ class Screen:
         if self._live is not None:
             self._live.refresh()
         else:
-            self._console.print(self._line(run, state, before), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(plain(self._line(run, state, before)), soft_wrap=True)
         if state is State.FAILED:
             self._show_log(run)
 
@@ -85,7 +85,7 @@ class Screen:
     def _show_log(self, run: ArmRun) -> None:
         lines = "\n".join(f"    {line}" for line in run.last_lines())
         text = f"{run.label} failed; the end of {run.output_dir / 'log.txt'}:\n{lines}"
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(plain(text), soft_wrap=True)
 
     def _minutes(self, run: ArmRun) -> str:
         begun = self._begun.get(run)
@@ -106,11 +106,11 @@ class Screen:
             state = self._states[run]
             update, reward = ("", "") if state is State.WAITING else _progress(run)
             style = _STYLES[state]
-            table.add_row(Text(run.arm), str(run.seed), Text(state.value, style), update, reward, self._minutes(run))
+            table.add_row(plain(run.arm), str(run.seed), plain(state.value, style), update, reward, self._minutes(run))
         if not hidden:
             return table
         counts = [f"{n} {state.value}" for state in _ORDER if (n := sum(self._states[run] is state for run in hidden))]
-        return Group(table, Text(f"and {', '.join(counts)}", "dim"))
+        return Group(table, plain(f"and {', '.join(counts)}", "dim"))
 
 
 def _progress(run: ArmRun) -> tuple[str, str]:

@@ -298,10 +298,10 @@ def print_episode(episode: ShownEpisode, console: Console, *, whole: bool = Fals
         whole (`bool`, *optional*, defaults to `False`):
             Whether long texts are printed with their middle.
     """
-    console.print(Rule(Text(visible(episode.title), style="bold"), align="left", characters="━"))
+    console.print(Rule(plain(episode.title, "bold"), align="left", characters="━"))
     for number, step in enumerate(episode.steps, start=1):
         facts = [*step.notes, *([] if step.reward is None else [f"reward {step.reward:.4g}"])]
-        head = Text.assemble((f"step {number}", "bold"), (f"  {' · '.join(facts)}" if facts else "", "dim"))
+        head = Text.assemble((f"step {number}", "bold"), plain(f"  {' · '.join(facts)}" if facts else "", "dim"))
         console.print(Rule(head, align="left", style="dim"))
         table = _grid()
         if step.read is not None:
@@ -326,17 +326,17 @@ def _summary(episode: ShownEpisode, *, whole: bool) -> Table:
     if episode.score is not None:
         parts = {name: value for name, value in episode.metrics.items() if name.startswith("rewards/")}
         named = ", ".join(f"{name.removeprefix('rewards/')} {value:.4g}" for name, value in parts.items())
-        amount = Text(f"{episode.score:.4g}", style="bold green" if episode.score > 0 else "bold yellow")
-        table.add_row("reward", Text.assemble(amount, f"  ({named})" if named else ""))
+        amount = plain(f"{episode.score:.4g}", "bold green" if episode.score > 0 else "bold yellow")
+        table.add_row("reward", Text.assemble(amount, plain(f"  ({named})" if named else "")))
     others = {name: value for name, value in episode.metrics.items() if value and not name.startswith("rewards/")}
     if others:
-        table.add_row("metrics", Text(visible(" · ".join(f"{name} {value:.4g}" for name, value in others.items()))))
+        table.add_row("metrics", plain(" · ".join(f"{name} {value:.4g}" for name, value in others.items())))
     if episode.logged:
         logged = " · ".join(f"{name}: {value}" for name, value in episode.logged.items())
-        table.add_row("logged", Text(visible(logged)))
-    table.add_row("ended", Text(episode.ending))
+        table.add_row("logged", plain(logged))
+    table.add_row("ended", plain(episode.ending))
     if episode.error is not None:
-        table.add_row("error", Text(visible(_with_source(episode.error)), style="bold red"))
+        table.add_row("error", plain(_with_source(episode.error), "bold red"))
     if episode.agent_output:
         table.add_row("printed", _text(episode.agent_output, "magenta", whole=whole))
     return table
@@ -354,7 +354,17 @@ def _text(text: str, style: str, *, whole: bool) -> Text:
     if not whole and len(text) > _MAX_CHARACTERS:
         half = _MAX_CHARACTERS // 2
         text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
-    return Text(visible(text.strip("\n")) or "(nothing)", style=style)
+    return plain(text.strip("\n") or "(nothing)", style)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text as it stands: without markup, and with its control characters written out. All that is printed is it."""
+    return Text(visible(text), style=style)
+
+
+def noted(text: str) -> Text:
+    """A line that readers should heed."""
+    return Text.assemble(("! ", "bold yellow"), plain(text))
 
 
 def visible(text: str) -> str:
@@ -386,17 +396,17 @@ def episode_table(episodes: Sequence[Episode], decode: Decode, title: str) -> st
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, _MIN_WIDTH))
-    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), expand=True)
+    table = Table(title=plain(title), title_justify="left", box=None, padding=(0, 2, 0, 0), expand=True)
     columns = episode_columns(episodes, decode)
     columns["wrote"] = [with_calls(str(text)) for text in columns["wrote"]]
     for name, values in columns.items():
         longest = min(_MAX_COLUMN, max(map(len, [name, *map(_cell, values)])))
         is_text = name in _TEXTS
         table.add_column(
-            Text(name), no_wrap=True, ratio=1 if is_text else None, min_width=None if is_text else longest
+            plain(name), no_wrap=True, ratio=1 if is_text else None, min_width=None if is_text else longest
         )
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(Text(visible(_cell(value))) for value in row))
+        table.add_row(*(plain(_cell(value)) for value in row))
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -7,19 +7,16 @@ An agent's process needs neither torch nor the extra `gateway` for it: it uses t
 from __future__ import annotations
 
 import asyncio
-import http.client
-import ipaddress
 import json
 import math
 import os
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from ..errors import ConfigurationError, StepPOError
+from ..http_json import RequestError, request_json
 from ..types import JsonObject, TextOrMessages
 
 _ATTEMPTS = 4  # at a request; each of them may be made more than once
@@ -91,7 +88,7 @@ class Session:
             The session's key.
 
     Raises:
-        ConfigurationError: The address is no URL, or the key is empty.
+        ConfigurationError: The address is not a URL, or the key is empty.
 
     Example:
     ```python
@@ -198,18 +195,16 @@ class Session:
 
     def _post(self, what: str, body: JsonObject) -> JsonObject:
         given = {name: value for name, value in body.items() if value is not None}
-        return self._send(f"{self._url}/{what}", json.dumps(given).encode())
+        return self._send(f"{self._url}/{what}", given)
 
-    def _send(self, url: str, data: bytes | None) -> JsonObject:
-        headers = {"authorization": f"Bearer {self._api_key}", "content-type": "application/json"}
+    def _send(self, url: str, body: JsonObject | None) -> JsonObject:
         pause_s = _FIRST_PAUSE_S
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return _send_once(urllib.request.Request(url, data, headers))
-            except SessionError as error:
-                may_pass = error.status is None or error.status in (408, 429) or error.status >= 500
-                if attempt == _ATTEMPTS or not may_pass:
-                    raise
+                return request_json(url, body, api_key=self._api_key, timeout_s=_TIMEOUT_S)
+            except RequestError as error:
+                if attempt == _ATTEMPTS or not error.may_pass:
+                    raise _as_session_error(url, error) from error
             time.sleep(pause_s)
             pause_s *= 2
         raise AssertionError("the last attempt returns or raises")
@@ -295,36 +290,17 @@ def _info(answer: JsonObject) -> SessionInfo:
     return SessionInfo(**{name: value for name, value in answer.items() if name in known})
 
 
-def _send_once(request: urllib.request.Request) -> JsonObject:
-    proxies = urllib.request.ProxyHandler({} if _is_of_this_machine(request.host) else None)
-    try:
-        with urllib.request.build_opener(proxies).open(request, timeout=_TIMEOUT_S) as response:
-            answer: JsonObject = json.load(response)
-            return answer
-    except urllib.error.HTTPError as error:
-        message, code = _said(error)
-        raise SessionError(message, status=error.code, code=code) from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise SessionError(
-            f"{request.full_url} does not answer: {error}. The gateway of a trainer serves while it plays; that of "
+def _as_session_error(url: str, error: RequestError) -> SessionError:
+    """What the gateway said, with its name for the problem."""
+    if error.status is None:
+        return SessionError(
+            f"{url} does not answer: {error}. The gateway of a trainer serves while it plays; that of "
             "`trl-steppo gateway` until it is stopped"
-        ) from error
-
-
-def _said(error: urllib.error.HTTPError) -> tuple[str, str | None]:
-    """The message and the code of a refusal."""
-    text = error.read().decode(errors="replace")
+        )
     try:
-        refusal = json.loads(text)["error"]
-        return f"{refusal['message']} (HTTP {error.code})", refusal.get("code")
+        refusal = json.loads(error.body)["error"]
+        return SessionError(
+            f"{refusal['message']} (HTTP {error.status})", status=error.status, code=refusal.get("code")
+        )
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {error.code}: {text[:300]}", None
-
-
-def _is_of_this_machine(host: str) -> bool:
-    """Whether a host needs no proxy."""
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
+        return SessionError(str(error), status=error.status)

@@ -151,7 +151,7 @@ class Learner:
         Run all epochs of one update. Collective: every rank must call this.
 
         Each mini-batch is exactly one optimizer step of each network that is trained. A mini-batch with nothing to
-        learn from (its episodes failed, or are masked, on all ranks) is no step: with a gradient of zero, the
+        learn from (its episodes failed, or are masked, on all ranks) is not a step: with a gradient of zero, the
         optimizer's momentum would still move the weights.
 
         Args:

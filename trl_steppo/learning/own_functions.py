@@ -106,7 +106,7 @@ def check_policy_loss(function: object) -> None:
     Check how a policy's loss can be called.
 
     Raises:
-        ConfigurationError: If it is no function of the parameters of `clipped_policy_loss`.
+        ConfigurationError: If it is not a function of the parameters of `clipped_policy_loss`.
     """
     if not callable(function) or inspect.iscoroutinefunction(function):
         raise ConfigurationError(
@@ -131,7 +131,7 @@ def _refusal(function: Callable[..., object], num_positional: int, keywords: tup
     names = list(signature.parameters)
     for name, position in _POSITIONS.items():
         if name in names and names.index(name) != position:
-            return f"its parameter `{name}` is the {names.index(name) + 1}., and must be the {position + 1}."
+            return f"its parameter `{name}` is number {names.index(name) + 1} and must be number {position + 1}"
     try:
         signature.bind(*range(num_positional), **dict.fromkeys(keywords))
     except TypeError as error:
@@ -280,8 +280,8 @@ class OwnPolicyLoss:
             Names in logs that its statistics may not have.
 
     Raises:
-        ConfigurationError: If the loss is no number, has no gradient, or is not finite where ratios and advantages
-            are; or if a statistic is no number, or has the name of another metric.
+        ConfigurationError: If the loss is not a number, has no gradient, or is not finite where ratios and advantages
+            are; or if a statistic is not a number, or has the name of another metric.
     """
 
     function: PolicyLoss

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +18,7 @@ from markupsafe import Markup
 from ..errors import DataError
 from ..types import JsonObject, num_shared
 from .methods import Method
-from .runs import Run
+from .runs import Run, logged_files
 from .trl_runs import completions, is_of_trl
 
 T = TypeVar("T")
@@ -124,23 +123,6 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
         key=lambda episode: tuple(episode[name] for name in ("update", "part", "position", "method", "id"))
     )
     return sample
-
-
-def logged_files(run: Run) -> dict[tuple[int, str], Path]:
-    """
-    The logs of a run's episodes.
-
-    Returns:
-        `dict[tuple[int, str], Path]`: By update and part: `""` for what was trained on, `"evaluation"` for the
-        evaluation after the update, or `"evaluation NAME"` where there are several datasets.
-    """
-    files = {(update, ""): path for update, path in run.episode_files.items()}
-    if run.settings is None or run.settings.get("log_episodes"):
-        for path in sorted((run.directory / "episodes").glob("evaluation_*.parquet")):
-            number, _, name = path.stem.removeprefix("evaluation_").partition("_")
-            if number.isdecimal() and int(number) <= run.num_updates:  # an earlier run may have left further files
-                files[int(number), f"evaluation {unquote(name)}".strip()] = path
-    return files
 
 
 def embedded_json(content: object) -> Markup:

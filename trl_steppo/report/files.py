@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import cast
+from urllib.parse import unquote
 
 from ..errors import DataError
 from ..types import JsonObject
+
+FOLDERS_OF_LOGS = ("episodes", "completions")
+"""In `output_dir`: where this package's trainers log episodes, and where TRL's do."""
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -33,6 +39,30 @@ def read_lines(file: Path) -> list[JsonObject]:
         return [cast(JsonObject, json.loads(line)) for line in lines]
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
+
+
+def episode_logs(folder: Path, last_update: float = math.inf) -> dict[tuple[int, str], Path]:
+    """
+    The logs of episodes in a folder.
+
+    Args:
+        folder (`Path`):
+            One of a run's `FOLDERS_OF_LOGS`.
+        last_update (`float`, *optional*, defaults to no limit):
+            The last update of the run. An earlier run in the same directory may have left further files.
+
+    Returns:
+        `dict[tuple[int, str], Path]`: By update and part: `""` for what was trained on, `"evaluation"` for the
+        evaluation after the update, or `"evaluation NAME"` where there are several datasets.
+    """
+    logs = {}
+    for path in sorted(folder.glob("*.parquet")):
+        if found := re.fullmatch(r"(update|completions|evaluation)_(\d+)(?:_(.*))?", path.stem):
+            kind, number, name = found[1], int(found[2]), found[3]
+            part = f"evaluation {unquote(name or '')}".strip() if kind == "evaluation" else ""
+            if number <= last_update and (part or not name):
+                logs[number, part] = path
+    return logs
 
 
 def last_checkpoint(directory: Path) -> Path | None:

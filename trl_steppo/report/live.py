@@ -130,7 +130,7 @@ class LiveServer(ThreadingHTTPServer):
         return f"http://{HOST}:{self.server_port}/"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A browser that goes away in the middle of an answer is no error."""
+        """A browser that goes away in the middle of an answer is not an error."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError):
             print(f"an answer failed: {type(error).__name__}: {error}", file=sys.stderr)

@@ -12,8 +12,8 @@ from pathlib import Path
 from ..durable import is_held
 from ..errors import DataError
 from ..types import JsonObject
-from .files import last_checkpoint, read_json, read_lines
-from .trl_runs import as_our_history, completion_files, trainer_and_settings
+from .files import FOLDERS_OF_LOGS, episode_logs, last_checkpoint, read_json, read_lines
+from .trl_runs import as_our_history, trainer_and_settings
 
 LOCK_FILE = "_run.lock"  # as the trainer names it
 
@@ -137,7 +137,7 @@ def load_run(directory: str | Path) -> Run:
         )
     is_running = not is_finished and is_held(directory / LOCK_FILE)
     run = Run(directory, directory.resolve().name, history, settings, is_finished=is_finished, is_running=is_running)
-    run.episode_files.update(_episode_files(run) or completion_files(directory, run.num_updates))
+    run.episode_files.update({update: path for (update, part), path in logged_files(run).items() if not part})
     return run
 
 
@@ -180,16 +180,18 @@ def _with_steps(history: Sequence[JsonObject]) -> list[JsonObject]:
     return [logs for logs in history if "step" in logs]
 
 
-def _episode_files(run: Run) -> dict[int, Path]:
-    """The logs of this run's episodes. An earlier run in the same directory may have left further files."""
-    if run.settings is not None and not run.settings.get("log_episodes"):
-        return {}
-    files = {}
-    for path in sorted((run.directory / "episodes").glob("update_*.parquet")):
-        number = path.stem.removeprefix("update_")
-        if number.isdecimal() and int(number) <= run.num_updates:
-            files[int(number)] = path
-    return files
+def logged_files(run: Run) -> dict[tuple[int, str], Path]:
+    """
+    The logs of a run's episodes, without those of later updates, which an earlier run left in its directory.
+
+    Returns:
+        `dict[tuple[int, str], Path]`: By update and part, as in [`~report.files.episode_logs`].
+    """
+    ours, trls = (run.directory / name for name in FOLDERS_OF_LOGS)
+    logs = {}
+    if run.settings is None or run.settings.get("log_episodes"):
+        logs = episode_logs(ours, run.num_updates)
+    return logs or episode_logs(trls, run.num_updates)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Reads runs of TRL's online trainers (GRPO, RLOO, AsyncGRPO, ...), so that they stand beside ours in a report."""
+"""Reads runs of TRL's online trainers (GRPO, RLOO, AsyncGRPO, ...), so that they stand next to ours in a report."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 
 from ..errors import DataError
 from ..types import JsonObject
-from .files import read_arguments
+from .files import FOLDERS_OF_LOGS, read_arguments
 
-_FOLDER = "completions"  # in `output_dir`
 _OUR_NAMES = {
     "reward": "env/reward",
     "reward_std": "env/reward_std",
@@ -86,16 +85,6 @@ def trainer_and_settings(directory: Path, checkpoint: Path | None) -> JsonObject
     return {"trainer": "trl."}
 
 
-def completion_files(directory: Path, last_step: int) -> dict[int, Path]:
-    """The tables of completions (`log_completions`) of a run, by step."""
-    files = {}
-    for path in sorted((directory / _FOLDER).glob("completions_*.parquet")):
-        number = path.stem.removeprefix("completions_")
-        if number.isdecimal() and int(number) <= last_step:
-            files[int(number)] = path
-    return files
-
-
 # -- completions ------------------------------------------------------------------------------------------------------
 
 _TOOL_ANSWER = re.compile(r"\n?user\n(<tool_response>.*?</tool_response>)\nassistant\n", re.DOTALL)
@@ -104,7 +93,7 @@ _TOOL_ANSWER = re.compile(r"\n?user\n(<tool_response>.*?</tool_response>)\nassis
 
 def is_of_trl(path: Path) -> bool:
     """Whether a log of episodes is a table of completions."""
-    return path.parent.name == _FOLDER
+    return path.parent.name == FOLDERS_OF_LOGS[1]
 
 
 def completions(path: Path, reward_names: Sequence[str], weights: Sequence[float] | None) -> list[list[JsonObject]]:

@@ -29,7 +29,7 @@ _NUM_SCORES = 4  # of the environment, in the line of an evaluation
 
 
 @runtime_checkable
-class Speaker(Protocol):
+class ProgressWriter(Protocol):
     """A callback that writes lines where it shows the progress of a run."""
 
     def say(self, text: str) -> None:

@@ -31,7 +31,7 @@ from ..learning.ranks import gather_objects, together
 from ..modes import modes_kept
 from ..stopping import StopRequestedError, is_requested
 from ..types import Model
-from .callbacks import Speaker, close_progress_bars
+from .callbacks import ProgressWriter, close_progress_bars
 from .checkpointing import TrainerCheckpoints, save_state
 from .checkpoints import Progress, reading
 from .closing import closing_summary
@@ -312,8 +312,9 @@ class RunLoop(_Base):
 
     def _write(self, text: str) -> None:
         """Write text where this process shows its progress."""
-        speakers = [callback.say for callback in self.callback_handler.callbacks if isinstance(callback, Speaker)]
-        (speakers[0] if speakers else print)(text)
+        callbacks = self.callback_handler.callbacks
+        writers = [callback.say for callback in callbacks if isinstance(callback, ProgressWriter)]
+        (writers[0] if writers else print)(text)
 
     def _opening(self) -> str:
         """A line on what the run is going to do."""
