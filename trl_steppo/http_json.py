@@ -94,7 +94,7 @@ def request_json(
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise RequestError(str(error) or type(error).__name__) from error
     if not isinstance(answer, dict):
-        raise RequestError(f"the answer is no JSON object: {json.dumps(answer)[:300]}")
+        raise RequestError(f"the answer is not a JSON object: {json.dumps(answer)[:300]}")
     return answer
 
 

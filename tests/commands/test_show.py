@@ -119,7 +119,7 @@ def test_a_dump_is_text_where_there_is_a_tokenizer(show, tmp_path):
     make_dump(tmp_path / "dumped")
     out = show(tmp_path / "dumped")
     assert out.startswith("dumped, update 2\n")
-    assert "! there is no tokenizer beside it, so token ids are shown" in out
+    assert "! there is no tokenizer next to it, so token ids are shown" in out
     byte_tokenizer().save_pretrained(tmp_path / "checkpoint-2")
     out = show(tmp_path / "dumped", "--episode", 1)
     assert "read      2 + 2?<|im_start|>assistant\nwrote     4<|im_end|>\nobserved  right\n" in out

@@ -206,7 +206,7 @@ def test_rows_of_files(code, tmp_path):
         assert load_rows(str(tmp_path / f"a.{ending}"), 2) == rows
         assert load_rows(str(tmp_path / f"a.{ending}"), 1) == rows[:1]
     (tmp_path / "a.txt").write_text("number")
-    with pytest.raises(DataError, match=r"no dataset.*give a \.json"):
+    with pytest.raises(DataError, match=r"not a dataset.*give a \.json"):
         load_rows(str(tmp_path / "a.txt"), 1)
 
 

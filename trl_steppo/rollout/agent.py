@@ -73,7 +73,7 @@ class _Running(Protocol):
 
     @property
     def unread_reward(self) -> str | None:
-        """What stands where its reward was expected, and is no number."""
+        """What stands where its reward was expected, and is not a number."""
 
 
 class _Ending(TypedDict, total=False):
@@ -468,7 +468,7 @@ class _AgentProcess:
 
     @property
     def unread_reward(self) -> str | None:
-        """The last line that was printed, if it is no number."""
+        """The last line that was printed, if it is not a number."""
         line = _last_line(self.output.text(1))
         return None if line is None or _last_number(line) is not None else line[:_SHOWN_CHARACTERS]
 
