@@ -94,7 +94,7 @@ def test_completions_of_trl(show, tmp_path):
     assert "observed  seven\n" in out
     assert "step 2  advantage 0.5 · reward 1" in out
     assert "wrote     It is seven." in out
-    assert "metrics   is_right 1" in out
+    assert "reward    1  (is_right 1)" in out
     assert show(path) == out
 
 

@@ -118,9 +118,9 @@ def test_a_function_that_names_groups_compares_the_episodes_of_a_row(tmp_path):
         same = (group_index[:, None] == group_index[None]).float()
         return (returns - same @ returns / same.sum(1))[:, None] * mask
 
-    estimator = Estimator.over_steps(dr_grpo, whitens=False)
-    batch, credit = own_credit(tmp_path, group_episodes(), estimator, num_generations=2)
+    batch, credit = own_credit(tmp_path, group_episodes(), dr_grpo, num_generations=2)  # as `grpo`, it is not whitened
     assert of_steps(batch, credit.advantages) == [-2.0, -2.0, 0.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert Estimator.over_steps(dr_grpo, whitens=True).whitens
     with pytest.raises(ConfigurationError, match="compares the episodes of one row, and `num_generations` is 1"):
         make_config(tmp_path).with_estimator(dr_grpo)
 
@@ -191,6 +191,8 @@ def test_what_stands_where_there_is_no_step_does_not_matter(tmp_path):
 def test_settings_name_an_estimator_once(tmp_path):
     with pytest.raises(ConfigurationError, match="given twice: 'grpo' in `args`, and 'step_gae' to the trainer"):
         make_config(tmp_path, advantage_estimator="grpo", num_generations=2).with_estimator(step_gae)
+    again = make_config(tmp_path, advantage_estimator="token_gae").with_estimator(token_gae)
+    assert again.advantage_estimator == "token_gae", "given twice, and the same"
     with pytest.raises(ConfigurationError, match="`critic_warmup_updates`=1 has no effect"):
         make_config(tmp_path, critic_warmup_updates=1).with_estimator(discounted_returns)
 
@@ -241,7 +243,7 @@ def called(function: Any, mask: Any = None, **changes: Any) -> Any:
     ratio = torch.tensor([[1.0, 2.0]], requires_grad=True)
     mask = torch.tensor([[True, True]]) if mask is None else mask
     keywords: dict[str, Any] = {"cliprange": 0.2, "cliprange_high": None, "aggregation": "token"}
-    return OwnPolicyLoss(function)(
+    return OwnPolicyLoss(function, frozenset({"policy/approxkl_avg"}))(
         ratio, torch.tensor([[1.0, -1.0]]), mask, **{**keywords, "denominator": 2.0, "weights": None, **changes}
     )
 
@@ -259,6 +261,23 @@ def test_a_loss_has_its_own_statistics_besides_those_of_all_losses():
         "far_sum": 1.0,
     }
     assert {*called(clipped_policy_loss)[1]} == {"ratio_sum", "ratio_sq_sum", "num_tokens", "clipfrac_sum"}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("ratio_sum", "'ratio_sum' = 14, which is 3 over all action tokens and is counted for every loss; leave it"),
+        ("num_tokens", "'num_tokens' = 14, which is 2 over"),
+        ("approxkl_avg_sum", "'approxkl_avg_sum', and `policy/approxkl_avg` is a metric of every run already; give"),
+    ],
+)
+def test_a_loss_changes_no_metric_that_every_run_has(key, message):
+    def own(ratio: Tensor, *given: Tensor, **settings: Any) -> Any:
+        loss, sums = clipped_policy_loss(ratio, *given, **settings)
+        return loss, {**sums, key: 14.0}
+
+    with pytest.raises(ConfigurationError, match=message):
+        called(own)
 
 
 def test_a_micro_batch_without_an_action_calls_no_loss():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from tests.report.synthetic import EVIL, TOKEN_PPO, read_run, write_run
 from trl_steppo.cli import main
 from trl_steppo.extras import install_command
 from trl_steppo.report import write_report
-from trl_steppo.report.episodes import _COLUMNS, outcome, sample_episodes
+from trl_steppo.report.episodes import _COLUMNS, _judge, outcome, sample_episodes
 from trl_steppo.report.figures import final_figures
 from trl_steppo.report.methods import group_runs
 from trl_steppo.report.runs import load_runs
@@ -160,12 +161,35 @@ def test_staleness_has_a_section_where_there_is_any(tmp_path):
     assert "Staleness" not in write_report([path], tmp_path / "fresh.html")[0].read_text()
 
 
-def test_outcomes():
-    ended = {"error": None, "score": 0.5}
-    assert outcome({"error": "broken", "score": None}, {}) == "failed"
-    assert outcome(ended, {}) == "right"
-    assert outcome(ended, {"exact_match": 0.0}) == "wrong"
-    assert outcome({"error": None, "score": 0.0}, {}) == "wrong"
+def episode(score: float | None, error: str | None = None, **metrics: float) -> dict[str, Any]:
+    named = {name.replace("_of_", "s/"): value for name, value in metrics.items()}
+    return {"error": error, "score": score, "metrics": named}
+
+
+@pytest.mark.parametrize(
+    ("episodes", "judged_by", "outcomes"),
+    [
+        ([episode(0.5, exact_match=0.0), episode(0.1, exact_match=1.0)], "exact_match", ["wrong", "right"]),
+        ([episode(1.0, tool_calls=2), episode(0.0, tool_calls=1)], "reward", ["right", "wrong"]),
+        (
+            [episode(0.1, reward_of_correct=0.0, reward_of_searched=0.1), episode(1.0, reward_of_correct=1.0)],
+            "rewards/correct",
+            ["wrong", "right"],
+        ),
+        (
+            [episode(1.5, reward_of_a=1.0, reward_of_b=1.0), episode(0.0, reward_of_a=0.0, reward_of_b=0.0)],
+            None,
+            ["paid", "unpaid"],
+        ),
+        ([episode(0.1), episode(0.0), episode(None, "broken")], None, ["paid", "unpaid", "failed"]),
+        ([episode(1.0, success=1.0), episode(0.3)], None, ["paid", "paid"]),
+        ([episode(None, "broken")], None, ["failed"]),
+    ],
+    ids=["named", "reward", "one function", "two functions", "shaped", "not of all", "none"],
+)
+def test_an_episode_is_right_only_where_a_metric_says_so(episodes, judged_by, outcomes):
+    assert _judge(episodes) == judged_by
+    assert [outcome(each, judged_by) for each in episodes] == outcomes
 
 
 def test_episodes_of_one_question_share_it_whatever_the_method(tmp_path):

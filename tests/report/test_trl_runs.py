@@ -15,6 +15,7 @@ from trl import GRPOConfig, RLOOConfig
 
 from tests.report.synthetic import write_run
 from trl_steppo.errors import DataError
+from trl_steppo.report.episodes import sample_episodes
 from trl_steppo.report.files import read_arguments
 from trl_steppo.report.methods import differing_settings, group_runs
 from trl_steppo.report.runs import load_runs
@@ -212,8 +213,31 @@ def test_messages_are_steps(tmp_path):
     assert [row["prompt"] for row in rows] == ["Where?", "tea\ntea"]
     assert [row["reward"] for row in rows] == [0.0, 2.0]
     assert {row["score"] for row in rows} == {2.0}
-    assert rows[0]["metrics"] == {"right": 1.0, "style": 0.5}
+    assert rows[0]["question"] == "Where?"
+    assert rows[0]["metrics"] == {"rewards/right": 1.0, "rewards/style": 0.5}
     assert (rows[0]["update"], rows[1]["advantage"]) == (7, 0.5)
+
+
+def test_what_a_prompt_asks_and_what_rewards_logged(tmp_path):
+    prompts = ["system\nLook.\nuser\nWhere\nis it?\nassistant\n", "Where?"]
+    text = "first\ntool\ntea\nassistant\nsecond"
+    file = write_table(tmp_path / "t.parquet", prompts, [text] * 2, right=[0.0] * 2, searches=[0, 1])
+    episodes = completions(file, ["right"], None)
+    assert [rows[0]["question"] for rows in episodes] == ["Where\nis it?", ""]
+    assert [rows[0]["logged"] for rows in episodes] == [{"searches": 0}, {"searches": 1}]
+    assert [row["response"] for row in episodes[0]] == ["first", "second"]
+
+
+def test_a_question_is_the_same_under_both_libraries(tmp_path):
+    theirs = write_trl_run(tmp_path / "theirs", grpo(tmp_path))
+    (theirs / "completions").mkdir()
+    prompts = [f"system\nLook.\nuser\n{text}\nassistant\n" for text in ("Where?", "Who?")]
+    write_table(theirs / "completions" / "completions_00001.parquet", prompts, ["there", "me"])
+    question = json.dumps([{"role": "system", "content": "Look."}, {"role": "user", "content": "Where?"}])
+    ours = write_run(tmp_path / "ours", updates=1, episodes=2, texts={"question": question})
+    sample = sample_episodes(group_runs(load_runs([theirs, ours])), max_bytes=10**6)
+    asked = [(episode["method"], sample.questions[episode["question"]]) for episode in sample.episodes]
+    assert set(asked) >= {(0, "Where?"), (0, "Who?"), (1, "Where?")}
 
 
 def test_text_is_divided_at_tool_results(tmp_path):

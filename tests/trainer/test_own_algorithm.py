@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib.util
 import json
 import pickle
 import re
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from trl import GRPOConfig
 
 from tests.examples.scripts import load_script
 from tests.trainer.tiny import TOKENIZER, Hash, make_config, make_model, make_trainer, prompt_rows, same, weights
 from tests.warm import run_on_ranks, run_script
-from trl_steppo import StepPOTrainer
+from trl_steppo import PPOConfig, StepPOConfig, StepPOTrainer
 from trl_steppo.advantages import discounted_returns, step_gae
 from trl_steppo.errors import CheckpointError, ConfigurationError
 from trl_steppo.learning.estimators import ESTIMATORS, Estimator
@@ -157,6 +162,41 @@ def test_a_run_without_functions_cannot_be_resumed_with_one(tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_the_estimator_of_a_conversion_or_of_another_trainer_is_replaced(tmp_path):
+    ppo = PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    grpo = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    given = [StepPOConfig.of(ppo), StepPOConfig.from_grpo_config(grpo), make_config(tmp_path)]
+    own = [args.with_estimator(plain_gae) for args in given]
+    assert {args.advantage_estimator for args in own} == {"plain_gae"}
+    copied = [dataclasses.replace(args, seed=3) for args in (*given, *own)]
+    assert all(args.with_estimator(discounted_returns).estimator.values is None for args in copied)
+    assert dataclasses.replace(own[0], seed=3).estimator is own[0].estimator
+    assert dataclasses.replace(own[0], advantage_estimator="token_gae").estimator is ESTIMATORS["token_gae"]
+    with pytest.raises(ConfigurationError, match="given twice: 'rloo' in `args`"):
+        StepPOConfig.from_grpo_config(grpo, advantage_estimator="rloo").with_estimator(plain_gae)
+
+
+def test_the_trainer_overrides_a_plain_ppo_config(tmp_path):
+    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = make_trainer(tmp_path, args=args, advantage_estimator=plain_gae)
+    assert trainer.args.advantage_estimator == "plain_gae"
+
+
+def test_an_estimator_is_own_whenever_it_was_registered(monkeypatch):
+    """The trainer is imported when it is asked for, maybe after a user's entries stand in the table."""
+    built_in = list(ESTIMATORS.values())
+    own = Estimator.over_steps(lambda rewards, mask, *, gamma: rewards)
+    monkeypatch.setitem(ESTIMATORS, "mine", own)
+    monkeypatch.setitem(ESTIMATORS, "grpo", own)
+    spec = importlib.util.find_spec("trl_steppo.trainer.description")
+    assert spec is not None
+    assert spec.loader is not None
+    description = importlib.util.module_from_spec(spec)  # as it is where it is imported now
+    spec.loader.exec_module(description)
+    assert description._estimator_source(own) == source_hash(own) is not None
+    assert [description._estimator_source(entry) for entry in built_in] == [None] * len(built_in)
+
+
 def test_the_estimator_is_given_once(tmp_path):
     args = make_config(tmp_path, advantage_estimator="token_gae")
     with pytest.raises(ConfigurationError, match="given twice: 'token_gae' in `args`"):
@@ -221,6 +261,83 @@ def test_a_hash_covers_what_a_function_uses():
     assert source_hash(Scored(1.0).__call__) is not None
     estimators = [Estimator.over_steps(plain_gae, whitens=whitens) for whitens in (True, False)]
     assert source_hash(estimators[0]) != source_hash(estimators[1])
+
+
+def with_space(**space: object) -> Any:
+    """A function that reads values of its module."""
+
+    def function(x: float) -> list[float]:
+        return [LAM * x for _ in range(2)]  # type: ignore[name-defined]  # noqa: F821
+
+    return FunctionType(function.__code__, {"__name__": "code", **space})
+
+
+def with_default(value: object) -> Any:
+    def function(x: float, value: object = value) -> object:
+        return x
+
+    return function
+
+
+def takes(x: float, value: object) -> float:
+    return x
+
+
+class Reads:
+    def step(self, action: str) -> int:
+        return LIMIT
+
+
+LIMIT = 1
+CALLS: list[int] = []
+
+
+def counts(x: float) -> float:
+    CALLS.append(1)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (0.5, 0.9),
+        ([1, 2], [1, 3]),
+        ((1, (2, "x")), (1, (2, "y"))),
+        ({"a": [1]}, {"a": [2]}),
+        ({"a"}, {"b"}),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])),
+        (torch.ones((), dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16)),
+        (np.zeros(2), np.ones(2)),
+        (partial(helper, 1.0), partial(helper, 2.0)),
+    ],
+    ids=["number", "list", "tuple", "dict", "set", "tensor", "shape", "array", "partial"],
+)
+@pytest.mark.parametrize(
+    "made",
+    [lambda value: with_space(LAM=value), made, with_default, lambda value: partial(takes, value=value), Scored],
+    ids=["global", "closure", "default", "partial", "attribute"],
+)
+def test_a_hash_covers_values_wherever_code_reads_them(made, a, b):
+    assert source_hash(made(copy.deepcopy(a))) == source_hash(made(a)) != source_hash(made(b))
+
+
+def test_a_hash_covers_what_methods_read(monkeypatch):
+    first = source_hash(Reads)
+    monkeypatch.setattr(f"{__name__}.LIMIT", 2)
+    assert source_hash(Reads) != first
+    assert source_hash(Reads()) == source_hash(Reads) is not None
+
+
+def test_a_hash_has_no_state_and_no_seed():
+    first = source_hash(counts)
+    counts(1.0)
+    assert source_hash(counts) == first
+    assert source_hash(Scored({"seed": 1})) == source_hash(Scored({"seed": 2}))  # type: ignore[arg-type]
+    trained = torch.nn.Parameter(torch.zeros(1))
+    assert source_hash(Scored(trained)) == source_hash(Scored(trained + 1))  # type: ignore[arg-type]
+    endless: list[Any] = []
+    endless.append(endless)
+    assert source_hash(Scored(endless)) is not None  # type: ignore[arg-type]
 
 
 def test_what_is_installed_or_built_in_has_no_hash():

@@ -63,7 +63,7 @@ class ShownEpisode:
         steps (`Sequence[ShownStep]`):
             Its steps, in order.
         ending (`str`):
-            How it ended.
+            How it ended; empty if that is not known.
         score (`float`, *optional*):
             The sum of its rewards; `None` if it failed.
         metrics (`Mapping[str, float]`, *optional*):
@@ -168,7 +168,9 @@ def shown_rows(rows: Sequence[JsonObject], *, title: str | None = None) -> Shown
     return ShownEpisode(
         title or f"episode {first['episode_id']}",
         steps,
-        _ending(first["stop_reason"], steps, truncated=bool(first["truncated"]), has_tools="tool_calls" in metrics),
+        _ending(first["stop_reason"], steps, truncated=bool(first["truncated"]), has_tools="tool_calls" in metrics)
+        if first["stop_reason"]
+        else "",
         first["score"],
         metrics,
         first["error"],
@@ -343,7 +345,8 @@ def _summary(episode: ShownEpisode, *, whole: bool) -> Table:
     if episode.logged:
         logged = " · ".join(f"{name}: {value}" for name, value in episode.logged.items())
         table.add_row("logged", plain(logged))
-    table.add_row("ended", plain(episode.ending))
+    if episode.ending:
+        table.add_row("ended", plain(episode.ending))
     if episode.error is not None:
         table.add_row("error", plain(_with_source(episode.error), "bold red"))
     if episode.agent_output:

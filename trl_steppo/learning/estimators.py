@@ -106,7 +106,7 @@ class Estimator:
 
     @classmethod
     def over_steps(
-        cls, function: AdvantageFunction | ReturnFunction, *, title: str | None = None, whitens: bool = True
+        cls, function: AdvantageFunction | ReturnFunction, *, title: str | None = None, whitens: bool | None = None
     ) -> Estimator:
         """
         The algorithm of a function over the steps of each episode. KL penalties in the rewards, whitening, explained
@@ -121,8 +121,9 @@ class Estimator:
                 it is also given numbers (E,) that are equal for the episodes of one dataset row.
             title (`str`, *optional*):
                 The algorithm's name. `None`: the function's.
-            whitens (`bool`, *optional*, defaults to `True`):
-                Whether the advantages are whitened afterwards, over the valid steps of all ranks.
+            whitens (`bool`, *optional*):
+                Whether the advantages are whitened afterwards, over the valid steps of all ranks. `None`: unless the
+                function takes `group_index`, as `"grpo"` and `"rloo"` are not whitened either.
 
         Raises:
             ConfigurationError: If the function has another signature; in an update, if its results have other shapes,
@@ -140,7 +141,7 @@ class Estimator:
 
     @classmethod
     def over_tokens(
-        cls, function: AdvantageFunction | ReturnFunction, *, title: str | None = None, whitens: bool = True
+        cls, function: AdvantageFunction | ReturnFunction, *, title: str | None = None, whitens: bool | None = None
     ) -> Estimator:
         """
         As [`over_steps`], over the action tokens (E, T) of each episode, in the place of
@@ -150,9 +151,12 @@ class Estimator:
 
     @classmethod
     def _of_function(
-        cls, function: AdvantageFunction | ReturnFunction, level: Level, title: str | None, whitens: bool
+        cls, function: AdvantageFunction | ReturnFunction, level: Level, title: str | None, whitens: bool | None
     ) -> Estimator:
         has_values = takes_values(function)
+        compares_episodes = not has_values and takes_groups(function)
+        if whitens is None:
+            whitens = not compares_episodes
         assign: Assign
         if has_values:
             by = _by_steps if level == "step" else _by_tokens
@@ -166,7 +170,7 @@ class Estimator:
             assign,
             values=level if has_values else None,
             aggregation=level,
-            compares_episodes=not has_values and takes_groups(function),
+            compares_episodes=compares_episodes,
             whitens=whitens,
         )
 
@@ -408,3 +412,10 @@ ESTIMATORS: dict[str, Estimator] = {
     "gigpo": Estimator("GiGPO", _by_states, compares_episodes=True, compares_states=True),
 }
 """By the names that `advantage_estimator` takes."""
+
+_BUILT_IN = tuple(ESTIMATORS.values())
+
+
+def is_built_in(estimator: Estimator) -> bool:
+    """Whether an estimator is one of this package, and not an entry that a user made or put in its place."""
+    return any(estimator is entry for entry in _BUILT_IN)

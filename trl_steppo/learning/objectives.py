@@ -242,7 +242,7 @@ def _add_policy_metrics(
     micro: StepBatch,
     mask: torch.Tensor,
 ) -> None:
-    count = sums["num_tokens"]
+    count = mask.sum()
     for name, total in sums.items():
         if name != "num_tokens":  # a loss of the user's own may have statistics of its own
             means.add(_NAMES_OF_SUMS.get(name, f"policy/{name.removesuffix('_sum')}"), total, count)

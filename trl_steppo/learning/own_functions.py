@@ -273,12 +273,19 @@ class OwnPolicyLoss:
     """
     A user's [`PolicyLoss`], whose results are checked, with the statistics that every loss has.
 
+    Args:
+        function ([`PolicyLoss`]):
+            The loss.
+        metrics (`frozenset[str]`, *optional*):
+            Names in logs that its statistics may not have.
+
     Raises:
         ConfigurationError: If the loss is not a number, has no gradient, or is not finite where ratios and advantages
-            are; or if a statistic is not a number.
+            are; or if a statistic is not a number, or has the name of another metric.
     """
 
     function: PolicyLoss
+    metrics: frozenset[str] = frozenset()
 
     def __call__(
         self,
@@ -325,7 +332,9 @@ class OwnPolicyLoss:
         loss, own = result
         _check_loss(name, loss, ratio, advantages, action_mask)
         common = {key: value for key, value in sums.items() if key != "clipfrac_sum"}  # is of the clipped loss
-        return loss, {**common, **{key: _statistic(name, key, value) for key, value in own.items()}}
+        own = {key: _statistic(name, key, value) for key, value in own.items()}
+        _check_names(name, own, common, self.metrics)
+        return loss, {**own, **common}
 
 
 def _check_loss(
@@ -347,6 +356,26 @@ def _check_loss(
             f"{ratio[action_mask].max().item():.3g}) and advantages are finite numbers; what stands where "
             "`action_mask` is `False` does not count, and no number may be divided by 0"
         )
+
+
+def _check_names(
+    name: str, own: Mapping[str, torch.Tensor], common: Mapping[str, torch.Tensor], metrics: frozenset[str]
+) -> None:
+    """A loss may repeat what every loss has, as a wrapper of the clipped one does; it may not change it."""
+    for key, value in own.items():
+        expected = common.get(key)
+        if expected is not None and not torch.isclose(value.to(expected), expected, rtol=1e-3, equal_nan=True):
+            raise ConfigurationError(
+                f"`policy_loss_fn`={name} returned the statistic {key!r} = {value.item():.6g}, which is "
+                f"{expected.item():.6g} over all action tokens and is counted for every loss; leave it out, or give "
+                "it another name"
+            )
+        metric = f"policy/{key.removesuffix('_sum')}"
+        if metric in metrics:
+            raise ConfigurationError(
+                f"`policy_loss_fn`={name} returned the statistic {key!r}, and `{metric}` is a metric of every run "
+                "already; give it another name"
+            )
 
 
 def _statistic(name: str, key: object, value: object) -> torch.Tensor:

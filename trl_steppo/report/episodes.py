@@ -19,12 +19,12 @@ from ..errors import DataError
 from ..types import JsonObject, num_shared
 from .methods import Method
 from .runs import Run, logged_files
-from .trl_runs import completions, is_of_trl
+from .trl_runs import completions, content_of_message, is_of_trl
 
 T = TypeVar("T")
 
 Question: TypeAlias = tuple[object, str]
-"""The dataset row and the prompt of an episode."""
+"""The dataset row and the prompt of an episode; or `None`, and the text of the user's message."""
 
 _MAX_TEXT_CHARS = 6_000  # of one prompt, response or observation
 _MAX_TOKENS = 400  # of one response
@@ -34,9 +34,11 @@ _COLUMNS = (  # of the log that are read
     "error",
     *("score", "metrics", "step_index", "prompt", "prompt_tokens", "prompt_kept_tokens", "response", "observation"),
     *("response_stop_reason", "reward", "tokens", "rollout_logprobs", "old_logprobs", "new_logprobs", "value"),
-    *("return", "raw_advantage", "advantage", "clipped_fraction", "agent_output"),
+    *("return", "raw_advantage", "advantage", "clipped_fraction", "agent_output", "question", "logged"),
 )
-_ADDED = ("agent_output",)  # columns that logs of older versions do not have
+_ADDED = ("agent_output", "question", "logged")  # columns that logs of older versions do not have
+_SCORE = "reward"
+_SAY_RIGHT = ("exact_match", "em", "success", "rewards/exact_match", "rewards/em", "rewards/success")
 _OLD_NAMES = {"stream_position": "row_index"}  # of columns, in logs of older versions
 
 
@@ -56,6 +58,8 @@ class Sample:
             Number of texts that are shown without their middle.
         unreadable (`list[str]`):
             Files that were left out because they cannot be read, and why.
+        judged_by (`str`, *optional*):
+            The metric that says which episodes are right; `None` if none of them does.
     """
 
     episodes: list[JsonObject] = field(default_factory=list)
@@ -63,6 +67,12 @@ class Sample:
     num_logged: int = 0
     num_shortened: int = 0
     unreadable: list[str] = field(default_factory=list)
+    judged_by: str | None = None
+
+    @property
+    def outcomes(self) -> list[str]:
+        """The outcomes that its episodes may have."""
+        return [*(("paid", "unpaid") if self.judged_by is None else ("right", "wrong")), "failed"]
 
 
 def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
@@ -83,11 +93,14 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
     """
     sample = Sample()
     numbers: dict[Question, int] = {}
-    prompts: list[str] = []
+    prompts: list[str] = []  # of the questions
+    asked: list[str] = []  # the user's messages in them, as far as they are known
     spent = 0
     is_full = False
     runs = [(index, run) for index, method in enumerate(methods) for run in method.runs]
     logged = [(index, run, place, file) for index, run in runs for place, file in logged_files(run).items()]
+    # TRL does not log dataset rows: its episodes have the question of others by its text.
+    question_of = _by_text if any(is_of_trl(file) for *_, file in logged) else _question
     updates = _spread(sorted({update for _, _, (update, _), _ in logged}))
     for place in sorted({place for _, _, place, _ in logged}, key=lambda place: (updates.index(place[0]), place[1])):
         files = [(index, run, file) for index, run, its_place, file in logged if its_place == place]
@@ -104,9 +117,9 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
         sample.num_logged += len(episodes)
         positions: dict[Question, int] = {}
         for _, _, rows in episodes:
-            positions.setdefault(_question(rows), len(positions))
-        for index, run, rows in sorted(episodes, key=lambda entry: positions[_question(entry[2])]):
-            key = _question(rows)
+            positions.setdefault(question_of(rows), len(positions))
+        for index, run, rows in sorted(episodes, key=lambda entry: positions[question_of(entry[2])]):
+            key = question_of(rows)
             question = numbers.setdefault(key, len(numbers))
             episode, num_shortened = _for_viewer(index, run, place[1], rows, question)
             size = len(embedded_json(episode).encode())
@@ -118,7 +131,11 @@ def sample_episodes(methods: Sequence[Method], max_bytes: int) -> Sample:
             sample.num_shortened += num_shortened
             if len(prompts) < len(numbers):
                 prompts.append(rows[0]["prompt"] or "")
-    sample.questions = _titles(prompts)
+                asked.append(_asked(rows))
+    sample.questions = _titles(prompts) if question_of is _question else _titles_of_texts(asked, prompts)
+    sample.judged_by = _judge(sample.episodes)
+    for episode in sample.episodes:
+        episode["outcome"] = outcome(episode, sample.judged_by)
     sample.episodes.sort(
         key=lambda episode: tuple(episode[name] for name in ("update", "part", "position", "method", "id"))
     )
@@ -130,17 +147,37 @@ def embedded_json(content: object) -> Markup:
     return htmlsafe_json_dumps(content, dumps=json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def outcome(episode: JsonObject, metrics: dict[str, float]) -> str:
+def outcome(episode: JsonObject, judged_by: str | None) -> str:
     """
-    The outcome of an episode: `failed`, `right` or `wrong`. It is right if the exact match (or `success`) is 1, or, in
-    environments without these, if the score is above 0.
+    The outcome of an episode: `failed`; or `right` or `wrong`, as a metric (`judged_by`) says; or, without such a
+    metric, `paid` (its reward is above 0) or `unpaid`.
     """
     if episode["error"] is not None:
         return "failed"
-    for name in ("exact_match", "success"):
-        if name in metrics:
-            return "right" if metrics[name] >= 1.0 else "wrong"
-    return "right" if episode["score"] > 0.0 else "wrong"
+    if judged_by is None:
+        return "paid" if (episode["score"] or 0.0) > 0.0 else "unpaid"
+    return "right" if (_measure(episode, judged_by) or 0.0) >= 1.0 else "wrong"
+
+
+def _judge(episodes: Sequence[JsonObject]) -> str | None:
+    """
+    What says whether episodes are right: a metric that is named so, in all of them; else the reward, or the only
+    reward function, that is 0 or 1 in all of them.
+    """
+    ended = [episode for episode in episodes if episode["error"] is None]
+    for name in _SAY_RIGHT:
+        if ended and all(name in episode["metrics"] for episode in ended):
+            return name
+    rewards = dict.fromkeys(name for episode in ended for name in episode["metrics"] if name.startswith("rewards/"))
+    binary = [
+        name for name in (_SCORE, *rewards) if ended and {_measure(episode, name) for episode in ended} <= {0.0, 1.0}
+    ]
+    return binary[0] if _SCORE in binary or len(binary) == 1 else None
+
+
+def _measure(episode: JsonObject, name: str) -> float | None:
+    value: float | None = episode["score"] if name == _SCORE else episode["metrics"].get(name)
+    return value
 
 
 def _readable(read: Callable[[Path], T], file: Path, sample: Sample) -> T | None:
@@ -199,6 +236,25 @@ def _read(path: Path, columns: Sequence[str]) -> pa.Table:
 def _question(rows: Sequence[JsonObject]) -> Question:
     """The question of an episode. A failed episode may have no prompt."""
     return rows[0]["dataset_row"], rows[0]["prompt"] or ""
+
+
+def _by_text(rows: Sequence[JsonObject]) -> Question:
+    """The question of an episode, whatever its dataset row."""
+    asked = _asked(rows)
+    return (None, asked) if asked else _question(rows)
+
+
+def _asked(rows: Sequence[JsonObject]) -> str:
+    """The text of the last message of the user in an episode's question; empty if it is not known."""
+    question = rows[0].get("question") or ""
+    try:
+        messages = json.loads(question)
+    except ValueError:
+        return str(question).strip()
+    if not isinstance(messages, list):
+        return str(question).strip()
+    of_user = [message for message in messages if isinstance(message, dict) and message.get("role") == "user"]
+    return content_of_message(of_user[-1]).strip() if of_user else ""
 
 
 def _spread(updates: Sequence[int]) -> list[int]:
@@ -261,16 +317,23 @@ def _for_viewer(method: int, run: Run, part: str, rows: Sequence[JsonObject], qu
         "datasetRow": first["dataset_row"],
         "generation": first["generation_index"],
         "question": question,
-        "outcome": outcome(first, metrics),
+        "outcome": "unknown",  # until all episodes are known
         "score": _short(first["score"]),
         "stop": first["stop_reason"],
         "truncated": first["truncated"],
         "error": None if first["error"] is None else text(first["error"]),
         "metrics": {name: _short(value) for name, value in metrics.items()},
+        "logged": _logged(first["logged"], text),
         "agentOutput": None if first["agent_output"] is None else text(first["agent_output"]),
         "steps": steps,
     }
     return episode, shortened[0]
+
+
+def _logged(values: JsonObject | str | None, text: Callable[[str], str]) -> dict[str, str]:
+    """What reward functions logged about an episode, as text."""
+    found = json.loads(values or "{}") if isinstance(values, str | None) else values
+    return {name: text(str(_short(value) if isinstance(value, float) else value)) for name, value in found.items()}
 
 
 def _log_ratios(new: Sequence[float] | None, old: Sequence[float] | None) -> list[float | None]:
@@ -289,6 +352,12 @@ def _short(value: float | None, digits: int = 4) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}")
+
+
+def _titles_of_texts(texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """Titles of questions: their texts; of those without, what distinguishes their prompts."""
+    others = iter(_titles([prompt for text, prompt in zip(texts, prompts, strict=True) if not text]))
+    return [" ".join(text.split())[:_MAX_TITLE_CHARS] if text else next(others) for text in texts]
 
 
 def _common_start(texts: Sequence[str]) -> str:

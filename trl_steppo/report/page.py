@@ -139,6 +139,7 @@ def _render(page: dict[str, object], methods: Sequence[Method], sample: Sample) 
     version = page["version"]
     assert version is None or isinstance(version, str)
     data = {"methods": [m.name for m in methods], "questions": sample.questions, "episodes": sample.episodes}
+    data["outcomes"] = sample.outcomes
     return _template("page.html.jinja").render(
         **page | _frame(version, "viewer.js"), sample=sample, data=embedded_json(data)
     )

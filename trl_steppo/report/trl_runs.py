@@ -87,8 +87,12 @@ def trainer_and_settings(directory: Path, checkpoint: Path | None) -> JsonObject
 
 # -- completions ------------------------------------------------------------------------------------------------------
 
-_TOOL_ANSWER = re.compile(r"\n?user\n(<tool_response>.*?</tool_response>)\nassistant\n", re.DOTALL)
+_TOOL_ANSWER = re.compile(
+    r"\n?user\n(<tool_response>.*?</tool_response>)\nassistant\n|\ntool\n(.*?)\nassistant\n", re.DOTALL
+)
 """Between two responses of an episode, in the text of templates as Qwen's, which TRL writes without special tokens."""
+_USER_MESSAGE = re.compile(r"(?:^|\n)user\n(.*?)(?=\n(?:user|assistant)\n|\nassistant$|$)", re.DOTALL)
+"""A message of the user in such a text."""
 
 
 def is_of_trl(path: Path) -> bool:
@@ -134,7 +138,9 @@ def completions(path: Path, reward_names: Sequence[str], weights: Sequence[float
             "stream_position": positions.setdefault(prompt, len(positions)),
             "generation_index": generations[prompt],
             "score": sum(weight_of.get(name, 1.0) * reward for name, reward in rewards.items()),
-            "metrics": rewards,
+            "question": _question(row["prompt"]),
+            "metrics": {f"rewards/{name}": reward for name, reward in rewards.items()},
+            "logged": {name: row[name] for name in row if name not in (*_OWN_COLUMNS, *reward_names)},
             "truncated": False,
         }
         steps = _steps(row["completion"])
@@ -157,6 +163,7 @@ def completions(path: Path, reward_names: Sequence[str], weights: Sequence[float
     return episodes
 
 
+_OWN_COLUMNS = ("step", "prompt", "completion", "advantage")
 _UNKNOWN = (
     *("dataset_row", "stop_reason", "error", "prompt_tokens", "prompt_kept_tokens", "response_stop_reason"),
     *("rollout_logprobs", "old_logprobs", "new_logprobs", "value", "return", "raw_advantage", "clipped_fraction"),
@@ -167,25 +174,36 @@ _UNKNOWN = (
 def _steps(completion: object) -> list[tuple[str, str]]:
     """The responses of a completion, each with what answered it."""
     if not isinstance(completion, list):
-        parts = _TOOL_ANSWER.split(str(completion))
-        return list(zip(parts[::2], [*parts[1::2], ""], strict=True))
+        parts = _TOOL_ANSWER.split(str(completion))  # a response, and after it two answers, of which one is `None`
+        answers = [either or other or "" for either, other in zip(parts[1::3], parts[2::3], strict=True)]
+        return list(zip(parts[::3], [*answers, ""], strict=True))
     steps: list[tuple[str, str]] = []
     for message in completion:
         if message.get("role") == "assistant":
             calls = [f"<tool_call>\n{_shown(call)}\n</tool_call>" for call in message.get("tool_calls") or ()]
-            steps.append(("\n".join(part for part in (_content(message), *calls) if part), ""))
+            steps.append(("\n".join(part for part in (content_of_message(message), *calls) if part), ""))
         elif steps:
             response, before = steps[-1]
-            steps[-1] = (response, "\n".join(part for part in (before, _content(message)) if part))
+            steps[-1] = (response, "\n".join(part for part in (before, content_of_message(message)) if part))
     return steps or [("", "")]
 
 
 def _text(prompt: object) -> str:
     """A prompt as text."""
-    return "\n".join(map(_content, prompt)) if isinstance(prompt, list) else str(prompt)
+    return "\n".join(map(content_of_message, prompt)) if isinstance(prompt, list) else str(prompt)
 
 
-def _content(message: JsonObject) -> str:
+def _question(prompt: object) -> str:
+    """The last message of the user in a prompt; empty if there is none, or the marks of its template are unknown."""
+    if isinstance(prompt, list):
+        of_user = [content_of_message(message) for message in prompt if message.get("role") == "user"]
+    else:
+        of_user = _USER_MESSAGE.findall(str(prompt))
+    return of_user[-1] if of_user else ""
+
+
+def content_of_message(message: JsonObject) -> str:
+    """The text of a message."""
     content = message.get("content")
     if isinstance(content, list):
         return "".join(str(block.get("text") or "") for block in content)

@@ -8,7 +8,8 @@
   const find = (id) => document.getElementById(id);
   const filters = { method: find("filter-method"), update: find("filter-update"), part: find("filter-part"), outcome: find("filter-outcome") };
   const compare = find("compare");
-  const OUTCOMES = { right: "✓ right", wrong: "✗ wrong", failed: "⚠ failed" };
+  const OUTCOMES = { right: "✓ right", wrong: "✗ wrong", paid: "+ reward > 0", unpaid: "○ reward ≤ 0", failed: "⚠ failed" };
+  const wordOf = (outcome) => OUTCOMES[outcome].slice(2);
   const state = { shown: [], index: 0, beside: null };
 
   function make(tag, attributes, ...children) {
@@ -64,11 +65,14 @@
     options(filters.part, "all", parts.map(([part, n]) => [part || "training", `${part || "training"} (${n})`]));
     filters.part.closest("label").hidden = parts.length < 2;
     const outcomes = count("outcome");
-    options(filters.outcome, "all", Object.keys(OUTCOMES).map((name) => [name, `${name} (${outcomes.get(name) || 0})`]));
+    options(filters.outcome, "all", data.outcomes.map((name) => [name, `${wordOf(name)} (${outcomes.get(name) || 0})`]));
     options(compare, "nothing else", methods.map(([m]) => [m, data.methods[m]]));
     compare.closest("label").hidden = methods.length < 2;
   }
 
+  const isJudged = (episode) => episode.outcome === "right" || episode.outcome === "wrong";
+  const result = (episode) =>
+    episode.outcome === "failed" ? "failed" : `${isJudged(episode) ? `${wordOf(episode.outcome)} · ` : ""}reward ${number(episode.score)}`;
   const when = (episode) => (episode.part ? `${episode.part} after update ${episode.update}` : `update ${episode.update}`);
 
   function refilter() {
@@ -83,7 +87,7 @@
         { type: "button", class: `entry ${episode.outcome}` },
         make("span", { class: "mark", "aria-hidden": "true" }, OUTCOMES[episode.outcome][0]),
         make("span", { class: "title" }, data.questions[episode.question]),
-        make("span", { class: "muted" }, `${episode.outcome} · ${when(episode)} · `, dot(episode.method), data.methods[episode.method]),
+        make("span", { class: "muted" }, `${result(episode)} · ${when(episode)} · `, dot(episode.method), data.methods[episode.method]),
       );
       button.addEventListener("click", () => select(index));
       list.append(make("li", {}, button));
@@ -144,7 +148,7 @@
         );
       });
     } else body.append(step.response);
-    return make("details", { open: true, class: "block response" }, make("summary", {}, "response", make("span", { class: "muted" }, ` ${step.numTokens} tokens`)), body);
+    return make("details", { open: true, class: "block response" }, make("summary", {}, "response", step.numTokens ? make("span", { class: "muted" }, ` ${step.numTokens} tokens`) : null), body);
   }
 
   function tokenTable(step) {
@@ -161,17 +165,19 @@
     return details;
   }
 
+  const unless = (value, show) => (value === null ? null : show(value)); // what is not known is left out
+
   function figures(step) {
     const shown = [
-      ["reward", number(step.reward)],
-      ["value", number(step.value)],
-      ["return", number(step.return)],
-      ["advantage", step.advantage === null ? "–" : signed(step.advantage), "as the update used it: whitened, where the method whitens"],
-      ["raw", step.raw === null ? "–" : signed(step.raw), "advantage before whitening; GRPO, RLOO and GiGPO do not whiten"],
-      ["ratio", ratio(step.meanLogRatio), "of the step's probability after the update over that before it: the geometric mean over its tokens"],
+      ["reward", unless(step.reward, number)],
+      ["value", unless(step.value, number)],
+      ["return", unless(step.return, number)],
+      ["advantage", unless(step.advantage, signed), "as the update used it: whitened, where the method whitens"],
+      ["raw", unless(step.raw, signed), "advantage before whitening; GRPO, RLOO and GiGPO do not whiten"],
+      ["ratio", unless(step.meanLogRatio, ratio), "of the step's probability after the update over that before it: the geometric mean over its tokens"],
     ];
     const list = make("dl", { class: "figures" });
-    for (const [name, value, title] of shown) list.append(make("div", { title }, make("dt", {}, name), make("dd", {}, value)));
+    for (const [name, value, title] of shown.filter(([, value]) => value !== null)) list.append(make("div", { title }, make("dt", {}, name), make("dd", {}, value)));
     return list;
   }
 
@@ -180,7 +186,7 @@
     if (step.stop === "length") badges.append(make("span", { class: "badge" }, "cut by length"));
     if (step.clipped > 0) badges.append(make("span", { class: "badge" }, step.clipped === 1 ? "clipped" : `${number(100 * step.clipped, 2)} % clipped`));
     if (Math.abs(step.rolloutGap || 0) > 0.01) badges.append(make("span", { class: "badge" }, `sampler off by ${signed(step.rolloutGap)}`));
-    const kept = step.kept ? `${step.promptTokens - step.kept} new tokens after ${step.kept}` : `${step.promptTokens} tokens`;
+    const kept = step.promptTokens === null ? "" : step.kept ? `${step.promptTokens - step.kept} new tokens after ${step.kept}` : `${step.promptTokens} tokens`;
     return make(
       "article",
       { class: "step", "aria-label": `Step ${position + 1} of ${total}`, style: { "--tint": tint(step.advantage, advantageScale), "--edge": tint(step.advantage, advantageScale, 100) } },
@@ -203,7 +209,12 @@
   }
 
   function drawEpisode(episode) {
-    const metrics = Object.entries(episode.metrics).filter(([, value]) => value !== 0).map(([name, value]) => `${name} ${number(value)}`).join(" · ");
+    const metrics = Object.entries(episode.metrics)
+      .filter(([name, value]) => value !== 0 || name.startsWith("rewards/")) // counters of what did not happen
+      .map(([name, value]) => `${name.replace(/^rewards\//, "")} ${number(value)}`)
+      .concat(Object.entries(episode.logged).map(([name, value]) => `${name}: ${value}`))
+      .join(" · ");
+    const end = episode.stop ? ` · ended by ${episode.stop.replaceAll("_", " ")}${episode.truncated ? " (truncated)" : ""}` : "";
     const where = [when(episode), episode.seed === null ? null : `seed ${episode.seed}`, episode.datasetRow === null ? `position ${episode.position}` : `row ${episode.datasetRow}`, episode.generation ? `generation ${episode.generation}` : null];
     return make(
       "section",
@@ -214,8 +225,8 @@
         make("div", {},
           make("p", { class: "who" }, dot(episode.method), make("strong", {}, data.methods[episode.method]), make("span", { class: "muted" }, ` ${where.filter(Boolean).join(" · ")} · ${episode.run}`)),
           make("h3", {}, data.questions[episode.question]),
-          make("p", {}, make("span", { class: `outcome ${episode.outcome}` }, OUTCOMES[episode.outcome]),
-            ` score ${number(episode.score)} · ended by ${(episode.stop || "nothing").replaceAll("_", " ")}${episode.truncated ? " (truncated)" : ""}`),
+          make("p", {}, episode.outcome === "failed" || isJudged(episode) ? make("span", { class: `outcome ${episode.outcome}` }, OUTCOMES[episode.outcome]) : null,
+            `${episode.outcome === "failed" ? "" : ` reward ${number(episode.score)}`}${end}`),
           metrics ? make("p", { class: "muted" }, metrics) : null),
         strip(episode),
       ),
@@ -227,7 +238,7 @@
 
   function chooser(others) {
     const choice = make("select", { id: "beside" });
-    others.forEach((other, i) => choice.append(make("option", { value: String(i) }, `${when(other)}, ${other.run}, ${other.outcome}`)));
+    others.forEach((other, i) => choice.append(make("option", { value: String(i) }, `${when(other)}, ${other.run}, ${result(other)}`)));
     choice.value = String(others.indexOf(state.beside));
     choice.addEventListener("change", () => {
       state.beside = others[Number(choice.value)];

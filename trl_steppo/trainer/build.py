@@ -48,6 +48,7 @@ from .checkpointing import PolicyAdapters
 from .checks import check_apart, check_saved, check_trainable
 from .data_stream import Rows, column_names
 from .engines import make_engine
+from .metric_table import METRICS
 from .networks import SavedNetwork, build_networks, build_reference, hold_in_float32
 from .player import EpisodePlayer, RowCollator, check_context
 from .reward_models import RewardModel
@@ -57,6 +58,9 @@ from .steppo_config import StepPOConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_METRICS = frozenset(metric.name for metric in METRICS) - {"policy/clipfrac_avg"}
+"""Names of metrics that a loss of the user's own cannot have. Its share of clipped tokens is its own."""
 
 logger = transformers.utils.logging.get_logger(__name__)
 
@@ -139,7 +143,7 @@ def build_parts(
         layout,
         Clock(),
         on_event,
-        clipped_policy_loss if policy_loss in (None, clipped_policy_loss) else OwnPolicyLoss(policy_loss),
+        clipped_policy_loss if policy_loss in (None, clipped_policy_loss) else OwnPolicyLoss(policy_loss, _METRICS),
     )
     engine = loaded.given.engine
     if engine is None:  # last: what a model's attention can take is settled by now

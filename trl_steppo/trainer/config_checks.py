@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
@@ -105,7 +105,7 @@ def check_ranges(args: StepPOConfig) -> None:
             raise ConfigurationError(f"`{name}` is {shown(value)}; set it to a number in {allowed}")
 
 
-def check_choices(args: StepPOConfig, config_class: type) -> None:
+def check_choices(args: StepPOConfig, config_class: type, *, but: Collection[str] = ()) -> None:
     """
     Raise a `ConfigurationError` for a value that is none of its field's choices.
 
@@ -114,11 +114,13 @@ def check_choices(args: StepPOConfig, config_class: type) -> None:
             The settings.
         config_class (`type`):
             The class whose fields are looked at: a user's subclass has fields of its own.
+        but (`Collection[str]`, *optional*):
+            Fields that may have any value.
     """
     own = [f for f in fields(config_class) if f.name in vars(config_class)["__annotations__"]]
     listed = {f.name: tuple(f.metadata["choices"]) for f in own if "choices" in f.metadata}
     for name, allowed in {**_literals(config_class), **listed}.items():
-        if getattr(args, name) not in allowed:
+        if name not in but and getattr(args, name) not in allowed:
             raise ConfigurationError(f"`{name}` is {getattr(args, name)!r}; choose one of {allowed}")
 
 

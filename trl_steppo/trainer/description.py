@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from ..compat.transformers import source_of
-from ..learning.estimators import ESTIMATORS, Estimator
+from ..learning.estimators import Estimator, is_built_in
 from ..learning.own_functions import OwnAdvantages, OwnReturns
 from ..types import Model
 from .data_stream import RowSource, SizedRows, checksum
@@ -17,7 +17,6 @@ from .steppo_config import StepPOConfig
 
 _NAMES = ("__qualname__", "__name__")  # attributes of callables with their name, the best first
 _PLAIN = (str, int, float, bool, type(None))
-_BUILT_IN = tuple(ESTIMATORS.values())
 
 
 def describe_task(
@@ -128,7 +127,7 @@ def _function_of(estimator: Estimator) -> object:
 
 def _estimator_source(estimator: Estimator) -> str | None:
     """A hash of an estimator's source and of what it says of itself; `None` for those of the package."""
-    return None if estimator in _BUILT_IN else source_hash(estimator)
+    return None if is_built_in(estimator) else source_hash(estimator)
 
 
 def _model_name(model: Model | nn.Module | None) -> str | None:

@@ -365,14 +365,14 @@ class StepPOConfig(PPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self)
-        check_choices(self, StepPOConfig)
+        check_choices(self, StepPOConfig, but=_any_value(self))
         check_combinations(self)
 
     @property
     def estimator(self) -> Estimator:
         """The estimator that `advantage_estimator` names, or the trainer was given."""
-        own: _OwnEstimator | None = vars(self).get("_own_estimator")
-        return ESTIMATORS[self.advantage_estimator] if own is None else own.get()
+        name = self.advantage_estimator
+        return name.get() if isinstance(name, _OwnName) else ESTIMATORS[name]
 
     def with_estimator(self, given: str | Estimator | AdvantageFunction | ReturnFunction) -> StepPOConfig:
         """
@@ -382,27 +382,29 @@ class StepPOConfig(PPOConfig):
             given (`str`, [`Estimator`] or `Callable`):
                 A name in `ESTIMATORS`, an estimator, or a function, which becomes [`Estimator.over_steps`].
 
+        It replaces the default, an estimator that was given to a trainer before, and one that a conversion chose:
+        `"token_gae"` of a plain `PPOConfig`, `"grpo"` of [`from_grpo_config`]. What else they set stays.
+
         Raises:
-            ConfigurationError: If these settings name another estimator already, or do not fit to this one.
+            ConfigurationError: If a user set another estimator in these settings, or they do not fit to this one.
         """
         if not isinstance(given, str | Estimator) and not callable(given):
             raise ConfigurationError(
                 f"`advantage_estimator` is {given!r:.100}; pass a name out of {tuple(ESTIMATORS)}, an `Estimator`, or "
                 "a function with the signature of `trl_steppo.advantages.step_gae`"
             )
-        name, own = _named(given)
-        if self.advantage_estimator != type(self).__dataclass_fields__["advantage_estimator"].default:
-            hint = " (which a plain PPOConfig stands for)" if self.advantage_estimator == "token_gae" else ""
+        name = _named(given)
+        is_implied = isinstance(self.advantage_estimator, _ImpliedName)
+        if not is_implied and self.advantage_estimator not in (_default(StepPOConfig, "advantage_estimator"), name):
             raise ConfigurationError(
-                f"`advantage_estimator` is given twice: {self.advantage_estimator!r} in `args`{hint}, and {name!r} to "
-                "the trainer; leave out one of them"
+                f"`advantage_estimator` is given twice: {self.advantage_estimator!r} in `args`, and {name!r} to the "
+                "trainer; leave out one of them"
             )
         changed = copy.copy(self)
         changed.advantage_estimator = name
-        if own is None:
-            check_choices(changed, StepPOConfig)
-        else:
-            vars(changed)["_own_estimator"] = _OwnEstimator(name, own)
+        check_choices(changed, StepPOConfig, but=_any_value(changed))
+        if is_implied and not changed.uses_critic and self.lam == _default(PPOConfig, "lam"):
+            changed.lam = _default(StepPOConfig, "lam")  # a plain `PPOConfig` has it, which means nothing here
         step_aside(changed, "advantage_estimator")
         check_combinations(changed)
         return changed
@@ -481,7 +483,8 @@ class StepPOConfig(PPOConfig):
         known = {f.name for f in fields(cls) if f.init}  # a user's subclass may have more
         values = {f.name: getattr(args, f.name) for f in fields(args) if f.name in known}
         values["bf16"] = _bf16_of(args)
-        return cls(**values, advantage_estimator="token_gae", importance_sampling_level="token", log_episodes=0)
+        implied = _ImpliedName("token_gae")
+        return cls(**values, advantage_estimator=implied, importance_sampling_level="token", log_episodes=0)
 
     @classmethod
     def from_grpo_config(cls, args: GRPOConfig, *, advantage_estimator: str = "grpo", **changes: Any) -> StepPOConfig:
@@ -496,7 +499,8 @@ class StepPOConfig(PPOConfig):
                 TRL's configuration.
             advantage_estimator (`str`, *optional*, defaults to `"grpo"`):
                 How the same episodes are trained on. With `"step_gae"` the ratio and the average of the loss are
-                StepPO's, unless `args` has other values than TRL's defaults.
+                StepPO's, unless `args` has other values than TRL's defaults. A function or an [`Estimator`] is given
+                to the trainer, and replaces `"grpo"`.
             changes (`Any`):
                 Other settings of the new configuration, which replace converted ones.
 
@@ -508,7 +512,8 @@ class StepPOConfig(PPOConfig):
             raise ConfigurationError(f"`args` is a {type(args).__name__}; `from_grpo_config` takes TRL's GRPOConfig")
         values = converted(args, advantage_estimator=advantage_estimator)
         values["bf16"] = _bf16_of(args)
-        config = cls(**{**values, "advantage_estimator": advantage_estimator, **changes})
+        name = _ImpliedName("grpo") if advantage_estimator == "grpo" else advantage_estimator
+        config = cls(**{**values, "advantage_estimator": name, **changes})
         if config.max_interaction_steps is None and config.max_episode_tokens is None:
             logger.warning_once(
                 f"`max_completion_length`={args.max_completion_length} bounds all of an episode's responses and tool "
@@ -525,11 +530,8 @@ class StepPOConfig(PPOConfig):
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         defaults = {f.name: f.default for f in fields(self)}
-        own: _OwnEstimator | None = vars(self).get("_own_estimator")
-        if own is not None:
-            values["advantage_estimator"] = defaults["advantage_estimator"]
         rows = max(2, math.ceil(self.num_mini_batches / self.num_generations))
-        trial = type(self)(
+        return type(self)(
             **{
                 **values,
                 **{name: defaults[name] for name in _LEFT_OUT_OF_TRIALS},
@@ -546,46 +548,66 @@ class StepPOConfig(PPOConfig):
                 "rollout_correction": self.correction,
             }
         )
-        return trial if own is None else trial.with_estimator(own.get())
 
 
-class _OwnEstimator:
+class _ImpliedName(str):
     """
-    An estimator that was given to a trainer, which its settings keep. Copies of the settings share it. It is not
-    pickled with them: a function may not be importable where they are read.
+    The name of an estimator that no user set in the settings: a conversion chose it, or a trainer was given it. It is
+    a string, so that all ways of copying settings keep it.
     """
 
-    def __init__(self, name: str, estimator: Estimator | None = None) -> None:
-        self._name = name
-        self._estimator = estimator
+
+class _OwnName(_ImpliedName):
+    """
+    The name of an estimator outside the table, with the estimator. Copies of the settings share it. It is not pickled
+    with them: a function may not be importable where they are read.
+    """
+
+    _estimator: Estimator | None
+
+    def __new__(cls, name: str, estimator: Estimator | None = None) -> _OwnName:
+        own = super().__new__(cls, name)
+        own._estimator = estimator
+        return own
 
     def get(self) -> Estimator:
         if self._estimator is None:
             raise ConfigurationError(
-                f"`advantage_estimator`={self._name!r} was given to the trainer that wrote these settings; make new "
+                f"`advantage_estimator`={self!r} was given to the trainer that wrote these settings; make new "
                 "settings, and give it to the new trainer, too"
             )
         return self._estimator
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _OwnEstimator:
+    def __deepcopy__(self, memo: dict[int, object]) -> _OwnName:
         return self
 
-    def __reduce__(self) -> tuple[type[_OwnEstimator], tuple[str]]:
-        return type(self), (self._name,)
+    def __reduce__(self) -> tuple[type[_OwnName], tuple[str]]:
+        return type(self), (str(self),)
 
 
-def _named(given: str | Estimator | AdvantageFunction | ReturnFunction) -> tuple[str, Estimator | None]:
-    """The name of an estimator, and the estimator itself if it is not one of the table."""
+def _default(config_class: type[PPOConfig], name: str) -> Any:
+    return config_class.__dataclass_fields__[name].default
+
+
+def _any_value(args: StepPOConfig) -> tuple[str, ...]:
+    """Fields whose choices do not hold: an own estimator is in no table."""
+    return ("advantage_estimator",) if isinstance(args.advantage_estimator, _OwnName) else ()
+
+
+def _named(given: str | Estimator | AdvantageFunction | ReturnFunction) -> _ImpliedName:
+    """The name of an estimator, with the estimator itself if it is not one of the table."""
+    if isinstance(given, _OwnName):
+        return given
     if isinstance(given, str):
-        return given, None
+        return _ImpliedName(given)
     if not isinstance(given, Estimator):
         if given in (step_gae, token_gae):
-            return name_of_function(given), None
+            return _ImpliedName(name_of_function(given))
         given = Estimator.over_steps(given)
     known = next((name for name, entry in ESTIMATORS.items() if entry == given), None)
     if known is not None:
-        return known, None
-    return (f"own {given.title}" if given.title in ESTIMATORS else given.title), given
+        return _ImpliedName(known)
+    return _OwnName(f"own {given.title}" if given.title in ESTIMATORS else given.title, given)
 
 
 _LEFT_OUT_OF_TRIALS = (

@@ -88,7 +88,8 @@ class StepPOTrainer(PPOTrainer):
             What samples for the run, instead of the engine that the run's settings choose. Set `rollout_correction`
             where its log-probabilities differ from the policy's.
         advantage_estimator (`str`, [`Estimator`] or `Callable`, *optional*):
-            How credit is assigned, instead of the setting of that name. A function has the signature of
+            How credit is assigned, instead of the setting of that name, which must then be the default, the same, or
+            what a conversion from TRL's settings chose. A function has the signature of
             [`~advantages.step_gae`], `(rewards, values, mask, *, gamma, lam, bootstrap_values)`, and returns
             advantages and returns over steps; or without a critic `(rewards, mask, *, gamma)`, and returns advantages.
             KL penalties, whitening, explained variance and ranks stay as they are. For all else, such as tokens in the
@@ -96,7 +97,8 @@ class StepPOTrainer(PPOTrainer):
         policy_loss_fn (`Callable`, *optional*):
             The policy's loss, in the place of [`~losses.clipped_policy_loss`] and with its signature: `(ratio,
             advantages, action_mask, *, cliprange, cliprange_high, aggregation, denominator, weights)`. It returns the
-            loss and a `dict` of sums over action tokens; each `NAME_sum` is logged as its mean `policy/NAME`.
+            loss and a `dict` of sums over action tokens; each `NAME_sum` is logged as its mean `policy/NAME`, unless
+            another metric has that name, which is refused.
 
     Raises:
         ConfigurationError, DataError: If arguments or settings do not fit together; the message names them and the
