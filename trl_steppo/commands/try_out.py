@@ -164,8 +164,8 @@ def _check_no_agent(thing: object, name: str) -> None:
         return
     if not {"base_url", "api_key"}.isdisjoint(parameters):
         raise ConfigurationError(
-            f"{name} is no agent, which is called as agent(row, base_url=..., api_key=...): name both arguments "
-            "so; an agent that takes them as **kwargs needs `--as agent`, and a tool `--as tool`"
+            f"{name} is not an agent: those are called as agent(row, base_url=..., api_key=...). Name both "
+            "arguments so; an agent that takes them as **kwargs needs `--as agent`, and a tool `--as tool`"
         )
 
 

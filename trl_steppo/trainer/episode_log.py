@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("metrics", pa.string()),  # as JSON
         ("logged", pa.string()),  # values that reward functions logged with `log_extra`, as JSON
-        ("agent_output", pa.string()),  # the end of what a command agent printed; null: the agent is no command
+        ("agent_output", pa.string()),  # the end of what a command agent printed; null: the agent is not a command
         # The step; null in the one row of an episode that failed before its first step
         ("step_index", pa.int64()),
         ("prompt", pa.string()),  # its new part
