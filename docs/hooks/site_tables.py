@@ -53,7 +53,7 @@ def steppo_config() -> str:
     )
     parts = []
     for title, names in groups.items():
-        rows = [_setting(fields[name], texts.get(name)) for name in names]
+        rows = [_setting(fields[name], _annotation(StepPOConfig, name), texts.get(name)) for name in names]
         parts.append(f"## {title}\n\n{table(['setting', 'type', 'default', 'meaning'], rows)}")
     return "\n\n".join(parts)
 
@@ -65,13 +65,18 @@ def _documented(cls: type) -> Iterator[tuple[str, str]]:
                 yield from ((name, text) for name in found)
 
 
-def _setting(field: dataclasses.Field[object], text: str | None) -> tuple[str, str, str, str]:
+def _annotation(cls: type, name: str) -> object:
+    """A field's type as it is written: a parser of command lines overwrites the types of the fields themselves."""
+    return next(kind.__annotations__[name] for kind in cls.__mro__ if name in vars(kind).get("__annotations__", {}))
+
+
+def _setting(field: dataclasses.Field[object], kind: object, text: str | None) -> tuple[str, str, str, str]:
     default = field.default if field.default is not dataclasses.MISSING else None
     if default is None and field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     shown = f'"{default}"' if isinstance(default, str) else str(default)
     help_text = text or " ".join(str(field.metadata.get("help", "")).split())
-    return f"`{field.name}`", code(_type_name(field.type)), code(shown), plain(help_text)
+    return f"`{field.name}`", code(_type_name(kind)), code(shown), plain(help_text)
 
 
 def _type_name(kind: object) -> str:

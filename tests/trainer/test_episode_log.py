@@ -191,7 +191,7 @@ def test_each_dataset_of_an_evaluation_has_a_file(tmp_path):
     names = sorted(path.stem for path in (tmp_path / "episodes").glob("evaluation*"))
     assert names == [f"evaluation_00001_{part}" for part in ("a%20b", "a_b", "easy", "test")]
     run = Run(tmp_path, "evaluated", [{"step": 1}], {"log_episodes": 2}, {})
-    parts = ["evaluation a b", "evaluation a_b", "evaluation easy", "evaluation test"]
+    parts = ["", "evaluation a b", "evaluation a_b", "evaluation easy", "evaluation test"]
     assert sorted(part for _, part in logged_files(run)) == parts
 
 
@@ -221,7 +221,7 @@ def test_updates_in_which_all_episodes_failed_are_there(tmp_path):
         assert all("world ended" in row["error"] for row in rows)
         assert {row[name] for row in rows for name in ("score", "advantage", "value", "new_logprobs")} == {None}
     files = {update: tmp_path / "episodes" / f"update_{update:05d}.parquet" for update in (1, 2)}
-    run = Run(tmp_path, "failed", [], None, files)
+    run = Run(tmp_path, "failed", [{"step": 2}], None, files)
     sample = sample_episodes([Method("failed", (run,))], 10**6)
     assert [episode["outcome"] for episode in sample.episodes] == ["failed"] * 8
 

@@ -395,7 +395,7 @@ class StepPOConfig(PPOConfig):
             )
         name = _named(given)
         is_implied = isinstance(self.advantage_estimator, _ImpliedName)
-        if not is_implied and self.advantage_estimator not in (_default(StepPOConfig, "advantage_estimator"), name):
+        if not is_implied and self.advantage_estimator not in (StepPOConfig.advantage_estimator, name):
             raise ConfigurationError(
                 f"`advantage_estimator` is given twice: {self.advantage_estimator!r} in `args`, and {name!r} to the "
                 "trainer; leave out one of them"
@@ -403,8 +403,8 @@ class StepPOConfig(PPOConfig):
         changed = copy.copy(self)
         changed.advantage_estimator = name
         check_choices(changed, StepPOConfig, but=_any_value(changed))
-        if is_implied and not changed.uses_critic and self.lam == _default(PPOConfig, "lam"):
-            changed.lam = _default(StepPOConfig, "lam")  # a plain `PPOConfig` has it, which means nothing here
+        if is_implied and not changed.uses_critic and self.lam == PPOConfig.lam:
+            changed.lam = StepPOConfig.lam  # a plain `PPOConfig` has it, which means nothing here
         step_aside(changed, "advantage_estimator")
         check_combinations(changed)
         return changed
@@ -583,10 +583,6 @@ class _OwnName(_ImpliedName):
 
     def __reduce__(self) -> tuple[type[_OwnName], tuple[str]]:
         return type(self), (str(self),)
-
-
-def _default(config_class: type[PPOConfig], name: str) -> Any:
-    return config_class.__dataclass_fields__[name].default
 
 
 def _any_value(args: StepPOConfig) -> tuple[str, ...]:

@@ -113,7 +113,8 @@ def test_the_episodes_of_both_are_in_the_viewer(runs):
     theirs = [episode for episode in sample.episodes if episode["method"] == 0]
     assert len(theirs) == 3 * 8
     first = next(episode for episode in theirs if len(episode["steps"]) > 3)
-    assert (first["score"], first["outcome"], first["metrics"]) == (1.0, "right", {"delivered": 1.0, "thrift": 0.0})
+    rewards = {"rewards/delivered": 1.0, "rewards/thrift": 0.0}
+    assert (first["score"], first["outcome"], first["metrics"]) == (1.0, "right", rewards)
     assert '"name": "take"' in first["steps"][1]["response"]
     assert "took " in first["steps"][1]["observation"] == first["steps"][2]["prompt"]
     assert [step["reward"] for step in first["steps"]] == [0.0, 0.0, 0.0, 1.0]
