@@ -92,11 +92,9 @@ def run_command(command: Command, directory: Path, finished_run: Callable[[], Pa
         for word in (part for given in rest for part in given.rpartition("=")[2].split(",")):
             if word.startswith("runs/") and not (directory / word).exists():  # what a reader has from elsewhere
                 shutil.copytree(finished_run(), directory / word)
-        code = exit_code([first, *rest])
-        for name, module in list(sys.modules.items()):  # a reader's command is a process of its own
-            if str(getattr(module, "__file__", None)).startswith(f"{directory}/"):
-                del sys.modules[name]
-        assert code == 0, command
+        for file in directory.glob("*.py"):  # a reader's command is a process of its own, without other pages' modules
+            sys.modules.pop(file.stem, None)
+        assert exit_code([first, *rest]) == 0, command
         return
     if rest[-2:] == ["--resume_from_checkpoint", "true"]:  # of a run that was begun by the command without it
         run_short(first, rest[:-2], directory)
