@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar, cast
 
 from .. import tracing
 from ..calls import DaemonThread, is_lazy, look_at
@@ -446,8 +446,8 @@ class _AgentProcess:
                 start_new_session=True,
                 pass_fds=[descriptor],
             )
-        standard_input = self._process.get_pipe_transport(0)
-        assert isinstance(standard_input, asyncio.WriteTransport)
+        # A WriteTransport by what it can do: uvloop's transports do not inherit from it.
+        standard_input = cast(asyncio.WriteTransport, self._process.get_pipe_transport(0))
         standard_input.write(json.dumps(row, default=repr).encode())
         standard_input.close()  # once all is written
         await self.output.ended.wait()
