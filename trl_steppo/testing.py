@@ -42,9 +42,7 @@ if TYPE_CHECKING:
 END_OF_TURN = "<|im_end|>"
 """What ends a turn of [`byte_tokenizer`]'s chat template."""
 
-CHAT_TEMPLATE = """\
-{%- if tools %}{{ '<|im_start|>system\n' }}
-{%- for tool in tools %}{{ tool.function.name + ' ' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}
+MESSAGES_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\n' + (message.content or '') }}
 {%- for call in message.tool_calls or [] %}
@@ -53,6 +51,15 @@ CHAT_TEMPLATE = """\
 {{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+"""Messages in ChatML, with tool calls in the form of Hermes."""
+
+CHAT_TEMPLATE = (
+    """\
+{%- if tools %}{{ '<|im_start|>system\n' }}
+{%- for tool in tools %}{{ tool.function.name + ' ' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}
+"""
+    + MESSAGES_TEMPLATE
+)
 """ChatML, with tool calls in the form of Hermes; of the tools it shows the names alone."""
 
 _ROWS = ({"prompt": [{"role": "user", "content": "Begin."}]},)
@@ -324,7 +331,8 @@ def play(
         return make_playable(environment, tools, tool_timeout_s=tool_timeout_s)
 
     with closing(Stage(make, close_timeout_s=tool_timeout_s)) as stage:
-        example = stage.run(_first(stage, rows[0]))
+        example = stage.example(rows[0])
+        assert example is not None
         chat = ChatFormat(sampler.tokenizer, tools=example.tools)
         spec = EpisodeSpec(limits, SamplingParams(response_length))
         player = EnvironmentPlayer(stage, sampler, spec, chat, make_timeout_s=tool_timeout_s, holds=True)
@@ -334,14 +342,6 @@ def play(
         environments = [stage.held(episode.episode_id) for episode in episodes]
         scored = pay_episodes(reward_funcs, None, episodes, rows, chat=chat, environments=environments)
         return [fail_if_unpaid(episode) for episode in scored]
-
-
-async def _first(stage: Stage, row: Row) -> Playable:
-    """An environment that rests on the stage until an episode needs it."""
-    place = await stage.take(row, None)
-    await stage.give_back(place, is_well=True, name="the first")
-    assert place.playable is not None
-    return place.playable
 
 
 def play_agent(

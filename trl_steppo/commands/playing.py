@@ -124,7 +124,7 @@ def _play_environment(setup: Setup) -> Trial:
         return make_playable(environment, setup.tools, tool_timeout_s=setup.tool_timeout_s)
 
     with closing(Stage(make, close_timeout_s=setup.tool_timeout_s)) as stage:
-        example = stage.run(_example(stage, setup.rows[0]))
+        example = stage.example(setup.rows[0])
         chat = setup.chat(example.tools if example is not None else ())
         player = EnvironmentPlayer(
             stage, setup.sampler, setup.spec, chat, make_timeout_s=setup.tool_timeout_s, holds=True
@@ -134,13 +134,6 @@ def _play_environment(setup: Setup) -> Trial:
         environments = held if setup.environment_factory is not None else None
         paid = _paid(setup, episodes, chat, environments)
     return Trial(paid, [tool["function"]["name"] for tool in chat.tools])
-
-
-async def _example(stage: Stage, row: Row) -> Playable | None:
-    """An environment that rests on the stage until an episode needs it."""
-    place = await stage.take(row, None)
-    await stage.give_back(place, is_well=True, name="the first")
-    return place.playable
 
 
 def _play_agent(setup: Setup, agent: Agent) -> Trial:

@@ -20,20 +20,16 @@ from ..episodes.printing import visible
 from ..errors import ConfigurationError
 from ..http_json import RequestError, request_json
 from ..inference.base import Sample, SamplingParams
-from ..testing import END_OF_TURN, byte_tokenizer, tool_call
+from ..testing import END_OF_TURN, MESSAGES_TEMPLATE, byte_tokenizer, tool_call
 from ..types import JsonObject, Message, StopReason, TokenIds, Tokenizer
 
 _START = "<|im_start|>"
-_TEMPLATE = """\
+_TEMPLATE = (
+    """\
 {%- if tools %}{{ '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' + (message.content or '') }}
-{%- for call in message.tool_calls or [] %}
-{{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson + '}\n' }}
-{{- '</tool_call>' }}{% endfor %}
-{{- '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+"""
+    + MESSAGES_TEMPLATE
+)
 _MAX_KEPT = 10_000  # replies that are remembered as they came
 _TIMEOUT_S = 600.0  # of one response
 

@@ -186,6 +186,16 @@ class Stage:
         """Add an environment that was made before the first rollout."""
         self._release(kind, self._next_number(kind), playable)
 
+    def example(self, row: Row) -> Playable | None:
+        """Make the environment of a row's kind, which rests on the stage until an episode needs it."""
+
+        async def make() -> Playable | None:
+            place = await self.take(row, None)
+            await self.give_back(place, is_well=True, name="the first")
+            return place.playable
+
+        return self.run(make())
+
     def held(self, name: str) -> Playable | None:
         """Environment that played an episode; `None` where it is not held, or the episode had none."""
         place = self._held.get(name)

@@ -37,30 +37,8 @@ class ProgressWriter(Protocol):
         ...
 
 
-class StepPOProgressCallback(ProgressCallback):
-    """A progress bar over updates that shows the essential metrics in one line; trackers get all of them."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
-        if state.is_world_process_zero and (line := summary_line(state.global_step, logs or {})):
-            self.say(line)
-
-    def say(self, text: str) -> None:
-        """Write text above the progress bar."""
-        if self.training_bar is not None:
-            self.training_bar.write(text)
-        else:
-            print(text, flush=True)
-
-
-class StepPOPrinterCallback(PrinterCallback):
-    """The same lines without a progress bar (`disable_tqdm`)."""
+class _UpdateLines:
+    """A callback's part that says each log in one line."""
 
     def on_log(
         self,
@@ -76,6 +54,21 @@ class StepPOPrinterCallback(PrinterCallback):
     def say(self, text: str) -> None:
         """Print text."""
         print(text, flush=True)
+
+
+class StepPOProgressCallback(_UpdateLines, ProgressCallback):
+    """A progress bar over updates that shows the essential metrics in one line; trackers get all of them."""
+
+    def say(self, text: str) -> None:
+        """Write text above the progress bar."""
+        if self.training_bar is not None:
+            self.training_bar.write(text)
+        else:
+            super().say(text)
+
+
+class StepPOPrinterCallback(_UpdateLines, PrinterCallback):
+    """The same lines without a progress bar (`disable_tqdm`)."""
 
 
 def show_progress(trainer: Trainer) -> None:
