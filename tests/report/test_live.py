@@ -142,7 +142,11 @@ def test_a_taken_port_is_named(tmp_path, serve, capsys):
 
 def test_ctrl_c_ends_the_command_at_once(tmp_path):
     words = [sys.executable, "-m", "trl_steppo.cli", "report", "--watch", str(tmp_path / "later"), "--port", "0"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began it with `&`
+    try:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert process.stdout is not None
     line = process.stdout.readline()
     url = line.split()[2]
